@@ -1,0 +1,94 @@
+"""Writing so that a reader never meets half a file, and reading so that one cut off mid-line is noticed.
+
+Whole files are written beside their target and renamed; JSON Lines files grow by one flushed line at a time, so the only damage a
+`kill -9` can do to them is a last line without its newline.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lt_train.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends without error it takes the place of `path` in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file that lt_train wrote. `what` names it in the error: "layer profile", "scores"."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this {what}: {error.strerror}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not a whole {what} ({error}). Delete it and run again to make it anew") from error
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one row and flush it to the operating system, so that it survives the death of this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def drop_cut_line(path: Path) -> bool:
+    """Remove a last line that lacks its newline (a writer died in it). Returns whether there was one."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole == len(content):
+        return False
+    with open(path, "r+b") as file:
+        file.truncate(whole)
+    return True
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", row) for each row of a JSON Lines file; blank lines are passed over.
+
+    Raises:
+        UserError: the file cannot be read, a line is not JSON, or is not an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    cut = "" if line.endswith("\n") else "; the file ends in the middle of this line"
+                    raise UserError(f"{where}: not JSON ({error}){cut}") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+                yield where, row
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
