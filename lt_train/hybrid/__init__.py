@@ -1,0 +1,29 @@
+"""What a hybrid model is: spec, mask, attention, cache, model classes.
+
+This package imports torch, transformers and itself only: its files are copied into every exported checkpoint and run there alone.
+"""
+
+from .cache import HybridCache
+from .configuration import is_hybrid
+from .loading import build_hybrid, family_of, hybrid_config, load_hybrid, load_hybrid_checkpoint
+from .modeling import HybridForCausalLM
+from .spec import HYBRID_VERSION, HybridError, HybridSpec
+from .views import AttentionView, FullView, StreamingView, Views
+
+__all__ = [
+    "HYBRID_VERSION",
+    "AttentionView",
+    "FullView",
+    "HybridCache",
+    "HybridError",
+    "HybridForCausalLM",
+    "HybridSpec",
+    "StreamingView",
+    "Views",
+    "build_hybrid",
+    "family_of",
+    "hybrid_config",
+    "is_hybrid",
+    "load_hybrid",
+    "load_hybrid_checkpoint",
+]

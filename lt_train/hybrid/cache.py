@@ -1,0 +1,284 @@
+"""The KV cache of a hybrid: full layers grow, streaming layers hold the sinks and a ring of the latest keys, never more.
+
+A row's tokens count from its first real one, so under left padding sinks are real tokens and padding is never stored in a ring. A
+streaming layer keeps position r in slot r while r < w_sink + w_recent, then in slot w_sink + (r - w_sink) mod w_recent. Keys are
+stored after rotary embedding: their order in the cache does not matter.
+
+Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .spec import HybridError, HybridSpec
+
+
+@dataclass
+class Rows:
+    """How far each row of the batch has come; one object shared by all layers, advanced once per forward pass.
+
+    `columns` counts padding, `real_B` does not. `before` and `after` are real tokens around the running forward pass.
+    """
+
+    columns: int = 0
+    new: int = 0
+    before_B: Tensor | None = None
+    after_B: Tensor | None = None
+    shortest: int = 0
+    longest: int = 0
+
+    def advance(self, real_BT: Tensor | None, batch: int, new: int, device: torch.device) -> None:
+        """Admit `new` columns. `real_BT` marks those that are no padding; None where all are real."""
+        if self.before_B is None:
+            self.after_B = torch.zeros(batch, dtype=torch.long, device=device)
+        elif self.after_B.shape[0] != batch:
+            raise HybridError(
+                f"this cache holds {self.after_B.shape[0]} rows, the input has {batch}: make a cache per batch"
+            )
+        self.columns += new
+        self.new = new
+        self.before_B = self.after_B
+        if real_BT is None:
+            self.after_B = self.before_B + new
+            self.shortest += new
+            self.longest += new
+            return
+        stale = (self.before_B > 0)[:, None] & ~real_BT
+        if bool(stale.any()) or bool((real_BT[:, :-1] & ~real_BT[:, 1:]).any()):
+            raise HybridError(
+                "padding after a row's first real token: cached generation takes left padding only. Set tokenizer.padding_side='left'"
+            )
+        self.after_B = self.before_B + real_BT.sum(dim=1)
+        self.shortest, self.longest = int(self.after_B.min()), int(self.after_B.max())
+
+    @property
+    def new_positions_BT(self) -> Tensor:
+        """[B, T] position of each new column in its row; negative on padding."""
+        column_T = torch.arange(self.new, device=self.after_B.device)
+        return self.after_B[:, None] - self.new + column_T
+
+    @property
+    def padding_B(self) -> Tensor:
+        return self.columns - self.after_B
+
+
+class GrowingLayer(CacheLayerMixin):
+    """Everything seen, in a buffer that grows by a quarter, so that a step writes one column and copies none."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, G, T, D]; returns all columns so far, padding included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, self.columns = self.columns, self.columns + key_states.shape[2]
+        self._keys = _with_room(self._keys, key_states, first, self.columns, self.columns + max(256, self.columns // 4))
+        self._values = _with_room(self._values, value_states, first, self.columns, self._keys.shape[2])
+        self._keys[:, :, first : self.columns] = key_states
+        self._values[:, :, first : self.columns] = value_states
+        self.keys, self.values = self._keys[:, :, : self.columns], self._values[:, :, : self.columns]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
+
+    def reset(self) -> None:
+        self.columns = 0
+        self.keys = self.values = self._keys = self._values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _refused("beam search")
+
+
+class SinkRingLayer(CacheLayerMixin):
+    """The first `w_sink` and the latest `w_recent` real tokens of each row."""
+
+    is_sliding = True
+
+    def __init__(self, w_sink: int, w_recent: int, rows: Rows) -> None:
+        super().__init__()
+        self.w_sink, self.w_recent, self.rows = w_sink, w_recent, rows
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @property
+    def slots(self) -> int:
+        """Slots in use by the longest row."""
+        return min(self.rows.longest, self.w_sink + self.w_recent)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store what the window keeps of the new columns.
+
+        Returns:
+            What the new queries may look at: for one new column the slots in use; for several the slots as they were before,
+            then the new columns. `slot_positions` and `Rows.new_positions_BT` tell which token lies where.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = 0 if self.keys is None else self.keys.shape[2]
+        capacity = min(self.w_sink + self.w_recent, max(self.slots, 2 * held, 64))
+        keys = _with_room(self._keys, key_states, held, self.slots, capacity)
+        values = _with_room(self._values, value_states, held, self.slots, capacity)
+        if key_states.shape[2] == 1:
+            self._keep(keys, values)
+            self._write_one(key_states, value_states)
+            return self.keys, self.values
+        seen_keys, seen_values = key_states, value_states
+        if held:
+            seen_keys = torch.cat([self.keys, key_states], dim=2)
+            seen_values = torch.cat([self.values, value_states], dim=2)
+        self._keep(*self._absorbed(keys, values, key_states, value_states))
+        return seen_keys, seen_values
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+        self.keys, self.values = keys[:, :, : self.slots], values[:, :, : self.slots]
+
+    def _write_one(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.rows.shortest == self.rows.longest:
+            slot = self._slot(self.rows.longest - 1)
+            self._keys[:, :, slot] = key_states[:, :, 0]
+            self._values[:, :, slot] = value_states[:, :, 0]
+            return
+        position_B = self.rows.after_B - 1
+        ring_B = self.w_sink + (position_B - self.w_sink) % self.w_recent
+        slot_B = torch.where(position_B < self.w_sink, position_B, ring_B).to(self._keys.device)
+        row_B = torch.arange(slot_B.shape[0], device=slot_B.device)
+        self._keys[row_B, :, slot_B] = key_states[:, :, 0]
+        self._values[row_B, :, slot_B] = value_states[:, :, 0]
+
+    def _slot(self, position: int) -> int:
+        return position if position < self.w_sink else self.w_sink + (position - self.w_sink) % self.w_recent
+
+    def _absorbed(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers after many new columns: each slot takes the last position that belongs to it, old or new."""
+        position_BS = slot_positions(self.rows.after_B, keys.shape[2], self.w_sink, self.w_recent).to(keys.device)
+        before_B1 = self.rows.before_B[:, None].to(keys.device)
+        first_column_B1 = new_keys.shape[2] - (self.rows.after_B[:, None].to(keys.device) - before_B1)
+        column_BS = position_BS - before_B1 + first_column_B1
+        is_new_BS = position_BS >= before_B1
+        gather = column_BS.clamp(min=0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        fresh = is_new_BS[:, None, :, None]
+        return (
+            torch.where(fresh, new_keys.gather(2, gather), keys),
+            torch.where(fresh, new_values.gather(2, gather), values),
+        )
+
+    def get_seq_length(self) -> int:
+        return self.rows.columns
+
+    def get_max_length(self) -> int:
+        return self.w_sink + self.w_recent
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise HybridError("transformers' masks know no sinks: this cache works with the hybrid classes only")
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
+
+    def reset(self) -> None:
+        self.keys = self.values = self._keys = self._values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise _refused("taking tokens back (assisted and prompt-lookup decoding)")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _refused("beam search")
+
+
+class HybridCache(Cache):
+    """One cache for one batch: a `GrowingLayer` per full layer, a `SinkRingLayer` per lazy layer."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        self.spec = spec
+        self.rows = Rows()
+        super().__init__(
+            layers=[
+                SinkRingLayer(spec.w_sink, spec.w_recent, self.rows) if spec.is_lazy(layer) else GrowingLayer()
+                for layer in range(spec.num_layers)
+            ]
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included: what transformers' generation counts."""
+        return self.rows.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers of all layers hold now, room for growth included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reset(self) -> None:
+        fresh = Rows()
+        for layer in self.layers:
+            layer.reset()
+            if layer.is_sliding:
+                layer.rows = fresh
+        self.rows = fresh
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise _refused("taking tokens back (assisted and prompt-lookup decoding)")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _refused("beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise _refused("repeating rows of a filled cache")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise _refused("selecting rows of a filled cache")
+
+
+def slot_positions(real_B: Tensor, slots: int, w_sink: int, w_recent: int) -> Tensor:
+    """[B, S] position of the token in each slot after `real_B` real tokens; -1 where the slot is empty."""
+    slot_S = torch.arange(slots, device=real_B.device)
+    last_B1 = real_B[:, None] - 1
+    ring_BS = last_B1 - (last_B1 - slot_S) % w_recent
+    position_BS = torch.where(slot_S < w_sink, slot_S, ring_BS)
+    return torch.where((position_BS <= last_B1) & ((slot_S < w_sink) | (ring_BS >= w_sink)), position_BS, -1)
+
+
+def _with_room(buffer: Tensor | None, like: Tensor, used: int, needed: int, capacity: int) -> Tensor:
+    """A buffer [B, G, capacity, D] that starts with the `used` columns of `buffer`; `buffer` itself where it has room."""
+    if buffer is not None and buffer.shape[2] >= needed:
+        return buffer
+    grown = like.new_zeros(*like.shape[:2], capacity, like.shape[3])
+    if buffer is not None:
+        grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+def _refused(what: str) -> HybridError:
+    return HybridError(
+        f"{what} is not possible on a hybrid's cache: a ring forgets what it would need. Use greedy search or sampling"
+    )

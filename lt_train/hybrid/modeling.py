@@ -1,0 +1,315 @@
+"""The hybrid model classes: transformers' own, with their masks, cache and choice of kernel taken over.
+
+Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. Attention reaches us through transformers'
+`AttentionInterface` under a name that belongs to this copy of the code alone, so that exports made by different versions can be
+loaded side by side, and no process-wide setting can switch the sinks off.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+from .cache import HybridCache
+from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from .documents import find_documents
+from .spec import FULL, STREAMING, HybridError, HybridSpec
+from .views import (
+    STREAMING_KERNELS,
+    AttentionView,
+    CachedFullView,
+    CachedStreamingView,
+    FullView,
+    StreamingView,
+    Views,
+)
+
+ATTENTION_NAME = f"lt_hybrid.{__name__}"
+
+
+def hybrid_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionView,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]."""
+    if not isinstance(attention_mask, AttentionView):
+        raise HybridError(
+            "a hybrid's layers were run without the hybrid's own forward, which says what each of them sees"
+        )
+    return attention_mask.attend(module, query, key, value, scaling, dropout), None
+
+
+AttentionInterface.register(ATTENTION_NAME, hybrid_attention)
+
+
+class OwnAttention:
+    """Part of both mixins: the attention implementation is ours, and asking for another is an error."""
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
+    ) -> str:
+        if attn_implementation not in (None, ATTENTION_NAME):
+            raise HybridError(
+                f"attn_implementation={attn_implementation!r}: transformers' kernels do not know sinks. "
+                "Leave it out; the hybrid chooses its kernels itself"
+            )
+        return ATTENTION_NAME
+
+
+class HybridBody(OwnAttention):
+    """The decoder stack: finds the documents, builds the cache, and hands each layer the view of its kind."""
+
+    def __init__(self, config) -> None:
+        self.streaming_kernel = "auto"
+        super().__init__(config)
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self.config.spec
+
+    def attention_views(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: HybridCache | None = None,
+    ) -> Views:
+        """What full and streaming layers see of this batch. Advances `cache`, if given, by its columns.
+
+        Args:
+            input_ids: [B, T] (or `inputs_embeds`: [B, T, hidden size]), the new tokens.
+            attention_mask: [B, T], or with a cache [B, cached + T]; 0 on padding.
+            position_ids: [B, T], restarting at 0 with each packed document.
+
+        Raises:
+            HybridError: see `find_documents`; packed documents or right padding with a cache.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        batch, new, device = given.shape[0], given.shape[1], given.device
+        if cache is not None and cache.rows.columns > 0:
+            return self._views_after_cache(cache, batch, new, device, attention_mask, position_ids)
+        documents = find_documents(batch, new, device, attention_mask, position_ids)
+        if cache is not None:
+            if documents.are_packed:
+                raise HybridError(
+                    "packed documents cannot share a KV cache: pass use_cache=False, or one document per row"
+                )
+            cache.rows.advance(_padding(attention_mask), batch, new, device)
+        return Views(
+            full=FullView(documents),
+            streaming=StreamingView(documents, self.spec, self.streaming_kernel),
+            position_ids=documents.position_ids,
+        )
+
+    def _views_after_cache(
+        self,
+        cache: HybridCache,
+        batch: int,
+        new: int,
+        device: torch.device,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Views:
+        columns = cache.rows.columns + new
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, columns):
+            raise HybridError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: with {cache.rows.columns} cached columns and {new} new "
+                f"ones it must be [{batch}, {columns}]"
+            )
+        cache.rows.advance(None if attention_mask is None else _padding(attention_mask[:, -new:]), batch, new, device)
+        positions = cache.rows.new_positions_BT
+        real = positions >= 0
+        if position_ids is not None and not torch.equal(positions[real], position_ids.expand(batch, new)[real]):
+            raise HybridError(
+                "position_ids do not go on where the cache ends: positions count from each row's first real token. Leave them out"
+            )
+        return Views(CachedFullView(cache), CachedStreamingView(cache), positions.clamp(min=0))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As the stock model's, for padded (`attention_mask` [B, T]) and packed (`position_ids` [B, T]) input.
+
+        `cu_seq_lens_*`, which some collators add to packed input, repeat what `position_ids` say and are not read.
+
+        Raises:
+            HybridError: for whatever would give another result than streaming attention: a foreign cache or attention
+                implementation, masks of other shapes, packing without position_ids or with a cache.
+        """
+        if self.config._attn_implementation != ATTENTION_NAME:
+            raise HybridError(
+                f"attention implementation {self.config._attn_implementation!r} was set on a hybrid: it does not know sinks. "
+                "Load the model anew and leave it as it is"
+            )
+        if cu_seq_lens_q is not None and position_ids is None:
+            raise HybridError(
+                "cu_seq_lens without position_ids: pass position_ids that restart at 0 with each packed document"
+            )
+        if isinstance(attention_mask, dict):
+            raise HybridError(
+                "attention_mask is a dict of masks: a hybrid makes its own. Pass a padding mask [batch, tokens], or none"
+            )
+        cache = self._cache_for(past_key_values, use_cache, attention_mask, position_ids)
+        views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask={FULL: views.full, STREAMING: views.streaming},
+            position_ids=views.position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=cache is not None,
+            **{name: value for name, value in kwargs.items() if name not in _PACKING_HINTS},
+        )
+
+    def _cache_for(
+        self,
+        given: HybridCache | None,
+        use_cache: bool | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> HybridCache | None:
+        if given is not None:
+            if not isinstance(given, HybridCache):
+                raise HybridError(
+                    f"past_key_values is a {type(given).__name__}, which drops the sinks: pass HybridCache(model.config.spec) or none"
+                )
+            if given.spec != self.spec:
+                raise HybridError(
+                    "past_key_values was made for a hybrid with other layers or sizes: make it from model.config.spec"
+                )
+            return given
+        if (
+            use_cache is None
+        ):  # the config's default is meant for generation; training and packed batches have no use for it
+            use_cache = self.config.use_cache and not self.training and position_ids is None
+        return HybridCache(self.spec) if use_cache else None
+
+
+class HybridCausalLM(OwnAttention):
+    """The stack with its language-model head: generation with the hybrid cache, and no other kind of decoding."""
+
+    body_class: type[HybridBody]
+
+    def __init__(self, config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.body_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self.config.spec
+
+    def set_streaming_kernel(self, name: str) -> None:
+        """Choose what computes streaming attention: one of STREAMING_KERNELS. The result is the same, the cost is not."""
+        if name not in STREAMING_KERNELS:
+            raise HybridError(f"streaming kernel {name!r}: there are {', '.join(STREAMING_KERNELS)}")
+        self.model.streaming_kernel = name
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise HybridError(
+                f"{generation_mode.value}: a hybrid generates by greedy search or sampling only; its ring of recent keys cannot be "
+                "reordered or rolled back. Set num_beams=1 and pass no assistant_model or prompt_lookup_num_tokens"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise HybridError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a hybrid has its own cache. Leave it out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridCache(self.spec)
+
+    def generate(self, *args, **kwargs):
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        raise _no_continuous_batching()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise _no_continuous_batching()
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        raise _no_continuous_batching()
+
+
+class HybridQwen2Model(HybridBody, Qwen2Model):
+    config_class = HybridQwen2Config
+    config: HybridQwen2Config
+
+
+class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
+    config_class = HybridQwen2Config
+    config: HybridQwen2Config
+    body_class = HybridQwen2Model
+
+
+class HybridQwen3Model(HybridBody, Qwen3Model):
+    config_class = HybridQwen3Config
+    config: HybridQwen3Config
+
+
+class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
+    config_class = HybridQwen3Config
+    config: HybridQwen3Config
+    body_class = HybridQwen3Model
+
+
+class HybridMinistralModel(HybridBody, MinistralModel):
+    config_class = HybridMinistralConfig
+    config: HybridMinistralConfig
+
+
+class HybridMinistralForCausalLM(HybridCausalLM, MinistralForCausalLM):
+    config_class = HybridMinistralConfig
+    config: HybridMinistralConfig
+    body_class = HybridMinistralModel
+
+
+HybridForCausalLM = HybridQwen2ForCausalLM | HybridQwen3ForCausalLM | HybridMinistralForCausalLM
+
+_PACKING_HINTS = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def _padding(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask as booleans where it hides anything, else None."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+def _no_continuous_batching() -> HybridError:
+    return HybridError(
+        "continuous batching in transformers knows full and sliding layers only and would drop the sinks. Use generate()"
+    )

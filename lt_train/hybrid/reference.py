@@ -1,0 +1,32 @@
+"""Attention written out: a softmax under the visibility predicate. Slow, and the measure for everything fast.
+
+Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, D head size.
+"""
+
+import torch
+from torch import Tensor
+
+from .mask import streaming_visible
+
+
+def masked_attention(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, visible_BQK: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling * q k^T where visible) v, computed in the inputs' dtype with a float32 softmax. Returns out_BHQD.
+
+    `visible_BQK` may have batch 1. Each query must see at least one key.
+    """
+    groups = q_BHQD.shape[1] // k_BGKD.shape[1]
+    k_BHKD = k_BGKD.repeat_interleave(groups, dim=1)
+    v_BHKD = v_BGKD.repeat_interleave(groups, dim=1)
+    scores_BHQK = scaling * (q_BHQD @ k_BHKD.transpose(-1, -2))
+    scores_BHQK = scores_BHQK.masked_fill(~visible_BQK[:, None], float("-inf"))
+    accumulate = torch.promote_types(scores_BHQK.dtype, torch.float32)
+    return scores_BHQK.softmax(dim=-1, dtype=accumulate).to(v_BHKD.dtype) @ v_BHKD
+
+
+def reference_streaming_attention(
+    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+) -> Tensor:
+    """Streaming attention over rows that are one document each, by a dense mask: quadratic in length."""
+    position_T = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
+    visible_BTT = streaming_visible(position_T[:, None], position_T[None, :], w_sink, w_recent)[None]
+    return masked_attention(q_BHTD, k_BGTD, v_BGTD, visible_BTT, scaling)

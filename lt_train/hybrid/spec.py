@@ -1,0 +1,67 @@
+"""What turns a base model into a hybrid: which layers stream, and how much of the past they keep."""
+
+from dataclasses import dataclass
+
+HYBRID_VERSION = "1"
+FULL = "full_attention"
+STREAMING = "sliding_attention"  # the name that transformers and vLLM know for a layer with a window
+
+
+class HybridError(ValueError):
+    """A request that a hybrid cannot answer rightly. The message says what was asked, why it is refused, and the way out."""
+
+
+@dataclass(frozen=True)
+class HybridSpec:
+    """Which of a model's layers stream, and the sizes of their streaming attention.
+
+    Args:
+        num_layers: decoder layers of the model.
+        lazy_layers: indices of the layers that stream, ascending. Empty: every layer keeps full attention.
+        w_sink: keys at the start of a sequence that stay visible, in tokens; 0 leaves a plain sliding window.
+        w_recent: the latest keys a query sees, itself included, in tokens.
+
+    Raises:
+        HybridError: a size or a layer index out of range, or a layer named twice.
+    """
+
+    num_layers: int
+    lazy_layers: tuple[int, ...]
+    w_sink: int = 4
+    w_recent: int = 1020
+
+    def __post_init__(self) -> None:
+        if self.w_sink < 0:
+            raise HybridError(f"w_sink={self.w_sink}: must be 0 or more tokens")
+        if self.w_recent < 1:
+            raise HybridError(f"w_recent={self.w_recent}: must be at least 1, a query always sees itself")
+        outside = [layer for layer in self.lazy_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise HybridError(f"lazy layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
+        if len(set(self.lazy_layers)) != len(self.lazy_layers):
+            raise HybridError(f"lazy layers {list(self.lazy_layers)}: a layer is named twice")
+        object.__setattr__(self, "lazy_layers", tuple(sorted(self.lazy_layers)))
+
+    @classmethod
+    def from_layer_types(cls, layer_types: list[str], w_sink: int, w_recent: int) -> "HybridSpec":
+        lazy = tuple(layer for layer, kind in enumerate(layer_types) if kind == STREAMING)
+        return cls(len(layer_types), lazy, w_sink, w_recent)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One name per layer, in the words of a transformers config."""
+        lazy = set(self.lazy_layers)
+        return [STREAMING if layer in lazy else FULL for layer in range(self.num_layers)]
+
+    @property
+    def window(self) -> int:
+        """Most entries a streaming layer's KV cache ever holds per sequence."""
+        return self.w_sink + self.w_recent
+
+    def is_lazy(self, layer: int) -> bool:
+        return layer in self.lazy_layers
+
+    def cached_tokens(self, tokens: int) -> int:
+        """KV entries that all layers together hold after `tokens` tokens of one sequence."""
+        lazy = len(self.lazy_layers)
+        return (self.num_layers - lazy) * tokens + lazy * min(tokens, self.window)

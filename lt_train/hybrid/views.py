@@ -1,0 +1,126 @@
+"""What the queries of one layer see in one forward pass. A decoder layer gets a view in place of an attention mask.
+
+Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .blocked import blocked_streaming_attention
+from .cache import HybridCache, slot_positions
+from .documents import Documents
+from .mask import at_least_one, full_visible, streaming_visible
+from .reference import reference_streaming_attention
+from .spec import HybridError, HybridSpec
+
+STREAMING_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "auto": blocked_streaming_attention,
+    "blocked": blocked_streaming_attention,
+    "reference": reference_streaming_attention,
+}
+
+
+class AttentionView:
+    """Decides what a layer's queries see, and computes their attention."""
+
+    def attend(
+        self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        """Queries and keys come after rotary embedding, keys and values from the cache if there is one. Returns out_BTHD."""
+        raise NotImplementedError
+
+
+@dataclass
+class FullView(AttentionView):
+    """Full causal attention within each document, no cache behind it."""
+
+    documents: Documents
+
+    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling)[0].transpose(1, 2)
+
+        return self.documents.attend(kernel, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
+
+
+@dataclass
+class StreamingView(AttentionView):
+    """Streaming attention within each document, no cache behind it."""
+
+    documents: Documents
+    spec: HybridSpec
+    kernel: str
+
+    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+        refuse_dropout(dropout)
+        kernel = partial(
+            STREAMING_KERNELS[self.kernel], w_sink=self.spec.w_sink, w_recent=self.spec.w_recent, scaling=scaling
+        )
+        return self.documents.attend(kernel, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
+
+
+class CachedView(AttentionView):
+    """New columns after cached ones: a mask over the keys that the cache hands back, made once for all layers of a kind."""
+
+    def __init__(self, cache: HybridCache) -> None:
+        self.cache = cache
+
+    @cached_property
+    def visible_BTK(self) -> Tensor | None:
+        """None where every query sees every key."""
+        raise NotImplementedError
+
+    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+        mask = None if self.visible_BTK is None else self.visible_BTK[:, None].to(q_BHTD.device)
+        return sdpa_attention_forward(
+            module, q_BHTD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=scaling, is_causal=False
+        )[0]
+
+
+class CachedFullView(CachedView):
+    @cached_property
+    def visible_BTK(self) -> Tensor | None:
+        rows = self.cache.rows
+        if rows.new == 1 and rows.shortest == rows.columns:
+            return None
+        column_K = torch.arange(rows.columns, device=rows.after_B.device)
+        k_positions_BK = column_K - rows.padding_B[:, None]
+        return at_least_one(full_visible(rows.new_positions_BT[:, :, None], k_positions_BK[:, None, :]))
+
+
+class CachedStreamingView(CachedView):
+    @cached_property
+    def visible_BTK(self) -> Tensor | None:
+        rows, spec = self.cache.rows, self.cache.spec
+        slots = min(rows.longest, spec.window)
+        if rows.new == 1:
+            if rows.shortest >= slots:
+                return None
+            k_positions_BK = slot_positions(rows.after_B, slots, spec.w_sink, spec.w_recent)
+        else:
+            held = min(int(rows.before_B.max()), spec.window)
+            held_BK = slot_positions(rows.before_B, held, spec.w_sink, spec.w_recent)
+            k_positions_BK = torch.cat([held_BK, rows.new_positions_BT], dim=1)
+        q_positions_BT1 = rows.new_positions_BT[:, :, None]
+        return at_least_one(streaming_visible(q_positions_BT1, k_positions_BK[:, None, :], spec.w_sink, spec.w_recent))
+
+
+@dataclass(frozen=True)
+class Views:
+    """What both kinds of layers see in this forward pass, and the positions [B, T] for the rotary embedding."""
+
+    full: AttentionView
+    streaming: AttentionView
+    position_ids: Tensor
+
+
+def refuse_dropout(dropout: float) -> None:
+    if dropout:
+        raise HybridError(
+            f"attention_dropout={dropout}: the streaming kernels have no dropout. Set attention_dropout to 0 in the model's config"
+        )
