@@ -1,0 +1,314 @@
+"""A recipe: one YAML file that says everything about a run. This is its schema: strict, unknown names are errors.
+
+Relative paths count from the working directory. Checks that span several settings are in recipe_checks.py, the reading
+of YAML and of `--set` overrides in recipe_text.py, the wording of pydantic's complaints in recipe_faults.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lt_train.errors import UserError
+from lt_train.recipe_checks import conflicts
+from lt_train.recipe_faults import validate_all
+from lt_train.recipe_text import RecipeText, dotted, read_recipe_text
+
+Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
+"""A way to rank layers by how little they lose by streaming."""
+
+Variant = Literal["base", "converted", "trained"]
+"""What an evaluation looks at: the base model, the hybrid before training, the hybrid after training."""
+
+Precision = Literal["auto", "bf16", "fp32"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Part):
+    base: Text
+    """Hub id or local folder of the full-attention model."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Precision = "auto"
+    """auto: bf16 where the device computes in it, else fp32."""
+    attention: Literal["auto", "reference", "blocked"] = "auto"
+    """How streaming layers compute; all ways give the same numbers."""
+    trust_remote_code: bool = False
+
+
+class Calibration(Part):
+    samples: int = Field(64, ge=1)
+    max_length: int | None = Field(None, ge=2)
+    """Tokens of a sample that are looked at; null: data.max_length."""
+    w_last: int = Field(64, ge=1)
+    """Queries at the end of a sample over which lazy_ratio averages (paper, Eq. 1)."""
+    long_reach_share: float = Field(0.1, gt=0, le=1)
+    """Share of answer tokens, those whose loss rises most when every layer streams, over which reach measures."""
+
+
+class Hybrid(Part):
+    lazy_layer_ratio: Share | None = None
+    """Share of layers that stream. Either this or `layers`."""
+    strategy: Strategy | None = None
+    """How the layers are chosen; reach unless `layers` is given."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """The layers that stream, by index from 0, instead of a choice."""
+    w_sink: int = Field(4, ge=0)
+    """First tokens of a sequence that a streaming layer always sees."""
+    w_recent: int = Field(1020, ge=1)
+    """Most recent tokens that a streaming layer sees, the query itself included."""
+    compare: list[Strategy] = []
+    """Further strategies to score, and to evaluate untrained beside the chosen one."""
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strategy_unless_layers(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("layers") is None and values.get("strategy") is None:
+            return {**values, "strategy": "reach"}
+        return values
+
+
+class Data(Part):
+    source: Text
+    """Hub id, local .jsonl, .json or .parquet file, or a folder of them."""
+    split: Text = "train"
+    """Which split of a hub data set, or of a folder with files such as train.jsonl and test.jsonl."""
+    subset: Text | None = None
+    """Which subset (configuration) of a hub data set, where it has several."""
+    format: Literal["still", "messages", "prompt_response"]
+    """Fields of a row. still: question, combined_text. prompt_response: prompt, response. messages: messages, a list of
+    {role, content} that ends with an answer."""
+    max_length: int = Field(ge=2)
+    """Tokens of the longest sample, prompt and answer together."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What becomes of longer samples. truncate cuts the end, and with it the token that would teach to stop."""
+    packing: bool = False
+    """Several samples in one row of max_length tokens; they do not see each other."""
+    heldout: int = Field(0, ge=0)
+    """Samples set aside for the evaluation loss; none of their questions is trained on."""
+    limit: int | None = Field(None, ge=1)
+    """Read only the first rows."""
+
+
+class Train(Part):
+    method: Literal["lora", "full"]
+    learning_rate: float = Field(gt=0)
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Either this or `epochs`."""
+    batch_size: int = Field(ge=1)
+    """Samples (packs, when packing) per optimizer step on each process."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Samples (packs) in one forward pass; batch_size is a multiple of it, the rest is accumulated."""
+    lr_scheduler: Text = "cosine"
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: never."""
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(100, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluation losses on the held-out samples; null: only at the end."""
+    logging_steps: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    deepspeed: Text | None = None
+    """Path of a DeepSpeed configuration."""
+    trl: dict[str, Any] = {}
+    """Further arguments of TRL's SFTConfig, by their own names."""
+
+
+class Lora(Part):
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[Text] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    layers: Literal["lazy", "all"] = "lazy"
+    """lazy: adapters in the streaming layers alone."""
+    peft: dict[str, Any] = {}
+    """Further arguments of PEFT's LoraConfig, by their own names."""
+
+
+class Prompt(Part):
+    system: Text | None = None
+    """System turn; null: none, not even the one that a chat template would put in by itself."""
+    user: Text = "{question}"
+    """User turn; {question} is replaced, all other braces stay as they are."""
+    chat_template: Text | None = None
+    """Path of a Jinja file to use instead of the tokenizer's chat template."""
+
+
+class _EvalEntry(Part):
+    batch_size: int = Field(16, ge=1)
+    limit: int | None = Field(None, ge=1)
+    """Only the first problems (held-out samples)."""
+    of: list[Variant] | None = Field(None, min_length=1)
+    """What is evaluated. load_recipe fills it in: [trained], or [converted] in a recipe without training."""
+    name: Name | None = None
+    """Folder of the results, unique in a recipe. Filled in with the benchmark's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_its_benchmark(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("benchmark"), str):
+            return {**values, "name": values["benchmark"]}
+        return values
+
+
+class Eval(_EvalEntry):
+    """Problems solved by generation and graded."""
+
+    benchmark: Literal["aime24", "math500", "gsm8k", "ledger"]
+    path: Text | None = None
+    """Local file or hub id instead of the benchmark's own source."""
+    samples: int = Field(1, ge=1)
+    """Answers drawn for each problem."""
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """null: the recipe's seed."""
+
+
+class HeldoutLoss(_EvalEntry):
+    """Loss on the answers of the held-out samples."""
+
+    benchmark: Literal["heldout_loss"]
+
+
+class Track(Part):
+    wandb: Literal["online", "offline", "off"] = "off"
+    project: Text = "lt-train"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_off_is_the_word(cls, values: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as false."""
+        return {**values, "wandb": "off"} if isinstance(values, dict) and values.get("wandb") is False else values
+
+
+class Export(Part):
+    merge_lora: bool = True
+    dtype: Precision = "auto"
+    """auto: the base's own."""
+
+
+class Recipe(Part):
+    name: Name
+    """The run lies in runs/<name>/."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: Model
+    hybrid: Hybrid
+    data: Data
+    train: Train | None = None
+    """Absent: a training-free hybrid."""
+    lora: Lora | None = None
+    """Only with train.method lora; filled in with the defaults there."""
+    prompt: Prompt = Prompt()
+    eval: list[Annotated[Eval | HeldoutLoss, Field(discriminator="benchmark")]] = []
+    track: Track = Track()
+    export: Export = Export()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and lay `--set` overrides ("hybrid.w_recent=252") over it.
+
+    Raises:
+        UserError: one error that lists every fault of the file and of the overrides.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read: {error.strerror} (looked at {path.absolute()})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: not UTF-8 text ({error})") from error
+    return _check(read_recipe_text(text, overrides), path)
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; load_recipe reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+_STAND_INS = {
+    "name": "unnamed",
+    "model": {"base": "unknown"},
+    "model.base": "unknown",
+    "hybrid": {},
+    "data": {"source": "unknown", "format": "still", "max_length": 2},
+    "data.source": "unknown",
+    "data.format": "still",
+    "data.max_length": 2,
+    "train.method": "full",
+    "train.learning_rate": 1.0,
+    "train.batch_size": 1,
+    "eval.*": {"benchmark": "heldout_loss"},
+    "eval.*.max_new_tokens": 1,
+}
+"""What stands for a faulty setting that has no default, so that the rest can be checked; no such recipe is returned."""
+
+_ADVICE = {
+    "data.max_length": "TRL would cut every sample to 1024 tokens. Set it to the longest trace you want to train on",
+    "model.base": "Name the full-attention model: a hub id or a local folder",
+    "data.source": "Name the training data: a hub id, a file or a folder",
+    "data.format": "still (question, combined_text), prompt_response (prompt, response) or messages",
+    "train.batch_size": "It counts samples per optimizer step on each process",
+    "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
+    "hybrid.lazy_layer_ratio": "It is the share of layers that stream: 0 is the base, 1 has no layer that sees far",
+    "hybrid.w_recent": "A window counts the query itself",
+}
+"""What to add to a complaint about one setting."""
+
+
+def _check(text: RecipeText, path: Path) -> Recipe:
+    found = [(fault.path, dotted(fault.path), fault.message) for fault in text.faults]
+    if isinstance(text.values, dict):
+        recipe, faults = validate_all(Recipe, _with_defaults_that_depend(text.values), _STAND_INS)
+        for fault in faults:
+            advice = _ADVICE.get(dotted(fault.path))
+            message = f"{fault.message.rstrip('?')}. {advice}" if advice else fault.message
+            found.append((fault.path, dotted(fault.path), message))
+        faulty = {dotted(fault.path) for fault in faults}
+        for conflict in conflicts(recipe):
+            if not any(_overlap(setting, bad) for setting in conflict.settings for bad in faulty):
+                found.append((tuple(conflict.settings[0].split(".")), " + ".join(conflict.settings), conflict.message))
+    if found:
+        lines = [f"  {name + ': ' if name else ''}{message}{_origin(text, at)}" for at, name, message in found]
+        raise UserError("\n".join([f"recipe error in {path}", *lines]))
+    return recipe
+
+
+def _with_defaults_that_depend(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what depends on another part: a lora part where the method is lora, and what each evaluation looks at."""
+    train, entries = values.get("train"), values.get("eval")
+    filled = dict(values)
+    if isinstance(train, dict) and train.get("method") == "lora" and values.get("lora") is None:
+        filled["lora"] = {}
+    if isinstance(entries, list):
+        default = ["converted"] if train is None else ["trained"]
+        filled["eval"] = [
+            {**entry, "of": default} if isinstance(entry, dict) and entry.get("of") is None else entry
+            for entry in entries
+        ]
+    return filled
+
+
+def _overlap(setting: str, other: str) -> bool:
+    """Whether one of two settings is the other or lies inside it."""
+    shorter, longer = sorted((setting, other), key=len)
+    return longer == shorter or longer.startswith(f"{shorter}.")
+
+
+def _origin(text: RecipeText, path: tuple[str | int, ...]) -> str:
+    origin = text.origin(tuple(int(part) if str(part).isdecimal() else part for part in path))
+    return f" ({origin})" if origin else ""

@@ -1,0 +1,240 @@
+"""What settings of a recipe must agree on, and which names and files must exist. Each conflict says what to change."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lt_train.errors import UserError
+from lt_train.recipe_faults import did_you_mean
+from lt_train.sources import resolve_data, resolve_model
+from lt_train.upstream import (
+    PEFT_LORA_CONFIG_NAMES,
+    PEFT_SET_BY_RECIPE,
+    SCHEDULER_NAMES,
+    TRL_SET_BY_RECIPE,
+    TRL_SFT_CONFIG_NAMES,
+)
+
+if TYPE_CHECKING:
+    from lt_train.recipe import Eval, HeldoutLoss, Recipe
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Settings (dotted paths) that do not go together, with the way out."""
+
+    settings: tuple[str, ...]
+    message: str
+
+
+def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+    yield from chain(
+        _sources(recipe),
+        _files(recipe),
+        _layers(recipe),
+        _data(recipe),
+        _training(recipe),
+        _lora(recipe),
+        _prompt(recipe),
+        _evaluations(recipe),
+    )
+
+
+def _sources(recipe: "Recipe") -> Iterator[Conflict]:
+    local_names = [("data.source", recipe.data.source, resolve_data)]
+    local_names += [
+        (f"eval.{at}.path", entry.path, resolve_data) for at, entry in _generated(recipe) if entry.path is not None
+    ]
+    for setting, name, resolve in [("model.base", recipe.model.base, resolve_model), *local_names]:
+        try:
+            resolve(name)
+        except UserError as error:
+            yield Conflict((setting,), str(error))
+    if recipe.model.revision is not None and Path(recipe.model.base).is_dir():
+        yield Conflict(
+            ("model.revision", "model.base"),
+            f"{recipe.model.base} is a local folder and has no revisions; set model.revision to null",
+        )
+
+
+def _files(recipe: "Recipe") -> Iterator[Conflict]:
+    if recipe.prompt.chat_template is not None:
+        yield from _missing_file("prompt.chat_template", recipe.prompt.chat_template)
+    if recipe.train is not None and recipe.train.deepspeed is not None:
+        setting, path = "train.deepspeed", recipe.train.deepspeed
+        missing = list(_missing_file(setting, path))
+        yield from missing
+        if not missing:
+            try:
+                settings = json.loads(Path(path).read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                yield Conflict((setting,), f"{path} is not JSON: {error}")
+            else:
+                if not isinstance(settings, dict):
+                    yield Conflict((setting,), f"{path} holds no JSON object")
+
+
+def _missing_file(setting: str, path: str) -> Iterator[Conflict]:
+    if not Path(path).is_file():
+        yield Conflict((setting,), f"there is no file {path} (looked at {Path(path).absolute()})")
+
+
+def _layers(recipe: "Recipe") -> Iterator[Conflict]:
+    hybrid = recipe.hybrid
+    ratio, strategy, layers = "hybrid.lazy_layer_ratio", "hybrid.strategy", "hybrid.layers"
+    if hybrid.layers is None and hybrid.lazy_layer_ratio is None:
+        yield Conflict(
+            (ratio, layers), "say which layers stream: give a ratio (0.5 is the paper's) or a list of layers"
+        )
+    if hybrid.layers is not None and hybrid.lazy_layer_ratio is not None:
+        yield Conflict(
+            (layers, ratio),
+            f"the list says which layers stream, a ratio has nothing to choose; set {ratio} to null, or {layers}",
+        )
+    if hybrid.layers is not None and hybrid.strategy is not None:
+        yield Conflict(
+            (layers, strategy),
+            f"the list says which layers stream, a strategy has nothing to choose; set {strategy} to null, or {layers}",
+        )
+    if hybrid.layers is not None and len(set(hybrid.layers)) < len(hybrid.layers):
+        yield Conflict((layers,), f"layers are named twice: {_repeated(hybrid.layers)}")
+    if hybrid.strategy in hybrid.compare:
+        yield Conflict(
+            ("hybrid.compare", strategy),
+            f"{hybrid.strategy} is the chosen strategy; compare names the others: take it out",
+        )
+    if len(set(hybrid.compare)) < len(hybrid.compare):
+        yield Conflict(("hybrid.compare",), f"strategies are named twice: {_repeated(hybrid.compare)}")
+
+
+def _data(recipe: "Recipe") -> Iterator[Conflict]:
+    data = recipe.data
+    local = Path(data.source).expanduser()
+    if data.subset is not None and local.exists():
+        yield Conflict(
+            ("data.subset", "data.source"), f"{data.source} is local and has no subsets; take data.subset out"
+        )
+    if data.split != "train" and local.is_file():
+        yield Conflict(
+            ("data.split", "data.source"), f"{data.source} is one file and has no splits; take data.split out"
+        )
+    if data.limit is not None and data.heldout >= data.limit:
+        yield Conflict(
+            ("data.heldout", "data.limit"),
+            f"of {data.limit} rows {data.heldout} are set aside, so none is left; raise limit or lower heldout",
+        )
+
+
+def _training(recipe: "Recipe") -> Iterator[Conflict]:
+    train = recipe.train
+    if train is None:
+        return
+    if train.epochs is None and train.max_steps is None:
+        yield Conflict(("train.epochs", "train.max_steps"), "say how long to train: give one of them")
+    if train.epochs is not None and train.max_steps is not None:
+        yield Conflict(
+            ("train.epochs", "train.max_steps"), "both say how long to train; keep one and set the other to null"
+        )
+    if train.batch_size % train.micro_batch_size:
+        yield Conflict(
+            ("train.batch_size", "train.micro_batch_size"),
+            f"{train.batch_size} is no multiple of {train.micro_batch_size}; a step is made of whole micro-batches",
+        )
+    if train.eval_steps is not None and recipe.data.heldout == 0:
+        yield Conflict(
+            ("train.eval_steps", "data.heldout"),
+            "nothing is set aside to evaluate on; set data.heldout, or eval_steps to null",
+        )
+    if train.lr_scheduler not in SCHEDULER_NAMES:
+        near = did_you_mean(train.lr_scheduler, SCHEDULER_NAMES)
+        known = f"; there are {', '.join(sorted(SCHEDULER_NAMES))}"
+        yield Conflict(
+            ("train.lr_scheduler",),
+            f"{train.lr_scheduler!r} is no scheduler of transformers{near or known}",
+        )
+    yield from _upstream_names("train.trl", train.trl, TRL_SFT_CONFIG_NAMES, TRL_SET_BY_RECIPE, "TRL's SFTConfig")
+
+
+def _lora(recipe: "Recipe") -> Iterator[Conflict]:
+    if recipe.lora is None:
+        return
+    if recipe.train is None:
+        yield Conflict(("lora", "train"), "there is no training; take the lora part out (--set lora=null)")
+    elif recipe.train.method != "lora":
+        yield Conflict(
+            ("lora", "train.method"),
+            "method full trains the weights themselves; take the lora part out, or set train.method to lora",
+        )
+    yield from _upstream_names(
+        "lora.peft", recipe.lora.peft, PEFT_LORA_CONFIG_NAMES, PEFT_SET_BY_RECIPE, "PEFT's LoraConfig"
+    )
+
+
+def _upstream_names(
+    setting: str, given: dict[str, Any], known: frozenset[str], set_by_recipe: dict[str, str], owner: str
+) -> Iterator[Conflict]:
+    for name in given:
+        if name in set_by_recipe:
+            yield Conflict((f"{setting}.{name}",), f"the recipe sets this; use {set_by_recipe[name]}")
+        elif name not in known:
+            yield Conflict(
+                (f"{setting}.{name}",), f"no argument of {owner}{did_you_mean(name, known - set_by_recipe.keys())}"
+            )
+
+
+def _prompt(recipe: "Recipe") -> Iterator[Conflict]:
+    if "{question}" not in recipe.prompt.user:
+        yield Conflict(
+            ("prompt.user",), f"{recipe.prompt.user!r} has no place for the question; write {{question}} where it goes"
+        )
+
+
+def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
+    names = [entry.name for entry in recipe.eval]
+    for at, entry in enumerate(recipe.eval):
+        here = f"eval.{at}"
+        first = names.index(entry.name)
+        if first < at:
+            yield Conflict(
+                (f"{here}.name", f"eval.{first}.name"),
+                f"two evaluations are named {entry.name}; give one of them another name",
+            )
+        yield from _variants(recipe, here, entry)
+        if entry.benchmark == "heldout_loss" and recipe.data.heldout == 0:
+            yield Conflict(
+                (f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0"
+            )
+    for at, entry in _generated(recipe):
+        if entry.temperature == 0 and entry.samples > 1:
+            yield Conflict(
+                (f"eval.{at}.samples", f"eval.{at}.temperature"),
+                f"greedy answers are all alike, {entry.samples} say no more than one; set samples to 1, or temperature above 0",
+            )
+        if entry.temperature == 0 and entry.top_p != 1:
+            yield Conflict(
+                (f"eval.{at}.top_p", f"eval.{at}.temperature"),
+                "greedy answers know no top_p; take it out, or set temperature above 0",
+            )
+
+
+def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss") -> Iterator[Conflict]:
+    variants = entry.of or []
+    if "trained" in variants and recipe.train is None:
+        yield Conflict(
+            (f"{here}.of", "train"),
+            "nothing is trained in this recipe; evaluate converted instead of trained, or add a train part",
+        )
+    if len(set(variants)) < len(variants):
+        yield Conflict((f"{here}.of",), f"named twice: {_repeated(variants)}")
+
+
+def _generated(recipe: "Recipe") -> list[tuple[int, "Eval"]]:
+    """The evaluations that generate answers, with their index."""
+    return [(at, entry) for at, entry in enumerate(recipe.eval) if entry.benchmark != "heldout_loss"]
+
+
+def _repeated(items: list[Any]) -> str:
+    return ", ".join(sorted({str(item) for item in items if items.count(item) > 1}))

@@ -1,0 +1,125 @@
+"""Names that TRL, PEFT and transformers accept, written out so that checking a recipe imports none of them.
+
+Importing SFTConfig alone takes seconds.
+
+tests/test_upstream.py holds these lists against the installed classes and prints what to change when a version moves.
+"""
+
+TRL_SFT_CONFIG_NAMES = frozenset(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps average_tokens_across_devices max_grad_norm
+    label_smoothing_factor bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+    activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache neftune_noise_alpha
+    torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_each_node
+    logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name
+    project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+    per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
+    eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model save_strategy save_steps
+    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+    accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    remove_unused_columns label_names train_sampling_strategy length_column_name ddp_find_unused_parameters
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+    debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank model_init_kwargs
+    trust_remote_code router_aux_loss_coef chat_template_path dataset_text_field dataset_kwargs dataset_num_proc
+    eos_token max_length truncation_mode shuffle_dataset packing packing_strategy padding_free pad_to_multiple_of
+    eval_packing completion_only_loss assistant_only_loss loss_type activation_offloading pad_token
+    """.split()  # noqa: SIM905
+)
+
+PEFT_LORA_CONFIG_NAMES = frozenset(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
+    trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora velora_config
+    alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
+    lora_bias target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying
+    """.split()  # noqa: SIM905
+)
+
+SCHEDULER_NAMES = frozenset(
+    """
+    linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt reduce_lr_on_plateau
+    cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy
+    """.split()  # noqa: SIM905
+)
+
+RUN_FOLDER = "the run folder, from `name`"
+TRL_SET_BY_RECIPE = {
+    "output_dir": RUN_FOLDER,
+    "run_name": "name",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "bf16_full_eval": "model.dtype",
+    "fp16_full_eval": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "model_init_kwargs": "the settings of `model`",
+    "max_length": "data.max_length",
+    "truncation_mode": "data.overlong",
+    "packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "eval_packing": "data.packing",
+    "padding_free": "data.packing",
+    "dataset_text_field": "data.format",
+    "dataset_kwargs": "data.format",
+    "chat_template_path": "prompt.chat_template",
+    "completion_only_loss": "nothing: the loss is on the answer alone",
+    "assistant_only_loss": "nothing: the loss is on the answer alone",
+    "eos_token": "nothing: the answer ends with the token that ends a turn in the chat template",
+    "learning_rate": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "auto_find_batch_size": "train.micro_batch_size",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_steps": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "save_strategy": "train.save_steps",
+    "save_steps": "train.save_steps",
+    "save_total_limit": "train.keep_checkpoints",
+    "save_only_model": "nothing: a checkpoint must hold all that resuming needs",
+    "ignore_data_skip": "nothing: a resumed run goes on in the same order of data",
+    "resume_from_checkpoint": "nothing: a run goes on from its last whole checkpoint by itself",
+    "eval_strategy": "train.eval_steps",
+    "eval_steps": "train.eval_steps",
+    "logging_strategy": "train.logging_steps",
+    "logging_steps": "train.logging_steps",
+    "report_to": "track.wandb",
+    "project": "track.project",
+    "deepspeed": "train.deepspeed",
+    "parallelism_config": "nothing: context parallelism drops the mask of streaming layers",
+    "use_cache": "nothing: training keeps no cache",
+    "do_train": "the commands of lt-train",
+    "do_eval": "the commands of lt-train",
+    "do_predict": "the commands of lt-train",
+}
+"""Arguments of SFTConfig that a recipe sets elsewhere: name -> what to use instead."""
+
+PEFT_SET_BY_RECIPE = {
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "layers_to_transform": "lora.layers",
+    "layers_pattern": "lora.layers",
+    "base_model_name_or_path": "model.base",
+    "revision": "model.revision",
+    "task_type": "nothing: it is causal language modelling",
+    "peft_type": "nothing: it is LoRA",
+    "peft_version": "nothing: PEFT writes it",
+    "auto_mapping": "nothing: PEFT writes it",
+    "inference_mode": "the commands of lt-train",
+    "layer_replication": "nothing: it would shift which layers stream",
+}
+"""Arguments of LoraConfig that a recipe sets elsewhere: name -> what to use instead."""
