@@ -1,0 +1,61 @@
+"""Which calibration samples can tell lazy layers from others: those longer than the window."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lt_train.errors import UserError
+
+if TYPE_CHECKING:
+    from lt_train.examples import Example
+
+USABLE_SHARE = 0.5
+"""With a smaller share of usable samples the ranking would rest on much less than the recipe asked for: an error."""
+
+
+def samples_beyond_window(
+    examples: Sequence["Example"], w_sink: int, w_recent: int
+) -> tuple[list["Example"], list["Example"]]:
+    """Split into (usable, fitting): a sample that fits inside the window sees the same whether layers stream or not.
+
+    A query at position q (from 0) misses a key from `q = w_sink + w_recent` on, and the last token of a sample predicts
+    nothing; so a sample is usable from `w_sink + w_recent + 2` tokens on.
+
+    Raises:
+        UserError: there is no sample, or more than half of them fit inside the window.
+    """
+    if not examples:
+        raise UserError(
+            "hybrid.calibration: no training sample is left to score layers on. See data.limit, and data.overlong: "
+            "with drop, samples longer than data.max_length go"
+        )
+    shortest_usable = w_sink + w_recent + 2
+    usable = [example for example in examples if len(example) >= shortest_usable]
+    fitting = [example for example in examples if len(example) < shortest_usable]
+    if len(usable) < USABLE_SHARE * len(examples):
+        raise UserError(_window_too_large(sorted(map(len, examples)), len(fitting), w_sink, w_recent))
+    return usable, fitting
+
+
+def _window_too_large(lengths: list[int], fitting: int, w_sink: int, w_recent: int) -> str:
+    middle = lengths[len(lengths) // 2]
+    window = w_sink + w_recent
+    return (
+        f"hybrid.w_recent: {fitting} of {len(lengths)} calibration samples fit inside the window of {window} tokens "
+        f"(w_sink {w_sink} + w_recent {w_recent}); to them every layer looks lazy. "
+        f"With prompt and answer all have {lengths[0]} to {lengths[-1]} tokens, median {middle}.\n"
+        f"  {_sizes_that_would_do(lengths, middle, w_sink)}.\n"
+        f"  Or score on samples of at least {window + 2} tokens: raise data.max_length or "
+        "hybrid.calibration.max_length where they cut, or choose other data"
+    )
+
+
+def _sizes_that_would_do(lengths: list[int], middle: int, w_sink: int) -> str:
+    half, all_of_them = middle - w_sink - 2, lengths[0] - w_sink - 2
+    if half < 1:
+        return f"No hybrid.w_recent would do: the samples are hardly longer than w_sink {w_sink}"
+    if all_of_them < 1:
+        return f"Sizes that would do: hybrid.w_recent up to {half} (half of the samples reach further)"
+    return (
+        f"Sizes that would do: hybrid.w_recent up to {all_of_them} (all samples reach further), "
+        f"or up to {half} (half of them)"
+    )

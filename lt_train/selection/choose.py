@@ -1,0 +1,56 @@
+"""From a recipe's hybrid part to the layers that stream."""
+
+from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
+
+from lt_train.errors import UserError
+
+
+def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
+    """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
+
+    Raises:
+        UserError: that is no layer, or every layer.
+    """
+    # Through Decimal, because 0.35 * 10 is a half to a reader but not to a binary float.
+    count = int((Decimal(str(ratio)) * num_layers).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+    if 0 < count < num_layers:
+        return count
+    if num_layers < 2:
+        raise UserError(
+            "hybrid.lazy_layer_ratio: this model has one layer; a hybrid needs one that streams and one that does not"
+        )
+    which = "no layer" if count == 0 else "every layer"
+    raise UserError(
+        f"hybrid.lazy_layer_ratio: {ratio:g} of {num_layers} layers rounds to {count}, {which} would stream. "
+        f"Ratios that would do: {1 / num_layers:.3g} (1 layer) to {1 - 1 / num_layers:.3g} ({num_layers - 1} layers)"
+    )
+
+
+def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The recipe's own `hybrid.layers`, ascending.
+
+    Raises:
+        UserError: empty, every layer, a layer twice, or one the model does not have (layers count from 0).
+    """
+    if not layers:
+        raise UserError(
+            "hybrid.layers: empty, nothing would stream. Name at least one layer, or set hybrid.lazy_layer_ratio"
+        )
+    strangers = sorted({layer for layer in layers if not 0 <= layer < num_layers})
+    if strangers:
+        raise UserError(
+            f"hybrid.layers: {_listed(strangers)} not in this model, whose layers are 0 to {num_layers - 1}"
+        )
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Name each layer once")
+    if len(layers) == num_layers:
+        raise UserError(
+            "hybrid.layers: every layer would stream, and nothing could reach beyond the window. Leave one out"
+        )
+    return tuple(sorted(layers))
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(map(str, layers))

@@ -1,0 +1,105 @@
+"""What a layer profile was made from: scores of two makings are never mixed, and a reader can tell whose they are."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from lt_train import __version__
+from lt_train.hybrid import HybridForCausalLM
+
+if TYPE_CHECKING:
+    from lt_train.examples import Example
+
+_LIBRARIES = ("torch", "transformers")
+_VALUES_PER_WEIGHT = 64
+# Facts of a config that change without the model changing: where it was loaded from, by whom, in what dtype, and which
+# layers stream.
+_NOT_THE_MODEL = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "layer_types",
+    "lazy_layers",
+    "w_sink",
+    "sliding_window",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The settings of the recipe's hybrid part that scores depend on; sizes in tokens."""
+
+    w_sink: int
+    w_recent: int
+    w_last: int
+    long_reach_share: float
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Two profiles with equal fingerprints hold the same scores."""
+
+    model: str
+    """Folder or hub id the base was loaded from."""
+    config: str
+    """Hash of the model's configuration."""
+    weights: str
+    """Hash of name, shape and 64 values of each weight: a base trained on under the same name is another base."""
+    dtype: str
+    data: str
+    """Hash of the ids and tokens of the calibration samples, in order."""
+    sizes: Sizes
+    strategies: tuple[str, ...]
+    versions: dict[str, str]
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """One line for each fact that is not the same: its name, this value, the other's."""
+        mine, others = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
+        names = sorted(mine.keys() | others.keys())
+        return [f"{name}: {mine.get(name)}, {others.get(name)}" for name in names if mine.get(name) != others.get(name)]
+
+
+def fingerprint(
+    model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]
+) -> Fingerprint:
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
+    return Fingerprint(
+        model=model.config.name_or_path,
+        config=_hash(config),
+        weights=_hash_of_weights(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        data=_hash([[example.id, list(example.prompt_ids), list(example.answer_ids)] for example in examples]),
+        sizes=sizes,
+        strategies=tuple(strategies),
+        versions={"lt_train": __version__, **{library: version(library) for library in _LIBRARIES}},
+    )
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _hash_of_weights(model: HybridForCausalLM) -> str:
+    seen = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.flatten()
+        picked = flat[:: max(1, flat.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
+        seen.update(f"{name}{tuple(weight.shape)}".encode())
+        seen.update(picked.to("cpu", torch.float64).numpy().tobytes())
+    return seen.hexdigest()[:16]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,266 @@
+"""The layer profile: one score per layer, strategy and sample, with where it came from; how it is made, kept and read.
+
+profile.json     the whole profile
+samples.jsonl    its making: a header, then one row a sample, so that a killed run goes on at the next sample
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from lt_train.errors import UserError
+from lt_train.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
+from lt_train.hybrid import HybridForCausalLM
+from lt_train.recipe import Hybrid
+from lt_train.selection.calibration import samples_beyond_window
+from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
+from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
+from lt_train.selection.nll import nll_rise
+from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.reach import reach_rise
+from lt_train.selection.token_losses import smallest_rise, token_losses
+
+if TYPE_CHECKING:
+    from lt_train.examples import Example
+
+_FromFile = TypeVar("_FromFile")
+
+SCORED = ("reach", "nll", "lazy_ratio")
+"""Strategies that look at the model; `periodic` does not."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """One calibration sample's scores: `scores[strategy][layer]`."""
+
+    id: str
+    tokens: int
+    """Prompt and answer."""
+    scores: dict[str, tuple[float, ...]]
+    all_streaming: dict[str, float]
+    """`nll` and `reach`: the rise when every layer streams, to hold a single layer's rise against."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What `samples.jsonl` starts with."""
+
+    fingerprint: Fingerprint
+    num_layers: int
+    fitting: tuple[str, ...]
+    started: str
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Scores of every layer on every sample that reaches beyond the window."""
+
+    fingerprint: Fingerprint
+    num_layers: int
+    samples: tuple[SampleScores, ...]
+    fitting: tuple[str, ...]
+    """Ids of calibration samples passed over because they fit inside the window."""
+    started: str
+    """UTC, ISO 8601."""
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        return self.fingerprint.strategies
+
+    @property
+    def scores(self) -> dict[str, list[tuple[float, ...]]]:
+        """`scores[strategy][sample][layer]`."""
+        return {strategy: [sample.scores[strategy] for sample in self.samples] for strategy in self.strategies}
+
+    def choose(self, strategy: str, n_layers: int) -> tuple[int, ...]:
+        """The `n_layers` layers, ascending, that lose least by streaming according to `strategy`.
+
+        Raises:
+            UserError: the profile has no scores of that strategy.
+        """
+        if strategy == "periodic":
+            return periodic_layers(n_layers, self.num_layers)
+        if strategy not in self.strategies:
+            raise UserError(
+                f"hybrid.strategy: {strategy} is not in this layer profile, which has {', '.join(self.strategies)}. "
+                "Make the profile anew with it"
+            )
+        rank = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
+        return rank(self.scores[strategy], n_layers)
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "LayerProfile":
+        """
+        Raises:
+            UserError: the file cannot be read, or is not a whole layer profile.
+        """
+        profile = _validated(cls, read_json(path, "layer profile"), str(path))
+        for sample in profile.samples:
+            _check_sample(sample, profile.fingerprint.strategies, profile.num_layers, str(path))
+        if not profile.samples:
+            raise _not_whole(str(path), "it has no samples")
+        return profile
+
+
+def profile_layers(
+    model: HybridForCausalLM,
+    examples: Sequence["Example"],
+    hybrid: Hybrid,
+    strategies: Sequence[str],
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+) -> LayerProfile:
+    """Score every layer of `model` on every calibration example by every strategy that looks at the model.
+
+    Args:
+        model: a hybrid with any spec of the recipe's `w_sink` and `w_recent`; put into evaluation mode. hybrid: the
+        recipe's hybrid part. strategies: names; `periodic` needs no scores and is passed over. out: folder for
+        `profile.json` and `samples.jsonl`. A run that was cut off there goes on; a finished one is read back. progress:
+        show samples done, rate and time left on stderr.
+
+    Raises:
+        UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
+        data's scores.
+    """
+    sizes = Sizes(hybrid.w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_share)
+    scored = tuple(strategy for strategy in SCORED if strategy in strategies)
+    if (model.spec.w_sink, model.spec.w_recent) != (sizes.w_sink, sizes.w_recent):
+        raise ValueError(f"the model streams with {model.spec}, the recipe's sizes are {sizes}")
+    usable, fitting = samples_beyond_window(examples, sizes.w_sink, sizes.w_recent)
+    model.eval()
+    header = Header(
+        fingerprint=fingerprint(model, examples, sizes, scored),
+        num_layers=model.config.num_hidden_layers,
+        fitting=tuple(example.id for example in fitting),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    samples: list[SampleScores] = []
+    if out is not None:
+        header, samples = _begin_or_go_on(out / "samples.jsonl", header)
+    with _bar(progress) as bar:
+        task = bar.add_task(_description(scored, len(fitting)), completed=len(samples), total=len(usable))
+        for example in usable[len(samples) :]:
+            samples.append(_score_sample(model, example, sizes, scored))
+            if out is not None:
+                append_json_line(out / "samples.jsonl", dataclasses.asdict(samples[-1]))
+            bar.advance(task)
+    profile = LayerProfile(header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started)
+    if out is not None:
+        profile.save(out / "profile.json")
+    return profile
+
+
+def _score_sample(
+    model: HybridForCausalLM, example: "Example", sizes: Sizes, strategies: Sequence[str]
+) -> SampleScores:
+    scores: dict[str, list[float]] = {}
+    all_streaming: dict[str, float] = {}
+    if "reach" in strategies or "nll" in strategies:
+        losses = token_losses(model, example.prompt_ids, example.answer_ids)
+        if "reach" in strategies:
+            scores["reach"], all_streaming["reach"] = reach_rise(losses, sizes.long_reach_share)
+        if "nll" in strategies:
+            scores["nll"], all_streaming["nll"] = nll_rise(losses)
+    if "lazy_ratio" in strategies:
+        ids = [*example.prompt_ids, *example.answer_ids]
+        scores["lazy_ratio"] = lazy_ratios(model, ids, sizes)
+    for strategy, score_L in scores.items():
+        if not all(map(math.isfinite, score_L)):
+            raise UserError(
+                f"model.base: {strategy} of sample {example.id} is not finite in {model.dtype}, so no ranking. "
+                "Set model.dtype to fp32; if that does not help, the base's weights are damaged"
+            )
+    return SampleScores(
+        example.id, len(example), {name: tuple(score_L) for name, score_L in scores.items()}, all_streaming
+    )
+
+
+def _begin_or_go_on(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:
+    """Write the header into a new file, or read header and rows of one that was begun.
+
+    Raises:
+        UserError: the file was begun with another model, data or settings, or has a damaged row.
+    """
+    drop_cut_line(path)
+    rows = list(read_json_lines(path)) if path.exists() else []
+    if not rows:
+        append_json_line(path, dataclasses.asdict(header))
+        return header, []
+    where, first = rows[0]
+    begun = _validated(Header, first, where)
+    differences = begun.fingerprint.differences(header.fingerprint)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{path}: these scores were made from something else (there, here):\n  {listed}\n"
+            "Give this run another name, or delete that folder to score anew"
+        )
+    samples = [_validated(SampleScores, row, where) for where, row in rows[1:]]
+    for (where, _), sample in zip(rows[1:], samples, strict=True):
+        _check_sample(sample, header.fingerprint.strategies, header.num_layers, where)
+    return begun, samples
+
+
+def _validated(kind: type[_FromFile], values: object, where: str) -> _FromFile:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise _not_whole(where, f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+
+
+def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: int, where: str) -> None:
+    for strategy in strategies:
+        score_L = sample.scores.get(strategy, ())
+        if len(score_L) != num_layers or not all(map(math.isfinite, score_L)):
+            raise _not_whole(
+                where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers"
+            )
+
+
+def _not_whole(where: str, fault: str) -> UserError:
+    return UserError(f"{where}: not a whole layer profile ({fault}). Delete its folder and run again to make it anew")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:.2g} samples/s")
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def _description(strategies: Sequence[str], fitting: int) -> str:
+    passed_over = f" ({fitting} samples fit inside the window and are passed over)" if fitting else ""
+    return f"scoring layers by {', '.join(strategies)}{passed_over}"

@@ -1,0 +1,107 @@
+"""The loss of every answer token when all layers are full, when one of them streams, and when all of them stream.
+
+`nll` and `reach` are two readings of this one table. L layers would cost L forward passes; but below the layer that
+streams nothing differs from the full model, so its hidden states there are computed once: a single sweep through the
+layers carries the full model and every variant born so far, about L/2 forward passes in all.
+
+Shape legend: V variants of the model, T tokens of one sample, A answer tokens, D hidden size, L layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lt_train.hybrid import HybridForCausalLM
+
+# Variants run through a layer together as long as they have no more tokens than this: enough to fill a device with
+# short samples, while a long sample goes one variant at a time and its activations stay those of one forward pass.
+TOKENS_PER_CALL = 4096
+# Logits held at once (positions x vocabulary), 64 MiB in fp32: 20,000 tokens must not make 20,000 x 152,000 numbers.
+LOGITS_PER_CALL = 2**24
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Negative log-likelihood, in nats, of each answer token of one sample; fp32 on the CPU."""
+
+    full_A: Tensor
+    all_streaming_A: Tensor
+    one_streaming_LA: Tensor
+    """Row i: layer i streams, all others are full."""
+
+
+@torch.no_grad()
+def token_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TokenLosses:
+    """Score one sample, question and answer as one input; (L + 2) x T x D hidden numbers stay on the model's device.
+
+    `model` is a hybrid in evaluation mode; which of its layers stream by its own spec does not matter, only `w_sink`
+    and `w_recent` do.
+    """
+    input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
+    hidden_VTD = _variants_after_last_layer(model, input_ids_1T)
+    loss_VA = _answer_losses(model, hidden_VTD, input_ids_1T[0], first_answer=len(prompt_ids)).cpu()
+    return TokenLosses(full_A=loss_VA[0], one_streaming_LA=loss_VA[1:-1], all_streaming_A=loss_VA[-1])
+
+
+def _variants_after_last_layer(model: HybridForCausalLM, input_ids_1T: Tensor) -> Tensor:
+    """Hidden states after the last layer, `[L + 2, T, D]`: all full; layer 0, 1, ... streams; all stream."""
+    layers = model.model.layers
+    embedded_1TD = model.model.embed_tokens(input_ids_1T)
+    hidden_VTD = embedded_1TD.expand(len(layers) + 2, -1, -1).clone()
+    full, last = 0, len(layers) + 1
+    for index in range(len(layers)):
+        born = index + 1
+        streamed_2TD = _run_layer(model, index, input_ids_1T, hidden_VTD[[full, last]], streaming=True)
+        for variants in _groups(born, tokens=input_ids_1T.shape[1]):
+            hidden_VTD[variants] = _run_layer(model, index, input_ids_1T, hidden_VTD[variants], streaming=False)
+        hidden_VTD[[born, last]] = streamed_2TD
+    return hidden_VTD
+
+
+def _groups(count: int, tokens: int) -> list[slice]:
+    """Cut `count` variants of `tokens` tokens each into slices that keep to `TOKENS_PER_CALL`, or of one variant."""
+    size = max(1, TOKENS_PER_CALL // tokens)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _run_layer(
+    model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidden_VTD: Tensor, *, streaming: bool
+) -> Tensor:
+    input_ids_VT = input_ids_1T.expand(hidden_VTD.shape[0], -1)
+    views = model.model.attention_views(input_ids=input_ids_VT, attention_mask=None, position_ids=None)
+    return model.model.layers[index](
+        hidden_VTD,
+        attention_mask=views.streaming if streaming else views.full,
+        position_ids=views.position_ids,
+        position_embeddings=model.model.rotary_emb(hidden_VTD, views.position_ids),
+    )
+
+
+def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, first_answer: int) -> Tensor:
+    """fp32 losses `[V, A]`; the hidden state at position t - 1 predicts the token at position t."""
+    targets_A = ids_T[first_answer:]
+    predicting_VAD = hidden_VTD[:, first_answer - 1 : -1]
+    size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
+    rows = []
+    for hidden_AD in predicting_VAD:
+        parts = zip(hidden_AD.split(size), targets_A.split(size), strict=True)
+        rows.append(torch.cat([_losses(model, hidden, targets) for hidden, targets in parts]))
+    return torch.stack(rows)
+
+
+def _losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> Tensor:
+    logits = model.lm_head(model.model.norm(hidden_AD))
+    return nn.functional.cross_entropy(logits.float(), targets_A, reduction="none")
+
+
+def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
+    """The `n_layers` layers whose rise, averaged over samples, is smallest; ties go to the lower layer.
+
+    `scores[sample][layer]`. The sums are exact (`math.fsum`), so the order of the samples cannot matter.
+    """
+    mean_L = [math.fsum(column) / len(column) for column in zip(*scores, strict=True)]
+    ranked = sorted(range(len(mean_L)), key=lambda layer: (mean_L[layer], layer))
+    return tuple(sorted(ranked[:n_layers]))
