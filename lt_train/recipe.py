@@ -261,7 +261,7 @@ _ADVICE = {
     "data.max_length": "TRL would cut every sample to 1024 tokens. Set it to the longest trace you want to train on",
     "model.base": "Name the full-attention model: a hub id or a local folder",
     "data.source": "Name the training data: a hub id, a file or a folder",
-    "data.format": "still (question, combined_text), prompt_response (prompt, response) or messages",
+    "data.format": "The fields of a row: question, combined_text | prompt, response | messages",
     "train.batch_size": "It counts samples per optimizer step on each process",
     "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
     "hybrid.lazy_layer_ratio": "It is the share of layers that stream: 0 is the base, 1 has no layer that sees far",
@@ -271,12 +271,12 @@ _ADVICE = {
 
 
 def _check(text: RecipeText, path: Path) -> Recipe:
-    found = [(fault.path, dotted(fault.path), fault.message) for fault in text.faults]
+    found = [((), dotted(fault.path), fault.message) for fault in text.faults]  # these say by themselves where they are
     if isinstance(text.values, dict):
         recipe, faults = validate_all(Recipe, _with_defaults_that_depend(text.values), _STAND_INS)
         for fault in faults:
             advice = _ADVICE.get(dotted(fault.path))
-            message = f"{fault.message.rstrip('?')}. {advice}" if advice else fault.message
+            message = f"{fault.message}{'' if fault.message.endswith('?') else '.'} {advice}" if advice else fault.message
             found.append((fault.path, dotted(fault.path), message))
         faulty = {dotted(fault.path) for fault in faults}
         for conflict in conflicts(recipe):
@@ -297,8 +297,7 @@ def _with_defaults_that_depend(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(entries, list):
         default = ["converted"] if train is None else ["trained"]
         filled["eval"] = [
-            {**entry, "of": default} if isinstance(entry, dict) and entry.get("of") is None else entry
-            for entry in entries
+            {**entry, "of": default} if isinstance(entry, dict) and entry.get("of") is None else entry for entry in entries
         ]
     return filled
 

@@ -45,9 +45,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
 
 def _sources(recipe: "Recipe") -> Iterator[Conflict]:
     local_names = [("data.source", recipe.data.source, resolve_data)]
-    local_names += [
-        (f"eval.{at}.path", entry.path, resolve_data) for at, entry in _generated(recipe) if entry.path is not None
-    ]
+    local_names += [(f"eval.{at}.path", entry.path, resolve_data) for at, entry in _generated(recipe) if entry.path is not None]
     for setting, name, resolve in [("model.base", recipe.model.base, resolve_model), *local_names]:
         try:
             resolve(name)
@@ -86,9 +84,7 @@ def _layers(recipe: "Recipe") -> Iterator[Conflict]:
     hybrid = recipe.hybrid
     ratio, strategy, layers = "hybrid.lazy_layer_ratio", "hybrid.strategy", "hybrid.layers"
     if hybrid.layers is None and hybrid.lazy_layer_ratio is None:
-        yield Conflict(
-            (ratio, layers), "say which layers stream: give a ratio (0.5 is the paper's) or a list of layers"
-        )
+        yield Conflict((ratio, layers), "say which layers stream: give a ratio (0.5 is the paper's) or a list of layers")
     if hybrid.layers is not None and hybrid.lazy_layer_ratio is not None:
         yield Conflict(
             (layers, ratio),
@@ -114,13 +110,9 @@ def _data(recipe: "Recipe") -> Iterator[Conflict]:
     data = recipe.data
     local = Path(data.source).expanduser()
     if data.subset is not None and local.exists():
-        yield Conflict(
-            ("data.subset", "data.source"), f"{data.source} is local and has no subsets; take data.subset out"
-        )
+        yield Conflict(("data.subset", "data.source"), f"{data.source} is local and has no subsets; take data.subset out")
     if data.split != "train" and local.is_file():
-        yield Conflict(
-            ("data.split", "data.source"), f"{data.source} is one file and has no splits; take data.split out"
-        )
+        yield Conflict(("data.split", "data.source"), f"{data.source} is one file and has no splits; take data.split out")
     if data.limit is not None and data.heldout >= data.limit:
         yield Conflict(
             ("data.heldout", "data.limit"),
@@ -135,9 +127,7 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
     if train.epochs is None and train.max_steps is None:
         yield Conflict(("train.epochs", "train.max_steps"), "say how long to train: give one of them")
     if train.epochs is not None and train.max_steps is not None:
-        yield Conflict(
-            ("train.epochs", "train.max_steps"), "both say how long to train; keep one and set the other to null"
-        )
+        yield Conflict(("train.epochs", "train.max_steps"), "both say how long to train; keep one and set the other to null")
     if train.batch_size % train.micro_batch_size:
         yield Conflict(
             ("train.batch_size", "train.micro_batch_size"),
@@ -168,9 +158,7 @@ def _lora(recipe: "Recipe") -> Iterator[Conflict]:
             ("lora", "train.method"),
             "method full trains the weights themselves; take the lora part out, or set train.method to lora",
         )
-    yield from _upstream_names(
-        "lora.peft", recipe.lora.peft, PEFT_LORA_CONFIG_NAMES, PEFT_SET_BY_RECIPE, "PEFT's LoraConfig"
-    )
+    yield from _upstream_names("lora.peft", recipe.lora.peft, PEFT_LORA_CONFIG_NAMES, PEFT_SET_BY_RECIPE, "PEFT's LoraConfig")
 
 
 def _upstream_names(
@@ -178,18 +166,14 @@ def _upstream_names(
 ) -> Iterator[Conflict]:
     for name in given:
         if name in set_by_recipe:
-            yield Conflict((f"{setting}.{name}",), f"the recipe sets this; use {set_by_recipe[name]}")
+            yield Conflict((f"{setting}.{name}",), f"not to be set here; {set_by_recipe[name]}")
         elif name not in known:
-            yield Conflict(
-                (f"{setting}.{name}",), f"no argument of {owner}{did_you_mean(name, known - set_by_recipe.keys())}"
-            )
+            yield Conflict((f"{setting}.{name}",), f"no argument of {owner}{did_you_mean(name, known - set_by_recipe.keys())}")
 
 
 def _prompt(recipe: "Recipe") -> Iterator[Conflict]:
     if "{question}" not in recipe.prompt.user:
-        yield Conflict(
-            ("prompt.user",), f"{recipe.prompt.user!r} has no place for the question; write {{question}} where it goes"
-        )
+        yield Conflict(("prompt.user",), f"{recipe.prompt.user!r} has no place for the question; write {{question}} where it goes")
 
 
 def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
@@ -204,14 +188,12 @@ def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
             )
         yield from _variants(recipe, here, entry)
         if entry.benchmark == "heldout_loss" and recipe.data.heldout == 0:
-            yield Conflict(
-                (f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0"
-            )
+            yield Conflict((f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0")
     for at, entry in _generated(recipe):
         if entry.temperature == 0 and entry.samples > 1:
             yield Conflict(
                 (f"eval.{at}.samples", f"eval.{at}.temperature"),
-                f"greedy answers are all alike, {entry.samples} say no more than one; set samples to 1, or temperature above 0",
+                f"greedy answers are all the same; set samples to 1 instead of {entry.samples}, or temperature above 0",
             )
         if entry.temperature == 0 and entry.top_p != 1:
             yield Conflict(

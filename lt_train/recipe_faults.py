@@ -1,4 +1,4 @@
-"""pydantic's complaints in a user's words, all at once: a stand-in takes the place of what is faulty, the rest is checked."""
+"""pydantic's complaints in a user's words, all at once: stand-ins take the place of what is faulty."""
 
 import difflib
 import typing
@@ -31,9 +31,7 @@ BOUNDS = {
 }
 
 
-def validate_all(
-    schema: type[Schema], values: dict[str, Any], stand_ins: Mapping[str, Any]
-) -> tuple[Schema, list[Fault]]:
+def validate_all(schema: type[Schema], values: dict[str, Any], stand_ins: Mapping[str, Any]) -> tuple[Schema, list[Fault]]:
     """An instance of `schema`, and every fault of `values`; at a fault the instance holds a stand-in or the default.
 
     Args:
@@ -61,9 +59,7 @@ def _replaced(values: Any, path: Path, stand_ins: Mapping[str, Any], above: Path
     if isinstance(values, list):
         if not rest and _pattern((*above, head)) not in stand_ins:
             return values[:head] + values[head + 1 :]
-        return [
-            _replaced(item, rest, stand_ins, (*above, head)) if at == head else item for at, item in enumerate(values)
-        ]
+        return [_replaced(item, rest, stand_ins, (*above, head)) if at == head else item for at, item in enumerate(values)]
     kept = {key: item for key, item in values.items() if key != head}
     if rest:
         return {**kept, head: _replaced(values[head], rest, stand_ins, (*above, head))}
@@ -78,7 +74,7 @@ def _fault(schema: type[BaseModel], details: ErrorDetails, values: dict[str, Any
     path = _path(details["loc"], values)
     kind, given, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return Fault(path, "unknown setting" + _suggestion(schema, path, values))
+        return Fault(path, _unknown(schema, path, values))
     if kind == "invalid_key":
         return Fault(path, "a setting's name must be text")
     if kind == "missing":
@@ -119,16 +115,16 @@ def did_you_mean(given: Any, names: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _suggestion(schema: type[BaseModel], path: Path, values: dict[str, Any]) -> str:
-    """What a user may have meant by an unknown setting: a name of the same part, or the same name in another part."""
+def _unknown(schema: type[BaseModel], path: Path, values: dict[str, Any]) -> str:
+    """Say what may have been meant by an unknown setting: a name of the same part, or the same name in another part."""
     around = _schemas_at(schema, path[:-1], values)
-    here = did_you_mean(path[-1], [name for part in around for name in part.model_fields])
-    if here:
-        return here
+    names = sorted({name for part in around for name in part.model_fields})
+    if _pattern(path) in _all_settings(schema):
+        return f"no setting of this benchmark; it has {', '.join(names)}"
+    if close := did_you_mean(path[-1], names):
+        return f"unknown setting{close}"
     elsewhere = [name for name in _all_settings(schema) if name.rpartition(".")[2] == path[-1]]
-    if elsewhere:
-        return f" here; did you mean {elsewhere[0]}?"
-    return f"; there are {', '.join(sorted({name for part in around for name in part.model_fields}))}"
+    return f"unknown setting here; did you mean {elsewhere[0]}?" if elsewhere else f"unknown; there are {', '.join(names)}"
 
 
 def _schemas_at(schema: type[BaseModel], path: Path, values: Any) -> list[type[BaseModel]]:
@@ -139,9 +135,7 @@ def _schemas_at(schema: type[BaseModel], path: Path, values: Any) -> list[type[B
         if isinstance(name, str):
             schemas = [part for around in schemas for part in _parts_in(around.model_fields[name].annotation)]
     tag = values.get("benchmark")
-    picked = (
-        [part for part in schemas if tag in typing.get_args(part.model_fields["benchmark"].annotation)] if tag else []
-    )
+    picked = [part for part in schemas if tag in typing.get_args(part.model_fields["benchmark"].annotation)] if tag else []
     return picked or schemas
 
 
@@ -153,8 +147,10 @@ def _parts_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _all_settings(schema: type[BaseModel], above: str = "") -> list[str]:
+    """Every setting by its dotted path, "*" for the index in a list of parts."""
     names = []
     for name, field in schema.model_fields.items():
-        inner = _parts_in(field.annotation)
-        names += [setting for part in inner for setting in _all_settings(part, f"{above}{name}.")] or [f"{above}{name}"]
+        index = "*." if typing.get_origin(field.annotation) is list else ""
+        inner = [setting for part in _parts_in(field.annotation) for setting in _all_settings(part, f"{above}{name}.{index}")]
+        names += inner or [f"{above}{name}"]
     return names

@@ -1,7 +1,7 @@
 """From the text of a recipe, and `--set` overrides, to plain values; faults found on the way are kept, none is raised.
 
-YAML as `yaml.safe_load` reads it, with two differences: `1e-5` is a number (YAML 1.1 takes it for text), and a key given
-twice is a fault.
+YAML as `yaml.safe_load` reads it, with two differences: `1e-5` is a number (YAML 1.1 takes it for text), and a key
+given twice is a fault.
 """
 
 import re
@@ -83,7 +83,7 @@ def _parse(text: str) -> RecipeText:
     for path, key in _keys(node, (), set()):
         line = key.start_mark.line + 1
         if path in recipe.origins:
-            recipe.faults.append(Fault(path, f"given twice ({recipe.origins[path]} and line {line}); keep one"))
+            recipe.faults.append(Fault(path, f"given twice, first on {recipe.origins[path]}, then on line {line}; keep one"))
         else:
             recipe.origins[path] = f"line {line}"
     return recipe
@@ -148,7 +148,7 @@ def _keys(node: yaml.Node | None, path: Path, above: set[int]) -> Iterator[tuple
 
 
 def _lay_over(recipe: RecipeText, override: str) -> None:
-    """Apply one `a.b.0.c=value`. Parts absent or null on the way are made; the schema says later whether they may be."""
+    """Apply one `a.b.0.c=value`. Parts absent on the way are made; the schema says later whether they may be."""
     dotted_path, equals, text = override.partition("=")
     names = [name.strip() for name in dotted_path.split(".")]
     if not equals or not all(names):
