@@ -1,0 +1,197 @@
+"""What happens around each training step: whole checkpoints, the log, the progress line, a stop at the first NaN."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lt_train.errors import UserError
+from lt_train.files import append_json_line
+from lt_train.tracking import Tracker
+from lt_train.training.checkpoints import Settings, remove_old_checkpoints, write_manifest
+from lt_train.training.log import LOG_FILE, resume_log
+from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Declares each checkpoint whole when all processes have written it, and only then deletes the oldest.
+
+    Trainer's own rotation (save_total_limit) deletes before this callback runs; a kill in between would leave no whole checkpoint.
+    """
+
+    def __init__(self, settings: Settings, keep: int, adapter_only: bool) -> None:
+        self.settings = settings
+        self.keep = keep
+        self.adapter_only = adapter_only
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
+        # resumed run logs the same means, and so that a NaN stops the run before it is saved.
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            check_saved_shapes(folder, full_shapes(model, trainable_only=self.adapter_only))
+            write_manifest(folder, state.global_step, self.settings)
+            remove_old_checkpoints(Path(args.output_dir), self.keep)
+        PartialState().wait_for_everyone()
+
+
+class TrainingLog(TrainerCallback):
+    """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second.
+
+    `num_tokens` counts the tokens of all processes since the very first step; `seconds` the time spent in steps, over all resumes, without
+    evaluation and saving.
+    """
+
+    def __init__(self, out: Path, tracker: Tracker) -> None:
+        self.path = out / LOG_FILE
+        self.tracker = tracker
+        self.seconds = 0.0
+        self.logged_seconds = 0.0
+        self.logged_tokens = 0
+        self.step_started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.logged_tokens = state.num_input_tokens_seen
+        if state.is_world_process_zero:
+            steps = [row for row in resume_log(self.path, state.global_step) if "loss" in row]
+            self.seconds = self.logged_seconds = steps[-1]["seconds"] if steps else 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.step_started
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" in logs:
+            row = self._training_row(state, logs)
+        elif "eval_loss" in logs:
+            row = {"step": state.global_step, "eval_loss": logs["eval_loss"], "eval_tokens": logs["eval_tokens"]}
+        else:
+            return  # Trainer's closing summary, whose means cover this process alone
+        if state.is_world_process_zero:
+            append_json_line(self.path, row)
+            self.tracker.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=row["step"])
+        check_finite(row)
+
+    def _training_row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
+        seconds = self.seconds - self.logged_seconds
+        tokens = state.num_input_tokens_seen - self.logged_tokens
+        self.logged_seconds, self.logged_tokens = self.seconds, state.num_input_tokens_seen
+        return {
+            "step": state.global_step,
+            "epoch": logs["epoch"],
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "token_accuracy": logs["mean_token_accuracy"],
+            "entropy": logs["entropy"],
+            "tokens": tokens,
+            "num_tokens": state.num_input_tokens_seen,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+
+
+def check_finite(row: dict[str, float]) -> None:
+    """Stop before NaN weights are saved: this runs at each logged step, and each step that is saved is logged first."""
+    for name in ("loss", "grad_norm", "eval_loss"):
+        if name in row and not math.isfinite(row[name]):
+            raise UserError(
+                f"training stopped at step {row['step']}: {name} is {row[name]}. The checkpoints written before it are good: lower "
+                "train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train into another run folder"
+            )
+
+
+class ProgressLine(TrainerCallback):
+    """A bar with rate and time left on a terminal; elsewhere (a log file, SLURM) a line at most every ten seconds."""
+
+    def __init__(self) -> None:
+        console = Console(file=sys.stderr)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", figures="")
+        self.started = time.perf_counter()
+        self.first_step = 0
+        self.printed = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.perf_counter()
+        self.first_step = state.global_step
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        seconds_a_step = (time.perf_counter() - self.started) / max(state.global_step - self.first_step, 1)
+        figures = f"loss {logs['loss']:.4f}  {seconds_a_step:.2f} s/step"
+        self.bar.update(self.task, figures=figures)
+        now = time.perf_counter()
+        if self.bar.disable and (now - self.printed > 10 or state.global_step == state.max_steps):
+            self.printed = now
+            left = seconds_a_step * (state.max_steps - state.global_step)
+            print(f"training {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left", file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also when training ends by an error."""
+        self.bar.stop()

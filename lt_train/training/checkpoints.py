@@ -1,0 +1,180 @@
+"""Whole checkpoints: how one is told from a half-written one, which one a run goes on from, and what becomes of the others.
+
+Trainer writes a checkpoint file by file, so a killed process leaves a folder that looks like one. After all its files are on
+disk we write `manifest.json` into it, as the last thing and in one step: a checkpoint with a manifest that fits its files is whole,
+everything else is not. The manifest also says from which settings and data the checkpoint came, so that another recipe never goes on
+from it unnoticed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lt_train.errors import UserError
+from lt_train.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+BLOCK = 2**20  # bytes read at a time
+BLOCKS_READ = 256  # of each file: up to 256 MiB it is read whole, beyond that in evenly spaced blocks
+
+Settings = dict[str, Any]  # flat: dotted name of a setting → its value, as JSON can hold it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    step: int
+    settings: Settings  # what it was trained with
+
+
+def last_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or None. Each broken one that is newer is reported and set aside, not deleted."""
+    for candidate in reversed(_checkpoint_folders(folder)):
+        fault = fault_of(candidate)
+        if fault is None:
+            return read_checkpoint(candidate)
+        aside = _set_aside(candidate)
+        report(f"{candidate} is not whole ({fault}): passed over; what there is of it is now in {aside.name}")
+    return None
+
+
+def whole_final(final: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The finished training in `final`, or None if there is none; a damaged one is reported and set aside."""
+    if not final.exists():
+        return None
+    fault = fault_of(final)
+    if fault is None:
+        return read_checkpoint(final)
+    report(f"{final} is not whole ({fault}): it is made again; what there is of it is now in {_set_aside(final).name}")
+    return None
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why `folder` is not a whole checkpoint, or None if it is one."""
+    if not (folder / MANIFEST).is_file():
+        return f"no {MANIFEST}: the process that wrote it was cut off"
+    try:
+        files = read_json(folder / MANIFEST, "checkpoint manifest")["files"]
+    except UserError as error:
+        return str(error)
+    for name, recorded in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        size = (folder / name).stat().st_size
+        if size != recorded["size"]:
+            return f"{name} has {size} bytes instead of {recorded['size']}"
+        if _file_hash(folder / name) != recorded["sha256_of_blocks"]:
+            return f"the content of {name} changed after it was saved"
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    manifest = read_json(folder / MANIFEST, "checkpoint manifest")
+    return Checkpoint(folder, manifest["step"], manifest["settings"])
+
+
+def write_manifest(folder: Path, step: int, settings: Settings) -> None:
+    """Declare `folder` whole. Call it when every process has written its files."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())  # a manifest must not outlive a power cut that its files did not
+        files[name] = {"size": (folder / name).stat().st_size, "sha256_of_blocks": _file_hash(folder / name)}
+    write_json(folder / MANIFEST, {"step": step, "settings": settings, "files": files})
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints. Call it after the newest one got its manifest."""
+    for old in _checkpoint_folders(folder)[:-keep]:
+        (old / MANIFEST).unlink(missing_ok=True)  # first: half-deleted, it must not count as whole
+        shutil.rmtree(old)
+
+
+def check_same_settings(found: Checkpoint, settings: Settings) -> None:
+    """Raise a UserError that names every setting in which `found` differs from what is asked for now."""
+    differing = [
+        f"  {name}: {found.settings.get(name)!r} then, {settings.get(name)!r} now"
+        for name in sorted(found.settings.keys() | settings.keys())
+        if found.settings.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{found.folder}: was trained with other settings, going on from it would mix two trainings\n"
+            + "\n".join(differing)
+            + "\nGo back to the old settings, or train into another run folder (another name)"
+        )
+
+
+def publish_weights(checkpoint: Checkpoint, final: Path) -> None:
+    """Make `final` hold what a reader of the trained model needs from `checkpoint`: weights, configs, tokenizer; no optimizer state.
+
+    The folder appears in one step with its manifest inside. Files are hard links where the file system has them, so that a large
+    model does not lie on the disk twice.
+    """
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for file in sorted(checkpoint.folder.iterdir()):
+        if file.is_file() and not _belongs_to_the_trainer(file.name):
+            _link_or_copy(file, unfinished / file.name)
+    write_manifest(unfinished, checkpoint.step, checkpoint.settings)
+    os.replace(unfinished, final)
+
+
+def _belongs_to_the_trainer(name: str) -> bool:
+    """Files beside the weights in a Trainer checkpoint (transformers/trainer.py, deepspeed's engine), of no use after training."""
+    exact = {"optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "latest"}
+    return name in exact | {MANIFEST, "zero_to_fp32.py", "README.md"} or name.startswith("rng_state")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    """All checkpoint-<step> folders, oldest step first."""
+    found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step_of(p) is not None]
+    return sorted(found, key=lambda p: _step_of(p) or 0)
+
+
+def _step_of(folder: Path) -> int | None:
+    step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(step) if step.isdecimal() else None
+
+
+def _set_aside(broken: Path) -> Path:
+    """Rename a broken checkpoint out of the way of the one that training will save at the same step.
+
+    One that was never finished holds nothing of use and takes the place of an earlier one, so that a run that is killed often does
+    not fill the disk; one that was whole once is kept whatever happens.
+    """
+    if not (broken / MANIFEST).exists():
+        aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        number = 1
+        while (aside := broken.with_name(f"damaged-{broken.name}-{number}")).exists():
+            number += 1
+    os.replace(broken, aside)
+    return aside
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: damage shows, and 100 GB still take a second."""
+    digest = hashlib.sha256()
+    stride = max(BLOCK, path.stat().st_size // BLOCKS_READ)
+    with open(path, "rb") as file:
+        for start in range(0, path.stat().st_size, stride):
+            file.seek(start)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()

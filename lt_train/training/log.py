@@ -1,0 +1,32 @@
+"""train/log.jsonl: one row per logged step, which a resumed run continues."""
+
+from pathlib import Path
+from typing import Any
+
+from lt_train.files import append_json_line, drop_cut_line, read_json_lines
+
+LOG_FILE = "log.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a training as if it had never been cut off, in order of steps. No file: no rows.
+
+    A row {"resumed_from": n} says that the run went on from step n: what had been logged past n before it did not survive.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for _, row in read_json_lines(path):
+        if "resumed_from" in row:
+            rows = [r for r in rows if r["step"] <= row["resumed_from"]]
+        else:
+            rows.append(row)
+    return rows
+
+
+def resume_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Prepare the log for a run that goes on from `step` (0: from the start). Returns the rows up to there."""
+    drop_cut_line(path)
+    if path.exists():
+        append_json_line(path, {"resumed_from": step})
+    return read_log(path)

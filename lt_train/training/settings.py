@@ -1,0 +1,130 @@
+"""A recipe's training settings: as TRL's SFTConfig, as the dtype of the weights, and as what a checkpoint must agree with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from lt_train.errors import UserError
+from lt_train.files import read_json
+from lt_train.hybrid import HybridSpec
+from lt_train.recipe import Recipe, Train
+from lt_train.training.checkpoints import Settings
+
+
+def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
+    """Everything TRL is told. Our rows are tokenized already, so its own preparation of data is off."""
+    bf16 = trains_in_bf16(recipe)
+    ours = {
+        "output_dir": str(out),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "bf16": bf16,
+        # transformers refuses bf16 without an accelerator unless the CPU was asked for; DeepSpeed finds the CPU by itself
+        "use_cpu": train.deepspeed is None and not torch.accelerator.is_available(),
+        "deepspeed": _deepspeed_file(train),
+        # data
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": recipe.data.max_length,
+        "packing": recipe.data.packing,
+        "eval_packing": False,
+        # optimization
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler,
+        "warmup_steps": train.warmup_ratio,  # below 1 it is a share of all steps
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "num_train_epochs": train.epochs or 1,
+        "max_steps": train.max_steps or -1,  # -1: as the epochs say
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "activation_checkpointing": train.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "use_cache": False,
+        # evaluation: a row of a padding-free batch is a whole batch, so packed runs evaluate one sample at a time
+        "per_device_eval_batch_size": 1 if recipe.data.packing else train.micro_batch_size,
+        "eval_strategy": "steps" if recipe.data.heldout else "no",
+        "eval_steps": train.eval_steps or 10**9,  # Trainer evaluates after the last step as well
+        # checkpoints and logs; old checkpoints are deleted by WholeCheckpoints
+        "save_strategy": "steps",
+        "save_steps": train.save_steps,
+        "save_total_limit": None,
+        "logging_strategy": "steps",
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,  # a NaN must show
+        "include_num_input_tokens_seen": "all" if recipe.data.packing else "non_padding",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    taken = sorted(ours.keys() & train.trl.keys())
+    if taken:
+        raise UserError(f"train.trl: {', '.join(taken)}: set by lt_train itself from the rest of the recipe. Remove it")
+    try:
+        config = SFTConfig(**ours, **train.trl)
+    except (ValueError, TypeError, ImportError) as error:  # transformers checks values and combinations here
+        raise UserError(f"train: TRL does not take these settings: {error}") from error
+    if config.n_gpu > 1:
+        raise UserError(
+            f"{config.n_gpu} GPUs are visible to one process. Start one process for each (deepspeed --num_gpus {config.n_gpu} --module "
+            "lt_train train …, or torchrun), or show it only one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return config
+
+
+def trains_in_bf16(recipe: Recipe) -> bool:
+    """Whether matrix products of the training run in bf16: as model.dtype says; auto: where the device computes in bf16."""
+    if recipe.model.dtype == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return recipe.model.dtype == "bf16"
+
+
+def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:
+    """The dtype in which to load the weights.
+
+    A step of AdamW at a fine-tuning learning rate is smaller than bf16 can add to a weight (8 bits of mantissa), so weights that are
+    trained are kept in fp32 and cast to bf16 for the products (autocast). Two cases need no such copy of their own: LoRA, whose base is
+    frozen and whose adapter PEFT keeps in fp32, and DeepSpeed, whose optimizer keeps fp32 weights beside the bf16 ones.
+    """
+    if not trains_in_bf16(recipe):
+        return torch.float32
+    return torch.bfloat16 if train.method == "lora" or train.deepspeed else torch.float32
+
+
+def settings_of_training(
+    recipe: Recipe, train: Train, spec: HybridSpec, data_sha256: str, num_processes: int
+) -> Settings:
+    """All that shapes the course of a training, flat and by the recipe's names: a checkpoint goes on only where all of it is equal.
+
+    How often to log, save and evaluate, and how many checkpoints to keep, may change between a kill and the resume.
+    """
+    free_to_change = {"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "deepspeed"}
+    settings: dict[str, Any] = {
+        "seed": recipe.seed,
+        "model.base": recipe.model.base,
+        "model.revision": recipe.model.revision,
+        "bf16": trains_in_bf16(recipe),
+        "lazy layers": list(spec.lazy_layers),
+        "hybrid.w_sink": spec.w_sink,
+        "hybrid.w_recent": spec.w_recent,
+        "data.max_length": recipe.data.max_length,
+        "data.packing": recipe.data.packing,
+        "SHA-256 of the training data": data_sha256,
+        "number of processes": num_processes,
+        "train.deepspeed (content)": read_json(Path(_deepspeed_file(train) or ""), "DeepSpeed configuration")
+        if train.deepspeed
+        else None,
+    }
+    settings |= {f"train.{k}": v for k, v in train.model_dump().items() if k not in free_to_change}
+    settings |= {f"lora.{k}": v for k, v in (recipe.lora.model_dump() if recipe.lora else {}).items()}
+    return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
+
+
+def _deepspeed_file(train: Train) -> str | None:
+    if train.deepspeed is None:
+        return None
+    path = Path(train.deepspeed)
+    if not path.is_file():
+        raise UserError(f"train.deepspeed: {train.deepspeed}: no such file (looked at {path.absolute()})")
+    return str(path)

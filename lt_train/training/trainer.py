@@ -1,0 +1,179 @@
+"""Fine-tune a hybrid: `train` goes from examples to a folder of trained weights, and goes on where it was cut off."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTConfig
+
+from lt_train.errors import UserError
+from lt_train.examples import ExampleSet
+from lt_train.files import read_json
+from lt_train.hybrid import HybridSpec
+from lt_train.recipe import Recipe
+from lt_train.tracking import Tracker
+from lt_train.training.callbacks import ProgressLine, TrainingLog, WholeCheckpoints
+from lt_train.training.checkpoints import (
+    Checkpoint,
+    Settings,
+    check_same_settings,
+    last_whole_checkpoint,
+    publish_weights,
+    read_checkpoint,
+    whole_final,
+)
+from lt_train.training.dataset import examples_fingerprint, training_dataset
+from lt_train.training.log import LOG_FILE, read_log
+from lt_train.training.lora import lora_config
+from lt_train.training.settings import settings_of_training, sft_config, weights_dtype
+from lt_train.training.sft_trainer import HybridSFTTrainer
+
+FINAL = "final"
+LoadModel = Callable[[torch.dtype], PreTrainedModel]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    folder: Path  # full: a hybrid checkpoint; LoRA: the adapter. load_trained reads either
+    steps: int
+    train_loss: float | None  # at the last logged step
+    eval_loss: float | None  # after the last step, per held-out answer token; None without held-out examples
+    num_tokens: int | None  # seen in all steps, by all processes, over all resumes
+    seconds: float | None  # spent in steps, over all resumes
+
+
+def train(
+    recipe: Recipe,
+    load_model: LoadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example_set: ExampleSet,
+    spec: HybridSpec,
+    out: Path,
+    tracker: Tracker,
+    report: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train as `recipe.train` says; called again with a half-done `out` it goes on, with a finished one it returns at once.
+
+    Every process of a distributed run calls this; the main one alone writes logs and reports.
+
+    Args:
+        load_model: gives the hybrid in the dtype asked for. It is called after TRL's configuration exists, because only then does
+            `from_pretrained` know that DeepSpeed ZeRO-3 wants the weights sharded as they are read.
+        out: holds checkpoint-<step>/, log.jsonl and, at the end, final/.
+
+    Raises:
+        UserError: a setting TRL or PEFT refuses, a folder trained with other settings, a loss that is NaN.
+    """
+    assert recipe.train is not None, "the pipeline trains only recipes with a `train` part"
+    config = sft_config(recipe, recipe.train, out)  # first: it starts the processes' communication
+    data_sha256 = examples_fingerprint(example_set.train)
+    settings = settings_of_training(recipe, recipe.train, spec, data_sha256, PartialState().num_processes)
+    final = out / FINAL
+    finished = _decided_by_main(lambda: _same_settings(whole_final(final, report), settings))
+    if finished is None:
+        checkpoint = _decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
+        if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
+            trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
+            trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
+            trainer.add_callback(TrainingLog(out, tracker))
+            _run(trainer, checkpoint, report)
+        finished = _decided_by_main(lambda: _publish(out, final, report))
+    return _result(out, finished)
+
+
+def _build_trainer(
+    recipe: Recipe,
+    config: SFTConfig,
+    load_model: LoadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example_set: ExampleSet,
+    spec: HybridSpec,
+) -> HybridSFTTrainer:
+    assert recipe.train is not None
+    data, heldout = recipe.data, example_set.heldout
+    model = load_model(weights_dtype(recipe, recipe.train))
+    trainer = HybridSFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=training_dataset(example_set.train, max_length=data.max_length, packing=data.packing),
+        eval_dataset=training_dataset(heldout, max_length=data.max_length, packing=False) if heldout else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
+    )
+    if recipe.lora is not None:
+        # With a name there, each save asks the hub for the base's config and reads it as a hybrid's (peft/utils/save_and_load.py,
+        # get_peft_model_state_dict); the manifest and the resolved recipe say which base it is.
+        trainer.model.peft_config["default"].base_model_name_or_path = None
+    return trainer
+
+
+def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> None:
+    """All steps that are left. The last one ends with an evaluation and a checkpoint."""
+    progress = ProgressLine()
+    if trainer.is_world_process_zero():
+        trainer.add_callback(progress)
+        report(_opening(trainer, checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+    finally:
+        progress.close()
+
+
+def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
+    trained, frozen = trainer.get_num_trainable_parameters(), sum(p.numel() for p in trainer.model.parameters())
+    start = f", goes on from {checkpoint.folder.name}" if checkpoint else ""
+    return f"training {trained:,} of {frozen:,} parameters on {len(trainer.train_dataset):,} rows{start}"
+
+
+def _decided_by_main(decide: Callable[[], T]) -> T:
+    """Let the main process look at (and tidy) the folder, and tell all processes what it found; an error is raised in all of them."""
+    outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
+    if PartialState().is_main_process:
+        try:
+            outcome = [(decide(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+    ((value, error),) = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def _same_settings(found: Checkpoint | None, settings: Settings) -> Checkpoint | None:
+    if found is not None:
+        check_same_settings(found, settings)
+    return found
+
+
+def _planned_steps(checkpoint: Checkpoint) -> int:
+    """Trainer takes one step too many when it resumes in mid-epoch from the last step, so it is not asked to."""
+    return read_json(checkpoint.folder / TRAINER_STATE_NAME, "trainer state")["max_steps"]
+
+
+def _publish(out: Path, final: Path, report: Callable[[str], None]) -> Checkpoint:
+    last = last_whole_checkpoint(out, report)
+    if last is None:
+        raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
+    publish_weights(last, final)
+    return read_checkpoint(final)
+
+
+def _result(out: Path, finished: Checkpoint) -> TrainResult:
+    rows = read_log(out / LOG_FILE)
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    return TrainResult(
+        folder=finished.folder,
+        steps=finished.step,
+        train_loss=steps[-1]["loss"] if steps else None,
+        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
+        num_tokens=steps[-1]["num_tokens"] if steps else None,
+        seconds=steps[-1]["seconds"] if steps else None,
+    )

@@ -1,0 +1,45 @@
+"""A tiny hybrid and its data, trained in about a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+
+from lt_train.tracking import NoTracker, Tracker
+from lt_train.training.trainer import TrainResult
+
+
+class Cut(BaseException):
+    """Ends a training in mid-step, past every `except Exception`, as a kill would."""
+
+
+class CutAt(NoTracker):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step == self.step:
+            raise Cut
+
+
+@pytest.fixture
+def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
+    """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it goes on."""
+
+    def train(folder: str, *, tracker: Tracker | None = None, **settings: Any) -> TrainResult:
+        return tiny_training.train_in(tmp_path / folder, settings, tracker or NoTracker())
+
+    return train
+
+
+@pytest.fixture
+def train_until(tmp_path: Path) -> Callable[..., None]:
+    """train_until(7, "a", **settings): the same, cut off while step 7 is logged, before a checkpoint of that step."""
+
+    def train(step: int, folder: str, **settings: Any) -> None:
+        with pytest.raises(Cut):
+            tiny_training.train_in(tmp_path / folder, settings, CutAt(step))
+
+    return train

@@ -1,0 +1,86 @@
+"""Trains a tiny hybrid on made-up data: imported by the tests beside it, and started by them as a process of its own.
+
+python tests/training/tiny_training.py FOLDER '{"train": {"max_steps": 3}}'
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from lt_train.examples import Example, ExampleSet
+from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.recipe import Recipe
+from lt_train.tracking import NoTracker, Tracker
+from lt_train.training.trainer import TrainResult, train
+
+EOS, PAD, VOCABULARY = 0, 1, 40
+SPEC = HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=1, w_recent=4)
+
+
+def train_in(out: Path, settings: dict[str, Any], tracker: Tracker) -> TrainResult:
+    recipe = tiny_recipe(settings)
+    return train(recipe, load_tiny, tiny_tokenizer(), tiny_examples(recipe.data.heldout), SPEC, out, tracker, print)
+
+
+def tiny_recipe(settings: dict[str, Any]) -> Recipe:
+    """A valid recipe; `settings` is laid over it, part by part."""
+    parts: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "model": {"base": "tiny", "dtype": "fp32"},
+        "hybrid": {"layers": list(SPEC.lazy_layers), "w_sink": SPEC.w_sink, "w_recent": SPEC.w_recent},
+        "data": {"source": "made up", "format": "prompt_response", "max_length": 24},
+        "train": {"method": "full", "learning_rate": 3e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 2},
+    }
+    for part, values in settings.items():
+        parts[part] = {**parts[part], **values} if isinstance(values, dict) and part in parts else values
+    return Recipe.model_validate(parts)
+
+
+def load_tiny(dtype: torch.dtype) -> HybridForCausalLM:
+    """The same weights each time."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=SPEC.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_hybrid(config, SPEC).to(dtype)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    model = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<pad>")
+
+
+def tiny_examples(heldout: int = 0, count: int = 22) -> ExampleSet:
+    """`count` training examples of 6 to 20 tokens and `heldout` others; the answer repeats the prompt's words."""
+    generator = random.Random(1)
+    examples = []
+    for number in range(count + heldout):
+        prompt = tuple(generator.randrange(2, VOCABULARY) for _ in range(generator.randint(3, 9)))
+        answer = (*prompt[: generator.randint(2, len(prompt))], EOS)
+        examples.append(Example(id=str(number), where=f"made up:{number}", prompt_ids=prompt, answer_ids=answer))
+    return ExampleSet(train=examples[:count], heldout=examples[count:], counts={"read": count + heldout})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(train_in(Path(sys.argv[1]), json.loads(sys.argv[2]), NoTracker()))
