@@ -35,9 +35,7 @@ class Rows:
         if self.before_B is None:
             self.after_B = torch.zeros(batch, dtype=torch.long, device=device)
         elif self.after_B.shape[0] != batch:
-            raise HybridError(
-                f"this cache holds {self.after_B.shape[0]} rows, the input has {batch}: make a cache per batch"
-            )
+            raise HybridError(f"this cache holds {self.after_B.shape[0]} rows, the input has {batch}: make a cache per batch")
         self.columns += new
         self.new = new
         self.before_B = self.after_B
@@ -49,7 +47,8 @@ class Rows:
         stale = (self.before_B > 0)[:, None] & ~real_BT
         if bool(stale.any()) or bool((real_BT[:, :-1] & ~real_BT[:, 1:]).any()):
             raise HybridError(
-                "padding after a row's first real token: cached generation takes left padding only. Set tokenizer.padding_side='left'"
+                "padding after a row's first real token: a cache takes left padding only. Set tokenizer.padding_side='left', "
+                "or use_cache=False"
             )
         self.after_B = self.before_B + real_BT.sum(dim=1)
         self.shortest, self.longest = int(self.after_B.min()), int(self.after_B.max())

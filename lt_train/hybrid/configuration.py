@@ -21,9 +21,7 @@ class HybridConfigMixin:
         if unknown:
             raise HybridError(f"layer_types: unknown {sorted(unknown)}; a hybrid has {FULL} and {STREAMING}")
         if len(self.layer_types) != self.num_hidden_layers:
-            raise HybridError(
-                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
-            )
+            raise HybridError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
         if self.sliding_window is None:
             raise HybridError("sliding_window: missing; it is w_recent, the window of the streaming layers in tokens")
         if self.hybrid_version != HYBRID_VERSION:

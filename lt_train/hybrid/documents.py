@@ -109,9 +109,7 @@ def find_documents(
     spans = _spans(real, starts)
     counted = _positions(spans, batch, length, device)
     if position_ids is None and len(spans) > int(real.any(dim=1).sum()):
-        raise HybridError(
-            "attention_mask has a hole inside a row: real tokens must be contiguous. Pack by position_ids instead"
-        )
+        raise HybridError("attention_mask has a hole inside a row: real tokens must be contiguous. Pack by position_ids instead")
     if position_ids is not None and not torch.equal(counted[real], position_ids[real]):
         raise HybridError(
             "position_ids must count 0, 1, 2, … from the first real token of every document: sinks are the tokens at positions "

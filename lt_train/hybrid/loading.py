@@ -1,4 +1,4 @@
-"""From a base model to a hybrid one: a config is written, weights are not. The base's shards load straight into the hybrid class."""
+"""From a base model to a hybrid: a config is written, weights are not. The base's shards load straight into the hybrid class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,7 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())
         carried = {name: value for name, value in carried.items() if name in known}
-    return family.config_class(
-        **carried, layer_types=spec.layer_types, sliding_window=spec.w_recent, w_sink=spec.w_sink
-    )
+    return family.config_class(**carried, layer_types=spec.layer_types, sliding_window=spec.w_recent, w_sink=spec.w_sink)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -139,14 +137,8 @@ def load_hybrid_checkpoint(
 
 
 def _load(source: str | Path, config: HybridConfig, **from_pretrained: Any) -> HybridForCausalLM:
-    model, info = family_of(config).model_class.from_pretrained(
-        source, config=config, output_loading_info=True, **from_pretrained
-    )
-    wrong = {
-        kind: sorted(map(str, info[kind]))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
+    model, info = family_of(config).model_class.from_pretrained(source, config=config, output_loading_info=True, **from_pretrained)
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in wrong.items())
         raise HybridError(f"{source}: its weights do not fit a {config.model_type} model ({found})")

@@ -43,9 +43,7 @@ def hybrid_attention(
 ) -> tuple[Tensor, None]:
     """What transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]."""
     if not isinstance(attention_mask, AttentionView):
-        raise HybridError(
-            "a hybrid's layers were run without the hybrid's own forward, which says what each of them sees"
-        )
+        raise HybridError("a hybrid's layers were run without the hybrid's own forward, which says what each of them sees")
     return attention_mask.attend(module, query, key, value, scaling, dropout), None
 
 
@@ -102,9 +100,7 @@ class HybridBody(OwnAttention):
         documents = find_documents(batch, new, device, attention_mask, position_ids)
         if cache is not None:
             if documents.are_packed:
-                raise HybridError(
-                    "packed documents cannot share a KV cache: pass use_cache=False, or one document per row"
-                )
+                raise HybridError("packed documents cannot share a KV cache: pass use_cache=False, or one document per row")
             cache.rows.advance(_padding(attention_mask), batch, new, device)
         return Views(
             full=FullView(documents),
@@ -161,9 +157,7 @@ class HybridBody(OwnAttention):
                 "Load the model anew and leave it as it is"
             )
         if cu_seq_lens_q is not None and position_ids is None:
-            raise HybridError(
-                "cu_seq_lens without position_ids: pass position_ids that restart at 0 with each packed document"
-            )
+            raise HybridError("cu_seq_lens without position_ids: pass position_ids that restart at 0 with each packed document")
         if isinstance(attention_mask, dict):
             raise HybridError(
                 "attention_mask is a dict of masks: a hybrid makes its own. Pass a padding mask [batch, tokens], or none"
@@ -190,17 +184,17 @@ class HybridBody(OwnAttention):
         if given is not None:
             if not isinstance(given, HybridCache):
                 raise HybridError(
-                    f"past_key_values is a {type(given).__name__}, which drops the sinks: pass HybridCache(model.config.spec) or none"
+                    f"past_key_values is a {type(given).__name__}, which drops the sinks: "
+                    "pass HybridCache(model.config.spec), or none"
                 )
             if given.spec != self.spec:
                 raise HybridError(
                     "past_key_values was made for a hybrid with other layers or sizes: make it from model.config.spec"
                 )
             return given
-        if (
-            use_cache is None
-        ):  # the config's default is meant for generation; training and packed batches have no use for it
-            use_cache = self.config.use_cache and not self.training and position_ids is None
+        if use_cache is None:  # the config's default is meant for generation, not for training, packed or right-padded batches
+            ends_in_padding = attention_mask is not None and not bool(attention_mask[:, -1].all())
+            use_cache = self.config.use_cache and not self.training and position_ids is None and not ends_in_padding
         return HybridCache(self.spec) if use_cache else None
 
 

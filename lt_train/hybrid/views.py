@@ -28,9 +28,7 @@ STREAMING_KERNELS: dict[str, Callable[..., Tensor]] = {
 class AttentionView:
     """Decides what a layer's queries see, and computes their attention."""
 
-    def attend(
-        self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         """Queries and keys come after rotary embedding, keys and values from the cache if there is one. Returns out_BTHD."""
         raise NotImplementedError
 
@@ -58,9 +56,7 @@ class StreamingView(AttentionView):
 
     def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
         refuse_dropout(dropout)
-        kernel = partial(
-            STREAMING_KERNELS[self.kernel], w_sink=self.spec.w_sink, w_recent=self.spec.w_recent, scaling=scaling
-        )
+        kernel = partial(STREAMING_KERNELS[self.kernel], w_sink=self.spec.w_sink, w_recent=self.spec.w_recent, scaling=scaling)
         return self.documents.attend(kernel, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
 
 
@@ -77,9 +73,7 @@ class CachedView(AttentionView):
 
     def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
         mask = None if self.visible_BTK is None else self.visible_BTK[:, None].to(q_BHTD.device)
-        return sdpa_attention_forward(
-            module, q_BHTD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=scaling, is_causal=False
-        )[0]
+        return sdpa_attention_forward(module, q_BHTD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=scaling, is_causal=False)[0]
 
 
 class CachedFullView(CachedView):

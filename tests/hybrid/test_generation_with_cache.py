@@ -1,0 +1,163 @@
+"""Generation through the sink and ring cache equals recomputation without one, and its memory stays where it should."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lt_train.hybrid import HybridCache, HybridError, HybridSpec, build_hybrid
+from lt_train.hybrid.cache import slot_positions
+from tests.hybrid.families import BASES, SIZES
+
+SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)
+
+
+def left_padded(lengths):
+    width = max(lengths)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    return torch.randint(2, 96, (len(lengths), width)) * mask, mask
+
+
+@pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 20], [5, 9, 10, 8], [1]])
+def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, lengths):
+    """Rows shorter than the sinks, than the window, and than both."""
+    model = build_hybrid(base_config, SPEC).eval()
+    ids, mask = left_padded(lengths)
+    settings = dict(attention_mask=mask, max_new_tokens=24, do_sample=False)
+    cached = model.generate(ids, **settings)
+    assert torch.equal(cached, model.generate(ids, **settings, use_cache=False))
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=24, do_sample=False)
+        assert torch.equal(cached[row, -length - 24 :], alone[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=3),
+    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    w_sink=st.integers(0, 5),
+    w_recent=st.integers(1, 9),
+)
+def test_any_chunking_of_the_input_gives_the_logits_of_one_pass(lengths, chunks, w_sink, w_recent):
+    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (1, 2), w_sink, w_recent)).eval()
+    ids, mask = left_padded([length + sum(chunks) for length in lengths])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        cache, column, parts = HybridCache(model.spec), 0, []
+        for size in [*chunks, ids.shape[1] - sum(chunks)]:
+            columns = slice(column, column + size)
+            column += size
+            parts.append(model(ids[:, columns], attention_mask=mask[:, :column], past_key_values=cache).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_draws_from_the_same_distribution_with_and_without_cache(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    ids, mask = left_padded([4, 11])
+
+    def sample(use_cache):
+        torch.manual_seed(5)
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=20, do_sample=True, temperature=0.7, top_p=0.9, use_cache=use_cache
+        )
+
+    assert torch.equal(sample(True), sample(False))
+
+
+def test_prefill_in_chunks_generates_the_same(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    ids, mask = left_padded([4, 19])
+    greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, prefill_chunk_size=5))
+
+
+def test_over_4096_tokens_lazy_layers_stay_within_their_window(qwen3_config):
+    spec = HybridSpec(2, (1,), w_sink=4, w_recent=28)
+    model = build_hybrid(type(qwen3_config)(**SIZES | dict(num_hidden_layers=2, head_dim=16)), spec).eval()
+    cache, ids = HybridCache(spec), torch.randint(2, 96, (1, 40))
+    lazy, bytes_at, most = [cache.layers[layer] for layer in spec.lazy_layers], {}, 0
+    with torch.inference_mode():
+        for step in range(4096):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            most = max(most, *(layer.keys.shape[2] for layer in lazy))
+            bytes_at[step] = sum(layer.nbytes for layer in lazy)
+    assert most == spec.window
+    assert len({bytes_at[step] for step in range(10, 4096)}) == 1
+    assert bytes_at[4095] == 2 * spec.window * 2 * 16 * 4  # keys and values, slots, heads, head size, fp32
+    assert cache.layers[0].keys.shape[2] == 40 + 4095
+
+
+@settings(max_examples=100, deadline=None)
+@given(real=st.integers(0, 60), w_sink=st.integers(0, 6), w_recent=st.integers(1, 10))
+def test_slots_hold_the_sinks_and_the_latest_tokens_and_nothing_twice(real, w_sink, w_recent):
+    slots = min(real, w_sink + w_recent)
+    held = slot_positions(torch.tensor([real]), w_sink + w_recent, w_sink, w_recent)[0]
+    expected = sorted(set(range(min(real, w_sink))) | set(range(max(real - w_recent, min(real, w_sink)), real)))
+    assert sorted(held[held >= 0].tolist()) == expected
+    assert len(expected) == slots
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(num_beams=2),
+        dict(prompt_lookup_num_tokens=3),
+        dict(cache_implementation="static"),
+        dict(cache_implementation="offloaded"),
+        dict(cache_implementation="paged"),
+    ],
+)
+def test_decoding_that_a_ring_cannot_serve_is_refused(qwen3_config, asked):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError):
+        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, **asked)
+
+
+def test_assisted_decoding_is_refused(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match="greedy search or sampling"):
+        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, assistant_model=build_hybrid(qwen3_config, SPEC).eval())
+
+
+def test_continuous_batching_is_refused(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC)
+    for entrance in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        with pytest.raises(HybridError, match="drop the sinks"):
+            entrance()
+
+
+def test_taking_tokens_back_or_reordering_rows_is_refused(qwen3_config):
+    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
+    model(torch.randint(2, 96, (2, 5)), past_key_values=cache)
+    for refused in (
+        lambda: cache.crop(-2),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+    ):
+        with pytest.raises(HybridError, match="not possible on a hybrid's cache"):
+            refused()
+    assert not cache.is_croppable
+
+
+def test_padding_after_real_tokens_is_refused_with_a_cache(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    ids = torch.randint(2, 96, (1, 4))
+    with pytest.raises(HybridError, match="left padding only"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), past_key_values=HybridCache(SPEC))
+
+
+def test_a_cache_serves_one_batch(qwen3_config):
+    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
+    model(torch.randint(2, 96, (2, 5)), past_key_values=cache)
+    with pytest.raises(HybridError, match="make a cache per batch"):
+        model(torch.randint(2, 96, (3, 1)), past_key_values=cache)
+    cache.reset()
+    model(torch.randint(2, 96, (3, 5)), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+def test_kv_entries_of_the_spec_are_those_of_the_cache(qwen3_config):
+    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
+    model(torch.randint(2, 96, (1, 50)), past_key_values=cache)
+    assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50) == 50 + 3 * 9

@@ -1,0 +1,198 @@
+"""The hybrid classes against transformers' own."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MinistralConfig, MinistralForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from lt_train.hybrid import HybridCache, HybridError, HybridSpec, build_hybrid, hybrid_config
+from tests.hybrid.families import BASES
+
+SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+
+
+def stock_and_hybrid(base_config, spec):
+    stock = AutoModelForCausalLM.from_config(base_config).eval()
+    hybrid = build_hybrid(base_config, spec).eval()
+    hybrid.load_state_dict(stock.state_dict())
+    return stock, hybrid
+
+
+def tokens(rows, length):
+    return torch.randint(2, 96, (rows, length))
+
+
+@torch.no_grad()
+def test_with_all_layers_full_it_is_the_base_to_the_last_bit(base_config):
+    stock, hybrid = stock_and_hybrid(base_config, HybridSpec(4, (), w_sink=3, w_recent=7))
+    ids = tokens(2, 40)
+    assert torch.equal(hybrid(ids).logits, stock(ids).logits)
+
+
+@torch.no_grad()
+def test_streaming_layers_change_the_result(base_config):
+    stock, hybrid = stock_and_hybrid(base_config, SPEC)
+    ids = tokens(2, 40)
+    torch.testing.assert_close(hybrid(ids).logits[:, :10], stock(ids).logits[:, :10], atol=1e-5, rtol=1e-5)
+    assert (hybrid(ids).logits[:, 11:] - stock(ids).logits[:, 11:]).abs().max() > 1e-3
+
+
+def stock_twin(base_config, spec):
+    """The transformers class that knows layer types, with the hybrid's: no code of ours in it."""
+    values = {name: value for name, value in base_config.to_dict().items() if name not in ("model_type", "architectures")}
+    values |= dict(layer_types=spec.layer_types, sliding_window=spec.w_recent)
+    if base_config.model_type in ("llama", "mistral"):
+        known = set(MinistralConfig().to_dict())
+        return MinistralForCausalLM(MinistralConfig(**{name: value for name, value in values.items() if name in known}))
+    return AutoModelForCausalLM.from_config(type(base_config)(**values | dict(use_sliding_window=True)))
+
+
+@torch.no_grad()
+def test_without_sinks_it_is_the_stock_class_with_the_same_layer_types(base_config):
+    spec = HybridSpec(4, (1, 3), w_sink=0, w_recent=7)
+    hybrid = build_hybrid(base_config, spec).eval()
+    twin = stock_twin(base_config, spec).eval()
+    twin.load_state_dict(hybrid.state_dict())
+    ids = tokens(2, 40)
+    torch.testing.assert_close(hybrid(ids).logits, twin(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_config):
+    hybrid = build_hybrid(base_config, SPEC).eval()
+    twin = stock_twin(base_config, SPEC).eval()
+    twin.load_state_dict(hybrid.state_dict())
+    ids = tokens(1, 40)
+    position_ids = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    made_for = dict(
+        config=twin.config,
+        inputs_embeds=twin.get_input_embeddings()(ids),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=position_ids,
+    )
+
+    def sinks_of_own_document(batch, head, query, key):
+        return (position_ids[0][key] < 3) & (key <= query) & (query - key <= position_ids[0][query])
+
+    masks = {
+        "full_attention": create_causal_mask(**made_for),
+        "sliding_attention": create_sliding_window_causal_mask(**made_for, or_mask_function=sinks_of_own_document),
+    }
+    expected = twin(ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(hybrid(ids, position_ids=position_ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(base_config):
+    hybrid = build_hybrid(base_config, SPEC).eval()
+    first, second = tokens(1, 23), tokens(1, 2)
+    packed = hybrid(torch.cat([first, second], dim=1), position_ids=torch.cat([torch.arange(23), torch.arange(2)])[None]).logits
+    separate = torch.cat([hybrid(first).logits, hybrid(second).logits], dim=1)
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_and_is_never_a_sink(base_config, side):
+    hybrid = build_hybrid(base_config, SPEC).eval()
+    short, long = tokens(1, 17), tokens(1, 30)
+    padding = torch.zeros(1, 13, dtype=torch.long)
+    row = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
+    mask = torch.cat([(row != 0).long(), torch.ones(1, 30, dtype=torch.long)])
+    logits = hybrid(torch.cat([row, long]), attention_mask=mask).logits
+    torch.testing.assert_close(logits[0][row[0] != 0], hybrid(short).logits[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1], hybrid(long).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_kernels_agree_on_loss_and_gradients(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC)
+    ids = tokens(2, 60)
+
+    def gradients(kernel):
+        hybrid.set_streaming_kernel(kernel)
+        hybrid.zero_grad()
+        hybrid(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in hybrid.parameters()]
+
+    torch.testing.assert_close(gradients("blocked"), gradients("reference"), atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC).train()
+    ids = tokens(1, 40)
+    positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
+
+    def gradients():
+        hybrid.zero_grad()
+        hybrid(ids, labels=ids, position_ids=positions).loss.backward()
+        return [parameter.grad.clone() for parameter in hybrid.parameters()]
+
+    plain = gradients()
+    hybrid.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradients(), plain, atol=0, rtol=0)
+
+
+def test_a_foreign_attention_implementation_is_refused(qwen3_config):
+    config = hybrid_config(qwen3_config, SPEC)
+    for name in ("sdpa", "eager"):
+        with pytest.raises(HybridError, match="do not know sinks"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=name)
+    hybrid = build_hybrid(qwen3_config, SPEC)
+    with pytest.raises(HybridError, match="do not know sinks"):
+        hybrid.set_attn_implementation("eager")
+    hybrid.config._attn_implementation = "sdpa"
+    with pytest.raises(HybridError, match="does not know sinks"):
+        hybrid(tokens(1, 4))
+
+
+def test_a_foreign_cache_is_refused(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC)
+    with pytest.raises(HybridError, match="drops the sinks"):
+        hybrid(tokens(1, 4), past_key_values=DynamicCache(config=hybrid.config))
+    with pytest.raises(HybridError, match="other layers or sizes"):
+        hybrid(tokens(1, 4), past_key_values=HybridCache(HybridSpec(4, (1, 3), w_sink=4, w_recent=7)))
+
+
+def test_masks_and_packing_that_cannot_be_right_are_refused(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC).eval()
+    ids = tokens(1, 4)
+    with pytest.raises(HybridError, match="dict of masks"):
+        hybrid(ids, attention_mask={"full_attention": None, "sliding_attention": None})
+    with pytest.raises(HybridError, match="cannot share a KV cache"):
+        hybrid(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=True)
+    with pytest.raises(HybridError, match="without position_ids"):
+        hybrid(ids, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+def test_layers_run_past_the_hybrids_forward_are_refused(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC)
+    hidden, positions = torch.zeros(1, 4, 48), torch.arange(4)[None]
+    with pytest.raises(HybridError, match="own forward"):
+        hybrid.model.layers[0](hidden, position_embeddings=hybrid.model.rotary_emb(hidden, positions))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(w_sink="x"),
+        dict(w_sink=-1),
+        dict(layer_types=["sliding_attention"]),
+        dict(layer_types=["lazy"] * 4),
+        dict(sliding_window=0),
+    ],
+)
+def test_a_config_with_wrong_fields_is_refused_at_construction(qwen3_config, wrong):
+    config = hybrid_config(qwen3_config, SPEC)
+    with pytest.raises(Exception, match=r"w_sink|layer_types|w_recent|layer"):
+        type(config)(**{**config.to_dict(), **wrong})
+
+
+def test_a_model_loaded_for_another_version_of_the_mathematics_is_refused(qwen3_config):
+    config = hybrid_config(qwen3_config, SPEC)
+    with pytest.raises(HybridError, match="hybrid_version"):
+        type(config)(**{**config.to_dict(), "hybrid_version": "0"})
+
+
+def test_qwen2_with_biases_keeps_them():
+    assert "model.layers.0.self_attn.q_proj.bias" in build_hybrid(BASES["qwen2"], SPEC).state_dict()

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from lt_train.hybrid import HybridError, HybridSpec, build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
+
+SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+
+
+@pytest.fixture
+def base_folder(base_config, tmp_path):
+    AutoModelForCausalLM.from_config(base_config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@torch.no_grad()
+def test_base_shards_load_straight_into_the_hybrid_class(base_folder, base_config):
+    stock = AutoModelForCausalLM.from_pretrained(base_folder)
+    hybrid = load_hybrid(base_folder, SPEC)
+    assert {name: tuple(x.shape) for name, x in hybrid.state_dict().items()} == {
+        name: tuple(x.shape) for name, x in stock.state_dict().items()
+    }
+    assert all(torch.equal(hybrid.state_dict()[name], x) for name, x in stock.state_dict().items())
+    assert hybrid.spec == SPEC
+
+
+@torch.no_grad()
+def test_a_saved_hybrid_comes_back_with_its_layers_and_logits(base_folder, tmp_path):
+    hybrid = load_hybrid(base_folder, SPEC)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again = load_hybrid_checkpoint(tmp_path / "hybrid")
+    ids = torch.randint(2, 96, (1, 30))
+    assert again.spec == SPEC
+    assert torch.equal(again(ids).logits, hybrid(ids).logits)
+    assert json.loads((tmp_path / "hybrid/config.json").read_text())["w_sink"] == 3
+
+
+def test_rope_scaling_of_a_llama_is_kept():
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    base = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=16,
+        rope_parameters=scaling,
+    )
+    stock, hybrid = AutoModelForCausalLM.from_config(base), build_hybrid(base, HybridSpec(2, ()))
+    torch.testing.assert_close(hybrid.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        (GPT2Config(), "no hybrid class"),
+        (MistralConfig(), "slides already"),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=2), "slides already"),
+        (LlamaConfig(attention_bias=True), "attention_bias"),
+        (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (Qwen2Config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
+    ],
+)
+def test_bases_that_the_hybrid_classes_cannot_compute_are_refused(base, reason):
+    layers = base.num_hidden_layers
+    with pytest.raises(HybridError, match=reason):
+        hybrid_config(base, HybridSpec(layers, (0,)))
+
+
+def test_a_spec_for_another_number_of_layers_is_refused(qwen3_config):
+    with pytest.raises(HybridError, match="5 layers"):
+        hybrid_config(qwen3_config, HybridSpec(5, (0,)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes"), [((4,), {}), ((-1,), {}), ((1, 1), {}), ((1,), {"w_sink": -1}), ((1,), {"w_recent": 0})]
+)
+def test_specs_out_of_range_are_refused(layers, sizes):
+    with pytest.raises(HybridError):
+        HybridSpec(4, layers, **sizes)
+
+
+def test_a_base_with_missing_weights_is_refused(qwen3_config, tmp_path):
+    AutoModelForCausalLM.from_config(qwen3_config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HybridError, match=r"missing keys: model\.layers\.2\.mlp\.up_proj\.weight"):
+        load_hybrid(tmp_path, SPEC)
+
+
+def test_a_base_is_no_hybrid_checkpoint(qwen3_config, tmp_path):
+    AutoModelForCausalLM.from_config(qwen3_config).save_pretrained(tmp_path)
+    with pytest.raises(HybridError, match="is no hybrid"):
+        load_hybrid_checkpoint(tmp_path)

@@ -1,0 +1,120 @@
+"""The blocked kernel is the reference, and the reference is the predicate."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lt_train.hybrid.blocked import blocked_streaming_attention
+from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.mask import streaming_visible
+from lt_train.hybrid.reference import reference_streaming_attention
+
+cases = dict(
+    length=st.integers(1, 400),
+    w_sink=st.integers(0, 40) | st.just(500),
+    w_recent=st.integers(1, 130) | st.just(500),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    seed=st.integers(0, 9),
+)
+
+
+def random_qkv(batch, length, heads, seed, dtype=torch.float32, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    query_heads, groups = heads
+    shapes = [(batch, query_heads, length, size), (batch, groups, length, size), (batch, groups, length, size)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype).requires_grad_() for shape in shapes]
+
+
+def output_and_gradients(attention, q, k, v):
+    out = attention(q, k, v)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)  # a loss under which every output counts differently
+    return out, torch.autograd.grad((out * weights).sum(), (q, k, v))
+
+
+def test_a_query_sees_the_sinks_itself_and_the_keys_just_before_it():
+    position = torch.arange(8)
+    visible = streaming_visible(position[:, None], position[None, :], w_sink=2, w_recent=3)
+    seen = [row.nonzero().flatten().tolist() for row in visible]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 3, 4, 5], [0, 1, 4, 5, 6], [0, 1, 5, 6, 7]]
+
+
+def test_padding_and_empty_slots_are_never_seen():
+    assert not streaming_visible(torch.tensor(5), torch.tensor([-1, -3]), w_sink=4, w_recent=9).any()
+
+
+@settings(max_examples=80, deadline=None)
+@given(**cases)
+@example(length=400, w_sink=4, w_recent=124, heads=(4, 2), seed=0)
+@example(length=133, w_sink=0, w_recent=1, heads=(4, 2), seed=0)
+def test_blocked_equals_reference_forward_and_backward(length, w_sink, w_recent, heads, seed):
+    q, k, v = random_qkv(2, length, heads, seed)
+    sizes = dict(w_sink=w_sink, w_recent=w_recent, scaling=0.3)
+    out, gradients = output_and_gradients(lambda *x: blocked_streaming_attention(*x, **sizes), q, k, v)
+    expected, expected_gradients = output_and_gradients(lambda *x: reference_streaming_attention(*x, **sizes), q, k, v)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [50, 300])
+def test_blocked_equals_reference_in_bf16(length):
+    q, k, v = random_qkv(1, length, (4, 2), 0, torch.bfloat16)
+    sizes = dict(w_sink=3, w_recent=20, scaling=0.3)
+    out = blocked_streaming_attention(q, k, v, **sizes)
+    assert out.dtype == torch.bfloat16
+    expected = reference_streaming_attention(*(x.float() for x in (q, k, v)), **sizes)
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_blocked_memory_grows_with_length_and_not_with_its_square():
+    def saved_bytes(length):
+        """What autograd keeps for the backward pass: the part of memory that training cannot give back early."""
+        seen = {}
+        q, k, v = random_qkv(1, length, (4, 2), 0)
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            blocked_streaming_attention(q, k, v, w_sink=4, w_recent=60, scaling=0.3).sum()
+        return sum(seen.values())
+
+    assert saved_bytes(8192) < 2.2 * saved_bytes(4096)
+
+
+@st.composite
+def batches(draw):
+    """Rows of packed documents with padding on the left or the right, as lists of document lengths."""
+    rows = draw(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=3))
+    return rows, draw(st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=batches(), w_sink=st.integers(0, 8), w_recent=st.integers(1, 12), seed=st.integers(0, 9))
+def test_documents_are_attended_to_as_if_alone_whatever_shares_their_row(batch, w_sink, w_recent, seed):
+    rows, pad_left = batch
+    width = max(sum(lengths) for lengths in rows)
+    mask, positions, places = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long), []
+    for row, lengths in enumerate(rows):
+        column = width - sum(lengths) if pad_left else 0
+        for length in lengths:
+            mask[row, column : column + length] = 1
+            positions[row, column : column + length] = torch.arange(length)
+            places.append((row, slice(column, column + length)))
+            column += length
+    documents = find_documents(len(rows), width, torch.device("cpu"), mask, positions)
+    q, k, v = random_qkv(len(rows), width, (4, 2), seed)
+    sizes = dict(w_sink=w_sink, w_recent=w_recent, scaling=0.3)
+
+    out, gradients = output_and_gradients(
+        lambda *x: documents.attend(lambda *y: blocked_streaming_attention(*y, **sizes), *x), q, k, v
+    )
+
+    expected = torch.zeros_like(q)
+    for row, columns in places:
+        expected[row, :, columns] = reference_streaming_attention(*(x[row : row + 1, :, columns] for x in (q, k, v)), **sizes)[0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
