@@ -4,6 +4,25 @@ from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
 from lt_train.errors import UserError
+from lt_train.recipe import Hybrid
+from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.profile import LayerProfile
+
+
+def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
+    """The layers, ascending, that the recipe's hybrid part asks for.
+
+    `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers and `periodic`.
+
+    Raises:
+        UserError: see `explicit_layers`, `number_of_lazy_layers` and `LayerProfile.choose`.
+    """
+    if hybrid.layers is not None:
+        return explicit_layers(hybrid.layers, num_layers)
+    n_layers = number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+    if hybrid.strategy == "periodic":
+        return periodic_layers(n_layers, num_layers)
+    return profile.choose(hybrid.strategy, n_layers)
 
 
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:

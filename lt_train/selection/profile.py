@@ -184,8 +184,7 @@ def _score_sample(
         if "nll" in strategies:
             scores["nll"], all_streaming["nll"] = nll_rise(losses)
     if "lazy_ratio" in strategies:
-        ids = [*example.prompt_ids, *example.answer_ids]
-        scores["lazy_ratio"] = lazy_ratios(model, ids, sizes)
+        scores["lazy_ratio"] = lazy_ratios(model, example.input_ids, sizes)
     for strategy, score_L in scores.items():
         if not all(map(math.isfinite, score_L)):
             raise UserError(

@@ -1,0 +1,66 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt_train.errors import UserError
+from lt_train.recipe import Hybrid
+from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)]
+)
+def test_ratio_is_rounded_to_the_nearest_number_a_half_upwards(ratio, num_layers, count):
+    assert number_of_lazy_layers(ratio, num_layers) == count
+
+
+@given(st.floats(0, 1), st.integers(1, 200))
+def test_the_number_is_near_the_ratio_or_the_ratio_is_refused(ratio, num_layers):
+    try:
+        count = number_of_lazy_layers(ratio, num_layers)
+    except UserError:
+        assert ratio * num_layers < 0.5 + 1e-9 or ratio * num_layers > num_layers - 0.5 - 1e-9
+    else:
+        assert 0 < count < num_layers
+        assert abs(count - ratio * num_layers) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(("ratio", "fault"), [(0.05, "no layer"), (0.95, "every layer")])
+def test_no_layer_or_every_layer_is_refused_with_ratios_that_would_do(ratio, fault):
+    with pytest.raises(
+        UserError, match=rf"lazy_layer_ratio.*{ratio}.*{fault}.*0\.125 \(1 layer\) to 0\.875 \(7 layers\)"
+    ):
+        number_of_lazy_layers(ratio, 8)
+
+
+@given(st.integers(2, 200))
+def test_the_ratios_that_an_error_offers_do(num_layers):
+    with pytest.raises(UserError) as refused:
+        number_of_lazy_layers(0.0, num_layers)
+    words = str(refused.value).split()
+    assert number_of_lazy_layers(float(words[words.index("do:") + 1]), num_layers) == 1
+    assert number_of_lazy_layers(float(words[words.index("to", words.index("do:")) + 1]), num_layers) == num_layers - 1
+
+
+def test_layers_that_need_no_scores_are_chosen_without_a_profile():
+    assert choose_layers(Hybrid(layers=[3, 1]), num_layers=8) == (1, 3)
+    assert choose_layers(Hybrid(lazy_layer_ratio=0.5, strategy="periodic"), num_layers=8) == (0, 2, 4, 6)
+
+
+def test_explicit_layers_are_put_in_order():
+    assert explicit_layers([5, 0, 3], 8) == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fault"),
+    [
+        ([], "nothing would stream"),
+        ([2, 8, 11], r"layers 8, 11 not in this model.*0 to 7"),
+        ([-1, 2], "layer -1 not in this model"),
+        ([3, 2, 3], "layer 3 named more than once"),
+        (list(range(8)), "every layer would stream"),
+    ],
+)
+def test_explicit_layers_that_cannot_be_are_refused(layers, fault):
+    with pytest.raises(UserError, match=rf"hybrid\.layers: .*{fault}"):
+        explicit_layers(layers, 8)

@@ -1,0 +1,225 @@
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+from lt_train.errors import UserError
+from lt_train.recipe import Calibration, Hybrid
+from lt_train.selection import profile as module
+from lt_train.selection.choose import choose_layers
+from lt_train.selection.profile import LayerProfile, profile_layers
+
+STRATEGIES = ("reach", "nll", "lazy_ratio")
+
+
+@pytest.fixture
+def examples(example_of):
+    return [example_of(seed, tokens=30 + 5 * seed) for seed in range(5)]
+
+
+@pytest.fixture
+def make(hybrid_of, examples, hybrid_part):
+    """make(out): the profile of one model on the same examples."""
+    model = hybrid_of()
+
+    def run(out=None, examples=examples, strategies=STRATEGIES, hybrid=hybrid_part, model=model) -> LayerProfile:
+        return profile_layers(model, examples, hybrid, strategies, out=out, progress=False)
+
+    return run
+
+
+def answer_of(model, prompt_ids) -> tuple[int, ...]:
+    ids = model.generate(torch.tensor([prompt_ids]), max_new_tokens=30, do_sample=False, eos_token_id=None)
+    return tuple(ids[0, len(prompt_ids) :].tolist())
+
+
+def without_date(profile: LayerProfile) -> LayerProfile:
+    return dataclasses.replace(profile, started="")
+
+
+def test_scores_are_one_number_per_strategy_sample_and_layer(make, examples):
+    profile = make()
+    assert profile.strategies == STRATEGIES
+    for strategy in STRATEGIES:
+        assert torch.tensor(profile.scores[strategy]).shape == (len(examples), profile.num_layers)
+
+
+def test_scores_do_not_depend_on_order_or_company(make, examples):
+    forwards, backwards, alone = make(), make(examples=examples[::-1]), make(examples=examples[2:3])
+    assert forwards.samples == backwards.samples[::-1]
+    assert alone.samples == forwards.samples[2:3]
+    for strategy in STRATEGIES:
+        for n_layers in (1, 2, 3):
+            assert forwards.choose(strategy, n_layers) == backwards.choose(strategy, n_layers)
+
+
+def test_a_strategy_scores_alike_alone_and_beside_others(make):
+    together = make()
+    for strategy in STRATEGIES:
+        assert make(strategies=[strategy]).scores[strategy] == together.scores[strategy]
+
+
+def test_layers_without_attention_output_are_the_first_to_stream(make, hybrid_of, examples):
+    model = hybrid_of()
+    with torch.no_grad():
+        for layer in (1, 3):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+    # Answers that the model itself gives: whatever changes it makes them less likely.
+    own = [dataclasses.replace(example, answer_ids=answer_of(model, example.prompt_ids)) for example in examples]
+    profile = make(model=model, examples=own)
+    assert profile.choose("nll", 2) == (1, 3)
+    assert profile.choose("reach", 2) == (1, 3)
+
+
+def test_the_recipes_ratio_and_strategy_choose_from_the_profile(make):
+    profile = make()
+    for strategy in STRATEGIES:
+        hybrid = Hybrid(lazy_layer_ratio=0.5, strategy=strategy)
+        assert choose_layers(hybrid, profile.num_layers, profile) == profile.choose(strategy, 2)
+
+
+def test_periodic_needs_no_scores(make):
+    assert make(strategies=["nll", "periodic"]).choose("periodic", 2) == (0, 2)
+
+
+def test_a_strategy_that_was_not_scored_cannot_choose(make):
+    with pytest.raises(UserError, match="lazy_ratio is not in this layer profile, which has nll"):
+        make(strategies=["nll"]).choose("lazy_ratio", 2)
+
+
+def test_samples_within_the_window_are_counted_and_passed_over(make, examples, example_of):
+    profile = make(examples=[example_of(9, tokens=8), *examples])
+    assert profile.fitting == ("sample-9",)
+    assert len(profile.samples) == len(examples)
+
+
+def test_a_profile_read_back_is_the_one_that_was_saved(make, tmp_path):
+    profile = make(tmp_path)
+    assert LayerProfile.load(tmp_path / "profile.json") == profile
+
+
+def test_a_profile_says_where_its_scores_came_from(make, tmp_path):
+    make(tmp_path)
+    made_from = json.loads((tmp_path / "profile.json").read_text())["fingerprint"]
+    assert made_from["sizes"] == {"w_sink": 2, "w_recent": 6, "w_last": 8, "long_reach_share": 0.1}
+    assert made_from["dtype"] == "float32"
+    assert made_from["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_cut_off_goes_on_and_ends_equal_to_an_uninterrupted_one(make, tmp_path, monkeypatch, seed):
+    moment = random.Random(seed)
+    samples_done, scored, score = moment.randrange(5), [], module._score_sample
+
+    def score_until_cut_off(model, example, sizes, strategies):
+        if len(scored) == samples_done:
+            raise KeyboardInterrupt
+        scored.append(example.id)
+        return score(model, example, sizes, strategies)
+
+    monkeypatch.setattr(module, "_score_sample", score_until_cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path)
+    assert not (tmp_path / "profile.json").exists()
+    with open(tmp_path / "samples.jsonl", "a") as file:
+        file.write('{"id": "sample-3", "tokens": 45'[: moment.randrange(30)])
+
+    samples_done = -1
+    resumed = make(tmp_path)
+    assert scored == [f"sample-{index}" for index in range(5)]
+    assert without_date(resumed) == without_date(make())
+    assert LayerProfile.load(tmp_path / "profile.json") == resumed
+
+
+def test_a_finished_profile_is_read_back_not_made_again(make, tmp_path, monkeypatch):
+    first = make(tmp_path)
+    monkeypatch.setattr(module, "_score_sample", None)
+    assert make(tmp_path) == first
+
+
+def test_scores_of_another_model_data_or_window_are_not_mixed_in(make, tmp_path, examples, hybrid_of):
+    make(tmp_path)
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    trained = hybrid_of()
+    with torch.no_grad():
+        trained.lm_head.weight.mul_(1.01)
+    with pytest.raises(UserError, match="weights: "):
+        make(tmp_path, model=trained)
+    with pytest.raises(UserError, match="data: "):
+        make(tmp_path, examples=examples[:-1])
+    wider = Hybrid(w_sink=2, w_recent=7, calibration=Calibration(w_last=8))
+    with pytest.raises(UserError, match=r"sizes\.w_recent: 6, 7"):
+        make(tmp_path, hybrid=wider, model=hybrid_of((), 2, 7))
+    with pytest.raises(UserError, match="strategies: "):
+        make(tmp_path, strategies=["nll"])
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
+def test_a_model_of_another_window_than_the_recipes_is_a_bug(make, hybrid_of):
+    with pytest.raises(ValueError, match="streams with"):
+        make(model=hybrid_of((), 2, 7))
+
+
+def test_a_score_that_is_not_finite_is_refused(make, hybrid_of):
+    model = hybrid_of()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"reach of sample sample-0 is not finite in torch\.float32"):
+        make(model=model)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cut_profile_is_refused(make, tmp_path, seed):
+    make(tmp_path, strategies=["nll"])
+    path = tmp_path / "profile.json"
+    content = path.read_bytes()
+    path.write_bytes(content[: random.Random(seed).randrange(len(content) - 2)])
+    with pytest.raises(UserError, match=r"profile\.json: not a whole layer profile"):
+        LayerProfile.load(path)
+
+
+def damaged(values: dict, how: str) -> object:
+    if how == "no fingerprint":
+        del values["fingerprint"]
+    if how == "a layer less":
+        values["samples"][1]["scores"]["nll"].pop()
+    if how == "a score that is no number":
+        values["samples"][1]["scores"]["nll"][0] = "much"
+    if how == "a score that is NaN":
+        values["samples"][1]["scores"]["nll"][0] = float("nan")
+    if how == "a strategy missing":
+        del values["samples"][0]["scores"]["nll"]
+    if how == "no samples":
+        values["samples"] = []
+    return [values] if how == "a list" else values
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no fingerprint",
+        "a layer less",
+        "a score that is no number",
+        "a score that is NaN",
+        "a strategy missing",
+        "no samples",
+        "a list",
+    ],
+)
+def test_a_profile_with_wrong_content_is_refused(make, tmp_path, how):
+    make(tmp_path, strategies=["nll"])
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(damaged(json.loads(path.read_text()), how)))
+    with pytest.raises(UserError, match=r"profile\.json: not a whole layer profile"):
+        LayerProfile.load(path)
+
+
+def test_a_damaged_row_in_the_middle_stops_a_resumed_run(make, tmp_path):
+    make(tmp_path, strategies=["nll"])
+    path = tmp_path / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], '{"id": "sample-1"}\n', *lines[3:]]))
+    with pytest.raises(UserError, match=r"samples\.jsonl:3: not a whole layer profile"):
+        make(tmp_path, strategies=["nll"])
