@@ -1,0 +1,1 @@
+"""Benchmarks, generation, grading and statistics: what a model can do, with how much doubt."""

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lt_train.errors import UserError
+from lt_train.evaluation import benchmarks
+from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, load_problems
+
+LEDGER = BENCHMARKS["ledger"]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "count"),
+    [("aime24", "aime24.jsonl", 30), ("math500", "math500.jsonl", 500), ("gsm8k", "gsm8k_test.jsonl", 1319)],
+)
+def test_the_real_files_load_with_all_their_problems(shared_data: Path, name: str, file: str, count: int) -> None:
+    loaded = load_problems(BENCHMARKS[name], str(shared_data / file), limit=None)
+    assert len(loaded.problems) == loaded.available == count
+    assert all(problem.text and problem.answer for problem in loaded.problems)
+
+
+def test_gsm8k_answers_are_what_stands_behind_the_marker(shared_data: Path) -> None:
+    first = load_problems(BENCHMARKS["gsm8k"], str(shared_data / "gsm8k_test.jsonl"), limit=1).problems[0]
+    assert first.answer == "18"
+    assert first.text.startswith("Janet")
+    assert first.id == "0"
+
+
+def test_the_ledger_that_comes_along_loads_from_its_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    loaded = load_problems(LEDGER, path=None, limit=5)
+    assert len(loaded.problems) == 5
+    assert loaded.available >= 1500
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "split", "subset"),
+    [
+        ("aime24", "HuggingFaceH4/aime_2024", "train", None),
+        ("math500", "HuggingFaceH4/MATH-500", "test", None),
+        ("gsm8k", "openai/gsm8k", "test", "main"),
+    ],
+)
+def test_without_a_path_the_hub_is_asked_for_the_right_part(
+    monkeypatch: pytest.MonkeyPatch, name: str, source: str, split: str, subset: str | None
+) -> None:
+    asked = []
+    benchmark = BENCHMARKS[name]
+
+    def rows_of_the_hub(source: str, split: str, subset: str | None = None) -> list:
+        asked.append((source, split, subset))
+        row = {benchmark.problem_field: "?", benchmark.answer_field: "#### 1"}
+        return [(f"hub, row {number}", row) for number in range(benchmark.count)]
+
+    monkeypatch.setattr(benchmarks.sources, "load_rows", rows_of_the_hub)
+    assert load_problems(benchmark, path=None, limit=None).available == benchmark.count
+    assert asked == [(source, split, subset)]
+
+
+def test_a_wrong_number_of_problems_is_an_error(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "aime.jsonl", [{"problem": "?", "answer": "1"}] * 29)
+    with pytest.raises(UserError, match=r"29 problems, but aime24 has 30"):
+        load_problems(BENCHMARKS["aime24"], path, limit=None)
+
+
+def test_limit_does_not_hide_a_wrong_number_of_problems(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "aime.jsonl", [{"problem": "?", "answer": "1"}] * 29)
+    with pytest.raises(UserError, match="29 problems"):
+        load_problems(BENCHMARKS["aime24"], path, limit=4)
+
+
+def test_limit_takes_the_first_problems_and_remembers_how_many_there_are(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "own.jsonl", [{"problem": f"{n}?", "answer": n} for n in range(7)])
+    loaded = load_problems(LEDGER, path, limit=2)
+    assert loaded.problems == (Problem("0", "0?", "0"), Problem("1", "1?", "1"))
+    assert loaded.available == 7
+
+
+def test_problems_keep_the_ids_their_rows_have(tmp_path: Path) -> None:
+    rows = [{"id": 60, "problem": "?", "answer": "1"}, {"unique_id": "test/7.json", "problem": "?", "answer": "1"}]
+    loaded = load_problems(LEDGER, write_rows(tmp_path / "own.jsonl", rows), limit=None)
+    assert [problem.id for problem in loaded.problems] == ["60", "test/7.json"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "?", "answer": "1"}, "'problem' is missing; the row has answer, question"),
+        ({"problem": "?"}, "'answer' is missing"),
+        ({"problem": "?", "answer": None}, "'answer' is None"),
+        ({"problem": "?", "answer": True}, "'answer' is True"),
+        ({"problem": ["?"], "answer": "1"}, r"'problem' is \['\?'\]"),
+        ({"problem": "?", "answer": "  "}, "'answer' is empty"),
+    ],
+)
+def test_a_row_without_its_fields_is_named_by_file_and_line(tmp_path: Path, row: dict, said: str) -> None:
+    path = write_rows(tmp_path / "own.jsonl", [{"problem": "?", "answer": "1"}, row])
+    with pytest.raises(UserError, match=rf"own\.jsonl:2: field {said}"):
+        load_problems(LEDGER, path, limit=1)
+
+
+def test_a_gsm8k_answer_without_its_marker_is_an_error(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "own.jsonl", [{"question": "?", "answer": "It is 18."}])
+    with pytest.raises(UserError, match=r"own\.jsonl:1: .*no answer behind '####'"):
+        load_problems(BENCHMARKS["gsm8k"], path, limit=None)
+
+
+def test_two_problems_with_one_id_are_an_error(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "own.jsonl", [{"id": 3, "problem": "?", "answer": "1"}] * 2)
+    with pytest.raises(UserError, match=r"own\.jsonl:2: a second problem with the id '3'"):
+        load_problems(LEDGER, path, limit=None)
+
+
+def test_a_file_without_problems_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no problems in it"):
+        load_problems(LEDGER, write_rows(tmp_path / "own.jsonl", []), limit=None)

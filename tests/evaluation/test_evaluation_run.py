@@ -1,0 +1,206 @@
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lt_train import recipe
+from lt_train.errors import UserError
+from lt_train.evaluation import run
+from lt_train.evaluation.run import evaluate
+from lt_train.evaluation.scores import AnswerScores, difference, read_scores
+from lt_train.hybrid import HybridForCausalLM
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> str:
+    path = tmp_path / "problems.jsonl"
+    rows = [{"id": f"p{n}", "problem": "0123456789"[: n + 2] + "?", "answer": str(n % 4)} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: str):
+    """Evaluate into a folder, with some settings of the entry changed."""
+
+    def call(out: Path, model_fingerprint: str = "m", system: str | None = None, **changed: Any) -> AnswerScores:
+        settings = dict(
+            benchmark="ledger", path=problems, samples=3, temperature=2.5, max_new_tokens=12, batch_size=4, seed=5
+        )
+        return evaluate(
+            model,
+            tokenizer,
+            recipe.Eval(**{**settings, **changed}),
+            recipe.Prompt(system=system),
+            out,
+            seed=3,
+            model_fingerprint=model_fingerprint,
+            progress=False,
+        )
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def samples(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    assert len({(row["problem"], row["sample"]) for row in rows}) == len(rows)
+    return {(row["problem"], row["sample"]): row for row in rows}
+
+
+def without_times(scores: AnswerScores) -> dict[str, Any]:
+    return {name: value for name, value in asdict(scores).items() if name != "tokens_per_second"}
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the generation fail when it has handed over so many samples."""
+    original = run.generate
+
+    def failing(*arguments: Any) -> Iterator[Any]:
+        for number, generation in enumerate(original(*arguments)):
+            if number == count:
+                raise Interrupted
+            yield generation
+
+    monkeypatch.setattr(run, "generate", failing)
+
+
+def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:
+    scores = evaluation(tmp_path / "out")
+    rows = samples(tmp_path / "out").values()
+    assert len(rows) == 18
+    assert scores.accuracy == pytest.approx(sum(row["correct"] for row in rows) / 18)
+    assert 0 < scores.accuracy < 1, "this test needs a model that is right now and then"
+    assert scores.truncated == pytest.approx(sum(row["finish_reason"] == "length" for row in rows) / 18)
+    assert scores.unanswered == pytest.approx(sum(row["extracted"] is None for row in rows) / 18)
+    assert scores.tokens == sum(row["tokens"] for row in rows)
+    assert (scores.problems, scores.available, scores.samples) == (6, 6, 3)
+    assert scores.tokens_per_second > 0
+    assert read_scores(tmp_path / "out" / "scores.json") == scores
+    assert difference(scores, scores).value == 0
+
+
+def test_records_say_what_was_asked_and_what_came(
+    evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    evaluation(tmp_path / "out")
+    for row in samples(tmp_path / "out").values():
+        tokens = len(tokenizer(row["text"]).input_ids)
+        assert row["tokens"] == tokens + (row["finish_reason"] == "stop")
+        assert "<eos>" not in row["text"]
+        assert row["correct"] == (row["extracted"] == str(int(row["problem"][1:]) % 4))
+        assert row["seed"] is not None
+
+
+@pytest.mark.parametrize("count", [0, 5, 17])
+def test_an_interrupted_evaluation_ends_with_the_samples_of_an_undisturbed_one(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    undisturbed = evaluation(tmp_path / "undisturbed")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, count)
+        evaluation(tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.json").exists()
+    with open(tmp_path / "out" / "samples.jsonl", "a") as file:
+        file.write('{"problem": "p1", "sam')
+    resumed = evaluation(tmp_path / "out")
+    assert samples(tmp_path / "out") == samples(tmp_path / "undisturbed")
+    assert without_times(resumed) == without_times(undisturbed)
+
+
+def test_a_finished_evaluation_is_returned_without_drawing_anything(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = evaluation(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.delattr(run, "generate")
+    assert evaluation(tmp_path / "out") == scores
+    assert contents(tmp_path / "out") == before
+
+
+def test_more_samples_and_problems_are_added_to_those_there(evaluation, tmp_path: Path) -> None:
+    evaluation(tmp_path / "out", samples=1, limit=2)
+    first = samples(tmp_path / "out")
+    scores = evaluation(tmp_path / "out", batch_size=16)
+    assert samples(tmp_path / "out").items() >= first.items()
+    assert without_times(scores) == without_times(evaluation(tmp_path / "at_once"))
+
+
+def test_a_limited_score_says_of_how_many_problems_it_is(evaluation, tmp_path: Path) -> None:
+    scores = evaluation(tmp_path / "out", limit=2)
+    assert (scores.problems, scores.available) == (2, 6)
+    assert list(scores.by_problem) == ["p0", "p1"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_fingerprint": "n"}, "model: 'm' there, 'n' now"),
+        ({"temperature": 0.7}, "temperature: 2.5 there, 0.7 now"),
+        ({"temperature": 0.0}, "seed: 5 there, None now"),
+        ({"max_new_tokens": 11}, "max_new_tokens: 12 there, 11 now"),
+        ({"seed": 6}, "seed: 5 there, 6 now"),
+        ({"system": "be brief"}, "prompt: "),
+    ],
+)
+def test_results_made_in_another_way_are_neither_taken_nor_overwritten(
+    evaluation, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    evaluation(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=said):
+        evaluation(tmp_path / "out", **changed)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_changed_benchmark_file_is_another_evaluation(evaluation, problems: str, tmp_path: Path) -> None:
+    evaluation(tmp_path / "out")
+    Path(problems).write_text(Path(problems).read_text().replace('"answer": "3"', '"answer": "2"'))
+    with pytest.raises(UserError, match="problems: "):
+        evaluation(tmp_path / "out")
+
+
+def test_the_seed_of_the_recipe_counts_only_where_the_entry_has_none(evaluation, tmp_path: Path) -> None:
+    evaluation(tmp_path / "of_the_recipe", seed=None)
+    evaluation(tmp_path / "three", seed=3)
+    evaluation(tmp_path / "zero", seed=0)
+    assert samples(tmp_path / "of_the_recipe") == samples(tmp_path / "three")
+    assert samples(tmp_path / "of_the_recipe") != samples(tmp_path / "zero")
+
+
+def test_a_score_over_missing_samples_is_refused(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = run.generate
+    monkeypatch.setattr(run, "generate", lambda *arguments: list(original(*arguments))[1:])
+    with pytest.raises(RuntimeError, match="1 of 18 samples are missing"):
+        evaluation(tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+@pytest.mark.parametrize("content", ['{"kind": "answers", "benchm', '{"kind": "answers"}', "[]", '{"kind": "other"}'])
+def test_a_corrupt_scores_file_is_a_clear_error_and_stays(evaluation, tmp_path: Path, content: str) -> None:
+    evaluation(tmp_path / "out")
+    (tmp_path / "out" / "scores.json").write_text(content)
+    with pytest.raises(UserError, match=r"scores\.json: .*Delete it"):
+        evaluation(tmp_path / "out")
+    assert (tmp_path / "out" / "scores.json").read_text() == content
+
+
+def test_an_answer_that_does_not_fit_the_context_is_refused_before_anything_is_drawn(
+    evaluation, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="set max_new_tokens to at most"):
+        evaluation(tmp_path / "out", max_new_tokens=125)
+    assert not (tmp_path / "out").exists()

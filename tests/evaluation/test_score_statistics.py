@@ -1,0 +1,161 @@
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt_train.evaluation.statistics import (
+    TokenLoss,
+    majority_vote,
+    mean_loss,
+    mean_over_problems,
+    paired_difference,
+    paired_loss_difference,
+    student_t,
+)
+
+SHARES = st.lists(st.integers(0, 8).map(lambda right: right / 8), min_size=2, max_size=30)
+
+
+def equal_fractions(first: str, second: str) -> bool:
+    return Fraction(first) == Fraction(second)
+
+
+def test_the_error_of_one_sample_a_problem_is_the_binomial_one() -> None:
+    mean = mean_over_problems([1.0] * 16 + [0.0] * 14)
+    assert mean.value == pytest.approx(16 / 30)
+    assert mean.standard_error == pytest.approx(math.sqrt(16 / 30 * 14 / 30 / 29))
+    assert mean.n == 30
+
+
+def test_the_error_of_many_samples_is_the_spread_between_problems() -> None:
+    mean = mean_over_problems([0.25, 0.5, 1.0])
+    assert mean.value == pytest.approx(7 / 12)
+    assert mean.standard_error == pytest.approx(math.sqrt((16 + 1 + 25) / 144 / 2 / 3))
+
+
+def test_a_single_problem_says_nothing_of_its_error() -> None:
+    assert mean_over_problems([1.0]).standard_error is None
+
+
+@given(SHARES)
+def test_asking_the_same_problems_four_times_over_halves_the_error_and_keeps_the_mean(values: list[float]) -> None:
+    once, four_times = mean_over_problems(values), mean_over_problems(values * 4)
+    n = len(values)
+    assert four_times.value == pytest.approx(once.value)
+    ratio = math.sqrt((n - 1) / (4 * n - 1))
+    assert four_times.standard_error == pytest.approx(once.standard_error * ratio, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "tie"),
+    [
+        ([("5", True), ("6", False), ("5", True)], 1.0, False),
+        ([("6", False), ("6", False), ("5", True)], 0.0, False),
+        ([("1/2", True), ("6", False), ("2/4", True), ("6", False), ("3/6", True)], 1.0, False),
+        ([("5", True), ("6", False)], 0.5, True),
+        ([("5", True), ("6", False), ("7", False)], 1 / 3, True),
+        ([("7", False), ("6", False)], 0.0, True),
+        ([("5", True), (None, False), (None, False), (None, False)], 1.0, False),
+        ([(None, False), (None, False)], 0.0, False),
+    ],
+)
+def test_the_majority_of_equivalent_answers_decides_and_ties_are_shared(
+    answers: list[tuple[str | None, bool]], right: float, tie: bool
+) -> None:
+    vote = majority_vote(answers, equal_fractions)
+    assert vote.right == pytest.approx(right)
+    assert vote.tie is tie
+
+
+def test_the_paired_interval_is_that_of_bonett_and_price() -> None:
+    # 20 problems: 9 both right, 5 both wrong, 5 only the first, 1 only the second. By the formula of the paper
+    # p12 = (5+1)/22, p21 = (1+1)/22: 4/22 ± 1.959964 * sqrt((8/22 - (4/22)²) / 22).
+    first = [1.0] * 9 + [0.0] * 5 + [1.0] * 5 + [0.0]
+    second = [1.0] * 9 + [0.0] * 5 + [0.0] * 5 + [1.0]
+    found = paired_difference(dict(enumerate(first)), dict(enumerate(second)))
+    reach = 1.959964 * math.sqrt((8 / 22 - (4 / 22) ** 2) / 22)
+    assert found.value == pytest.approx(0.2)
+    assert found.standard_error == pytest.approx(math.sqrt((6 - 20 * 0.2**2) / 19 / 20))
+    assert (found.low, found.high) == (pytest.approx(4 / 22 - reach, abs=1e-6), pytest.approx(4 / 22 + reach, abs=1e-6))
+
+
+def test_two_models_that_agree_everywhere_are_still_not_known_to_be_equal() -> None:
+    few = paired_difference(dict.fromkeys("abcdefghij", 1.0), dict.fromkeys("abcdefghij", 1.0))
+    many = paired_difference(dict.fromkeys(range(1500), 1.0), dict.fromkeys(range(1500), 1.0))
+    assert few.value == many.value == 0
+    assert few.low < -0.1 and few.high > 0.1
+    assert -0.003 < many.low < 0 < many.high < 0.003
+
+
+@given(SHARES, st.randoms())
+def test_a_paired_difference_turns_its_sign_with_the_order_of_the_models(values: list[float], random) -> None:
+    first = dict(enumerate(values))
+    second = dict(enumerate(random.sample(values, len(values))))
+    there, back = paired_difference(first, second), paired_difference(second, first)
+    assert there.value == pytest.approx(-back.value)
+    assert (there.low, there.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
+    assert -1 <= there.low <= there.value + 1e-9 and there.value - 1e-9 <= there.high <= 1
+    assert there.value == pytest.approx(
+        mean_over_problems(values).value - mean_over_problems(list(second.values())).value
+    )
+
+
+@pytest.mark.parametrize("second", [{"a": 1.0}, {"a": 1.0, "c": 0.0}, {"a": 1.0, "b": 0.0, "c": 0.0}])
+def test_models_that_were_asked_other_problems_are_not_compared(second: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="not the same problems"):
+        paired_difference({"a": 1.0, "b": 0.0}, second)
+
+
+def test_the_loss_counts_every_token_alike() -> None:
+    mean = mean_loss([TokenLoss(nll=2.0, tokens=1), TokenLoss(nll=3.0, tokens=3), TokenLoss(nll=4.0, tokens=2)])
+    assert mean.value == pytest.approx(9 / 6)
+    # residuals nll - 1.5 tokens: 0.5, -1.5, 1.0
+    assert mean.standard_error == pytest.approx(math.sqrt((0.25 + 2.25 + 1.0) * 3 / 2) / 6)
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=20), st.integers(1, 50))
+def test_the_error_of_a_loss_over_samples_of_equal_length_is_the_plain_one(losses: list[float], tokens: int) -> None:
+    by_ratio = mean_loss([TokenLoss(loss * tokens, tokens) for loss in losses])
+    plain = mean_over_problems(losses)
+    assert by_ratio.value == pytest.approx(plain.value, abs=1e-9)
+    assert by_ratio.standard_error == pytest.approx(plain.standard_error, abs=1e-9)
+
+
+def test_a_paired_loss_is_far_surer_than_either_loss() -> None:
+    first = {str(n): TokenLoss(nll=100.0 * n + 1, tokens=100) for n in range(1, 9)}
+    second = {str(n): TokenLoss(nll=100.0 * n - (n % 2), tokens=100) for n in range(1, 9)}
+    found = paired_loss_difference(first, second)
+    assert found.value == pytest.approx(0.015)
+    # differences per token are 0.02 and 0.01 by turns: sd 0.005 * sqrt(8 / 7), by sqrt(8); t with 7 degrees of freedom
+    error = 0.005 * math.sqrt(8 / 7) / math.sqrt(8)
+    assert found.standard_error == pytest.approx(error)
+    assert (found.low, found.high) == (
+        pytest.approx(0.015 - 2.365 * error, rel=1e-3),
+        pytest.approx(0.015 + 2.365 * error, rel=1e-3),
+    )
+
+
+def test_losses_over_other_tokens_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="answer tokens"):
+        paired_loss_difference({"a": TokenLoss(1.0, 3)}, {"a": TokenLoss(1.0, 4)})
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    # any table of Student's t, two-sided 95 %
+    [
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (5, 2.571),
+        (7, 2.365),
+        (10, 2.228),
+        (30, 2.042),
+        (10_000, 1.960),
+    ],
+)
+def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_t(freedom) == pytest.approx(quantile, abs=0.01)
