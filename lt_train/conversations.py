@@ -41,9 +41,21 @@ def read_samples(data: Data) -> Iterator[Sample]:
         sample = read(where, row)
         if not sample.answer.strip():
             raise UserError(f"{where}: the answer is empty; take the row out, or fill it in")
+        _encodable(sample)
         yield sample
     if empty:
         raise UserError(f"{data.source}: there are no rows in it")
+
+
+def _encodable(sample: Sample) -> None:
+    """JSON can hold half a character (a lone surrogate such as \\ud800), which no tokenizer takes."""
+    for text in (*(message["content"] for message in sample.messages), sample.answer):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{sample.where}: there is half a character in {text[max(0, error.start - 20) :][:40]!r}; mend it"
+            ) from error
 
 
 def _still(where: str, row: Mapping[str, Any]) -> Sample:

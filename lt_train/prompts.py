@@ -148,7 +148,8 @@ def _preamble(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, 
             "Set prompt.system, or give a template of your own: prompt.chat_template"
         ) from error
     preamble = before[: len(before) - len(header)]
-    if all(token in tokenizer.all_special_ids for token in encode(tokenizer, preamble)):
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    if special.issuperset(encode(tokenizer, preamble)):
         return preamble, preamble  # such as <s>, or [gMASK]<sop>
     bos = tokenizer.bos_token or ""
     begins_a_sequence = bool(bos) and preamble.startswith(bos) and not header.startswith(bos)  # SmolLM2's bos begins every turn

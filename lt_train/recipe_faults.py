@@ -38,17 +38,18 @@ def validate_all(schema: type[Schema], values: dict[str, Any], stand_ins: Mappin
         stand_ins: a valid value for each setting and part that has no default, by dotted path without list indices.
     """
     faults: list[Fault] = []
+    replaced: set[Path] = set()
     while True:
         try:
             return schema.model_validate(values), faults
         except ValidationError as error:
             found = [_fault(schema, details, values) for details in error.errors(include_url=False)]
-            known = {fault.path for fault in faults}
-            if all(fault.path in known for fault in found):
+            if all(fault.path in replaced for fault in found):
                 raise  # a stand-in is itself faulty: a bug here, not the user's mistake
-            faults += [fault for fault in found if fault.path not in known]
-            for fault in found:
+            faults += [fault for fault in found if not any(path[: len(fault.path)] == fault.path for path in replaced)]
+            for fault in reversed(found):  # from a list's end, where taking one entry out moves no other
                 values = _replaced(values, fault.path, stand_ins)
+            replaced |= {fault.path for fault in found}
 
 
 def _replaced(values: Any, path: Path, stand_ins: Mapping[str, Any], above: Path = ()) -> Any:

@@ -72,6 +72,7 @@ def _parse(text: str) -> RecipeText:
     recipe = RecipeText(values=None)
     try:
         node = _compose(text)
+        keys = list(_keys(node, (), frozenset()))  # before constructing, which writes what `<<` merges into the nodes
         recipe.values = _construct(node)
     except ValueError as error:
         recipe.faults.append(Fault((), str(error)))
@@ -80,7 +81,7 @@ def _parse(text: str) -> RecipeText:
         found = "is empty" if recipe.values is None else f"holds a {type(recipe.values).__name__}"
         recipe.faults.append(Fault((), f"the file {found}; a recipe is a mapping that starts with `name:`"))
         return recipe
-    for path, key in _keys(node, (), set()):
+    for path, key in keys:
         line = key.start_mark.line + 1
         if path in recipe.origins:
             recipe.faults.append(Fault(path, f"given twice, first on {recipe.origins[path]}, then on line {line}; keep one"))
@@ -131,7 +132,7 @@ def _reason(error: yaml.YAMLError) -> str:
     return f"not YAML: {what}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
-def _keys(node: yaml.Node | None, path: Path, above: set[int]) -> Iterator[tuple[Path, yaml.Node]]:
+def _keys(node: yaml.Node | None, path: Path, above: frozenset[int]) -> Iterator[tuple[Path, yaml.Node]]:
     """Every key and list entry with its path. `above` are the nodes around this one: an alias may lead back to them."""
     if node is None or id(node) in above:
         return

@@ -1,0 +1,296 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lt_train.errors import UserError
+from lt_train.recipe import load_recipe, resolved_yaml
+from lt_train.recipe_text import parse_yaml, read_recipe_text
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+WHOLE = {
+    "name": "mine",
+    "model": {"base": "owner/model"},
+    "hybrid": {"lazy_layer_ratio": 0.5},
+    "data": {"source": "owner/data", "format": "still", "max_length": 1024, "heldout": 8},
+    "train": {"method": "lora", "learning_rate": 0.001, "max_steps": 10, "batch_size": 4},
+    "eval": [{"benchmark": "aime24", "max_new_tokens": 512}, {"benchmark": "heldout_loss"}],
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(WHOLE, sort_keys=False))
+    return path
+
+
+def faults(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    return str(error.value)
+
+
+def faults_of(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(text)
+    return faults(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)  # relative paths count from the working directory
+    assert load_recipe(path).name == path.stem
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"recipes/{path.name}\n" in header and "--set " in header
+
+
+def test_the_shipped_recipes_are_found() -> None:
+    assert {path.stem for path in RECIPES.glob("*.yaml")} >= {"quickstart", "smollm2-135m", "qwq-still-32b", "qwq-32b"}
+
+
+def test_defaults_are_filled_in_where_they_depend_on_other_parts(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.lora is not None and recipe.lora.rank == 16
+    assert recipe.hybrid.strategy == "reach"
+    assert [(entry.name, entry.of) for entry in recipe.eval] == [("aime24", ["trained"]), ("heldout_loss", ["trained"])]
+    untrained = load_recipe(recipe_file, ["train=null"])
+    assert untrained.lora is None
+    assert {tuple(entry.of) for entry in untrained.eval} == {("converted",)}
+    assert load_recipe(recipe_file, ["hybrid={layers: [1, 3]}"]).hybrid.strategy is None
+
+
+def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    for overrides in ([], ["train=null"], ["hybrid={layers: [0, 2]}"], ["track.wandb=off", "train.learning_rate=1e-5"]):
+        recipe = load_recipe(recipe_file, overrides)
+        resolved = tmp_path / "resolved.yaml"
+        resolved.write_text(resolved_yaml(recipe))
+        assert load_recipe(resolved) == recipe
+
+
+def test_a_recipe_cannot_be_changed_after_loading(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(recipe_file).hybrid.w_recent = 3
+
+
+@pytest.mark.parametrize("number", ["1e-5", "1E-5", "1.0e-5", "0.00001", "1.e-5", ".1e-4", "+1e-5"])
+def test_a_learning_rate_may_be_written_in_every_usual_way(recipe_file: Path, number: str) -> None:
+    text = recipe_file.read_text().replace("learning_rate: 0.001", f"learning_rate: {number}")
+    recipe_file.write_text(text)
+    assert load_recipe(recipe_file).train.learning_rate == pytest.approx(1e-5, rel=1e-12)
+    assert load_recipe(recipe_file, [f"train.learning_rate={number}"]).train.learning_rate == pytest.approx(1e-5, rel=1e-12)
+
+
+def test_what_looks_like_a_number_but_is_a_name_stays_text(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["model.base=owner/1e5"]).model.base == "owner/1e5"
+    assert parse_yaml("[e5, 1e, 1-e5, 0x1f]") == ["e5", "1e", "1-e5", 31]
+
+
+def test_wandb_may_be_a_bare_off(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["track.wandb=off"]).track.wandb == "off"
+    assert "must be" in faults(recipe_file, "track.wandb=on") or "none of" in faults(recipe_file, "track.wandb=on")
+
+
+def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
+    told = faults_of(
+        tmp_path,
+        "name: mine\n"
+        "nam: x\n"
+        "model: {base: owner/model, dtype: bf61}\n"
+        "hybrid: {lazy_layer_ratio: 0.5, layers: [1], w_recnt: 3}\n"
+        "data: {source: owner/data, format: still}\n"
+        "train:\n"
+        "  method: full\n"
+        "  learning_rate: fast\n"
+        "  epochs: 1\n"
+        "  max_steps: 3\n"
+        "  batch_size: 4\n"
+        "  micro_batch_size: 3\n"
+        "eval: [{benchmark: aime24, samples: 4}]\n",
+    )
+    assert told.splitlines()[0] == f"recipe error in {tmp_path / 'faulty.yaml'}"
+    for fault in (
+        "  nam: unknown setting; did you mean name? (line 2)",
+        "  model.dtype: 'bf61' is none of auto, bf16 or fp32; did you mean bf16? (line 3)",
+        "  hybrid.w_recnt: unknown setting; did you mean w_recent? (line 4)",
+        "  data.max_length: missing. TRL would cut every sample to 1024 tokens.",
+        "  train.learning_rate: 'fast' must be a number.",
+        "  eval.0.max_new_tokens: missing (line 13)",
+        "  hybrid.layers + hybrid.lazy_layer_ratio: ",
+        "  train.epochs + train.max_steps: both",
+        "  train.batch_size + train.micro_batch_size: 4 is no multiple of 3",
+        "  eval.0.samples + eval.0.temperature: greedy",
+    ):
+        assert f"\n{fault}" in told, fault
+    assert len(told.splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.bass=x", "model.bass: unknown setting; did you mean base?"),
+        ("w_recent=3", "w_recent: unknown setting here; did you mean hybrid.w_recent?"),
+        ("hybrid.calibration.sample=3", "hybrid.calibration.sample: unknown setting; did you mean samples?"),
+        ("eval.1.samples=3", "eval.1.samples: no setting of this benchmark"),
+        ("eval.0.benchmark=aime42", "eval.0: benchmark 'aime42' is none of aime24, math500, gsm8k, ledger, heldout_loss; did you"),
+        ("eval.0={max_new_tokens: 3}", "eval.0: benchmark is missing"),
+        ("hybrid.w_recent='16'", "hybrid.w_recent: '16' must be a whole number"),
+        ("hybrid.w_recent=16.0", "hybrid.w_recent: 16.0 must be a whole number"),
+        ("hybrid.w_recent=true", "hybrid.w_recent: True must be a whole number"),
+        ("hybrid.w_recent=0", "hybrid.w_recent: 0 must be at least 1"),
+        ("hybrid.w_sink=-1", "hybrid.w_sink: -1 must be at least 0"),
+        ("hybrid.lazy_layer_ratio=0", "hybrid.lazy_layer_ratio: 0 must be above 0"),
+        ("hybrid.lazy_layer_ratio=1", "hybrid.lazy_layer_ratio: 1 must be below 1"),
+        ("hybrid.lazy_layer_ratio=null", "hybrid.lazy_layer_ratio + hybrid.layers: say which layers stream"),
+        ("hybrid.layers=[1, 2]", "hybrid.layers + hybrid.lazy_layer_ratio: the list says which layers stream"),
+        ("hybrid={layers: [1], strategy: nll}", "hybrid.layers + hybrid.strategy: the list says which layers stream"),
+        ("hybrid={layers: [1, 2, 1]}", "hybrid.layers: layers are named twice: 1"),
+        ("hybrid={layers: []}", "hybrid.layers: must not be empty"),
+        ("hybrid={layers: [-1]}", "hybrid.layers.0: -1 must be at least 0"),
+        ("hybrid={layers: [0, x, 2]}", "hybrid.layers.1: 'x' must be a whole number"),
+        ("hybrid.compare=[reach]", "hybrid.compare + hybrid.strategy: reach is the chosen strategy"),
+        ("hybrid.compare=[nll, nll]", "hybrid.compare: strategies are named twice: nll"),
+        ("hybrid.compare=nll", "hybrid.compare: 'nll' must be a list"),
+        ("data.packing=1", "data.packing: 1 must be true or false"),
+        ("data.source=5", "data.source: 5 must be text"),
+        ("data.source=''", "data.source: must not be empty"),
+        ("data.limit=8", "data.heldout + data.limit: of 8 rows 8 are set aside"),
+        ("data=5", "data: 5 must be a mapping of settings"),
+        ("data=null", "data: None must be a mapping of settings"),
+        ("data.heldout=0", "eval.1.benchmark + data.heldout: heldout_loss needs held-out samples"),
+        ("train.learning_rate=.nan", "train.learning_rate: nan must be"),
+        ("train.learning_rate=0", "train.learning_rate: 0 must be above 0"),
+        ("train.max_steps=null", "train.epochs + train.max_steps: say how long to train"),
+        ("train.epochs=2", "train.epochs + train.max_steps: both say how long"),
+        ("train.micro_batch_size=3", "train.batch_size + train.micro_batch_size: 4 is no multiple of 3"),
+        ("train.lr_scheduler=cosin", "train.lr_scheduler: 'cosin' is no scheduler of transformers; did you mean cosine?"),
+        (
+            "train.deepspeed=launch/none.json",
+            f"there is no file launch/none.json (looked at {Path('launch/none.json').absolute()})",
+        ),
+        ("train.trl.otpim=x", "train.trl.otpim: no argument of TRL's SFTConfig; did you mean optim?"),
+        ("train.trl.learning_rate=1", "train.trl.learning_rate: not to be set here; use train.learning_rate"),
+        ("train.trl={max_length: 3}", "train.trl.max_length: not to be set here; use data.max_length"),
+        ("lora.rnk=3", "lora.rnk: unknown setting; did you mean rank?"),
+        ("lora.peft.use_dorra=true", "lora.peft.use_dorra: no argument of PEFT's LoraConfig; did you mean use_dora?"),
+        ("lora.peft.r=3", "lora.peft.r: not to be set here; use lora.rank"),
+        ("prompt.user=Solve this.", "prompt.user: 'Solve this.' has no place for the question"),
+        ("prompt.user={question}", "prompt.user: {'question': None} must be text; put it in quotes"),
+        ("prompt.chat_template=none.jinja", "prompt.chat_template: there is no file none.jinja"),
+        ("eval.0.samples=4", "eval.0.samples + eval.0.temperature: greedy answers are all the same"),
+        ("eval.0.top_p=0.9", "eval.0.top_p + eval.0.temperature: greedy answers know no top_p"),
+        ("eval.0.of=[]", "eval.0.of: must not be empty"),
+        ("eval.0.of=[base, base]", "eval.0.of: named twice: base"),
+        ("eval.1.name=aime24", "eval.1.name + eval.0.name: two evaluations are named aime24"),
+        ("eval.0.name=a/b", "eval.0.name: 'a/b' becomes a folder's name"),
+        ("name=..", "name: '..' becomes a folder's name"),
+        ("name=2024-01-01", "must be text; put it in quotes"),
+        ("seed=-1", "seed: -1 must be at least 0"),
+        ("model.base=../none/model", f"there is no folder {Path('../none/model').absolute()}"),
+        ("data.source=none.jsonl", f"there is no file or folder {Path('none.jsonl').absolute()}"),
+        ("eval.0.path=none.jsonl", f"eval.0.path: none.jsonl: there is no file or folder {Path('none.jsonl').absolute()}"),
+        ("eval=5", "eval: 5 must be a list"),
+        ("eval.2.limit=3", "eval is a list and its entries are 0 to 1"),
+        ("eval.first.limit=3", "eval is a list and its entries are 0 to 1"),
+        ("name.x=3", "name is 'mine'; it has no settings inside"),
+        ("hybrid.w_recent", "write it as --set part.setting=value"),
+        ("=3", "write it as --set part.setting=value"),
+        ("hybrid..w_recent=3", "write it as --set part.setting=value"),
+        ("hybrid.w_recent=[", "the value is not YAML"),
+        ("hybrid.w_recent=2024-13-45", "the value is month must be in 1..12"),
+    ],
+)
+def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: str, told: str) -> None:
+    message = faults(recipe_file, override)
+    assert told in message
+    assert len(message.splitlines()) == 2, "one fault, told once"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train=null", "lora={}"], "lora + train: there is no training"),
+        (["train.method=full", "lora={}"], "lora + train.method: method full trains the weights themselves"),
+        (["train=null", "eval.0.of=[trained]"], "eval.0.of + train: nothing is trained in this recipe"),
+        (["data.heldout=0", "eval.1.benchmark=gsm8k", "eval.1.max_new_tokens=4", "train.eval_steps=5"], "nothing is set aside"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_told(recipe_file: Path, overrides: list[str], told: str) -> None:
+    assert told in faults(recipe_file, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the file is empty"),
+        ("- a\n- b\n", "the file holds a list"),
+        ("name: [\n", "not YAML"),
+        ("name: mine\n\tseed: 1\n", "not YAML"),
+        ("name: mine\nseed: 1\nseed: 2\n", "seed: given twice, first on line 2, then on line 3; keep one"),
+        ("name: mine\nmodel:\n  base: a/b\n  base: c/d\n", "model.base: given twice, first on line 3, then on line 4; keep one"),
+        ("name: !!python/object/apply:os.getcwd []\n", "not YAML: could not determine a constructor"),
+        ("name: mine\n? [1]\n: 2\n", "not YAML: while constructing a mapping; found unhashable key"),
+        ("name: mine\n5: 6\n", "a setting's name must be text"),
+        ("name: mine\ntrain: &here {trl: *here}\n", "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_so(tmp_path: Path, text: str, told: str) -> None:
+    assert told in faults_of(tmp_path, text)
+
+
+def test_a_recipe_that_is_not_there_or_not_text_is_told_so(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yaml") in faults(tmp_path / "none.yaml")
+    assert "cannot be read" in faults(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00name")
+    assert "not UTF-8" in faults(tmp_path / "binary.yaml")
+
+
+def test_later_overrides_win_and_absent_parts_are_made(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["hybrid.w_recent=8", "hybrid.w_recent=16", "lora.rank=4", "eval.0.limit=4"])
+    assert (recipe.hybrid.w_recent, recipe.lora.rank, recipe.eval[0].limit) == (16, 4, 4)
+    recipe = load_recipe(recipe_file, ["prompt.user=a=b {question}", "train.trl.optim=sgd", "prompt.system="])
+    assert (recipe.prompt.user, recipe.train.trl, recipe.prompt.system) == ("a=b {question}", {"optim": "sgd"}, None)
+
+
+def test_an_override_of_one_alias_leaves_its_twin_alone(tmp_path: Path) -> None:
+    text = "eval:\n- &one {benchmark: aime24, name: a}\n- {<<: *one, name: b}\n- *one\n"
+    values = read_recipe_text(text, ["eval.0.name=c"]).values
+    assert [entry["name"] for entry in values["eval"]] == ["c", "b", "a"]
+    assert not read_recipe_text(text).faults
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6))
+def test_an_override_holds_any_value_that_yaml_can_write(value: object) -> None:
+    written = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=False).removesuffix("...\n")
+    text = read_recipe_text("a: {b: [0, 1]}", [f"a.b.1={written}"])
+    assert text.faults == []
+    assert text.values == {"a": {"b": [0, value]}}
+
+
+@given(st.text(max_size=40), st.lists(st.text(max_size=12), max_size=3))
+def test_no_text_and_no_override_breaks_the_reader(text: str, overrides: list[str]) -> None:
+    recipe = read_recipe_text(text, [*overrides, *(f"a.b={override}" for override in overrides)])
+    assert isinstance(recipe.values, dict) or recipe.faults
+
+
+def test_loading_a_recipe_is_fast_and_imports_nothing_heavy() -> None:
+    heavy = "torch", "transformers", "trl", "peft", "datasets", "numpy", "pyarrow"
+    code = (
+        "import sys; from pathlib import Path; from lt_train.recipe import load_recipe; "
+        f"load_recipe(Path({str(RECIPES / 'smollm2-135m.yaml')!r})); "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=RECIPES.parent)
+    assert done.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 5, "measured at 0.4 s; room for a machine under load"
