@@ -1,0 +1,3 @@
+from lt_train.cli import main
+
+main()

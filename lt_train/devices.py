@@ -1,0 +1,22 @@
+"""Where models run, and in which numbers."""
+
+import torch
+
+from lt_train.recipe import Precision
+
+
+def compute_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def computes_in_bf16() -> bool:
+    """Whether the device multiplies bf16 in hardware. CPUs mostly convert instead, several times slower than fp32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """What `model.dtype` means on this device; auto: bf16 where the device computes in it, else fp32."""
+    if precision == "auto":
+        return torch.bfloat16 if computes_in_bf16() else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -1,0 +1,157 @@
+"""The folder of a run: what it was begun with, which stages are done, and that one process at a time works in it."""
+
+import fcntl
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lt_train.errors import UserError
+from lt_train.files import read_json, write_json, write_text
+from lt_train.recipe import Recipe, resolved_yaml
+from lt_train.sources import resolve_data, resolve_model
+
+FREE_TO_CHANGE = {"eval", "track", "export"}
+"""Parts of a recipe that may change in a begun run; their results are told apart by the stages themselves."""
+
+PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+_EDGE = 64 * 1024  # bytes hashed at both ends of a weights file: whole 32B models would take minutes
+
+
+class RunFolder:
+    """runs/<name>/. Open it with `begin` (the process that works in it) or `wait_for` (its fellow ranks)."""
+
+    def __init__(self, recipe: Recipe, root: Path = Path("runs")) -> None:
+        self.recipe = recipe
+        self.path = root / recipe.name
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Claim the folder for this recipe and this process.
+
+        Raises:
+            UserError: another process works in it, or it was begun with another recipe, model or data.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path}: another lt-train is working in this folder. Wait for it, or stop it") from error
+            self._check_recipe()
+            self._check_inputs()
+            write_text(self.path / "recipe.yaml", resolved_yaml(self.recipe))
+            yield
+
+    def is_done(self, stage: str, key: str = "") -> bool:
+        """Whether the stage was finished, for this `key`: a hash of what else it depends on."""
+        marker = self._marker(stage)
+        return marker.exists() and read_json(marker, "stage marker").get("key") == key
+
+    @contextmanager
+    def doing(self, stage: str, key: str = "") -> Iterator[None]:
+        """Mark the stage as done when the block ends without an error."""
+        started = time.monotonic()
+        yield
+        facts = {
+            "stage": stage,
+            "key": key,
+            "seconds": round(time.monotonic() - started, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+        write_json(self._marker(stage), facts)
+
+    def wait_for(self, stage: str, seconds_between_looks: float = 1.0) -> None:
+        """Wait until the main process has finished a stage. If it fails, the launcher ends this process."""
+        while not self._marker(stage).exists():
+            time.sleep(seconds_between_looks)
+
+    def _marker(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def _check_recipe(self) -> None:
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            return
+        try:
+            begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not readable ({error}). Move {self.path} away, or give this run another name") from error
+        now = yaml.safe_load(resolved_yaml(self.recipe))
+        differences = [line for line in _differences(begun, now) if line.split(".")[0].split(":")[0] not in FREE_TO_CHANGE]
+        if differences:
+            listed = "\n  ".join(differences)
+            raise UserError(
+                f"{self.path}: this run was begun with another recipe (there, now):\n  {listed}\n"
+                "Give this recipe another name (--set name=…), or delete that folder"
+            )
+
+    def _check_inputs(self) -> None:
+        path = self.path / "inputs.json"
+        now = {
+            "model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision),
+            "data.source": data_fingerprint(self.recipe.data.source),
+        }
+        if path.exists():
+            begun = read_json(path, "record of a run's inputs")
+            changed = [name for name in now if begun.get(name) != now[name]]
+            if changed:
+                raise UserError(
+                    f"{self.path}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
+                    "Give this recipe another name (--set name=…), or delete that folder"
+                )
+        else:
+            write_json(path, now)
+
+
+def hash_of(*values: Any) -> str:
+    """16 hex digits that follow from values with a stable repr."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def model_fingerprint(base: str, revision: str | None) -> str:
+    """Follows from a local model's config and weights (both ends of each file); a hub model is taken at its word."""
+    folder = Path(resolve_model(base))
+    if not folder.is_dir():
+        return f"{base}@{revision or 'main'}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("tokenizer*")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_EDGE))
+            opened.seek(max(file.stat().st_size - _EDGE, 0))
+            digest.update(opened.read(_EDGE))
+    return digest.hexdigest()
+
+
+def data_fingerprint(source: str) -> str:
+    """Follows from the content of local data; a hub data set is taken at its word."""
+    path = resolve_data(source)
+    if isinstance(path, str):
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*there, *now])
+        return [line for key in keys for line in _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)]
+    return [] if there == now else [f"{name}: {there!r}, {now!r}"]

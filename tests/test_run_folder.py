@@ -1,0 +1,95 @@
+import json
+
+import pytest
+from lt_train.errors import UserError
+from lt_train.recipe import Recipe, load_recipe
+from lt_train.run_folder import RunFolder
+
+RECIPE = """
+name: tiny
+model: {base: BASE}
+hybrid: {lazy_layer_ratio: 0.5, w_recent: 8}
+data: {source: DATA, format: still, max_length: 64}
+eval: [{benchmark: ledger, path: DATA, max_new_tokens: 8}]
+"""
+
+
+@pytest.fixture
+def recipe_with(tmp_path):
+    """Make the recipe with overrides; its model and data are files whose content alone matters here."""
+    base, data = tmp_path / "base", tmp_path / "data.jsonl"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    data.write_text("{}\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("BASE", str(base)).replace("DATA", str(data)))
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(path, overrides)
+
+    return make
+
+
+def opened(recipe, tmp_path):
+    folder = RunFolder(recipe, tmp_path / "runs")
+    with folder.begin():
+        pass
+    return folder
+
+
+def test_a_run_goes_on_with_the_recipe_it_was_begun_with(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    opened(recipe_with(), tmp_path)
+    assert load_recipe(folder.path / "recipe.yaml") == recipe_with()
+
+
+def test_a_run_begun_with_another_recipe_is_not_touched(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    before = (folder.path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"hybrid\.w_recent: 8, 9"):
+        opened(recipe_with("hybrid.w_recent=9"), tmp_path)
+    assert (folder.path / "recipe.yaml").read_text() == before
+
+
+def test_evaluations_may_be_added_to_a_begun_run(recipe_with, tmp_path):
+    opened(recipe_with(), tmp_path)
+    folder = opened(recipe_with("eval.0.samples=4", "eval.0.temperature=0.6"), tmp_path)
+    assert "samples: 4" in (folder.path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("changed", ["data.jsonl", "base/model.safetensors", "base/config.json"])
+def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, changed):
+    opened(recipe_with(), tmp_path)
+    (tmp_path / changed).write_text('{"other": 1}')
+    with pytest.raises(UserError, match="changed since this run was begun"):
+        opened(recipe_with(), tmp_path)
+
+
+def test_two_processes_do_not_work_in_one_run(recipe_with, tmp_path):
+    with (
+        RunFolder(recipe_with(), tmp_path / "runs").begin(),
+        pytest.raises(UserError, match="another lt-train is working"),
+        RunFolder(recipe_with(), tmp_path / "runs").begin(),
+    ):
+        pass
+
+
+def test_a_stage_is_done_only_when_its_block_ended_well(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    with pytest.raises(RuntimeError), folder.doing("profile"):
+        raise RuntimeError
+    assert not folder.is_done("profile")
+    with folder.doing("profile", key="a"):
+        pass
+    assert folder.is_done("profile", key="a")
+    assert not folder.is_done("profile", key="b")
+    assert json.loads((folder.path / "stages/profile.json").read_text())["versions"]["torch"]
+
+
+@pytest.mark.parametrize("damage", ["{", "name: [", "\x00"])
+def test_a_damaged_record_of_a_run_is_an_error_that_says_what_to_do(recipe_with, tmp_path, damage):
+    folder = opened(recipe_with(), tmp_path)
+    (folder.path / "recipe.yaml").write_text(damage)
+    with pytest.raises(UserError, match="Move|another"):
+        opened(recipe_with(), tmp_path)
