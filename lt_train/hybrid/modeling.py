@@ -75,6 +75,16 @@ class HybridBody(OwnAttention):
     def spec(self) -> HybridSpec:
         return self.config.spec
 
+    def _apply(self, fn, recurse: bool = True):
+        """Casting a module casts its buffers too, and rotary frequencies in bf16 are off by a whole turn after 32K tokens."""
+        exact = {name: buffer for name, buffer in self.rotary_emb.named_buffers() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            cast = self.rotary_emb.get_buffer(name)
+            if cast.dtype != buffer.dtype:
+                setattr(self.rotary_emb, name, buffer.to(cast.device))
+        return self
+
     def attention_views(
         self,
         input_ids: Tensor | None = None,

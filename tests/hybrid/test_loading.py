@@ -38,6 +38,14 @@ def test_a_saved_hybrid_comes_back_with_its_layers_and_logits(base_folder, tmp_p
     assert json.loads((tmp_path / "hybrid/config.json").read_text())["w_sink"] == 3
 
 
+@torch.no_grad()
+def test_a_model_cast_in_memory_is_the_model_loaded_in_that_dtype(base_folder):
+    loaded = load_hybrid(base_folder, SPEC, dtype=torch.bfloat16)
+    cast = load_hybrid(base_folder, SPEC).to(torch.bfloat16)
+    ids = torch.randint(2, 96, (1, 2000))
+    assert torch.equal(cast(ids).logits, loaded(ids).logits)
+
+
 def test_rope_scaling_of_a_llama_is_kept():
     scaling = {
         "rope_type": "llama3",
