@@ -1,0 +1,1 @@
+"""Data of our own: problem generators, a small training set and a tiny model that solves it."""
