@@ -134,3 +134,5 @@ def test_a_turn_that_ends_without_eos_is_an_error_unless_generation_stops_there_
     assert turn_end(tokenizer, Prompt(), eos_ids=[im_end]).eos_id == im_end
     with pytest.raises(UserError, match="no eos token"):
         turn_end(byte_tokenizer(CHATML_TURNS, None, None), Prompt())
+    with pytest.raises(UserError, match=r"ends an assistant turn with ' \(end\)<.im_end.>"):
+        turn_end(byte_tokenizer(CHATML_TURNS.replace("'<|im_end|>", "' (end)<|im_end|>"), None, "<|im_end|>"), Prompt())

@@ -165,6 +165,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         ("data=null", "data: None must be a mapping of settings"),
         ("data.heldout=0", "eval.1.benchmark + data.heldout: heldout_loss needs held-out samples"),
         ("train.learning_rate=.nan", "train.learning_rate: nan must be"),
+        ("train.learning_rate=.inf", "train.learning_rate: inf must be a finite number"),
         ("train.learning_rate=0", "train.learning_rate: 0 must be above 0"),
         ("train.max_steps=null", "train.epochs + train.max_steps: say how long to train"),
         ("train.epochs=2", "train.epochs + train.max_steps: both say how long"),
@@ -242,6 +243,11 @@ def test_parts_that_do_not_fit_each_other_are_told(recipe_file: Path, overrides:
 )
 def test_a_file_that_is_no_recipe_is_told_so(tmp_path: Path, text: str, told: str) -> None:
     assert told in faults_of(tmp_path, text)
+
+
+def test_several_faults_in_one_list_are_told_by_their_own_indices(recipe_file: Path) -> None:
+    told = faults(recipe_file, "hybrid={layers: [-1, 5, x, y]}").splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in told] == ["hybrid.layers.0", "hybrid.layers.2", "hybrid.layers.3"]
 
 
 def test_a_recipe_that_is_not_there_or_not_text_is_told_so(tmp_path: Path) -> None:
