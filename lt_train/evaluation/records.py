@@ -69,7 +69,7 @@ class RecordFolder:
         for where, row in files.read_json_lines(self.samples_path):
             record = parse_record(row, where)
             before = records.setdefault(record.key, record)
-            if content(before) != content(record):
+            if before is not record and content(before) != content(record):
                 raise UserError(
                     f"{where}: a second, different sample {record.sample} of problem {record.problem}. Two processes "
                     f"wrote into this "
