@@ -1,0 +1,200 @@
+"""The model card: README.md with the front matter that the Hugging Face hub reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.export.verify import Check
+from lt_train.hybrid import HYBRID_VERSION
+from lt_train.hybrid.configuration import HybridConfig
+
+KV_TOKENS = 32768
+
+
+def model_card(facts: ExportFacts, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:
+    """The whole README.md. Depends on nothing but its arguments."""
+    sections = [
+        _title(facts, config),
+        _layers(facts, config),
+        _how_to_load(own_code),
+        _kv_cache(config, dtype),
+        _data(facts),
+        _training(facts),
+        _scores(facts.scores),
+        _limits(config, own_code),
+        _check(check),
+        _versions(facts),
+    ]
+    front_matter = yaml.safe_dump(card_metadata(facts, own_code=own_code), sort_keys=False, allow_unicode=True)
+    return f"---\n{front_matter}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def card_metadata(facts: ExportFacts, *, own_code: bool) -> dict[str, Any]:
+    """Front matter. Names only what exists on the hub; the licence is the base's, which is not known here."""
+    metadata: dict[str, Any] = {}
+    if is_hub_id(facts.base):
+        metadata["base_model"] = facts.base
+        if facts.training is not None:
+            metadata["base_model_relation"] = "finetune"
+    if is_hub_id(facts.data):
+        metadata["datasets"] = [facts.data]
+    tags = ["lt-train", "hybrid-attention", "streaming-attention", *(["custom_code"] if own_code else [])]
+    return metadata | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that a recipe gives to a model or data set is one of the hub's, and no local file or folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def kv_bytes(config: HybridConfig, dtype: torch.dtype, cached_tokens: int) -> int:
+    """Bytes of the keys and values of `cached_tokens` entries, counted over all layers (HybridSpec.cached_tokens)."""
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return cached_tokens * 2 * config.num_key_value_heads * head_dim * dtype.itemsize
+
+
+def _title(facts: ExportFacts, config: HybridConfig) -> str:
+    spec = config.spec
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if is_hub_id(facts.base) else f"`{Path(facts.base).name}`"
+    revision = f" (revision `{facts.base_revision}`)" if facts.base_revision else ""
+    trained = "fine-tuned as such" if facts.training is not None else "without any training"
+    return (
+        f"# {facts.recipe}\n\n"
+        f"{base}{revision} as a hybrid: {len(spec.lazy_layers)} of its {spec.num_layers} layers use streaming attention, the "
+        f"others keep full attention; {trained}. Made with lt_train, after LightTransfer "
+        "([arXiv 2410.13846](https://arxiv.org/abs/2410.13846))."
+    )
+
+
+def _layers(facts: ExportFacts, config: HybridConfig) -> str:
+    spec = config.spec
+    layers = ", ".join(map(str, spec.lazy_layers)) or "none"
+    sinks = f"the first `w_sink` = {spec.w_sink} tokens and " if spec.w_sink else ""
+    plain = "" if spec.w_sink else " (`w_sink` = 0: a plain sliding window)"
+    return (
+        "## Layers\n\n"
+        f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {facts.selection})\n"
+        f"- a query in these layers sees {sinks}the latest `w_recent` = {spec.w_recent} tokens of its own sequence, itself "
+        f"included{plain}"
+    )
+
+
+def _how_to_load(own_code: bool) -> str:
+    code = ", trust_remote_code=True" if own_code else ""
+    return f"## How to load\n\n```python\n{_EXAMPLE.replace('CODE', code)}```\n\n{_OWN_CODE if own_code else _STOCK}"
+
+
+_EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "FOLDER"  # this folder, or its hub id
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"CODE)
+
+turns = [{"role": "user", "content": "What is 7 * 8?"}]
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))
+"""
+_OWN_CODE = (
+    "The model's code lies beside its weights. Without `trust_remote_code=True` loading stops with an error: no stock class "
+    "computes the sinks."
+)
+_STOCK = (
+    "An ordinary checkpoint: no code of its own. In vLLM: `vllm serve FOLDER --model-impl transformers` (vLLM's own classes of "
+    "this architecture do not take mixed layer types)."
+)
+
+
+def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
+    spec = config.spec
+    full = kv_bytes(config, dtype, spec.num_layers * KV_TOKENS)
+    hybrid = kv_bytes(config, dtype, spec.cached_tokens(KV_TOKENS))
+    return (
+        f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {_name(dtype)}:\n\n"
+        f"| full attention | this hybrid | share |\n|---|---|---|\n| {_size(full)} | {_size(hybrid)} | {hybrid / full:.1%} |"
+    )
+
+
+def _data(facts: ExportFacts) -> str:
+    source = facts.data if is_hub_id(facts.data) else Path(facts.data).name
+    counts = "".join(f"\n- {name.replace('_', ' ')}: {count:,}" for name, count in facts.data_counts.items())
+    return f"## Data\n\n`{source}`, format `{facts.data_format}`\n{counts}".rstrip()
+
+
+def _training(facts: ExportFacts) -> str:
+    if facts.training is None:
+        return "## Training\n\nNone: the base's weights as they are."
+    rows = "".join(f"\n| {name} | {_value(value)} |" for name, value in facts.training.items())
+    return f"## Training\n\n| setting | value |\n|---|---|{rows}"
+
+
+def _scores(scores: tuple[ScoreFact, ...]) -> str:
+    if not scores:
+        return "## Scores\n\nNot evaluated."
+    return (
+        "## Scores\n\n`base` is the base model, `converted` the hybrid before training, `trained` after it. Standard errors are "
+        "over the n problems or samples.\n\n"
+        "| evaluation | variant | metric | value | standard error | n |\n|---|---|---|---|---|---|\n"
+        + "\n".join(map(_score_row, scores))
+    )
+
+
+def _score_row(score: ScoreFact) -> str:
+    error = "–" if score.standard_error is None else f"± {score.standard_error:.2g}"
+    return f"| {score.evaluation} | {score.variant} | {score.metric} | {score.value:.4g} | {error} | {score.n:,} |"
+
+
+def _limits(config: HybridConfig, own_code: bool) -> str:
+    ways = "the full-attention layers and the sinks" if own_code else "the full-attention layers"
+    reach = (
+        f"What lies further back than {config.spec.w_recent:,} tokens reaches a streaming layer only through {ways}: test exact "
+        "recall over long distances before relying on it."
+    )
+    limits = [reach, *(_LIMITS_OF_OWN_CODE if own_code else [])]
+    return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+_LIMITS_OF_OWN_CODE = [
+    "Generation is greedy search or sampling. Beam search, assisted and prompt-lookup decoding, static caches and continuous "
+    "batching raise an error; nothing runs without the sinks.",
+    "Batches for generation are padded on the left.",
+    "`attn_implementation` cannot be chosen: stock attention kernels do not know sinks.",
+    "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it.",
+]
+
+
+def _check(check: Check) -> str:
+    ties = f", but for {check.ties} rows that part between equally likely tokens" if check.ties else ""
+    return (
+        f"## Check\n\nA process without lt_train loaded this folder (class `{check.model_class}`, {check.dtype}) and was "
+        f"compared with the model in memory: logits differ by at most {check.logits_difference:.1e} (allowed "
+        f"{check.tolerance:.1e}, largest logit {check.largest_logit:.1f}); {check.tokens} tokens generated greedily are the "
+        f"same{ties}."
+    )
+
+
+def _versions(facts: ExportFacts) -> str:
+    rows = "".join(f"\n- {name} {version}" for name, version in facts.versions.items())
+    return f"## Versions\n\n- hybrid code {HYBRID_VERSION}{rows}"
+
+
+def _value(value: str | int | float | bool | None) -> str:
+    return "–" if value is None else str(value).replace("|", "\\|")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(count: int) -> str:
+    """Bytes in binary units, one decimal."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.1f} {units[0]}"

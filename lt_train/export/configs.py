@@ -1,0 +1,98 @@
+"""The config files of an export: the hybrid's own with its code named beside it, or, without sinks, those of a stock class."""
+
+import copy
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from lt_train.hybrid.modeling import __name__ as MODELING
+
+STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    HybridQwen2Config: (Qwen2Config, Qwen2ForCausalLM),
+    HybridQwen3Config: (Qwen3Config, Qwen3ForCausalLM),
+    HybridMinistralConfig: (MinistralConfig, MinistralForCausalLM),
+}
+"""What computes a hybrid without sinks: a plain sliding window, which these know."""
+
+_NOT_STOCK = {"model_type", "architectures", "auto_map", "w_sink", "hybrid_version", "transformers_version"}
+
+
+def needs_own_code(config: HybridConfig) -> bool:
+    """Sinks are known to no stock class."""
+    return config.w_sink > 0
+
+
+def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:
+    """The config.json of an export of `model`, as a new object."""
+    config = _with_own_code(model) if needs_own_code(model.config) else stock_config(model.config)
+    config.dtype = dtype
+    return config
+
+
+def stock_config(config: HybridConfig) -> PreTrainedConfig:
+    """A hybrid without sinks as a config of the stock class with the same `layer_types`."""
+    config_class, model_class = STOCK[type(config)]
+    values = {name: value for name, value in config.to_dict().items() if name not in _NOT_STOCK}
+    if config_class is not MinistralConfig:
+        # layer_types decides. Software that reads max_window_layers instead cannot express a hybrid; vLLM's own Qwen2 class stops
+        # with an error unless it equals num_hidden_layers, and then runs full attention everywhere. So it never does.
+        lazy = config.spec.lazy_layers
+        values |= {"use_sliding_window": True, "max_window_layers": lazy[0] if lazy else 0}
+    return config_class(**values, architectures=[model_class.__name__])
+
+
+def exported_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The base's defaults for sampling, with every token that ends an answer and one for padding.
+
+    Raises:
+        UserError: nothing says where an answer ends, or the base's settings contradict each other.
+    """
+    config = copy.deepcopy(model.generation_config)
+    named = (
+        []
+        if config.eos_token_id is None
+        else [config.eos_token_id]
+        if isinstance(config.eos_token_id, int)
+        else config.eos_token_id
+    )
+    stops = list(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *named]))
+    if not stops:
+        raise UserError(
+            "neither the tokenizer nor the generation config names an end-of-sequence token: the exported model would never stop. "
+            "Set eos_token in the base's tokenizer_config.json"
+        )
+    config.eos_token_id = stops
+    config.pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config._from_model_config = False
+    return _consistent(config)
+
+
+def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # Both through the same file: transformers keeps one copy of the code per file named here, and two would mean two HybridErrors.
+    module = MODELING.rsplit(".", 1)[-1]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
+    }
+    return config
+
+
+def _consistent(config: GenerationConfig) -> GenerationConfig:
+    """transformers saves no generation config with sampling settings but do_sample off, though it loads (and publishes) such."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise UserError(f"the base's generation config contradicts itself, so it cannot be exported: {error}") from error
+    return config

@@ -1,0 +1,48 @@
+"""What a run tells its export: plain values that end up in the model card."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScoreFact:
+    """One figure of an evaluation.
+
+    Attributes:
+        variant: "base", "converted" or "trained". evaluation: name of the evaluation, such as "aime24".
+        metric: such as "avg@16" or "loss". n: problems or samples that `value` is the mean of.
+        standard_error: over those n; None where n is 1.
+    """
+
+    variant: str
+    evaluation: str
+    metric: str
+    value: float
+    standard_error: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """Where a hybrid comes from. Equal facts give an equal card, so there is no date or duration among them.
+
+    Attributes:
+        recipe: the recipe's name.
+        base: hub id or local folder of the base model. base_revision: as in the recipe.
+        selection: how the lazy layers were chosen: a strategy's name, or "given in the recipe".
+        data: source of the examples (hub id, file or folder); they calibrate the choice of layers even without training.
+        data_format: as in the recipe. data_counts: examples read, dropped, trained on, …
+        training: settings that a reader would want to know, by name; None for a hybrid that was not trained.
+        scores: of all variants that were evaluated.
+        versions: of the packages that made it.
+    """
+
+    recipe: str
+    base: str
+    base_revision: str | None
+    selection: str
+    data: str
+    data_format: str
+    data_counts: dict[str, int]
+    training: dict[str, str | int | float | bool | None] | None
+    scores: tuple[ScoreFact, ...]
+    versions: dict[str, str]

@@ -1,0 +1,99 @@
+"""What an export consists of, written into its folder last: by it a whole export is told from anything else."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lt_train import files
+from lt_train.errors import UserError
+from lt_train.export.facts import ExportFacts
+from lt_train.export.verify import Check
+
+MANIFEST = "lt_train_export.json"
+FORMAT = 1
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    Attributes:
+        content: fingerprint of all that was exported (`content_fingerprint`).
+        files: name -> SHA-256 and size in bytes of every other file of the folder.
+        check: how the export was found to compute what the model in memory computes.
+    """
+
+    content: str
+    files: dict[str, dict[str, Any]]
+    check: Check
+
+    def write(self, folder: Path) -> None:
+        files.write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
+
+
+def make_manifest(folder: Path, content: str, check: Check) -> Manifest:
+    return Manifest(content, {path.name: _described(path) for path in sorted(folder.iterdir())}, check)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        UserError: none there, or not one of this version.
+    """
+    found = files.read_json(folder / MANIFEST, "export manifest")
+    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: not an export manifest of this version of lt_train. Export into another folder")
+    return Manifest(found["content"], found["files"], Check(**found["check"]))
+
+
+def content_fingerprint(described: Path, model: nn.Module, facts: ExportFacts) -> str:
+    """SHA-256 of what goes into an export: the small files in `described`, the weights, the facts of the card."""
+    digest = hashlib.sha256()
+    for path in sorted(described.iterdir()):
+        digest.update(f"{path.name}\0{_described(path)['sha256']}\0".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps(asdict(facts), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def is_exported(folder: Path, content: str) -> bool:
+    """Whether `folder` is a whole export of this content.
+
+    Raises:
+        UserError: something else is there, or the export has been damaged.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: exists and is no export of lt_train; it is left alone. Export into another folder, or move it away"
+        )
+    manifest = read_manifest(folder)
+    if manifest.content != content:
+        raise UserError(
+            f"{folder}: holds another export (other weights, settings, scores or versions); nothing is overwritten. "
+            "Export into another folder, or move this one away"
+        )
+    damaged = [
+        name for name, known in manifest.files.items() if not (folder / name).is_file() or _described(folder / name) != known
+    ]
+    if damaged:
+        raise UserError(
+            f"{folder}: files are missing or changed since it was exported: {', '.join(damaged)}. Move it away and export again"
+        )
+    return True
+
+
+def _described(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}

@@ -1,0 +1,89 @@
+import ast
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from lt_train.export.card import is_hub_id, kv_bytes, model_card
+from lt_train.export.verify import Check
+from tests.export.tiny_exports import facts, tiny_hybrid
+
+CHECK = Check("HybridQwen3ForCausalLM", "float32", 2e-7, 12.5, 1e-5, 48, 0)
+
+
+def card(*, w_sink=3, **changed):
+    return model_card(facts(**changed), tiny_hybrid(w_sink=w_sink).config, torch.float32, CHECK, own_code=w_sink > 0)
+
+
+def test_the_hub_reads_the_front_matter():
+    data = ModelCard(card()).data
+    assert data.base_model == "maker/tiny-base"
+    assert data.base_model_relation == "finetune"
+    assert data.datasets == ["maker/traces"]
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert "custom_code" in data.tags
+    assert data.license is None
+
+
+def test_the_card_names_layers_sizes_data_training_scores_and_versions():
+    text = card()
+    for expected in (
+        "- streaming: 1, 3 (of 0 to 3; chosen by: reach)",
+        "first `w_sink` = 3 tokens",
+        "latest `w_recent` = 7 tokens",
+        "- trained on: 1,000",
+        "| learning_rate | 0.0001 |",
+        "| aime24 | base | avg@16 | 0.5331 | ± 0.071 | 30 |",
+        "| heldout_loss | trained | loss | 1.5 | – | 1 |",
+        "- torch 2.13.0",
+        "differ by at most 2.0e-07 (allowed 1.0e-05",
+        "Beam search",
+    ):
+        assert expected in text
+
+
+def test_local_folders_are_named_without_their_path_and_not_as_hub_ids(tmp_path):
+    base, data = tmp_path / "bases/mine", tmp_path / "data/traces.jsonl"
+    base.mkdir(parents=True)
+    text = card(base=str(base), data=str(data))
+    assert str(tmp_path) not in text
+    assert "`mine` as a hybrid" in text and "`traces.jsonl`" in text
+    data = ModelCard(text).data
+    assert data.base_model is None and data.datasets is None
+
+
+def test_a_relative_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("data/tiny-reasoner")
+    (tmp_path / "data/tiny-reasoner").mkdir(parents=True)
+    assert not is_hub_id("data/tiny-reasoner")
+
+
+def test_kv_cache_sizes_are_those_of_the_layers():
+    # 2 KV heads of 16, keys and values, 4 bytes: 256 bytes an entry and layer
+    config = tiny_hybrid().config
+    assert kv_bytes(config, torch.float32, 1) == 256
+    text = card()
+    assert "| 32.0 MiB | 16.0 MiB | 50.0% |" in text
+    assert kv_bytes(config, torch.bfloat16, config.spec.cached_tokens(32768)) == 128 * (2 * 32768 + 2 * 10)
+
+
+def test_without_training_the_card_says_so():
+    text = card(training=None, scores=())
+    assert "without any training" in text and "Not evaluated." in text
+    assert "base_model_relation" not in ModelCard(text).data.to_dict()
+
+
+def test_without_sinks_the_card_asks_for_no_trust():
+    text = card(w_sink=0)
+    assert "trust_remote_code" not in text and "custom_code" not in text
+    assert "--model-impl transformers" in text
+
+
+@pytest.mark.parametrize("w_sink", [0, 3])
+def test_the_example_is_python(w_sink):
+    (code,) = re.findall(r"```python\n(.*?)```", card(w_sink=w_sink), re.DOTALL)
+    assert "CODE" not in code
+    ast.parse(code)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from lt_train.errors import UserError
+from lt_train.export.configs import STOCK, exported_config, exported_generation_config, stock_config
+from tests.export.tiny_exports import tiny_hybrid, tiny_tokenizer
+from tests.hybrid.families import BASES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BASES)
+def test_without_sinks_the_stock_class_computes_the_same(family):
+    hybrid = tiny_hybrid(family, w_sink=0)
+    config = exported_config(hybrid, torch.float32)
+    stock = STOCK[type(hybrid.config)][1](config).eval()
+    stock.load_state_dict(hybrid.state_dict())
+    ids = torch.randint(2, 96, (2, 40))
+    torch.testing.assert_close(stock(ids).logits, hybrid(ids).logits, atol=1e-4, rtol=1e-5)
+    assert "w_sink" not in config.to_dict() and "auto_map" not in config.to_dict()
+    assert config.architectures == [type(stock).__name__]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("lazy", [(0, 1), (3,), (0, 1, 2, 3)])
+def test_max_window_layers_never_claims_that_no_layer_slides(family, lazy):
+    # vLLM's own Qwen2 class takes max_window_layers == num_hidden_layers for full attention everywhere, and says nothing
+    config = stock_config(tiny_hybrid(family, w_sink=0, lazy=lazy).config)
+    assert config.max_window_layers == lazy[0] < config.num_hidden_layers
+    assert config.use_sliding_window and config.sliding_window == 7
+
+
+def test_with_sinks_the_config_names_its_code_and_the_model_in_memory_stays_as_it_was():
+    hybrid = tiny_hybrid("llama")
+    config = exported_config(hybrid, torch.bfloat16)
+    assert config.auto_map == {
+        "AutoConfig": "modeling.HybridMinistralConfig",
+        "AutoModelForCausalLM": "modeling.HybridMinistralForCausalLM",
+    }
+    assert config.model_type == "lt_hybrid_ministral" and config.w_sink == 3 and config.dtype == torch.bfloat16
+    assert "auto_map" not in hybrid.config.to_dict()
+
+
+def test_every_token_that_ends_an_answer_is_exported():
+    model, tokenizer = tiny_hybrid(), tiny_tokenizer()
+    model.generation_config = GenerationConfig(eos_token_id=[7, 9], pad_token_id=5)
+    config = exported_generation_config(model, tokenizer)
+    assert config.eos_token_id == [tokenizer.eos_token_id, 7, 9]
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert model.generation_config.eos_token_id == [7, 9]
+
+
+def test_without_a_padding_token_the_end_stands_in():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    config = exported_generation_config(tiny_hybrid(), tokenizer)
+    assert config.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_model_that_would_never_stop_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="never stop"):
+        exported_generation_config(tiny_hybrid(), tokenizer)
+
+
+@pytest.mark.parametrize("do_sample", [True, None])
+def test_sampling_defaults_of_the_base_are_carried(do_sample, tmp_path):
+    model = tiny_hybrid()
+    model.generation_config = GenerationConfig(do_sample=do_sample, temperature=0.6, top_p=0.95, repetition_penalty=1.05)
+    exported_generation_config(model, tiny_tokenizer()).save_pretrained(tmp_path)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert (config.do_sample, config.temperature, config.top_p, config.repetition_penalty) == (True, 0.6, 0.95, 1.05)

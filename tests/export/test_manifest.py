@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from lt_train.errors import UserError
+from lt_train.export.manifest import MANIFEST, content_fingerprint, is_exported, make_manifest, read_manifest
+from lt_train.export.verify import Check
+from tests.export.tiny_exports import facts, tiny_hybrid
+
+CHECK = Check("HybridQwen3ForCausalLM", "float32", 0.0, 12.5, 1e-5, 48, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "weights").write_bytes(b"1234")
+    (tmp_path / "config.json").write_text("{}")
+    make_manifest(tmp_path, "abc", CHECK).write(tmp_path)
+    return tmp_path
+
+
+def test_an_export_of_the_same_content_is_recognised(folder):
+    assert is_exported(folder, "abc")
+    assert read_manifest(folder).check == CHECK
+
+
+def test_nothing_and_an_empty_folder_are_no_export(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert not is_exported(tmp_path / "nothing", "abc")
+    assert not is_exported(tmp_path / "empty", "abc")
+
+
+def test_another_export_is_not_overwritten(folder):
+    with pytest.raises(UserError, match="another export"):
+        is_exported(folder, "other")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no export"):
+        is_exported(tmp_path, "abc")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"1235"), lambda file: file.write_bytes(b"12"), lambda file: file.unlink()])
+def test_a_damaged_export_is_named(folder, damage):
+    damage(folder / "weights")
+    with pytest.raises(UserError, match="missing or changed since it was exported: weights"):
+        is_exported(folder, "abc")
+
+
+@pytest.mark.parametrize("text", ['{"format": 1, "con', '{"format": 99}', "[]"])
+def test_a_cut_or_foreign_manifest_is_an_error(folder, text):
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=MANIFEST):
+        is_exported(folder, "abc")
+
+
+def test_the_fingerprint_follows_weights_files_and_facts(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    model = tiny_hybrid()
+    seen = [content_fingerprint(tmp_path, model, facts()), content_fingerprint(tmp_path, model, facts(recipe="other"))]
+    assert content_fingerprint(tmp_path, model, facts()) == seen[0]
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1e-3
+    seen.append(content_fingerprint(tmp_path, model, facts()))
+    (tmp_path / "config.json").write_text("{ }")
+    seen.append(content_fingerprint(tmp_path, model, facts()))
+    assert len(set(seen)) == 4

@@ -1,0 +1,49 @@
+"""Small models, a small tokenizer and made-up facts to export."""
+
+import string
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from tests.hybrid.families import BASES
+
+END, PAD = "<|end|>", "<|pad|>"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    symbols = [PAD, END, "<|unk|>", *string.ascii_letters, *string.digits, " "]
+    backend = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<|unk|>", pad_token=PAD, eos_token=END, chat_template=TEMPLATE, padding_side="right"
+    )
+
+
+def tiny_hybrid(family: str = "qwen3", *, w_sink: int = 3, w_recent: int = 7, lazy: tuple[int, ...] = (1, 3)) -> HybridForCausalLM:
+    """Random weights, made large enough that a token more or less in sight changes what is generated."""
+    model = build_hybrid(BASES[family], HybridSpec(4, lazy, w_sink, w_recent)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model
+
+
+def facts(**changed) -> ExportFacts:
+    values = dict(
+        recipe="tiny",
+        base="maker/tiny-base",
+        base_revision=None,
+        selection="reach",
+        data="maker/traces",
+        data_format="still",
+        data_counts={"rows_read": 1200, "trained_on": 1000},
+        training={"method": "lora", "learning_rate": 1e-4},
+        scores=(ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, 30), ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1)),
+        versions={"lt_train": "0.1.0", "torch": "2.13.0"},
+    )
+    return ExportFacts(**values | changed)
