@@ -4,6 +4,8 @@ Each has what trips a renderer up: a system turn that comes by itself (Qwen2.5, 
 header of every turn (SmolLM2), reasoning that is dropped (Qwen3, R1), a thought that the generation prompt opens (R1).
 """
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,10 +74,12 @@ SPECIAL = (  # noqa: SIM905
 ).split()
 
 
-def byte_tokenizer(template: str | None, bos: str | None, eos: str | None) -> PreTrainedTokenizerFast:
-    """One token for each byte of NFC-normalised text, as Qwen's tokenizers do before merging."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+def byte_tokenizer(
+    template: str | None, bos: str | None, eos: str | None, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """One token for each byte of NFC-normalised text and for each of `merges`, as Qwen's tokenizers work."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, list(merges)))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

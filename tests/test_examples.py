@@ -8,6 +8,8 @@ import pytest
 from chat_templates import FAMILIES, byte_tokenizer, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lt_train.errors import UserError
 from lt_train.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
@@ -96,6 +98,32 @@ def test_of_a_conversation_only_the_last_answer_is_trained_on(load: Load) -> Non
     assert all(f"{role} says {at}" in asked for at, role in enumerate(turns[:-1])) and "not this one" not in asked
 
 
+def test_no_space_is_put_before_an_answer_by_a_tokenizer_that_begins_every_text_with_one(tmp_path: Path) -> None:
+    tokenizer = family_tokenizer("mistral")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    template = tokenizer.chat_template.replace("' ' + m.content", "m.content")
+    assert tokenizer.decode(tokenizer("Hm.")["input_ids"]) == " Hm."
+    example = examples_of(tmp_path, {"question": "x", "combined_text": "Hm."}, tokenizer, template)
+    assert tokenizer.decode(example.prompt_ids).endswith("[/INST]")
+    assert tokenizer.decode(example.answer_ids) == "Hm.</s>"
+
+
+def test_tokens_that_would_merge_across_the_seam_stay_apart_as_in_generation(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(*FAMILIES["qwen2.5"], merges=[("Ċ", "Ċ")])
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    example = examples_of(tmp_path, {"question": "x", "combined_text": "\nHm."}, tokenizer, tokenizer.chat_template)
+    assert tokenizer.decode(example.prompt_ids).endswith("assistant\n")
+    assert tokenizer.decode(example.answer_ids) == "\nHm.<|im_end|>"
+
+
+def examples_of(tmp_path: Path, row: dict[str, str], tokenizer: PreTrainedTokenizerFast, template: str) -> Example:
+    tokenizer.chat_template = template
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = Data(source=str(path), format="still", max_length=64)
+    return load_examples(data, Prompt(), tokenizer, model_max_length=64, seed=0).train[0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(answer=st.text(min_size=1, max_size=40).filter(str.strip))
 def test_any_text_is_held_whole_by_the_answer_s_ids(answer: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -107,9 +135,6 @@ def test_any_text_is_held_whole_by_the_answer_s_ids(answer: str, tmp_path_factor
 
 
 def test_an_answer_that_the_tokenizer_cannot_write_stops_with_counts(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     letters = {character: at for at, character in enumerate("abc </s>?")} | {"<unk>": 90, "</s>": 91}
     backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
