@@ -1,7 +1,7 @@
 """Curves, pictures and scores of a run in wandb: online, offline (no network, no login), or not at all.
 
-A run keeps one wandb id over all its resumes, and every step is logged once. wandb itself starts each offline resume at step 0 in a folder of
-its own, so the id and the last step that is safely in a folder are kept beside them, in tracking.jsonl.
+A run keeps one wandb id over all its resumes, and every step is logged once. wandb itself starts each offline resume at
+step 0 in a folder of its own, so the id and the last step that is safely in a folder are kept beside them, in tracking.jsonl.
 """
 
 import secrets
@@ -78,7 +78,8 @@ class WandbTracker:
             )
         except wandb.Error as error:
             raise UserError(
-                f"track.wandb: {track.wandb}: wandb cannot start: {error}. Log in (wandb login), or set track.wandb to offline or off"
+                f"track.wandb: {track.wandb}: wandb cannot start: {error}. "
+                "Log in (wandb login), or set track.wandb to offline or off"
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

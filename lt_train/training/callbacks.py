@@ -32,9 +32,7 @@ class WholeCheckpoints(TrainerCallback):
         self.keep = keep
         self.adapter_only = adapter_only
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
         # resumed run logs the same means, and so that a NaN stops the run before it is saved.
         control.should_log = control.should_log or control.should_save
@@ -60,8 +58,8 @@ class WholeCheckpoints(TrainerCallback):
 class TrainingLog(TrainerCallback):
     """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second.
 
-    `num_tokens` counts the tokens of all processes since the very first step; `seconds` the time spent in steps, over all resumes, without
-    evaluation and saving.
+    `num_tokens` counts the tokens of all processes since the very first step; `seconds` the time spent in steps, over all
+    resumes, without evaluation and saving.
     """
 
     def __init__(self, out: Path, tracker: Tracker) -> None:
@@ -72,17 +70,13 @@ class TrainingLog(TrainerCallback):
         self.logged_tokens = 0
         self.step_started = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.logged_tokens = state.num_input_tokens_seen
         if state.is_world_process_zero:
             steps = [row for row in resume_log(self.path, state.global_step) if "loss" in row]
             self.seconds = self.logged_seconds = steps[-1]["seconds"] if steps else 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -157,9 +151,7 @@ class ProgressLine(TrainerCallback):
         self.first_step = 0
         self.printed = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         self.first_step = state.global_step
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
@@ -187,9 +179,7 @@ class ProgressLine(TrainerCallback):
             left = seconds_a_step * (state.max_steps - state.global_step)
             print(f"training {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left", file=sys.stderr)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Whole checkpoints: how one is told from a half-written one, which one a run goes on from, and what becomes of the others.
 
-Trainer writes a checkpoint file by file, so a killed process leaves a folder that looks like one. After all its files are on
-disk we write `manifest.json` into it, as the last thing and in one step: a checkpoint with a manifest that fits its files is whole,
-everything else is not. The manifest also says from which settings and data the checkpoint came, so that another recipe never goes on
-from it unnoticed.
+Trainer writes a checkpoint file by file, so a killed process leaves a folder that looks like one. After all its files are
+on disk we write `manifest.json` into it, as the last thing and in one step: a checkpoint with a manifest that fits its files
+is whole, everything else is not. The manifest also says from which settings and data the checkpoint came, so that another
+recipe never goes on from it unnoticed.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def check_same_settings(found: Checkpoint, settings: Settings) -> None:
 
 
 def publish_weights(checkpoint: Checkpoint, final: Path) -> None:
-    """Make `final` hold what a reader of the trained model needs from `checkpoint`: weights, configs, tokenizer; no optimizer state.
+    """Make `final` hold what a reader of the trained model needs from `checkpoint`: weights, configs, tokenizer.
 
     The folder appears in one step with its manifest inside. Files are hard links where the file system has them, so that a large
     model does not lie on the disk twice.
@@ -131,7 +131,7 @@ def publish_weights(checkpoint: Checkpoint, final: Path) -> None:
 def _belongs_to_the_trainer(name: str) -> bool:
     """Files beside the weights in a Trainer checkpoint (transformers/trainer.py, deepspeed's engine), of no use after training."""
     exact = {"optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "latest"}
-    return name in exact | {MANIFEST, "zero_to_fp32.py", "README.md"} or name.startswith("rng_state")
+    return name in exact | {MANIFEST, "zero_to_fp32.py", "zero_to_torch.py", "README.md"} or name.startswith("rng_state")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

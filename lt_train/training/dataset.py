@@ -16,7 +16,7 @@ IGNORED = -100  # the label that torch's cross entropy and TRL leave out of the 
 def training_dataset(examples: Sequence[Example], *, max_length: int, packing: bool) -> datasets.Dataset:
     """Rows of `input_ids` and `labels`; packed rows also have `seq_lengths`, the lengths of their documents in order.
 
-    Packing is best-fit decreasing over whole documents: none is split and none is cut. Rows never hold more than `max_length` tokens.
+    Packing is best-fit decreasing over whole documents: none is split and none is cut. Rows hold at most `max_length` tokens.
 
     Raises:
         UserError: there is no example, one is longer than `max_length`, or one has no token to learn from.
@@ -34,9 +34,7 @@ def training_dataset(examples: Sequence[Example], *, max_length: int, packing: b
 def check_examples(examples: Sequence[Example], max_length: int) -> None:
     """Stop before TRL would cut a sample in silence or train on one that teaches nothing."""
     if not examples:
-        raise UserError(
-            "data: no example is left to train on. See the counts above: raise data.max_length or give other data"
-        )
+        raise UserError("data: no example is left to train on. See the counts above: raise data.max_length or give other data")
     too_long = [e for e in examples if len(e) > max_length]
     if too_long:
         longest = max(too_long, key=len)

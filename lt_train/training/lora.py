@@ -21,9 +21,7 @@ MERGE_TOLERANCE = 1e-3  # of the largest logit; merging in fp32 is off by some 1
 @dataclass(frozen=True)
 class TrainedModel:
     model: PreTrainedModel
-    merge_difference: (
-        float | None
-    )  # largest |logit| difference of the merged model to base + adapter, in fp32; None without LoRA
+    merge_difference: float | None  # largest |logit| difference of the merged model to base + adapter, in fp32; None without LoRA
 
 
 def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
@@ -34,9 +32,7 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
     """
     layers = list(range(spec.num_layers)) if lora.layers == "all" else list(spec.lazy_layers)
     if not layers:
-        raise UserError(
-            "lora.layers: lazy: no layer of this model streams, so nothing would be trained. Set lora.layers: all"
-        )
+        raise UserError("lora.layers: lazy: no layer of this model streams, so nothing would be trained. Set lora.layers: all")
     _check_targets(lora.targets, model)
     return LoraConfig(
         r=lora.rank,
@@ -70,8 +66,9 @@ def load_trained(
     difference = (after - before).abs().max().item()
     if not difference <= MERGE_TOLERANCE * before.abs().max().item():  # a NaN fails as well
         raise UserError(
-            f"{folder}: with the adapter merged the logits differ by {difference:.2e} from those with the adapter beside the base, so "
-            "what would be evaluated is not what was trained. See which of lora.peft cannot be merged, and train without it"
+            f"{folder}: with the adapter merged the logits differ by {difference:.2e} from those with the adapter beside the "
+            "base, so what would be evaluated is not what was trained. See which of lora.peft cannot be merged, and train "
+            "without it"
         )
     return TrainedModel(merged.to(dtype), difference)
 

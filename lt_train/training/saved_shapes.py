@@ -10,17 +10,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lt_train.errors import UserError
 
-Shapes = Counter[
-    tuple[int, ...]
-]  # how many weights of each shape; names change on saving (PEFT, tied weights), shapes do not
+Shapes = Counter[tuple[int, ...]]  # how many weights of each shape; names change on saving (PEFT, tied weights), shapes do not
 
 
 def full_shapes(model: nn.Module, *, trainable_only: bool) -> Shapes:
     """The shapes that a save of `model` must hold (`trainable_only`: a save of its adapter). Tied weights count once."""
     zero3 = is_deepspeed_zero3_enabled()  # then a parameter is an empty shell, and ds_shape says what it stands for
-    return Counter(
-        tuple(p.ds_shape if zero3 else p.shape) for p in model.parameters() if p.requires_grad or not trainable_only
-    )
+    return Counter(tuple(p.ds_shape if zero3 else p.shape) for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 def check_saved_shapes(folder: Path, expected: Shapes) -> None:
@@ -35,8 +31,8 @@ def check_saved_shapes(folder: Path, expected: Shapes) -> None:
         empty = [name for name, shape in saved.items() if 0 in shape]
         raise UserError(
             f"{folder}: {missing.total()} of {expected.total()} weights were not saved at their full shape "
-            f"(missing: {_some(missing)}; empty in the file: {', '.join(empty[:3]) or 'none'}). Under DeepSpeed ZeRO-3 the file named by "
-            "train.deepspeed needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+            f"(missing: {_some(missing)}; empty in the file: {', '.join(empty[:3]) or 'none'}). Under DeepSpeed ZeRO-3 the file "
+            "named by train.deepspeed needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
         )
 
 

@@ -1,6 +1,7 @@
 """A recipe's training settings: as TRL's SFTConfig, as the dtype of the weights, and as what a checkpoint must agree with."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": bf16,
-        # transformers refuses bf16 without an accelerator unless the CPU was asked for; DeepSpeed finds the CPU by itself
-        "use_cpu": train.deepspeed is None and not torch.accelerator.is_available(),
+        # unless the CPU is asked for, transformers refuses bf16 on it, and accelerate takes each process for the only one
+        "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": _deepspeed_file(train),
         # data
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -65,10 +66,16 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         config = SFTConfig(**ours, **train.trl)
     except (ValueError, TypeError, ImportError) as error:  # transformers checks values and combinations here
         raise UserError(f"train: TRL does not take these settings: {error}") from error
+    if config.deepspeed is not None:
+        # accelerate starts torch.distributed alone where there is no GPU; without its own communication DeepSpeed would shard a
+        # model as it is loaded (zero.Init) for a world of one process
+        import deepspeed
+
+        deepspeed.init_distributed()
     if config.n_gpu > 1:
         raise UserError(
-            f"{config.n_gpu} GPUs are visible to one process. Start one process for each (deepspeed --num_gpus {config.n_gpu} --module "
-            "lt_train train …, or torchrun), or show it only one (CUDA_VISIBLE_DEVICES=0)"
+            f"{config.n_gpu} GPUs are visible to one process. Start one process for each (deepspeed --num_gpus "
+            f"{config.n_gpu} --module lt_train train …, or torchrun), or show it only one (CUDA_VISIBLE_DEVICES=0)"
         )
     return config
 
@@ -83,18 +90,17 @@ def trains_in_bf16(recipe: Recipe) -> bool:
 def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:
     """The dtype in which to load the weights.
 
-    A step of AdamW at a fine-tuning learning rate is smaller than bf16 can add to a weight (8 bits of mantissa), so weights that are
-    trained are kept in fp32 and cast to bf16 for the products (autocast). Two cases need no such copy of their own: LoRA, whose base is
-    frozen and whose adapter PEFT keeps in fp32, and DeepSpeed, whose optimizer keeps fp32 weights beside the bf16 ones.
+    A step of AdamW at a fine-tuning learning rate is smaller than bf16 can add to a weight (8 bits of mantissa), so weights
+    that are trained are kept in fp32 and cast to bf16 for the products (autocast). Two cases need no such copy of their own:
+    LoRA, whose base is frozen and whose adapter PEFT keeps in fp32, and DeepSpeed, whose optimizer keeps fp32 weights beside
+    the bf16 ones.
     """
     if not trains_in_bf16(recipe):
         return torch.float32
     return torch.bfloat16 if train.method == "lora" or train.deepspeed else torch.float32
 
 
-def settings_of_training(
-    recipe: Recipe, train: Train, spec: HybridSpec, data_sha256: str, num_processes: int
-) -> Settings:
+def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sha256: str, num_processes: int) -> Settings:
     """All that shapes the course of a training, flat and by the recipe's names: a checkpoint goes on only where all of it is equal.
 
     How often to log, save and evaluate, and how many checkpoints to keep, may change between a kill and the resume.
@@ -127,4 +133,9 @@ def _deepspeed_file(train: Train) -> str | None:
     path = Path(train.deepspeed)
     if not path.is_file():
         raise UserError(f"train.deepspeed: {train.deepspeed}: no such file (looked at {path.absolute()})")
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "train.deepspeed: no launcher started this process. Start it with "
+            "deepspeed --num_gpus N --module lt_train train RECIPE (--num_accelerators N on CPUs), or set train.deepspeed to null"
+        )
     return str(path)

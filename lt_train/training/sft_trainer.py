@@ -14,14 +14,13 @@ class HybridSFTTrainer(SFTTrainer):
     batches ask of an attention; the loss comes from TRL's fused head, which never holds sequence x vocabulary logits.
     """
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise UserError(
-                f"training stopped in step {self.state.global_step + 1}: the loss is {loss.item()}. The checkpoints written before it "
-                "are good: lower train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train into another run folder"
+                f"training stopped in step {self.state.global_step + 1}: the loss is {loss.item()}. The checkpoints written "
+                "before it are good: lower train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train "
+                "into another run folder"
             )
         return loss
 
@@ -39,9 +38,7 @@ class HybridSFTTrainer(SFTTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(inputs), use_cache=False, fused_lm_head=True)
             loss_B2 = torch.stack((-outputs.log_probs.double().sum(1), outputs.label_mask.double().sum(1)), dim=1)
-            sums += self.accelerator.gather_for_metrics(loss_B2).sum(
-                0
-            )  # without the samples doubled to fill a last batch
+            sums += self.accelerator.gather_for_metrics(loss_B2).sum(0)  # without the samples doubled to fill a last batch
         loss, tokens = sums.tolist()
         metrics = {"eval_loss": loss / tokens, "eval_tokens": int(tokens)}
         self.log(metrics)

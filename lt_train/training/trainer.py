@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 from trl import SFTConfig
 
 from lt_train.errors import UserError
@@ -107,6 +108,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
     if recipe.lora is not None:
         # With a name there, each save asks the hub for the base's config and reads it as a hybrid's (peft/utils/save_and_load.py,
         # get_peft_model_state_dict); the manifest and the resolved recipe say which base it is.
@@ -120,10 +122,14 @@ def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Calla
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
         report(_opening(trainer, checkpoint))
+    bars_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one for every checkpoint it writes
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         progress.close()
+        if bars_shown:
+            logging.enable_progress_bar()
 
 
 def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
@@ -133,7 +139,7 @@ def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
 
 
 def _decided_by_main(decide: Callable[[], T]) -> T:
-    """Let the main process look at (and tidy) the folder, and tell all processes what it found; an error is raised in all of them."""
+    """Let the main process look at (and tidy) the folder, and tell all what it found; an error is raised in all of them."""
     outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
     if PartialState().is_main_process:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_training
 
-from lt_train.tracking import NoTracker, Tracker
+from lt_train.tracking import NoTracker
 from lt_train.training.trainer import TrainResult
 
 
@@ -28,8 +28,8 @@ class CutAt(NoTracker):
 def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
     """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it goes on."""
 
-    def train(folder: str, *, tracker: Tracker | None = None, **settings: Any) -> TrainResult:
-        return tiny_training.train_in(tmp_path / folder, settings, tracker or NoTracker())
+    def train(folder: str, *, examples: int = 22, **settings: Any) -> TrainResult:
+        return tiny_training.train_in(tmp_path / folder, settings, NoTracker(), examples)
 
     return train
 

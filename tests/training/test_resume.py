@@ -1,5 +1,6 @@
 """A training that was cut off goes on as if it had not been."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [row for row in read_log(folder / "log.jsonl") if "loss" in row]
 
 
-def assert_same_course(one: Path, other: Path) -> None:
+def assert_same_course(one: Path, other: Path, tolerance: float = 1e-6) -> None:
     assert [row["step"] for row in steps(one)] == [row["step"] for row in steps(other)]
     for mine, theirs in zip(steps(one), steps(other), strict=True):
         for name in ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "num_tokens", "token_accuracy"):
-            assert mine[name] == pytest.approx(theirs[name], abs=1e-6), (mine["step"], name)
+            assert mine[name] == pytest.approx(theirs[name], abs=tolerance), (mine["step"], name)
 
 
 @pytest.mark.parametrize("cut", [5, 9], ids=["mid-epoch", "second epoch"])
@@ -33,3 +34,81 @@ def test_resumed_training_has_the_loss_of_an_uninterrupted_one_at_every_step(
     train_tiny("cut", **TWO_EPOCHS)
     assert len(steps(tmp_path / "whole")) == 12
     assert_same_course(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train_until, tmp_path: Path) -> None:
+    settings = {
+        "train": {"method": "lora", "max_steps": 8, "save_steps": 3, "logging_steps": 2},
+        "lora": {"rank": 4, "dropout": 0.1},  # dropout: the state of the random numbers is restored too
+    }
+    train_tiny("whole", **settings)
+    train_until(6, "cut", **settings)
+    train_tiny("cut", **settings)
+    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_written_again(train_tiny, train_until, tmp_path: Path, capsys) -> None:
+    train_tiny("whole", **TWO_EPOCHS)
+    train_until(7, "cut", **TWO_EPOCHS)
+    newest = tmp_path / "cut" / "checkpoint-6"
+    (newest / "manifest.json").unlink()
+    (newest / "optimizer.pt").write_bytes(b"")
+    train_tiny("cut", **TWO_EPOCHS)
+    said = capsys.readouterr().out
+    assert "checkpoint-6 is not whole" in said and "goes on from checkpoint-4" in said
+    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_training_cut_off_before_its_first_checkpoint_starts_again(train_tiny, train_until, tmp_path: Path) -> None:
+    train_tiny("whole")
+    train_until(2, "cut")
+    train_tiny("cut")
+    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_finished_training_is_not_done_again(train_tiny, tmp_path: Path) -> None:
+    first = train_tiny("run", data={"heldout": 3})
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert train_tiny("run", data={"heldout": 3}) == first
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_a_training_killed_after_its_last_checkpoint_only_publishes_it(train_tiny, tmp_path: Path) -> None:
+    # 5 steps end in mid-epoch, where Trainer itself would take a sixth
+    first = train_tiny("run", train={"max_steps": 5}, data={"heldout": 3})
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert train_tiny("run", train={"max_steps": 5}, data={"heldout": 3}) == first
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_training_is_not_continued(train_tiny, train_until, tmp_path: Path, finished: bool) -> None:
+    if finished:
+        train_tiny("run")
+    else:
+        train_until(3, "run", train={"save_steps": 2})
+    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.003 then, 0\.5 now"):
+        train_tiny("run", train={"learning_rate": 0.5})
+
+
+def test_other_data_is_not_continued(train_tiny, train_until) -> None:
+    train_until(3, "run", train={"save_steps": 2})
+    with pytest.raises(UserError, match="SHA-256 of the training data"):
+        train_tiny("run", train={"save_steps": 2}, examples=21)
+
+
+def test_how_often_to_save_may_change_on_the_way(train_tiny, train_until) -> None:
+    train_until(4, "run", train={"save_steps": 2, "keep_checkpoints": 1})
+    assert train_tiny("run", train={"save_steps": 3, "keep_checkpoints": 5, "eval_steps": 1}).steps == 4
+
+
+def test_the_log_forgets_what_was_logged_past_the_checkpoint_and_a_cut_line(train_tiny, train_until, tmp_path: Path) -> None:
+    train_until(6, "run", **TWO_EPOCHS)
+    log = tmp_path / "run" / "log.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 7, "lo')
+    train_tiny("run", **TWO_EPOCHS)
+    assert [row["step"] for row in steps(tmp_path / "run")] == list(range(1, 13))
+    counts = [row["num_tokens"] for row in steps(tmp_path / "run")]
+    assert counts == sorted(counts)

@@ -3,9 +3,9 @@
 python tests/training/tiny_training.py FOLDER '{"train": {"max_steps": 3}}'
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from lt_train.examples import Example, ExampleSet
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
 from lt_train.recipe import Recipe
 from lt_train.tracking import NoTracker, Tracker
-from lt_train.training.trainer import TrainResult, train
+from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40
 SPEC = HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=1, w_recent=4)
 
 
-def train_in(out: Path, settings: dict[str, Any], tracker: Tracker) -> TrainResult:
+def train_in(
+    out: Path, settings: dict[str, Any], tracker: Tracker, examples: int = 22, load: LoadModel | None = None
+) -> TrainResult:
     recipe = tiny_recipe(settings)
-    return train(recipe, load_tiny, tiny_tokenizer(), tiny_examples(recipe.data.heldout), SPEC, out, tracker, print)
+    data = tiny_examples(recipe.data.heldout, examples)
+    return train(recipe, load or load_tiny, tiny_tokenizer(), data, SPEC, out, tracker)
 
 
 def tiny_recipe(settings: dict[str, Any]) -> Recipe:
@@ -46,7 +49,17 @@ def tiny_recipe(settings: dict[str, Any]) -> Recipe:
 
 def load_tiny(dtype: torch.dtype) -> HybridForCausalLM:
     """The same weights each time."""
-    config = Qwen3Config(
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_hybrid(tiny_config(), SPEC).to(dtype)
+
+
+def hybrid_from(base: Path) -> LoadModel:
+    return lambda dtype: load_hybrid(base, SPEC, dtype=dtype)
+
+
+def tiny_config() -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -59,9 +72,6 @@ def load_tiny(dtype: torch.dtype) -> HybridForCausalLM:
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_hybrid(config, SPEC).to(dtype)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -81,6 +91,17 @@ def tiny_examples(heldout: int = 0, count: int = 22) -> ExampleSet:
     return ExampleSet(train=examples[:count], heldout=examples[count:], counts={"read": count + heldout})
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--local_rank", type=int)  # what the deepspeed launcher adds
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    print(train_in(Path(sys.argv[1]), json.loads(sys.argv[2]), NoTracker()))
+    load = load_tiny if given.base is None else hybrid_from(given.base)
+    print(train_in(given.folder, given.settings, NoTracker(), load=load))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_train.errors import UserError
+from lt_train.recipe import Track
+from lt_train.tracking import NoTracker, Tracker, open_tracker
+
+OFFLINE = Track(wandb="offline", project="tests")
+
+
+def segments(run_folder: Path) -> list[Path]:
+    """wandb's data files, oldest first. Two that start in the same second would share a folder."""
+    return sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def records(segment: Path) -> list[Any]:
+    """The protobuf records of a .wandb file (wandb's LevelDB log: 7 bytes of file header, then blocks of 32 KiB)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, partial, found = segment.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little of the block is left for a header: padding
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        partial += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or last of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(partial)
+            found.append(record)
+            partial = b""
+    return found
+
+
+def run_ids(segment: Path) -> set[str]:
+    return {r.run.run_id for r in records(segment) if r.WhichOneof("record_type") == "run"}
+
+
+def history(segment: Path) -> list[dict[str, Any]]:
+    rows = [r.history.item for r in records(segment) if r.WhichOneof("record_type") == "history"]
+    return [{(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in row} for row in rows]
+
+
+def log_steps(tracker: Tracker, steps: list[int]) -> None:
+    for step in steps:
+        tracker.log({"train/loss": 1.0 / step}, step=step)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name resolution fails, and there is no login."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("NETRC", "/nonexistent/netrc")
+
+
+def test_tracking_that_is_off_takes_everything_and_writes_nothing(tmp_path: Path) -> None:
+    tracker = open_tracker(Track(wandb="off"), tmp_path, {})
+    assert isinstance(tracker, NoTracker)
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.image("profile", tmp_path / "none.png")
+    tracker.summary({"accuracy": 0.5})
+    tracker.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path: Path, no_network: None) -> None:
+    run_folder = tmp_path / "my-run"
+    run_folder.mkdir()
+    for steps in ([1, 2, 3, 4, 5], [4, 5, 6, 7]):  # cut off after step 5, resumed from the checkpoint of step 3
+        tracker = open_tracker(OFFLINE, run_folder, {"seed": 1, "train": {"learning_rate": 0.1}})
+        log_steps(tracker, steps)
+        tracker.summary({"accuracy": 0.5})
+        tracker.finish()
+    first, second = segments(run_folder)
+    assert run_ids(first) == run_ids(second) and len(run_ids(first)) == 1
+    rows = history(first) + history(second)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[1]["train/loss"] == 0.5
+
+
+def test_a_step_that_a_killed_process_had_not_written_out_is_logged_again(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker(OFFLINE, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])  # no finish: the row of step 3 is still in memory
+    state = (tmp_path / "tracking.jsonl").read_text()
+    assert '{"saved_step": 2}' in state and '{"saved_step": 3}' not in state
+    tracker.finish()
+    assert '{"saved_step": 3}' in (tmp_path / "tracking.jsonl").read_text()
+
+
+def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_network: None) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "profile.png")
+    tracker = open_tracker(OFFLINE, tmp_path, {"hybrid": {"w_sink": 4}})
+    tracker.image("layer profile", tmp_path / "profile.png")
+    tracker.image("layer profile", tmp_path / "profile.png")
+    tracker.log({"train/loss": 2.0, "train/tokens_per_second": 90.0}, step=1)
+    tracker.log({"train/eval_loss": 1.5}, step=1)
+    tracker.summary({"ledger/accuracy": 0.97})
+    tracker.finish()
+    (segment,) = segments(tmp_path)
+    everything = " ".join(str(r) for r in records(segment))
+    assert "w_sink" in everything and "ledger/accuracy" in everything
+    rows = history(segment)
+    assert next(row for row in rows if "train/loss" in row)["train/eval_loss"] == 1.5
+    assert len([row for row in rows if "layer profile/path" in row]) == 1
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 1
+
+
+def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:
+    with pytest.raises(UserError, match=r"track\.wandb: online: wandb cannot start.*wandb login.*offline or off"):
+        open_tracker(Track(wandb="online"), tmp_path, {})
+
+
+def test_importing_tracking_does_not_import_wandb() -> None:
+    source = Path(open_tracker.__code__.co_filename).read_text()
+    assert "\nimport wandb" not in source and "\nfrom wandb" not in source

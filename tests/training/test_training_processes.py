@@ -1,0 +1,78 @@
+"""Training in processes of its own: killed at any moment, and under DeepSpeed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+from safetensors.torch import load_file
+from test_resume import assert_same_course, steps
+from transformers import Qwen3ForCausalLM
+
+from lt_train.hybrid import load_hybrid_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = Path(tiny_training.__file__)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, settings: dict[str, Any], output: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(settings)]
+    with open(output, "ab") as file:
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, tmp_path: Path) -> None:
+    settings = {"train": {"max_steps": None, "epochs": 15, "save_steps": 2}, "data": {"heldout": 3}}
+    train_tiny("whole", **settings)
+    output = tmp_path / "output.txt"
+    moments, logged = random.Random(5), 0
+    for _ in range(2):
+        process = start(tmp_path / "killed", settings, output)
+        while process.poll() is None and len(steps(tmp_path / "killed")) < logged + 10:
+            time.sleep(0.01)  # a kill before the first new step would only interrupt the import of torch
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, output.read_text()
+        logged = len(steps(tmp_path / "killed"))
+    code = start(tmp_path / "killed", settings, output).wait()
+    assert code == 0, output.read_text()
+    assert "goes on from checkpoint-" in output.read_text()
+    assert_same_course(tmp_path / "killed", tmp_path / "whole")
+    whole, killed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
+    assert all((whole[name] - killed[name]).abs().max() < 1e-6 for name in whole)
+
+
+def deepspeed(folder: Path, settings: dict[str, Any], base: Path) -> str:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29617"]
+    command = [*launcher, str(SCRIPT), str(folder), json.dumps(settings), "--base", str(base)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_zero3_saves_every_weight_at_full_shape_and_trains_like_one_process(train_tiny, tmp_path: Path) -> None:
+    base = Qwen3ForCausalLM(tiny_training.tiny_config())
+    base.save_pretrained(tmp_path / "base")
+    # two processes with two samples each are one process with four
+    settings: dict[str, Any] = {"train": {"max_steps": 4, "batch_size": 2, "micro_batch_size": 1}, "data": {"heldout": 5}}
+    zero3 = {**settings["train"], "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
+    deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
+    one = {**settings, "train": {**settings["train"], "batch_size": 4}}
+    load = tiny_training.hybrid_from(tmp_path / "base")
+    tiny_training.train_in(tmp_path / "one", one, tiny_training.NoTracker(), load=load)
+
+    saved = load_hybrid_checkpoint(tmp_path / "two" / "final").state_dict()
+    assert {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in base.state_dict().items()}
+    assert [row["step"] for row in steps(tmp_path / "two")] == [1, 2, 3, 4]
+    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3)
