@@ -72,10 +72,9 @@ class ObservedView(FullView):
 def lazy_ratio(q_BHTD: Tensor, k_BGTD: Tensor, scaling: float, sizes: Sizes) -> float:
     """Eq. 1 for one layer and one sample, averaged over heads and the last `w_last` queries.
 
-    The ratio of a query is the probability that it puts on the keys it would see if the layer streamed.
-    Each query's recent keys are its own latest `w_recent`, by the predicate that streaming layers use. Eq. 1 takes the
-    input's last `w_recent` keys for all queries: the same for the last one, and up to `w_last - 1` keys fewer for the
-    ones before it.
+    The ratio of a query is the probability that it puts on the keys it would see if the layer streamed; so its recent
+    keys are its own latest `w_recent`. Eq. 1 takes the input's last `w_recent` keys for all queries: the same for the
+    last one, and up to `w_last - 1` keys fewer for the ones before it.
 
     Args:
         q_BHTD, k_BGTD: queries and keys after rotary embedding, B = 1.

@@ -18,7 +18,7 @@ _INK, _FAINT, _GRID = "#2b3440", "#a9b2bf", "#eceff3"
 _MEANINGS = {
     "reach": "rise of the loss on long-reach tokens when this layer alone streams",
     "nll": "rise of the loss on all answer tokens when this layer alone streams",
-    "lazy_ratio": "attention that the last queries put on sink and recent tokens",
+    "lazy_ratio": "attention of the last queries on sink and recent tokens (the more, the lazier)",
 }
 _UNITS = {"reach": "nats per token", "nll": "nats per token", "lazy_ratio": "share of attention"}
 _PANEL_INCHES, _STRIP_INCHES, _FRAME_INCHES = 1.95, 0.26, 1.4

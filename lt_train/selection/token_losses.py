@@ -42,7 +42,7 @@ def token_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids
     """
     input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
     hidden_VTD = _variants_after_last_layer(model, input_ids_1T)
-    loss_VA = _answer_losses(model, hidden_VTD, input_ids_1T[0], first_answer=len(prompt_ids)).cpu()
+    loss_VA = _answer_losses(model, hidden_VTD, input_ids_1T[0], first_answer=len(prompt_ids))
     return TokenLosses(full_A=loss_VA[0], one_streaming_LA=loss_VA[1:-1], all_streaming_A=loss_VA[-1])
 
 
@@ -72,16 +72,17 @@ def _run_layer(
 ) -> Tensor:
     input_ids_VT = input_ids_1T.expand(hidden_VTD.shape[0], -1)
     views = model.model.attention_views(input_ids=input_ids_VT, attention_mask=None, position_ids=None)
-    return model.model.layers[index](
+    output_VTD = model.model.layers[index](
         hidden_VTD,
         attention_mask=views.streaming if streaming else views.full,
         position_ids=views.position_ids,
         position_embeddings=model.model.rotary_emb(hidden_VTD, views.position_ids),
     )
+    return output_VTD.to(hidden_VTD.device)  # a model spread over several devices leaves it where the layer is
 
 
 def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, first_answer: int) -> Tensor:
-    """fp32 losses `[V, A]`; the hidden state at position t - 1 predicts the token at position t."""
+    """fp32 losses `[V, A]` on the CPU; the hidden state at position t - 1 predicts the token at position t."""
     targets_A = ids_T[first_answer:]
     predicting_VAD = hidden_VTD[:, first_answer - 1 : -1]
     size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
@@ -94,7 +95,7 @@ def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, 
 
 def _losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> Tensor:
     logits = model.lm_head(model.model.norm(hidden_AD))
-    return nn.functional.cross_entropy(logits.float(), targets_A, reduction="none")
+    return nn.functional.cross_entropy(logits.float(), targets_A.to(logits.device), reduction="none").cpu()
 
 
 def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
