@@ -143,7 +143,8 @@ class Prompt(Part):
     user: Text = "{question}"
     """User turn; {question} is replaced, all other braces stay as they are."""
     chat_template: Text | None = None
-    """Path of a Jinja file to use instead of the tokenizer's chat template."""
+    """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only such is
+    left out as stands by itself before the first user turn."""
 
 
 class _EvalEntry(Part):
@@ -197,7 +198,6 @@ class Track(Part):
 
 
 class Export(Part):
-    merge_lora: bool = True
     dtype: Precision = "auto"
     """auto: the base's own."""
 

@@ -1,0 +1,195 @@
+"""The commands. Each is a few lines; heavy libraries are imported inside them, so that --help and validate answer at once."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from lt_train import __version__
+from lt_train.errors import UserError
+
+if TYPE_CHECKING:
+    from lt_train.pipeline import Pipeline
+
+app = typer.Typer(
+    name="lt-train",
+    help="Turn a full-attention reasoning model into a hybrid: find its lazy layers, stream them, fine-tune, measure, export.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a setting (repeatable): --set hybrid.w_recent=252", show_default=False
+    ),
+]
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs/<name> lies.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    # DeepSpeed's launcher puts --local_rank=N before our arguments; the rank itself comes by the environment.
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+) -> None:
+    pass
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe: every fault at once, nothing loaded."""
+    from lt_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    typer.echo(f"{recipe}: a valid recipe for run {checked.name!r}")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Do all that a recipe says, from base model to exported hybrid; goes on where it was cut off."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.run())
+
+
+@app.command()
+def profile(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Score the layers: how much does the model lose when one of them streams?"""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.profile())
+
+
+@app.command()
+def convert(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Choose the layers that stream and write the hybrid's config (no weights are copied)."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.convert())
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Fine-tune the hybrid; the command to start with deepspeed or torchrun."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.train(), others=lambda pipeline: pipeline.follow())
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Measure base, converted and trained model as the recipe's `eval` list says."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.evaluate())
+
+
+@app.command()
+def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Write the hybrid as a checkpoint that others load without lt_train."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.export())
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/<name>.", show_default=False)]) -> None:
+    """Print a run's results as a table."""
+    from lt_train.results import show_results
+
+    show_results(run, Console())
+
+
+bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)],
+    lengths: Annotated[list[int], typer.Option("--at", help="Time the tokens before this length (repeatable).")] = [
+        1024,
+        8192,
+        32768,
+    ],  # noqa: B006
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
+    w_sink: Annotated[int, typer.Option(help="Sink tokens.")] = 4,
+    w_recent: Annotated[int, typer.Option(help="Window in tokens.")] = 1020,
+) -> None:
+    """Time per token of the hybrid and of full attention, as one sequence grows."""
+    from lt_train.bench.decode import bench_decode
+    from lt_train.recipe import Model
+
+    bench_decode(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths, Console())
+
+
+Stage = Callable[["Pipeline"], None]
+
+
+def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, others: Stage | None = None) -> None:
+    """Run `stage` in the run folder of a recipe; on the other ranks of a distributed launch, `others`."""
+    from lt_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and others is None:
+        raise UserError(f"this command is for one process, not for {ranks}. Only `train` runs under deepspeed and torchrun")
+    _quiet_upstream()
+    from lt_train.pipeline import Pipeline
+    from lt_train.run_folder import RunFolder
+
+    folder = RunFolder(checked, runs)
+    pipeline = Pipeline(checked, folder, Console())
+    if rank > 0:
+        others(pipeline)
+        return
+    with folder.begin(), _closing(pipeline):
+        stage(pipeline)
+
+
+def _quiet_upstream() -> None:
+    """Keep out of a user's sight what other libraries say to their developers."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none, wherever it is imported
+    # peft 0.21 asks transformers 5.23 by a name that goes in version 6
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+@contextmanager
+def _closing(pipeline: "Pipeline") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        pipeline.close()
+
+
+def main() -> None:
+    """Entry point: a user's mistake leaves with its message and exit code 2, a bug keeps its traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        Console(stderr=True).print(f"[bold red]error[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from here", highlight=False)
+        sys.exit(130)
+
+
+def _is_users(error: Exception) -> bool:
+    """Ours, or that of the hybrid package, which knows nothing of ours and is heavy to import."""
+    hybrid = sys.modules.get("lt_train.hybrid.spec")
+    return isinstance(error, UserError) or (hybrid is not None and isinstance(error, hybrid.HybridError))
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

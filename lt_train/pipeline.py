@@ -1,0 +1,199 @@
+"""The stages of a run in order: profile, convert, train, evaluate, export.
+
+Each leaves its results in the run folder, is passed over when it is done, and goes on where it was cut off.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from lt_train.base_model import eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.devices import compute_dtype
+from lt_train.evaluation.run import evaluate, evaluate_heldout_loss
+from lt_train.examples import ExampleSet, calibration_examples, load_examples
+from lt_train.export.checkpoint import export_hybrid
+from lt_train.hybrid import hybrid_config
+from lt_train.provenance import export_facts
+from lt_train.recipe import HeldoutLoss, Recipe
+from lt_train.results import read_results, show_results, summary_values
+from lt_train.run_folder import RunFolder, hash_of
+from lt_train.selection.picture import draw_profile
+from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
+from lt_train.tracking import NoTracker, Tracker, open_tracker
+from lt_train.training.trainer import train
+from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
+
+
+class Pipeline:
+    """One recipe's stages. Every stage first does the ones before it that are not done yet."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.console = console
+
+    def run(self) -> None:
+        self.export()
+        show_results(self.folder.path, self.console)
+
+    def profile(self) -> None:
+        """Score the layers by every strategy that the recipe names and that looks at the model."""
+        hybrid = self.recipe.hybrid
+        strategies = [name for name in (hybrid.strategy, *hybrid.compare) if name in SCORED]
+        if not strategies or self.folder.is_done("profile"):
+            return
+        self.say("profile", f"scoring the layers of {self.recipe.model.base} by {', '.join(strategies)}")
+        with self.folder.doing("profile"):
+            model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype)
+            calibration = calibration_examples(self.examples, hybrid.calibration, self.recipe.seed)
+            profile_layers(model, calibration, hybrid, strategies, out=self.folder.stage("profile"))
+
+    def convert(self) -> None:
+        """Choose the layers that stream and write the hybrid's config. Weights are not copied: the base's load straight into it."""
+        self.profile()
+        if self.folder.is_done("hybrid"):
+            return
+        with self.folder.doing("hybrid"):
+            profile = self.layer_profile
+            self.variants.choose(profile)
+            spec = self.variants.spec(CONVERTED)
+            hybrid_config(self.base_config, spec).save_pretrained(self.folder.stage("hybrid"))
+            if profile is not None:
+                draw_profile(profile, spec.lazy_layers, self.picture)
+        how = f"chosen by {self.recipe.hybrid.strategy}" if self.recipe.hybrid.layers is None else "as the recipe says"
+        layers = ", ".join(map(str, spec.lazy_layers))
+        self.say("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {how}: {layers}")
+
+    def train(self) -> None:
+        """Fine-tune the hybrid, where the recipe has a `train` part."""
+        self.convert()
+        if self.recipe.train is None or self.folder.is_done("train"):
+            return
+        counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.examples.counts.items())
+        self.say("train", f"samples: {counts}")
+        if self.layer_profile is not None:
+            self.tracker.image("layer profile", self.picture)
+        with self.folder.doing("train"):
+            self.train_alone(self.tracker, lambda line: self.say("train", line))
+
+    def train_alone(self, tracker: Tracker, report: Callable[[str], None]) -> None:
+        """The training itself: what every rank of a distributed launch does once the hybrid is decided on."""
+        spec = self.variants.spec(TRAINED)
+        train(
+            self.recipe,
+            lambda dtype: load_weights(self.recipe.model, spec, dtype),
+            self.tokenizer,
+            self.examples,
+            spec,
+            self.folder.stage("train"),
+            tracker,
+            report,
+        )
+
+    def follow(self) -> None:
+        """What ranks other than the first do: wait for the hybrid, then train along in silence."""
+        self.folder.wait_for("hybrid")
+        if not self.folder.is_done("train"):
+            self.train_alone(NoTracker(), lambda line: None)
+
+    def evaluate(self) -> None:
+        """Measure every variant that the recipe's evaluations ask for."""
+        self.train()
+        key = hash_of(self.recipe.eval)
+        if not self.recipe.eval or self.folder.is_done("eval", key):
+            return
+        with self.folder.doing("eval", key):
+            for variant in self.variants.to_evaluate():
+                self._evaluate(variant)
+        self.tracker.summary(summary_values(read_results(self.folder.path)))
+
+    def export(self) -> None:
+        """Write the hybrid as a checkpoint that loads without lt_train, and check that it does."""
+        self.evaluate()
+        out, key = self.folder.stage("export"), hash_of(self.recipe.export)
+        if self.folder.is_done("export", key):
+            return
+        last = CONVERTED if self.recipe.train is None else TRAINED
+        self.say("export", f"writing the {last} hybrid to {out}")
+        template = self.recipe.prompt.chat_template
+        with self.folder.doing("export", key):
+            export_hybrid(
+                self.variants.load(last, torch.float32),
+                self.tokenizer,
+                out,
+                export_facts(self.recipe, self.folder.path, self.examples.counts),
+                dtype=self._export_dtype(),
+                chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+                report=lambda line: self.say("export", line),
+            )
+
+    def close(self) -> None:
+        """Finish what outlives a stage. Call it in any case."""
+        if "tracker" in self.__dict__:
+            self.tracker.finish()
+
+    # What the stages share, made when first asked for
+
+    @cached_property
+    def base_config(self) -> PreTrainedConfig:
+        return load_base_config(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def examples(self) -> ExampleSet:
+        return load_examples(
+            self.recipe.data,
+            self.recipe.prompt,
+            self.tokenizer,
+            model_max_length=self.base_config.max_position_embeddings,
+            seed=self.recipe.seed,
+            eos_ids=eos_ids(self.recipe.model),
+        )
+
+    @cached_property
+    def variants(self) -> Variants:
+        return Variants(self.recipe, self.folder, self.base_config)
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        return open_tracker(self.recipe.track, self.folder.path, self.recipe.model_dump())
+
+    @property
+    def layer_profile(self) -> LayerProfile | None:
+        path = self.folder.stage("profile") / "profile.json"
+        return LayerProfile.load(path) if path.exists() else None
+
+    @property
+    def picture(self) -> Path:
+        return self.folder.stage("profile") / "profile.png"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.recipe.model.dtype)
+
+    def say(self, stage: str, line: str) -> None:
+        self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
+
+    def _evaluate(self, variant: str) -> None:
+        entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
+        self.say("evaluate", f"{variant}: {', '.join(entry.name for entry in entries)}")
+        model, identity = self.variants.load(variant, self.dtype), self.variants.fingerprint(variant)
+        for entry in entries:
+            out = self.folder.stage("eval") / variant / entry.name
+            if isinstance(entry, HeldoutLoss):
+                evaluate_heldout_loss(model, self.examples.heldout, entry, out, model_fingerprint=identity)
+            else:
+                prompt, seed = self.recipe.prompt, self.recipe.seed
+                evaluate(model, self.tokenizer, entry, prompt, out, seed=seed, model_fingerprint=identity)
+
+    def _export_dtype(self) -> torch.dtype:
+        if self.recipe.export.dtype == "auto":
+            return self.base_config.dtype or torch.float32
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.export.dtype]

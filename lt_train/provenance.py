@@ -1,0 +1,47 @@
+"""What an export says about where it comes from: gathered from the recipe and the results of its run."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from lt_train.evaluation.scores import AnswerScores
+from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.recipe import Recipe
+from lt_train.results import Result, read_results
+from lt_train.run_folder import PACKAGES
+
+
+def export_facts(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> ExportFacts:
+    hybrid = recipe.hybrid
+    return ExportFacts(
+        recipe=recipe.name,
+        base=recipe.model.base,
+        base_revision=recipe.model.revision,
+        selection=hybrid.strategy if hybrid.layers is None else "given in the recipe",
+        data=recipe.data.source,
+        data_format=recipe.data.format,
+        data_counts=data_counts,
+        training=_training(recipe),
+        scores=tuple(_score(result) for result in read_results(run)),
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | None:
+    """The settings that shape a training, flat; those of its logging and saving are left out."""
+    if recipe.train is None:
+        return None
+    names = ("method", "learning_rate", "epochs", "max_steps", "batch_size", "lr_scheduler", "warmup_ratio", "weight_decay")
+    settings = {name: getattr(recipe.train, name) for name in names if getattr(recipe.train, name) is not None}
+    settings |= {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
+    if recipe.lora is not None:
+        settings |= {"lora_rank": recipe.lora.rank, "lora_alpha": recipe.lora.alpha, "lora_layers": recipe.lora.layers}
+    return settings
+
+
+def _score(result: Result) -> ScoreFact:
+    scores = result.scores
+    if isinstance(scores, AnswerScores):
+        metric, value, n = f"avg@{scores.samples}", scores.accuracy, scores.problems
+    else:
+        metric, value, n = "loss", scores.loss, scores.samples
+    return ScoreFact(result.variant, result.evaluation, metric, value, scores.standard_error, n)

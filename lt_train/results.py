@@ -1,0 +1,157 @@
+"""What a run has found: its scores side by side, each with its doubt and its difference from the base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lt_train.errors import UserError
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
+from lt_train.files import read_json
+
+KV_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant under one evaluation."""
+
+    variant: str
+    evaluation: str
+    scores: Scores
+    layers: tuple[int, ...]
+    num_layers: int
+    strategy: str
+    """What chose the layers of the hybrid that is trained; "recipe" where the recipe names them."""
+    kv_bytes: int
+    """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
+
+
+def read_results(run: Path) -> list[Result]:
+    """All scores of a run so far, in the order of the table.
+
+    Raises:
+        UserError: no run there, or a file of it is damaged.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: no run: there is no {run / 'recipe.yaml'}. Start it with: lt-train run RECIPE")
+    if not (run / "hybrid/config.json").is_file():
+        return []
+    layers = read_json(run / "hybrid/layers.json", "choice of layers")
+    sizes = read_json(run / "hybrid/config.json", "hybrid config")
+    order = ["base", *[name for name in layers if name != "converted"], "converted", "trained"]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    strategy = recipe["hybrid"]["strategy"] or "recipe"
+    results = []
+    for evaluation in [entry["name"] for entry in recipe["eval"]]:
+        for variant in order:
+            path = run / "eval" / variant / evaluation / "scores.json"
+            if path.is_file():
+                lazy = () if variant == "base" else tuple(layers["converted" if variant == "trained" else variant])
+                kv, num_layers = kv_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
+                results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
+    return results
+
+
+def kv_bytes(config: dict, lazy_layers: int, tokens: int) -> int:
+    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream."""
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_token = 2 * heads * size * (4 if config.get("dtype") in (None, "float32") else 2)
+    window = min(tokens, config["w_sink"] + config["sliding_window"])
+    return per_token * ((len(config["layer_types"]) - lazy_layers) * tokens + lazy_layers * window)
+
+
+def show_results(run: Path, console: Console) -> None:
+    """Print a table for each evaluation, and where plots and checkpoints lie."""
+    results = read_results(run)
+    if not results:
+        console.print(f"{run}: no scores yet")
+    for evaluation in dict.fromkeys(result.evaluation for result in results):
+        console.print(results_table([result for result in results if result.evaluation == evaluation]))
+    for label, path in (("layer profile", "profile/profile.png"), ("training log", "train/log.jsonl"), ("checkpoint", "export")):
+        if (run / path).exists():
+            console.print(f"{label:<14}{run / path}", highlight=False, soft_wrap=True)
+
+
+def results_table(results: list[Result]) -> Table:
+    """One evaluation's variants, a row each."""
+    generated = isinstance(results[0].scores, AnswerScores)
+    table = Table(title=_title(results), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("model", no_wrap=True)
+    for name in (
+        "right ± SE" if generated else "nats a token ± SE",
+        "minus base [95 %]",
+        *(["cut off"] if generated else []),
+        f"KV at {KV_TOKENS // 1024}K",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    base = next((result.scores for result in results if result.variant == "base"), None)
+    for result in results:
+        row = [_model(result), _score(result.scores)]
+        row.append("" if result.variant == "base" or base is None else _difference(result.scores, base))
+        if isinstance(result.scores, AnswerScores):
+            row.append(f"{100 * result.scores.truncated:.1f} %")
+        table.add_row(*row, _bytes(result.kv_bytes))
+    return table
+
+
+def summary_values(results: list[Result]) -> dict[str, float]:
+    """The final figures by name, for tracking: "trained/ledger/accuracy" and the like."""
+    values: dict[str, float] = {}
+    for result in results:
+        name, scores = f"{result.variant}/{result.evaluation}", result.scores
+        values[f"{name}/standard_error"] = scores.standard_error
+        values[f"{result.variant}/kv_bytes_at_{KV_TOKENS}"] = result.kv_bytes
+        if isinstance(scores, AnswerScores):
+            values[f"{name}/accuracy"] = scores.accuracy
+            values[f"{name}/majority"] = scores.majority
+            values[f"{name}/truncated"] = scores.truncated
+            values[f"{name}/tokens_per_second"] = scores.tokens_per_second
+        else:
+            values[f"{name}/loss"] = scores.loss
+    return values
+
+
+def _title(results: list[Result]) -> str:
+    first, scores = results[0], results[0].scores
+    streaming = next((f"; hybrids stream {len(r.layers)} of {r.num_layers} layers" for r in results if r.layers), "")
+    if isinstance(scores, LossScores):
+        return f"{first.evaluation}: {scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"
+    problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
+    temperature = scores.fingerprint["temperature"]
+    how = "greedy" if temperature == 0 else f"{scores.samples} answers each at temperature {temperature} (avg@n, maj@n)"
+    return f"{first.evaluation}: {problems} problems, {how}{streaming}"
+
+
+def _model(result: Result) -> str:
+    if result.variant == "base":
+        return "base"
+    if result.variant in ("converted", "trained"):
+        return f"{result.strategy}, {'trained' if result.variant == 'trained' else 'untrained'}"
+    return f"{result.variant.removeprefix('converted-by-')}, untrained"
+
+
+def _score(scores: Scores) -> str:
+    error = scores.standard_error
+    if isinstance(scores, LossScores):
+        return f"{scores.loss:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    majority = f", maj {100 * scores.majority:.1f}" if scores.samples > 1 else ""
+    return f"{100 * scores.accuracy:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + f" %{majority}"
+
+
+def _difference(scores: Scores, base: Scores) -> str:
+    found = difference(scores, base)
+    if isinstance(scores, LossScores):
+        return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 2**10:.3g} KiB"

@@ -1,0 +1,74 @@
+"""The models that a run compares: the base, the hybrid before training by each way to choose its layers, the trained hybrid."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from lt_train.base_model import load_for_inference
+from lt_train.files import read_json, write_json
+from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.recipe import Eval, HeldoutLoss, Recipe
+from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
+from lt_train.selection.choose import choose_layers
+from lt_train.selection.profile import LayerProfile
+from lt_train.training.lora import load_trained
+
+BASE, CONVERTED, TRAINED = "base", "converted", "trained"
+
+
+def converted_by(strategy: str) -> str:
+    """Name of the untrained hybrid whose layers `strategy` chose for comparison."""
+    return f"{CONVERTED}-by-{strategy}"
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Which layers stream in each variant of a run, kept in hybrid/layers.json, and how to load each."""
+
+    recipe: Recipe
+    folder: RunFolder
+    base_config: PreTrainedConfig
+
+    def choose(self, profile: LayerProfile | None) -> None:
+        """Decide on the layers of every hybrid and write them down."""
+        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        layers = {CONVERTED: choose_layers(hybrid, num_layers, profile)}
+        for strategy in hybrid.compare:
+            as_many = {"strategy": strategy, "layers": None, "lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
+            layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, profile)
+        write_json(self.folder.stage("hybrid") / "layers.json", layers)
+
+    def spec(self, variant: str) -> HybridSpec:
+        """What streams in `variant`: nothing in the base, the chosen layers in the trained model."""
+        lazy: list[int] = []
+        if variant != BASE:
+            path = self.folder.stage("hybrid") / "layers.json"
+            lazy = read_json(path, "choice of layers")[CONVERTED if variant == TRAINED else variant]
+        hybrid = self.recipe.hybrid
+        return HybridSpec(self.base_config.num_hidden_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent)
+
+    def load(self, variant: str, dtype: torch.dtype) -> HybridForCausalLM:
+        model = self.recipe.model
+        if variant != TRAINED:
+            return load_for_inference(model, self.spec(variant), dtype)
+        final = self.folder.stage("train") / "final"
+        return load_trained(self.recipe, final, lambda precise: load_for_inference(model, self.spec(TRAINED), precise), dtype).model
+
+    def fingerprint(self, variant: str) -> str:
+        """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""
+        inputs = read_json(self.folder.path / "inputs.json", "record of a run's inputs")
+        training = self.recipe.model_dump(exclude=FREE_TO_CHANGE) if variant == TRAINED else None
+        return hash_of(inputs["model.base"], self.recipe.model.dtype, self.spec(variant), training)
+
+    def to_evaluate(self) -> list[str]:
+        """Every variant that an evaluation asks for, in the order of the results table."""
+        asked = {variant for entry in self.recipe.eval for variant in self.of(entry)}
+        return [variant for variant in (BASE, *self._compared(), CONVERTED, TRAINED) if variant in asked]
+
+    def of(self, entry: Eval | HeldoutLoss) -> list[str]:
+        """The variants that `entry` asks for; with `converted` come the hybrids of `hybrid.compare`."""
+        return [*entry.of, *(self._compared() if CONVERTED in entry.of else [])]
+
+    def _compared(self) -> list[str]:
+        return [converted_by(strategy) for strategy in self.recipe.hybrid.compare]

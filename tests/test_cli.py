@@ -1,0 +1,71 @@
+import sys
+
+import pytest
+from lt_train import cli
+
+BROKEN = """
+name: broken
+model: {base: nowhere/at/all}
+hybrid: {lazy_layer_ratio: 2, w_recnt: 4}
+data: {source: missing.jsonl, format: still}
+"""
+
+
+@pytest.fixture
+def lt_train(monkeypatch, capsys):
+    """Run a command as the shell would; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lt-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_every_fault_of_a_recipe_is_shown_at_once_without_traceback(lt_train, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(BROKEN)
+    code, out, err = lt_train("validate", path)
+    assert code == 2
+    for fault in ("did you mean w_recent?", "data.max_length: missing", "model.base", "lazy_layer_ratio"):
+        assert fault in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["validate", "nowhere.yaml"], "nowhere.yaml"),
+        (["validate"], "Missing argument"),
+        (["validate", "recipes/quickstart.yaml", "--sett", "a=1"], "No such option"),
+        (["validate", "recipes/quickstart.yaml", "--set", "hybrid.w_recnt=4"], "did you mean w_recent"),
+        (["validate", "recipes/quickstart.yaml", "--set", "hybrid.w_recent"], "="),
+        (["runn", "recipes/quickstart.yaml"], "No such command"),
+        (["show", "runs/never-made"], "no run"),
+    ],
+)
+def test_mistakes_on_the_command_line_leave_with_2_and_a_reason(lt_train, arguments, reason):
+    code, out, err = lt_train(*arguments)
+    assert code == 2
+    assert reason in err
+    assert "Traceback" not in out + err
+
+
+def test_deepspeeds_own_argument_before_the_command_is_taken(lt_train):
+    code, out, _ = lt_train("--local_rank=0", "validate", "recipes/quickstart.yaml")
+    assert (code, "valid recipe" in out) == (0, True)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lt-train", "validate", "recipes/quickstart.yaml"])
+    monkeypatch.setattr("lt_train.recipe.load_recipe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_only_training_runs_in_several_processes(lt_train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = lt_train("run", "recipes/quickstart.yaml")
+    assert (code, "Only `train` runs under deepspeed" in err) == (2, True)
