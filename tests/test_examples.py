@@ -227,6 +227,7 @@ def test_a_cut_trace_does_not_teach_to_stop(load: Load) -> None:
 
 def test_a_sample_of_exactly_the_longest_length_is_kept_whole(load: Load) -> None:
     length = len(load(numbered(1)).train[0])
+    assert load(numbered(1), max_length=length).counts["too_long"] == 0
     assert not load(numbered(1), max_length=length, overlong="truncate").train[0].truncated
     assert load(numbered(1), max_length=length - 1, overlong="truncate").train[0].truncated
 
