@@ -59,10 +59,12 @@ def main() -> None:
     for number in range(len(prompts) // 2):
         seen = observe(model, prompts[f"input_ids.{number}"], prompts[f"attention_mask.{number}"], model.generation_config)
         tensors |= {f"{name}.{number}": value.contiguous() for name, value in vars(seen).items()}
+    tokenizer = AutoTokenizer.from_pretrained(request.folder)
     facts = {
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "probe_ids": json.dumps(probe_ids(AutoTokenizer.from_pretrained(request.folder))),
+        "tokenizer_class": type(tokenizer).__name__,
+        "probe_ids": json.dumps(probe_ids(tokenizer)),
     }
     save_file(tensors, request.answers, metadata=facts)
 

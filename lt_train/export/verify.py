@@ -76,7 +76,9 @@ def check_export(
         raise UserError(f"{folder}: the export loads in {facts['dtype']}, not in {dtype}")
     if json.loads(facts["probe_ids"]) != probe_ids(tokenizer):
         raise UserError(
-            f"{folder}: the exported tokenizer reads a text otherwise than the one in memory: it does not survive being saved"
+            f"{folder}: the exported tokenizer, loaded as {facts['tokenizer_class']}, reads a text otherwise than the "
+            f"{type(tokenizer).__name__} in memory. AutoTokenizer overrules the saved class for some model types (qwen2). Nothing "
+            "was exported. Use the tokenizer that AutoTokenizer loads from the base"
         )
     return compare(folder, batches, wanted, found, dtype, facts["model_class"], needs_own_code(model.config))
 

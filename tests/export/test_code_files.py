@@ -25,4 +25,8 @@ def test_every_relative_import_is_among_the_files():
 
 def test_the_files_need_torch_and_transformers_alone():
     outside = set().union(*(imports(file)[0] for file in hybrid_code_files()))
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"}  # the last comes with transformers
+    assert outside - set(sys.stdlib_module_names) <= {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+    }  # the last comes with transformers

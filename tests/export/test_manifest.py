@@ -39,7 +39,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         is_exported(tmp_path, "abc")
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"1235"), lambda file: file.write_bytes(b"12"), lambda file: file.unlink()])
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(b"1235"), lambda file: file.write_bytes(b"12"), lambda file: file.unlink()]
+)
 def test_a_damaged_export_is_named(folder, damage):
     damage(folder / "weights")
     with pytest.raises(UserError, match="missing or changed since it was exported: weights"):

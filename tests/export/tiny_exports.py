@@ -43,7 +43,10 @@ def facts(**changed) -> ExportFacts:
         data_format="still",
         data_counts={"rows_read": 1200, "trained_on": 1000},
         training={"method": "lora", "learning_rate": 1e-4},
-        scores=(ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, 30), ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1)),
+        scores=(
+            ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, 30),
+            ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1),
+        ),
         versions={"lt_train": "0.1.0", "torch": "2.13.0"},
     )
     return ExportFacts(**values | changed)

@@ -1,0 +1,224 @@
+"""Exports, loaded where lt_train cannot be imported. Each export starts a process for its own check."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lt_train.errors import UserError
+from lt_train.export.checkpoint import CARD, export_hybrid
+from lt_train.export.manifest import MANIFEST, read_manifest
+from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
+from tests.export.tiny_exports import END, TEMPLATE, facts, tiny_hybrid, tiny_tokenizer
+from tests.hybrid.families import BASES
+
+pytestmark = pytest.mark.slow
+
+IDS = torch.randint(2, 60, (1, 40), generator=torch.Generator().manual_seed(3))
+PRELUDE = """
+import sys
+sys.modules["lt_train"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+ids = load_file("ids.safetensors")["ids"]
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+def logits(model):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+"""
+
+
+def export(model, out, **kwargs):
+    return export_hybrid(
+        model, tiny_tokenizer(), out, kwargs.pop("facts", facts()), dtype=kwargs.pop("dtype", torch.float32), **kwargs
+    )
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+def run_bare(script, scratch):
+    """Run PRELUDE + `script` where lt_train cannot be imported; `scratch` is the working directory."""
+    save_file({"ids": IDS}, scratch / "ids.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules")}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", PRELUDE + script],
+        cwd=scratch,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A Qwen3 hybrid with sinks and its export."""
+    torch.manual_seed(0)
+    model = tiny_hybrid()
+    return model, export(model, tmp_path_factory.mktemp("exports") / "export")
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_an_export_with_sinks_gives_the_same_logits_and_tokens_in_a_bare_process(family, tmp_path):
+    folder = export(tiny_hybrid(family), tmp_path / "export")
+    check = read_manifest(folder).check
+    assert check.logits_difference <= 1e-5 and check.ties == 0 and check.tokens > 0
+    assert check.model_class.startswith("Hybrid")
+    assert json.loads((folder / "config.json").read_text())["model_type"].startswith("lt_hybrid_")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize(("family", "model_type"), [("qwen3", "qwen3"), ("llama", "ministral")])
+def test_an_export_without_sinks_is_an_ordinary_checkpoint(family, model_type, tmp_path):
+    model = tiny_hybrid(family, w_sink=0)
+    folder = export(model, tmp_path / "export")
+    assert not list(folder.glob("*.py"))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(stock).__module__.startswith("transformers.models")
+    largest = logits(model).abs().max()
+    assert (logits(stock) - logits(model)).abs().max() <= 1e-5 * largest
+
+
+@pytest.fixture(scope="module")
+def dressed(tmp_path_factory):
+    """An export in bf16, with tied weights, sampling defaults and a chat template of its own."""
+    torch.manual_seed(0)
+    model = tiny_hybrid()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.generation_config = GenerationConfig(eos_token_id=7, temperature=0.6, do_sample=True)
+    out = tmp_path_factory.mktemp("exports") / "export"
+    return export(model, out, dtype=torch.bfloat16, chat_template=TEMPLATE + "{{ 'A' }}")
+
+
+def test_a_bf16_export_is_the_model_cast_to_bf16(dressed):
+    check = read_manifest(dressed).check
+    assert check.dtype == "bfloat16" and check.logits_difference <= check.tolerance
+    assert {tensor.dtype for tensor in load_file(dressed / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_tied_weights_are_written_once(dressed):
+    assert "lm_head.weight" not in load_file(dressed / "model.safetensors")
+
+
+def test_tokenizer_template_and_ends_of_answers_come_with_it(dressed):
+    tokenizer = AutoTokenizer.from_pretrained(dressed)
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == f"b{END}A"
+    generation = GenerationConfig.from_pretrained(dressed)
+    assert generation.eos_token_id == [tokenizer.eos_token_id, 7] and generation.temperature == 0.6
+
+
+def test_the_manifest_names_every_other_file(dressed):
+    assert set(read_manifest(dressed).files) == {path.name for path in dressed.iterdir()} - {MANIFEST}
+
+
+def test_a_tokenizer_that_would_come_back_as_another_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="loaded as Qwen2Tokenizer"):  # what AutoTokenizer makes of any tokenizer beside a qwen2
+        export(tiny_hybrid("qwen2", w_sink=0), tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_example_of_the_model_card_runs(exported, tmp_path):
+    _, folder = exported
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD).read_text(), re.DOTALL)
+    run = run_bare(code.replace("FOLDER", str(folder)), tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_loader_that_does_not_trust_the_code_gets_an_error_and_not_a_model_without_sinks(exported, tmp_path):
+    _, folder = exported
+    run = run_bare(f"load({str(folder)!r})", tmp_path)
+    assert run.returncode != 0 and "trust_remote_code=True" in run.stderr
+
+
+def test_where_lt_train_is_imported_its_own_class_loads_the_export(exported):
+    model, folder = exported
+    for trust in ({}, {"trust_remote_code": True}):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **trust)
+        assert type(loaded) is HybridQwen3ForCausalLM
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_exports_by_different_versions_run_side_by_side(exported, tmp_path):
+    """The second's code answers with the sinks off, as a stand-in for a version that computes something else."""
+    model, first = exported
+    second = tmp_path / "export"  # the same name: transformers must not take them for one
+    shutil.copytree(first, second)
+    for name, old, new in (
+        ("spec.py", 'HYBRID_VERSION = "1"', 'HYBRID_VERSION = "2"'),
+        ("config.json", '"hybrid_version": "1"', '"hybrid_version": "2"'),
+        ("blocked.py", "seeing_all = min(w_sink + w_recent, length)", "w_sink = 0; seeing_all = min(w_recent, length)"),
+    ):
+        text = (second / name).read_text()
+        assert text.count(old) == 1
+        (second / name).write_text(text.replace(old, new))
+    run = run_bare(
+        f"""
+first = load({str(first)!r}, trust_remote_code=True)
+alone = logits(first)
+second = load({str(second)!r}, trust_remote_code=True)
+assert type(first) is not type(second)
+assert first.config._attn_implementation != second.config._attn_implementation
+save_file(dict(first=logits(first), second=logits(second), alone=alone), "logits.safetensors")
+""",
+        tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    found = load_file(tmp_path / "logits.safetensors")
+    assert torch.equal(found["first"], found["alone"])
+    torch.testing.assert_close(found["first"], logits(model), atol=1e-5, rtol=0)
+    without_sinks = tiny_hybrid(w_sink=0)
+    without_sinks.load_state_dict(model.state_dict())
+    torch.testing.assert_close(found["second"], logits(without_sinks), atol=1e-4, rtol=1e-5)
+    assert (found["second"] - found["first"]).abs().max() > 1e-2
+
+
+def test_a_loaded_export_can_be_saved_and_loaded_again(exported, tmp_path):
+    model, folder = exported
+    run = run_bare(
+        f"""
+load({str(folder)!r}, trust_remote_code=True).save_pretrained("again")
+load("again", trust_remote_code=True).save_pretrained("once_more")
+save_file(dict(logits=logits(load("once_more", trust_remote_code=True))), "logits.safetensors")
+""",
+        tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], logits(model), atol=1e-5, rtol=0)
+
+
+def test_the_same_export_is_recognised_and_another_is_refused(exported):
+    model, folder = exported
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    said = []
+    assert export(model, folder, report=said.append) == folder
+    assert any("already" in line for line in said) and not any("writing" in line for line in said)
+    with pytest.raises(UserError, match="another export"):
+        export(model, folder, facts=facts(recipe="other"))
+    with pytest.raises(UserError, match="another export"):
+        export(tiny_hybrid(w_recent=9), folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+def test_a_model_changed_in_memory_alone_is_not_exported(tmp_path):
+    model = tiny_hybrid()
+    model.model.layers[1].self_attn.scaling *= 1.5
+    with pytest.raises(UserError, match="other logits"):
+        export(model, tmp_path / "export")
+    assert not list(tmp_path.iterdir())
