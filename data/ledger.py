@@ -126,10 +126,7 @@ def write_question(ledger: Ledger, reach: int = 0) -> str:
 def write_chain(ledger: Ledger) -> str:
     """The chain of thought: a line for each step, with the entry and the last digit of the sum so far."""
     running = itertools.accumulate((entry.digit for entry in ledger.path()), lambda total, digit: (total + digit) % 10)
-    lines = [
-        f"{step}. {entry}={total}"
-        for step, (entry, total) in enumerate(zip(ledger.path(), running, strict=True), start=1)
-    ]
+    lines = [f"{step}. {entry}={total}" for step, (entry, total) in enumerate(zip(ledger.path(), running, strict=True), start=1)]
     return "\n".join(lines)
 
 

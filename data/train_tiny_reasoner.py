@@ -103,9 +103,7 @@ def learning_rate_at(progress_step: int, decaying_for: int, plan: Curriculum) ->
     return plan.learning_rate * warm * (1 - decaying_for / plan.decay)
 
 
-def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Curriculum, seed: int
-) -> Iterator[Progress]:
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, plan: Curriculum, seed: int) -> Iterator[Progress]:
     """Take one step at a time until the curriculum ends."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     streams = {n: draw_split("train", seed, n, min(STEPS, n)) for n in range(plan.first, plan.last + 1)}

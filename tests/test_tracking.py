@@ -1,5 +1,6 @@
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ OFFLINE = Track(wandb="offline", project="tests")
 
 
 def segments(run_folder: Path) -> list[Path]:
-    """wandb's data files, oldest first. Two that start in the same second would share a folder."""
-    return sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    """wandb's data files, oldest first, once its own process has written them out (offline, finish() does not wait for it)."""
+    found = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not all(is_finished(segment) for segment in found):
+        time.sleep(0.05)
+    return found
+
+
+def is_finished(segment: Path) -> bool:
+    return any(r.WhichOneof("record_type") == "exit" for r in records(segment))
 
 
 def records(segment: Path) -> list[Any]:

@@ -88,9 +88,7 @@ def load_problems(benchmark: Benchmark, path: str | None, limit: int | None) -> 
     for number, (where, row) in enumerate(sources.load_rows(source, benchmark.split, subset=subset)):
         problem = read_problem(benchmark, row, number, where)
         if problem.id in problems:
-            raise UserError(
-                f"{where}: a second problem with the id {problem.id!r}; every problem needs an id of its own"
-            )
+            raise UserError(f"{where}: a second problem with the id {problem.id!r}; every problem needs an id of its own")
         problems[problem.id] = problem
     check_count(benchmark, source, len(problems))
     everything = tuple(problems.values())

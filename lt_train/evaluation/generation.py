@@ -92,9 +92,7 @@ def generate_batch(
     model: PreTrainedModel, batch: Sequence[Request], sampling: Sampling, tokens: SpecialTokens
 ) -> Iterator[Generation]:
     started = time.perf_counter()
-    input_ids_BP, attention_mask_BP = left_padded(
-        [request.prompt_ids for request in batch], tokens.pad_id, model.device
-    )
+    input_ids_BP, attention_mask_BP = left_padded([request.prompt_ids for request in batch], tokens.pad_id, model.device)
     chooser = [] if sampling.greedy else [DrawTokens(sampling, [request.seed for request in batch])]
     with torch.inference_mode(), bare_generation_config(model):
         sequences = model.generate(
@@ -151,9 +149,7 @@ class DrawTokens(LogitsProcessor):
         cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
         # 32 bits: the product with the total stays below the total, so the search always ends on a token with
         # probability.
-        uniform_B1 = torch.tensor(
-            [[generator.getrandbits(32) / 2**32] for generator in self.generators], dtype=torch.float64
-        )
+        uniform_B1 = torch.tensor([[generator.getrandbits(32) / 2**32] for generator in self.generators], dtype=torch.float64)
         drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B1.to(scores.device) * cumulative_BV[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
 
@@ -165,9 +161,7 @@ def keep_nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probabilities_BV).scatter(1, order_BV, sorted_BV.where(likelier_BV < top_p, 0.0))
 
 
-def left_padded(
-    prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask), both (B, P)."""
     longest = max(map(len, prompts))
     ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]

@@ -18,9 +18,7 @@ LOGITS_AT_ONCE = 2**26
 """Logits in memory at a time: 256 MB in fp32."""
 
 
-def answer_losses(
-    model: PreTrainedModel, examples: Sequence[Example], batch_size: int
-) -> Iterator[tuple[Example, TokenLoss]]:
+def answer_losses(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> Iterator[tuple[Example, TokenLoss]]:
     """The loss of every example's answer given its prompt, longest examples first.
 
     Batches are padded on the right; their size does not change a loss beyond rounding.
@@ -39,13 +37,9 @@ def answer_losses(
 @torch.inference_mode()
 def batch_losses(model: PreTrainedModel, batch: Sequence[Example]) -> list[TokenLoss]:
     input_ids_BL, attention_mask_BL = right_padded(batch, model.device)
-    hidden_BLH = model.model(
-        input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False
-    ).last_hidden_state
+    hidden_BLH = model.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
     # The state at one position predicts the token at the next.
-    predicting_AH = torch.cat(
-        [hidden[len(e.prompt_ids) - 1 : len(e) - 1] for hidden, e in zip(hidden_BLH, batch, strict=True)]
-    )
+    predicting_AH = torch.cat([hidden[len(e.prompt_ids) - 1 : len(e) - 1] for hidden, e in zip(hidden_BLH, batch, strict=True)])
     answers_A = torch.tensor([token for example in batch for token in example.answer_ids], device=model.device)
     nll_A = token_nll(model.lm_head, predicting_AH, answers_A)
     lengths = [len(example.answer_ids) for example in batch]

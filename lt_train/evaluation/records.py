@@ -119,9 +119,7 @@ def parse_record(row: dict[str, Any], where: str) -> SampleRecord:
     names = {field.name for field in fields(SampleRecord)}
     if row.keys() != names:
         wrong = ", ".join(sorted(row.keys() ^ names))
-        raise UserError(
-            f"{where}: not a sample of this version of lt_train (missing or unknown: {wrong}). Move the folder away"
-        )
+        raise UserError(f"{where}: not a sample of this version of lt_train (missing or unknown: {wrong}). Move the folder away")
     return SampleRecord(**row)
 
 

@@ -198,8 +198,7 @@ def score(plan: Plan, there: Mapping[tuple[str, int], SampleRecord]) -> AnswerSc
     if missing:
         raise RuntimeError(f"{len(missing)} of {len(plan.requests)} samples are missing, such as {missing[0].problem}")
     by_problem = {
-        problem.id: [there[problem.id, sample] for sample in range(plan.entry.samples)]
-        for problem in plan.problems.problems
+        problem.id: [there[problem.id, sample] for sample in range(plan.entry.samples)] for problem in plan.problems.problems
     }
     records = [record for samples in by_problem.values() for record in samples]
     shares = {problem: share(record.correct for record in samples) for problem, samples in by_problem.items()}

@@ -99,9 +99,7 @@ def read_scores(path: Path) -> Scores:
     kinds = {kind.kind: kind for kind in (AnswerScores, LossScores)}
     kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
     if kind is None or found.keys() != {field.name for field in fields(kind)}:
-        raise UserError(
-            f"{path}: not a scores.json of this version of lt_train. Delete it and run again to make it anew"
-        )
+        raise UserError(f"{path}: not a scores.json of this version of lt_train. Delete it and run again to make it anew")
     return kind(**with_token_losses(found))
 
 

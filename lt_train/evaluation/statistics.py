@@ -95,9 +95,7 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
     widened = mean_over_problems([*differences, 1.0, -1.0])
     spread = math.sqrt(fmean((d - widened.value) ** 2 for d in [*differences, 1.0, -1.0]) / widened.n)
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
-    return Difference(
-        plain.value, plain.standard_error, max(-1.0, widened.value - reach), min(1.0, widened.value + reach), plain.n
-    )
+    return Difference(plain.value, plain.standard_error, max(-1.0, widened.value - reach), min(1.0, widened.value + reach), plain.n)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> list[float]:
@@ -121,9 +119,7 @@ def paired_loss_difference(first: Mapping[str, TokenLoss], second: Mapping[str, 
     check_same_keys(first.keys(), second.keys())
     for key in first:
         if first[key].tokens != second[key].tokens:
-            raise ValueError(
-                f"sample {key}: {first[key].tokens} answer tokens in one, {second[key].tokens} in the other"
-            )
+            raise ValueError(f"sample {key}: {first[key].tokens} answer tokens in one, {second[key].tokens} in the other")
     mean = ratio([first[key].nll - second[key].nll for key in first], [loss.tokens for loss in first.values()])
     if mean.standard_error is None:
         return Difference(mean.value, None, -math.inf, math.inf, mean.n)
@@ -164,6 +160,5 @@ def check_same_keys(first: Set[str], second: Set[str]) -> None:
     if not first or first != second:
         only_one = sorted(first ^ second)
         raise ValueError(
-            f"not the same problems: {len(first)} and {len(second)}, of which {len(only_one)} are in one only "
-            f"{only_one[:5]}"
+            f"not the same problems: {len(first)} and {len(second)}, of which {len(only_one)} are in one only {only_one[:5]}"
         )

@@ -12,9 +12,7 @@ USABLE_SHARE = 0.5
 """With a smaller share of usable samples the ranking would rest on much less than the recipe asked for: an error."""
 
 
-def samples_beyond_window(
-    examples: Sequence["Example"], w_sink: int, w_recent: int
-) -> tuple[list["Example"], list["Example"]]:
+def samples_beyond_window(examples: Sequence["Example"], w_sink: int, w_recent: int) -> tuple[list["Example"], list["Example"]]:
     """Split into (usable, fitting): a sample that fits inside the window sees the same whether layers stream or not.
 
     A query at position q (from 0) misses a key from `q = w_sink + w_recent` on, and the last token of a sample predicts
@@ -55,7 +53,4 @@ def _sizes_that_would_do(lengths: list[int], middle: int, w_sink: int) -> str:
         return f"No hybrid.w_recent would do: the samples are hardly longer than w_sink {w_sink}"
     if all_of_them < 1:
         return f"Sizes that would do: hybrid.w_recent up to {half} (half of the samples reach further)"
-    return (
-        f"Sizes that would do: hybrid.w_recent up to {all_of_them} (all samples reach further), "
-        f"or up to {half} (half of them)"
-    )
+    return f"Sizes that would do: hybrid.w_recent up to {all_of_them} (all samples reach further), or up to {half} (half of them)"

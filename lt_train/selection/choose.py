@@ -36,9 +36,7 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     if 0 < count < num_layers:
         return count
     if num_layers < 2:
-        raise UserError(
-            "hybrid.lazy_layer_ratio: this model has one layer; a hybrid needs one that streams and one that does not"
-        )
+        raise UserError("hybrid.lazy_layer_ratio: this model has one layer; a hybrid needs one that streams and one that does not")
     which = "no layer" if count == 0 else "every layer"
     raise UserError(
         f"hybrid.lazy_layer_ratio: {ratio:g} of {num_layers} layers rounds to {count}, {which} would stream. "
@@ -53,21 +51,15 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
         UserError: empty, every layer, a layer twice, or one the model does not have (layers count from 0).
     """
     if not layers:
-        raise UserError(
-            "hybrid.layers: empty, nothing would stream. Name at least one layer, or set hybrid.lazy_layer_ratio"
-        )
+        raise UserError("hybrid.layers: empty, nothing would stream. Name at least one layer, or set hybrid.lazy_layer_ratio")
     strangers = sorted({layer for layer in layers if not 0 <= layer < num_layers})
     if strangers:
-        raise UserError(
-            f"hybrid.layers: {_listed(strangers)} not in this model, whose layers are 0 to {num_layers - 1}"
-        )
+        raise UserError(f"hybrid.layers: {_listed(strangers)} not in this model, whose layers are 0 to {num_layers - 1}")
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
         raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Name each layer once")
     if len(layers) == num_layers:
-        raise UserError(
-            "hybrid.layers: every layer would stream, and nothing could reach beyond the window. Leave one out"
-        )
+        raise UserError("hybrid.layers: every layer would stream, and nothing could reach beyond the window. Leave one out")
     return tuple(sorted(layers))
 
 

@@ -65,9 +65,7 @@ class Fingerprint:
         return [f"{name}: {mine.get(name)}, {others.get(name)}" for name in names if mine.get(name) != others.get(name)]
 
 
-def fingerprint(
-    model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]
-) -> Fingerprint:
+def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
     return Fingerprint(
         model=model.config.name_or_path,

@@ -62,9 +62,7 @@ class ObservedView(FullView):
     sizes: Sizes
     lazy_ratio: float = math.nan
 
-    def attend(
-        self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         self.lazy_ratio = lazy_ratio(q_BHTD, k_BGKD, scaling, self.sizes)
         return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
 

@@ -172,9 +172,7 @@ def profile_layers(
     return profile
 
 
-def _score_sample(
-    model: HybridForCausalLM, example: "Example", sizes: Sizes, strategies: Sequence[str]
-) -> SampleScores:
+def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, strategies: Sequence[str]) -> SampleScores:
     scores: dict[str, list[float]] = {}
     all_streaming: dict[str, float] = {}
     if "reach" in strategies or "nll" in strategies:
@@ -191,9 +189,7 @@ def _score_sample(
                 f"model.base: {strategy} of sample {example.id} is not finite in {model.dtype}, so no ranking. "
                 "Set model.dtype to fp32; if that does not help, the base's weights are damaged"
             )
-    return SampleScores(
-        example.id, len(example), {name: tuple(score_L) for name, score_L in scores.items()}, all_streaming
-    )
+    return SampleScores(example.id, len(example), {name: tuple(score_L) for name, score_L in scores.items()}, all_streaming)
 
 
 def _begin_or_go_on(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:
@@ -234,9 +230,7 @@ def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: i
     for strategy in strategies:
         score_L = sample.scores.get(strategy, ())
         if len(score_L) != num_layers or not all(map(math.isfinite, score_L)):
-            raise _not_whole(
-                where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers"
-            )
+            raise _not_whole(where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers")
 
 
 def _not_whole(where: str, fault: str) -> UserError:

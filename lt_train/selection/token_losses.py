@@ -67,9 +67,7 @@ def _groups(count: int, tokens: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _run_layer(
-    model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidden_VTD: Tensor, *, streaming: bool
-) -> Tensor:
+def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidden_VTD: Tensor, *, streaming: bool) -> Tensor:
     input_ids_VT = input_ids_1T.expand(hidden_VTD.shape[0], -1)
     views = model.model.attention_views(input_ids=input_ids_VT, attention_mask=None, position_ids=None)
     output_VTD = model.model.layers[index](

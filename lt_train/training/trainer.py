@@ -100,6 +100,9 @@ def _build_trainer(
     assert recipe.train is not None
     data, heldout = recipe.data, example_set.heldout
     model = load_model(weights_dtype(recipe, recipe.train))
+    # By this name PEFT would look up the base's config at each save and read it as a hybrid's (peft/utils/save_and_load.py,
+    # get_peft_model_state_dict). The manifest and the resolved recipe say which base it is.
+    model.name_or_path = ""
     trainer = HybridSFTTrainer(
         model=model,
         args=config,
@@ -109,10 +112,6 @@ def _build_trainer(
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
-    if recipe.lora is not None:
-        # With a name there, each save asks the hub for the base's config and reads it as a hybrid's (peft/utils/save_and_load.py,
-        # get_peft_model_state_dict); the manifest and the resolved recipe say which base it is.
-        trainer.model.peft_config["default"].base_model_name_or_path = None
     return trainer
 
 

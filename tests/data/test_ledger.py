@@ -82,6 +82,7 @@ def test_no_shipped_problem_appears_twice_in_whatever_order(
 
 
 @given(ledgers(), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_the_split_is_a_property_of_the_problem_not_of_its_listing(ledger: Ledger, rng) -> None:
     listed = list(ledger.entries)
     rng.shuffle(listed)
@@ -106,6 +107,7 @@ def test_another_seed_draws_other_problems() -> None:
 
 
 @given(ledgers(), st.integers(0, 60))
+@settings(deadline=None)
 def test_the_answer_of_the_chain_is_that_of_the_question(ledger: Ledger, reach: int) -> None:
     response = write_response(ledger)
     assert boxed(response) == solve(write_question(ledger, reach))
@@ -115,6 +117,7 @@ def test_the_answer_of_the_chain_is_that_of_the_question(ledger: Ledger, reach: 
 
 
 @given(ledgers(), st.integers(0, 60))
+@settings(deadline=None)
 def test_every_key_is_marked_once_in_the_question_and_at_most_once_in_the_chain(ledger: Ledger, reach: int) -> None:
     question, chain = symbols(write_question(ledger, reach)), symbols(write_chain(ledger))
     for entry in ledger.entries:
@@ -124,6 +127,7 @@ def test_every_key_is_marked_once_in_the_question_and_at_most_once_in_the_chain(
 
 
 @given(ledgers(), st.integers(0, 80))
+@settings(deadline=None)
 def test_each_step_looks_back_further_than_reach_and_than_the_window(ledger: Ledger, reach: int) -> None:
     assert min(look_backs(ledger, reach)) > max(reach, SHIPPED_WINDOW)
 
@@ -136,9 +140,7 @@ def test_each_step_of_the_shipped_problems_looks_back_further_than_the_window_in
             [{"role": "user", "content": row["question"]}], add_generation_prompt=True, tokenize=False
         )
         tokens = shipped_tokenizer.tokenize(prompt + row["combined_text"])
-        marked = {
-            token: [at for at, other in enumerate(tokens) if other == token] for token in tokens if token.endswith(">")
-        }
+        marked = {token: [at for at, other in enumerate(tokens) if other == token] for token in tokens if token.endswith(">")}
         distances = [places[1] - places[0] for token, places in marked.items() if len(token) == 2 and len(places) == 2]
         assert len(distances) == 10
         assert min(distances) > SHIPPED_WINDOW
@@ -170,10 +172,9 @@ def test_shipped_rows_survive_the_tokenizer(
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n"), max_size=60))
-@settings(max_examples=200)
-def test_ascii_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = build_tokenizer()
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == text
+@settings(max_examples=200, deadline=None)
+def test_ascii_text_survives_the_tokenizer(shipped_tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert shipped_tokenizer.decode(shipped_tokenizer(text)["input_ids"]) == text
 
 
 def test_a_symbol_is_a_token(train_rows: list[dict[str, str]], shipped_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,9 +15,7 @@ from lt_train.hybrid import HybridSpec, build_hybrid
 
 SYMBOLS = ["<pad>", "<eos>", *(rf"\boxed{{{digit}}}" for digit in range(4)), *"0123456789abcdefghijklmnopqrst \n?:+"]
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-)
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
 
 
 @pytest.fixture(scope="session")

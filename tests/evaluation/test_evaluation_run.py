@@ -32,9 +32,7 @@ def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
     """Evaluate into a folder, with some settings of the entry changed."""
 
     def call(out: Path, model_fingerprint: str = "m", system: str | None = None, **changed: Any) -> AnswerScores:
-        settings = dict(
-            benchmark="ledger", path=problems, samples=3, temperature=2.5, max_new_tokens=12, batch_size=4, seed=5
-        )
+        settings = dict(benchmark="ledger", path=problems, samples=3, temperature=2.5, max_new_tokens=12, batch_size=4, seed=5)
         return evaluate(
             model,
             tokenizer,
@@ -93,9 +91,7 @@ def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:
     assert difference(scores, scores).value == 0
 
 
-def test_records_say_what_was_asked_and_what_came(
-    evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_records_say_what_was_asked_and_what_came(evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     evaluation(tmp_path / "out")
     for row in samples(tmp_path / "out").values():
         tokens = len(tokenizer(row["text"]).input_ids)
@@ -198,9 +194,7 @@ def test_a_corrupt_scores_file_is_a_clear_error_and_stays(evaluation, tmp_path: 
     assert (tmp_path / "out" / "scores.json").read_text() == content
 
 
-def test_an_answer_that_does_not_fit_the_context_is_refused_before_anything_is_drawn(
-    evaluation, tmp_path: Path
-) -> None:
+def test_an_answer_that_does_not_fit_the_context_is_refused_before_anything_is_drawn(evaluation, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set max_new_tokens to at most"):
         evaluation(tmp_path / "out", max_new_tokens=125)
     assert not (tmp_path / "out").exists()

@@ -93,9 +93,7 @@ def test_no_answer_is_wrong_and_said_to_be_none() -> None:
 
 
 @pytest.mark.parametrize("answer", [r"10^{10^{10}}", "{" * 400 + "5" + "}" * 400, r"100000000!"])
-def test_an_answer_the_grader_cannot_judge_is_wrong_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, answer: str
-) -> None:
+def test_an_answer_the_grader_cannot_judge_is_wrong_with_the_reason(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     monkeypatch.setattr(grading, "SECONDS", 1)
     verdict = grade(rf"\boxed{{{answer}}}", "5")
     assert not verdict.correct

@@ -57,9 +57,7 @@ def test_losses_in_batches_are_those_one_by_one(model: HybridForCausalLM, batch_
         assert batched[key].nll / batched[key].tokens == pytest.approx(alone[key].nll / alone[key].tokens, abs=1e-5)
 
 
-def test_logits_are_never_made_for_more_rows_than_allowed(
-    model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_are_never_made_for_more_rows_than_allowed(model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = by_id(model, examples_of_many_lengths(), 7)
     rows = []
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 10 * model.config.vocab_size)
@@ -76,9 +74,7 @@ def test_a_sample_longer_than_the_context_is_named(model: HybridForCausalLM) -> 
         by_id(model, [*examples_of_many_lengths(), long], 4)
 
 
-def test_scores_are_written_and_read_back_and_compared_with_themselves(
-    model: HybridForCausalLM, tmp_path: Path
-) -> None:
+def test_scores_are_written_and_read_back_and_compared_with_themselves(model: HybridForCausalLM, tmp_path: Path) -> None:
     examples = examples_of_many_lengths()
     scores = evaluate_heldout_loss(model, examples, ENTRY, tmp_path, model_fingerprint="m", progress=False)
     assert read_scores(tmp_path / "scores.json") == scores
@@ -96,9 +92,7 @@ def test_finished_scores_are_returned_without_the_model(model: HybridForCausalLM
     assert evaluate_heldout_loss(None, examples, ENTRY, tmp_path, model_fingerprint="m", progress=False) == scores
 
 
-def test_scores_of_another_model_or_other_samples_are_not_taken_or_overwritten(
-    model: HybridForCausalLM, tmp_path: Path
-) -> None:
+def test_scores_of_another_model_or_other_samples_are_not_taken_or_overwritten(model: HybridForCausalLM, tmp_path: Path) -> None:
     examples = examples_of_many_lengths()
     evaluate_heldout_loss(model, examples, ENTRY, tmp_path, model_fingerprint="m", progress=False)
     before = (tmp_path / "scores.json").read_bytes()

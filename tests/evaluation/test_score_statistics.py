@@ -97,9 +97,7 @@ def test_a_paired_difference_turns_its_sign_with_the_order_of_the_models(values:
     assert there.value == pytest.approx(-back.value)
     assert (there.low, there.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
     assert -1 <= there.low <= there.value + 1e-9 and there.value - 1e-9 <= there.high <= 1
-    assert there.value == pytest.approx(
-        mean_over_problems(values).value - mean_over_problems(list(second.values())).value
-    )
+    assert there.value == pytest.approx(mean_over_problems(values).value - mean_over_problems(list(second.values())).value)
 
 
 @pytest.mark.parametrize("second", [{"a": 1.0}, {"a": 1.0, "c": 0.0}, {"a": 1.0, "b": 0.0, "c": 0.0}])

@@ -7,9 +7,7 @@ from lt_train.recipe import Hybrid
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 
 
-@pytest.mark.parametrize(
-    ("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)]
-)
+@pytest.mark.parametrize(("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)])
 def test_ratio_is_rounded_to_the_nearest_number_a_half_upwards(ratio, num_layers, count):
     assert number_of_lazy_layers(ratio, num_layers) == count
 
@@ -27,9 +25,7 @@ def test_the_number_is_near_the_ratio_or_the_ratio_is_refused(ratio, num_layers)
 
 @pytest.mark.parametrize(("ratio", "fault"), [(0.05, "no layer"), (0.95, "every layer")])
 def test_no_layer_or_every_layer_is_refused_with_ratios_that_would_do(ratio, fault):
-    with pytest.raises(
-        UserError, match=rf"lazy_layer_ratio.*{ratio}.*{fault}.*0\.125 \(1 layer\) to 0\.875 \(7 layers\)"
-    ):
+    with pytest.raises(UserError, match=rf"lazy_layer_ratio.*{ratio}.*{fault}.*0\.125 \(1 layer\) to 0\.875 \(7 layers\)"):
         number_of_lazy_layers(ratio, 8)
 
 

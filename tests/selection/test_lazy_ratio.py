@@ -24,9 +24,7 @@ def ratios_from_full_attention_weights(stock_model, input_ids, sizes: Sizes) -> 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 9, 40])
 @pytest.mark.parametrize(("w_sink", "w_recent"), [(2, 6), (0, 5), (4, 1), (3, 64)])
-def test_lazy_ratio_equals_the_one_from_full_attention_weights(
-    stock_model, hybrid_of, example_of, tokens, w_sink, w_recent
-):
+def test_lazy_ratio_equals_the_one_from_full_attention_weights(stock_model, hybrid_of, example_of, tokens, w_sink, w_recent):
     sizes = Sizes(w_sink, w_recent, w_last=8, long_reach_share=0.1)
     example = example_of(1, tokens)
     input_ids = example.input_ids

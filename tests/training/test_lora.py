@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
+from tiny_training import SPEC, hybrid_from, load_tiny, tiny_config, tiny_examples, tiny_recipe, tiny_tokenizer, train_in
+from transformers import Qwen3ForCausalLM
 
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
+from lt_train.tracking import NoTracker
 from lt_train.training import trainer as training
 from lt_train.training.lora import load_trained, lora_config
 
@@ -23,6 +25,12 @@ def parameters_with_gradients(settings: dict[str, Any], out: Path) -> set[str]:
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(10))
     return {name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained adapter."""
+    return train_in(tmp_path_factory.mktemp("lora"), LORA, NoTracker()).folder
 
 
 def layers_in(names: set[str]) -> set[int]:
@@ -64,9 +72,8 @@ def test_lora_on_lazy_layers_of_a_model_without_any_is_an_error() -> None:
         lora_config(tiny_recipe(LORA).lora, HybridSpec(4, ()), load_tiny(torch.float32))
 
 
-def test_a_trained_adapter_merges_to_the_same_logits_and_changes_the_base(train_tiny) -> None:
-    result = train_tiny("lora", **LORA)
-    loaded = load_trained(tiny_recipe(LORA), result.folder, load_tiny, torch.float32)
+def test_a_trained_adapter_merges_to_the_same_logits_and_changes_the_base(adapter: Path) -> None:
+    loaded = load_trained(tiny_recipe(LORA), adapter, load_tiny, torch.float32)
     assert loaded.merge_difference is not None and loaded.merge_difference < 1e-5
     base = load_tiny(torch.float32).eval()
     with torch.no_grad():
@@ -75,25 +82,30 @@ def test_a_trained_adapter_merges_to_the_same_logits_and_changes_the_base(train_
     assert not any("lora" in name for name, _ in loaded.model.named_parameters())
 
 
-def test_the_merged_weights_are_base_plus_scaled_product(train_tiny) -> None:
-    result = train_tiny("lora", **LORA)
-    adapter = load_file(result.folder / "adapter_model.safetensors")
+def test_the_merged_weights_are_base_plus_scaled_product(adapter: Path) -> None:
+    saved = load_file(adapter / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.1.self_attn.q_proj"
-    delta = adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"] * (8 / 4)
-    loaded = load_trained(tiny_recipe(LORA), result.folder, load_tiny, torch.float32).model
+    delta = saved[f"{prefix}.lora_B.weight"] @ saved[f"{prefix}.lora_A.weight"] * (8 / 4)
+    loaded = load_trained(tiny_recipe(LORA), adapter, load_tiny, torch.float32).model
     before, after = (m.model.layers[1].self_attn.q_proj.weight for m in (load_tiny(torch.float32), loaded))
     torch.testing.assert_close(after, before + delta, atol=1e-6, rtol=0)
 
 
-def test_an_adapter_that_does_not_merge_to_what_was_trained_is_an_error(train_tiny, monkeypatch) -> None:
-    result = train_tiny("lora", **LORA)
-
+def test_an_adapter_that_does_not_merge_to_what_was_trained_is_an_error(adapter: Path, monkeypatch) -> None:
     def forgetful(self: Any) -> Any:
         return load_tiny(torch.float32)
 
     monkeypatch.setattr("peft.PeftModel.merge_and_unload", forgetful, raising=False)
     with pytest.raises(UserError, match="not what was trained"):
-        load_trained(tiny_recipe(LORA), result.folder, load_tiny, torch.float32)
+        load_trained(tiny_recipe(LORA), adapter, load_tiny, torch.float32)
+
+
+def test_adapters_are_saved_more_than_once_beside_a_base_read_from_a_folder(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    Qwen3ForCausalLM(tiny_config()).save_pretrained(base)
+    twice = LORA | {"train": {"max_steps": 4, "save_steps": 2}}
+    result = train_in(tmp_path / "run", twice, NoTracker(), load=hybrid_from(base))
+    assert result.steps == 4
 
 
 def test_a_fully_trained_model_loads_as_it_was_saved(train_tiny) -> None:
@@ -104,8 +116,7 @@ def test_a_fully_trained_model_loads_as_it_was_saved(train_tiny) -> None:
     torch.testing.assert_close(dict(loaded.model.named_parameters())["model.norm.weight"], saved["model.norm.weight"])
 
 
-def test_bf16_is_cast_after_merging(train_tiny) -> None:
-    result = train_tiny("lora", **LORA)
-    merged, cast = (load_trained(tiny_recipe(LORA), result.folder, load_tiny, d).model for d in (torch.float32, torch.bfloat16))
+def test_bf16_is_cast_after_merging(adapter: Path) -> None:
+    merged, cast = (load_trained(tiny_recipe(LORA), adapter, load_tiny, d).model for d in (torch.float32, torch.bfloat16))
     weight = merged.model.layers[1].self_attn.q_proj.weight
     assert torch.equal(cast.model.layers[1].self_attn.q_proj.weight, weight.to(torch.bfloat16))

@@ -5,12 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_training import train_in
 
 from lt_train.errors import UserError
+from lt_train.tracking import NoTracker
 from lt_train.training.log import read_log
 
 # 22 examples in batches of 4: 6 steps an epoch, the last one short
 TWO_EPOCHS: dict[str, Any] = {"train": {"max_steps": None, "epochs": 2, "save_steps": 2, "warmup_ratio": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training over TWO_EPOCHS that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_in(folder, TWO_EPOCHS, NoTracker())
+    return folder
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -26,14 +36,13 @@ def assert_same_course(one: Path, other: Path, tolerance: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("cut", [5, 9], ids=["mid-epoch", "second epoch"])
 def test_resumed_training_has_the_loss_of_an_uninterrupted_one_at_every_step(
-    train_tiny, train_until, tmp_path: Path, cut: int
+    train_tiny, train_until, tmp_path: Path, whole: Path, cut: int
 ) -> None:
-    train_tiny("whole", **TWO_EPOCHS)
     train_until(cut, "cut", **TWO_EPOCHS)
     assert len(steps(tmp_path / "cut")) == cut
     train_tiny("cut", **TWO_EPOCHS)
-    assert len(steps(tmp_path / "whole")) == 12
-    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+    assert len(steps(whole)) == 12
+    assert_same_course(tmp_path / "cut", whole)
 
 
 def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train_until, tmp_path: Path) -> None:
@@ -47,8 +56,9 @@ def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train
     assert_same_course(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_written_again(train_tiny, train_until, tmp_path: Path, capsys) -> None:
-    train_tiny("whole", **TWO_EPOCHS)
+def test_a_half_written_checkpoint_is_passed_over_and_written_again(
+    train_tiny, train_until, tmp_path: Path, whole: Path, capsys
+) -> None:
     train_until(7, "cut", **TWO_EPOCHS)
     newest = tmp_path / "cut" / "checkpoint-6"
     (newest / "manifest.json").unlink()
@@ -56,14 +66,13 @@ def test_a_half_written_checkpoint_is_passed_over_and_written_again(train_tiny, 
     train_tiny("cut", **TWO_EPOCHS)
     said = capsys.readouterr().out
     assert "checkpoint-6 is not whole" in said and "goes on from checkpoint-4" in said
-    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+    assert_same_course(tmp_path / "cut", whole)
 
 
-def test_a_training_cut_off_before_its_first_checkpoint_starts_again(train_tiny, train_until, tmp_path: Path) -> None:
-    train_tiny("whole")
-    train_until(2, "cut")
-    train_tiny("cut")
-    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+def test_a_training_cut_off_before_its_first_checkpoint_starts_again(train_tiny, train_until, tmp_path: Path, whole: Path) -> None:
+    train_until(2, "cut", **TWO_EPOCHS)
+    train_tiny("cut", **TWO_EPOCHS)
+    assert_same_course(tmp_path / "cut", whole)
 
 
 def test_a_finished_training_is_not_done_again(train_tiny, tmp_path: Path) -> None:

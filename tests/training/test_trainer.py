@@ -34,7 +34,8 @@ def answer_loss(model: torch.nn.Module, examples: list[Any]) -> float:
 
 
 def test_training_lowers_the_loss_and_saves_the_hybrid_it_trained(train_tiny, tmp_path: Path) -> None:
-    result = train_tiny("run", train={"max_steps": 12, "learning_rate": 0.02}, data={"heldout": 6})
+    everything = {"max_steps": 12, "batch_size": 22, "micro_batch_size": 22}
+    result = train_tiny("run", train=everything, data={"heldout": 6})
     assert result.steps == 12
     assert result.train_loss is not None and result.train_loss < losses(tmp_path / "run")[0] - 0.3
     model = load_hybrid_checkpoint(result.folder)
