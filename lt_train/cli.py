@@ -111,20 +111,19 @@ app.add_typer(bench, name="bench")
 @bench.command("decode")
 def bench_decode(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)],
-    lengths: Annotated[list[int], typer.Option("--at", help="Time the tokens before this length (repeatable).")] = [
-        1024,
-        8192,
-        32768,
-    ],  # noqa: B006
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Time the tokens before this length (repeatable). Default: 1K, 8K, 32K."),
+    ] = None,
     lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
     w_sink: Annotated[int, typer.Option(help="Sink tokens.")] = 4,
     w_recent: Annotated[int, typer.Option(help="Window in tokens.")] = 1020,
 ) -> None:
     """Time per token of the hybrid and of full attention, as one sequence grows."""
-    from lt_train.bench.decode import bench_decode
+    from lt_train.bench.decode import DEFAULT_LENGTHS, bench_decode
     from lt_train.recipe import Model
 
-    bench_decode(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths, Console())
+    bench_decode(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
 
 
 Stage = Callable[["Pipeline"], None]

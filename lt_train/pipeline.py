@@ -50,7 +50,9 @@ class Pipeline:
         with self.folder.doing("profile"):
             model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype)
             calibration = calibration_examples(self.examples, hybrid.calibration, self.recipe.seed)
-            profile_layers(model, calibration, hybrid, strategies, out=self.folder.stage("profile"))
+            profile = profile_layers(model, calibration, hybrid, strategies, out=self.folder.stage("profile"))
+        if profile.fitting:
+            self.say("profile", f"{len(profile.fitting)} samples fit inside the window, tell nothing and were passed over")
 
     def convert(self) -> None:
         """Choose the layers that stream and write the hybrid's config. Weights are not copied: the base's load straight into it."""

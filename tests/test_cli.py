@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from lt_train import cli
 
 BROKEN = """

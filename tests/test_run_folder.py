@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from lt_train.errors import UserError
 from lt_train.recipe import Recipe, load_recipe
 from lt_train.run_folder import RunFolder
@@ -91,5 +92,5 @@ def test_a_stage_is_done_only_when_its_block_ended_well(recipe_with, tmp_path):
 def test_a_damaged_record_of_a_run_is_an_error_that_says_what_to_do(recipe_with, tmp_path, damage):
     folder = opened(recipe_with(), tmp_path)
     (folder.path / "recipe.yaml").write_text(damage)
-    with pytest.raises(UserError, match="Move|another"):
+    with pytest.raises(UserError, match=r"Move|another"):
         opened(recipe_with(), tmp_path)

@@ -7,17 +7,18 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lt_train.base_model import load_base_config, load_for_inference
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.progress import show_progress
 from lt_train.recipe import Model
 from lt_train.selection.choose import number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
 
+DEFAULT_LENGTHS = (1024, 8192, 32768)
 TIMED_TOKENS = 64
 """A time is the median over so many tokens up to the named length."""
 
@@ -39,8 +40,8 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
     """Generate greedily, one sequence, until the longest of `lengths`, and time the tokens before each of them."""
     cache, timings, recent = HybridCache(model.spec), [], []
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    with _bar(progress) as bar:
-        task = bar.add_task("full attention" if not model.spec.lazy_layers else "hybrid", total=max(lengths))
+    name = "hybrid" if model.spec.lazy_layers else "full attention"
+    with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
         for length in range(1, max(lengths) + 1):
             started = time.perf_counter()
             token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
@@ -49,7 +50,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
             if length in lengths:
                 timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_entries(cache)))
             if length % 64 == 0:
-                bar.update(task, completed=length)
+                bar.update(length)
     return timings
 
 
@@ -106,8 +107,3 @@ def _bytes_in_use(cache: HybridCache) -> int:
 
 def _ring_entries(cache: HybridCache) -> int:
     return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

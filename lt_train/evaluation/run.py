@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lt_train import prompts, recipe
 from lt_train.errors import UserError
-from lt_train.evaluation.bar import show_bar
 from lt_train.evaluation.benchmarks import BENCHMARKS, ProblemSet, load_problems
 from lt_train.evaluation.generation import (
     Generation,
@@ -31,6 +30,7 @@ from lt_train.evaluation.records import Fingerprint, RecordFolder, SampleRecord
 from lt_train.evaluation.scores import AnswerScores, LossScores, finished_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, majority_vote, mean_loss, mean_over_problems
 from lt_train.examples import Example
+from lt_train.progress import show_progress
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def evaluate_heldout_loss(
     if isinstance(done, LossScores):
         return done
     losses: dict[str, TokenLoss] = {}
-    with show_bar(f"evaluating {entry.name}", done=0, total=len(chosen), shown=progress) as bar:
+    with show_progress(f"evaluating {entry.name}", total=len(chosen), shown=progress) as bar:
         for example, loss in answer_losses(model, chosen, entry.batch_size):
             losses[example.id] = loss
-            bar.advance(loss.tokens)
+            bar.advance()
     mean = mean_loss([losses[example.id] for example in chosen])
     scores = LossScores(
         benchmark=entry.benchmark,
@@ -161,10 +161,12 @@ def draw_missing_samples(
     missing = [request for request in plan.requests if (request.problem, request.sample) not in there]
     answers = {problem.id: problem.answer for problem in plan.problems.problems}
     done = len(plan.requests) - len(missing)
-    with show_bar(f"evaluating {plan.entry.name}", done=done, total=len(plan.requests), shown=progress) as bar:
+    new_tokens = 0
+    with show_progress(f"evaluating {plan.entry.name}", done=done, total=len(plan.requests), shown=progress) as bar:
         for generation in generate(model, missing, plan.sampling, plan.tokens, plan.entry.batch_size):
             folder.append(make_record(tokenizer, plan, generation, answers[generation.request.problem]))
-            bar.advance(len(generation.token_ids))
+            new_tokens += len(generation.token_ids)
+            bar.advance(f"{new_tokens / bar.seconds:,.0f} tokens/s")
 
 
 def make_record(tokenizer: PreTrainedTokenizerBase, plan: Plan, generation: Generation, answer: str) -> SampleRecord:

@@ -54,13 +54,15 @@ class Documents:
             return kernel(q_BHTD, k_BGTD, v_BGTD)
         batch, heads, length, _ = q_BHTD.shape
         flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
-        out = flat_q.new_zeros(batch * length, heads, v_BGTD.shape[-1])
+        places, outputs = [flat_q.new_zeros(0, dtype=torch.long)], [flat_v.new_zeros(0, heads, flat_v.shape[-1])]
         for index_NL in self._groups(q_BHTD.device):
             real_NL = index_NL >= 0
             gather_NL = index_NL.clamp(min=0)
             group = (x[gather_NL].transpose(1, 2) for x in (flat_q, flat_k, flat_v))
-            out_NLHD = kernel(*group).transpose(1, 2)
-            out = out.index_put((index_NL[real_NL],), out_NLHD[real_NL])
+            outputs.append(kernel(*group).transpose(1, 2)[real_NL])
+            places.append(index_NL[real_NL])
+        output = torch.cat(outputs)
+        out = output.new_zeros(batch * length, *output.shape[1:]).index_put((torch.cat(places),), output)
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
     def _groups(self, device: torch.device) -> list[Tensor]:

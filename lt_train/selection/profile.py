@@ -13,22 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from lt_train.errors import UserError
 from lt_train.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.progress import show_progress
 from lt_train.recipe import Hybrid
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
@@ -159,13 +148,12 @@ def profile_layers(
     samples: list[SampleScores] = []
     if out is not None:
         header, samples = _begin_or_go_on(out / "samples.jsonl", header)
-    with _bar(progress) as bar:
-        task = bar.add_task(_description(scored, len(fitting)), completed=len(samples), total=len(usable))
+    with show_progress("scoring layers", done=len(samples), total=len(usable), shown=progress) as bar:
         for example in usable[len(samples) :]:
             samples.append(_score_sample(model, example, sizes, scored))
             if out is not None:
                 append_json_line(out / "samples.jsonl", dataclasses.asdict(samples[-1]))
-            bar.advance(task)
+            bar.advance()
     profile = LayerProfile(header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started)
     if out is not None:
         profile.save(out / "profile.json")
@@ -235,25 +223,3 @@ def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: i
 
 def _not_whole(where: str, fault: str) -> UserError:
     return UserError(f"{where}: not a whole layer profile ({fault}). Delete its folder and run again to make it anew")
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:.2g} samples/s")
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
-
-
-def _description(strategies: Sequence[str], fitting: int) -> str:
-    passed_over = f" ({fitting} samples fit inside the window and are passed over)" if fitting else ""
-    return f"scoring layers by {', '.join(strategies)}{passed_over}"

@@ -1,20 +1,18 @@
-"""What happens around each training step: whole checkpoints, the log, the progress line, a stop at the first NaN."""
+"""What happens around each training step: whole checkpoints, the log, the progress bar, a stop at the first NaN."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.errors import UserError
 from lt_train.files import append_json_line
+from lt_train.progress import Bar
 from lt_train.tracking import Tracker
 from lt_train.training.checkpoints import Settings, remove_old_checkpoints, write_manifest
 from lt_train.training.log import LOG_FILE, resume_log
@@ -130,35 +128,19 @@ def check_finite(row: dict[str, float]) -> None:
             )
 
 
-class ProgressLine(TrainerCallback):
-    """A bar with rate and time left on a terminal; elsewhere (a log file, SLURM) a line at most every ten seconds."""
+class ProgressBar(TrainerCallback):
+    """Steps done, the last logged loss and the time left."""
 
     def __init__(self) -> None:
-        console = Console(file=sys.stderr)
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("training", figures="")
-        self.started = time.perf_counter()
-        self.first_step = 0
-        self.printed = 0.0
+        self.bar: Bar | None = None
+        self.loss = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-        self.first_step = state.global_step
-        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar = Bar("training", done=state.global_step, total=state.max_steps, shown=True)
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        self.bar.update(state.global_step, self.loss)
 
     def on_log(
         self,
@@ -168,20 +150,13 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        if "loss" not in logs:
-            return
-        seconds_a_step = (time.perf_counter() - self.started) / max(state.global_step - self.first_step, 1)
-        figures = f"loss {logs['loss']:.4f}  {seconds_a_step:.2f} s/step"
-        self.bar.update(self.task, figures=figures)
-        now = time.perf_counter()
-        if self.bar.disable and (now - self.printed > 10 or state.global_step == state.max_steps):
-            self.printed = now
-            left = seconds_a_step * (state.max_steps - state.global_step)
-            print(f"training {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left", file=sys.stderr)
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
         """Give the terminal back; also when training ends by an error."""
-        self.bar.stop()
+        if self.bar is not None:
+            self.bar.stop()

@@ -19,7 +19,7 @@ from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe import Recipe
 from lt_train.tracking import Tracker
-from lt_train.training.callbacks import ProgressLine, TrainingLog, WholeCheckpoints
+from lt_train.training.callbacks import ProgressBar, TrainingLog, WholeCheckpoints
 from lt_train.training.checkpoints import (
     Checkpoint,
     Settings,
@@ -117,7 +117,7 @@ def _build_trainer(
 
 def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> None:
     """All steps that are left. The last one ends with an evaluation and a checkpoint."""
-    progress = ProgressLine()
+    progress = ProgressBar()
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
         report(_opening(trainer, checkpoint))

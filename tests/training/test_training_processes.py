@@ -75,4 +75,5 @@ def test_zero3_saves_every_weight_at_full_shape_and_trains_like_one_process(trai
     saved = load_hybrid_checkpoint(tmp_path / "two" / "final").state_dict()
     assert {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in base.state_dict().items()}
     assert [row["step"] for row in steps(tmp_path / "two")] == [1, 2, 3, 4]
-    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3)
+    # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
+    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy"])

@@ -1,0 +1,69 @@
+"""How far a long job is: a bar with rate and time left on a terminal, elsewhere (a log file, SLURM) a line now and then.
+
+On stderr, so that tables on stdout stay clean.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """Made by `show_progress`. Time left follows from the rate since it was shown, so work done before does not count."""
+
+    def __init__(self, description: str, done: int, total: int, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._description = description
+        self._done = self._done_before = done
+        self._total = total
+        self._started = time.perf_counter()
+        self._last_line = self._started if shown and not console.is_terminal else None
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown or not console.is_terminal)
+        self._task = self._progress.add_task(description, completed=done, total=total, rest="")
+
+    @property
+    def seconds(self) -> float:
+        """Since the bar was shown."""
+        return time.perf_counter() - self._started
+
+    def update(self, done: int, figures: str = "") -> None:
+        """`done` of the total are done; `figures` say what else there is to say, such as a rate."""
+        self._done = done
+        rest = "  ".join(part for part in (figures, self._left()) if part)
+        self._progress.update(self._task, completed=done, rest=rest)
+        now = time.perf_counter()
+        if self._last_line is not None and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
+            self._last_line = now
+            self._progress.console.print(f"{self._description} {done:,}/{self._total:,}  {rest}", highlight=False, soft_wrap=True)
+
+    def advance(self, figures: str = "") -> None:
+        self.update(self._done + 1, figures)
+
+    def _left(self) -> str:
+        here = self._done - self._done_before
+        return f"{timedelta(seconds=round(self.seconds / here * (self._total - self._done)))} left" if here > 0 else ""
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+        self._progress.start()
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        self._progress.stop()
+
+
+@contextmanager
+def show_progress(description: str, *, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    bar = Bar(description, done, total, shown)
+    bar.start()
+    try:
+        yield bar
+    finally:
+        bar.stop()
