@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.base_model import eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.devices import compute_dtype
-from lt_train.evaluation.run import evaluate, evaluate_heldout_loss
+from lt_train.evaluation.run import check_evaluation, evaluate, evaluate_heldout_loss
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import hybrid_config
@@ -104,8 +104,10 @@ class Pipeline:
 
     def evaluate(self) -> None:
         """Measure every variant that the recipe's evaluations ask for."""
-        self.train()
         key = hash_of(self.recipe.eval)
+        if self.recipe.eval and not self.folder.is_done("eval", key):
+            self._check_evaluations()  # before a long training, not after it
+        self.train()
         if not self.recipe.eval or self.folder.is_done("eval", key):
             return
         with self.folder.doing("eval", key):
@@ -182,6 +184,12 @@ class Pipeline:
 
     def say(self, stage: str, line: str) -> None:
         self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
+
+    def _check_evaluations(self) -> None:
+        context = self.base_config.max_position_embeddings
+        for entry in self.recipe.eval:
+            if not isinstance(entry, HeldoutLoss):
+                check_evaluation(self.tokenizer, entry, self.recipe.prompt, context)
 
     def _evaluate(self, variant: str) -> None:
         entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]

@@ -203,19 +203,20 @@ def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return SpecialTokens(stop_ids, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def check_fits_context(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
+def check_fits_context(context: int, requests: Sequence[Request], max_new_tokens: int) -> None:
     """
+    Args:
+        context: tokens that the model was made for (max_position_embeddings).
+
     Raises:
-        UserError: the longest prompt and max_new_tokens together exceed the positions the model was made for.
+        UserError: the longest prompt and max_new_tokens together exceed it.
     """
-    context = model.config.max_position_embeddings
     longest = max(requests, key=lambda request: len(request.prompt_ids))
     if len(longest.prompt_ids) + max_new_tokens > context:
         room = context - len(longest.prompt_ids)
         fix = f"set max_new_tokens to at most {room}" if room > 0 else "this model cannot be asked this problem"
         raise UserError(
             f"max_new_tokens={max_new_tokens}: with the {len(longest.prompt_ids)} tokens of the longest prompt "
-            f"(problem "
-            f"{longest.problem}) that is more than the model's context of {context} tokens (max_position_embeddings); "
+            f"(problem {longest.problem}) that is more than the model's context of {context} tokens (max_position_embeddings); "
             f"{fix}"
         )

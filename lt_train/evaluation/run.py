@@ -71,7 +71,7 @@ def evaluate(
             else.
     """
     plan = make_plan(model, tokenizer, entry, prompt, seed, model_fingerprint)
-    check_fits_context(model, plan.requests, entry.max_new_tokens)
+    check_fits_context(model.config.max_position_embeddings, plan.requests, entry.max_new_tokens)
     folder = RecordFolder(out, plan.fingerprint)
     done = finished_scores(out / "scores.json", plan.fingerprint)
     if isinstance(done, AnswerScores) and (done.problems, done.samples) == (len(plan.problems.problems), entry.samples):
@@ -80,6 +80,20 @@ def evaluate(
     scores = score(plan, folder.read())
     write_scores(out / "scores.json", scores)
     return scores
+
+
+def check_evaluation(tokenizer: PreTrainedTokenizerBase, entry: recipe.Eval, prompt: recipe.Prompt, context: int) -> None:
+    """Find what would stop `evaluate` before a model is trained for it: no such problems, or no room for the answers.
+
+    Args:
+        context: tokens that the model was made for.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    problems = load_problems(BENCHMARKS[entry.benchmark], entry.path, entry.limit)
+    one_each = entry.model_copy(update={"samples": 1})
+    check_fits_context(context, make_requests(tokenizer, one_each, prompt, problems, seed=0), entry.max_new_tokens)
 
 
 def evaluate_heldout_loss(
@@ -133,11 +147,7 @@ def make_plan(
     seed = seed if entry.seed is None else entry.seed
     tokens = special_tokens(model, tokenizer)
     sampling = Sampling(entry.temperature, entry.top_p, entry.max_new_tokens)
-    requests = []
-    for problem in problems.problems:
-        prompt_ids = tuple(prompts.prompt_ids(tokenizer, prompt, {"question": problem.text}))
-        for sample in range(entry.samples):
-            requests.append(Request(problem.id, sample, sample_seed(seed, problem.id, sample), prompt_ids))
+    requests = make_requests(tokenizer, entry, prompt, problems, seed)
     fingerprint: Fingerprint = {
         "model": model_fingerprint,
         "benchmark": entry.benchmark,
@@ -149,7 +159,18 @@ def make_plan(
         "top_p": None if sampling.greedy else entry.top_p,
         "seed": None if sampling.greedy else seed,
     }
-    return Plan(entry, problems, tuple(requests), sampling, tokens, fingerprint)
+    return Plan(entry, problems, requests, sampling, tokens, fingerprint)
+
+
+def make_requests(
+    tokenizer: PreTrainedTokenizerBase, entry: recipe.Eval, prompt: recipe.Prompt, problems: ProblemSet, seed: int
+) -> tuple[Request, ...]:
+    requests = []
+    for problem in problems.problems:
+        prompt_ids = tuple(prompts.prompt_ids(tokenizer, prompt, {"question": problem.text}))
+        for sample in range(entry.samples):
+            requests.append(Request(problem.id, sample, sample_seed(seed, problem.id, sample), prompt_ids))
+    return tuple(requests)
 
 
 def draw_missing_samples(

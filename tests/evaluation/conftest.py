@@ -1,8 +1,5 @@
 """A model of two layers and a tokenizer of 40 symbols, one of which is a whole boxed answer: random text then holds answers."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer
@@ -16,15 +13,6 @@ from lt_train.hybrid import HybridSpec, build_hybrid
 SYMBOLS = ["<pad>", "<eos>", *(rf"\boxed{{{digit}}}" for digit in range(4)), *"0123456789abcdefghijklmnopqrst \n?:+"]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "data"
-    folder = Path(os.environ.get("LT_TRAIN_SHARED_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"real data is not there: no folder {folder} (name it in LT_TRAIN_SHARED_DATA)")
-    return folder
 
 
 @pytest.fixture(scope="session")

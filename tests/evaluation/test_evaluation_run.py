@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from lt_train import recipe
 from lt_train.errors import UserError
 from lt_train.evaluation import run
-from lt_train.evaluation.run import evaluate
+from lt_train.evaluation.run import check_evaluation, evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.hybrid import HybridForCausalLM
 
@@ -198,3 +198,15 @@ def test_an_answer_that_does_not_fit_the_context_is_refused_before_anything_is_d
     with pytest.raises(UserError, match="set max_new_tokens to at most"):
         evaluation(tmp_path / "out", max_new_tokens=125)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"max_new_tokens": 127}, "set max_new_tokens to at most 118"), ({"path": "nowhere.jsonl"}, "nowhere.jsonl")],
+)
+def test_what_would_stop_an_evaluation_is_found_without_a_model(
+    tokenizer: PreTrainedTokenizerFast, problems: str, changed: dict[str, Any], reason: str
+) -> None:
+    entry = recipe.Eval(**{"benchmark": "ledger", "path": problems, "max_new_tokens": 12, **changed})
+    with pytest.raises(UserError, match=reason):
+        check_evaluation(tokenizer, entry, recipe.Prompt(), context=128)

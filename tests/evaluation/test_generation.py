@@ -158,6 +158,6 @@ def test_a_model_that_could_never_stop_is_refused(model: HybridForCausalLM, toke
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(model: HybridForCausalLM) -> None:
     requests = requests_of_many_lengths()  # the longest prompt has 14 tokens, the context 128
-    check_fits_context(model, requests, max_new_tokens=114)
+    check_fits_context(model.config.max_position_embeddings, requests, max_new_tokens=114)
     with pytest.raises(UserError, match="set max_new_tokens to at most 114"):
-        check_fits_context(model, requests, max_new_tokens=115)
+        check_fits_context(model.config.max_position_embeddings, requests, max_new_tokens=115)

@@ -1,0 +1,176 @@
+"""The whole path as a user walks it: commands in processes of their own, from the recipe to the exported hybrid."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lt_train.base_model import load_for_inference, load_tokenizer
+from lt_train.evaluation.run import evaluate
+from lt_train.evaluation.scores import AnswerScores, difference, read_scores
+from lt_train.hybrid import HybridSpec
+from lt_train.recipe import load_recipe
+
+REPOSITORY = Path(__file__).parents[1]
+QUICKSTART = "recipes/quickstart.yaml"
+# The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
+SMALL = {
+    "hybrid.calibration.samples": 12,
+    "train.max_steps": 12,
+    "train.batch_size": 8,
+    "train.micro_batch_size": 8,
+    "train.save_steps": 3,
+    "train.logging_steps": 1,
+    "eval.0.limit": 60,
+    "eval.0.batch_size": 10,
+    "eval.0.of": "[base, trained]",
+    "hybrid.compare": "[]",
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name their files from there."""
+    monkeypatch.chdir(REPOSITORY)
+
+
+def command(name: str, runs: Path, **changed: object) -> list[str]:
+    settings = [f"--set={key}={value}" for key, value in changed.items()]
+    return [sys.executable, "-m", "lt_train", name, QUICKSTART, "--runs", str(runs), *settings]
+
+
+def run(arguments: list[str], **environment: str) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a whole quickstart, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    os.chdir(REPOSITORY)  # before the fixture of a single test could do it
+    printed = run(command("run", runs), OMP_NUM_THREADS=str(os.cpu_count()))
+    return runs / "quickstart", printed
+
+
+def scores(folder: Path, variant: str) -> AnswerScores:
+    found = read_scores(folder / "eval" / variant / "ledger/scores.json")
+    assert isinstance(found, AnswerScores) and found.problems >= 1500
+    return found
+
+
+def test_the_quickstart_loses_by_conversion_what_training_brings_back(quickstart: tuple[Path, str]) -> None:
+    base, converted, trained = (scores(quickstart[0], variant) for variant in ("base", "converted", "trained"))
+    assert base.accuracy >= 0.97
+    assert difference(converted, base).value <= -0.10
+    assert difference(trained, base).low >= -0.03
+
+
+def test_layers_chosen_by_reach_score_above_those_of_the_papers_lazy_ratio(quickstart: tuple[Path, str]) -> None:
+    assert difference(scores(quickstart[0], "converted"), scores(quickstart[0], "converted-by-lazy_ratio")).low > 0
+
+
+def test_the_quickstart_ends_with_a_table_and_says_where_its_files_lie(quickstart: tuple[Path, str]) -> None:
+    folder, printed = quickstart
+    for row in ("base", "lazy_ratio, untrained", "reach, untrained", "reach, trained"):
+        assert f"\n{row} " in printed
+    for made in ("profile/profile.png", "train/log.jsonl", "export"):
+        assert str(folder / made) in printed
+        assert (folder / made).exists()
+
+
+def test_with_every_layer_streaming_the_tiny_reasoner_solves_hardly_anything(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(QUICKSTART))
+    spec = HybridSpec(8, tuple(range(8)), recipe.hybrid.w_sink, recipe.hybrid.w_recent)
+    model = load_for_inference(recipe.model, spec, None)
+    tokenizer = load_tokenizer(recipe.model)
+    found = evaluate(model, tokenizer, recipe.eval[0], recipe.prompt, tmp_path, seed=0, model_fingerprint="", progress=False)
+    assert found.problems >= 1500
+    assert found.accuracy <= 0.20
+
+
+def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed(tmp_path: Path) -> None:
+    run(command("run", tmp_path / "whole", **SMALL))
+    arguments = command("run", tmp_path / "killed", **SMALL)
+    killed, whole = tmp_path / "killed/quickstart", tmp_path / "whole/quickstart"
+    moments, output = random.Random(7), tmp_path / "output.txt"
+    for begun in (
+        "profile/samples.jsonl",
+        "train/log.jsonl",
+        "eval/base/ledger/samples.jsonl",
+        "eval/trained/ledger/samples.jsonl",
+    ):
+        kill_after(arguments, killed / begun, moments.uniform(0, 0.5), output)
+    kill_after(arguments, killed / "stages/eval.json", moments.uniform(0, 1.5), output)  # while it exports
+    run(arguments)
+
+    assert read_json(killed / "profile/profile.json")["samples"] == read_json(whole / "profile/profile.json")["samples"]
+    assert read_json(killed / "hybrid/layers.json") == read_json(whole / "hybrid/layers.json")
+    assert losses(killed) == pytest.approx(losses(whole), abs=1e-6)
+    for variant in ("base", "trained"):
+        assert samples(killed, variant) == samples(whole, variant)
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in ours)
+
+
+def kill_after(arguments: list[str], begun: Path, seconds: float, output: Path) -> None:
+    """Start a command and kill it so many seconds after the file appeared."""
+    with open(output, "ab") as file:
+        process = subprocess.Popen(arguments, stdout=file, stderr=file)
+    while process.poll() is None and not begun.exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, output.read_text()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "train/log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
+    rows = [json.loads(line) for line in (folder / "eval" / variant / "ledger/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["problem"] for row in rows}) == 60
+    return {row["problem"]: (row["text"], row["correct"]) for row in rows}
+
+
+def test_deepspeed_trains_a_recipe_in_two_processes_and_one_process_goes_on_to_the_export(tmp_path: Path) -> None:
+    changed = {**SMALL, "train.max_steps": 2, "train.deepspeed": "launch/zero3.json", "eval.0.limit": 4}
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618", "--module"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run([*deepspeed, *command("train", tmp_path, **changed)[2:]], PATH=path)
+    folder = tmp_path / "quickstart"
+    assert list(losses(folder)) == [1, 2]
+    assert read_json(folder / "stages/train.json")["stage"] == "train"
+    trained = (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns
+    run(command("run", tmp_path, **changed))
+    assert (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns == trained
+    assert (folder / "export/config.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["validate", QUICKSTART], 1.0)])
+def test_help_and_validate_answer_at_once(arguments: list[str], seconds: float) -> None:
+    """The best of five, because other work on the machine only adds to a time."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run([str(Path(sys.executable).with_name("lt-train")), *arguments])
+        times.append(time.perf_counter() - started)
+    assert min(times) < seconds
