@@ -43,10 +43,9 @@ def read_results(run: Path) -> list[Result]:
     layers = read_json(run / "hybrid/layers.json", "choice of layers")
     sizes = read_json(run / "hybrid/config.json", "hybrid config")
     order = ["base", *[name for name in layers if name != "converted"], "converted", "trained"]
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    strategy = recipe["hybrid"]["strategy"] or "recipe"
+    evaluations, strategy = _asked_for(run / "recipe.yaml")
     results = []
-    for evaluation in [entry["name"] for entry in recipe["eval"]]:
+    for evaluation in evaluations:
         for variant in order:
             path = run / "eval" / variant / evaluation / "scores.json"
             if path.is_file():
@@ -69,18 +68,20 @@ def show_results(run: Path, console: Console) -> None:
     """Print a table for each evaluation, and where plots and checkpoints lie."""
     results = read_results(run)
     if not results:
-        console.print(f"{run}: no scores yet")
+        console.print(f"{run}: no scores yet", markup=False, highlight=False, soft_wrap=True)
     for evaluation in dict.fromkeys(result.evaluation for result in results):
-        console.print(results_table([result for result in results if result.evaluation == evaluation]))
+        rows = [result for result in results if result.evaluation == evaluation]
+        console.print(_title(rows), style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(results_table(rows))
     for label, path in (("layer profile", "profile/profile.png"), ("training log", "train/log.jsonl"), ("checkpoint", "export")):
         if (run / path).exists():
-            console.print(f"{label:<14}{run / path}", highlight=False, soft_wrap=True)
+            console.print(f"{label:<14}{run / path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def results_table(results: list[Result]) -> Table:
     """One evaluation's variants, a row each."""
     generated = isinstance(results[0].scores, AnswerScores)
-    table = Table(title=_title(results), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("model", no_wrap=True)
     for name in (
         "right ± SE" if generated else "nats a token ± SE",
@@ -104,7 +105,8 @@ def summary_values(results: list[Result]) -> dict[str, float]:
     values: dict[str, float] = {}
     for result in results:
         name, scores = f"{result.variant}/{result.evaluation}", result.scores
-        values[f"{name}/standard_error"] = scores.standard_error
+        if scores.standard_error is not None:
+            values[f"{name}/standard_error"] = scores.standard_error
         values[f"{result.variant}/kv_bytes_at_{KV_TOKENS}"] = result.kv_bytes
         if isinstance(scores, AnswerScores):
             values[f"{name}/accuracy"] = scores.accuracy
@@ -114,6 +116,15 @@ def summary_values(results: list[Result]) -> dict[str, float]:
         else:
             values[f"{name}/loss"] = scores.loss
     return values
+
+
+def _asked_for(recipe: Path) -> tuple[list[str], str]:
+    """Names of the evaluations, and what chose the layers."""
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        return [entry["name"] for entry in settings["eval"]], settings["hybrid"]["strategy"] or "recipe"
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{recipe}: not a whole recipe ({error}). Delete it and run again to make it anew") from error
 
 
 def _title(results: list[Result]) -> str:
@@ -144,7 +155,10 @@ def _score(scores: Scores) -> str:
 
 
 def _difference(scores: Scores, base: Scores) -> str:
-    found = difference(scores, base)
+    try:
+        found = difference(scores, base)
+    except ValueError:  # the evaluation was changed, and not every variant is measured anew yet
+        return "not comparable"
     if isinstance(scores, LossScores):
         return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"

@@ -1,0 +1,276 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lt_train.bench.decode import time_decoding
+from lt_train.errors import UserError
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_scores
+from lt_train.evaluation.statistics import TokenLoss, mean_loss, mean_over_problems, paired_difference
+from lt_train.files import write_json, write_text
+from lt_train.hybrid import HybridSpec, build_hybrid, hybrid_config
+from lt_train.recipe import load_recipe, resolved_yaml
+from lt_train.results import KV_TOKENS, kv_bytes, read_results, show_results, summary_values
+from tests.hybrid.families import BASES
+
+RECIPE = """
+name: tiny
+model: {base: nobody/nothing}
+hybrid: {lazy_layer_ratio: 0.5, strategy: reach, compare: [periodic], w_sink: 2, w_recent: 6}
+data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
+train: {method: full, learning_rate: 1.0e-3, max_steps: 1, batch_size: 1}
+eval:
+  - {benchmark: ledger, max_new_tokens: 8, of: [base, converted, trained]}
+  - {benchmark: heldout_loss, of: [base, converted, trained]}
+"""
+LAYERS = {"converted": [0, 2], "converted-by-periodic": [0, 1]}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run whose hybrid is decided on and that has no scores yet."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    folder = tmp_path / "runs/tiny"
+    write_text(folder / "recipe.yaml", resolved_yaml(load_recipe(path)))
+    write_json(folder / "hybrid/layers.json", LAYERS)
+    hybrid_config(BASES["qwen3"], HybridSpec(4, (0, 2), w_sink=2, w_recent=6)).save_pretrained(folder / "hybrid")
+    return folder
+
+
+def answers(shares: list[float], samples: int = 1, available: int | None = None, truncated: float = 0.0) -> AnswerScores:
+    accuracy = mean_over_problems(shares)
+    return AnswerScores(
+        benchmark="ledger",
+        problems=len(shares),
+        available=available or len(shares),
+        samples=samples,
+        accuracy=accuracy.value,
+        standard_error=accuracy.standard_error,
+        majority=0.75,
+        majority_standard_error=None,
+        ties=0,
+        truncated=truncated,
+        unanswered=0.0,
+        grading_errors=0,
+        tokens=80,
+        tokens_per_sample=8.0,
+        tokens_per_second=20.0,
+        fingerprint={"temperature": 0.0 if samples == 1 else 0.6},
+        by_problem={f"p{number}": share for number, share in enumerate(shares)},
+    )
+
+
+def losses(*nll: float, tokens: int = 10) -> LossScores:
+    by_sample = {f"s{number}": TokenLoss(value, tokens) for number, value in enumerate(nll)}
+    mean = mean_loss(list(by_sample.values()))
+    return LossScores("heldout_loss", len(nll), tokens * len(nll), mean.value, mean.standard_error, {}, by_sample)
+
+
+def score(run: Path, variant: str, scores: Scores) -> None:
+    write_scores(run / "eval" / variant / scores.benchmark / "scores.json", scores)
+
+
+def shown(run: Path, width: int = 200) -> list[str]:
+    console = Console(record=True, width=width)
+    show_results(run, console)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def row(run: Path, label: str) -> str:
+    (line,) = [line for line in shown(run) if line.startswith(label)]
+    return line
+
+
+def test_rows_go_from_the_base_over_the_untrained_hybrids_to_the_trained_one(run):
+    for variant in ("trained", "converted", "base", "converted-by-periodic"):
+        score(run, variant, answers([1.0, 0.0]))
+        score(run, variant, losses(3.0, 4.0))
+    found = [(result.evaluation, result.variant) for result in read_results(run)]
+    order = ["base", "converted-by-periodic", "converted", "trained"]
+    assert found == [*(("ledger", variant) for variant in order), *(("heldout_loss", variant) for variant in order)]
+    labels = ("base", "periodic, untrained", "reach, untrained", "reach, trained")
+    printed = [line for line in shown(run) if line.startswith(("base", "periodic", "reach"))]
+    assert all(line.startswith(label) for line, label in zip(printed, labels * 2, strict=True))
+
+
+def test_layers_that_the_recipe_names_are_said_to_be_the_recipes(run):
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("strategy: reach", "strategy: null"))
+    score(run, "trained", answers([1.0, 0.0]))
+    assert row(run, "recipe, trained")
+
+
+def test_the_trained_hybrid_streams_the_layers_of_the_converted_one(run):
+    for variant in ("base", "converted-by-periodic", "converted", "trained"):
+        score(run, variant, answers([1.0, 0.0]))
+    assert [result.layers for result in read_results(run)] == [(), (0, 1), (0, 2), (0, 2)]
+
+
+def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
+    base, trained = answers([1.0, 1.0, 1.0, 0.0], truncated=0.25), answers([1.0, 0.0, 1.0, 0.0])
+    score(run, "base", base)
+    score(run, "trained", trained)
+    paired = paired_difference(trained.by_problem, base.by_problem)
+    assert row(run, "base").split() == ["base", "75.0", "±", "25.0", "%", "25.0", "%", "32", "MiB"]
+    line = row(run, "reach, trained")
+    assert "50.0 ± 28.9 %" in line
+    assert f"-25.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]" in line
+
+
+def test_without_a_measured_base_there_is_no_difference(run):
+    score(run, "trained", answers([1.0, 0.0]))
+    assert "[" not in row(run, "reach, trained")
+
+
+def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
+    score(run, "base", answers([1.0, 0.0, 1.0]))  # measured anew with a greater limit; the trained model is still to come
+    score(run, "trained", answers([1.0, 0.0]))
+    assert "50.0 ± 50.0 %" in row(run, "reach, trained")
+    assert "not comparable" in row(run, "reach, trained")
+
+
+def test_several_answers_to_a_problem_are_shown_with_their_majority(run):
+    score(run, "base", answers([0.5, 1.0], samples=2))
+    lines = shown(run)
+    assert "ledger: 2 problems, 2 answers each at temperature 0.6 (avg@n, maj@n)" in lines
+    assert "75.0 ± 25.0 %, maj 75.0" in row(run, "base")
+
+
+def test_a_single_problem_has_no_error_to_show(run):
+    score(run, "base", answers([1.0]))
+    assert "100.0 %" in row(run, "base") and "±" not in row(run, "base")
+
+
+def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
+    score(run, "base", losses(10.0, 12.0, 14.0))
+    score(run, "trained", losses(11.0, 13.0, 15.0))
+    lines = shown(run)
+    assert "heldout_loss: 3 samples, 30 answer tokens; hybrids stream 2 of 4 layers" in lines
+    assert any("nats a token ± SE" in line for line in lines)
+    assert not any("cut off" in line for line in lines)
+    assert "1.200 ± 0.115" in row(run, "base")
+    assert "1.300 ± 0.115" in row(run, "reach, trained") and "+0.100 [+0.100, +0.100]" in row(run, "reach, trained")
+
+
+def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):
+    score(run, "converted", answers([1.0, 0.0], available=1500))
+    title = "ledger: 2 of 1,500 problems, greedy; hybrids stream 2 of 4 layers"
+    assert title in shown(run, width=40)
+
+
+def test_an_evaluation_named_like_markup_is_shown_by_its_name(run):
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("name: ledger", "name: '[red]'"))
+    write_scores(run / "eval/base/[red]/scores.json", answers([1.0, 0.0]))
+    assert "[red]: 2 problems, greedy" in shown(run)
+
+
+def test_what_else_a_run_has_made_is_named_with_its_place(run):
+    write_text(run / "train/log.jsonl", "")
+    (run / "export").mkdir()
+    assert shown(run, width=20) == [
+        f"{run}: no scores yet",
+        f"training log  {run / 'train/log.jsonl'}",
+        f"checkpoint    {run / 'export'}",
+    ]
+
+
+def test_a_folder_that_is_no_run_is_an_error_that_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"no run: .*recipe\.yaml.*lt-train run RECIPE"):
+        read_results(tmp_path)
+
+
+def test_a_run_whose_hybrid_is_not_decided_on_has_no_scores_yet(run):
+    (run / "hybrid/config.json").unlink()
+    (run / "hybrid/layers.json").unlink()
+    assert shown(run) == [f"{run}: no scores yet"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"kind": "answers"}', '{"kind": "votes"}', "\x00\x00"])
+def test_damaged_scores_are_an_error_that_says_what_to_do(run, damage):
+    score(run, "base", answers([1.0, 0.0]))
+    (run / "eval/base/ledger/scores.json").write_text(damage)
+    with pytest.raises(UserError, match=r"eval/base/ledger/scores\.json: not a .*Delete it and run again"):
+        read_results(run)
+
+
+@pytest.mark.parametrize("damage", ["{", "name: [", "\x00", "", "[]", "name: tiny"])
+def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(run, damage):
+    (run / "recipe.yaml").write_text(damage)
+    with pytest.raises(UserError, match=r"recipe\.yaml: not a whole recipe"):
+        read_results(run)
+
+
+@pytest.mark.parametrize("name", ["hybrid/layers.json", "hybrid/config.json"])
+def test_a_cut_choice_of_layers_is_an_error_that_names_it(run, name):
+    whole = (run / name).read_text()
+    (run / name).write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{name}: not a whole"):
+        read_results(run)
+
+
+def test_tracking_gets_every_final_figure_by_variant_and_evaluation(run):
+    score(run, "base", answers([1.0, 0.0]))
+    score(run, "trained", losses(10.0, 12.0, 14.0))
+    values = summary_values(read_results(run))
+    assert values == {
+        "base/ledger/accuracy": 0.5,
+        "base/ledger/standard_error": pytest.approx(0.5),
+        "base/ledger/majority": 0.75,
+        "base/ledger/truncated": 0.0,
+        "base/ledger/tokens_per_second": 20.0,
+        "base/kv_bytes_at_32768": 4 * 256 * 32768,
+        "trained/heldout_loss/loss": pytest.approx(1.2),
+        "trained/heldout_loss/standard_error": pytest.approx(0.2 / math.sqrt(3)),
+        "trained/kv_bytes_at_32768": 2 * 256 * (32768 + 8),
+    }
+
+
+def test_tracking_gets_no_error_where_there_is_none(run):
+    score(run, "base", answers([1.0]))
+    score(run, "trained", losses(10.0))
+    values = summary_values(read_results(run))
+    assert {"base/ledger/accuracy", "trained/heldout_loss/loss"} <= values.keys()
+    assert None not in values.values() and not any("standard_error" in name for name in values)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_token"),
+    [
+        ({"num_key_value_heads": 2, "head_dim": 16, "dtype": "float32"}, 2 * 2 * 16 * 4),
+        ({"num_key_value_heads": 2, "head_dim": 16, "dtype": None}, 2 * 2 * 16 * 4),
+        ({"num_key_value_heads": 2, "head_dim": 16, "dtype": "bfloat16"}, 2 * 2 * 16 * 2),
+        ({"num_key_value_heads": 1, "head_dim": None, "dtype": "float16"}, 2 * 1 * 12 * 2),
+        ({"dtype": "bfloat16"}, 2 * 4 * 12 * 2),
+    ],
+)
+def test_kv_bytes_follow_from_heads_head_size_and_dtype(sizes, per_token):
+    config = {"num_attention_heads": 4, "hidden_size": 48, "layer_types": ["x"] * 5, "w_sink": 4, "sliding_window": 12, **sizes}
+    assert kv_bytes(config, lazy_layers=2, tokens=100) == per_token * (3 * 100 + 2 * 16)
+    assert kv_bytes(config, lazy_layers=0, tokens=100) == per_token * 5 * 100
+    assert kv_bytes(config, lazy_layers=2, tokens=10) == per_token * 5 * 10  # the window is longer than the sequence
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_bytes_are_what_the_cache_of_that_model_holds(family, dtype, tmp_path):
+    spec = HybridSpec(4, (0, 2, 3), w_sink=2, w_recent=30)
+    base = type(BASES[family])(**{**BASES[family].to_dict(), "dtype": dtype})
+    hybrid_config(base, spec).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    timings = time_decoding(build_hybrid(base, spec).to(getattr(torch, dtype)).eval(), [20, 70], progress=False)
+    assert [timing.kv_bytes for timing in timings] == [kv_bytes(config, 3, 20), kv_bytes(config, 3, 70)]
+
+
+def test_the_memory_column_is_that_of_a_sequence_of_32k_tokens(run):
+    for variant in ("base", "trained"):
+        score(run, variant, answers([1.0, 0.0]))
+    per_token = 2 * 2 * 16 * 4
+    assert KV_TOKENS == 32768
+    assert [result.kv_bytes for result in read_results(run)] == [per_token * 4 * 32768, per_token * (2 * 32768 + 2 * 8)]
+    assert any("KV at 32K" in line for line in shown(run))
+    assert row(run, "base").endswith("32 MiB") and row(run, "reach, trained").endswith("16 MiB")
