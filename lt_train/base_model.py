@@ -2,44 +2,55 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lt_train.devices import compute_device
 from lt_train.errors import UserError
-from lt_train.hybrid import HybridError, HybridForCausalLM, HybridSpec, load_hybrid
+from lt_train.hybrid import HybridError, HybridForCausalLM, HybridSpec, family_of, hybrid_config, load_hybrid
 from lt_train.recipe import Model
 from lt_train.sources import resolve_model
 
 _LONG_LOAD_BYTES = 2 * 2**30
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError)
+"""What transformers raises at weights that are missing, cut, or of another model; anything else is a bug in the hybrid classes."""
 
 
 def load_base_config(model: Model) -> PreTrainedConfig:
     """
     Raises:
-        UserError: no such folder or hub model, or no config that transformers reads.
+        UserError: no such folder or hub model, no config that transformers reads, or a base that cannot become a hybrid.
     """
     with _failures_named(model, "config"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    with _failures_named(model, "config", _UNLOADABLE):
+        family_of(config)  # first, because a config of another kind need not count its layers
+        hybrid_config(config, HybridSpec(config.num_hidden_layers, lazy_layers=()))
+    return config
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding on the left as generation needs it.
 
     Raises:
-        UserError: none there, or one without a padding token and without an eos to stand in.
+        UserError: none there, or one without any text, or without a padding token and without an eos to stand in.
     """
     with _failures_named(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code, padding_side="left"
         )
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen without the files
+        raise UserError(f"model.base: {model.base}: its tokenizer knows no text: tokenizer.json is missing or empty")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.base: {model.base}: its tokenizer has neither a padding nor an eos token. Give it an eos_token")
@@ -48,22 +59,32 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def eos_ids(model: Model) -> list[int]:
-    """The tokens at which the base's own generation config stops; empty where it has none."""
-    try:
-        generation = GenerationConfig.from_pretrained(resolve_model(model.base), revision=model.revision)
-    except OSError:  # a base need not have one
-        return []
-    found = generation.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    """The tokens at which the base's own generation config stops; empty where it has none.
+
+    Raises:
+        UserError: it has one that cannot be read.
+    """
+    with _failures_named(model, "generation config"):
+        try:
+            generation = GenerationConfig.from_pretrained(resolve_model(model.base), revision=model.revision)
+        except OSError as error:
+            if isinstance(error.__context__, JSONDecodeError | UnicodeDecodeError):
+                raise
+            return []  # a base need not have one
+        found = generation.eos_token_id
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"eos_token_id is {found!r}, neither a token id nor a list of them")
+        return ids
 
 
 def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pretrained: Any) -> HybridForCausalLM:
     """The base's weights in the hybrid class of its architecture; an empty `spec.lazy_layers` gives the base itself.
 
     Raises:
-        UserError: no weights, or files that are cut or do not fit. HybridError: a base that cannot become a hybrid.
+        UserError: a base that cannot become a hybrid, no weights, or files that are cut or do not fit.
     """
-    with _failures_named(model, "weights"), _bar_if_it_takes_long(model):
+    with _failures_named(model, "weights", _UNLOADABLE), _bar_if_it_takes_long(model):
         return load_hybrid(
             resolve_model(model.base),
             spec,
@@ -95,12 +116,22 @@ def _bar_if_it_takes_long(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named(model: Model, what: str) -> Iterator[None]:
+def _failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn what other libraries raise at a faulty model into an error of one line that names the setting."""
     try:
         yield
-    except (UserError, HybridError):
+    except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except HybridError as error:
+        raise UserError(f"model.base: {model.base}: {error}") from error
+    except kinds as error:
         at = f" at revision {model.revision}" if model.revision else ""
-        raise UserError(f"model.base: {model.base}{at}: its {what} cannot be loaded: {first}") from error
+        folder = Path(model.base).expanduser()
+        where = "its" if folder.is_dir() else f"there is no folder {folder.absolute()}, and of the hub model the"
+        raise UserError(f"model.base: {model.base}{at}: {where} {what} cannot be loaded: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return reason if isinstance(error, OSError | ValueError) and reason else f"{type(error).__name__}: {reason}"

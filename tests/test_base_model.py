@@ -1,0 +1,203 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from lt_train.base_model import eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridSpec
+from lt_train.recipe import Model
+from tests.hybrid.families import BASES, SIZES
+
+TINY_REASONER = Path(__file__).parents[1] / "data/tiny-reasoner"
+SPEC = HybridSpec(4, (1,), w_sink=2, w_recent=6)
+LOADS = {"config": load_base_config, "tokenizer": load_tokenizer, "weights": lambda model: load_weights(model, SPEC, torch.float32)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_REASONER / name, folder)
+    return folder
+
+
+@pytest.fixture
+def base(whole, tmp_path) -> Path:
+    """A whole base model, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "base"))
+
+
+def change(path: Path, **settings) -> None:
+    """Settings of a JSON file; None takes one out."""
+    values = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def refused(load: Callable[[Model], object], model: Model) -> str:
+    """The message, which is one line that names the setting."""
+    with pytest.raises(UserError) as error:
+        load(model)
+    message = str(error.value)
+    assert message.startswith(f"model.base: {model.base}") and "\n" not in message
+    return message
+
+
+def test_the_base_itself_is_a_hybrid_in_which_nothing_streams(base):
+    ids = torch.randint(2, 96, (1, 30))
+    model = load_for_inference(Model(base=str(base)), HybridSpec(4, ()), torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(base).to(model.device)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids.to(model.device)).logits, stock(ids.to(model.device)).logits)
+
+
+def test_the_recipes_kernel_is_set(base):
+    for kernel in ("reference", "blocked"):
+        assert load_weights(Model(base=str(base), attention=kernel), SPEC, torch.float32).model.streaming_kernel == kernel
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_folder_that_is_not_there_is_told_with_the_place_looked_at(load, tmp_path):
+    with pytest.raises(UserError, match=rf"there is no folder {tmp_path}/nowhere"):
+        load(Model(base=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_hub_model_that_cannot_be_had_is_told_with_the_folder_that_was_looked_for_first(load):
+    assert f"there is no folder {Path('nobody/nothing').absolute()}, and of the hub model" in refused(
+        load, Model(base="nobody/nothing")
+    )
+    assert "at revision v2" in refused(load, Model(base="nobody/nothing", revision="v2"))
+
+
+@pytest.mark.parametrize("text", ["", "{garbage", "[]", "3", "\x00", '{"model_type": "wombat"}', "{}"])
+def test_a_config_that_is_none_is_refused(base, text):
+    (base / "config.json").write_text(text)
+    assert "its config cannot be loaded" in refused(load_base_config, Model(base=str(base)))
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "gpt2"}', '{"model_type": "t5"}', '{"model_type": "clip"}'])
+def test_an_architecture_without_a_hybrid_class_is_refused_with_those_there_are(base, text):
+    (base / "config.json").write_text(text)
+    message = refused(load_base_config, Model(base=str(base)))
+    assert all(family in message for family in ("no hybrid class", "llama", "mistral", "qwen2", "qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_hidden_layers": "four"}, "num_hidden_layers"),
+        ({"layer_types": ["full_attention"]}, "num_hidden_layers"),
+        ({"dtype": "float99"}, "float99"),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, told):
+    change(base / "config.json", **settings)
+    assert told in refused(load_base_config, Model(base=str(base)))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (MistralConfig(**SIZES, sliding_window=64), "slides already"),
+        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias.*ministral"),
+        (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias.*ministral"),
+    ],
+)
+def test_a_base_that_cannot_become_a_hybrid_is_refused_before_its_weights_are_looked_at(config, told, tmp_path):
+    config.save_pretrained(tmp_path)
+    model = Model(base=str(tmp_path))
+    for load in (load_base_config, LOADS["weights"]):
+        with pytest.raises(UserError, match=f"model.base: {tmp_path}: .*{told}"):
+            load(model)
+
+
+def test_a_folder_without_weights_is_refused(base):
+    (base / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in refused(LOADS["weights"], Model(base=str(base)))
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_cut_weights_are_refused(base, length):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    assert "its weights cannot be loaded" in refused(LOADS["weights"], Model(base=str(base)))
+
+
+@pytest.mark.parametrize("index", ["{", "{}", '{"metadata": {}, "weight_map": {"lm_head.weight": "gone.safetensors"}}'])
+def test_a_damaged_index_of_shards_is_refused(base, index):
+    (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
+    (base / "model.safetensors.index.json").write_text(index)
+    assert "its weights cannot be loaded" in refused(LOADS["weights"], Model(base=str(base)))
+
+
+def test_weights_of_another_shape_or_number_are_refused(base):
+    change(base / "config.json", num_hidden_layers=5, layer_types=None)
+    with pytest.raises(UserError, match=r"model\.base: .*missing keys: model\.layers\.4"):
+        load_weights(Model(base=str(base)), HybridSpec(5, (1,)), torch.float32)
+    change(base / "config.json", num_hidden_layers=4, intermediate_size=65)
+    refused(LOADS["weights"], Model(base=str(base)))
+
+
+def test_a_damaged_pickle_is_refused(base):
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(b"garbage")
+    assert "its weights cannot be loaded" in refused(LOADS["weights"], Model(base=str(base)))
+
+
+def test_a_bug_in_the_hybrid_classes_is_not_taken_for_faulty_weights(base):
+    with pytest.raises(TypeError):
+        load_weights(Model(base=str(base)), SPEC, torch.float32, no_such_argument=1)
+
+
+def test_a_tokenizer_pads_on_the_left(base):
+    tokenizer = load_tokenizer(Model(base=str(base)))
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<|pad|>")
+    assert tokenizer(["1234", "1"], padding=True).input_ids[1][0] == tokenizer.pad_token_id
+
+
+def test_the_eos_stands_in_for_a_missing_padding_token(base):
+    change(base / "tokenizer_config.json", pad_token=None)
+    tokenizer = load_tokenizer(Model(base=str(base)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 3
+
+
+def test_a_tokenizer_with_neither_padding_nor_eos_is_refused(base):
+    change(base / "tokenizer_config.json", pad_token=None, eos_token=None)
+    assert "neither a padding nor an eos token" in refused(load_tokenizer, Model(base=str(base)))
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_base_without_a_tokenizer_is_refused(family, tmp_path):
+    BASES[family].save_pretrained(tmp_path)  # for a Qwen, transformers makes up a tokenizer of one token
+    assert "tokenizer" in refused(load_tokenizer, Model(base=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "{garbage", "[]", "\x00"])
+def test_a_damaged_tokenizer_is_refused(base, name, text):
+    (base / name).write_text(text)
+    assert "its tokenizer cannot be loaded" in refused(load_tokenizer, Model(base=str(base)))
+
+
+@pytest.mark.parametrize(("found", "ids"), [(3, [3]), ([3, 4], [3, 4]), (None, [])])
+def test_answers_end_where_the_bases_generation_config_says(base, found, ids):
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    assert eos_ids(Model(base=str(base))) == ids
+
+
+def test_a_base_need_not_have_a_generation_config(base):
+    (base / "generation_config.json").unlink()
+    assert eos_ids(Model(base=str(base))) == []
+
+
+@pytest.mark.parametrize("text", ["", "{garbage", "[]", "3", "\x00", '{"eos_token_id": "<eos>"}', '{"eos_token_id": [3, null]}'])
+def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_over(base, text):
+    (base / "generation_config.json").write_text(text)
+    assert "its generation config cannot be loaded" in refused(eos_ids, Model(base=str(base)))
