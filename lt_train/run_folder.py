@@ -55,9 +55,15 @@ class RunFolder:
             yield
 
     def is_done(self, stage: str, key: str = "") -> bool:
-        """Whether the stage was finished, for this `key`: a hash of what else it depends on."""
+        """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.
+
+        So what an error asks to delete is made anew.
+        """
         marker = self._marker(stage)
-        return marker.exists() and read_json(marker, "stage marker").get("key") == key
+        if not marker.exists():
+            return False
+        facts = read_json(marker, "stage marker")
+        return facts.get("key") == key and all((self.path / name).exists() for name in facts.get("files", []))
 
     @contextmanager
     def doing(self, stage: str, key: str = "") -> Iterator[None]:
@@ -67,6 +73,7 @@ class RunFolder:
         facts = {
             "stage": stage,
             "key": key,
+            "files": self._files(stage),
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -76,8 +83,13 @@ class RunFolder:
 
     def wait_for(self, stage: str, seconds_between_looks: float = 1.0) -> None:
         """Wait until the main process has finished a stage. If it fails, the launcher ends this process."""
-        while not self._marker(stage).exists():
+        while not self.is_done(stage):
             time.sleep(seconds_between_looks)
+
+    def _files(self, stage: str) -> list[str]:
+        """What the stage left, but for hidden files: those are other processes' half-written ones."""
+        found = [path for path in self.stage(stage).rglob("*") if path.is_file() and not path.name.startswith(".")]
+        return sorted(str(path.relative_to(self.path)) for path in found)
 
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"

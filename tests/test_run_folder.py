@@ -88,6 +88,19 @@ def test_a_stage_is_done_only_when_its_block_ended_well(recipe_with, tmp_path):
     assert json.loads((folder.path / "stages/profile.json").read_text())["versions"]["torch"]
 
 
+def test_a_stage_of_which_something_was_deleted_is_done_again(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    made = folder.stage("train") / "final/adapter.json"
+    with folder.doing("train"):
+        made.parent.mkdir(parents=True)
+        made.write_text("{}")
+        (made.parent / ".half-written.tmp").write_text("")
+    (made.parent / ".half-written.tmp").unlink()
+    assert folder.is_done("train")
+    made.unlink()
+    assert not folder.is_done("train")
+
+
 @pytest.mark.parametrize("damage", ["{", "name: [", "\x00"])
 def test_a_damaged_record_of_a_run_is_an_error_that_says_what_to_do(recipe_with, tmp_path, damage):
     folder = opened(recipe_with(), tmp_path)
