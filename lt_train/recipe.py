@@ -284,7 +284,7 @@ def _check(text: RecipeText, path: Path) -> Recipe:
                 found.append((tuple(conflict.settings[0].split(".")), " + ".join(conflict.settings), conflict.message))
     if found:
         lines = [f"  {name + ': ' if name else ''}{message}{_origin(text, at)}" for at, name, message in found]
-        raise UserError("\n".join([f"recipe error in {path}", *lines]))
+        raise UserError("\n".join([f"{path} is no valid recipe:", *lines]))
     return recipe
 
 

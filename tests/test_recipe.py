@@ -48,7 +48,8 @@ def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command(path: P
     monkeypatch.chdir(RECIPES.parent)  # relative paths count from the working directory
     assert load_recipe(path).name == path.stem
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"recipes/{path.name}\n" in header and "--set " in header
+    assert f"  lt-train run recipes/{path.name}" in header
+    assert (f"--module lt_train train recipes/{path.name}" in header) == bool(load_recipe(path).train.deepspeed)
 
 
 def test_the_shipped_recipes_are_found() -> None:
@@ -114,7 +115,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         "  micro_batch_size: 3\n"
         "eval: [{benchmark: aime24, samples: 4}]\n",
     )
-    assert told.splitlines()[0] == f"recipe error in {tmp_path / 'faulty.yaml'}"
+    assert told.splitlines()[0] == f"{tmp_path / 'faulty.yaml'} is no valid recipe:"
     for fault in (
         "  nam: unknown setting; did you mean name? (line 2)",
         "  model.dtype: 'bf61' is none of auto, bf16 or fp32; did you mean bf16? (line 3)",
