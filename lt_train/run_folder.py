@@ -41,7 +41,7 @@ class RunFolder:
         """Claim the folder for this recipe and this process.
 
         Raises:
-            UserError: another process works in it, or it was begun with another recipe, model or data.
+            UserError: another process works in it, or a stage has left something made with another recipe, model or data.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "w") as lock:
@@ -49,8 +49,11 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{self.path}: another lt-train is working in this folder. Wait for it, or stop it") from error
-            self._check_recipe()
-            self._check_inputs()
+            inputs = self._inputs_now()
+            if self._is_begun():
+                self._check_recipe()
+                self._check_inputs(inputs)
+            write_json(self._inputs, inputs)
             write_text(self.path / "recipe.yaml", resolved_yaml(self.recipe))
             yield
 
@@ -94,6 +97,11 @@ class RunFolder:
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
 
+    def _is_begun(self) -> bool:
+        """Whether a stage has left anything. A run that was refused before that may start again with a mended recipe."""
+        made = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        return bool({str(path) for path in made} - {"recipe.yaml", "inputs.json"})
+
     def _check_recipe(self) -> None:
         path = self.path / "recipe.yaml"
         if not path.exists():
@@ -111,22 +119,26 @@ class RunFolder:
                 "Give this recipe another name (--set name=…), or delete that folder"
             )
 
-    def _check_inputs(self) -> None:
-        path = self.path / "inputs.json"
-        now = {
+    def _check_inputs(self, now: dict[str, str]) -> None:
+        if not self._inputs.exists():
+            return
+        begun = read_json(self._inputs, "record of a run's inputs")
+        changed = [name for name in now if begun.get(name) != now[name]]
+        if changed:
+            raise UserError(
+                f"{self.path}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
+                "Give this recipe another name (--set name=…), or delete that folder"
+            )
+
+    @property
+    def _inputs(self) -> Path:
+        return self.path / "inputs.json"
+
+    def _inputs_now(self) -> dict[str, str]:
+        return {
             "model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision),
             "data.source": data_fingerprint(self.recipe.data.source),
         }
-        if path.exists():
-            begun = read_json(path, "record of a run's inputs")
-            changed = [name for name in now if begun.get(name) != now[name]]
-            if changed:
-                raise UserError(
-                    f"{self.path}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
-                    "Give this recipe another name (--set name=…), or delete that folder"
-                )
-        else:
-            write_json(path, now)
 
 
 def hash_of(*values: Any) -> str:

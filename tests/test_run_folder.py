@@ -3,6 +3,7 @@ import json
 import pytest
 
 from lt_train.errors import UserError
+from lt_train.files import write_text
 from lt_train.recipe import Recipe, load_recipe
 from lt_train.run_folder import RunFolder
 
@@ -33,9 +34,10 @@ def recipe_with(tmp_path):
 
 
 def opened(recipe, tmp_path):
+    """The folder of a run that was begun, or goes on: its profile has a first sample."""
     folder = RunFolder(recipe, tmp_path / "runs")
     with folder.begin():
-        pass
+        write_text(folder.stage("profile") / "samples.jsonl", "")
     return folder
 
 
@@ -53,6 +55,16 @@ def test_a_run_begun_with_another_recipe_is_not_touched(recipe_with, tmp_path):
     assert (folder.path / "recipe.yaml").read_text() == before
 
 
+def test_a_run_that_was_refused_before_it_made_anything_starts_again_with_another_recipe_and_data(recipe_with, tmp_path):
+    folder = RunFolder(recipe_with(), tmp_path / "runs")
+    with pytest.raises(UserError, match="too wide"), folder.begin():
+        raise UserError("hybrid.w_recent: too wide")
+    (tmp_path / "data.jsonl").write_text('{"mended": 1}\n')
+    folder = opened(recipe_with("hybrid.w_recent=4"), tmp_path)
+    assert load_recipe(folder.path / "recipe.yaml").hybrid.w_recent == 4
+    opened(recipe_with("hybrid.w_recent=4"), tmp_path)
+
+
 def test_evaluations_may_be_added_to_a_begun_run(recipe_with, tmp_path):
     opened(recipe_with(), tmp_path)
     folder = opened(recipe_with("eval.0.samples=4", "eval.0.temperature=0.6"), tmp_path)
@@ -65,6 +77,16 @@ def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, cha
     (tmp_path / changed).write_text('{"other": 1}')
     with pytest.raises(UserError, match="changed since this run was begun"):
         opened(recipe_with(), tmp_path)
+
+
+def test_a_deleted_record_of_the_inputs_is_made_anew(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    (folder.path / "inputs.json").write_text("{")
+    with pytest.raises(UserError, match=r"inputs\.json: .*Delete it"):
+        opened(recipe_with(), tmp_path)
+    (folder.path / "inputs.json").unlink()
+    opened(recipe_with(), tmp_path)
+    assert json.loads((folder.path / "inputs.json").read_text()).keys() == {"model.base", "data.source"}
 
 
 def test_two_processes_do_not_work_in_one_run(recipe_with, tmp_path):
