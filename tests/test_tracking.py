@@ -108,6 +108,26 @@ def test_a_step_that_a_killed_process_had_not_written_out_is_logged_again(tmp_pa
     assert '{"saved_step": 3}' in (tmp_path / "tracking.jsonl").read_text()
 
 
+def test_a_state_whose_last_line_was_cut_off_goes_on_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "tracking.jsonl").write_text('{"run_id": "abcd1234"}\n{"saved_step": 2}\n{"saved_st')
+    tracker = open_tracker(OFFLINE, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    tracker.finish()
+    (segment,) = segments(tmp_path)
+    assert run_ids(segment) == {"abcd1234"}
+    assert [row["step"] for row in history(segment)] == [3]
+
+
+@pytest.mark.parametrize("line", ['{"saved_st', "[]", "\x00\x00"])
+def test_a_damaged_line_of_the_state_is_an_error_with_its_place_and_nothing_is_tracked(tmp_path: Path, line: str) -> None:
+    state = f'{{"run_id": "abcd1234"}}\n{line}\n{{"saved_step": 2}}\n'
+    (tmp_path / "tracking.jsonl").write_text(state)
+    with pytest.raises(UserError, match=r"tracking\.jsonl:2: "):
+        open_tracker(OFFLINE, tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["tracking.jsonl"]
+    assert (tmp_path / "tracking.jsonl").read_text() == state
+
+
 def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_network: None) -> None:
     from PIL import Image
 
