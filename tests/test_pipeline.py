@@ -1,0 +1,277 @@
+"""The stages on the shipped tiny reasoner, in this process, each shrunk to seconds."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lt_train.errors import UserError
+from lt_train.evaluation.scores import read_scores
+from lt_train.pipeline import Pipeline
+from lt_train.recipe import Recipe, load_recipe
+from lt_train.run_folder import RunFolder
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPE = f"""
+name: tiny
+model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}
+hybrid: {{lazy_layer_ratio: 0.5, w_sink: 4, w_recent: 12, calibration: {{samples: 2}}}}
+data: {{source: TRACES, format: still, max_length: 256, heldout: 4}}
+train: {{method: lora, learning_rate: 1.0e-3, max_steps: 2, batch_size: 4, micro_batch_size: 4}}
+eval:
+  - {{benchmark: ledger, path: PROBLEMS, limit: 4, max_new_tokens: 8, batch_size: 4}}
+  - {{benchmark: heldout_loss, batch_size: 4}}
+"""
+PERIODIC = ("hybrid.strategy=periodic",)
+NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
+TRAINING_FREE = (*PERIODIC, "train=null", "lora=null")
+Work = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Data and recipe in a folder of their own."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, source, rows in (("traces", "train", 16), ("problems", "test", 6)):
+        with open(REPOSITORY / f"data/ledger/{source}.jsonl", encoding="utf-8") as file:
+            (folder / f"{name}.jsonl").write_text("".join(next(file) for _ in range(rows)), encoding="utf-8")
+    write_recipe(folder)
+    return folder
+
+
+def write_recipe(inputs: Path) -> None:
+    named = RECIPE.replace("TRACES", str(inputs / "traces.jsonl")).replace("PROBLEMS", str(inputs / "problems.jsonl"))
+    (inputs / "recipe.yaml").write_text(named)
+
+
+def work(recipe: Recipe, runs: Path, stage: str = "run") -> str:
+    """Do a stage as its command would; returns what was printed."""
+    console, folder = Console(record=True, width=200), RunFolder(recipe, runs)
+    pipeline = Pipeline(recipe, folder, console)
+    with folder.begin():
+        try:
+            getattr(pipeline, stage)()
+        finally:
+            pipeline.close()
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
+    """The folder that holds a whole run, and what the run printed. Tests work on copies of it."""
+    runs = tmp_path_factory.mktemp("runs")
+    return runs, work(load_recipe(inputs / "recipe.yaml"), runs)
+
+
+@pytest.fixture
+def runs(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "runs"))
+
+
+@pytest.fixture
+def recipe(inputs) -> Recipe:
+    return load_recipe(inputs / "recipe.yaml")
+
+
+def contents(run: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file was written, and what it says."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in NEW_EACH_TIME]
+    return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def marked(run: Path) -> list[str]:
+    """The stages done, in the order in which they were finished."""
+    return [marker.stem for marker in sorted((run / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)]
+
+
+def test_a_run_leaves_what_each_stage_makes_in_their_order(finished):
+    run = finished[0] / "tiny"
+    assert marked(run) == ["profile", "hybrid", "train", "eval", "export"]
+    for made in (
+        "profile/profile.json",
+        "profile/profile.png",
+        "hybrid/layers.json",
+        "hybrid/config.json",
+        "train/log.jsonl",
+        "train/final",
+        "eval/trained/ledger/scores.json",
+        "eval/trained/heldout_loss/scores.json",
+        "export/config.json",
+        "export/model.safetensors",
+        "export/README.md",
+    ):
+        assert (run / made).exists(), made
+
+
+def test_a_run_shows_what_it_does_and_found(finished):
+    _, printed = finished
+    for line in ("4 of 8 layers stream, chosen by reach", "rows 16", "train 12", "heldout 4", "reach, trained"):
+        assert line in printed
+
+
+def test_a_finished_run_does_nothing_again(recipe, runs):
+    before = contents(runs / "tiny")
+    assert "reach, trained" in work(recipe, runs)
+    assert contents(runs / "tiny") == before
+
+
+def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):
+    before = contents(runs / "tiny")
+    work(load_recipe(inputs / "recipe.yaml", ["eval.0.limit=5"]), runs, "evaluate")
+    after = contents(runs / "tiny")
+    assert {name for name in before if before[name] != after.get(name)} == {
+        "stages/eval.json",
+        "eval/trained/ledger/samples.jsonl",
+        "eval/trained/ledger/scores.json",
+    }
+    assert read_scores(runs / "tiny/eval/trained/ledger/scores.json").problems == 5
+
+
+def test_a_stage_first_does_those_before_it_and_none_after_it(recipe, tmp_path):
+    work(recipe, tmp_path, "convert")
+    assert marked(tmp_path / "tiny") == ["profile", "hybrid"]
+    work(recipe, tmp_path, "train")
+    assert marked(tmp_path / "tiny") == ["profile", "hybrid", "train"]
+
+
+def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, tmp_path):
+    printed = work(load_recipe(inputs / "recipe.yaml", TRAINING_FREE), tmp_path)
+    assert marked(tmp_path / "tiny") == ["hybrid", "eval", "export"]
+    assert "periodic, untrained" in printed
+    assert not (tmp_path / "tiny/train").exists()
+    assert (tmp_path / "tiny/export/model.safetensors").is_file()
+
+
+def test_layers_that_the_recipe_names_need_no_profile(inputs, tmp_path):
+    named = ("hybrid.layers=[6, 1]", "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null")
+    printed = work(load_recipe(inputs / "recipe.yaml", named), tmp_path, "convert")
+    assert "2 of 8 layers stream, as the recipe says: 1, 6" in printed
+    assert json.loads((tmp_path / "tiny/hybrid/layers.json").read_text()) == {"converted": [1, 6]}
+    assert not (tmp_path / "tiny/profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "again"),
+    [
+        ("profile/profile.json", "profile"),
+        ("hybrid/layers.json", "hybrid"),
+        ("eval/trained/ledger/scores.json", "eval"),
+        ("export/model.safetensors", "export"),
+    ],
+)
+def test_what_was_deleted_is_made_anew(recipe, runs, made, again):
+    if again == "export":
+        shutil.rmtree(runs / "tiny/export")
+    else:
+        (runs / "tiny" / made).unlink()
+    work(recipe, runs)
+    assert (runs / "tiny" / made).is_file()
+    assert marked(runs / "tiny")[-1] == again
+
+
+def damaged_row(inputs: Path, file: str, number: int, **fields: str | None) -> None:
+    """Change fields of a row, counted from 1; None takes one out."""
+    lines = (inputs / file).read_text().splitlines()
+    row = {**json.loads(lines[number - 1]), **fields}
+    lines[number - 1] = json.dumps({name: value for name, value in row.items() if value is not None})
+    (inputs / file).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "told"),
+    [
+        (("traces.jsonl", 3, {"combined_text": None}), (), r"traces\.jsonl:3: no field 'combined_text'"),
+        (("traces.jsonl", 16, {"combined_text": " "}), (), r"traces\.jsonl:16: the answer is empty"),
+        (("problems.jsonl", 6, {"answer": None}), (), r"problems\.jsonl:6: field 'answer' is missing"),
+        (None, ("hybrid.w_recent=1020",), r"hybrid\.w_recent: 2 of 2 calibration samples fit inside the window"),
+        (None, ("data.heldout=16",), r"data\.heldout: 16 samples cannot be set aside"),
+        (None, ("hybrid.lazy_layer_ratio=0.01", *PERIODIC), r"0\.01 of 8 layers rounds to 0"),
+        (None, ("hybrid.lazy_layer_ratio=0.99", *PERIODIC), r"0\.99 of 8 layers rounds to 8"),
+        (None, ("hybrid.layers=[8]", "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null"), r"hybrid\.layers: layer 8"),
+        (None, ("eval.0.max_new_tokens=65536",), r"65536"),
+    ],
+)
+def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp_path, damage, overrides, told):
+    own = Path(shutil.copytree(inputs, tmp_path / "inputs"))
+    write_recipe(own)
+    if damage is not None:
+        damaged_row(own, damage[0], damage[1], **damage[2])
+    with pytest.raises(UserError, match=told):
+        work(load_recipe(own / "recipe.yaml", overrides), tmp_path)
+    assert contents(tmp_path / "tiny").keys() == set()
+
+
+def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tmp_path):
+    wrong = load_recipe(inputs / "recipe.yaml", ["hybrid.w_recent=1020"])
+    with pytest.raises(UserError, match=r"hybrid\.w_recent"):
+        work(wrong, tmp_path, "profile")
+    work(load_recipe(inputs / "recipe.yaml"), tmp_path, "profile")
+    with pytest.raises(UserError, match=r"hybrid\.w_recent: 12, 1020"):
+        work(wrong, tmp_path, "profile")
+
+
+def test_two_evaluations_of_one_kind_are_kept_apart_by_their_names(inputs, runs):
+    second = "eval.1={benchmark: ledger, name: shorter, path: PATH, limit: 2, max_new_tokens: 4}"
+    recipe = load_recipe(inputs / "recipe.yaml", [second.replace("PATH", str(inputs / "problems.jsonl"))])
+    work(recipe, runs, "evaluate")
+    assert read_scores(runs / "tiny/eval/trained/shorter/scores.json").problems == 2
+    assert read_scores(runs / "tiny/eval/trained/ledger/scores.json").problems == 4
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def cut_in_the_middle(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0][:-20], *lines[1:]]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "undone"),
+    [
+        ("profile/profile.json", cut, "hybrid"),
+        ("profile/samples.jsonl", cut_in_the_middle, "profile"),
+        ("hybrid/layers.json", cut, "eval"),
+        ("eval/trained/ledger/samples.jsonl", cut_in_the_middle, "eval"),
+        ("eval/trained/ledger/scores.json", cut, "eval"),
+        ("stages/train.json", cut, "eval"),
+        ("inputs.json", cut, "eval"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(recipe, runs, name, damage, undone):
+    run = runs / "tiny"
+    (run / f"stages/{undone}.json").unlink()  # the run was cut off in this stage
+    if name == "eval/trained/ledger/samples.jsonl":
+        (run / "eval/trained/ledger/scores.json").unlink()
+    damage(run / name)
+    before = contents(run)
+    with pytest.raises(UserError, match=name):
+        work(recipe, runs)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "undone"),
+    [
+        ("profile/samples.jsonl", "profile/profile.json", "profile"),
+        ("eval/trained/ledger/samples.jsonl", "eval/trained/ledger/scores.json", "eval"),
+    ],
+)
+def test_a_last_line_cut_off_is_made_again_and_the_result_is_the_same(recipe, runs, name, made, undone):
+    run = runs / "tiny"
+    whole = json.loads((run / made).read_text())
+    (run / f"stages/{undone}.json").unlink()
+    (run / made).unlink()
+    lines = (run / name).read_text().splitlines()
+    cut(run / name)
+    work(recipe, runs)
+    assert (run / name).read_text().splitlines()[:-1] == lines[:-1]
+    again = json.loads((run / made).read_text())
+    for timing in ("started", "tokens_per_second"):
+        whole.pop(timing, None)
+        again.pop(timing, None)
+    assert again == whole
