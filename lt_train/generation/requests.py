@@ -1,0 +1,79 @@
+"""What is asked of a model and what comes back, whoever answers."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+"""stop: a stop token or stop string ended the answer; length: it was cut off at max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0: greedy; top_p, top_k and min_p have no effect then.
+
+    Attributes:
+        top_p: keep the fewest most likely tokens that together reach it (arXiv 1904.09751); 1: all.
+        top_k: keep so many most likely tokens; 0: all.
+        min_p: keep tokens at least so likely as this share of the likeliest (arXiv 2407.01082); 0: all.
+        repetition_penalty: logits of tokens seen before (prompt included) are divided by it where positive and multiplied where
+            negative (arXiv 1909.05858); 1: off.
+        stop: strings that end an answer; neither they nor what follows is part of it.
+        thinking_budget: tokens after which an answer that still thinks is made to go on with `thinking_close`.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    thinking_budget: int | None = None
+    thinking_close: str = ""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. `seed` is the sample's own (`sample_seed`)."""
+
+    problem: str
+    sample: int
+    seed: int
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came for a request.
+
+    Attributes:
+        text: without the stop token or string at its end; special tokens are shown.
+        tokens: number of new tokens, the stop token included.
+        thinking_tokens: how many of them came before the thought was closed; None where none was closed.
+        seconds: its share of the time in which it shared the model with others.
+    """
+
+    request: Request
+    text: str
+    tokens: int
+    thinking_tokens: int | None
+    finish_reason: FinishReason
+    seconds: float
+
+
+class Backend(Protocol):
+    """Whoever answers."""
+
+    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Answer]:
+        """Answer every request, each as soon as it is done, in any order."""
+
+
+def sample_seed(seed: int, problem: str, sample: int) -> int:
+    """The seed of one sample: 64 bits that follow from the evaluation's seed, the problem and the number of the sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{sample}/{problem}".encode()).digest()[:8])
