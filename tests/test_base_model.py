@@ -106,16 +106,15 @@ def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, told
     ("config", "told"),
     [
         (MistralConfig(**SIZES, sliding_window=64), "slides already"),
-        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias.*ministral"),
-        (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias.*ministral"),
+        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: Llama and Mistral models become `ministral`"),
+        (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias: Llama and Mistral models become `ministral`"),
     ],
 )
 def test_a_base_that_cannot_become_a_hybrid_is_refused_before_its_weights_are_looked_at(config, told, tmp_path):
     config.save_pretrained(tmp_path)
-    model = Model(base=str(tmp_path))
     for load in (load_base_config, LOADS["weights"]):
-        with pytest.raises(UserError, match=f"model.base: {tmp_path}: .*{told}"):
-            load(model)
+        message = refused(load, Model(base=str(tmp_path)))
+        assert told in message and "cannot be loaded" not in message
 
 
 def test_a_folder_without_weights_is_refused(base):

@@ -137,6 +137,7 @@ def test_a_stage_first_does_those_before_it_and_none_after_it(recipe, tmp_path):
     assert marked(tmp_path / "tiny") == ["profile", "hybrid", "train"]
 
 
+@pytest.mark.slow
 def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, tmp_path):
     printed = work(load_recipe(inputs / "recipe.yaml", TRAINING_FREE), tmp_path)
     assert marked(tmp_path / "tiny") == ["hybrid", "eval", "export"]
@@ -159,7 +160,7 @@ def test_layers_that_the_recipe_names_need_no_profile(inputs, tmp_path):
         ("profile/profile.json", "profile"),
         ("hybrid/layers.json", "hybrid"),
         ("eval/trained/ledger/scores.json", "eval"),
-        ("export/model.safetensors", "export"),
+        pytest.param("export/model.safetensors", "export", marks=pytest.mark.slow),
     ],
 )
 def test_what_was_deleted_is_made_anew(recipe, runs, made, again):
