@@ -1,0 +1,61 @@
+"""Which token comes next. The random numbers of a sample follow from (seed, position) alone, never from what shares its batch.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lt_train.generation.requests import Sampling
+
+
+def choose_tokens(logits_BV: Tensor, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """One token a row.
+
+    Args:
+        seeds: each row's own (`sample_seed`). positions: of the token to choose, counted from the first new one.
+    """
+    if sampling.greedy:
+        return logits_BV.argmax(-1).tolist()
+    probabilities_BV = torch.softmax(logits_BV.float() / sampling.temperature, dim=-1)
+    if sampling.top_k:
+        probabilities_BV = keep_likeliest(probabilities_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        probabilities_BV = keep_nucleus(probabilities_BV, sampling.top_p)
+    if sampling.min_p:
+        floor_B1 = sampling.min_p * probabilities_BV.amax(-1, keepdim=True)
+        probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < floor_B1, 0)
+    cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
+    uniform = [[uniform_number(seed, position)] for seed, position in zip(seeds, positions, strict=True)]
+    uniform_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
+    return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)[:, 0].tolist()
+
+
+def uniform_number(seed: int, position: int) -> float:
+    """In [0, 1), of 32 bits: its product with a total stays below the total, so a search always ends on a possible token."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest()[:4]) / 2**32
+
+
+def keep_likeliest(probabilities_BV: Tensor, top_k: int) -> Tensor:
+    """Zero all but the `top_k` most likely tokens; of equals at the border all stay."""
+    least_B1 = probabilities_BV.topk(min(top_k, probabilities_BV.shape[-1]), dim=-1).values[:, -1:]
+    return probabilities_BV.masked_fill(probabilities_BV < least_B1, 0)
+
+
+def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
+    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751)."""
+    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+    likelier_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+    return torch.zeros_like(probabilities_BV).scatter(1, order_BV, sorted_BV.where(likelier_BV < top_p, 0.0))
+
+
+def penalise_repetition(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Make tokens that a row has seen less likely (arXiv 1909.05858), in place."""
+    for logits_V, tokens in zip(logits_BV, seen, strict=True):
+        index = torch.tensor(sorted(set(tokens)), device=logits_V.device)
+        values = logits_V[index]
+        logits_V[index] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits_BV

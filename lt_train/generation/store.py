@@ -1,0 +1,183 @@
+"""The KV cache of many sequences at once, laid out once: full layers in pages that sequences take as they grow, streaming layers in
+one ring a slot.
+
+A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values where they lie: a step copies
+none of them. Pages are handed out lowest first, so those in use stay together.
+
+Shapes: S slots, B running sequences, N pages, P tokens of a page, W entries of a ring, H query heads, G key/value heads,
+R = H / G, T new tokens of one sequence, D head size.
+"""
+
+import heapq
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lt_train.hybrid import HybridForCausalLM, HybridSpec
+
+PAGE = 128
+"""Tokens of a page: large enough for an efficient product, small enough that the half page a sequence wastes is little."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of KV cache."""
+
+    page: int
+    """One page in all full layers."""
+    slot: int
+    """One ring in all streaming layers."""
+
+    def sequence(self, tokens: int) -> int:
+        """One sequence of so many tokens."""
+        return self.slot + pages_for(tokens) * self.page
+
+
+def kv_sizes(model: HybridForCausalLM) -> Sizes:
+    spec, config = model.spec, model.config
+    heads = config.num_key_value_heads
+    entry = 2 * heads * head_size(model) * model.dtype.itemsize
+    lazy = len(spec.lazy_layers)
+    return Sizes(page=(spec.num_layers - lazy) * PAGE * entry, slot=lazy * spec.window * entry)
+
+
+def head_size(model: HybridForCausalLM) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def pages_for(tokens: int) -> int:
+    return math.ceil(tokens / PAGE)
+
+
+class KVStore:
+    """Pages and rings of all layers, and which sequence has which.
+
+    Attributes:
+        lengths: tokens held of each running sequence, by slot.
+        pages: the pages of each running sequence, in the order of its tokens, by slot.
+    """
+
+    def __init__(self, model: HybridForCausalLM, slots: int, pages: int) -> None:
+        self.spec = model.spec
+        self.slots = slots
+        self.lengths: list[int] = []
+        self.pages: list[list[int]] = []
+        self._free = list(range(pages))  # a heap: the lowest page first
+        heads, size = model.config.num_key_value_heads, head_size(model)
+        self.layers: list[PagedLayer | RingLayer] = []
+        for index, layer in enumerate(model.model.layers):
+            where = {"dtype": model.dtype, "device": next(layer.parameters()).device}
+            if self.spec.is_lazy(index):
+                self.layers.append(RingLayer(torch.zeros(2, slots, heads, self.spec.window, size, **where), self.spec))
+            else:
+                self.layers.append(PagedLayer(torch.zeros(2, pages, heads, PAGE, size, **where)))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def admit(self, tokens: int) -> int:
+        """A slot, and pages for so many tokens. The caller has seen that there are enough."""
+        self.lengths.append(0)
+        self.pages.append([])
+        slot = len(self.lengths) - 1
+        self.reserve(slot, tokens)
+        return slot
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """See that the sequence has pages for `tokens` tokens in all."""
+        while len(self.pages[slot]) < pages_for(tokens):
+            self.pages[slot].append(heapq.heappop(self._free))
+
+    def lacks(self, slot: int, tokens: int) -> int:
+        """How many more pages the sequence needs to hold `tokens` tokens."""
+        return max(0, pages_for(tokens) - len(self.pages[slot]))
+
+    def release(self, slot: int) -> int:
+        """Give back what a sequence held. The last slot's sequence moves into its place; returns the slot it had."""
+        for page in self.pages[slot]:
+            heapq.heappush(self._free, page)
+        last = len(self.lengths) - 1
+        if slot != last:
+            for layer in self.layers:
+                layer.move(last, slot)
+        self.lengths[slot], self.pages[slot] = self.lengths[last], self.pages[last]
+        self.lengths.pop()
+        self.pages.pop()
+        return last
+
+    def page_map(self) -> "PageMap":
+        """Where the pages of the running sequences lie, for a step that adds one token to each."""
+        highest = max((page for pages in self.pages for page in pages), default=-1)
+        owner = [len(self.lengths)] * (highest + 1)  # pages that nobody has belong to a row that nobody reads
+        filled = [0] * (highest + 1)
+        for slot, pages in enumerate(self.pages):
+            for number, page in enumerate(pages):
+                owner[page] = slot
+                filled[page] = min(max(self.lengths[slot] + 1 - number * PAGE, 0), PAGE)
+        return PageMap(owner, filled, [pages[length // PAGE] for pages, length in zip(self.pages, self.lengths, strict=True)])
+
+
+@dataclass
+class PageMap:
+    """owner, filled: by page, the slot it belongs to and how many of its tokens are there. newest: by slot, the page of the token
+    that is being added.
+    """
+
+    owner: list[int]
+    filled: list[int]
+    newest: list[int]
+
+
+class PagedLayer:
+    """Keys and values of one full layer: kv is [2, N, G, P, D]."""
+
+    def __init__(self, kv_2NGPD: Tensor) -> None:
+        self.keys, self.values = kv_2NGPD
+        self.device = kv_2NGPD.device
+
+    def move(self, source: int, target: int) -> None:
+        """Pages know no slot."""
+
+    def write(self, k_GTD: Tensor, v_GTD: Tensor, first: int, pages: list[int]) -> None:
+        """Put new tokens of one sequence in its pages, from position `first` on."""
+        position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
+        page_T = torch.tensor(pages, device=self.device)[position_T // PAGE]
+        self.keys[page_T, :, position_T % PAGE] = k_GTD.transpose(0, 1)
+        self.values[page_T, :, position_T % PAGE] = v_GTD.transpose(0, 1)
+
+    def read(self, length: int, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, [G, length, D] each: copies, for a chunk of many queries."""
+        page_N = torch.tensor(pages[: pages_for(length)], device=self.device)
+        return tuple(x[page_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.keys, self.values))
+
+
+class RingLayer:
+    """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
+
+    Position r lies in entry r while r < W, then in entry w_sink + (r - w_sink) mod w_recent.
+    """
+
+    def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
+        self.keys, self.values = kv_2SGWD
+        self.spec = spec
+        self.device = kv_2SGWD.device
+
+    def move(self, source: int, target: int) -> None:
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
+
+    def entries(self, position: Tensor) -> Tensor:
+        ring = self.spec.w_sink + (position - self.spec.w_sink) % self.spec.w_recent
+        return torch.where(position < self.spec.w_sink, position, ring)
+
+    def write(self, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
+        """Put new tokens of one sequence in its ring, from position `first` on: those that the window still holds after them."""
+        position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
+        kept_T = (position_T < self.spec.w_sink) | (position_T >= first + k_GTD.shape[1] - self.spec.w_recent)
+        entry_K = self.entries(position_T[kept_T])
+        self.keys[slot, :, entry_K] = k_GTD[:, kept_T]
+        self.values[slot, :, entry_K] = v_GTD[:, kept_T]

@@ -1,0 +1,240 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from lt_train.errors import UserError
+from lt_train.generation import store as kv
+from lt_train.generation.engine import Engine
+from lt_train.generation.requests import Answer, Request, Sampling, sample_seed
+from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+
+EOS, VOCABULARY = 1, 40
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=24)
+SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
+
+
+def tiny_model(spec: HybridSpec, dtype: torch.dtype = torch.float32) -> HybridForCausalLM:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return build_hybrid(config, spec).to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> HybridForCausalLM:
+    return tiny_model(HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": EOS, "</think>": 2} | {chr(ord("A") + i): i + 3 for i in range(VOCABULARY - 3)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pages of 8 tokens: short sequences then have several."""
+    for module in ("store", "views"):
+        monkeypatch.setattr(f"lt_train.generation.{module}.PAGE", 8)
+    yield
+
+
+def requests(lengths: list[int], samples: int = 1) -> list[Request]:
+    return [
+        Request(f"p{n}-{length}", sample, sample_seed(7, f"p{n}", sample), tuple(3 + (n * 5 + i * i) % 30 for i in range(length)))
+        for n, length in enumerate(lengths)
+        for sample in range(samples)
+    ]
+
+
+MANY = [1, 2, 3, 7, 8, 9, 15, 16, 17, 33]
+"""Shorter and longer than w_sink, the window, and one to four pages."""
+
+
+def answered(engine: Engine, asked: list[Request], sampling: Sampling) -> dict[tuple[str, int], Answer]:
+    found = {(a.request.problem, a.request.sample): a for a in engine.answers(asked, sampling)}
+    assert len(found) == len(asked)
+    return found
+
+
+def texts(found: dict[tuple[str, int], Answer]) -> dict[tuple[str, int], tuple[str, int, str]]:
+    return {key: (answer.text, answer.tokens, answer.finish_reason) for key, answer in found.items()}
+
+
+def without_cache(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, request: Request, new: int) -> tuple[str, int, str]:
+    ids = list(request.prompt_ids)
+    for _ in range(new):
+        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        if ids[-1] == EOS:
+            break
+    chosen = ids[len(request.prompt_ids) :]
+    stopped = chosen[-1] == EOS
+    return tokenizer.decode(chosen[:-1] if stopped else chosen), len(chosen), "stop" if stopped else "length"
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [4, 16, 2048])
+def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(model, tokenizer, slots: int, chunk: int) -> None:
+    asked = requests(MANY)
+    expected = {(r.problem, 0): without_cache(model, tokenizer, r, 24) for r in asked}
+    assert texts(answered(Engine(model, tokenizer, max_slots=slots, prefill_chunk=chunk), asked, GREEDY)) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        HybridSpec(3, (), 2, 6),
+        HybridSpec(3, (0, 1, 2), 2, 6),
+        HybridSpec(3, (1,), 0, 5),
+        HybridSpec(3, (0, 2), 9, 1),
+        HybridSpec(3, (0, 2), 3, 500),
+    ],
+    ids=["all full", "all streaming", "no sinks", "window of one", "window longer than all"],
+)
+def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec: HybridSpec) -> None:
+    model = tiny_model(spec)
+    asked = requests(MANY)
+    expected = {(r.problem, 0): without_cache(model, tokenizer, r, 24) for r in asked}
+    assert texts(answered(Engine(model, tokenizer, max_slots=4, prefill_chunk=8), asked, GREEDY)) == expected
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    slots=st.integers(1, 6),
+    chunk=st.sampled_from([3, 8, 64]),
+    spare=st.integers(0, 20),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_budget_changes_or_loses_an_answer(model, tokenizer, lengths: list[int], slots: int, chunk: int, spare: int) -> None:
+    """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
+    asked = requests(lengths)
+    alone = {}
+    for request in asked:
+        alone |= texts(answered(Engine(model, tokenizer, max_slots=1), [request], SAMPLED))
+    sizes = kv.kv_sizes(model)
+    budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
+    tight = Engine(model, tokenizer, kv_budget=budget, max_slots=slots, prefill_chunk=chunk)
+    assert texts(answered(tight, asked, SAMPLED)) == alone
+
+
+def test_the_youngest_is_put_back_when_pages_run_out(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    made = Engine.lay_out
+    monkeypatch.setattr(Engine, "lay_out", lambda *args: stores.append(made(*args)) or stores[-1])
+    admitted = []
+    admit = kv.KVStore.admit
+    monkeypatch.setattr(kv.KVStore, "admit", lambda store, tokens: admitted.append(tokens) or admit(store, tokens))
+    asked = requests([20, 21, 22])
+    never_ends = Sampling(0.0, 1.0, 40)
+    sizes = kv.kv_sizes(model)
+    budget = 2 * sizes.slot + 13 * sizes.page  # a whole sequence takes 8
+    found = answered(Engine(model, tokenizer, kv_budget=budget, max_slots=2), asked, never_ends)
+    assert {answer.finish_reason for answer in found.values()} <= {"length", "stop"}
+    assert len(admitted) > 3
+    assert max(admitted) > 22  # read again with the tokens it had
+    assert (stores[0].slots, stores[0].free_pages, stores[0].lengths) == (2, 13, [])
+
+
+def test_a_budget_below_one_sequence_is_refused_with_the_bytes_that_would_do(model, tokenizer) -> None:
+    needed = kv.kv_sizes(model).sequence(33 + 24)
+    with pytest.raises(UserError, match=f"{needed:,}"):
+        list(Engine(model, tokenizer, kv_budget=needed - 1).answers(requests([33]), GREEDY))
+    assert answered(Engine(model, tokenizer, kv_budget=needed), requests([33]), GREEDY)
+
+
+def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}
+
+    def note(slots: int) -> None:
+        from lt_train.generation import engine
+
+        seen[slots] = {}
+        take = engine._Run._take
+
+        def noting(run, sequences, logits_BV):
+            for sequence, logits_V in zip(sequences, logits_BV, strict=True):
+                seen[slots][tuple(sequence.ids)] = logits_V.clone()
+            return take(run, sequences, logits_BV)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._Run, "_take", noting)
+            answered(Engine(model, tokenizer, max_slots=slots), requests(MANY), GREEDY)
+
+    note(1)
+    note(10)
+    assert seen[1].keys() == seen[10].keys() and len(seen[1]) > 50
+    for ids, logits_V in seen[1].items():
+        torch.testing.assert_close(logits_V, seen[10][ids], atol=1e-4, rtol=0)
+
+
+def test_samples_do_not_depend_on_what_shares_the_batch_or_on_the_order(model, tokenizer) -> None:
+    asked = requests(MANY, samples=3)
+    alone = texts(answered(Engine(model, tokenizer, max_slots=1), asked, SAMPLED))
+    assert texts(answered(Engine(model, tokenizer, max_slots=7), asked[::-1], SAMPLED)) == alone
+    assert len({text for text, _, _ in alone.values()}) > len(alone) // 2
+
+
+def test_a_stop_string_ends_the_answer_before_it(model, tokenizer) -> None:
+    asked = requests(MANY)
+    free = answered(Engine(model, tokenizer), asked, GREEDY)
+    plain = [answer.text for answer in free.values() if "<" not in answer.text]
+    stop = plain[0][5:8]
+    stopped = answered(Engine(model, tokenizer), asked, Sampling(0.0, 1.0, 24, stop=(stop,)))
+    for key, answer in stopped.items():
+        before, found, _ = free[key].text.partition(stop)
+        assert answer.text == before
+        assert answer.finish_reason == ("stop" if found else free[key].finish_reason)
+        if "<" not in before:  # every token is a letter
+            assert answer.tokens == (len(before) + len(stop) if found else free[key].tokens)
+    assert any(stop in answer.text for answer in free.values())
+
+
+def test_a_thought_over_its_budget_is_closed_and_the_answer_goes_on(model, tokenizer) -> None:
+    asked = requests(MANY)
+    forced = Sampling(0.0, 1.0, 24, thinking_budget=5, thinking_close="</think>")
+    free, closed = answered(Engine(model, tokenizer), asked, GREEDY), 0
+    for key, answer in answered(Engine(model, tokenizer), asked, forced).items():
+        thought = free[key].thinking_tokens
+        if free[key].tokens <= 5 or (thought is not None and thought <= 5):
+            assert answer.text == free[key].text
+        else:
+            assert answer.text.startswith(free[key].text[:5] + "</think>")
+            assert answer.thinking_tokens == 6
+            closed += 1
+    assert closed > 5
+
+
+def test_answers_come_as_soon_as_they_are_done(model, tokenizer) -> None:
+    """A short one behind a long one is not held back by it."""
+    asked = requests(MANY)
+    hot = Sampling(temperature=2.0, top_p=1.0, max_new_tokens=60)
+    done = [answer.tokens for answer in Engine(model, tokenizer, max_slots=10).answers(asked, hot)]
+    assert done == sorted(done) and len(set(done)) > 1
+
+
+def test_times_add_up_to_the_time_it_took(model, tokenizer) -> None:
+    import time
+
+    started = time.perf_counter()
+    seconds = sum(answer.seconds for answer in Engine(model, tokenizer, max_slots=4).answers(requests(MANY), GREEDY))
+    assert 0.3 * (time.perf_counter() - started) < seconds <= time.perf_counter() - started
