@@ -1,10 +1,9 @@
-r"""Is the answer right: the last balanced `\boxed{}` of a text, held against the true answer by math-verify.
+r"""Is an answer right: what a text gives as its answer, held against the true answer by math-verify.
 
-No box, or an empty one, is no answer. Whatever math-verify cannot do in its time (an answer that is a tower of powers,
-five hundred braces) is a wrong answer with the reason in the record, never an end of the run.
+`is_right` takes whatever time it needs, so an evaluation calls it through `Grader`, in a process that can be killed. `grade` and
+`equivalent` judge boxed answers in this process, as far as an alarm in the main thread can limit their time.
 """
 
-import re
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +12,14 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
+from lt_train.evaluation.extraction import ExtractedFrom, Kind, choice_letter, last_boxed
+from lt_train.evaluation.quantities import same_number
+
 SECONDS = 5
 """Time limit for reading an answer, and again for comparing two. Real answers take milliseconds."""
 
-BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-r"""Whatever matters for balance. `\\.` consumes escaped characters, so that `\{` and `\}` do not count."""
+LONGEST_ANSWER = 10_000
+"""Characters of an answer that are still looked into; a longer one is right only where it is the true answer letter by letter."""
 
 AS_BOXED_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 
@@ -34,6 +36,7 @@ class Grade:
     extracted: str | None
     correct: bool
     error: str | None = None
+    extracted_from: ExtractedFrom | None = None
 
 
 def grade(text: str, answer: str) -> Grade:
@@ -47,54 +50,54 @@ def grade(text: str, answer: str) -> Grade:
     if extracted is None:
         return Grade(None, False)
     try:
-        return Grade(extracted, matches(answer, extracted))
+        return Grade(extracted, matches(answer, extracted, SECONDS), extracted_from="boxed")
     except FAILURES as failure:
-        return Grade(extracted, False, describe(failure))
+        return Grade(extracted, False, describe(failure), "boxed")
 
 
 def equivalent(first: str, second: str) -> bool:
     """Whether two extracted answers say the same; False where math-verify fails on one of them."""
     require_main_thread()
     try:
-        return matches(first, second)
+        return matches(first, second, SECONDS)
     except FAILURES:
         return False
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` whose braces balance, stripped; None where there is none, or nothing in it.
+def is_right(answer: str, extracted: str, kind: Kind = "math") -> bool:
+    """Whether an extracted answer says the same as the true one. Nothing limits the time that it takes: see `Grader`.
 
-    Of nested boxes the outer one counts. One pass over the text, whatever it holds.
+    Raises:
+        ValueError: the true answer to a choice is no letter, or the extracted answer is too long to be judged.
+        Exception: what math-verify raises on an answer that it cannot read.
     """
-    opened: list[int | None] = []  # for each open brace: where its content starts if it opens a box
-    content: str | None = None
-    for token in BRACES.finditer(text):
-        if token["box"]:
-            opened.append(token.end())
-        elif token["open"]:
-            opened.append(None)
-        elif token["close"] and opened:
-            start = opened.pop()
-            if start is not None:
-                content = text[start : token.start()]
-    return (content or "").strip() or None
+    if kind == "choice":
+        letter = choice_letter(answer)
+        if letter is None:
+            raise ValueError(f"the true answer to a multiple choice must be a letter from A to J, not {answer[:50]!r}")
+        return choice_letter(extracted) == letter
+    if len(extracted) > LONGEST_ANSWER and extracted.strip() != answer.strip():
+        raise ValueError(f"the answer has {len(extracted):,} characters; more than {LONGEST_ANSWER:,} are not looked into")
+    return matches(answer, extracted, seconds=None)
 
 
-def matches(gold: str, answer: str) -> bool:
-    """math-verify's verdict; not symmetric where one side is an equation."""
-    gold_readings, answer_readings = read(gold), read(answer)
+def matches(gold: str, answer: str, seconds: int | None) -> bool:
+    """math-verify's verdict, after what can be seen without it; not symmetric where one side is an equation."""
+    if gold.strip() == answer.strip() or same_number(gold, answer):
+        return True
+    gold_readings, answer_readings = read(gold, seconds), read(answer, seconds)
     if set(texts(gold_readings)) & set(texts(answer_readings)):
         return True  # equal as text: spares the comparison, which may fail where the texts are equal all the same
-    return verify(gold_readings, answer_readings, timeout_seconds=SECONDS, raise_on_error=True)
+    return verify(gold_readings, answer_readings, timeout_seconds=seconds, raise_on_error=True)
 
 
 @lru_cache(maxsize=4096)
-def read(answer: str) -> list[Any]:
+def read(answer: str, seconds: int | None) -> list[Any]:
     """math-verify's readings of an answer: a sympy expression and the normalised text. The full stop of a sentence is
     dropped.
     """
     boxed = rf"\boxed{{{answer.rstrip(' .')}}}"
-    return parse(boxed, AS_BOXED_LATEX, parsing_timeout=SECONDS, raise_on_error=True)
+    return parse(boxed, AS_BOXED_LATEX, parsing_timeout=seconds, raise_on_error=True)
 
 
 def texts(readings: list[Any]) -> list[str]:

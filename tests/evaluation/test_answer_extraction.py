@@ -1,0 +1,133 @@
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt_train.evaluation.extraction import Extracted, extract, last_boxed
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.", "42"),
+        ("the answer is 3.14. I hope it is correct.", "3.14"),
+        ("So the answer is: $5$ dollars.", "5"),
+        ("the answer is $5.", "$5"),
+        (r"the answer is \$5.", r"\$5"),
+        ("The final answer is **7**.", "7"),
+        ("**Final Answer:** 42", "42"),
+        ("**Answer: 42**", "42"),
+        ("#### Answer: 5", "5"),
+        ("Final answer:\n\n$\\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"the answer is \(x = 5\).", "x = 5"),
+        ("the answer is 1,234", "1,234"),
+        ("the answers are 5, 6", "5, 6"),
+        ("The answer to the question is 5, because 2 + 3 = 5.", "5"),
+        ("the answer is 12 cm since it grows", "12 cm"),
+        ("The answer is 5? No, the answer is 6.", "6"),
+        ("答案是 42\u3002", "42"),
+        ("因此\uff0c最终答案\uff1a12 cm\u3002因为", "12 cm"),
+        ("答案:5", "5"),
+        ("the answer is not 5", None),
+        (r"the answer is \boxed{\frac{1}{", None),
+        ("I answered 5", None),
+        ("There are 5 of them.", None),
+        ("the answer is", None),
+        ("", None),
+        ("the answer is 5\n" + "a line that says nothing more of it\n" * 100, None),
+        ("<think>the answer is 5, or is it? </think> It cannot be known.", None),
+        ("<think>the answer is 5</think>the answer is 6", "6"),
+    ],
+)
+def test_without_a_box_the_last_phrase_at_the_end_names_the_answer(text: str, answer: str | None) -> None:
+    assert extract(text) == (None if answer is None else Extracted(answer, "phrase"))
+
+
+@pytest.mark.parametrize("text", [r"\boxed{5} The answer is 6.", r"The answer is 6. \boxed{5}", r"the answer is \boxed{5}"])
+def test_a_box_counts_before_any_phrase(text: str) -> None:
+    assert extract(text) == Extracted("5", "boxed")
+
+
+@pytest.mark.parametrize("text", [r"\boxed{} the answer is 6", r"\boxed{\frac{1}{ the answer is 6"])
+def test_a_box_that_is_empty_or_open_leaves_the_phrase(text: str) -> None:
+    assert extract(text) == Extracted("6", "phrase")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (r"\boxed{B}", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        (r"\boxed{\textbf{(B)}}", "B"),
+        (r"\boxed{\mathrm{b}}", "B"),
+        (r"\boxed{(B)}", "B"),
+        (r"\boxed{B) 12 cm}", "B"),
+        (r"\boxed{\text{Option B}}", "B"),
+        (r"\boxed{B. \text{ Evelyn}}", "B"),
+        (r"\boxed{42}", "42"),
+        (r"\boxed{\text{A and B}}", r"\text{A and B}"),
+        (r"\boxed{\text{Bob}}", r"\text{Bob}"),
+    ],
+)
+def test_the_letter_in_a_box_is_the_choice(text: str, letter: str) -> None:
+    assert extract(text, "choice") == Extracted(letter, "boxed")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("It follows.\n\nC.", "C"),
+        ("Answer: B", "B"),
+        ("Answer: $B$", "B"),
+        ("Answer: **D**", "D"),
+        ("Answer (C)", "C"),
+        ("The answer is (B).", "B"),
+        ("the answer is A", "A"),
+        (r"the answer is $\text{B}$", "B"),
+        ("The answer is option (D): 5", "D"),
+        ("The answer is **B) 12 cm**", "B"),
+        ("The final answer is (A) 5 cm", "A"),
+        ("The correct answer is B because it floats", "B"),
+        ("the correct option is C", "C"),
+        ("I choose option C.", "C"),
+        ("Option A is wrong. The answer is C. Option B is not right.", "C"),
+        ("Option C is right, for option A is not.", "C"),
+        ("答案是 B", "B"),
+        ("正确答案是(C)\u3002", "C"),
+        ("答案选C", "C"),
+        ("故选D\u3002", "D"),
+        ("故选项D", "D"),
+        ("the answer is A and B", None),
+        ("the answer is a cat", None),
+        ("The answer is A cat", None),
+        ("The answer is I think unknown", None),
+        ("I do not know.", None),
+        ("A thing happened", None),
+        ("", None),
+    ],
+)
+def test_without_a_box_a_phrase_or_the_last_line_names_the_choice(text: str, letter: str | None) -> None:
+    assert extract(text, "choice") == (None if letter is None else Extracted(letter, "phrase"))
+
+
+@given(st.text(alphabet="\\boxed{}answeri: ()$*AB5.\n选项答案是", max_size=300))
+def test_any_text_gives_a_stripped_answer_or_none(text: str) -> None:
+    for kind in ("math", "choice"):
+        found = extract(text, kind)
+        assert found is None or (found.answer and found.answer == found.answer.strip())
+        assert (found is not None and found.extracted_from == "boxed") == (last_boxed(text) is not None)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["answer ", "the answer is ", "the answer to ", "答案", r"\boxed{", "$", "(", "option A ", " ", "*", "{", r"\(", "answer is"],
+)
+def test_no_text_takes_long(part: str) -> None:
+    started = time.perf_counter()
+    for kind in ("math", "choice"):
+        extract(part * (200_000 // len(part)), kind)
+    assert time.perf_counter() - started < 1
