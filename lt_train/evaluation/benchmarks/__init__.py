@@ -1,0 +1,69 @@
+"""What is asked: a benchmark is one small declaration, and its problems are read (or made) and counted before anything runs.
+
+declaration.py says what a benchmark is; short_answers.py, longbench.py and RECALL below declare them; reading.py and recall.py make
+their problems; prompting.py turns a problem into tokens, scoring.py grades what comes back. Importing this package needs none
+of the large libraries.
+"""
+
+from typing import TYPE_CHECKING
+
+from lt_train.evaluation.benchmarks.declaration import Benchmark, Grader, Problem, ProblemSet, RecallSettings
+from lt_train.evaluation.benchmarks.longbench import LONGBENCH
+from lt_train.evaluation.benchmarks.reading import read_problems
+from lt_train.evaluation.benchmarks.short_answers import SHORT_ANSWERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BENCHMARKS", "Benchmark", "Grader", "Problem", "ProblemSet", "RecallSettings", "answer_tokens", "load_problems"]
+
+PLACES = ("lengths", "depths", "repeats")
+
+RECALL = (
+    Benchmark("needle", "needle", asked="as_is", max_new_tokens=64, recall_settings=(*PLACES, "keys")),
+    Benchmark("passkey", "needle", asked="as_is", max_new_tokens=32, recall_settings=PLACES),
+    Benchmark("copying", "copying", asked="as_is", recall_settings=(*PLACES, "span")),
+)
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (*SHORT_ANSWERS, *LONGBENCH, *RECALL)}
+
+
+def load_problems(
+    benchmark: Benchmark,
+    path: str | None,
+    limit: int | None,
+    *,
+    recall: RecallSettings | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    seed: int = 0,
+) -> ProblemSet:
+    """Read or make a benchmark's problems, check them, and take the first `limit`.
+
+    Args:
+        path: a local file, a folder or a hub id that takes the place of the benchmark's own source; of a generated benchmark a
+            folder of texts to hide things in.
+        limit: how many problems to ask; None: all.
+        recall, tokenizer, seed: decide the problems of a generated benchmark.
+
+    Raises:
+        UserError: the source cannot be read, a row lacks a field (with file and line), two problems have one id, the number
+            of problems is not the benchmark's, or a length to generate has no room for the question.
+        ValueError: a generated benchmark without a tokenizer to measure its texts.
+    """
+    if not benchmark.generated:
+        everything = read_problems(benchmark, path)
+    elif tokenizer is None:
+        raise ValueError(f"{benchmark.name}: its problems are measured in tokens, so it needs a tokenizer")
+    else:
+        from lt_train.evaluation.benchmarks.recall import make_problems
+
+        everything = make_problems(benchmark, recall or RecallSettings(), tokenizer, path, seed)
+    return ProblemSet(everything, everything[:limit])
+
+
+def answer_tokens(benchmark: Benchmark, recall: RecallSettings | None = None) -> int | None:
+    """`max_new_tokens` where the recipe sets none; None: the benchmark does not say, so the recipe must."""
+    if benchmark.grader == "copying":
+        span = (recall or RecallSettings()).span
+        return span + span // 4 + 32  # a copy may run on a little: one that does is not what was asked for, but no less of a copy
+    return benchmark.max_new_tokens

@@ -1,0 +1,142 @@
+"""LongBench's metrics: functions of an answer and one right answer, from 0 to 1.
+
+The formulas, oddities included, are those of metrics.py in https://github.com/THUDM/LongBench; scores are comparable with
+published ones only so. ROUGE-L is that of the package `rouge` 1.0.1, whose own code is recursive and fails on long texts.
+"""
+
+import difflib
+import logging
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃"
+    "》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NO_CHINESE_PUNCTUATION = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+COMMENT_SIGNS = ("`", "#", "//")
+
+
+def qa_f1(answer: str, right: str) -> float:
+    """F1 over words, without case, punctuation and articles (as SQuAD, arXiv 1606.05250)."""
+    return f1(english_words(answer), english_words(right))
+
+
+def qa_f1_zh(answer: str, right: str) -> float:
+    """F1 over the words that jieba finds, without punctuation."""
+    return f1(chinese_words(answer), chinese_words(right))
+
+
+def rouge(answer: str, right: str) -> float:
+    """ROUGE-L F over words; 0 where either has none."""
+    return rouge_l(answer, right)
+
+
+def rouge_zh(answer: str, right: str) -> float:
+    """ROUGE-L F over the words that jieba finds."""
+    return rouge_l(" ".join(jieba_words(answer)), " ".join(jieba_words(right)))
+
+
+def count(answer: str, right: str) -> float:
+    """Share of the numbers in the answer that are the right one."""
+    numbers = re.findall(r"\d+", answer)
+    return sum(number == right for number in numbers) / len(numbers) if numbers else 0.0
+
+
+def retrieval(answer: str, right: str) -> float:
+    """Share of the numbers in the answer that are the right paragraph's ("Paragraph 3", "段落3")."""
+    return count(answer, re.search(r"(?:Paragraph |段落)(\d+)", right)[1])
+
+
+def code_similarity(answer: str, right: str) -> float:
+    """Similarity of the first line that is no comment, in whole percent.
+
+    fuzzywuzzy's `ratio` as LongBench installs it, without python-Levenshtein, is difflib's; with it (and in rapidfuzz) it is
+    another formula.
+    """
+    lines = answer.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(sign in line for sign in COMMENT_SIGNS)), "")
+    if not line or not right:
+        return 0.0
+    return round(100 * difflib.SequenceMatcher(None, line, right).ratio()) / 100
+
+
+def classification(answer: str, right: str, classes: Sequence[str]) -> float:
+    """1 / (number of labels named) where the right one is among them.
+
+    A label that is a part of the right one's name does not count as named; as upstream removes such labels from the list that it
+    walks through, it passes over the one behind each.
+    """
+    named = [label for label in classes if label in answer]
+    for label in named:
+        if label in right and label != right:
+            named.remove(label)
+    return 1.0 / len(named) if right in named else 0.0
+
+
+def f1(answer: Sequence[str], right: Sequence[str]) -> float:
+    common = (Counter(answer) & Counter(right)).total()
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(answer), common / len(right)
+    return 2 * precision * recall / (precision + recall)
+
+
+def english_words(text: str) -> list[str]:
+    return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
+
+
+def chinese_words(text: str) -> list[str]:
+    cleaned = ("".join(word.lower().translate(NO_CHINESE_PUNCTUATION).split()) for word in jieba_words(text))
+    return [word for word in cleaned if word]
+
+
+def jieba_words(text: str) -> list[str]:
+    import jieba
+
+    jieba.setLogLevel(logging.WARNING)  # it reports its dictionary on stderr
+    return jieba.lcut(text)
+
+
+def rouge_l(answer: str, right: str) -> float:
+    """Summary-level ROUGE-L F (Lin 2004, 3.2) as the package `rouge` computes it.
+
+    Sentences end at full stops. For each right sentence the union of its longest common subsequences with every sentence of the
+    answer is taken; words count once in a text, however often they stand there.
+    """
+    answer_sentences, right_sentences = sentences(answer), sentences(right)
+    if not answer_sentences or not right_sentences:
+        return 0.0
+    common = {word for one in right_sentences for other in answer_sentences for word in common_subsequence(one, other)}
+    precision = len(common) / len({word for sentence in answer_sentences for word in sentence})
+    recall = len(common) / len({word for sentence in right_sentences for word in sentence})
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def sentences(text: str) -> list[list[str]]:
+    # A sentence of blanks is one empty word, as there.
+    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """A longest common subsequence; of several, the one that the package `rouge` takes."""
+    lengths = [[0] * (len(second) + 1)]
+    for word in first:
+        above, row = lengths[-1], [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(above[column + 1], row[column]))
+        lengths.append(row)
+    i, j, found = len(first), len(second), []
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            found.append(first[i - 1])
+            i, j = i - 1, j - 1
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found

@@ -1,0 +1,148 @@
+"""Rows of a file or hub data set as problems: each with its fields, and so many as the benchmark has."""
+
+import hashlib
+import json
+import string
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lt_train import sources
+from lt_train.errors import UserError
+from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
+
+
+def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]:
+    """
+    Raises:
+        UserError: the source cannot be read, a row lacks a field (with file and line), two problems have one id, or the number
+            of problems is not the benchmark's.
+    """
+    source = path or benchmark.source
+    if source is None:
+        raise UserError(
+            f"{benchmark.name}: set `path` to the file of your problems: one JSON object a line, with problem and answer"
+        )
+    problems: dict[str, Problem] = {}
+    for number, (where, row) in enumerate(load_rows(benchmark, path)):
+        problem = read_problem(benchmark, row, number, where)
+        if problem.id in problems:
+            raise UserError(f"{where}: a second problem with the id {problem.id!r}; every problem needs an id of its own")
+        problems[problem.id] = problem
+    check_count(benchmark, source, len(problems))
+    return tuple(problems.values())
+
+
+def load_rows(benchmark: Benchmark, path: str | None) -> Iterator[sources.Row]:
+    if path is None or path == benchmark.source:
+        if benchmark.archive is not None:
+            return archived_rows(benchmark.source, *benchmark.archive)
+        return sources.load_rows(benchmark.source, benchmark.split, subset=benchmark.subset)
+    own_file = Path(path).expanduser() / f"{benchmark.subset}.jsonl"  # a folder with a file for each part of a benchmark
+    if benchmark.subset is not None and own_file.is_file():
+        path = str(own_file)
+    return sources.load_rows(path, benchmark.split)  # another source has subsets of its own, or none
+
+
+def archived_rows(source: str, archive: str, member: str) -> Iterator[sources.Row]:
+    """Rows of a JSON Lines file inside a zip archive of a hub data set.
+
+    For data sets that are a loading script beside an archive: `datasets` no longer runs scripts
+    (https://github.com/huggingface/datasets/releases/tag/4.0.0).
+    """
+    from huggingface_hub import hf_hub_download
+
+    place = f"{source}/{archive}/{member}"
+    try:
+        zipped = zipfile.ZipFile(hf_hub_download(source, archive, repo_type="dataset"))
+        content = zipped.read(member)
+    except Exception as error:  # offline, gated, unknown, cut off: the hub's clients raise dozens of kinds
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"{place} cannot be read: {type(error).__name__}: {reason}. Fetch {archive} where there is a network, unpack it, and "
+            f"set `path` to the folder that holds {Path(member).name}"
+        ) from error
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{place}:{number}", json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{place}:{number}: not JSON ({error}); fetch {archive} again") from error
+
+
+def read_problem(benchmark: Benchmark, row: Mapping[str, Any], number: int, where: str) -> Problem:
+    """One row as a problem; `where` is its file and line for errors."""
+    problem_id = next((str(row[field]) for field in benchmark.id_fields if row.get(field) is not None), str(number))
+    reader = {"short_answer": read_short_answer, "choice": read_choice, "longbench": read_longbench}[benchmark.rows]
+    return reader(benchmark, row, problem_id, where)
+
+
+def read_short_answer(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, where: str) -> Problem:
+    problem, answer = (read_text(benchmark, row, field, where) for field in benchmark.fields)
+    return Problem(problem_id, problem, (final_answer(benchmark, answer, where),))
+
+
+def read_choice(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, where: str) -> Problem:
+    """A question and its options, the right one first. They are shown in an order that depends on the problem's id only, so
+    that every model and every run sees the same.
+    """
+    question, *options = (read_text(benchmark, row, field, where).strip() for field in benchmark.fields)
+    order = sorted(range(len(options)), key=lambda index: hashlib.sha256(f"{problem_id}/{index}".encode()).digest())
+    letters = string.ascii_uppercase[: len(options)]
+    listed = "\n".join(f"({letter}) {options[index]}" for letter, index in zip(letters, order, strict=True))
+    text = f"What is the correct answer to this question: {question}\n\nChoices:\n{listed}\n\nAnswer with the letter of one choice."
+    return Problem(problem_id, text, (letters[order.index(0)],), classes=tuple(letters))
+
+
+def read_longbench(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, where: str) -> Problem:
+    """`input` may be empty (a summary has no question); `all_classes` is null but for classification."""
+    context, given, answers, classes = (row.get(field) for field in benchmark.fields)
+    for field, value in zip(benchmark.fields, (context, given), strict=False):
+        if not isinstance(value, str):
+            raise wrong_field(benchmark, row, field, where)
+    if not is_texts(answers):
+        raise wrong_field(benchmark, row, "answers", where)
+    if benchmark.grader == "classification" and not is_texts(classes):
+        raise wrong_field(benchmark, row, "all_classes", where)
+    return Problem(problem_id, benchmark.template.format(context=context, input=given), tuple(answers), tuple(classes or ()))
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise wrong_field(benchmark, row, field, where)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with one fraction in it makes 27 a 27.0
+    if not str(value).strip():
+        raise UserError(f"{where}: field '{field}' is empty")
+    return str(value)
+
+
+def wrong_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> UserError:
+    there = f"is {row[field]!r}"[:200] if field in row else f"is missing; the row has {', '.join(sorted(map(str, row)))}"
+    needed = ", ".join(f"'{name}'" for name in benchmark.fields)
+    return UserError(f"{where}: field '{field}' {there}. The benchmark {benchmark.name} needs rows with {needed}")
+
+
+def final_answer(benchmark: Benchmark, answer: str, where: str) -> str:
+    if benchmark.answer_after is None:
+        return answer.strip()
+    _, marker, final = answer.rpartition(benchmark.answer_after)
+    if not marker or not final.strip():
+        raise UserError(f"{where}: field '{benchmark.fields[1]}' has no answer behind '{benchmark.answer_after}'")
+    return final.strip()
+
+
+def check_count(benchmark: Benchmark, source: str, found: int) -> None:
+    if benchmark.count is not None and found != benchmark.count:
+        raise UserError(
+            f"{source}: {found} problems, but {benchmark.name} has {benchmark.count}. A score over another number of problems is "
+            "another benchmark: name the whole set, and use `limit` to ask only its first problems"
+        )
+    if found == 0:
+        raise UserError(f"{source}: no problems in it; the benchmark {benchmark.name} needs at least one")

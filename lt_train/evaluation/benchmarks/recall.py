@@ -1,0 +1,148 @@
+"""Long-context recall, which streaming layers lose first: needles and a passkey to find, a passage to copy word for word.
+
+Every problem follows from the evaluation's seed, its length, its depth and its number; texts are measured by the model's
+tokenizer.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from lt_train.errors import UserError
+from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem, RecallSettings
+from lt_train.evaluation.benchmarks.haystack import ADJECTIVES, NOISE, NOUNS, endless, essay_sentences
+
+NEEDLE_DIGITS, PASSKEY_DIGITS = 7, 5
+
+Build = Callable[[Sequence[str]], str]
+"""Makes a problem's text around the given sentences."""
+
+
+def make_problems(
+    benchmark: Benchmark, settings: RecallSettings, tokenizer: PreTrainedTokenizerBase, path: str | None, seed: int
+) -> tuple[Problem, ...]:
+    """
+    Args:
+        path: a folder of .txt files to hide things in; None: generated text, for the passkey its own.
+
+    Raises:
+        UserError: the texts cannot be read, or a length leaves no room for the question.
+    """
+    make = {"needle": needle_problem, "passkey": passkey_problem, "copying": copying_problem}[benchmark.name]
+    essays = None if path is None else essay_sentences(path)
+    problems = []
+    for length in settings.lengths:
+        for depth in settings.depths:
+            for repeat in range(settings.repeats):
+                problem_id = f"{length}/{depth:g}/{repeat}"
+                chance = random.Random(f"{seed}/{benchmark.name}/{problem_id}")
+                build, answer, haystack = make(settings, depth, tokenizer, chance, essays)
+                text = fill(build, endless(haystack, chance), length, tokenizer, benchmark)
+                problems.append(Problem(problem_id, text, (answer,)))
+    return tuple(problems)
+
+
+def needle_problem(
+    settings: RecallSettings,
+    depth: float,
+    tokenizer: PreTrainedTokenizerBase,
+    chance: random.Random,
+    essays: list[str] | None,
+) -> tuple[Build, str, list[str] | None]:
+    """Needles and question in the words of RULER (arXiv 2404.06654)."""
+    names = chance.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], settings.keys)
+    values = [str(value) for value in chance.sample(range(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS), settings.keys)]
+    needles = [f"One of the special magic numbers for {name} is: {value}." for name, value in zip(names, values, strict=True)]
+    depths = [depth, *(chance.random() for _ in needles[1:])]
+
+    def build(sentences: Sequence[str]) -> str:
+        return (
+            "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+            f"number afterwards.\n{hidden(sentences, depths, needles)}\n"
+            f"What is the special magic number for {names[0]} mentioned in the provided text?"
+        )
+
+    return build, values[0], essays
+
+
+def passkey_problem(
+    settings: RecallSettings,
+    depth: float,
+    tokenizer: PreTrainedTokenizerBase,
+    chance: random.Random,
+    essays: list[str] | None,
+) -> tuple[Build, str, list[str] | None]:
+    """The passkey task of arXiv 2305.16300."""
+    key = str(chance.randrange(10 ** (PASSKEY_DIGITS - 1), 10**PASSKEY_DIGITS))
+
+    def build(sentences: Sequence[str]) -> str:
+        return (
+            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
+            f"the important information there.\n"
+            f"{hidden(sentences, [depth], [f'The pass key is {key}. Remember it. {key} is the pass key.'])}\n"
+            "What is the pass key? The pass key is"
+        )
+
+    return build, key, list(NOISE) if essays is None else essays
+
+
+def copying_problem(
+    settings: RecallSettings,
+    depth: float,
+    tokenizer: PreTrainedTokenizerBase,
+    chance: random.Random,
+    essays: list[str] | None,
+) -> tuple[Build, str, list[str] | None]:
+    """A passage of words in no order that could be guessed, so that each word has to be looked up."""
+    words: list[str] = []
+    while count_tokens(tokenizer, " ".join(words)) < settings.span:
+        words.append(chance.choice(chance.choice((ADJECTIVES, NOUNS))))
+    passage = " ".join(words)
+
+    def build(sentences: Sequence[str]) -> str:
+        return (
+            "Somewhere in the following text a passage stands between <passage> and </passage>. You will be asked to copy it.\n"
+            f"{hidden(sentences, [depth], [f'<passage>{passage}</passage>'])}\n"
+            "Copy the passage between <passage> and </passage> word for word. Write nothing else."
+        )
+
+    return build, passage, essays
+
+
+def hidden(sentences: Sequence[str], depths: Sequence[float], needles: Sequence[str]) -> str:
+    """The sentences as running text, with each needle before the sentence at its depth."""
+    places = sorted(
+        (round(depth * len(sentences)), order, needle) for order, (depth, needle) in enumerate(zip(depths, needles, strict=True))
+    )
+    pieces, taken = [], 0
+    for place, _, needle in places:
+        pieces += [*sentences[taken:place], needle]
+        taken = place
+    return " ".join([*pieces, *sentences[taken:]])
+
+
+def fill(build: Build, haystack: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark) -> str:
+    """The text with as many sentences as fit into `length` tokens.
+
+    Sentences are first taken by the sum of their own tokens, then a few added or left out by the tokens of the whole.
+    """
+    room = length - count_tokens(tokenizer, build([]))
+    if room < 0:
+        raise UserError(
+            f"{benchmark.name}: lengths: {length} tokens have no room for the question, which takes {length - room} of its own"
+        )
+    sentences: list[str] = []
+    while room > 0:
+        sentences.append(next(haystack))
+        room -= count_tokens(tokenizer, f" {sentences[-1]}")
+    while sentences and count_tokens(tokenizer, build(sentences)) > length:
+        del sentences[-1]
+    while True:
+        sentences.append(next(haystack))
+        if count_tokens(tokenizer, build(sentences)) > length:
+            return build(sentences[:-1])
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
