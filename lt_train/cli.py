@@ -108,22 +108,50 @@ bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run."
 app.add_typer(bench, name="bench")
 
 
+BenchModel = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)]
+Sinks = Annotated[int, typer.Option(help="Sink tokens.")]
+Window = Annotated[int, typer.Option(help="Window in tokens.")]
+
+
 @bench.command("decode")
 def bench_decode(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)],
+    model: BenchModel,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
+    ] = None,
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option("--lazy-layer-ratio", metavar="SHARE", help="Share of layers that stream (repeatable). Default: 0.5, 0.75."),
+    ] = None,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Tokens per second that a KV budget buys: hybrids against full attention."""
+    from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
+    from lt_train.recipe import Model
+
+    budget, lengths = kv_budget * 2**20, lengths or DEFAULT_LENGTHS
+    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
+
+
+@bench.command("growth")
+def bench_growth(
+    model: BenchModel,
     lengths: Annotated[
         list[int] | None,
         typer.Option("--at", metavar="TOKENS", help="Time the tokens before this length (repeatable). Default: 1K, 8K, 32K."),
     ] = None,
     lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
-    w_sink: Annotated[int, typer.Option(help="Sink tokens.")] = 4,
-    w_recent: Annotated[int, typer.Option(help="Window in tokens.")] = 1020,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
 ) -> None:
     """Time per token of the hybrid and of full attention, as one sequence grows."""
-    from lt_train.bench.decode import DEFAULT_LENGTHS, bench_decode
+    from lt_train.bench.growth import DEFAULT_LENGTHS, bench_growth
     from lt_train.recipe import Model
 
-    bench_decode(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
+    bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
 
 
 Stage = Callable[["Pipeline"], None]

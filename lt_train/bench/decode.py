@@ -1,4 +1,8 @@
-"""How long one more token takes after 1K, 8K, 32K tokens: the hybrid against the same weights with full attention, in one run."""
+"""How many tokens a second a KV budget buys: hybrids against full attention, all answered by the engine, in one run.
+
+The limit that physics sets is memory traffic: a step reads all weights once and every sequence's keys and values once. With equal
+budgets a hybrid fits more sequences into a step; `limit` is by how much its tokens per byte exceed those of full attention.
+"""
 
 import time
 from collections.abc import Sequence
@@ -12,98 +16,128 @@ from rich.table import Table
 from lt_train.base_model import load_base_config, load_for_inference
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
-from lt_train.hybrid import HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.generation.runner import ModelRunner
+from lt_train.generation.store import KVStore, PagedLayer, kv_sizes, pages_for
+from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.progress import show_progress
 from lt_train.recipe import Model
 from lt_train.selection.choose import number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
 
-DEFAULT_LENGTHS = (1024, 8192, 32768)
-TIMED_TOKENS = 64
-"""A time is the median over so many tokens up to the named length."""
+DEFAULT_LENGTHS = (2048, 8192, 16384)
+DEFAULT_RATIOS = (0.5, 0.75)
+TIMED_STEPS = 16
+"""A time is the median over so many steps."""
+PAPER = "the paper reports 2.17x at 16K for 50 % (LightTransfer-Train, QwQ-32B, arXiv 2410.13846)"
 
 
 @dataclass(frozen=True)
-class Timing:
-    tokens: int
-    """Length of the sequence so far."""
-    milliseconds: float
-    """For one more token."""
+class Throughput:
+    """One model at one length of context.
+
+    kv_bytes: of all its sequences. moved_bytes: weights and keys and values, what a step reads.
+    """
+
+    slots: int
     kv_bytes: int
-    """What the cache must hold, room for growth not counted."""
-    ring_entries: int
-    """Most entries that any streaming layer holds; 0 without streaming layers."""
+    moved_bytes: int
+    milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 * self.slots / self.milliseconds
+
+    @property
+    def tokens_per_byte(self) -> float:
+        return self.slots / self.moved_bytes
 
 
 @torch.inference_mode()
-def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bool = True) -> list[Timing]:
-    """Generate greedily, one sequence, until the longest of `lengths`, and time the tokens before each of them."""
-    cache, timings, recent = HybridCache(model.spec), [], []
-    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    name = "hybrid" if model.spec.lazy_layers else "full attention"
-    with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
-        for length in range(1, max(lengths) + 1):
-            started = time.perf_counter()
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            token.item()  # waits for the device
-            recent = [*recent[-TIMED_TOKENS + 1 :], time.perf_counter() - started]
-            if length in lengths:
-                timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_entries(cache)))
-            if length % 64 == 0:
-                bar.update(length)
-    return timings
+def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughput:
+    """Fill the budget with sequences of `context` tokens and time steps of all of them.
+
+    Their keys and values are random: a step's time does not depend on them, and reading so many tokens would take hours on a CPU.
+
+    Raises:
+        UserError: the budget holds no such sequence.
+    """
+    sizes = kv_sizes(model)
+    needed = sizes.sequence(context + TIMED_STEPS)
+    slots = budget // needed
+    if slots == 0:
+        raise UserError(f"--kv-budget: {budget:,} bytes hold no sequence of {context:,} tokens, which takes {needed:,}")
+    store = KVStore(model, slots, slots * pages_for(context + TIMED_STEPS))
+    fill(store, slots, context)
+    runner = ModelRunner(model, store, prefill_chunk=1)
+    times = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        runner.step([1] * slots).argmax(-1).tolist()  # waits for the device
+        times.append(time.perf_counter() - started)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    held = slots * sizes.sequence(context)
+    return Throughput(slots, held, weights + held, 1000 * median(times))
 
 
-def bench_decode(model: Model, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
+def fill(store: KVStore, slots: int, context: int) -> None:
+    for _ in range(slots):
+        slot = store.admit(context + TIMED_STEPS)
+        store.lengths[slot] = context
+    for layer in store.layers:
+        used = slice(None) if isinstance(layer, PagedLayer) else slice(slots)
+        layer.keys[used].normal_()
+        layer.values[used].normal_()
+
+
+def bench_decode(
+    model: Model,
+    ratios: Sequence[float],
+    w_sink: int,
+    w_recent: int,
+    lengths: Sequence[int],
+    budget: int,
+    console: Console,
+) -> None:
     """Print the table. The layers that stream are spread evenly: which they are does not matter for speed.
 
     Raises:
-        UserError: no such model, a ratio that leaves no layer or takes all, or lengths below what is timed.
+        UserError: no such model, a ratio that leaves no layer or takes all, or a budget below one sequence.
     """
-    if min(lengths) < TIMED_TOKENS:
-        raise UserError(f"--at {min(lengths)}: a time is a median over {TIMED_TOKENS} tokens; take a length of at least that")
     num_layers = load_base_config(model).num_hidden_layers
-    lazy = periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
-    found = []
-    for layers in (lazy, ()):
-        hybrid = load_for_inference(model, HybridSpec(num_layers, layers, w_sink, w_recent), compute_dtype(model.dtype))
-        found.append(time_decoding(hybrid, sorted(set(lengths))))
-        parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
-        del hybrid
-    title = (
-        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on {device.type}; {len(lazy)} of "
-        f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
+    variants = [(), *(periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers) for ratio in ratios)]
+    found: dict[tuple[int, ...], list[Throughput]] = {}
+    with show_progress("timing", total=len(variants) * len(lengths)) as bar:
+        for lazy in variants:
+            hybrid = load_for_inference(model, HybridSpec(num_layers, lazy, w_sink, w_recent), compute_dtype(model.dtype))
+            for context in lengths:
+                found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
+                bar.advance()
+            about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {str(hybrid.dtype).removeprefix('torch.')}"
+            about += f" on {hybrid.device.type}, {torch.get_num_threads()} threads"
+            del hybrid
+    console.print(
+        f"{about}; KV budget {budget / 2**20:,.0f} MiB for each, w_sink {w_sink}, w_recent {w_recent}; medians of {TIMED_STEPS} "
+        "steps, full slots, random keys and values",
+        highlight=False,
+        soft_wrap=True,
     )
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(_table(*found, parameters * dtype.itemsize))
+    console.print(throughput_table(num_layers, lengths, found))
+    console.print("limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster by / limit")
+    console.print(PAPER, highlight=False, soft_wrap=True)
 
 
-def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table:
-    table = Table(
-        caption="limit: (weights + KV bytes) of full attention by those of the hybrid, what memory traffic alone would allow",
-        caption_justify="left",
-    )
-    names = ("tokens", "hybrid ms/token", "full ms/token", "faster by", "limit", "hybrid KV MiB", "full KV MiB", "ring entries")
-    for name in names:
+def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
+    table = Table()
+    for name in ("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster by", "limit", "reached"):
         table.add_column(name, justify="right")
-    for ours, theirs in zip(hybrid, full, strict=True):
-        table.add_row(
-            f"{ours.tokens:,}",
-            f"{ours.milliseconds:.2f}",
-            f"{theirs.milliseconds:.2f}",
-            f"{theirs.milliseconds / ours.milliseconds:.2f}x",
-            f"{(weight_bytes + theirs.kv_bytes) / (weight_bytes + ours.kv_bytes):.2f}x",
-            f"{ours.kv_bytes / 2**20:.1f}",
-            f"{theirs.kv_bytes / 2**20:.1f}",
-            f"{ours.ring_entries:,}",
-        )
+    for number, context in enumerate(lengths):
+        full = found[()][number]
+        for lazy, measured in found.items():
+            ours = measured[number]
+            row = [f"{context:,}", f"{len(lazy)}/{num_layers}", f"{ours.slots}", f"{ours.kv_bytes / 2**20:,.0f}"]
+            row += [f"{ours.milliseconds:,.0f}", f"{ours.tokens_per_second:,.1f}"]
+            if lazy:
+                faster, limit = ours.tokens_per_second / full.tokens_per_second, ours.tokens_per_byte / full.tokens_per_byte
+                row += [f"{faster:.2f}x", f"{limit:.2f}x", f"{100 * faster / limit:.0f} %"]
+            table.add_row(*row, end_section=lazy == list(found)[-1])
     return table
-
-
-def _bytes_in_use(cache: HybridCache) -> int:
-    """Of all layers; `numel`, because the tensors are views into buffers with room for growth."""
-    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
-
-
-def _ring_entries(cache: HybridCache) -> int:
-    return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.errors import UserError
 from lt_train.generation.choice import choose_tokens, penalise_repetition
 from lt_train.generation.requests import Answer, FinishReason, Request, Sampling
+from lt_train.generation.runner import ModelRunner
 from lt_train.generation.store import KVStore, kv_sizes, pages_for
 from lt_train.generation.text import cut_at_stop_string, decode, special_tokens, thinking_tokens
-from lt_train.generation.views import FirstChunksView, LaterChunkView, StepView
-from lt_train.hybrid import AttentionView, HybridForCausalLM, Views
+from lt_train.hybrid import HybridForCausalLM
 
 SHARE_OF_FREE_MEMORY = 0.8
 """What of the free memory the KV cache may take where no budget is given; activations need the rest."""
@@ -114,8 +114,8 @@ class _Run:
 
     def __init__(self, engine: Engine, store: KVStore, sampling: Sampling) -> None:
         self.engine = engine
-        self.model = engine.model
         self.store = store
+        self.runner = ModelRunner(engine.model, store, engine.prefill_chunk)
         self.sampling = sampling
         self.running: list[Running] = []
         self.admitted: list[Running] = []
@@ -147,17 +147,12 @@ class _Run:
 
     def _make_room(self, waiting: deque[Running]) -> None:
         """See that every running sequence has a page for its next token; put the youngest back until that is so."""
-        for sequence in list(self.admitted):
-            if sequence not in self.running:
-                continue
-            while self.store.lacks(slot := self._slot(sequence), len(sequence.ids)) > self.store.free_pages:
-                youngest = self.admitted[-1]
-                self._remove(youngest)
-                waiting.appendleft(youngest)
-                if youngest is sequence:
-                    break
-            else:
-                self.store.reserve(slot, len(sequence.ids))
+        while sum(self.store.lacks(slot, len(s.ids)) for slot, s in enumerate(self.running)) > self.store.free_pages:
+            youngest = self.admitted[-1]
+            self._remove(youngest)
+            waiting.appendleft(youngest)
+        for slot, sequence in enumerate(self.running):
+            self.store.reserve(slot, len(sequence.ids))
 
     def _slot(self, sequence: Running) -> int:
         return next(slot for slot, other in enumerate(self.running) if other is sequence)
@@ -170,82 +165,17 @@ class _Run:
         self.admitted = [other for other in self.admitted if other is not sequence]
 
     def _read(self, fresh: Sequence[Running]) -> Iterator[Answer]:
-        """Run the tokens of new sequences through the model, and choose the next one of each."""
         started = time.perf_counter()
-        chunk = self.engine.prefill_chunk
-        logits: list[Tensor] = []
-        batch: list[Running] = []
-        for sequence in [*fresh, None]:
-            if batch and (sequence is None or sum(min(len(other.ids), chunk) for other in [*batch, sequence]) > chunk):
-                logits += self._read_together(batch)
-                batch = []
-            if sequence is not None:
-                batch.append(sequence)
+        logits_NV = self.runner.read([(self._slot(sequence), sequence.ids) for sequence in fresh])
         self._share_time(fresh, started)
-        yield from self._take(fresh, torch.stack(logits))
-
-    def _read_together(self, batch: Sequence[Running]) -> list[Tensor]:
-        """First chunks in one packed row, then what is left of each. Returns the logits [V] after the last token of each."""
-        spans, ids, first = [], [], 0
-        for sequence in batch:
-            tokens = sequence.ids[: self.engine.prefill_chunk]
-            spans.append((self._slot(sequence), first, len(tokens)))
-            ids += tokens
-            first += len(tokens)
-        positions = [position for _, _, tokens in spans for position in range(tokens)]
-        ids_1T, positions_1T = self._tensor([ids]), self._tensor([positions])
-        inner = self.model.model.attention_views(input_ids=ids_1T, position_ids=positions_1T)
-        full, streaming = (FirstChunksView(self.store, view, spans) for view in (inner.full, inner.streaming))
-        hidden_1TD = self._forward(ids_1T, Views(full, streaming, positions_1T))
-        for slot, _, tokens in spans:
-            self.store.lengths[slot] = tokens
-        last_1ND = hidden_1TD[:, [first + tokens - 1 for _, first, tokens in spans]]
-        logits_NV = list(self._logits(last_1ND[0]))
-        for number, sequence in enumerate(batch):
-            if len(sequence.ids) > self.engine.prefill_chunk:
-                logits_NV[number] = self._read_rest(sequence)
-        return logits_NV
-
-    def _read_rest(self, sequence: Running) -> Tensor:
-        slot = self._slot(sequence)
-        for start in range(self.engine.prefill_chunk, len(sequence.ids), self.engine.prefill_chunk):
-            tokens = sequence.ids[start : start + self.engine.prefill_chunk]
-            view = LaterChunkView(self.store, slot, len(tokens))
-            positions_1T = self._tensor([list(range(start, start + len(tokens)))])
-            hidden_1TD = self._forward(self._tensor([tokens]), Views(view, view, positions_1T))
-            self.store.lengths[slot] += len(tokens)
-        return self._logits(hidden_1TD[:, -1])[0]
+        yield from self._take(fresh, logits_NV)
 
     def _step(self) -> Iterator[Answer]:
-        """One more token for every running sequence."""
         started = time.perf_counter()
         sequences = list(self.running)
-        view = StepView(self.store)
-        ids_B1 = self._tensor([[sequence.ids[-1]] for sequence in sequences])
-        positions_B1 = self._tensor([[length] for length in self.store.lengths])
-        hidden_B1D = self._forward(ids_B1, Views(view, view, positions_B1))
-        self.store.lengths = [length + 1 for length in self.store.lengths]
-        logits_BV = self._logits(hidden_B1D[:, 0])
+        logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
         self._share_time(sequences, started)
         yield from self._take(sequences, logits_BV)
-
-    def _forward(self, ids_BT: Tensor, views: Views) -> Tensor:
-        """Hidden states [B, T, D] after the last layer."""
-        body = self.model.model
-        hidden_BTD = body.embed_tokens(ids_BT)
-        position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
-        for index, layer in enumerate(body.layers):
-            view: AttentionView = views.streaming if self.model.spec.is_lazy(index) else views.full
-            hidden_BTD = layer(
-                hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
-            )
-        return body.norm(hidden_BTD)
-
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.model.lm_head(hidden_ND).float()
-
-    def _tensor(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, device=self.model.device)
 
     def _share_time(self, sequences: Sequence[Running], started: float) -> None:
         for sequence in sequences:

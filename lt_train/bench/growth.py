@@ -1,0 +1,109 @@
+"""How long one more token takes after 1K, 8K, 32K tokens: the hybrid against the same weights with full attention, in one run."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lt_train.base_model import load_base_config, load_for_inference
+from lt_train.devices import compute_dtype
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.progress import show_progress
+from lt_train.recipe import Model
+from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.periodic import periodic_layers
+
+DEFAULT_LENGTHS = (1024, 8192, 32768)
+TIMED_TOKENS = 64
+"""A time is the median over so many tokens up to the named length."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    tokens: int
+    """Length of the sequence so far."""
+    milliseconds: float
+    """For one more token."""
+    kv_bytes: int
+    """What the cache must hold, room for growth not counted."""
+    ring_entries: int
+    """Most entries that any streaming layer holds; 0 without streaming layers."""
+
+
+@torch.inference_mode()
+def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bool = True) -> list[Timing]:
+    """Generate greedily, one sequence, until the longest of `lengths`, and time the tokens before each of them."""
+    cache, timings, recent = HybridCache(model.spec), [], []
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    name = "hybrid" if model.spec.lazy_layers else "full attention"
+    with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
+        for length in range(1, max(lengths) + 1):
+            started = time.perf_counter()
+            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            token.item()  # waits for the device
+            recent = [*recent[-TIMED_TOKENS + 1 :], time.perf_counter() - started]
+            if length in lengths:
+                timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_entries(cache)))
+            if length % 64 == 0:
+                bar.update(length)
+    return timings
+
+
+def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
+    """Print the table. The layers that stream are spread evenly: which they are does not matter for speed.
+
+    Raises:
+        UserError: no such model, a ratio that leaves no layer or takes all, or lengths below what is timed.
+    """
+    if min(lengths) < TIMED_TOKENS:
+        raise UserError(f"--at {min(lengths)}: a time is a median over {TIMED_TOKENS} tokens; take a length of at least that")
+    num_layers = load_base_config(model).num_hidden_layers
+    lazy = periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
+    found = []
+    for layers in (lazy, ()):
+        hybrid = load_for_inference(model, HybridSpec(num_layers, layers, w_sink, w_recent), compute_dtype(model.dtype))
+        found.append(time_decoding(hybrid, sorted(set(lengths))))
+        parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
+        del hybrid
+    title = (
+        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on {device.type}; {len(lazy)} of "
+        f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
+    )
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(_table(*found, parameters * dtype.itemsize))
+
+
+def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table:
+    table = Table(
+        caption="limit: (weights + KV bytes) of full attention by those of the hybrid, what memory traffic alone would allow",
+        caption_justify="left",
+    )
+    names = ("tokens", "hybrid ms/token", "full ms/token", "faster by", "limit", "hybrid KV MiB", "full KV MiB", "ring entries")
+    for name in names:
+        table.add_column(name, justify="right")
+    for ours, theirs in zip(hybrid, full, strict=True):
+        table.add_row(
+            f"{ours.tokens:,}",
+            f"{ours.milliseconds:.2f}",
+            f"{theirs.milliseconds:.2f}",
+            f"{theirs.milliseconds / ours.milliseconds:.2f}x",
+            f"{(weight_bytes + theirs.kv_bytes) / (weight_bytes + ours.kv_bytes):.2f}x",
+            f"{ours.kv_bytes / 2**20:.1f}",
+            f"{theirs.kv_bytes / 2**20:.1f}",
+            f"{ours.ring_entries:,}",
+        )
+    return table
+
+
+def _bytes_in_use(cache: HybridCache) -> int:
+    """Of all layers; `numel`, because the tensors are views into buffers with room for growth."""
+    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+
+
+def _ring_entries(cache: HybridCache) -> int:
+    return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)

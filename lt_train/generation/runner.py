@@ -1,0 +1,101 @@
+"""Tokens through the model, keys and values through the store: prompts in chunks, then a step for all running sequences.
+
+Shapes: B running sequences, N sequences being read, T tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lt_train.generation.store import KVStore
+from lt_train.generation.views import FirstChunksView, LaterChunkView, StepView
+from lt_train.hybrid import AttentionView, HybridForCausalLM, Views
+
+Prompt = tuple[int, Sequence[int]]
+"""(slot, token ids) of a sequence of which the store holds nothing yet."""
+
+
+class ModelRunner:
+    """Runs one model on one store; `prefill_chunk` tokens at most go through it in one forward pass of reading."""
+
+    def __init__(self, model: HybridForCausalLM, store: KVStore, prefill_chunk: int) -> None:
+        self.model = model
+        self.store = store
+        self.prefill_chunk = prefill_chunk
+
+    def read(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Read new sequences; returns the logits [N, V] of what follows each."""
+        logits: list[Tensor] = []
+        for together in self._that_fit(prompts):
+            logits += self._read_together(together)
+        return torch.stack(logits)
+
+    def step(self, ids_B: Sequence[int]) -> Tensor:
+        """One more token for every running sequence, by slot; returns the logits [B, V] of what follows."""
+        view = StepView(self.store)
+        positions_B1 = self._tensor([[length] for length in self.store.lengths])
+        hidden_B1D = self._forward(self._tensor([[token] for token in ids_B]), Views(view, view, positions_B1))
+        self.store.lengths = [length + 1 for length in self.store.lengths]
+        return self._logits(hidden_B1D[:, 0])
+
+    def _that_fit(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """In groups whose first chunks make one chunk together."""
+        groups: list[list[Prompt]] = []
+        room = 0
+        for slot, ids in prompts:
+            tokens = min(len(ids), self.prefill_chunk)
+            if tokens > room:
+                groups.append([])
+                room = self.prefill_chunk
+            groups[-1].append((slot, ids))
+            room -= tokens
+        return groups
+
+    def _read_together(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """First chunks in one packed row, then what is left of each. Returns the logits [V] of what follows each."""
+        spans, ids, positions = [], [], []
+        for slot, prompt in prompts:
+            tokens = min(len(prompt), self.prefill_chunk)
+            spans.append((slot, len(ids), tokens))
+            ids += prompt[:tokens]
+            positions += range(tokens)
+        ids_1T, positions_1T = self._tensor([ids]), self._tensor([positions])
+        inner = self.model.model.attention_views(input_ids=ids_1T, position_ids=positions_1T)
+        full, streaming = (FirstChunksView(self.store, view, spans) for view in (inner.full, inner.streaming))
+        hidden_1TD = self._forward(ids_1T, Views(full, streaming, positions_1T))
+        for slot, _, tokens in spans:
+            self.store.lengths[slot] = tokens
+        last_N = [first + tokens - 1 for _, first, tokens in spans]
+        logits_NV = list(self._logits(hidden_1TD[0, last_N]))
+        for number, (slot, prompt) in enumerate(prompts):
+            if len(prompt) > self.prefill_chunk:
+                logits_NV[number] = self._read_rest(slot, prompt)
+        return logits_NV
+
+    def _read_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
+        for start in range(self.prefill_chunk, len(prompt), self.prefill_chunk):
+            ids = prompt[start : start + self.prefill_chunk]
+            view = LaterChunkView(self.store, slot, len(ids))
+            positions_1T = self._tensor([list(range(start, start + len(ids)))])
+            hidden_1TD = self._forward(self._tensor([ids]), Views(view, view, positions_1T))
+            self.store.lengths[slot] += len(ids)
+        return self._logits(hidden_1TD[0, -1])
+
+    def _forward(self, ids_BT: Tensor, views: Views) -> Tensor:
+        """Hidden states [B, T, D] after the last layer."""
+        body = self.model.model
+        hidden_BTD = body.embed_tokens(ids_BT)
+        position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
+        for index, layer in enumerate(body.layers):
+            view: AttentionView = views.streaming if self.model.spec.is_lazy(index) else views.full
+            hidden_BTD = layer(
+                hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
+            )
+        return body.norm(hidden_BTD)
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        return self.model.lm_head(hidden_ND).float()
+
+    def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(rows, device=self.model.device)
