@@ -136,6 +136,24 @@ def bench_decode(
     bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
 
 
+@bench.command("batching")
+def bench_batching(
+    model: BenchModel,
+    count: Annotated[int, typer.Option("--answers", help="How many answers.")] = 64,
+    longest: Annotated[int, typer.Option("--longest", help="Tokens of the longest answer; the shortest has a sixteenth.")] = 1024,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each way, in MiB.")] = 256,
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Answers of mixed lengths: the engine against generate() with static batches, at equal memory."""
+    from lt_train.bench.batching import bench_batching
+    from lt_train.recipe import Model
+
+    budget = kv_budget * 2**20
+    bench_batching(Model(base=model), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
+
+
 @bench.command("growth")
 def bench_growth(
     model: BenchModel,

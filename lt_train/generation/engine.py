@@ -77,7 +77,7 @@ class Engine:
             UserError: the budget does not hold the longest sequence that may come.
         """
         if requests:
-            longest = max(len(request.prompt_ids) for request in requests) + sampling.max_new_tokens
+            longest = max(len(request.prompt_ids) + limit(request, sampling) for request in requests)
             store = self.lay_out(len(requests), longest)
             with torch.inference_mode():
                 yield from _Run(self, store, sampling).answers(requests)
@@ -100,6 +100,11 @@ class Engine:
         if sizes.page:
             pages = min(pages, (budget - slots * sizes.slot) // sizes.page)
         return KVStore(self.model, slots, pages)
+
+
+def limit(request: Request, sampling: Sampling) -> int:
+    """The new tokens that this request may have."""
+    return sampling.max_new_tokens if request.max_new_tokens is None else min(request.max_new_tokens, sampling.max_new_tokens)
 
 
 def free_memory(device: torch.device) -> int:
@@ -206,7 +211,7 @@ class _Run:
             return self._answer(sequence, decode(tokenizer, sequence.new_ids[:-1]), "stop")
         if stop and cut_at_stop_string(decode(tokenizer, sequence.ids[-min(self._stop_tokens, sequence.new) :]), stop) is not None:
             return self._answer(sequence, cut_at_stop_string(decode(tokenizer, sequence.new_ids), stop), "stop")
-        if sequence.new == self.sampling.max_new_tokens:
+        if sequence.new == limit(sequence.request, self.sampling):
             return self._answer(sequence, decode(tokenizer, sequence.new_ids), "length")
         return None
 

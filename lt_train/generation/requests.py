@@ -40,12 +40,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. `seed` is the sample's own (`sample_seed`)."""
+    """One sample to draw. `seed` is the sample's own (`sample_seed`); `max_new_tokens`, where given, its own limit below the
+    sampling's.
+    """
 
     problem: str
     sample: int
     seed: int
     prompt_ids: tuple[int, ...]
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,6 @@ def code_similarity(answer: str, right: str) -> float:
     """
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(sign in line for sign in COMMENT_SIGNS)), "")
-    if not line or not right:
-        return 0.0
     return round(100 * difflib.SequenceMatcher(None, line, right).ratio()) / 100
 
 

@@ -132,16 +132,19 @@ def fill(build: Build, haystack: Iterator[str], length: int, tokenizer: PreTrain
         raise UserError(
             f"{benchmark.name}: lengths: {length} tokens have no room for the question, which takes {length - room} of its own"
         )
-    sentences: list[str] = []
+    taken: list[str] = []
     while room > 0:
-        sentences.append(next(haystack))
-        room -= count_tokens(tokenizer, f" {sentences[-1]}")
-    while sentences and count_tokens(tokenizer, build(sentences)) > length:
-        del sentences[-1]
+        taken.append(next(haystack))
+        room -= count_tokens(tokenizer, f" {taken[-1]}")
+    many = len(taken)
+    while many and count_tokens(tokenizer, build(taken[:many])) > length:
+        many -= 1
     while True:
-        sentences.append(next(haystack))
-        if count_tokens(tokenizer, build(sentences)) > length:
-            return build(sentences[:-1])
+        if many == len(taken):
+            taken.append(next(haystack))
+        if count_tokens(tokenizer, build(taken[: many + 1])) > length:
+            return build(taken[:many])
+        many += 1
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

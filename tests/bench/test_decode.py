@@ -1,0 +1,38 @@
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from lt_train.bench.decode import TIMED_STEPS, bench_decode, throughput
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.recipe import Model
+from tests.hybrid.families import BASES
+
+ENTRY = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
+SEQUENCE = ENTRY * (2 * 384 + 2 * 32)  # two full layers in pages of 128 tokens, two rings
+
+
+def test_the_budget_is_filled_with_sequences_and_the_bytes_of_a_step_are_counted() -> None:
+    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (0, 2), w_sink=2, w_recent=30)).eval()
+    found = throughput(model, context=300, budget=7 * SEQUENCE + SEQUENCE // 2)
+    assert found.slots == 7
+    assert found.kv_bytes == 7 * SEQUENCE
+    assert found.moved_bytes == found.kv_bytes + sum(parameter.nbytes for parameter in model.parameters())
+    assert found.tokens_per_second == pytest.approx(7000 / found.milliseconds)
+
+
+def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_says_so(tmp_path, capsys) -> None:
+    AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
+    model = Model(base=str(tmp_path), dtype="fp32")
+    console = Console(record=True, width=160)
+    tight = ENTRY * 4 * 640 * 3 + 1  # three full sequences of 600 tokens and what they still write
+    bench_decode(model, [0.5, 0.75], 2, 30, [600 - TIMED_STEPS], tight, console)
+    rows = [line.split("│") for line in console.export_text().splitlines() if "/4" in line]
+    assert [(row[2].strip(), int(row[3])) for row in rows] == [("0/4", 3), ("2/4", 5), ("3/4", 10)]
+    assert all(row[9].strip().endswith("%") for row in rows[1:])
+
+
+def test_a_budget_below_one_sequence_is_refused() -> None:
+    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (), 2, 30)).eval()
+    with pytest.raises(UserError, match="hold no sequence of 300 tokens"):
+        throughput(model, context=300, budget=1000)
