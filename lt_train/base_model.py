@@ -58,6 +58,18 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(model: Model, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        UserError: the tokenizer knows tokens that the model has no embedding for.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.base: {model.base}: its tokenizer has {len(tokenizer):,} tokens, the model embeds {config.vocab_size:,}. They "
+            "do not belong together: see which tokens were added to the tokenizer, or resize the model's embeddings"
+        )
+
+
 def eos_ids(model: Model) -> list[int]:
     """The tokens at which the base's own generation config stops; empty where it has none.
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.base_model import eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.devices import compute_dtype
 from lt_train.evaluation.run import check_evaluation, evaluate, evaluate_heldout_loss
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
@@ -20,7 +20,7 @@ from lt_train.hybrid import hybrid_config
 from lt_train.provenance import export_facts
 from lt_train.recipe import HeldoutLoss, Recipe
 from lt_train.results import read_results, show_results, summary_values
-from lt_train.run_folder import RunFolder, hash_of
+from lt_train.run_folder import RunFolder, hash_of, set_aside
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 from lt_train.tracking import NoTracker, Tracker, open_tracker
@@ -46,6 +46,7 @@ class Pipeline:
         strategies = [name for name in (hybrid.strategy, *hybrid.compare) if name in SCORED]
         if not strategies or self.folder.is_done("profile"):
             return
+        self.variants.check_choice()  # before the scoring, not after it
         self.say("profile", f"scoring the layers of {self.recipe.model.base} by {', '.join(strategies)}")
         with self.folder.doing("profile"):
             model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype)
@@ -113,14 +114,16 @@ class Pipeline:
         with self.folder.doing("eval", key):
             for variant in self.variants.to_evaluate():
                 self._evaluate(variant)
-        self.tracker.summary(summary_values(read_results(self.folder.path)))
+            self.tracker.summary(summary_values(read_results(self.folder.path)))
 
     def export(self) -> None:
         """Write the hybrid as a checkpoint that loads without lt_train, and check that it does."""
         self.evaluate()
-        out, key = self.folder.stage("export"), hash_of(self.recipe.export)
+        out, key = self.folder.stage("export"), hash_of(self.recipe.export, read_results(self.folder.path))
         if self.folder.is_done("export", key):
             return
+        if self.folder.is_marked("export"):  # finished with other settings or scores
+            self.say("export", f"the former export now lies in {set_aside(out)}")
         last = CONVERTED if self.recipe.train is None else TRAINED
         self.say("export", f"writing the {last} hybrid to {out}")
         template = self.recipe.prompt.chat_template
@@ -152,6 +155,7 @@ class Pipeline:
 
     @cached_property
     def examples(self) -> ExampleSet:
+        check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         return load_examples(
             self.recipe.data,
             self.recipe.prompt,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class RunFolder:
             return False
         facts = read_json(marker, "stage marker")
         return facts.get("key") == key and all((self.path / name).exists() for name in facts.get("files", []))
+
+    def is_marked(self, stage: str) -> bool:
+        """Whether the stage was finished once, for whatever key, and something of it is there."""
+        return self._marker(stage).exists() and self.stage(stage).exists()
 
     @contextmanager
     def doing(self, stage: str, key: str = "") -> Iterator[None]:
@@ -139,6 +144,12 @@ class RunFolder:
             "model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision),
             "data.source": data_fingerprint(self.recipe.data.source),
         }
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to its name with the first free number; returns that."""
+    free = next(path for number in count(1) if not (path := folder.with_name(f"{folder.name}-{number}")).exists())
+    return folder.rename(free)
 
 
 def hash_of(*values: Any) -> str:

@@ -10,7 +10,7 @@ from lt_train.files import read_json, write_json
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.recipe import Eval, HeldoutLoss, Recipe
 from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
-from lt_train.selection.choose import choose_layers
+from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.lora import load_trained
 
@@ -29,6 +29,17 @@ class Variants:
     recipe: Recipe
     folder: RunFolder
     base_config: PreTrainedConfig
+
+    def check_choice(self) -> None:
+        """
+        Raises:
+            UserError: the recipe's ratio or layers do not fit this model.
+        """
+        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        if hybrid.layers is None:
+            number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+        else:
+            explicit_layers(hybrid.layers, num_layers)
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on the layers of every hybrid and write them down."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from lt_train.base_model import eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe import Model
@@ -200,3 +200,12 @@ def test_a_base_need_not_have_a_generation_config(base):
 def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_over(base, text):
     (base / "generation_config.json").write_text(text)
     assert "its generation config cannot be loaded" in refused(eos_ids, Model(base=str(base)))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None:
+    model = Model(base="data/tiny-reasoner")
+    config, tokenizer = load_base_config(model), load_tokenizer(model)
+    check_vocabulary(model, config, tokenizer)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(config.vocab_size)])
+    with pytest.raises(UserError, match=r"model\.base: data/tiny-reasoner: its tokenizer has"):
+        check_vocabulary(model, config, tokenizer)

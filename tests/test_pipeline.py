@@ -214,6 +214,21 @@ def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tm
         work(wrong, tmp_path, "profile")
 
 
+@pytest.mark.slow
+def test_an_export_with_other_settings_is_written_beside_the_former_one(inputs, runs):
+    changed = load_recipe(inputs / "recipe.yaml", ["export.dtype=bf16"])
+    assert "the former export now lies in" in work(changed, runs, "export")
+    dtypes = [json.loads((runs / "tiny" / name / "config.json").read_text())["dtype"] for name in ("export-1", "export")]
+    assert dtypes == ["float32", "bfloat16"]
+
+
+def test_a_ratio_that_does_not_fit_the_model_is_refused_before_layers_are_scored(inputs, tmp_path):
+    recipe = load_recipe(inputs / "recipe.yaml", ["hybrid.lazy_layer_ratio=0.01"])
+    with pytest.raises(UserError, match="rounds to 0"):
+        work(recipe, tmp_path, "profile")
+    assert not list((tmp_path / "tiny").glob("profile/*"))
+
+
 def test_two_evaluations_of_one_kind_are_kept_apart_by_their_names(inputs, runs):
     second = "eval.1={benchmark: ledger, name: shorter, path: PATH, limit: 2, max_new_tokens: 4}"
     recipe = load_recipe(inputs / "recipe.yaml", [second.replace("PATH", str(inputs / "problems.jsonl"))])
