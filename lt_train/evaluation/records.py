@@ -2,16 +2,20 @@
 made.
 
 A folder holds samples of one model, prompt and sampling. Whoever comes back with the same goes on where it stopped;
-whoever comes with another is turned away, and nothing is overwritten.
+whoever comes with another is turned away, and nothing is overwritten. Several processes may fill one folder: each
+appends to a file of its own, and whoever reads reads all of them.
 """
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lt_train import files
 from lt_train.errors import UserError
+from lt_train.evaluation.extraction import ExtractedFrom
 
 Fingerprint = Mapping[str, str | int | float | None]
 """What decides the content of a sample, by name: the model, the prompt, the sampling, …"""
@@ -21,10 +25,14 @@ Fingerprint = Mapping[str, str | int | float | None]
 class SampleRecord:
     """One answer to one problem.
 
-    seed: the sample's own; None when greedy. tokens: new tokens, the stop token included. seconds: its share of its
-    batch's time.
-    extracted: the answer found in the text; None: there is none. grading_error: why an answer could not be judged (it
-    counts as wrong).
+    Attributes:
+        seed: the sample's own; None when greedy.
+        tokens: new tokens, the stop token included. thinking_tokens: those before the thought was closed; None: none was.
+        extracted: the answer found in the text; None: there is none. extracted_from: where; None also where the whole text is
+            the answer.
+        score: from 0 (wrong) to 1 (right). correct: whether it counts as right, where only that is counted.
+        grading_error: why an answer could not be judged (it counts as wrong).
+        seconds: its share of the time in which it shared the model with others.
     """
 
     problem: str
@@ -33,8 +41,11 @@ class SampleRecord:
     prompt_hash: str
     text: str
     tokens: int
+    thinking_tokens: int | None
     finish_reason: str
     extracted: str | None
+    extracted_from: ExtractedFrom | None
+    score: float
     correct: bool
     grading_error: str | None
     seconds: float
@@ -47,50 +58,143 @@ class SampleRecord:
 class RecordFolder:
     """The samples of one evaluation."""
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
+    def __init__(self, folder: Path, fingerprint: Fingerprint, rank: int = 0, ranks: int = 1) -> None:
         """Open a folder, or make it.
+
+        Args:
+            rank: this process's number among the `ranks` that fill the folder together.
 
         Raises:
             UserError: it holds results made with another fingerprint, or its meta.json cannot be read.
         """
-        self.samples_path = folder / "samples.jsonl"
-        claim_folder(folder, self.samples_path, fingerprint)
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.samples_path = folder / ("samples.jsonl" if ranks == 1 else f"samples-{rank}.jsonl")
+        """Where this process appends; nobody else does."""
+        claim_folder(folder, fingerprint)
         files.drop_cut_line(self.samples_path)
 
     def read(self) -> dict[tuple[str, int], SampleRecord]:
-        """All samples by (problem, sample).
+        """All samples by (problem, sample), whoever made them. What another process is just writing is not among them.
 
         Raises:
-            UserError: a line is not a sample, or two lines tell different things of one sample.
+            UserError: a line is not a sample, two lines tell different things of one sample, or somebody else has
+                meanwhile taken the folder for another model.
         """
         records: dict[tuple[str, int], SampleRecord] = {}
-        if not self.samples_path.exists():
-            return records
-        for where, row in files.read_json_lines(self.samples_path):
-            record = parse_record(row, where)
-            before = records.setdefault(record.key, record)
-            if before is not record and content(before) != content(record):
-                raise UserError(
-                    f"{where}: a second, different sample {record.sample} of problem {record.problem}. Two processes "
-                    f"wrote into this "
-                    f"folder, or the file was edited: remove one of the two lines, or delete the folder to make all "
-                    f"samples anew"
-                )
+        places: dict[tuple[str, int], str] = {}
+        paths = sample_files(self.folder)
+        if paths:
+            check_same_fingerprint(self.folder / "meta.json", "samples", self.fingerprint)
+        for path in paths:
+            for where, row in whole_lines(path):
+                record = parse_record(row, where)
+                before = records.setdefault(record.key, record)
+                place = places.setdefault(record.key, where)
+                if before is not record and content(before) != content(record):
+                    raise UserError(
+                        f"{where}: a second, different sample {record.sample} of problem {record.problem}; the first is {place}. "
+                        f"Two processes drew it, or a file was edited: remove one of the two lines, or delete the folder to make "
+                        f"all samples anew"
+                    )
         return records
 
     def append(self, record: SampleRecord) -> None:
-        files.append_json_line(self.samples_path, asdict(record))
+        """Add a sample, and hand it to the operating system, so that it survives the death of this process.
+
+        Raises:
+            UserError: it cannot be written, such as for a full disk; the samples before it are whole.
+        """
+        try:
+            append_whole_line(self.samples_path, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.samples_path}: cannot take sample {record.sample} of problem {record.problem}: {error.strerror}. The "
+                f"samples before it are safe: make room (or let this process write there) and give the same command again to go on"
+            ) from error
 
 
-def claim_folder(folder: Path, samples_path: Path, fingerprint: Fingerprint) -> None:
+class NamesSample(Protocol):
+    @property
+    def problem(self) -> str: ...
+
+    @property
+    def sample(self) -> int: ...
+
+
+Asked = TypeVar("Asked", bound=NamesSample)
+
+
+def share_of(requests: Sequence[Asked], rank: int, ranks: int) -> tuple[Asked, ...]:
+    """What one of several processes is to draw: every sample belongs to one of them, and no two shares differ by more than one.
+
+    It follows from the set of (problem, sample) alone, not from the order of the requests. So give all ranks the same set: the
+    whole plan, and leave out afterwards what is there already; ranks that look at the folder at different moments find
+    different samples missing. A problem's samples go to different ranks, since they tend to be of similar length.
+
+    Raises:
+        ValueError: no such rank, or a request is there twice.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
+    in_order = sorted((request.problem, request.sample) for request in requests)
+    numbers = {key: number for number, key in enumerate(in_order)}
+    if len(numbers) < len(requests):
+        raise ValueError("the same sample of a problem is asked for twice")
+    return tuple(request for request in requests if numbers[request.problem, request.sample] % ranks == rank)
+
+
+def sample_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("samples.jsonl"), *folder.glob("samples-*.jsonl")])
+
+
+def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", row) for each line but a last one without its newline: its writer died in it, or is still at it."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise UserError(f"{where}: not JSON ({error}). Remove the line, and its sample is made anew") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+        yield where, row
+
+
+def append_whole_line(path: Path, line: bytes) -> None:
+    """Append all of a line or nothing.
+
+    Raises:
+        OSError: as the operating system says; the file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):  # a disk that is nearly full takes a part, and says so at the next write
+                written += file.write(line[written:])
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
     meta_path = folder / "meta.json"
-    if not samples_path.exists():
+    there = sample_files(folder)
+    if not there:
         files.write_json(meta_path, {"fingerprint": dict(fingerprint)})
     elif meta_path.exists():
         check_same_fingerprint(meta_path, "samples", fingerprint)
     else:
         raise UserError(
-            f"{samples_path}: samples without the meta.json that says which model made them. Move this folder away, or "
+            f"{there[0]}: samples without the meta.json that says which model made them. Move this folder away, or "
             f"delete it to make the samples anew"
         )
 

@@ -1,11 +1,19 @@
+import errno
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lt_train.errors import UserError
-from lt_train.evaluation.records import RecordFolder, SampleRecord
+from lt_train.evaluation import records
+from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
+from lt_train.generation.requests import Request
 
 FINGERPRINT = {"model": "abc", "temperature": 0.6, "seed": None}
 RECORD = SampleRecord(
@@ -15,8 +23,11 @@ RECORD = SampleRecord(
     prompt_hash="f00",
     text="so \\boxed{5}",
     tokens=8,
+    thinking_tokens=5,
     finish_reason="stop",
     extracted="5",
+    extracted_from="boxed",
+    score=1.0,
     correct=True,
     grading_error=None,
     seconds=0.5,
@@ -99,3 +110,127 @@ def test_a_folder_without_samples_can_be_taken_for_other_settings(tmp_path: Path
     RecordFolder(tmp_path, {**FINGERPRINT, "model": "xyz"}).append(RECORD)
     with pytest.raises(UserError, match="model: 'xyz' there, 'abc' now"):
         RecordFolder(tmp_path, FINGERPRINT)
+
+
+def test_each_rank_appends_to_its_own_file_and_reads_all(tmp_path: Path) -> None:
+    ranks = [RecordFolder(tmp_path, FINGERPRINT, rank, 3) for rank in range(3)]
+    for number, rank in enumerate(ranks):
+        rank.append(replace(RECORD, sample=number))
+    assert sorted(path.name for path in tmp_path.glob("samples*")) == ["samples-0.jsonl", "samples-1.jsonl", "samples-2.jsonl"]
+    assert [len(path.read_text().splitlines()) for path in tmp_path.glob("samples*")] == [1, 1, 1]
+    expected = {("60", number): replace(RECORD, sample=number) for number in range(3)}
+    assert all(rank.read() == expected for rank in ranks)
+    alone = RecordFolder(tmp_path, FINGERPRINT)
+    alone.append(replace(RECORD, sample=3))
+    assert alone.read() == ranks[0].read() == {**expected, ("60", 3): replace(RECORD, sample=3)}
+
+
+def test_a_sample_that_two_ranks_drew_counts_once_if_they_agree(tmp_path: Path) -> None:
+    first, second = (RecordFolder(tmp_path, FINGERPRINT, rank, 2) for rank in range(2))
+    first.append(RECORD)
+    second.append(replace(RECORD, seconds=0.7))
+    assert first.read() == {("60", 0): RECORD}
+    second.append(replace(RECORD, sample=1))
+    first.append(replace(RECORD, sample=1, text="other"))
+    with pytest.raises(UserError, match=r"samples-1\.jsonl:2: a second, different sample 1 .* first is .*samples-0\.jsonl:2"):
+        second.read()
+
+
+def test_a_line_that_another_rank_has_not_ended_is_passed_over_and_left_to_it(tmp_path: Path) -> None:
+    writer, reader = (RecordFolder(tmp_path, FINGERPRINT, rank, 2) for rank in range(2))
+    writer.append(RECORD)
+    line = json.dumps(asdict(replace(RECORD, sample=1, text="ä")), ensure_ascii=False).encode()
+    for cut in (1, line.index("ä".encode()) + 1, len(line)):
+        with open(writer.samples_path, "rb+") as file:
+            file.truncate(len(writer.samples_path.read_bytes().split(b"\n")[0]) + 1)
+            file.seek(0, 2)
+            file.write(line[:cut])
+        before = writer.samples_path.read_bytes()
+        assert RecordFolder(tmp_path, FINGERPRINT, 1, 2).read() == reader.read() == {("60", 0): RECORD}
+        assert writer.samples_path.read_bytes() == before
+    assert RecordFolder(tmp_path, FINGERPRINT, 0, 2).read() == {("60", 0): RECORD}
+    assert writer.samples_path.read_bytes().endswith(b"}\n")
+
+
+def test_a_folder_with_samples_of_any_rank_is_not_taken_for_other_settings(tmp_path: Path) -> None:
+    RecordFolder(tmp_path, FINGERPRINT, 5, 8).append(RECORD)
+    with pytest.raises(UserError, match="model: 'abc' there, 'xyz' now"):
+        RecordFolder(tmp_path, {**FINGERPRINT, "model": "xyz"})
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"samples-5\.jsonl: samples without the meta\.json"):
+        RecordFolder(tmp_path, FINGERPRINT, 5, 8)
+
+
+def test_a_folder_taken_by_another_model_before_the_first_sample_is_noticed(tmp_path: Path) -> None:
+    folder = RecordFolder(tmp_path, FINGERPRINT, 0, 2)
+    RecordFolder(tmp_path, {**FINGERPRINT, "model": "xyz"}, 1, 2)
+    folder.append(RECORD)
+    with pytest.raises(UserError, match="model: 'xyz' there, 'abc' now"):
+        folder.read()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk with so many bytes left: a write beyond them takes a part, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 50])
+def test_a_disk_that_is_full_leaves_no_part_of_a_sample_and_what_was_there(tmp_path: Path, room: int) -> None:
+    folder = RecordFolder(tmp_path, FINGERPRINT)
+    folder.append(RECORD)
+    before = folder.samples_path.read_bytes()
+    with (
+        files_of_at_most(len(before) + room),
+        pytest.raises(UserError, match=r"sample 1 of problem 60: File too large\. .*safe") as raised,
+    ):
+        folder.append(replace(RECORD, sample=1))
+    assert isinstance(raised.value.__cause__, OSError)
+    assert folder.samples_path.read_bytes() == before
+    folder.append(replace(RECORD, sample=1))
+    assert set(folder.read()) == {("60", 0), ("60", 1)}
+
+
+def test_no_space_is_said_in_one_line_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, line: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records, "append_whole_line", full)
+    with pytest.raises(UserError, match=r"samples\.jsonl: cannot take sample 0 .*No space left on device.*make room"):
+        RecordFolder(tmp_path, FINGERPRINT).append(RECORD)
+
+
+REQUESTS = st.lists(st.tuples(st.sampled_from("abcdefghij"), st.integers(0, 20)), unique=True, max_size=60)
+
+
+@given(REQUESTS, st.integers(1, 9), st.randoms())
+def test_every_sample_belongs_to_one_rank_and_the_shares_are_equal(keys: list[tuple[str, int]], ranks: int, random) -> None:
+    requests = [Request(problem, sample, 0, ()) for problem, sample in keys]
+    shares = [share_of(requests, rank, ranks) for rank in range(ranks)]
+    assert sorted(request for share in shares for request in map(requests.index, share)) == list(range(len(requests)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    shuffled = random.sample(requests, len(requests))
+    assert [set(share_of(shuffled, rank, ranks)) for rank in range(ranks)] == [set(share) for share in shares]
+    assert all(list(share) == sorted(share, key=requests.index) for share in shares)
+
+
+def test_a_problems_samples_go_to_different_ranks() -> None:
+    requests = [Request(problem, sample, 0, ()) for problem in "abc" for sample in range(4)]
+    for rank in range(4):
+        assert [request.problem for request in share_of(requests, rank, 4)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_rank_that_there_is_not_has_no_share(rank: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of {ranks}"):
+        share_of([], rank, ranks)
+
+
+def test_a_sample_asked_for_twice_has_no_place_in_any_share() -> None:
+    with pytest.raises(ValueError, match="asked for twice"):
+        share_of([Request("a", 0, 0, ()), Request("a", 0, 1, ())], 0, 2)
