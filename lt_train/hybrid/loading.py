@@ -137,7 +137,9 @@ def load_hybrid_checkpoint(
 
 
 def _load(source: str | Path, config: HybridConfig, **from_pretrained: Any) -> HybridForCausalLM:
-    model, info = family_of(config).model_class.from_pretrained(source, config=config, output_loading_info=True, **from_pretrained)
+    model, info = family_of(config).model_class.from_pretrained(
+        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
+    )  # mismatched sizes are refused below, in words that name them
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in wrong.items())
