@@ -1,5 +1,6 @@
 """LongBench: its tasks as published, its real rows, how they are asked and cut, and how answers score."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -81,6 +82,13 @@ def test_the_tasks_are_the_published_21() -> None:
     assert declared == PUBLISHED
     assert {name for name in PUBLISHED if task(name).asked == "without_chat"} == WITHOUT_CHAT
     assert all(task(name).asked == "as_is" for name in PUBLISHED.keys() - WITHOUT_CHAT)
+
+
+def test_the_prompts_are_letter_by_letter_the_published_ones() -> None:
+    prompts = {name: task(name).template for name in PUBLISHED}
+    # of the 21 prompts in LongBench/config/dataset2prompt.json, read as JSON
+    published = "bb89f011861ff65f8534f366632b99cc9d5681ae983c50f2537230faae16613f"
+    assert hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest() == published
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
