@@ -35,7 +35,7 @@ def make_problems(
     for length in settings.lengths:
         for depth in settings.depths:
             for repeat in range(settings.repeats):
-                problem_id = f"{length}/{depth:g}/{repeat}"
+                problem_id = f"{length}/{float(depth)}/{repeat}"
                 chance = random.Random(f"{seed}/{benchmark.name}/{problem_id}")
                 build, answer, haystack = make(settings, depth, tokenizer, chance, essays)
                 text = fill(build, endless(haystack, chance), length, tokenizer, benchmark)
