@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from lt_train.errors import UserError
+from lt_train.evaluation.benchmarks import BENCHMARKS
 from lt_train.recipe_checks import conflicts
 from lt_train.recipe_faults import validate_all
 from lt_train.recipe_text import RecipeText, dotted, read_recipe_text
@@ -149,6 +150,7 @@ class Prompt(Part):
 
 class _EvalEntry(Part):
     batch_size: int = Field(16, ge=1)
+    """Sequences at a time, at most."""
     limit: int | None = Field(None, ge=1)
     """Only the first problems (held-out samples)."""
     of: list[Variant] | None = Field(None, min_length=1)
@@ -164,20 +166,56 @@ class _EvalEntry(Part):
         return values
 
 
+class Recall(Part):
+    """What problems of needle, passkey and copying are made: `repeats` of them for each length and depth."""
+
+    lengths: list[Annotated[int, Field(ge=1)]] = Field([2048, 4096, 8192], min_length=1)
+    """Tokens of the user's turn, in the model's own tokenizer."""
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    """Where what must be found stands, as shares of the text before it."""
+    repeats: int = Field(2, ge=1)
+    keys: int = Field(1, ge=1, le=64)
+    """needle: numbers hidden in the text, of which one is asked for."""
+    span: int = Field(128, ge=1)
+    """copying: tokens to copy."""
+
+
 class Eval(_EvalEntry):
     """Problems solved by generation and graded."""
 
-    benchmark: Literal["aime24", "math500", "gsm8k", "ledger"]
+    benchmark: Literal[tuple(BENCHMARKS)]
     path: Text | None = None
-    """Local file or hub id instead of the benchmark's own source."""
+    """Local file or hub id instead of the benchmark's own source; of a generated benchmark a folder of texts to hide things in."""
     samples: int = Field(1, ge=1)
     """Answers drawn for each problem."""
     temperature: float = Field(0.0, ge=0)
     """0: greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(ge=1)
+    top_k: int = Field(0, ge=0)
+    """Keep so many most likely tokens; 0: all."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Keep tokens at least so likely as this share of the likeliest; 0: all."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """1: off."""
+    stop: list[Text] = []
+    """Strings that end an answer, besides the model's own stop tokens."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """null: the benchmark's own limit, where it has one."""
+    max_prompt_tokens: int | None = Field(None, ge=2)
+    """LongBench's texts are cut to it and lose their middle; null: what the model's context leaves."""
+    thinking_budget: int | None = Field(None, ge=1)
+    """Tokens after which a thought that goes on is closed with `thinking_close`."""
+    thinking_close: Text = "\n</think>\n\n"
+    recall: Recall | None = None
+    """Of needle, passkey and copying."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """null: the recipe's seed."""
+    kv_budget: ByteSize | None = None
+    """Memory for the KV cache, such as 8GiB; null: most of what is free. Sequences that do not fit wait."""
+    prefill_chunk: int = Field(2048, ge=1)
+    """Prompt tokens in one forward pass."""
+    allow_partial: bool = False
+    """Score what there is when samples are missing, and mark the score as partial."""
 
 
 class HeldoutLoss(_EvalEntry):

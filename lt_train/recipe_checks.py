@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lt_train.errors import UserError
+from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe_faults import did_you_mean
 from lt_train.sources import resolve_data, resolve_model
 from lt_train.upstream import (
@@ -190,16 +191,40 @@ def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
         if entry.benchmark == "heldout_loss" and recipe.data.heldout == 0:
             yield Conflict((f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0")
     for at, entry in _generated(recipe):
+        yield from _benchmark(f"eval.{at}", entry)
         if entry.temperature == 0 and entry.samples > 1:
             yield Conflict(
                 (f"eval.{at}.samples", f"eval.{at}.temperature"),
                 f"greedy answers are all the same; set samples to 1 instead of {entry.samples}, or temperature above 0",
             )
-        if entry.temperature == 0 and entry.top_p != 1:
-            yield Conflict(
-                (f"eval.{at}.top_p", f"eval.{at}.temperature"),
-                "greedy answers know no top_p; take it out, or set temperature above 0",
-            )
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+            if entry.temperature == 0 and getattr(entry, name) != off:
+                yield Conflict(
+                    (f"eval.{at}.{name}", f"eval.{at}.temperature"),
+                    f"greedy answers know no {name}; take it out, or set temperature above 0",
+                )
+
+
+def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
+    """What a benchmark leaves to the recipe, and what it does not know."""
+    benchmark = BENCHMARKS[entry.benchmark]
+    if not benchmark.generated and benchmark.source is None and entry.path is None:
+        yield Conflict((f"{here}.path",), f"{benchmark.name} is a file of your own: name it")
+    if entry.recall is not None:
+        if not benchmark.generated:
+            yield Conflict((f"{here}.recall",), f"{benchmark.name} is read, not made; take recall out")
+        unused = sorted(entry.recall.model_fields_set - set(benchmark.recall_settings))
+        if benchmark.generated and unused:
+            yield Conflict((f"{here}.recall.{unused[0]}",), f"{benchmark.name} has no such setting; take it out")
+    if entry.max_prompt_tokens is not None and not benchmark.cut_to_fit:
+        yield Conflict((f"{here}.max_prompt_tokens",), f"problems of {benchmark.name} are never cut; take it out")
+    if entry.max_new_tokens is None and answer_tokens(benchmark) is None:
+        yield Conflict((f"{here}.max_new_tokens",), f"missing; {benchmark.name} does not say how long an answer may be")
+    if entry.thinking_budget is not None and entry.max_new_tokens is not None and entry.thinking_budget >= entry.max_new_tokens:
+        yield Conflict(
+            (f"{here}.thinking_budget", f"{here}.max_new_tokens"),
+            "no room for an answer after the thought; raise max_new_tokens above thinking_budget",
+        )
 
 
 def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss") -> Iterator[Conflict]:

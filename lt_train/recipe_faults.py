@@ -31,6 +31,10 @@ BOUNDS = {
 }
 
 
+MOST_LISTED = 8
+"""Of more allowed values than these only the one that may have been meant is named."""
+
+
 def validate_all(schema: type[Schema], values: dict[str, Any], stand_ins: Mapping[str, Any]) -> tuple[Schema, list[Fault]]:
     """An instance of `schema`, and every fault of `values`; at a fault the instance holds a stand-in or the default.
 
@@ -86,7 +90,9 @@ def _fault(schema: type[BaseModel], details: ErrorDetails, values: dict[str, Any
         tagged = kind == "union_tag_invalid"
         allowed = context["expected_tags" if tagged else "expected"].replace("'", "")
         given = context["tag"] if tagged else given
-        message = f"{given!r} is none of {allowed}{did_you_mean(given, allowed.replace(' or ', ', ').split(', '))}"
+        names = allowed.replace(" or ", ", ").split(", ")
+        close = did_you_mean(given, names)
+        message = f"{given!r} is unknown{close}" if close and len(names) > MOST_LISTED else f"{given!r} is none of {allowed}{close}"
         return Fault(path, f"benchmark {message}" if tagged else message)
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
