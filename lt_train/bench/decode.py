@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -122,14 +123,14 @@ def bench_decode(
         soft_wrap=True,
     )
     console.print(throughput_table(num_layers, lengths, found))
-    console.print("limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster by / limit")
+    console.print("limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit", soft_wrap=True)
     console.print(PAPER, highlight=False, soft_wrap=True)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
-    table = Table()
-    for name in ("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster by", "limit", "reached"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for name in ("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -76,16 +77,17 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
     )
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_table(*found, parameters * dtype.itemsize))
+    console.print(
+        "ms: for one more token; MiB: its KV cache; ring: entries of a streaming layer; limit: weights and KV bytes of full "
+        "attention by those of the hybrid, what memory traffic alone would allow",
+        soft_wrap=True,
+    )
 
 
 def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table:
-    table = Table(
-        caption="limit: (weights + KV bytes) of full attention by those of the hybrid, what memory traffic alone would allow",
-        caption_justify="left",
-    )
-    names = ("tokens", "hybrid ms/token", "full ms/token", "faster by", "limit", "hybrid KV MiB", "full KV MiB", "ring entries")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for name in ("tokens", "hybrid ms", "full ms", "faster", "limit", "hybrid MiB", "full MiB", "ring"):
+        table.add_column(name, justify="right", no_wrap=True)
     for ours, theirs in zip(hybrid, full, strict=True):
         table.add_row(
             f"{ours.tokens:,}",

@@ -27,9 +27,9 @@ def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_says_so(tmp
     console = Console(record=True, width=160)
     tight = ENTRY * 4 * 640 * 3 + 1  # three full sequences of 600 tokens and what they still write
     bench_decode(model, [0.5, 0.75], 2, 30, [600 - TIMED_STEPS], tight, console)
-    rows = [line.split("│") for line in console.export_text().splitlines() if "/4" in line]
-    assert [(row[2].strip(), int(row[3])) for row in rows] == [("0/4", 3), ("2/4", 5), ("3/4", 10)]
-    assert all(row[9].strip().endswith("%") for row in rows[1:])
+    rows = [line.split() for line in console.export_text().splitlines() if "/4" in line]
+    assert [(row[1], int(row[2])) for row in rows] == [("0/4", 3), ("2/4", 5), ("3/4", 10)]
+    assert all(row[-1] == "%" for row in rows[1:])
 
 
 def test_a_budget_below_one_sequence_is_refused() -> None:
