@@ -123,7 +123,8 @@ def bench_decode(
         soft_wrap=True,
     )
     console.print(throughput_table(num_layers, lengths, found))
-    console.print("limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit", soft_wrap=True)
+    legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
+    console.print(legend, soft_wrap=True)
     console.print(PAPER, highlight=False, soft_wrap=True)
 
 
