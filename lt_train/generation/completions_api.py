@@ -31,13 +31,18 @@ class Abilities:
     Attributes:
         model: the name to ask for; None: none is sent.
         fields: those of NEUTRAL that it knows.
-        generation_config: takes all sampling settings as one JSON text (`transformers serve`), and answers one request at a time.
+        generation_config: takes all sampling settings as one JSON text (`transformers serve`).
     """
 
     way: PromptWay
     model: str | None
     fields: frozenset[str]
     generation_config: bool
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """`transformers serve` works so, and a seed holds there for whatever is being generated when it comes."""
+        return self.generation_config
 
     @property
     def path(self) -> str:

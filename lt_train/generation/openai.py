@@ -93,6 +93,7 @@ class _Run:
         self.outbox: queue.SimpleQueue[Delivered | BaseException | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._in_thread, name="openai backend", daemon=True)
         self.loop = asyncio.new_event_loop()
+        self.main = self.loop.create_task(self._answer_all())
         self.servers = [Server(url) for url in self.settings.urls]
         self.abilities: dict[str, Abilities] = {}
         self.attempts = [0] * len(requests)
@@ -103,12 +104,11 @@ class _Run:
 
     def stop(self) -> None:
         """End whatever is still in flight, and the thread."""
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.main.cancel)
+        self.loop.call_soon_threadsafe(self.main.cancel)
         self.thread.join()
+        self.loop.close()
 
     def _in_thread(self) -> None:
-        self.main = self.loop.create_task(self._answer_all())
         try:
             self.loop.run_until_complete(self.main)
             self.outbox.put(None)
@@ -116,7 +116,6 @@ class _Run:
             self.outbox.put(error)
         finally:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-            self.loop.close()
 
     async def _answer_all(self) -> None:
         self.settled: asyncio.Future[None] = self.loop.create_future()
@@ -124,11 +123,10 @@ class _Run:
         for number in range(len(self.requests)):
             self.waiting.put_nowait(number)
         self.reviving = {server.url: asyncio.Lock() for server in self.servers}
-        self.lanes = {server.url: asyncio.Lock() for server in self.servers}
         async with self.client:
             workers = [
-                self.loop.create_task(self._work(server))
-                for _ in range(min(self.settings.concurrency, len(self.requests)))
+                self.loop.create_task(self._work(server, lane))
+                for lane in range(min(self.settings.concurrency, len(self.requests)))
                 for server in self.servers
             ]
             try:
@@ -138,16 +136,18 @@ class _Run:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _work(self, server: Server) -> None:
+    async def _work(self, server: Server, lane: int) -> None:
         """One lane to one server: take a request, ask, deliver; until all is settled."""
         try:
             while True:
                 if not server.ready:
                     async with self.reviving[server.url]:
                         await self._revive(server)
+                if lane > 0 and self.abilities[server.url].one_at_a_time:
+                    return
                 number = await self.waiting.get()
                 if server.ready:
-                    await self._attempt(server, number)
+                    await self._ask(server, self.abilities[server.url], number)
                 else:
                     self.waiting.put_nowait(number)
         except Exception as error:
@@ -165,14 +165,6 @@ class _Run:
                 self._strike(server, failure, asked_at)
             else:
                 server.ready = True
-
-    async def _attempt(self, server: Server, number: int) -> None:
-        abilities = self.abilities[server.url]
-        if abilities.generation_config:  # one at a time: the seed it is given holds for whatever it is generating
-            async with self.lanes[server.url]:
-                await self._ask(server, abilities, number)
-        else:
-            await self._ask(server, abilities, number)
 
     async def _ask(self, server: Server, abilities: Abilities, number: int) -> None:
         asked_at = self.loop.time()
@@ -209,8 +201,8 @@ class _Run:
                         [
                             f"no server answers any more; each failed {self.settings.failures} times in a row, at last so:",
                             *lines,
-                            "Start them again (launch/ has the lines) and run the same command: it goes on with the answers that are "
-                            "missing",
+                            "Start them again (launch/ has the lines) and run the same command: it goes on with the answers that "
+                            "are missing",
                         ]
                     )
                 )
@@ -245,8 +237,8 @@ class _Run:
         request = self.requests[number]
         return UserError(
             f"{len(self.given_up)} of {len(self.requests)} requests failed {self.settings.attempts} times each, such as sample "
-            f"{request.sample} of problem {request.problem}, at last so:\n  {reason}\nSee the server's log, then run the same command: "
-            "it goes on with the answers that are missing"
+            f"{request.sample} of problem {request.problem}, at last so:\n  {reason}\nSee the server's log, then run the same "
+            "command: it goes on with the answers that are missing"
         )
 
 
@@ -293,8 +285,8 @@ def check_finished(url: str, completion: Completion, sampling: Sampling) -> None
     counted = completion.completion_tokens
     if completion.finish_reason == "length" and counted is not None and counted < sampling.max_new_tokens:
         raise UserError(
-            f"{url} cut an answer off at {counted} tokens, not at max_new_tokens={sampling.max_new_tokens}: its context is too short. "
-            "Start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
+            f"{url} cut an answer off at {counted} tokens, not at max_new_tokens={sampling.max_new_tokens}: its context is too "
+            "short. Start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
         )
 
 

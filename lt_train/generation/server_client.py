@@ -142,8 +142,8 @@ class ServerClient:
             text = text_of_prompt(self.tokenizer, request.prompt_ids)
             if text is None:
                 raise UserError(
-                    f"problem {request.problem}: its prompt, written as text, is tokenized to other tokens, and this server takes no "
-                    "token ids. Use a server that takes them, such as vLLM"
+                    f"problem {request.problem}: its prompt, written as text, is tokenized to other tokens, and this server takes "
+                    "no token ids. Use a server that takes them, such as vLLM"
                 )
             return text
         assert self.messages is not None
@@ -239,15 +239,15 @@ def check_prompt_tokens(url: str, way: PromptWay, request: Request, completion: 
         if way == "tokens":
             return
         raise UserError(
-            f"{url} does not report usage.prompt_tokens, so whether it reads the same prompt as the model was trained with cannot be "
-            "told. Use a server that takes prompts as token ids, such as vLLM"
+            f"{url} does not report usage.prompt_tokens, so whether it reads the same prompt as the model was trained with cannot "
+            "be told. Use a server that takes prompts as token ids, such as vLLM"
         )
     if completion.prompt_tokens != len(request.prompt_ids):
         reason = {
             "tokens": "it adds or drops tokens of a prompt given as token ids",
             "text": "its tokenizer differs from the checkpoint's, or adds special tokens",
-            "messages": "its chat template is another one, or it puts in a system turn or thinking tags of its own; start the server "
-            "with the chat template of the checkpoint or of the recipe (prompt.chat_template)",
+            "messages": "its chat template is another one, or it puts in a system turn or thinking tags of its own; start the "
+            "server with the chat template of the checkpoint or of the recipe (prompt.chat_template)",
         }[way]
         raise UserError(
             f"{url} read {completion.prompt_tokens} prompt tokens for problem {request.problem}, the recipe's prompt has "

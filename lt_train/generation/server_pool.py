@@ -71,8 +71,9 @@ def base_url(url: str) -> str:
 class Server:
     """What we know of a server's health.
 
-    strikes: failures since it last gave a sign of life; failures of requests that were under way together count once. ready: whether
-    it may be given requests; if not it rests until `resting_until` and is then tried with a request of one token.
+    Attributes:
+        strikes: failures since it last gave a sign of life; those of requests that were under way together count once.
+        ready: whether it may be given requests; if not, it rests until `resting_until` and is then tried with one token.
     """
 
     url: str

@@ -1,0 +1,298 @@
+"""Do the servers compute what the checkpoint says? Refused before anything is scored if not.
+
+Two looks: at the config of what is served, where it can be seen; and, always, at what the servers write after a few prompts longer
+than the window, against what the hybrid class computes in fp32. To know that such prompts can tell, the same is computed with the
+mistakes that engines make (every layer full, sinks ignored): prompts are added until each mistake would be found.
+
+Shapes: T prompt tokens, N new tokens, V vocabulary.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lt_train import prompts
+from lt_train.errors import UserError
+from lt_train.generation.completions_api import Completion
+from lt_train.generation.openai import OpenAIBackend
+from lt_train.generation.requests import Request, Sampling
+from lt_train.generation.server_client import Message
+from lt_train.generation.server_pool import ServerSettings
+from lt_train.generation.text import decode
+from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.recipe import Prompt
+
+NEW_TOKENS = 24
+BEYOND_WINDOW = 48  # tokens
+PROMPTS = 3
+MOST_PROMPTS = 12
+ROUNDING = 2**-5
+"""How far a logit may be off, as a share of the largest: servers compute in bf16, whose step is 2^-8, and every layer rounds."""
+
+MATHEMATICS = ("num_hidden_layers", "layer_types", "sliding_window", "w_sink", "vocab_size", "rope_parameters")
+"""Settings in config.json that decide what a query sees and where."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model writes greedily after a prompt. token_ids: N. logits_NV: before each of them, fp32."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logits_NV: Tensor
+
+
+@dataclass(frozen=True)
+class ServerCheck:
+    """What was compared.
+
+    Attributes:
+        tokens: new tokens of all prompts and servers that agree with the reference's. logprobs: those whose probability was
+            compared too.
+        not_told_apart: mistakes that no prompt would have shown, because this model writes the same with them.
+    """
+
+    prompts: int
+    tokens: int
+    logprobs: int
+    not_told_apart: tuple[str, ...]
+
+
+def check_server(
+    settings: ServerSettings,
+    reference: HybridForCausalLM,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    stop_ids: Sequence[int],
+) -> ServerCheck:
+    """
+    Args:
+        reference: the checkpoint in the hybrid class, fp32. folder: the checkpoint's, for its config.json.
+        prompt: the recipe's; the check is asked through it.
+
+    Raises:
+        UserError: a server runs another config, or writes something else; the message says what differs.
+    """
+    for url in settings.urls:
+        check_served_config(url, settings, folder)
+    texts, wanted, not_told_apart = telling_prompts(reference, tokenizer, prompt, stop_ids)
+    requests = [Request(text, 0, 0, one.prompt_ids) for text, one in zip(texts, wanted, strict=True)]
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
+    tokens = logprobs = 0
+    for url in settings.urls:
+        backend = OpenAIBackend(
+            tokenizer, stop_ids, settings.only(url), messages=lambda request: chat_messages(prompt, request.problem)
+        )
+        written = {request.problem: each for request, each, _ in backend.completions(requests, sampling, logprobs=True)}
+        for text, one in zip(texts, wanted, strict=True):
+            completion = written[text]
+            compare_config(url, folder, completion.model)
+            agreed, compared = compare_continuations(tokenizer, stop_ids, one, completion, url)
+            tokens, logprobs = tokens + agreed, logprobs + compared
+    return ServerCheck(len(wanted), tokens, logprobs, not_told_apart)
+
+
+def chat_messages(prompt: Prompt, question: str) -> list[Message]:
+    """The recipe's prompt as a conversation, for servers that take nothing else."""
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return [*system, {"role": "user", "content": prompt.user.replace("{question}", question)}]
+
+
+def check_served_config(url: str, settings: ServerSettings, folder: Path) -> None:
+    """Compare with the config of the folder that a server says it serves, where that is a folder here."""
+    try:
+        entries = httpx.get(f"{url}/v1/models", timeout=30).json()["data"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return  # the servers are asked in earnest soon, and say then what is wrong with them
+    for entry in entries:
+        if len(entries) == 1 or entry.get("id") == settings.model:
+            for name in (entry.get("root"), entry.get("id")):
+                compare_config(url, folder, name)
+
+
+def compare_config(url: str, folder: Path, served: str | None) -> None:
+    """
+    Args:
+        served: what a server says that it serves; looked at where it is a local folder (`transformers serve` adds @main).
+    """
+    path = Path((served or "").removesuffix("@main")) / "config.json"
+    if not served or not path.is_file():
+        return
+    theirs, ours = _mathematics(path), _mathematics(folder / "config.json")
+    differences = [f"  {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    if differences:
+        raise UserError(
+            "\n".join([f"{url} serves {path.parent}, whose config.json says something else than {folder}:", *differences])
+        )
+
+
+def _mathematics(path: Path) -> dict[str, Any]:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    values = {name: config.get(name) for name in MATHEMATICS}
+    values["w_sink"] = config.get("w_sink", 0)
+    full = ["full_attention"] * config.get("num_hidden_layers", 0)
+    values["layer_types"] = config.get("layer_types") or full
+    if values["layer_types"] == full:
+        values["sliding_window"] = values["w_sink"] = None  # nothing slides
+    family = config.get("model_type", "").removeprefix("lt_hybrid_")
+    return {"model_type": family, **values}
+
+
+def telling_prompts(
+    reference: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, stop_ids: Sequence[int]
+) -> tuple[list[str], list[Continuation], tuple[str, ...]]:
+    """Seeded questions whose prompts are longer than the window, what the reference writes after them, and the mistakes that not
+    even MOST_PROMPTS of them show."""
+    generator = random.Random(0)
+    length = min(reference.spec.window + BEYOND_WINDOW, reference.config.max_position_embeddings - NEW_TOKENS)
+    mistakes = mistaken_specs(reference.spec)
+    texts: list[str] = []
+    wanted: list[Continuation] = []
+    while len(texts) < PROMPTS or (mistakes and len(texts) < MOST_PROMPTS):
+        text = long_question(tokenizer, prompt, generator, length)
+        prompt_ids = tuple(prompts.prompt_ids(tokenizer, prompt, {"question": text}))
+        right = continue_greedily(reference, prompt_ids, stop_ids)
+        for name, spec in list(mistakes.items()):
+            with computing(reference, spec):
+                wrong = continue_greedily(reference, prompt_ids, stop_ids)
+            if parting(right, wrong.token_ids) is not None:
+                del mistakes[name]
+        texts.append(text)
+        wanted.append(right)
+    return texts, wanted, tuple(mistakes)
+
+
+def mistaken_specs(spec: HybridSpec) -> dict[str, HybridSpec]:
+    """What engines compute that do not know hybrids."""
+    if not spec.lazy_layers:
+        return {}
+    mistakes = {"every layer full": HybridSpec(spec.num_layers, (), spec.w_sink, spec.w_recent)}
+    if spec.w_sink:
+        mistakes["sinks ignored"] = HybridSpec(spec.num_layers, spec.lazy_layers, 0, spec.w_recent)
+    return mistakes
+
+
+@contextmanager
+def computing(model: HybridForCausalLM, spec: HybridSpec) -> Iterator[None]:
+    """Within it the model computes another spec with its weights: its forward reads the config each time."""
+    config, own = model.config, model.spec
+    try:
+        config.layer_types, config.w_sink = spec.layer_types, spec.w_sink
+        yield
+    finally:
+        config.layer_types, config.w_sink = own.layer_types, own.w_sink
+
+
+def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:
+    """Numbers and words, which every tokenizer knows, until the prompt has so many tokens."""
+    words = ["plus", "minus", "the", "sum", "of", "is", "and", "then", "a", "b", "c", "x"]
+    text = "What comes next:"
+    while len(prompts.prompt_ids(tokenizer, prompt, {"question": text})) < wanted:
+        text += "".join(f" {generator.choice([generator.randrange(100), generator.choice(words)])}" for _ in range(8))
+    return text
+
+
+@torch.inference_mode()
+def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], stop_ids: Sequence[int]) -> Continuation:
+    ids_1T = torch.tensor([prompt_ids], device=model.device)
+    cache, tokens, logits = None, [], []
+    while len(tokens) < NEW_TOKENS and not (tokens and tokens[-1] in stop_ids):
+        out = model(ids_1T, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits[0, -1].float().cpu())
+        tokens.append(int(logits[-1].argmax()))
+        ids_1T = torch.tensor([[tokens[-1]]], device=model.device)
+    return Continuation(prompt_ids, tuple(tokens), torch.stack(logits))
+
+
+def parting(right: Continuation, token_ids: Sequence[int]) -> int | None:
+    """The first step at which other tokens differ from the reference's and rounding does not explain it; None: there is none.
+
+    Where two tokens are so close that rounding may choose, what follows is not compared.
+    """
+    for step, (mine, theirs) in enumerate(zip(right.token_ids, token_ids, strict=False)):
+        if mine != theirs:
+            gap = (right.logits_NV[step, mine] - right.logits_NV[step, theirs]).item()
+            return step if gap > allowed_gap(right) else None
+    return None
+
+
+def allowed_gap(right: Continuation) -> float:
+    """Each of two logits may be off by what rounding explains."""
+    return 2 * ROUNDING * right.logits_NV.abs().max().item()
+
+
+def compare_continuations(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], right: Continuation, completion: Completion, url: str
+) -> tuple[int, int]:
+    """How many tokens agree, and of how many the probabilities were compared.
+
+    Raises:
+        UserError: a token, or a probability, that rounding does not explain.
+    """
+    if completion.token_ids is None:
+        return compare_text(tokenizer, right, completion, url), 0
+    step = parting(right, completion.token_ids)
+    if step is not None:
+        raise _other_mathematics(url, right, step, tokenizer, repr(tokenizer.decode(completion.token_ids[step])))
+    agreed = 0
+    while agreed < min(len(right.token_ids), len(completion.token_ids)) and right.token_ids[agreed] == completion.token_ids[agreed]:
+        agreed += 1
+    compared = completion.logprobs[:agreed] if completion.logprobs is not None else ()
+    mine_NV = right.logits_NV.log_softmax(-1)
+    for step, theirs in enumerate(compared):
+        mine = mine_NV[step, right.token_ids[step]].item()
+        if abs(mine - theirs) > allowed_gap(right):
+            raise UserError(
+                f"{url} computes something else than the checkpoint: after a prompt of {len(right.prompt_ids)} tokens, new token "
+                f"{step} has log-probability {theirs:.3f} there and {mine:.3f} in the hybrid class. {_WHAT_TO_DO}"
+            )
+    return agreed, len(compared)
+
+
+def compare_text(tokenizer: PreTrainedTokenizerBase, right: Continuation, completion: Completion, url: str) -> int:
+    """For servers that tell only text, without special tokens. The other token is not known then; the second likeliest stands for
+    it."""
+
+    def shown(count: int) -> str:
+        return tokenizer.decode(right.token_ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    text = tokenizer.decode(
+        tokenizer(completion.text, add_special_tokens=False)["input_ids"],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    if text == shown(len(right.token_ids)):
+        return len(right.token_ids)
+    step = 0
+    while step < len(right.token_ids) and text.startswith(shown(step + 1)):
+        step += 1
+    if step < len(right.token_ids):
+        first, second = right.logits_NV[step].topk(2).values.tolist()
+        if first - second > allowed_gap(right):
+            raise _other_mathematics(url, right, step, tokenizer, f"{text[len(shown(step)) :][:40]!r}")
+    return step
+
+
+def _other_mathematics(url: str, right: Continuation, step: int, tokenizer: PreTrainedTokenizerBase, theirs: str) -> UserError:
+    mine = decode(tokenizer, right.token_ids[step : step + 1])
+    return UserError(
+        f"{url} computes something else than the checkpoint: after a prompt of {len(right.prompt_ids)} tokens, new token {step} is "
+        f"{theirs} there and {mine!r} in the hybrid class, which is no tie. {_WHAT_TO_DO}"
+    )
+
+
+_WHAT_TO_DO = (
+    "Does the server load this checkpoint, and an engine that knows its layer types and sinks? vLLM does with --model-impl "
+    "transformers and w_sink 0; for a hybrid with sinks use the built-in engine (backend: hybrid)"
+)
