@@ -4,10 +4,9 @@ that are missing.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,8 +26,8 @@ from lt_train.evaluation.generation import (
 from lt_train.evaluation.grading import equivalent, grade
 from lt_train.evaluation.loss import answer_losses
 from lt_train.evaluation.records import Fingerprint, RecordFolder, SampleRecord
-from lt_train.evaluation.scores import AnswerScores, LossScores, finished_scores, write_scores
-from lt_train.evaluation.statistics import TokenLoss, majority_vote, mean_loss, mean_over_problems
+from lt_train.evaluation.scores import AnswerScores, LossScores, answer_scores, finished_scores, write_scores
+from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.examples import Example
 from lt_train.progress import show_progress
 
@@ -74,7 +73,8 @@ def evaluate(
     check_fits_context(model.config.max_position_embeddings, plan.requests, entry.max_new_tokens)
     folder = RecordFolder(out, plan.fingerprint)
     done = finished_scores(out / "scores.json", plan.fingerprint)
-    if isinstance(done, AnswerScores) and (done.problems, done.samples) == (len(plan.problems.problems), entry.samples):
+    asked = (len(plan.problems.problems), entry.samples)
+    if isinstance(done, AnswerScores) and not done.partial and (done.problems, done.samples) == asked:
         return done
     draw_missing_samples(model, tokenizer, plan, folder, progress)
     scores = score(plan, folder.read())
@@ -218,37 +218,16 @@ def score(plan: Plan, there: Mapping[tuple[str, int], SampleRecord]) -> AnswerSc
     """The scores over exactly the plan's samples; a folder may hold more, from an earlier run with more of them.
 
     Raises:
-        RuntimeError: a sample of the plan is missing, so any score would be over another set.
+        UserError: a sample of the plan is missing, so any score would be over another set.
     """
-    missing = [request for request in plan.requests if (request.problem, request.sample) not in there]
-    if missing:
-        raise RuntimeError(f"{len(missing)} of {len(plan.requests)} samples are missing, such as {missing[0].problem}")
-    by_problem = {
-        problem.id: [there[problem.id, sample] for sample in range(plan.entry.samples)] for problem in plan.problems.problems
-    }
-    records = [record for samples in by_problem.values() for record in samples]
-    shares = {problem: share(record.correct for record in samples) for problem, samples in by_problem.items()}
-    votes = [majority_vote([(r.extracted, r.correct) for r in samples], equivalent) for samples in by_problem.values()]
-    accuracy, majority = mean_over_problems(list(shares.values())), mean_over_problems([vote.right for vote in votes])
-    tokens = sum(record.tokens for record in records)
-    return AnswerScores(
+    return answer_scores(
+        there,
+        [problem.id for problem in plan.problems.problems],
+        plan.entry.samples,
         benchmark=plan.entry.benchmark,
-        problems=len(by_problem),
         available=plan.problems.available,
-        samples=plan.entry.samples,
-        accuracy=accuracy.value,
-        standard_error=accuracy.standard_error,
-        majority=majority.value,
-        majority_standard_error=majority.standard_error,
-        ties=sum(vote.tie for vote in votes),
-        truncated=share(record.finish_reason == "length" for record in records),
-        unanswered=share(record.extracted is None for record in records),
-        grading_errors=sum(record.grading_error is not None for record in records),
-        tokens=tokens,
-        tokens_per_sample=tokens / len(records),
-        tokens_per_second=tokens / sum(record.seconds for record in records),
         fingerprint=plan.fingerprint,
-        by_problem=shares,
+        equivalent=equivalent,
     )
 
 
@@ -277,7 +256,3 @@ def hash_examples(examples: Sequence[Example]) -> str:
 def hash_of(value: object) -> str:
     """16 hex digits that follow from a value of lists, text and numbers."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def share(flags: Iterable[bool]) -> float:
-    return fmean(map(float, flags))

@@ -1,27 +1,56 @@
-"""What an evaluation says: the two kinds of scores.json, written and read back, and the difference between two of a
-kind.
+"""What an evaluation says: the two kinds of scores.json, made of records or losses, written and read back, and the difference
+between two of a kind.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from lt_train import files
 from lt_train.errors import UserError
-from lt_train.evaluation.records import Fingerprint, check_same_fingerprint
-from lt_train.evaluation.statistics import Difference, Mean, TokenLoss, paired_difference, paired_loss_difference
+from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
+from lt_train.evaluation.statistics import (
+    Difference,
+    Interval,
+    Lengths,
+    Mean,
+    TokenLoss,
+    Vote,
+    bootstrap_interval,
+    lengths_of,
+    majority_vote,
+    mean_over_problems,
+    mean_pass_at_k,
+    paired_difference,
+    paired_loss_difference,
+)
+
+VERSION = 2
+"""Of scores.json. Raise it with every change of what a field means or is called."""
 
 
 @dataclass(frozen=True)
 class AnswerScores:
     """Graded answers: `samples` to each of `problems`, the first of the `available` ones.
 
-    accuracy: avg@n, the share of right samples; standard errors are over problems (None for a single problem).
-    majority: maj@n; ties: problems whose vote was tied, each counting as the share of right answers among the tied.
-    truncated, unanswered: shares of samples that hit max_new_tokens, that gave no boxed answer; both count as wrong.
-    grading_errors: samples whose answer could not be judged; they count as wrong too.
-    tokens_per_second: new tokens by the time spent generating, over all samples, padding of finished rows not counted.
-    by_problem: share of right samples of each problem.
+    Attributes:
+        accuracy: avg@n, the mean score of the samples, which is the share of right ones where an answer is right or wrong.
+            Standard errors are over problems (None for a single problem).
+        majority: maj@n, the score of the most frequent answer. ties: problems whose vote was tied, each counting as the mean of
+            the tied answers.
+        truncated: share of samples that reached max_new_tokens. unanswered: share that gave no answer. grading_errors: samples
+            whose answer could not be judged, and counts as wrong.
+        tokens_per_second: new tokens by the time spent on them, over all samples.
+        by_problem: mean score of each problem's samples.
+        interval: bootstrap interval of the accuracy, over problems; None for a single problem.
+        pass_at: pass@k by k, for k = 1, 2, 4, … and n; a sample counts as right where its record says so.
+        from_phrase: share of samples whose answer stood in no box but after words like "the answer is".
+        lengths_right, lengths_wrong: tokens of the right and the wrong samples. thinking: tokens before the thought was closed, of
+            the samples that closed one. None: there are no such samples.
+        partial: the scores are of fewer samples than were asked for; `missing` so many. Short answers are done first, so such
+            scores lean towards problems with short answers. Problems without any sample are not among `problems`.
     """
 
     kind: ClassVar[str] = "answers"
@@ -43,6 +72,14 @@ class AnswerScores:
     tokens_per_second: float
     fingerprint: Fingerprint
     by_problem: dict[str, float]
+    interval: Interval | None = None
+    pass_at: dict[int, Mean] = field(default_factory=dict)
+    from_phrase: float = 0.0
+    lengths_right: Lengths | None = None
+    lengths_wrong: Lengths | None = None
+    thinking: Lengths | None = None
+    partial: bool = False
+    missing: int = 0
 
     @property
     def mean(self) -> Mean:
@@ -71,6 +108,109 @@ class LossScores:
 Scores = AnswerScores | LossScores
 
 
+def answer_scores(
+    records: Mapping[tuple[str, int], SampleRecord],
+    problems: Sequence[str],
+    samples: int,
+    *,
+    benchmark: str,
+    available: int,
+    fingerprint: Fingerprint,
+    equivalent: Callable[[str, str], bool],
+    allow_partial: bool = False,
+) -> AnswerScores:
+    """The scores over exactly `samples` samples (0, 1, …) of each of `problems` (ids); more records may be there.
+
+    Args:
+        equivalent: whether two extracted answers say the same, for the majority vote.
+        allow_partial: score what is there, and mark it.
+
+    Raises:
+        UserError: a sample is missing, so the score would be of another set than was asked for; or there is none at all.
+    """
+    asked = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
+    missing = [key for keys in asked.values() for key in keys if key not in records]
+    if missing and (not allow_partial or len(missing) == samples * len(problems)):
+        problem, sample = missing[0]
+        raise UserError(
+            f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
+            f"{problem}. Run the evaluation again to draw them"
+            + ("" if allow_partial else ", or score what is there with --allow-partial")
+        )
+    there = {problem: [records[key] for key in keys if key in records] for problem, keys in asked.items()}
+    return scores_of(
+        {problem: found for problem, found in there.items() if found},
+        samples,
+        benchmark,
+        available,
+        fingerprint,
+        equivalent,
+        len(missing),
+    )
+
+
+def scores_of(
+    by_problem: Mapping[str, Sequence[SampleRecord]],
+    samples: int,
+    benchmark: str,
+    available: int,
+    fingerprint: Fingerprint,
+    equivalent: Callable[[str, str], bool],
+    missing: int,
+) -> AnswerScores:
+    records = [record for found in by_problem.values() for record in found]
+    shares = {problem: fmean(record.score for record in found) for problem, found in by_problem.items()}
+    counts = [(sum(record.correct for record in found), len(found)) for found in by_problem.values()]
+    votes = [vote(found, equivalent) for found in by_problem.values()]
+    accuracy, majority = mean_over_problems(list(shares.values())), mean_over_problems([vote.right for vote in votes])
+    tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
+    return AnswerScores(
+        benchmark=benchmark,
+        problems=len(by_problem),
+        available=available,
+        samples=samples,
+        accuracy=accuracy.value,
+        standard_error=accuracy.standard_error,
+        majority=majority.value,
+        majority_standard_error=majority.standard_error,
+        ties=sum(vote.tie for vote in votes),
+        truncated=share(record.finish_reason == "length" for record in records),
+        unanswered=share(record.extracted is None for record in records),
+        grading_errors=sum(record.grading_error is not None for record in records),
+        tokens=tokens,
+        tokens_per_sample=tokens / len(records),
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        fingerprint=fingerprint,
+        by_problem=shares,
+        interval=bootstrap_interval(list(shares.values())),
+        pass_at={k: mean_pass_at_k(counts, k) for k in ks_up_to(min(n for _, n in counts))},
+        from_phrase=share(record.extracted_from == "phrase" for record in records),
+        lengths_right=lengths_of([record.tokens for record in records if record.correct]),
+        lengths_wrong=lengths_of([record.tokens for record in records if not record.correct]),
+        thinking=lengths_of([record.thinking_tokens for record in records if record.thinking_tokens is not None]),
+        partial=missing > 0,
+        missing=missing,
+    )
+
+
+def vote(records: Sequence[SampleRecord], equivalent: Callable[[str, str], bool]) -> Vote:
+    """The vote of one problem's samples. An answer that could not be judged is not compared again: it equals its like only."""
+    hopeless = {record.extracted for record in records if record.grading_error is not None}
+
+    def same(first: str, second: str) -> bool:
+        return first not in hopeless and second not in hopeless and equivalent(first, second)
+
+    return majority_vote([(record.extracted, record.score) for record in records], same)
+
+
+def ks_up_to(n: int) -> list[int]:
+    return sorted({n, *(2**power for power in range(n.bit_length()))})
+
+
+def share(flags: Iterable[bool]) -> float:
+    return fmean(map(float, flags))
+
+
 def difference(first: Scores, second: Scores) -> Difference:
     """first - second with a 95 % interval, paired by problem or sample.
 
@@ -87,7 +227,7 @@ def difference(first: Scores, second: Scores) -> Difference:
 
 
 def write_scores(path: Path, scores: Scores) -> None:
-    files.write_json(path, {"kind": scores.kind, **asdict(scores)})
+    files.write_json(path, {"kind": scores.kind, "version": VERSION, **asdict(scores)})
 
 
 def read_scores(path: Path) -> Scores:
@@ -98,15 +238,36 @@ def read_scores(path: Path) -> Scores:
     found = files.read_json(path, "scores.json")
     kinds = {kind.kind: kind for kind in (AnswerScores, LossScores)}
     kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
+    if kind is not None and (version := found.pop("version", 1)) != VERSION:
+        raise UserError(
+            f"{path}: scores of version {version}; this lt_train writes and reads version {VERSION}. Delete it and run again to "
+            f"make it anew"
+        )
     if kind is None or found.keys() != {field.name for field in fields(kind)}:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Delete it and run again to make it anew")
-    return kind(**with_token_losses(found))
+    try:
+        return kind(**{name: PARTS.get(name, as_it_is)(value) for name, value in found.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole scores.json ({error}). Delete it and run again to make it anew") from error
 
 
-def with_token_losses(found: dict[str, Any]) -> dict[str, Any]:
-    if "by_sample" not in found:
-        return found
-    return {**found, "by_sample": {sample: TokenLoss(**loss) for sample, loss in found["by_sample"].items()}}
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+def lengths_from(found: dict[str, Any] | None) -> Lengths | None:
+    return None if found is None else Lengths(**found)
+
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "by_sample": lambda losses: {sample: TokenLoss(**loss) for sample, loss in losses.items()},
+    "interval": lambda found: None if found is None else Interval(**found),
+    "pass_at": lambda means: {int(k): Mean(**mean) for k, mean in means.items()},
+    "lengths_right": lengths_from,
+    "lengths_wrong": lengths_from,
+    "thinking": lengths_from,
+}
+"""How what JSON gives for a field becomes the field."""
 
 
 def finished_scores(path: Path, fingerprint: Fingerprint) -> Scores | None:

@@ -1,13 +1,28 @@
-"""Numbers with their doubt: means over problems, majority votes, and differences between two models asked the same
-problems.
+"""Numbers with their doubt: means over problems, pass@k, majority votes, lengths, and differences between two models asked
+the same problems.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
+from typing import Literal
+
+import numpy as np
 
 CONFIDENCE = 0.95
+
+RESAMPLES = 10_000
+"""Of a bootstrap: the ends of a 95 % interval then waver by about a hundredth of its width."""
+
+SIGN_FLIPS = 20_000
+"""Of a permutation test, where there are too many to try all: a p of 0.05 then wavers by 0.0015."""
+
+ALL_FLIPS_UP_TO = 16
+"""Differences whose 2^n signs are all tried."""
+
+AT_ONCE = 4_000_000
+"""Random numbers held in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +36,51 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """first - second, with a 95 % interval from `low` to `high`."""
+    """first - second, with a 95 % interval from `low` to `high`.
+
+    `p`: how often a difference at least so large, in either direction, would come about between equal models; None where no test
+    was made. `test`: how it was found.
+    """
 
     value: float
     standard_error: float | None
     low: float
     high: float
     n: int
+    p: float | None = None
+    test: Literal["mcnemar", "permutation"] | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of 95 % confidence."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Vote:
-    """`right`: 1 if the most frequent answer is right, 0 if wrong; between tied answers the share of right ones.
+    """`right`: the score of the most frequent answer, 1 if right and 0 if wrong; between tied answers their mean.
     `tie`: there was one.
     """
 
     right: float
     tie: bool
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long answers are, in tokens: mean, deciles and quartiles, longest, of so many `samples`."""
+
+    samples: int
+    mean: float
+    decile_1: float
+    quartile_1: float
+    median: float
+    quartile_3: float
+    decile_9: float
+    longest: float
 
 
 @dataclass(frozen=True)
@@ -58,34 +101,82 @@ def mean_over_problems(values: Sequence[float]) -> Mean:
     return Mean(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
 
 
-def majority_vote(answers: Sequence[tuple[str | None, bool]], equivalent: Callable[[str, str], bool]) -> Vote:
-    """Vote over answers of one problem, each (extracted, correct), in the order of their samples.
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+    """Percentile bootstrap of the mean over problems (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3).
 
-    Equivalent answers (1/2, 0.5) are one candidate, which is right if its first answer is. No answer, no vote; if none
+    None for fewer than two problems. Where all values are equal it has no width, which says more of the method than of the model.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    array = np.asarray(values, dtype=np.float64)
+    rows = max(1, AT_ONCE // n)
+    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    means = np.concatenate([array[generator.integers(0, n, (size, n))].mean(axis=1) for size in sizes])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Chance that at least one of k samples is right, of n samples of which `right` are: the unbiased estimator
+    1 - C(n - right, k) / C(n, k) of arXiv 2107.03374, exact.
+
+    Raises:
+        ValueError: k is larger than n, which nothing is known of, or below 1.
+    """
+    if not 0 <= right <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} samples, {right} right: k must be from 1 to the number of samples")
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Mean:
+    """pass@k over problems, each (right samples, all samples)."""
+    return mean_over_problems([pass_at_k(right, n, k) for right, n in counts])
+
+
+def lengths_of(tokens: Sequence[int]) -> Lengths | None:
+    """None where there are no answers. Quantiles are interpolated linearly."""
+    if not tokens:
+        return None
+    array = np.asarray(tokens, dtype=np.float64)
+    quantiles = np.quantile(array, [0.1, 0.25, 0.5, 0.75, 0.9, 1])
+    return Lengths(len(tokens), float(array.mean()), *map(float, quantiles))
+
+
+def majority_vote(answers: Sequence[tuple[str | None, float]], equivalent: Callable[[str, str], bool]) -> Vote:
+    """Vote over answers of one problem, each (extracted, score), in the order of their samples.
+
+    Equivalent answers (1/2, 0.5) are one candidate, which has the score of its first answer. No answer, no vote; if none
     voted the problem is wrong.
     """
-    candidates: list[tuple[str, bool, int]] = []  # first answer, its verdict, votes
-    for answer, correct in answers:
+    candidates: list[tuple[str, float, int]] = []  # first answer, its score, votes
+    for answer, score in answers:
         if answer is None:
             continue
-        for index, (first, verdict, votes) in enumerate(candidates):
+        for index, (first, first_score, votes) in enumerate(candidates):
             if answer == first or equivalent(first, answer):
-                candidates[index] = (first, verdict, votes + 1)
+                candidates[index] = (first, first_score, votes + 1)
                 break
         else:
-            candidates.append((answer, correct, 1))
+            candidates.append((answer, score, 1))
     most = max((votes for _, _, votes in candidates), default=0)
-    winners = [verdict for _, verdict, votes in candidates if votes == most]
+    winners = [score for _, score, votes in candidates if votes == most]
     return Vote(fmean(winners) if winners else 0.0, tie=len(winners) > 1)
 
 
-def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """Difference of two mean accuracies (first - second) over the same problems, values in [0, 1] by problem.
+def paired_difference(first: Mapping[str, float], second: Mapping[str, float], seed: int = 0) -> Difference:
+    """Difference of two mean scores (first - second) over the same problems, values in [0, 1] by problem.
 
     `value` and `standard_error` are the plain ones. The interval is Bonett and Price's (2012, doi
     10.3102/1076998611411915), taken over from paired yes-or-no answers to shares: two further problems are imagined,
     one won and one lost by the first model. So it keeps a width where both models agree on every problem and the
     standard error is 0.
+
+    `p` is McNemar's exact one where every problem was simply right or wrong, else that of a paired permutation test.
+
+    Args:
+        seed: of the permutations.
 
     Raises:
         ValueError: the two were not asked the same problems.
@@ -95,7 +186,45 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
     widened = mean_over_problems([*differences, 1.0, -1.0])
     spread = math.sqrt(fmean((d - widened.value) ** 2 for d in [*differences, 1.0, -1.0]) / widened.n)
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
-    return Difference(plain.value, plain.standard_error, max(-1.0, widened.value - reach), min(1.0, widened.value + reach), plain.n)
+    yes_or_no = {*first.values(), *second.values()} <= {0, 1}
+    return Difference(
+        plain.value,
+        plain.standard_error,
+        low=max(-1.0, widened.value - reach),
+        high=min(1.0, widened.value + reach),
+        n=plain.n,
+        p=mcnemar_p(differences.count(1), differences.count(-1)) if yes_or_no else sign_flip_p(differences, seed),
+        test="mcnemar" if yes_or_no else "permutation",
+    )
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Exact two-sided p of McNemar's test: the binomial test of the problems that one model alone got right."""
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, wins) for wins in range(fewer + 1)) / 2**n)
+
+
+def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of a paired permutation test: between equal models each difference is as likely as its opposite.
+
+    Exact for up to 16 differences other than 0. Beyond, from random signs, counting the found ones among them (Phipson and
+    Smyth 2010, doi 10.2202/1544-6115.1585), so that it is never 0.
+    """
+    sizes = np.sort(np.abs([difference for difference in differences if difference != 0]))  # sorted: the order has no say
+    found = abs(math.fsum(differences)) - 1e-9  # sums that differ in their last bits only are equal
+    n = len(sizes)
+    if n <= ALL_FLIPS_UP_TO:
+        sums = np.zeros(1)
+        for size in sizes:
+            sums = np.concatenate([sums + size, sums - size])
+        return float(np.mean(np.abs(sums) >= found))
+    generator = np.random.default_rng(seed)
+    rows = max(1, AT_ONCE // n)
+    as_large = 0
+    for start in range(0, SIGN_FLIPS, rows):
+        signs = generator.integers(0, 2, (min(rows, SIGN_FLIPS - start), n), dtype=np.int8) * 2.0 - 1
+        as_large += int(np.count_nonzero(np.abs(signs @ sizes) >= found))
+    return (as_large + 1) / (SIGN_FLIPS + 1)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> list[float]:

@@ -180,7 +180,7 @@ def test_the_seed_of_the_recipe_counts_only_where_the_entry_has_none(evaluation,
 def test_a_score_over_missing_samples_is_refused(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run.generate
     monkeypatch.setattr(run, "generate", lambda *arguments: list(original(*arguments))[1:])
-    with pytest.raises(RuntimeError, match="1 of 18 samples are missing"):
+    with pytest.raises(UserError, match="1 of 18 samples are missing"):
         evaluation(tmp_path / "out")
     assert not (tmp_path / "out" / "scores.json").exists()
 

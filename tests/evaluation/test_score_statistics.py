@@ -1,17 +1,28 @@
+import itertools
 import math
+import random
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lt_train.evaluation import statistics
 from lt_train.evaluation.statistics import (
+    Interval,
+    Lengths,
     TokenLoss,
+    bootstrap_interval,
+    lengths_of,
     majority_vote,
+    mcnemar_p,
     mean_loss,
     mean_over_problems,
+    mean_pass_at_k,
     paired_difference,
     paired_loss_difference,
+    pass_at_k,
+    sign_flip_p,
     student_t,
 )
 
@@ -157,3 +168,126 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
 )
 def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
     assert student_t(freedom) == pytest.approx(quantile, abs=0.01)
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.lists(st.booleans(), min_size=n, max_size=n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_a_right_one(drawn: tuple[list[bool], int]) -> None:
+    samples, k = drawn
+    choices = [any(chosen) for chosen in itertools.combinations(samples, k)]
+    assert pass_at_k(sum(samples), len(samples), k) == pytest.approx(sum(choices) / len(choices))
+
+
+def test_pass_at_k_of_very_many_samples_is_exact() -> None:
+    assert pass_at_k(1, 5000, 2500) == pytest.approx(0.5)
+    assert pass_at_k(0, 5000, 2500) == 0
+    assert pass_at_k(5000, 5000, 1) == 1
+
+
+@pytest.mark.parametrize(("right", "n", "k"), [(1, 4, 5), (1, 4, 0), (5, 4, 1), (-1, 4, 1)])
+def test_pass_at_more_samples_than_there_are_is_refused(right: int, n: int, k: int) -> None:
+    with pytest.raises(ValueError, match=f"pass@{k} of {n} samples"):
+        pass_at_k(right, n, k)
+
+
+def test_pass_at_k_over_problems_has_the_error_of_a_mean() -> None:
+    mean = mean_pass_at_k([(0, 4), (1, 4), (4, 4)], 2)
+    assert mean == mean_over_problems([0.0, 0.5, 1.0])
+
+
+def test_the_bootstrap_interval_is_that_of_the_exact_distribution() -> None:
+    # 20 problems, half of them right: the mean of a resample is Binomial(20, 1/2) / 20, whose 2.5 % and 97.5 % points are 6 and 14.
+    assert bootstrap_interval([0.0, 1.0] * 10) == Interval(0.3, 0.7)
+
+
+@given(SHARES, st.integers(0, 5))
+def test_the_bootstrap_interval_lies_about_the_mean_and_repeats(values: list[float], seed: int) -> None:
+    found = bootstrap_interval(values, seed)
+    assert min(values) - 1e-9 <= found.low <= found.high <= max(values) + 1e-9
+    assert bootstrap_interval(values, seed) == found
+    mean = mean_over_problems(values)
+    if mean.standard_error and len(values) >= 10:
+        assert found.low <= mean.value <= found.high
+        # the bootstrap's spread is the standard error with ddof 0; the shape of the distribution makes up the rest
+        assert (found.high - found.low) / (2 * 1.96 * mean.standard_error) == pytest.approx(0.95, abs=0.25)
+
+
+def test_the_bootstrap_wavers_little_with_its_seed_and_does_so() -> None:
+    values = [random.Random(0).random() for _ in range(50)]
+    values = [value * index % 1 for index, value in enumerate(values)]
+    intervals = [bootstrap_interval(values, seed) for seed in range(5)]
+    assert len(set(intervals)) > 1
+    width = intervals[0].high - intervals[0].low
+    assert max(abs(interval.low - intervals[0].low) for interval in intervals) < 0.05 * width
+
+
+def test_the_bootstrap_draws_the_same_number_of_resamples_whatever_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [0.0, 0.25, 1.0, 0.5]
+    at_once = bootstrap_interval(values)
+    monkeypatch.setattr(statistics, "AT_ONCE", 12_345)
+    assert bootstrap_interval(values) == at_once
+
+
+def test_one_problem_has_no_bootstrap_interval() -> None:
+    assert bootstrap_interval([1.0]) is None
+
+
+def test_lengths_are_told_by_their_quantiles() -> None:
+    assert lengths_of(range(1, 102)) == Lengths(101, 51, 11, 26, 51, 76, 91, 101)
+    assert lengths_of([7]) == Lengths(1, 7, 7, 7, 7, 7, 7, 7)
+    assert lengths_of([]) is None
+
+
+def test_a_vote_over_graded_answers_has_the_score_of_the_winner() -> None:
+    vote = majority_vote([("a", 0.25), ("b", 1.0), ("a", 0.25), (None, 0.0)], str.__eq__)
+    assert (vote.right, vote.tie) == (0.25, False)
+    vote = majority_vote([("a", 0.25), ("b", 1.0)], str.__eq__)
+    assert (vote.right, vote.tie) == (0.625, True)
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=12))
+def test_mcnemars_p_is_the_binomial_one_and_that_of_all_sign_flips(differences: list[int]) -> None:
+    first, second = differences.count(1), differences.count(-1)
+    n = first + second
+    as_unlikely = [wins for wins in range(n + 1) if abs(wins - n / 2) >= abs(first - n / 2)]
+    assert mcnemar_p(first, second) == pytest.approx(sum(math.comb(n, wins) for wins in as_unlikely) / 2**n)
+    assert sign_flip_p(differences) == pytest.approx(mcnemar_p(first, second))
+
+
+def test_mcnemars_p_is_that_of_the_tables() -> None:
+    assert mcnemar_p(5, 1) == pytest.approx(0.21875)  # 2 * (1 + 6) / 64
+    assert mcnemar_p(0, 6) == pytest.approx(0.03125)
+    assert mcnemar_p(0, 0) == 1
+    assert mcnemar_p(600, 600) == 1
+    assert mcnemar_p(3000, 2000) < 1e-40
+
+
+@given(st.lists(st.sampled_from([-0.75, -0.3, -0.1, 0.0, 0.1, 0.2, 0.5]), min_size=1, max_size=9))
+def test_the_permutation_p_is_the_share_of_all_signs_with_as_large_a_sum(differences: list[float]) -> None:
+    exact = [Fraction(str(difference)) for difference in differences]
+    found = abs(sum(exact))
+    sums = [abs(sum(d * s for d, s in zip(exact, signs, strict=True))) for signs in itertools.product((1, -1), repeat=len(exact))]
+    assert sign_flip_p(differences) == pytest.approx(sum(value >= found for value in sums) / len(sums))
+
+
+def test_a_drawn_permutation_p_is_near_the_exact_one_repeats_and_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = [0.25, -0.5, 0.125, 0.75, 0.5, -0.25, 0.375, 0.5, 0.25, -0.125, 0.5, 0.625, -0.25, 0.5]
+    exact = sign_flip_p(differences)
+    monkeypatch.setattr(statistics, "ALL_FLIPS_UP_TO", 0)
+    drawn = sign_flip_p(differences, seed=1)
+    assert 0.01 < exact < 0.1 and drawn == pytest.approx(exact, abs=0.006) and drawn != exact
+    assert sign_flip_p(differences[::-1], seed=1) == sign_flip_p([-d for d in differences], seed=1) == drawn
+    assert sign_flip_p(differences, seed=2) != drawn
+    assert sign_flip_p([0.5] * 100) == 1 / (statistics.SIGN_FLIPS + 1)
+    monkeypatch.setattr(statistics, "AT_ONCE", 1000)
+    assert sign_flip_p(differences, seed=1) == pytest.approx(exact, abs=0.006)
+
+
+def test_a_difference_says_by_which_test_it_was_judged() -> None:
+    first, second = {"a": 1.0, "b": 1.0, "c": 0.0}, {"a": 1.0, "b": 0.0, "c": 0.0}
+    found = paired_difference(first, second)
+    assert (found.test, found.p) == ("mcnemar", 1.0)
+    found = paired_difference({**first, "c": 0.5}, second)
+    assert (found.test, found.p) == ("permutation", 0.5)
+    six = dict.fromkeys("abcdef", 1.0)
+    assert paired_difference(six, dict.fromkeys("abcdef", 0.0)).p == pytest.approx(2 / 64)
+    assert paired_loss_difference({"a": TokenLoss(1.0, 3)}, {"a": TokenLoss(2.0, 3)}).p is None

@@ -1,0 +1,177 @@
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_train.errors import UserError
+from lt_train.evaluation.records import SampleRecord
+from lt_train.evaluation.scores import AnswerScores, LossScores, answer_scores, difference, read_scores, write_scores
+from lt_train.evaluation.statistics import Interval, Lengths, Mean, TokenLoss, bootstrap_interval
+
+RECORD = SampleRecord(
+    problem="a",
+    sample=0,
+    seed=None,
+    prompt_hash="f00",
+    text="",
+    tokens=10,
+    thinking_tokens=None,
+    finish_reason="stop",
+    extracted="1/2",
+    extracted_from="boxed",
+    score=1.0,
+    correct=True,
+    grading_error=None,
+    seconds=0.5,
+)
+WRONG = {"extracted": "7", "score": 0.0, "correct": False}
+
+Records = dict[tuple[str, int], SampleRecord]
+
+
+def records(**changed_by_problem: list[dict[str, Any]]) -> Records:
+    """A right sample for each dict, with its changes."""
+    return {
+        (problem, sample): replace(RECORD, problem=problem, sample=sample, **changes)
+        for problem, samples in changed_by_problem.items()
+        for sample, changes in enumerate(samples)
+    }
+
+
+def equal_fractions(first: str, second: str) -> bool:
+    return Fraction(first) == Fraction(second)
+
+
+def scores(there: Records, problems: str = "ab", samples: int = 4, **options: Any) -> AnswerScores:
+    return answer_scores(
+        there,
+        list(problems),
+        samples,
+        **{"benchmark": "ledger", "available": 9, "fingerprint": {"seed": 1}, "equivalent": equal_fractions, **options},
+    )
+
+
+EIGHT = records(
+    a=[{"tokens": 20, "thinking_tokens": 15}, {"extracted": "2/4", "thinking_tokens": 5}, WRONG, WRONG],
+    b=[
+        {**WRONG, "finish_reason": "length", "extracted": None, "extracted_from": None, "tokens": 50},
+        {**WRONG, "grading_error": "Timeout"},
+        {**WRONG, "extracted_from": "phrase"},
+        {"tokens": 40},
+    ],
+)
+
+
+def test_every_figure_follows_from_the_records() -> None:
+    found = scores(EIGHT)
+    assert (found.problems, found.available, found.samples) == (2, 9, 4)
+    assert found.by_problem == {"a": 0.5, "b": 0.25}
+    assert found.accuracy == pytest.approx(3 / 8)
+    assert found.standard_error == pytest.approx(0.125)
+    assert found.interval == bootstrap_interval([0.5, 0.25])
+    assert found.majority == pytest.approx((0.5 + 0) / 2)
+    assert found.ties == 1
+    assert (found.truncated, found.unanswered, found.from_phrase, found.grading_errors) == (1 / 8, 1 / 8, 1 / 8, 1)
+    assert found.tokens == 20 + 5 * 10 + 50 + 40
+    assert found.tokens_per_sample == found.tokens / 8
+    assert found.tokens_per_second == pytest.approx(found.tokens / 4)
+    assert found.pass_at == {
+        1: Mean(pytest.approx(3 / 8), pytest.approx(0.125), 2),
+        2: Mean(pytest.approx((5 / 6 + 1 / 2) / 2), pytest.approx(1 / 6), 2),
+        4: Mean(1.0, 0.0, 2),
+    }
+    assert found.lengths_right.samples == 3 and found.lengths_right.mean == pytest.approx(70 / 3)
+    assert found.lengths_wrong.samples == 5 and found.lengths_wrong.longest == 50
+    assert (found.thinking.samples, found.thinking.mean) == (2, 10)
+    assert (found.partial, found.missing) == (False, 0)
+
+
+def test_samples_and_problems_that_were_not_asked_for_have_no_say() -> None:
+    more = {**EIGHT, **records(c=[{"tokens": 10**6}] * 4), ("a", 4): replace(RECORD, sample=4, tokens=10**6)}
+    assert scores(more) == scores(EIGHT)
+
+
+def test_pass_at_k_stops_at_the_number_of_samples() -> None:
+    assert list(scores(EIGHT, samples=3).pass_at) == [1, 2, 3]
+    assert list(scores(EIGHT, samples=1).pass_at) == [1]
+
+
+def test_graded_scores_are_averaged_and_only_full_ones_count_as_right() -> None:
+    graded = records(
+        a=[{"score": 0.25, "correct": False}, {}], b=[{"score": 0.5, "correct": False}, {"score": 0.0, "correct": False}]
+    )
+    found = scores(graded, samples=2)
+    assert found.by_problem == {"a": 0.625, "b": 0.25}
+    assert found.accuracy == pytest.approx(0.4375)
+    assert found.pass_at[1].value == pytest.approx(0.25)
+    assert found.majority == pytest.approx((0.25 + 0.5) / 2)
+    assert difference(found, replace(found, by_problem={"a": 0.5, "b": 0.25})).test == "permutation"
+
+
+def test_answers_that_could_not_be_judged_are_not_compared_again() -> None:
+    bad = {**WRONG, "extracted": "10^{10^{10}}", "grading_error": "Timeout"}
+    found = scores(records(a=[bad, {}, bad, {}, bad]), problems="a", samples=5)  # Fraction() would fail on it
+    assert (found.majority, found.ties) == (0.0, 0)
+
+
+def test_a_missing_sample_is_an_error_that_names_it_and_the_way_out() -> None:
+    there = {key: record for key, record in EIGHT.items() if key != ("b", 2)}
+    with pytest.raises(UserError, match=r"ledger: 1 of 8 samples are missing, such as sample 2 of problem b\. .*--allow-partial"):
+        scores(there)
+
+
+def test_a_partial_score_is_marked_and_of_what_is_there() -> None:
+    there = {key: record for key, record in EIGHT.items() if key[1] < 2 or key[0] == "a"}
+    found = scores(there, problems="abc", allow_partial=True)
+    assert (found.partial, found.missing, found.problems) == (True, 6, 2)
+    assert found.by_problem == {"a": 0.5, "b": 0.0}
+    assert list(found.pass_at) == [1, 2]
+    whole = scores(EIGHT, allow_partial=True)
+    assert (whole.partial, whole.missing) == (False, 0)
+
+
+def test_no_sample_at_all_gives_no_score_not_even_a_partial_one() -> None:
+    with pytest.raises(UserError, match="8 of 8 samples are missing"):
+        scores({}, allow_partial=True)
+
+
+def test_no_time_recorded_gives_no_speed() -> None:
+    assert scores({key: replace(record, seconds=0.0) for key, record in EIGHT.items()}).tokens_per_second == 0
+
+
+LOSS = LossScores("heldout_loss", 1, 10, 1.5, None, {"model": "m"}, {"a": TokenLoss(15.0, 10)})
+
+
+@pytest.mark.parametrize("written", [scores(EIGHT), scores(EIGHT, problems="a", samples=1), LOSS], ids=["answers", "one", "loss"])
+def test_scores_are_read_back_as_they_were_written(tmp_path: Path, written: AnswerScores | LossScores) -> None:
+    write_scores(tmp_path / "scores.json", written)
+    found = read_scores(tmp_path / "scores.json")
+    assert found == written
+    if isinstance(found, AnswerScores):
+        assert isinstance(found.pass_at[1], Mean)
+        assert isinstance(found.lengths_right, Lengths)
+        assert found.interval is None or isinstance(found.interval, Interval)
+
+
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_scores_of_another_version_are_named_as_such(tmp_path: Path, version: object) -> None:
+    write_scores(tmp_path / "scores.json", scores(EIGHT))
+    found = json.loads((tmp_path / "scores.json").read_text())
+    del found["version"]
+    (tmp_path / "scores.json").write_text(json.dumps(found if version is None else {**found, "version": version}))
+    with pytest.raises(UserError, match=rf"scores\.json: scores of version {version or 1}; .* version 2\. Delete it"):
+        read_scores(tmp_path / "scores.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pass_at", {"x": {}}), ("interval", 5), ("lengths_right", {"mean": 1}), ("pass_at", None)]
+)
+def test_scores_with_a_damaged_part_are_a_clear_error(tmp_path: Path, name: str, value: object) -> None:
+    write_scores(tmp_path / "scores.json", scores(EIGHT))
+    found = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "scores.json").write_text(json.dumps({**found, name: value}))
+    with pytest.raises(UserError, match=r"scores\.json: not a whole scores\.json .*Delete it"):
+        read_scores(tmp_path / "scores.json")
