@@ -68,7 +68,7 @@ def test_what_must_be_found_stands_once_at_its_depth(benchmark, tokenizer: PreTr
     for problem in load_problems(benchmark, None, None, recall=settings, tokenizer=tokenizer).problems:
         assert problem.text.count(problem.answer) == (2 if benchmark is PASSKEY else 1)
         body = problem.text.split("\n")[1]
-        around = [sentence for sentence in re.split(r"(?<=\.) |(?<=</passage>) ", body) if sentence]
+        around = [sentence for sentence in re.split(r"(?<=\.) ", body) if sentence]
         place = next(number for number, sentence in enumerate(around) if problem.answer in sentence)
         assert place / len(around) == pytest.approx(float(problem.id.split("/")[1]), abs=0.05)
 
@@ -112,7 +112,7 @@ def test_the_passkey_stands_in_the_published_irrelevant_text(tokenizer: PreTrain
 
 def test_the_passage_to_copy_has_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
     problem = load_problems(COPYING, None, 1, recall=SMALL, tokenizer=tokenizer).problems[0]
-    assert f"<passage>{problem.answer}</passage>" in problem.text
+    assert f" The secret phrase is: {problem.answer}. " in f" {problem.text} ".replace("\n", " ")
     assert 40 <= tokens(tokenizer, problem.answer) < 50
     assert answer_tokens(COPYING, SMALL) >= 50
 
@@ -130,8 +130,8 @@ def test_answers_to_needles_and_passkeys_are_the_first_number_of_that_many_digit
 
 def test_a_copy_scores_the_longest_run_of_its_words() -> None:
     problem = Problem("2048/0.5/0", "…", ("silver anchor brave teapot",))
-    assert score_answer(COPYING, problem, "<passage>silver anchor\nbrave teapot</passage>").correct
-    assert score_answer(COPYING, problem, "Here it is: silver anchor brave teapot. Anything else?").score == 0.75
+    assert score_answer(COPYING, problem, "The phrase is: **silver anchor\nbrave teapot**.").correct
+    assert score_answer(COPYING, problem, "Here it is: silver anchor brave. Teapot, too?").score == 0.75
     assert score_answer(COPYING, problem, "silver anchor proud teapot").score == 0.5
     assert score_answer(COPYING, problem, "Silver Anchor").score == 0
     assert score_answer(COPYING, problem, "").extracted is None

@@ -102,9 +102,9 @@ def copying_problem(
 
     def build(sentences: Sequence[str]) -> str:
         return (
-            "Somewhere in the following text a passage stands between <passage> and </passage>. You will be asked to copy it.\n"
-            f"{hidden(sentences, [depth], [f'<passage>{passage}</passage>'])}\n"
-            "Copy the passage between <passage> and </passage> word for word. Write nothing else."
+            "A secret phrase is hidden within the following text. Make sure to memorize it. I will quiz you about the phrase "
+            f"afterwards.\n{hidden(sentences, [depth], [f'The secret phrase is: {passage}.'])}\n"
+            "What is the secret phrase mentioned in the provided text? Repeat it word for word."
         )
 
     return build, passage, essays

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,8 +92,11 @@ def number_found(problem: Problem, answer: str) -> AnswerScore:
 
 
 def passage_copied(problem: Problem, answer: str) -> AnswerScore:
-    """The longest run of the passage's words that stands in the answer, as a share of the passage."""
-    passage, words = problem.answer.split(), re.sub(r"</?passage>", " ", answer).split()
+    """The longest run of the passage's words that stands in the answer, as a share of the passage. The passage has no punctuation,
+    so that around an answer's words does not count.
+    """
+    passage = problem.answer.split()
+    words = [bare for word in answer.split() if (bare := word.strip(string.punctuation))]
     run = difflib.SequenceMatcher(None, passage, words, autojunk=False).find_longest_match()
     copied = " ".join(passage[run.a : run.a + run.size])
     return AnswerScore(copied or None, run.size / len(passage))
