@@ -1,0 +1,174 @@
+"""What tells an engine that computes something else: configs, tokens, probabilities."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tiny_tokenizer import build_tokenizer
+from lt_train.errors import UserError
+from lt_train.generation.completions_api import Completion
+from lt_train.generation.server_check import (
+    NEW_TOKENS,
+    Continuation,
+    chat_messages,
+    check_server,
+    compare_config,
+    compare_continuations,
+    computing,
+    continue_greedily,
+    mistaken_specs,
+    telling_prompts,
+)
+from lt_train.generation.server_pool import ServerSettings
+from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.recipe import Prompt
+from tests.generation.misbehaving_server import MisbehavingServer
+
+BASE = Path(__file__).parents[2] / "data/tiny-reasoner"
+STOP = (3,)
+TOKENIZER = build_tokenizer()
+SPEC = HybridSpec(8, (1, 3, 5, 7), w_sink=4, w_recent=28)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return load_hybrid(BASE, SPEC)
+
+
+@pytest.fixture(scope="module")
+def continuation(hybrid):
+    _, wanted, _ = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    return wanted[0]
+
+
+def completion(**given):
+    values = dict(text="", reasoning=None, token_ids=None, logprobs=None, finish_reason="length", prompt_tokens=None)
+    return Completion(**values | dict(completion_tokens=None, model=None) | given)
+
+
+def logprobs_of(continuation):
+    rows = continuation.logits_NV.log_softmax(-1)
+    return tuple(rows[step, token].item() for step, token in enumerate(continuation.token_ids))
+
+
+def compare(continuation, **given):
+    return compare_continuations(TOKENIZER, STOP, continuation, completion(**given), "http://x")
+
+
+def test_the_prompts_are_longer_than_the_window_and_tell_every_mistake(hybrid):
+    texts, wanted, not_told_apart = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    assert not_told_apart == () and len(texts) >= 3
+    assert all(len(one.prompt_ids) > SPEC.window for one in wanted)
+    again, _, _ = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    assert again == texts
+
+
+def test_mistakes_that_change_nothing_are_said_to_be_undetected():
+    window_beyond_all = load_hybrid(BASE, HybridSpec(8, (1, 3), w_sink=0, w_recent=4096))
+    window_beyond_all.config.max_position_embeddings = 200  # so that no prompt can be longer than the window
+    texts, _, not_told_apart = telling_prompts(window_beyond_all, TOKENIZER, Prompt(), STOP)
+    assert not_told_apart == ("every layer full",) and len(texts) == 12
+
+
+def test_a_mistaken_spec_computes_what_a_model_of_that_spec_computes_and_is_gone_afterwards(hybrid, continuation):
+    assert set(mistaken_specs(SPEC)) == {"every layer full", "sinks ignored"}
+    for spec in mistaken_specs(SPEC).values():
+        with computing(hybrid, spec):
+            mistaken = continue_greedily(hybrid, continuation.prompt_ids, STOP)
+        expected = continue_greedily(load_hybrid(BASE, spec), continuation.prompt_ids, STOP)
+        assert mistaken.token_ids == expected.token_ids
+        torch.testing.assert_close(mistaken.logits_NV, expected.logits_NV, atol=1e-5, rtol=0)
+    assert hybrid.spec == SPEC
+
+
+def test_equal_tokens_and_probabilities_pass(continuation):
+    agreed = compare(continuation, token_ids=continuation.token_ids, logprobs=logprobs_of(continuation))
+    assert agreed == (len(continuation.token_ids), len(continuation.token_ids))
+
+
+def test_another_token_is_refused_unless_rounding_may_choose_it(continuation):
+    step = 2
+    likelier_N = continuation.logits_NV[step].argsort(descending=True)
+    far = int(likelier_N[-1])
+    changed = (*continuation.token_ids[:step], far, *continuation.token_ids[step + 1 :])
+    with pytest.raises(UserError, match=rf"http://x computes something else .* prompt of {len(continuation.prompt_ids)} tokens"):
+        compare(continuation, token_ids=changed)
+    tied_NV = continuation.logits_NV.clone()
+    tied_NV[step, far] = tied_NV[step].max() - 0.01
+    assert compare(replace(continuation, logits_NV=tied_NV), token_ids=changed) == (step, 0)
+
+
+def test_another_probability_of_the_same_tokens_is_refused(continuation):
+    wrong = [value - 2.0 for value in logprobs_of(continuation)]
+    with pytest.raises(UserError, match=r"log-probability .* there and .* in the hybrid class"):
+        compare(continuation, token_ids=continuation.token_ids, logprobs=tuple(wrong))
+
+
+def test_text_is_compared_where_a_server_tells_no_tokens(continuation):
+    text = TOKENIZER.decode(continuation.token_ids, skip_special_tokens=True)
+    assert compare(continuation, text=text) == (len(continuation.token_ids), 0)
+    certain = Continuation(continuation.prompt_ids, continuation.token_ids, continuation.logits_NV * 100)
+    with pytest.raises(UserError, match="computes something else"):
+        compare(certain, text=f"q{text}")
+    with pytest.raises(UserError, match="computes something else"):
+        compare(certain, text="")
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer_types": ["full_attention"] * 2}, {"sliding_window": 9}, {"w_sink": 0}, {"model_type": "qwen2"}]
+)
+def test_a_served_folder_with_another_config_is_refused(tmp_path, change):
+    ours = {"model_type": "lt_hybrid_qwen3", "num_hidden_layers": 2, "sliding_window": 8, "w_sink": 4}
+    ours |= {"layer_types": ["full_attention", "sliding_attention"]}
+    for name, config in (("ours", ours), ("theirs", ours | change), ("same", ours)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    compare_config("http://x", tmp_path / "ours", f"{tmp_path / 'same'}@main")
+    compare_config("http://x", tmp_path / "ours", "a-name-that-is-no-folder")
+    with pytest.raises(UserError, match=next(iter(change))):
+        compare_config("http://x", tmp_path / "ours", str(tmp_path / "theirs"))
+
+
+def test_a_hybrid_without_sinks_and_its_export_to_a_stock_class_are_one_config(tmp_path):
+    own = {"model_type": "lt_hybrid_qwen3", "num_hidden_layers": 1, "sliding_window": 8, "w_sink": 0}
+    for name, config in (("own", own), ("stock", {k: v for k, v in own.items() if k != "w_sink"} | {"model_type": "qwen3"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"]}))
+    compare_config("http://x", tmp_path / "own", str(tmp_path / "stock"))
+
+
+@pytest.mark.parametrize("mistake", [None, "every layer full", "sinks ignored"])
+def test_a_server_is_refused_exactly_if_it_computes_something_else(hybrid, mistake, tmp_path):
+    served = load_hybrid(BASE, SPEC if mistake is None else mistaken_specs(SPEC)[mistake])
+    (tmp_path / "config.json").write_text("{}")
+
+    def generate(handler, body):
+        with server.lock:
+            written = continue_greedily(served, tuple(body["prompt"]), STOP)
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(written.token_ids)}
+        choice = {"text": TOKENIZER.decode(written.token_ids), "token_ids": written.token_ids}
+        choice |= {"finish_reason": "length" if len(written.token_ids) == NEW_TOKENS else "stop"}
+        handler.send_json(200, {"choices": [choice], "usage": usage})
+        return True
+
+    with MisbehavingServer() as server:
+        server.misbehave = generate
+        arguments = ServerSettings((server.url,)), hybrid, tmp_path, TOKENIZER, Prompt(), STOP
+        if mistake is None:
+            check = check_server(*arguments)
+            assert check.tokens > 40 and check.not_told_apart == ()
+        else:
+            with pytest.raises(UserError, match="computes something else than the checkpoint"):
+                check_server(*arguments)
+
+
+def test_messages_say_the_recipes_prompt():
+    prompt = Prompt(system="Be brief.", user="Q: {question}")
+    assert chat_messages(prompt, "2+2?") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q: 2+2?"},
+    ]
+    assert chat_messages(Prompt(), "2+2?") == [{"role": "user", "content": "2+2?"}]

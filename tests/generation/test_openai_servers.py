@@ -1,0 +1,204 @@
+"""Real servers: `transformers serve`, and vLLM where LT_TRAIN_VLLM_PYTHON names the python of an environment that has it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_serve_available
+
+from lt_train import prompts
+from lt_train.errors import UserError
+from lt_train.export.checkpoint import export_hybrid
+from lt_train.generation.openai import OpenAIBackend
+from lt_train.generation.requests import Request, Sampling, sample_seed
+from lt_train.generation.server_check import chat_messages, check_server
+from lt_train.generation.server_pool import ServerSettings
+from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.recipe import Prompt
+from tests.export.tiny_exports import facts
+
+pytestmark = pytest.mark.slow
+
+DATA = Path(__file__).parents[2] / "data"
+LAUNCH = Path(__file__).parents[2] / "launch"
+BASE = DATA / "tiny-reasoner"
+LAZY = (1, 3, 5, 7)
+STOP = (3,)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
+DRAWN = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=60, top_k=50, min_p=0.01)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, tokenizer):
+    """w_sink -> folder."""
+    folder = tmp_path_factory.mktemp("exports")
+    for w_sink in (0, 4):
+        model = load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28))
+        export_hybrid(model, tokenizer, folder / f"sinks{w_sink}", facts(), dtype=torch.float32)
+    return {w_sink: folder / f"sinks{w_sink}" for w_sink in (0, 4)}
+
+
+@contextmanager
+def running(command, log, ready_path, seconds=180):
+    """A server's address, once it answers; `{port}` in the command is replaced by a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    url = f"http://localhost:{port}"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [part.format(port=port) for part in command], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            deadline = time.monotonic() + seconds
+            while not answers(url + ready_path):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"{command[0]} did not start:\n{log.read_text()[-3000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def answers(address):
+    try:
+        return httpx.get(address, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def transformers_serve(tmp_path_factory):
+    """Loads whatever folder a request names."""
+    if not is_serve_available():
+        pytest.skip('`transformers serve` is not installed: pip install "transformers[serving]"')
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "localhost"]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with running([*command, "--trust-remote-code", "--port", "{port}"], log, "/health") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory, exports):
+    """Serves the export without sinks."""
+    python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
+    if python is None:
+        pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
+    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+    command = ["env", f"VLLM_PYTHON={python}", str(LAUNCH / "serve-vllm.sh"), str(exports[0]), "{port}", *options]
+    with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=400) as url:
+        yield url
+
+
+def ledger_requests(tokenizer, count):
+    rows = [json.loads(line) for line in (DATA / "ledger/test.jsonl").read_text().splitlines()[:count]]
+    questions = {f"ledger {number}": row["problem"] for number, row in enumerate(rows)}
+    made = [
+        Request(name, 0, sample_seed(0, name, 0), tuple(prompts.prompt_ids(tokenizer, Prompt(), {"question": question})))
+        for name, question in questions.items()
+    ]
+    return made, questions
+
+
+@torch.inference_mode()
+def by_transformers(folder, tokenizer, requests):
+    """Greedy answers of the stock class."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = {}
+    for request in requests:
+        ids = model.generate(torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
+        new = ids[0, len(request.prompt_ids) :]
+        texts[request.problem] = tokenizer.decode(new[:-1] if new[-1] in STOP else new)
+    return texts
+
+
+def texts(answers):
+    return {answer.request.problem: answer.text for answer in answers}
+
+
+def test_transformers_serve_gives_the_greedy_answers_of_the_stock_class(transformers_serve, exports, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 2)
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports[0])))
+    answers = list(backend.answers(requests, GREEDY))
+    assert texts(answers) == by_transformers(exports[0], tokenizer, requests)
+    assert all(answer.finish_reason == "stop" and answer.thinking_tokens for answer in answers)
+
+
+def test_transformers_serve_draws_by_our_settings_and_the_samples_seed(transformers_serve, exports, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 2)
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports[0])))
+    drawn = texts(backend.answers(requests, DRAWN))
+    assert texts(backend.answers(list(reversed(requests)), DRAWN)) == drawn
+    assert drawn != texts(backend.answers([Request(r.problem, 1, r.seed ^ (1 << 60), r.prompt_ids) for r in requests], DRAWN))
+
+
+def test_transformers_serve_is_checked_against_the_checkpoint(transformers_serve, exports, tokenizer, tmp_path):
+    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
+    settings = ServerSettings((transformers_serve,), model=str(exports[0]))
+    check = check_server(settings, reference, exports[0], tokenizer, Prompt(), STOP)
+    assert check.tokens > 40 and check.not_told_apart == ()
+    with pytest.raises(UserError, match="layer_types"):
+        check_server(ServerSettings((transformers_serve,), model=str(BASE)), reference, exports[0], tokenizer, Prompt(), STOP)
+
+
+def test_transformers_serve_computes_no_sinks(transformers_serve, exports, tokenizer):
+    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 4, 28))
+    with pytest.raises(UserError, match="computes something else"):  # the config says nothing here: as if served elsewhere
+        check_server(ServerSettings((transformers_serve,), model=str(exports[0])), reference, exports[0], tokenizer, Prompt(), STOP)
+
+
+def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_serve, exports, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 1)
+    settings = ServerSettings((transformers_serve,), model=str(exports[4]), failures=2, backoff=0.1)
+    with pytest.raises(UserError, match="500"):
+        list(OpenAIBackend(tokenizer, STOP, settings).answers(requests, GREEDY))
+
+
+def test_messages_are_read_as_the_recipes_prompt(transformers_serve, exports, tokenizer, monkeypatch):
+    monkeypatch.setattr("lt_train.generation.server_client.text_of_prompt", lambda *_: None)
+    requests, questions = ledger_requests(tokenizer, 1)
+    settings = ServerSettings((transformers_serve,), model=str(exports[0]))
+    backend = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(), questions[request.problem]))
+    assert texts(backend.answers(requests, GREEDY)) == by_transformers(exports[0], tokenizer, requests)
+    other = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(system="1 2 3"), "4"))
+    with pytest.raises(UserError, match="chat template is another one"):
+        list(other.answers(requests, GREEDY))
+
+
+def test_vllm_gives_the_greedy_answers_of_the_stock_class(vllm, exports, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 20)
+    answers = list(OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,))).answers(requests, GREEDY))
+    assert texts(answers) == by_transformers(exports[0], tokenizer, requests)
+    assert sum(answer.finish_reason == "stop" and bool(answer.thinking_tokens) for answer in answers) > 15
+
+
+def test_vllm_draws_by_the_samples_seed(vllm, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 8)
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,)))
+    assert texts(backend.answers(requests, DRAWN)) == texts(backend.answers(list(reversed(requests)), DRAWN))
+
+
+def test_vllm_is_checked_against_the_checkpoint_by_tokens_and_probabilities(vllm, exports, tokenizer):
+    settings = ServerSettings((vllm,))
+    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
+    check = check_server(settings, reference, exports[0], tokenizer, Prompt(), STOP)
+    assert check.tokens == check.logprobs > 40
+    for spec in (HybridSpec(8, LAZY, 4, 28), HybridSpec(8, (), 0, 28), HybridSpec(8, LAZY, 0, 16)):
+        with pytest.raises(UserError, match="computes something else"):
+            check_server(settings, load_hybrid(BASE, spec), exports[0], tokenizer, Prompt(), STOP)
