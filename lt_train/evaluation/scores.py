@@ -240,8 +240,8 @@ def read_scores(path: Path) -> Scores:
     kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
     if kind is not None and (version := found.pop("version", 1)) != VERSION:
         raise UserError(
-            f"{path}: scores of version {version}; this lt_train writes and reads version {VERSION}. Delete it and run again to "
-            f"make it anew"
+            f"{path}: not a scores.json of this version of lt_train: the file is of version {version}, this is {VERSION}. "
+            f"Delete it and run again to make it anew"
         )
     if kind is None or found.keys() != {field.name for field in fields(kind)}:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Delete it and run again to make it anew")

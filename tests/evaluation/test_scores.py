@@ -162,7 +162,7 @@ def test_scores_of_another_version_are_named_as_such(tmp_path: Path, version: ob
     found = json.loads((tmp_path / "scores.json").read_text())
     del found["version"]
     (tmp_path / "scores.json").write_text(json.dumps(found if version is None else {**found, "version": version}))
-    with pytest.raises(UserError, match=rf"scores\.json: scores of version {version or 1}; .* version 2\. Delete it"):
+    with pytest.raises(UserError, match=rf"scores\.json: .*of version {version or 1}, this is 2\. Delete it"):
         read_scores(tmp_path / "scores.json")
 
 
