@@ -10,6 +10,7 @@
 #
 # --model-impl transformers: vLLM's own classes do not know `layer_types` (its Qwen2 runs full attention everywhere, silently), its
 # transformers backend does. Several servers, one for each GPU or machine: give all their addresses in `servers`.
+# Exports with sinks bring their own code, which vLLM does not start with: evaluate them with the built-in engine.
 set -eu
 model=$1
 port=${2:-8000}

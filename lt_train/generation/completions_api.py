@@ -140,7 +140,7 @@ class CompletionReader:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
-    usage: Mapping[str, Any] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict)
     model: str | None = None
     choices: int = 0
 
@@ -168,7 +168,8 @@ class CompletionReader:
 
     def _add_chunk(self, chunk: dict[str, Any]) -> None:
         self.model = chunk.get("model") or self.model
-        self.usage = chunk.get("usage") or self.usage
+        counts = {name: (chunk.get("usage") or {}).get(name) for name in ("prompt_tokens", "completion_tokens")}
+        self.usage |= {name: int(count) for name, count in counts.items() if count is not None}
         for choice in chunk["choices"]:
             self.choices += 1
             part = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}

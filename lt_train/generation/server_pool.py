@@ -44,7 +44,7 @@ class ServerSettings:
     timeout: float = 7200.0
     stall: float = 600.0
     attempts: int = 5
-    failures: int = 8
+    failures: int = 12
     backoff: float = 1.0
     api_key: str | None = field(default=None, repr=False)
 

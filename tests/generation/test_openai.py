@@ -37,6 +37,8 @@ GARBAGE = [
     b'{"choices": [3]}',
     b'{"choices": [{"text": 7, "finish_reason": "stop"}]}',
     b'{"choices": [{"text": "no finish_reason"}]}',
+    b'{"choices": [{"text": "", "finish_reason": "stop"}], "usage": [1]}',
+    b'{"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"prompt_tokens": "three"}}',
     b'{"choices": [{"text": "half", "finish_reason": "abort"}]}',
     b'{"error": {"message": "engine is dead"}}',
 ]
