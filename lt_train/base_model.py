@@ -1,5 +1,6 @@
 """The recipe's base model: its config, its tokenizer, its weights in the hybrid classes. Every failure says what was named."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -108,8 +109,8 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
 
 
 def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype) -> HybridForCausalLM:
-    """As `load_weights`, on the accelerator; on several, if this process sees them, layers are spread over them."""
-    several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1
+    """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all."""
+    several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1 and "LOCAL_RANK" not in os.environ
     return load_weights(model, spec, dtype, device_map="auto" if several else {"": compute_device()})
 
 

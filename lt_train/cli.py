@@ -81,13 +81,13 @@ def convert(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pa
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
     """Fine-tune the hybrid; the command to start with deepspeed or torchrun."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.train(), others=lambda pipeline: pipeline.follow())
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.train(), others=lambda pipeline: pipeline.train_along())
 
 
 @app.command("eval")
 def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Measure base, converted and trained model as the recipe's `eval` list says."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.evaluate())
+    """Measure base, converted and trained model as the recipe's `eval` list says; several processes share the samples."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.evaluate(), others=lambda pipeline: pipeline.evaluate_along())
 
 
 @app.command()
@@ -182,13 +182,13 @@ def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, o
     checked = load_recipe(recipe, overrides or ())
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and others is None:
-        raise UserError(f"this command is for one process, not for {ranks}. Only `train` runs under deepspeed and torchrun")
+        raise UserError(f"this command is for one process, not for {ranks}. Only train and eval run under deepspeed and torchrun")
     _quiet_upstream()
     from lt_train.pipeline import Pipeline
     from lt_train.run_folder import RunFolder
 
     folder = RunFolder(checked, runs)
-    pipeline = Pipeline(checked, folder, Console())
+    pipeline = Pipeline(checked, folder, Console(), rank, ranks)
     if rank > 0:
         others(pipeline)
         return

@@ -1,13 +1,18 @@
 """Where models run, and in which numbers."""
 
+import os
+
 import torch
 
 from lt_train.recipe import Precision
 
 
 def compute_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """The accelerator of this process (of several processes each has its own), or the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else accelerator
 
 
 def computes_in_bf16() -> bool:

@@ -13,12 +13,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.devices import compute_dtype
-from lt_train.evaluation.run import check_evaluation, evaluate, evaluate_heldout_loss
+from lt_train.errors import UserError
+from lt_train.evaluation.heldout import evaluate_heldout_loss
+from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.run import evaluate
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.generation.engine import Engine
 from lt_train.hybrid import hybrid_config
 from lt_train.provenance import export_facts
-from lt_train.recipe import HeldoutLoss, Recipe
+from lt_train.recipe import Eval, HeldoutLoss, Recipe
 from lt_train.results import read_results, show_results, summary_values
 from lt_train.run_folder import RunFolder, hash_of, set_aside
 from lt_train.selection.picture import draw_profile
@@ -31,10 +35,13 @@ from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
 class Pipeline:
     """One recipe's stages. Every stage first does the ones before it that are not done yet."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console, rank: int = 0, ranks: int = 1) -> None:
+        """`rank`: this process's number among the `ranks` that train or evaluate together."""
         self.recipe = recipe
         self.folder = folder
         self.console = console
+        self.rank = rank
+        self.ranks = ranks
 
     def run(self) -> None:
         self.export()
@@ -97,24 +104,34 @@ class Pipeline:
             report,
         )
 
-    def follow(self) -> None:
-        """What ranks other than the first do: wait for the hybrid, then train along in silence."""
+    def train_along(self) -> None:
+        """What ranks other than the first do when training: wait for the hybrid, then train in silence."""
         self.folder.wait_for("hybrid")
         if not self.folder.is_done("train"):
             self.train_alone(NoTracker(), lambda line: None)
 
     def evaluate(self) -> None:
         """Measure every variant that the recipe's evaluations ask for."""
-        key = hash_of(self.recipe.eval)
-        if self.recipe.eval and not self.folder.is_done("eval", key):
-            self._check_evaluations()  # before a long training, not after it
-        self.train()
-        if not self.recipe.eval or self.folder.is_done("eval", key):
+        if self._is_measured():
+            self.train()
             return
-        with self.folder.doing("eval", key):
+        self._check_evaluations()  # before a long training, not after it
+        if self.ranks > 1 and self.recipe.train is not None and not self.folder.is_done("train"):
+            raise UserError(
+                f"{self.folder.path}: not trained yet. Run lt-train train first, then evaluate in {self.ranks} processes"
+            )
+        self.train()
+        with self.folder.doing("eval", self._evaluations):
             for variant in self.variants.to_evaluate():
                 self._evaluate(variant)
             self.tracker.summary(summary_values(read_results(self.folder.path)))
+
+    def evaluate_along(self) -> None:
+        """What ranks other than the first do when evaluating: their share of the samples, in silence."""
+        self.folder.wait_for("hybrid" if self.recipe.train is None else "train")
+        if not self._is_measured():
+            for variant in self.variants.to_evaluate():
+                self._evaluate(variant)
 
     def export(self) -> None:
         """Write the hybrid as a checkpoint that loads without lt_train, and check that it does."""
@@ -189,23 +206,47 @@ class Pipeline:
     def say(self, stage: str, line: str) -> None:
         self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
 
+    @property
+    def _evaluations(self) -> str:
+        return hash_of(self.recipe.eval)
+
+    def _is_measured(self) -> bool:
+        return not self.recipe.eval or self.folder.is_done("eval", self._evaluations)
+
     def _check_evaluations(self) -> None:
-        context = self.base_config.max_position_embeddings
         for entry in self.recipe.eval:
             if not isinstance(entry, HeldoutLoss):
-                check_evaluation(self.tokenizer, entry, self.recipe.prompt, context)
+                self._plan(entry)
+
+    def _plan(self, entry: Eval, model_fingerprint: str = "", stop_ids: tuple[int, ...] = ()) -> Plan:
+        return make_plan(
+            entry,
+            self.recipe.prompt,
+            self.tokenizer,
+            context=self.base_config.max_position_embeddings,
+            seed=self.recipe.seed,
+            model_fingerprint=model_fingerprint,
+            stop_ids=stop_ids,
+        )
 
     def _evaluate(self, variant: str) -> None:
         entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
-        self.say("evaluate", f"{variant}: {', '.join(entry.name for entry in entries)}")
+        if self.rank == 0:
+            self.say("evaluate", f"{variant}: {', '.join(entry.name for entry in entries)}")
         model, identity = self.variants.load(variant, self.dtype), self.variants.fingerprint(variant)
         for entry in entries:
             out = self.folder.stage("eval") / variant / entry.name
-            if isinstance(entry, HeldoutLoss):
+            if not isinstance(entry, HeldoutLoss):
+                engine = Engine(
+                    model,
+                    self.tokenizer,
+                    kv_budget=entry.kv_budget,
+                    max_slots=entry.batch_size,
+                    prefill_chunk=entry.prefill_chunk,
+                )
+                evaluate(self._plan(entry, identity, engine.stop_ids), engine, out, rank=self.rank, ranks=self.ranks)
+            elif self.rank == 0:
                 evaluate_heldout_loss(model, self.examples.heldout, entry, out, model_fingerprint=identity)
-            else:
-                prompt, seed = self.recipe.prompt, self.recipe.seed
-                evaluate(model, self.tokenizer, entry, prompt, out, seed=seed, model_fingerprint=identity)
 
     def _export_dtype(self) -> torch.dtype:
         if self.recipe.export.dtype == "auto":

@@ -150,7 +150,6 @@ class Prompt(Part):
 
 class _EvalEntry(Part):
     batch_size: int = Field(16, ge=1)
-    """Sequences at a time, at most."""
     limit: int | None = Field(None, ge=1)
     """Only the first problems (held-out samples)."""
     of: list[Variant] | None = Field(None, min_length=1)
@@ -184,6 +183,8 @@ class Eval(_EvalEntry):
     """Problems solved by generation and graded."""
 
     benchmark: Literal[tuple(BENCHMARKS)]
+    batch_size: int = Field(64, ge=1)
+    """Sequences at a time, at most; `kv_budget` may hold fewer."""
     path: Text | None = None
     """Local file or hub id instead of the benchmark's own source; of a generated benchmark a folder of texts to hide things in."""
     samples: int = Field(1, ge=1)

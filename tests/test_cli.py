@@ -69,4 +69,4 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_only_training_runs_in_several_processes(lt_train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = lt_train("run", "recipes/quickstart.yaml")
-    assert (code, "Only `train` runs under deepspeed" in err) == (2, True)
+    assert (code, "Only train and eval run under deepspeed" in err) == (2, True)

@@ -14,8 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from lt_train.base_model import load_for_inference, load_tokenizer
+from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
+from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe import load_recipe
 
@@ -95,7 +97,8 @@ def test_with_every_layer_streaming_the_tiny_reasoner_solves_hardly_anything(tmp
     spec = HybridSpec(8, tuple(range(8)), recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     model = load_for_inference(recipe.model, spec, None)
     tokenizer = load_tokenizer(recipe.model)
-    found = evaluate(model, tokenizer, recipe.eval[0], recipe.prompt, tmp_path, seed=0, model_fingerprint="", progress=False)
+    plan = make_plan(recipe.eval[0], recipe.prompt, tokenizer, context=model.config.max_position_embeddings, seed=0)
+    found = evaluate(plan, Engine(model, tokenizer, max_slots=250), tmp_path, progress=False)
     assert found.problems >= 1500
     assert found.accuracy <= 0.20
 

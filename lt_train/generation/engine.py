@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.errors import UserError
 from lt_train.generation.choice import choose_tokens, penalise_repetition
-from lt_train.generation.requests import Answer, FinishReason, Request, Sampling
+from lt_train.generation.requests import Answer, FinishReason, Request, Sampling, Watch
 from lt_train.generation.runner import ModelRunner
 from lt_train.generation.store import KVStore, kv_sizes, pages_for
 from lt_train.generation.text import cut_at_stop_string, decode, special_tokens, thinking_tokens
@@ -70,7 +70,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.stop_ids = special_tokens(model, tokenizer).stop_ids
 
-    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Answer]:
+    def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done.
 
         Raises:
@@ -79,8 +79,7 @@ class Engine:
         if requests:
             longest = max(len(request.prompt_ids) + limit(request, sampling) for request in requests)
             store = self.lay_out(len(requests), longest)
-            with torch.inference_mode():
-                yield from _Run(self, store, sampling).answers(requests)
+            yield from _Run(self, store, sampling, watch).answers(requests)
 
     def lay_out(self, requests: int, longest: int) -> KVStore:
         """Divide the budget: as many slots as hold sequences of three quarters of the longest length, all else pages.
@@ -117,7 +116,8 @@ def free_memory(device: torch.device) -> int:
 class _Run:
     """One batch of requests. `running[slot]` is the sequence in that slot; the last one admitted is the youngest."""
 
-    def __init__(self, engine: Engine, store: KVStore, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, store: KVStore, sampling: Sampling, watch: Watch) -> None:
+        self.watch = watch
         self.engine = engine
         self.store = store
         self.runner = ModelRunner(engine.model, store, engine.prefill_chunk)
@@ -188,6 +188,7 @@ class _Run:
 
     def _take(self, sequences: Sequence[Running], logits_BV: Tensor) -> Iterator[Answer]:
         """Choose the next token of each sequence; those that end leave their slot and become answers."""
+        self.watch(len(sequences))
         if self.sampling.repetition_penalty != 1:
             logits_BV = penalise_repetition(logits_BV.clone(), [s.ids for s in sequences], self.sampling.repetition_penalty)
         seeds = [sequence.request.seed for sequence in sequences]

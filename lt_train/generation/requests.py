@@ -1,7 +1,7 @@
 """What is asked of a model and what comes back, whoever answers."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -70,11 +70,18 @@ class Answer:
     seconds: float
 
 
+Watch = Callable[[int], None]
+
+
 class Backend(Protocol):
     """Whoever answers."""
 
-    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Answer]:
-        """Answer every request, each as soon as it is done, in any order."""
+    def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
+        """Answer every request, each as soon as it is done, in any order.
+
+        Args:
+            watch: called with the number of tokens that are new since it was last called.
+        """
 
 
 def sample_seed(seed: int, problem: str, sample: int) -> int:

@@ -24,6 +24,7 @@ class ModelRunner:
         self.store = store
         self.prefill_chunk = prefill_chunk
 
+    @torch.inference_mode()
     def read(self, prompts: Sequence[Prompt]) -> Tensor:
         """Read new sequences; returns the logits [N, V] of what follows each."""
         logits: list[Tensor] = []
@@ -31,6 +32,7 @@ class ModelRunner:
             logits += self._read_together(together)
         return torch.stack(logits)
 
+    @torch.inference_mode()
     def step(self, ids_B: Sequence[int]) -> Tensor:
         """One more token for every running sequence, by slot; returns the logits [B, V] of what follows."""
         view = StepView(self.store)

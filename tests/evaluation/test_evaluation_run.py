@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lt_train import recipe
 from lt_train.errors import UserError
-from lt_train.evaluation import run
-from lt_train.evaluation.run import check_evaluation, evaluate
+from lt_train.evaluation.plan import make_plan
+from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
+from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridForCausalLM
 
 
@@ -31,18 +32,22 @@ def problems(tmp_path: Path) -> str:
 def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: str):
     """Evaluate into a folder, with some settings of the entry changed."""
 
-    def call(out: Path, model_fingerprint: str = "m", system: str | None = None, **changed: Any) -> AnswerScores:
+    def call(
+        out: Path, model_fingerprint: str = "m", system: str | None = None, rank: int = 0, ranks: int = 1, **changed: Any
+    ) -> AnswerScores:
         settings = dict(benchmark="ledger", path=problems, samples=3, temperature=2.5, max_new_tokens=12, batch_size=4, seed=5)
-        return evaluate(
-            model,
-            tokenizer,
-            recipe.Eval(**{**settings, **changed}),
+        entry = recipe.Eval(**{**settings, **changed})
+        engine = Engine(model, tokenizer, max_slots=entry.batch_size)
+        plan = make_plan(
+            entry,
             recipe.Prompt(system=system),
-            out,
+            tokenizer,
+            context=model.config.max_position_embeddings,
             seed=3,
             model_fingerprint=model_fingerprint,
-            progress=False,
+            stop_ids=engine.stop_ids,
         )
+        return evaluate(plan, engine, out, rank=rank, ranks=ranks, progress=False)
 
     return call
 
@@ -64,28 +69,28 @@ def without_times(scores: AnswerScores) -> dict[str, Any]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Let the generation fail when it has handed over so many samples."""
-    original = run.generate
+    """Let the engine fail when it has handed over so many answers."""
+    original = Engine.answers
 
     def failing(*arguments: Any) -> Iterator[Any]:
-        for number, generation in enumerate(original(*arguments)):
+        for number, answer in enumerate(original(*arguments)):
             if number == count:
                 raise Interrupted
-            yield generation
+            yield answer
 
-    monkeypatch.setattr(run, "generate", failing)
+    monkeypatch.setattr(Engine, "answers", failing)
 
 
 def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:
-    scores = evaluation(tmp_path / "out")
+    scores = evaluation(tmp_path / "out", samples=30)
     rows = samples(tmp_path / "out").values()
-    assert len(rows) == 18
-    assert scores.accuracy == pytest.approx(sum(row["correct"] for row in rows) / 18)
+    assert len(rows) == 180
+    assert scores.accuracy == pytest.approx(sum(row["correct"] for row in rows) / 180)
     assert 0 < scores.accuracy < 1, "this test needs a model that is right now and then"
-    assert scores.truncated == pytest.approx(sum(row["finish_reason"] == "length" for row in rows) / 18)
-    assert scores.unanswered == pytest.approx(sum(row["extracted"] is None for row in rows) / 18)
+    assert scores.truncated == pytest.approx(sum(row["finish_reason"] == "length" for row in rows) / 180)
+    assert scores.unanswered == pytest.approx(sum(row["extracted"] is None for row in rows) / 180)
     assert scores.tokens == sum(row["tokens"] for row in rows)
-    assert (scores.problems, scores.available, scores.samples) == (6, 6, 3)
+    assert (scores.problems, scores.available, scores.samples) == (6, 6, 30)
     assert scores.tokens_per_second > 0
     assert read_scores(tmp_path / "out" / "scores.json") == scores
     assert difference(scores, scores).value == 0
@@ -97,7 +102,8 @@ def test_records_say_what_was_asked_and_what_came(evaluation, tokenizer: PreTrai
         tokens = len(tokenizer(row["text"]).input_ids)
         assert row["tokens"] == tokens + (row["finish_reason"] == "stop")
         assert "<eos>" not in row["text"]
-        assert row["correct"] == (row["extracted"] == str(int(row["problem"][1:]) % 4))
+        right = row["extracted"] == str(int(row["problem"][1:]) % 4)
+        assert row["correct"] == (right and row["finish_reason"] == "stop")
         assert row["seed"] is not None
 
 
@@ -122,7 +128,7 @@ def test_a_finished_evaluation_is_returned_without_drawing_anything(
 ) -> None:
     scores = evaluation(tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.delattr(run, "generate")
+    monkeypatch.delattr(Engine, "answers")
     assert evaluation(tmp_path / "out") == scores
     assert contents(tmp_path / "out") == before
 
@@ -178,8 +184,8 @@ def test_the_seed_of_the_recipe_counts_only_where_the_entry_has_none(evaluation,
 
 
 def test_a_score_over_missing_samples_is_refused(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = run.generate
-    monkeypatch.setattr(run, "generate", lambda *arguments: list(original(*arguments))[1:])
+    original = Engine.answers
+    monkeypatch.setattr(Engine, "answers", lambda *arguments: list(original(*arguments))[1:])
     with pytest.raises(UserError, match="1 of 18 samples are missing"):
         evaluation(tmp_path / "out")
     assert not (tmp_path / "out" / "scores.json").exists()
@@ -209,4 +215,42 @@ def test_what_would_stop_an_evaluation_is_found_without_a_model(
 ) -> None:
     entry = recipe.Eval(**{"benchmark": "ledger", "path": problems, "max_new_tokens": 12, **changed})
     with pytest.raises(UserError, match=reason):
-        check_evaluation(tokenizer, entry, recipe.Prompt(), context=128)
+        make_plan(entry, recipe.Prompt(), tokenizer, context=128, seed=0)
+
+
+def test_an_answer_that_was_cut_off_is_wrong_whatever_it_says(evaluation, tmp_path: Path) -> None:
+    evaluation(tmp_path / "out", samples=12)
+    cut_off = [row for row in samples(tmp_path / "out").values() if row["finish_reason"] == "length"]
+    assert not any(row["correct"] or row["score"] for row in cut_off)
+    right = [row for row in cut_off if row["extracted"] == str(int(row["problem"][1:]) % 4)]
+    assert right, "this test needs a right answer that did not end"
+
+
+def test_a_partial_score_is_marked_and_completed_later(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Engine.answers
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "answers", lambda *arguments: list(original(*arguments))[4:])
+        partial = evaluation(tmp_path / "out", allow_partial=True)
+    assert (partial.partial, partial.missing) == (True, 4)
+    whole = evaluation(tmp_path / "out", allow_partial=True)
+    assert (whole.partial, whole.missing) == (False, 0)
+
+
+def test_processes_share_the_samples_and_the_first_scores_them_all(evaluation, tmp_path: Path) -> None:
+    for rank in (2, 1):
+        assert evaluation(tmp_path / "out", rank=rank, ranks=3) is None
+    shared = evaluation(tmp_path / "out", rank=0, ranks=3)
+    assert {path.name for path in (tmp_path / "out").glob("samples*")} == {f"samples-{rank}.jsonl" for rank in range(3)}
+    assert without_times(shared) == without_times(evaluation(tmp_path / "alone"))
+
+
+def test_a_lost_process_loses_no_finished_sample(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_after(patched, 3)
+        evaluation(tmp_path / "out", rank=1, ranks=2)
+    three = (tmp_path / "out" / "samples-1.jsonl").read_text()
+    assert len(three.splitlines()) == 3
+    scores = evaluation(tmp_path / "out")  # one process goes on with the rest
+    assert (tmp_path / "out" / "samples-1.jsonl").read_text() == three
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 15
+    assert without_times(scores) == without_times(evaluation(tmp_path / "alone"))

@@ -8,8 +8,8 @@ import torch
 from lt_train import recipe
 from lt_train.errors import UserError
 from lt_train.evaluation import loss
+from lt_train.evaluation.heldout import evaluate_heldout_loss
 from lt_train.evaluation.loss import answer_losses
-from lt_train.evaluation.run import evaluate_heldout_loss
 from lt_train.evaluation.scores import difference, read_scores
 from lt_train.evaluation.statistics import TokenLoss
 from lt_train.examples import Example

@@ -80,5 +80,5 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
 def test_a_number_follows_from_seed_and_position_alone() -> None:
     assert uniform_number(5, 0) == uniform_number(5, 0)
     numbers = {uniform_number(seed, position) for seed in range(30) for position in range(30)}
-    assert len(numbers) == 900 and 0 <= min(numbers) and max(numbers) < 1
+    assert len(numbers) == 900 and min(numbers) >= 0 and max(numbers) < 1
     assert abs(sum(numbers) / 900 - 0.5) < 0.04
