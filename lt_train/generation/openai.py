@@ -51,8 +51,13 @@ class OpenAIBackend:
         self.messages = messages
         self.report = report
 
-    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Answer]:
+    def answers(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done. What is in flight when the caller stops reading is dropped.
+
+        Args:
+            watch: called with the tokens of each answer before it is yielded.
 
         Raises:
             UserError: the servers are gone for good, refuse a request, or would answer something else than was asked. All that was
@@ -63,7 +68,9 @@ class OpenAIBackend:
                 "thinking_budget: a server cannot close a thought in the middle. Use the built-in engine (backend: hybrid)"
             )
         for request, completion, seconds in self.completions(requests, sampling):
-            yield read_answer(self.tokenizer, self.stop_ids, request, completion, sampling, seconds)
+            answer = read_answer(self.tokenizer, self.stop_ids, request, completion, sampling, seconds)
+            watch(answer.tokens)
+            yield answer
 
     def completions(self, requests: Sequence[Request], sampling: Sampling, *, logprobs: bool = False) -> Iterator[Delivered]:
         """What the servers sent for each request, and the request's share of the time in seconds. Raises as `answers`."""

@@ -74,7 +74,9 @@ def no_thread_left():
 
 def test_every_request_is_answered_once_by_its_own_answer(server):
     requests = requests_for(40)
-    answers = list(backend(server).answers(requests, GREEDY))
+    watched = []
+    answers = list(backend(server).answers(requests, GREEDY, watched.append))
+    assert sum(watched) == sum(answer.tokens for answer in answers)
     assert len(answers) == 40 and texts(answers) == right(requests)
     assert {answer.finish_reason for answer in answers} == {"stop"} and {answer.tokens for answer in answers} == {5}
     assert no_thread_left()
@@ -129,6 +131,14 @@ def test_a_server_that_fails_a_few_times_costs_no_answer(server, misbehaviour):
     requests = requests_for(6)
     answers = list(backend(server, timeout=2.0, stall=0.3).answers(requests, GREEDY))
     assert len(answers) == 6 and texts(answers) == right(requests)
+
+
+def test_a_server_that_stalls_in_the_middle_of_an_answer_is_not_waited_for_until_the_timeout(server):
+    server.misbehave = first(1, stall)
+    lines = []
+    requests = requests_for(2)
+    answers = list(backend(server, timeout=60.0, stall=0.3, report=lines.append).answers(requests, GREEDY))
+    assert texts(answers) == right(requests) and "(stall)" in lines[0]
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server):
@@ -261,6 +271,9 @@ def test_a_server_that_does_not_stream_is_read_whole(server):
 def test_a_server_that_reads_another_prompt_is_refused(server):
     server.count_prompt = lambda body: len(body["prompt"]) + 1
     with pytest.raises(UserError, match="read 4 prompt tokens for problem problem 0, the recipe's prompt has 3"):
+        list(backend(server).answers(requests_for(2), GREEDY))
+    server.count_prompt = lambda body: len(body["prompt"]) + (body["max_tokens"] > 1)  # of this one only
+    with pytest.raises(UserError, match="read 4 prompt tokens"):
         list(backend(server).answers(requests_for(2), GREEDY))
 
 
