@@ -96,6 +96,8 @@ def test_the_letter_in_a_box_is_the_choice(text: str, letter: str) -> None:
         ("I choose option C.", "C"),
         ("Option A is wrong. The answer is C. Option B is not right.", "C"),
         ("Option C is right, for option A is not.", "C"),
+        ("Option C fits. Option B is incorrect.", "C"),
+        ("The answer is C. Option B came close.", "C"),
         ("答案是 B", "B"),
         ("正确答案是(C)\u3002", "C"),
         ("答案选C", "C"),

@@ -195,8 +195,9 @@ def test_pass_at_k_over_problems_has_the_error_of_a_mean() -> None:
 
 
 def test_the_bootstrap_interval_is_that_of_the_exact_distribution() -> None:
-    # 20 problems, half of them right: the mean of a resample is Binomial(20, 1/2) / 20, whose 2.5 % and 97.5 % points are 6 and 14.
-    assert bootstrap_interval([0.0, 1.0] * 10) == Interval(0.3, 0.7)
+    # 30 problems, half of them right: the mean of a resample is Binomial(30, 1/2) / 30, whose 2.5 % and 97.5 % points are 10 and
+    # 20 (those at 5 % and 95 %: 11 and 19).
+    assert bootstrap_interval([0.0, 1.0] * 15) == Interval(pytest.approx(10 / 30), pytest.approx(20 / 30))
 
 
 @given(SHARES, st.integers(0, 5))
