@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lt_train.bench.decode import time_decoding
+from lt_train.bench.growth import time_decoding
 from lt_train.errors import UserError
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss, mean_over_problems, paired_difference
