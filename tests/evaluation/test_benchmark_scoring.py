@@ -58,6 +58,7 @@ def test_multiple_choice_is_scored_by_its_letter(text: str, extracted: str | Non
     ("name", "tokens"),
     [
         ("aime24", None),
+        ("gpqa_diamond", None),
         ("custom", None),
         ("longbench_qmsum", 512),
         ("longbench_trec", 64),

@@ -92,7 +92,8 @@ def test_needles_are_hidden_in_real_essays(shared_data: Path) -> None:
         before, after = re.split(r"One of the special magic numbers for \S+ is: \d{7}\. ", problem.text.split("\n")[1])
         assert before.strip() in essays and after in essays
         assert len(before) == pytest.approx(len(after), abs=1200)
-    assert problems[0].text != problems[1].text
+    firsts = [problem.text.split("\n")[1][:40] for problem in problems]
+    assert firsts[0] != firsts[1]  # each begins somewhere else in the essays
 
 
 def test_essays_lose_nothing_but_their_line_breaks(shared_data: Path) -> None:
@@ -135,6 +136,8 @@ def test_a_copy_scores_the_longest_run_of_its_words() -> None:
     assert score_answer(COPYING, problem, "silver anchor proud teapot").score == 0.5
     assert score_answer(COPYING, problem, "Silver Anchor").score == 0
     assert score_answer(COPYING, problem, "").extracted is None
+    long = Problem("2048/0.5/0", "…", ("one two " * 200,))  # words so frequent that difflib would by itself pass over them
+    assert score_answer(COPYING, long, long.answer).correct
 
 
 @settings(max_examples=60, deadline=None)
