@@ -91,6 +91,12 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = P
 
 
 @app.command()
+def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Draw answers as the recipe's `sample` part says, and write the right ones as training data."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.sample())
+
+
+@app.command()
 def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
     """Write the hybrid as a checkpoint that others load without lt_train."""
     _work(recipe, overrides, runs, lambda pipeline: pipeline.export())

@@ -6,6 +6,7 @@ Whole files are written beside their target and renamed; JSON Lines files grow b
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without error it takes the place of `path` in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")  # hosts may share the folder
     try:
         yield temporary
         with open(temporary, "rb") as written:

@@ -11,22 +11,27 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lt_train.backends import engine_for, servers_for
 from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.evaluation.heldout import evaluate_heldout_loss
 from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.generation.engine import Engine
-from lt_train.hybrid import hybrid_config
+from lt_train.generation.requests import Backend
+from lt_train.generation.text import special_tokens
+from lt_train.hybrid import HybridForCausalLM, hybrid_config
 from lt_train.provenance import export_facts
 from lt_train.recipe import Eval, HeldoutLoss, Recipe
 from lt_train.results import read_results, show_results, summary_values
 from lt_train.run_folder import RunFolder, hash_of, set_aside
+from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
+from lt_train.sources import resolve_model
 from lt_train.tracking import NoTracker, Tracker, open_tracker
 from lt_train.training.trainer import train
 from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
@@ -133,6 +138,23 @@ class Pipeline:
             for variant in self.variants.to_evaluate():
                 self._evaluate(variant)
 
+    def sample(self) -> None:
+        """Draw answers as the recipe's `sample` part says, and write the right ones as training data."""
+        sample = self.recipe.sample
+        if sample is None:
+            raise UserError("this recipe has no `sample` part; it says which problems to answer, how often, and what to keep")
+        (variant,) = sample.of
+        {BASE: lambda: None, CONVERTED: self.convert, TRAINED: self.train}[variant]()
+        self.say("sample", f"{variant}: {sample.samples} answers to each problem of {sample.benchmark}")
+        out = self.folder.stage("sample") / variant / sample.name
+        model, identity = self.variants.load(variant, self.dtype), self.variants.fingerprint(variant)
+        plan = self._ask(sample, variant, model, identity, out)
+        records = RecordFolder(out, plan.fingerprint).read()
+        choice = choose_traces([records[key] for key in plan.keys if key in records], sample)
+        write_traces(out, choice, {problem.id: problem.text for problem in plan.problems.problems})
+        self.say("sample", ", ".join(f"{name} {count:,}" for name, count in choice.counts.items()))
+        self.say("sample", f"to train on them: data.source: {out / 'traces.jsonl'}, data.format: prompt_response")
+
     def export(self) -> None:
         """Write the hybrid as a checkpoint that loads without lt_train, and check that it does."""
         self.evaluate()
@@ -237,16 +259,26 @@ class Pipeline:
         for entry in entries:
             out = self.folder.stage("eval") / variant / entry.name
             if not isinstance(entry, HeldoutLoss):
-                engine = Engine(
-                    model,
-                    self.tokenizer,
-                    kv_budget=entry.kv_budget,
-                    max_slots=entry.batch_size,
-                    prefill_chunk=entry.prefill_chunk,
-                )
-                evaluate(self._plan(entry, identity, engine.stop_ids), engine, out, rank=self.rank, ranks=self.ranks)
+                self._ask(entry, variant, model, identity, out)
             elif self.rank == 0:
                 evaluate_heldout_loss(model, self.examples.heldout, entry, out, model_fingerprint=identity)
+
+    def _ask(self, entry: Eval, variant: str, model: HybridForCausalLM, identity: str, out: Path) -> Plan:
+        """Draw and score an entry's samples; returns what they are."""
+        stop_ids = special_tokens(model, self.tokenizer).stop_ids
+        plan = self._plan(entry, identity, stop_ids)
+        backend: Backend = engine_for(entry, model, self.tokenizer)
+        if entry.backend == "openai":
+            questions = {problem.id: problem.text for problem in plan.problems.problems}
+            served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
+            backend = servers_for(
+                entry, model, served, self.tokenizer, self.recipe.prompt, questions, stop_ids, out, self._say_evaluate
+            )
+        evaluate(plan, backend, out, rank=self.rank, ranks=self.ranks)
+        return plan
+
+    def _say_evaluate(self, line: str) -> None:
+        self.say("evaluate", line)
 
     def _export_dtype(self) -> torch.dtype:
         if self.recipe.export.dtype == "auto":

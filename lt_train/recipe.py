@@ -211,12 +211,37 @@ class Eval(_EvalEntry):
     """Of needle, passkey and copying."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """null: the recipe's seed."""
+    backend: Literal["hybrid", "openai"] = "hybrid"
+    """hybrid: the built-in engine. openai: servers with an OpenAI-compatible API that serve the exported checkpoint."""
+    servers: list[Text] = []
+    """Addresses such as http://localhost:8000; all serve the same model."""
+    served_model: Text | None = None
+    """The name under which it is served; null: the only one there."""
+    concurrency: int = Field(64, ge=1)
+    """Requests in flight at each server."""
+    timeout: float = Field(7200, gt=0)
+    """Seconds for one answer of a server."""
+    stall: float = Field(600, gt=0)
+    """Seconds without a further token, once an answer has begun."""
     kv_budget: ByteSize | None = None
     """Memory for the KV cache, such as 8GiB; null: most of what is free. Sequences that do not fit wait."""
     prefill_chunk: int = Field(2048, ge=1)
     """Prompt tokens in one forward pass."""
     allow_partial: bool = False
     """Score what there is when samples are missing, and mark the score as partial."""
+
+
+class Sample(Eval):
+    """Answers drawn to train on: settings as of an evaluation, of one variant."""
+
+    of: list[Variant] = Field(["base"], min_length=1, max_length=1)
+    keep: Literal["shortest", "all"] = "shortest"
+    """Of the right answers to a problem."""
+    min_tokens: int = Field(1, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    """Longer answers are left out."""
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens of all kept answers together, at most; problems with the shortest answers come first."""
 
 
 class HeldoutLoss(_EvalEntry):
@@ -254,6 +279,8 @@ class Recipe(Part):
     """Only with train.method lora; filled in with the defaults there."""
     prompt: Prompt = Prompt()
     eval: list[Annotated[Eval | HeldoutLoss, Field(discriminator="benchmark")]] = []
+    sample: Sample | None = None
+    """What `lt-train sample` draws, to be trained on by another recipe."""
     track: Track = Track()
     export: Export = Export()
 

@@ -46,7 +46,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
 
 def _sources(recipe: "Recipe") -> Iterator[Conflict]:
     local_names = [("data.source", recipe.data.source, resolve_data)]
-    local_names += [(f"eval.{at}.path", entry.path, resolve_data) for at, entry in _generated(recipe) if entry.path is not None]
+    local_names += [(f"{here}.path", entry.path, resolve_data) for here, entry in _generated(recipe) if entry.path is not None]
     for setting, name, resolve in [("model.base", recipe.model.base, resolve_model), *local_names]:
         try:
             resolve(name)
@@ -190,19 +190,41 @@ def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
         yield from _variants(recipe, here, entry)
         if entry.benchmark == "heldout_loss" and recipe.data.heldout == 0:
             yield Conflict((f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0")
-    for at, entry in _generated(recipe):
-        yield from _benchmark(f"eval.{at}", entry)
-        if entry.temperature == 0 and entry.samples > 1:
+    for here, entry in _generated(recipe):
+        yield from _benchmark(here, entry)
+        yield from _backend(here, entry)
+        yield from _sampling(here, entry)
+    if recipe.sample is not None:
+        yield from _variants(recipe, "sample", recipe.sample)
+        if recipe.sample.max_tokens is not None and recipe.sample.max_tokens < recipe.sample.min_tokens:
+            yield Conflict(("sample.max_tokens", "sample.min_tokens"), "no answer is that short and that long; swap them")
+
+
+def _sampling(here: str, entry: "Eval") -> Iterator[Conflict]:
+    if entry.temperature > 0:
+        return
+    if entry.samples > 1:
+        yield Conflict(
+            (f"{here}.samples", f"{here}.temperature"),
+            f"greedy answers are all the same; set samples to 1 instead of {entry.samples}, or temperature above 0",
+        )
+    for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        if getattr(entry, name) != off:
             yield Conflict(
-                (f"eval.{at}.samples", f"eval.{at}.temperature"),
-                f"greedy answers are all the same; set samples to 1 instead of {entry.samples}, or temperature above 0",
+                (f"{here}.{name}", f"{here}.temperature"),
+                f"greedy answers know no {name}; take it out, or set temperature above 0",
             )
-        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
-            if entry.temperature == 0 and getattr(entry, name) != off:
-                yield Conflict(
-                    (f"eval.{at}.{name}", f"eval.{at}.temperature"),
-                    f"greedy answers know no {name}; take it out, or set temperature above 0",
-                )
+
+
+def _backend(here: str, entry: "Eval") -> Iterator[Conflict]:
+    if entry.backend == "openai" and not entry.servers:
+        yield Conflict((f"{here}.servers", f"{here}.backend"), "name the servers to ask, such as [http://localhost:8000]")
+    if entry.backend == "openai" and len(entry.of or []) > 1:
+        yield Conflict((f"{here}.of", f"{here}.backend"), "servers serve one model; evaluate one variant in an entry")
+    if entry.backend == "openai" and entry.thinking_budget is not None:
+        yield Conflict((f"{here}.thinking_budget", f"{here}.backend"), "a server cannot close a thought; use backend: hybrid")
+    if entry.backend == "hybrid" and entry.servers:
+        yield Conflict((f"{here}.servers", f"{here}.backend"), "the built-in engine asks no servers; set backend to openai")
 
 
 def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
@@ -238,9 +260,10 @@ def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss") -> Itera
         yield Conflict((f"{here}.of",), f"named twice: {_repeated(variants)}")
 
 
-def _generated(recipe: "Recipe") -> list[tuple[int, "Eval"]]:
-    """The evaluations that generate answers, with their index."""
-    return [(at, entry) for at, entry in enumerate(recipe.eval) if entry.benchmark != "heldout_loss"]
+def _generated(recipe: "Recipe") -> list[tuple[str, "Eval"]]:
+    """The entries that generate answers, each with its dotted path."""
+    found = [(f"eval.{at}", entry) for at, entry in enumerate(recipe.eval) if entry.benchmark != "heldout_loss"]
+    return found if recipe.sample is None else [*found, ("sample", recipe.sample)]
 
 
 def _repeated(items: list[Any]) -> str:

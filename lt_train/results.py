@@ -151,7 +151,8 @@ def _score(scores: Scores) -> str:
     if isinstance(scores, LossScores):
         return f"{scores.loss:.3f}" + (f" ± {error:.3f}" if error is not None else "")
     majority = f", maj {100 * scores.majority:.1f}" if scores.samples > 1 else ""
-    return f"{100 * scores.accuracy:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + f" %{majority}"
+    partial = f", PARTIAL: {scores.missing:,} samples missing" if scores.partial else ""
+    return f"{100 * scores.accuracy:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + f" %{majority}{partial}"
 
 
 def _difference(scores: Scores, base: Scores) -> str:

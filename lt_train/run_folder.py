@@ -20,7 +20,7 @@ from lt_train.files import read_json, write_json, write_text
 from lt_train.recipe import Recipe, resolved_yaml
 from lt_train.sources import resolve_data, resolve_model
 
-FREE_TO_CHANGE = {"eval", "track", "export"}
+FREE_TO_CHANGE = {"eval", "sample", "track", "export"}
 """Parts of a recipe that may change in a begun run; their results are told apart by the stages themselves."""
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")

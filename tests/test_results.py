@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,11 @@ def test_several_answers_to_a_problem_are_shown_with_their_majority(run):
     lines = shown(run)
     assert "ledger: 2 problems, 2 answers each at temperature 0.6 (avg@n, maj@n)" in lines
     assert "75.0 ± 25.0 %, maj 75.0" in row(run, "base")
+
+
+def test_a_partial_score_says_how_many_samples_are_missing(run):
+    score(run, "base", replace(answers([0.5, 1.0], samples=2), partial=True, missing=3))
+    assert "PARTIAL: 3 samples missing" in row(run, "base")
 
 
 def test_a_single_problem_has_no_error_to_show(run):

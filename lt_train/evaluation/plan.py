@@ -55,7 +55,12 @@ def make_plan(
     problems = load_problems(benchmark, entry.path, entry.limit, recall=recall, tokenizer=tokenizer, seed=seed)
     sampling = sampling_of(entry, benchmark, recall)
     room = room_for_text(tokenizer, prompt, benchmark, context, sampling.max_new_tokens)
-    longest = min(room, entry.max_prompt_tokens or room)
+    longest = room if entry.max_prompt_tokens is None else entry.max_prompt_tokens
+    if longest > room:
+        raise UserError(
+            f"max_prompt_tokens={longest}: the model's context of {context} tokens leaves {room} for a text beside "
+            f"{sampling.max_new_tokens} new tokens and the chat template"
+        )
     ids = partial(prompt_ids, tokenizer, prompt, benchmark, max_prompt_tokens=longest)
     requests = []
     for problem in problems.problems:
@@ -68,6 +73,7 @@ def make_plan(
         "problems": hash_of([astuple(problem) for problem in problems.all_problems]),
         "prompt": hash_of(requests[0].prompt_ids),
         "max_prompt_tokens": longest if benchmark.cut_to_fit else None,
+        "backend": entry.backend,  # each kind draws its own random numbers
         "stop_tokens": " ".join(map(str, stop_ids)),
         **_sampling_facts(sampling),
         "seed": None if sampling.greedy else seed,

@@ -135,7 +135,7 @@ def answer_scores(
         raise UserError(
             f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
             f"{problem}. Run the evaluation again to draw them"
-            + ("" if allow_partial else ", or score what is there with --allow-partial")
+            + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
         )
     there = {problem: [records[key] for key in keys if key in records] for problem, keys in asked.items()}
     return scores_of(

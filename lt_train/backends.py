@@ -1,0 +1,68 @@
+"""Who answers an evaluation: the model in this process, or servers that have proved to compute what the checkpoint does."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lt_train.errors import UserError
+from lt_train.files import write_json
+from lt_train.generation.engine import Engine
+from lt_train.generation.openai import OpenAIBackend
+from lt_train.generation.requests import Backend
+from lt_train.generation.server_check import chat_messages, check_server
+from lt_train.generation.server_pool import ServerSettings
+from lt_train.hybrid import HybridForCausalLM
+from lt_train.recipe import Eval, Prompt
+
+
+def engine_for(entry: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return Engine(model, tokenizer, kv_budget=entry.kv_budget, max_slots=entry.batch_size, prefill_chunk=entry.prefill_chunk)
+
+
+def servers_for(
+    entry: Eval,
+    model: HybridForCausalLM,
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    questions: Mapping[str, str],
+    stop_ids: tuple[int, ...],
+    out: Path,
+    report: Callable[[str], None],
+) -> Backend:
+    """The entry's servers, after each was found to answer as `model` does; what was compared goes into out/servers.json.
+
+    Args:
+        model: what the servers should serve, from the folder `checkpoint`. It is cast to fp32, the measure for the comparison.
+        questions: problem id -> text, for servers that take messages only.
+
+    Raises:
+        UserError: no checkpoint to serve yet, or a server that cannot be used (see `check_server`).
+    """
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"backend: openai: {checkpoint} is not there, so what the servers should serve cannot be told. Export first (with this "
+            "evaluation left out), serve that folder, then evaluate"
+        )
+    settings = ServerSettings(
+        tuple(entry.servers),
+        entry.served_model,
+        entry.concurrency,
+        entry.timeout,
+        entry.stall,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+    )
+    report(f"comparing the answers of {', '.join(settings.urls)} with the checkpoint's")
+    checked = check_server(settings, model.to(torch.float32), checkpoint, tokenizer, prompt, stop_ids)
+    write_json(out / "servers.json", {"servers": list(settings.urls), **asdict(checked)})
+    return OpenAIBackend(
+        tokenizer,
+        stop_ids,
+        settings,
+        messages=lambda request: chat_messages(prompt, questions[request.problem]),
+        report=report,
+    )

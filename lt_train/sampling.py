@@ -1,0 +1,92 @@
+"""A model's own right answers as training data (method: SWAA adapts a model with what it writes itself).
+
+Every sample is drawn and graded as in an evaluation, and lies beside the file that is made of them; so the choice can be made
+again, otherwise, without drawing anything anew.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lt_train.errors import UserError
+from lt_train.evaluation.records import SampleRecord
+from lt_train.files import write_json, write_text
+from lt_train.recipe import Sample
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which samples were kept, and what became of the others."""
+
+    kept: tuple[SampleRecord, ...]
+    counts: Mapping[str, int]
+
+
+def choose_traces(records: Iterable[SampleRecord], sample: Sample) -> Choice:
+    """The right answers that ended by themselves and have the asked length, without twins; of each problem the shortest, or all.
+
+    With a token budget the problems whose kept answers are shortest come first, because they give most problems for it.
+    """
+    records = sorted(records, key=lambda record: (record.problem, record.sample))
+    right = [record for record in records if record.correct and record.finish_reason == "stop"]
+    fitting = [r for r in right if sample.min_tokens <= r.tokens <= (sample.max_tokens or r.tokens)]
+    unique = list({(record.problem, record.text.strip()): record for record in reversed(fitting)}.values())[::-1]
+    by_problem: dict[str, list[SampleRecord]] = {}
+    for record in unique:
+        by_problem.setdefault(record.problem, []).append(record)
+    chosen = {problem: _kept(found, sample.keep) for problem, found in by_problem.items()}
+    within = _within_budget(chosen, sample.token_budget)
+    kept = tuple(record for found in within.values() for record in found)
+    counts = {
+        "drawn": len(records),
+        "right": len(right),
+        "of the asked length": len(fitting),
+        "without twins": len(unique),
+        "kept": len(kept),
+        "problems": len({record.problem for record in records}),
+        "problems with a kept answer": len(within),
+        "tokens": sum(record.tokens for record in kept),
+    }
+    return Choice(kept, counts)
+
+
+def write_traces(out: Path, choice: Choice, questions: Mapping[str, str]) -> None:
+    """traces.jsonl in the format `prompt_response`, and counts.json; both replace what an earlier choice left.
+
+    Args:
+        questions: problem id -> its text, which the recipe's prompt wraps in training as it did here.
+
+    Raises:
+        UserError: nothing was kept.
+    """
+    if not choice.kept:
+        told = ", ".join(f"{name} {count:,}" for name, count in choice.counts.items())
+        raise UserError(f"sample: no answer is left to train on ({told}). Draw more samples, or widen min_tokens and max_tokens")
+    rows = [
+        {
+            "prompt": questions[record.problem],
+            "response": record.text,
+            "id": f"{record.problem}/{record.sample}",
+            "tokens": record.tokens,
+        }
+        for record in choice.kept
+    ]
+    write_text(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(out / "counts.json", dict(choice.counts))
+
+
+def _kept(found: Sequence[SampleRecord], keep: str) -> list[SampleRecord]:
+    return list(found) if keep == "all" else [min(found, key=lambda record: (record.tokens, record.sample))]
+
+
+def _within_budget(chosen: Mapping[str, list[SampleRecord]], budget: int | None) -> dict[str, list[SampleRecord]]:
+    if budget is None:
+        return dict(chosen)
+    within, tokens = {}, 0
+    for problem in sorted(chosen, key=lambda problem: (sum(record.tokens for record in chosen[problem]), problem)):
+        tokens += sum(record.tokens for record in chosen[problem])
+        if tokens > budget:
+            break
+        within[problem] = chosen[problem]
+    return within

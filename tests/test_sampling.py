@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lt_train.errors import UserError
+from lt_train.evaluation.records import SampleRecord
+from lt_train.examples import load_examples
+from lt_train.recipe import Data, Prompt, Sample
+from lt_train.sampling import choose_traces, write_traces
+
+
+def answer(problem: str, sample: int, tokens: int, text: str = "", right: bool = True, reason: str = "stop") -> SampleRecord:
+    return SampleRecord(
+        problem=problem,
+        sample=sample,
+        seed=1,
+        prompt_hash="",
+        text=text or f"{problem} {sample}",
+        tokens=tokens,
+        thinking_tokens=None,
+        finish_reason=reason,
+        extracted="1",
+        extracted_from="boxed",
+        score=float(right),
+        correct=right,
+        grading_error=None,
+        seconds=0.1,
+    )
+
+
+def kept(records: list[SampleRecord], **settings) -> list[tuple[str, int]]:
+    sample = Sample(benchmark="ledger", max_new_tokens=9, **settings)
+    return [record.key for record in choose_traces(records, sample).kept]
+
+
+def test_of_each_problem_the_shortest_right_answer_is_kept() -> None:
+    records = [answer("b", 0, 30), answer("a", 0, 9, right=False), answer("a", 1, 20), answer("a", 2, 10), answer("a", 3, 10)]
+    assert kept(records) == [("a", 2), ("b", 0)]
+
+
+def test_all_right_answers_are_kept_but_twins_only_once() -> None:
+    records = [answer("a", 0, 5, "x"), answer("a", 1, 5, " x\n"), answer("a", 2, 7, "y"), answer("b", 0, 5, "x")]
+    assert kept(records, keep="all") == [("a", 0), ("a", 2), ("b", 0)]
+
+
+def test_answers_that_were_cut_off_are_not_kept() -> None:
+    assert kept([answer("a", 0, 9, reason="length"), answer("b", 0, 9)]) == [("b", 0)]
+
+
+def test_lengths_outside_the_limits_are_left_out() -> None:
+    records = [answer(problem, 0, tokens) for problem, tokens in (("a", 4), ("b", 5), ("c", 9), ("d", 10))]
+    assert kept(records, min_tokens=5, max_tokens=9) == [("b", 0), ("c", 0)]
+
+
+def test_a_budget_takes_the_problems_with_the_shortest_answers() -> None:
+    records = [answer("a", 0, 50), answer("b", 0, 10), answer("c", 0, 30), answer("d", 0, 20)]
+    assert kept(records, token_budget=60) == [("b", 0), ("d", 0), ("c", 0)]
+    assert kept(records, token_budget=59) == [("b", 0), ("d", 0)]
+
+
+def test_the_choice_does_not_depend_on_the_order_of_the_records() -> None:
+    records = [answer(problem, sample, 10 + sample % 3) for problem in "abc" for sample in range(5)]
+    assert kept(records) == kept(records[::-1])
+
+
+def test_counts_say_what_became_of_every_answer() -> None:
+    records = [answer("a", 0, 5, "x"), answer("a", 1, 5, "x"), answer("a", 2, 50), answer("b", 0, 5, right=False)]
+    counts = choose_traces(records, Sample(benchmark="ledger", max_new_tokens=9, max_tokens=9)).counts
+    assert counts == {
+        "drawn": 4,
+        "right": 3,
+        "of the asked length": 2,
+        "without twins": 1,
+        "kept": 1,
+        "problems": 2,
+        "problems with a kept answer": 1,
+        "tokens": 5,
+    }
+
+
+def test_what_is_written_is_training_data_with_the_same_prompt_and_the_whole_answer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny-reasoner")
+    text = "1. a>b3=3\n\\boxed{3}"
+    choice = choose_traces([answer("p", 0, 9, text)], Sample(benchmark="ledger", max_new_tokens=9))
+    write_traces(tmp_path, choice, {"p": "Start at a."})
+    data = Data(source=str(tmp_path / "traces.jsonl"), format="prompt_response", max_length=200)
+    (example,) = load_examples(data, Prompt(), tokenizer, model_max_length=200, seed=0, eos_ids=[tokenizer.eos_token_id]).train
+    assert tokenizer.decode(example.answer_ids) == text + tokenizer.eos_token
+    assert "Start at a." in tokenizer.decode(example.prompt_ids)
+    assert json.loads((tmp_path / "counts.json").read_text())["kept"] == 1
+
+
+def test_nothing_to_keep_is_an_error_that_says_what_there_was(tmp_path: Path) -> None:
+    choice = choose_traces([answer("a", 0, 9, right=False)], Sample(benchmark="ledger", max_new_tokens=9))
+    with pytest.raises(UserError, match="drawn 1, right 0"):
+        write_traces(tmp_path, choice, {"a": "?"})
+    assert not list(tmp_path.iterdir())
