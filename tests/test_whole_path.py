@@ -154,16 +154,23 @@ def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
     return {row["problem"]: (row["text"], row["correct"]) for row in rows}
 
 
-def test_deepspeed_trains_a_recipe_in_two_processes_and_one_process_goes_on_to_the_export(tmp_path: Path) -> None:
-    changed = {**SMALL, "train.max_steps": 2, "train.deepspeed": "launch/zero3.json", "eval.0.limit": 4}
+def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
+    changed = {**SMALL, "train.max_steps": 2, "train.deepspeed": "launch/zero3.json", "eval.0.limit": 41}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618", "--module"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run([*deepspeed, *command("train", tmp_path, **changed)[2:]], PATH=path)
     folder = tmp_path / "quickstart"
     assert list(losses(folder)) == [1, 2]
-    assert read_json(folder / "stages/train.json")["stage"] == "train"
     trained = (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns
-    run(command("run", tmp_path, **changed))
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]
+    run([*torchrun, *command("eval", tmp_path, **changed)[1:]])
+    for variant in ("base", "trained"):
+        parts = [folder / "eval" / variant / f"ledger/samples-{rank}.jsonl" for rank in range(2)]
+        assert sorted(len(part.read_text().splitlines()) for part in parts) == [20, 21]
+        assert read_scores(folder / "eval" / variant / "ledger/scores.json").problems == 41
+
+    run(command("export", tmp_path, **changed))
     assert (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns == trained
     assert (folder / "export/config.json").exists()
 
