@@ -1,0 +1,131 @@
+"""What a report tells, read from run folders."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lt_train.errors import UserError
+from lt_train.evaluation.records import SampleRecord
+from lt_train.evaluation.scores import AnswerScores, Scores
+from lt_train.files import read_json
+from lt_train.report.problems import KnownProblems, known_problems
+from lt_train.report.samples import read_samples
+from lt_train.results import Result, read_results
+from lt_train.selection.profile import LayerProfile
+from lt_train.training.log import LOG_FILE, read_log
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant of one run under one evaluation.
+
+    Attributes:
+        run_number: from 0, in the order in which the runs were named.
+        base: the base's scores of the same run and evaluation; None: not measured.
+        samples: all that the scores count; empty where there are none (a loss, or the files are gone).
+    """
+
+    run: str
+    run_number: int
+    result: Result
+    base: Scores | None
+    samples: tuple[SampleRecord, ...]
+
+    @property
+    def label(self) -> str:
+        variant, strategy = self.result.variant, self.result.strategy
+        if variant == "base":
+            return "base"
+        if variant in ("converted", "trained"):
+            return f"{strategy}, {'trained' if variant == 'trained' else 'untrained'}"
+        return f"{variant.removeprefix('converted-by-')}, untrained"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's contents.
+
+    Attributes:
+        settings: its recipe, as it stands in recipe.yaml.
+        config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
+        profile: None where the recipe names the layers.
+        problems: what was asked, by evaluation.
+        log: rows of train/log.jsonl; none without training.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+    layers: Mapping[str, Sequence[int]]
+    measured: tuple[Measured, ...]
+    problems: Mapping[str, KnownProblems]
+    profile: LayerProfile | None
+    log: tuple[Mapping[str, Any], ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """
+    Raises:
+        UserError: no folder, the same one twice, no run in one of them, a run without scores, or a damaged file.
+    """
+    if not folders:
+        raise UserError("no run to report on: name one or more run folders, such as runs/quickstart")
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise UserError(f"{folder}: named twice; name every run once")
+    names = run_names(folders)
+    return [read_run(folder, name, number) for number, (folder, name) in enumerate(zip(folders, names, strict=True))]
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's own name, or its whole path where two have one name."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def read_run(folder: Path, name: str, number: int) -> Run:
+    results = read_results(folder)
+    if not results:
+        raise UserError(f"{folder}: no scores yet, so nothing to report. Measure first: lt-train eval {folder / 'recipe.yaml'}")
+    settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # read_results has found it whole
+    measured = tuple(measure(folder, name, number, result, results) for result in results)
+    profile_path = folder / "profile/profile.json"
+    return Run(
+        name=name,
+        folder=folder,
+        settings=settings,
+        config=read_json(folder / "hybrid/config.json", "hybrid config"),
+        layers=read_json(folder / "hybrid/layers.json", "choice of layers"),
+        measured=measured,
+        problems=asked(settings, measured),
+        profile=LayerProfile.load(profile_path) if profile_path.exists() else None,
+        log=tuple(read_training_log(folder / "train" / LOG_FILE)),
+    )
+
+
+def measure(folder: Path, name: str, number: int, result: Result, results: Sequence[Result]) -> Measured:
+    base = next((r.scores for r in results if (r.variant, r.evaluation) == ("base", result.evaluation)), None)
+    place = folder / "eval" / result.variant / result.evaluation
+    samples = read_samples(place, result.scores) if isinstance(result.scores, AnswerScores) else ()
+    return Measured(name, number, result, base, samples)
+
+
+def asked(settings: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str, KnownProblems]:
+    entries = {entry["name"]: entry for entry in settings["eval"]}
+    scores = {each.result.evaluation: each.result.scores for each in measured if isinstance(each.result.scores, AnswerScores)}
+    return {evaluation: known_problems(entries[evaluation], found) for evaluation, found in scores.items()}
+
+
+def read_training_log(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_log(path)
+        damaged = next((row for row in rows if not isinstance(row.get("step"), int)), None)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a whole training log ({error}). Take the damaged row out") from error
+    if damaged is not None:
+        raise UserError(f"{path}: not a whole training log (a row without its step: {damaged}). Take that row out")
+    return rows

@@ -1,0 +1,125 @@
+"""Everything in one page: templates filled in, styles and script inside, nothing fetched from elsewhere."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lt_train import __version__
+from lt_train.report import charts, run_charts
+from lt_train.report.browser import sample_browser
+from lt_train.report.charts import Chart
+from lt_train.report.contents import Measured, Run
+from lt_train.report.figures import size
+from lt_train.report.tables import ResultTable, result_table
+from lt_train.results import KV_TOKENS, kv_bytes
+
+
+@dataclass(frozen=True)
+class EvaluationPart:
+    name: str
+    table: ResultTable
+    charts: tuple[Chart, ...]
+    histograms: tuple[Chart, ...]
+
+
+@dataclass(frozen=True)
+class RunPart:
+    name: str
+    folder: str
+    facts: tuple[tuple[str, str], ...]
+    charts: tuple[Chart, ...]
+    profile: tuple[Chart, ...]
+    notes: tuple[str, ...]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text that can be written as UTF-8."""
+    environment = Environment(
+        loader=PackageLoader("lt_train.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = asset("browser.js")
+    page = environment.get_template("report.html").render(
+        title=", ".join(run.name for run in runs),
+        evaluations=evaluation_parts(runs),
+        runs=[run_part(run) for run in runs],
+        browser=sample_browser(runs),
+        outcome_legend=charts.outcome_legend(),
+        style=asset("style.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+    )
+    return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a trace may hold half a character
+
+
+def asset(name: str) -> Markup:
+    return Markup(resources.files("lt_train.report").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+def evaluation_parts(runs: Sequence[Run]) -> list[EvaluationPart]:
+    several = len(runs) > 1
+    by_name: dict[tuple[str, bool], list[Measured]] = {}
+    for run in runs:
+        for each in run.measured:
+            by_name.setdefault((each.result.evaluation, charts.is_answers(each)), []).append(each)
+    return [evaluation_part(name, rows, several) for (name, _), rows in by_name.items()]
+
+
+def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> EvaluationPart:
+    table, drawn = result_table(rows, several), []
+    with_samples = [each for each in rows if each.samples]
+    if charts.is_answers(rows[0]):
+        drawn.append(charts.accuracy_by_tokens(rows, several))
+    if with_samples and all(record.score in (0, 1) for each in with_samples for record in each.samples):
+        drawn.append(charts.accuracy_within_budget(with_samples, several))
+    histograms = charts.trace_lengths(with_samples, several) if with_samples else []
+    return EvaluationPart(name, table, tuple(drawn), tuple(histograms))
+
+
+def run_part(run: Run) -> RunPart:
+    loss = run_charts.loss_curve(run)
+    notes = []
+    if run.profile is None:
+        notes.append("No layer profile: the recipe names the layers, or its strategy does not look at the model.")
+    if loss is None:
+        notes.append("No losses: this hybrid was not trained." if not run.log else "No loss of the training is finite.")
+    return RunPart(
+        name=run.name,
+        folder=str(run.folder),
+        facts=tuple(facts(run)),
+        charts=(run_charts.kv_growth(run), *([loss] if loss is not None else [])),
+        profile=tuple(run_charts.layer_scores(run, run.profile)) if run.profile is not None else (),
+        notes=tuple(notes),
+    )
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What the run is, in a few words: base, layers, window, training, KV cache."""
+    chosen, total = run.layers["converted"], len(run.config["layer_types"])
+    found = [
+        ("base", str(setting(run, "model", "base"))),
+        ("streams", f"{len(chosen)} of {total} layers, chosen by {setting(run, 'hybrid', 'strategy') or 'the recipe'}"),
+        ("a streaming layer sees", f"{run.config['w_sink']} sink and {run.config['sliding_window']:,} recent tokens"),
+    ]
+    steps = max((row["step"] for row in run.log), default=0)
+    training = f"{setting(run, 'train', 'method')}, {steps:,} steps, on {setting(run, 'data', 'source')}" if steps else "none"
+    hybrid, base = (kv_bytes(run.config, lazy, KV_TOKENS) for lazy in (len(chosen), 0))
+    return [
+        *found,
+        ("training", training),
+        (f"KV cache at {KV_TOKENS // 1024}K", f"{size(hybrid)} instead of {size(base)}, {100 * hybrid / base:.0f} %"),
+    ]
+
+
+def setting(run: Run, part: str, name: str) -> object:
+    settings = run.settings.get(part)
+    return settings.get(name) if isinstance(settings, Mapping) else None

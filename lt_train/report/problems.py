@@ -1,0 +1,42 @@
+"""What an evaluation asked, as far as its source can be read now."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from lt_train.errors import UserError
+from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, load_problems
+from lt_train.evaluation.plan import hash_of
+from lt_train.evaluation.scores import AnswerScores
+
+
+@dataclass(frozen=True)
+class KnownProblems:
+    """`by_id` the problems; empty where `unknown` says why they cannot be shown."""
+
+    by_id: Mapping[str, Problem]
+    unknown: str | None = None
+
+
+def known_problems(entry: Mapping[str, Any], scores: AnswerScores) -> KnownProblems:
+    """The problems that `scores` count.
+
+    A source that is gone or has changed is no error: a report of what was found does not depend on it. But texts are shown only
+    when they are those that were asked.
+
+    Args:
+        entry: the evaluation in the recipe's `eval` list.
+    """
+    benchmark = BENCHMARKS.get(scores.benchmark)
+    if benchmark is None:
+        return KnownProblems({}, f"this version of lt_train has no benchmark {scores.benchmark}")
+    if benchmark.generated:
+        return KnownProblems({}, "they were made to measure for the model's tokenizer; an id says length/depth/repeat")
+    try:
+        problems = load_problems(benchmark, entry.get("path"), entry.get("limit")).all_problems
+    except UserError as error:
+        return KnownProblems({}, str(error))
+    if hash_of([astuple(problem) for problem in problems]) != scores.fingerprint.get("problems"):
+        source = entry.get("path") or benchmark.source
+        return KnownProblems({}, f"{source} now holds other problems than those that were asked, or holds them in another form")
+    return KnownProblems({problem.id: problem for problem in problems if problem.id in scores.by_problem})

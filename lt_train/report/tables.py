@@ -1,0 +1,241 @@
+"""The table of an evaluation: its variants, a row each, every score with its doubt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
+from lt_train.evaluation.statistics import Difference
+from lt_train.report.charts import colour
+from lt_train.report.contents import Measured
+from lt_train.report.figures import ends, interval, percent, size
+from lt_train.report.svg import Scale, element, marker, tooltip
+from lt_train.results import KV_TOKENS
+
+MINI_WIDTH, MINI_HEIGHT = 132, 18
+
+
+@dataclass(frozen=True)
+class Row:
+    run: str
+    label: str
+    colour: str
+    score: str
+    interval: str
+    mini: Markup
+    """Score and interval as a drawing, on a scale that the table's rows share."""
+    difference: str
+    test: str
+    """The difference's p value in words; empty where no test was made."""
+    tendency: str
+    """better | worse: the interval of the difference lies on one side of 0; otherwise empty."""
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """What the columns mean is said once, in `columns`: name and explanation."""
+
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    several_runs: bool
+
+
+def result_table(rows: Sequence[Measured], several_runs: bool) -> ResultTable:
+    """The table of one evaluation's variants."""
+    generated = isinstance(rows[0].result.scores, AnswerScores)
+    votes = generated and any(each.result.scores.samples > 1 for each in rows)
+    span = shared_scale(rows)
+    return ResultTable(
+        columns=columns(generated, votes),
+        rows=tuple(table_row(each, span, votes) for each in rows),
+        notes=tuple(notes(rows, several_runs)),
+        several_runs=several_runs,
+    )
+
+
+def columns(generated: bool, votes: bool) -> tuple[tuple[str, str], ...]:
+    first = (
+        ("right, % ± SE", "mean over problems and its standard error")
+        if generated
+        else ("nats per token ± SE", "held-out loss: mean negative log-likelihood of an answer token; the less, the better")
+    )
+    kv = (f"KV at {KV_TOKENS // 1024}K", f"KV cache of one sequence of {KV_TOKENS:,} tokens, in the dtype of the base's weights")
+    shared = (
+        first,
+        (
+            "95 % interval",
+            "accuracy: bootstrap over problems (Wilson's where all problems scored the same); loss: Student's t over samples",
+        ),
+        (
+            "minus base",
+            "difference from the base of the same run, paired by problem, with its 95 % interval; point at it for its p",
+        ),
+    )
+    if not generated:
+        return (*shared, kv)
+    return (
+        *shared,
+        *(VOTES if votes else ()),
+        ("cut off, %", "share of samples that reached max_new_tokens"),
+        ("no answer, %", "share of samples in which no answer was found"),
+        ("tokens per answer", "mean number of new tokens of a sample"),
+        ("tokens per s", "new tokens by the time spent generating; it depends on machine, batch size and length"),
+        kv,
+    )
+
+
+VOTES = (
+    ("majority, %", "share of problems whose most frequent answer is right"),
+    ("pass@k, %", "share of problems that one of k samples gets right (arXiv 2107.03374); k is the number of samples"),
+)
+
+
+def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
+    scores, result = each.result.scores, each.result
+    text, test, tendency = compared(each)
+    kv = f"{size(result.kv_bytes)}"
+    if isinstance(scores, AnswerScores):
+        cells = (
+            *((percent(scores.majority), pass_text(scores)) if votes else ()),
+            percent(scores.truncated),
+            percent(scores.unanswered),
+            f"{scores.tokens_per_sample:,.0f}",
+            f"{scores.tokens_per_second:,.0f}",
+            kv,
+        )
+    else:
+        cells = (kv,)
+    return Row(
+        run=each.run,
+        label=each.label,
+        colour=colour(result.variant),
+        score=score_text(scores),
+        interval=interval_text(scores),
+        mini=mini(each, span),
+        difference=text,
+        test=test,
+        tendency=tendency,
+        cells=cells,
+    )
+
+
+def score_text(scores: Scores) -> str:
+    error = scores.standard_error
+    if isinstance(scores, LossScores):
+        return f"{scores.loss:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return percent(scores.accuracy) + (f" ± {percent(error)}" if error is not None else "")
+
+
+def pass_text(scores: AnswerScores) -> str:
+    if not scores.pass_at:
+        return "–"
+    most = max(scores.pass_at)
+    return f"{percent(scores.pass_at[most].value)} (k = {most})"
+
+
+def interval_text(scores: Scores) -> str:
+    span = interval(scores)
+    if span is None:
+        return "–"
+    if isinstance(scores, LossScores):
+        return f"{span.low:.3f} to {span.high:.3f}"
+    return f"{percent(span.low)} to {percent(span.high)}"
+
+
+def compared(each: Measured) -> tuple[str, str, str]:
+    """The difference from the base, its test, and which way it points beyond doubt."""
+    if each.result.variant == "base" or each.base is None:
+        return "–", "", ""
+    try:
+        found = difference(each.result.scores, each.base)
+    except ValueError:  # the evaluation was changed, and not every variant is measured anew yet
+        return "not comparable", "", ""
+    loss = isinstance(each.result.scores, LossScores)
+    test = "" if found.p is None else f"p = {found.p:.2g} ({TESTS[found.test]}, {found.n:,} problems)"
+    return difference_text(found, loss), test, tendency(found, less_is_better=loss)
+
+
+TESTS = {"mcnemar": "McNemar's exact test", "permutation": "paired permutation test"}
+
+
+def difference_text(found: Difference, loss: bool) -> str:
+    if loss:
+        return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def tendency(found: Difference, less_is_better: bool) -> str:
+    if found.low > 0:
+        return "worse" if less_is_better else "better"
+    if found.high < 0:
+        return "better" if less_is_better else "worse"
+    return ""
+
+
+def shared_scale(rows: Sequence[Measured]) -> tuple[float, float]:
+    values = [value for each in rows for value in (each.result.scores.mean.value, *ends(interval(each.result.scores)))]
+    low, high = min(values), max(values)
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def mini(each: Measured, span: tuple[float, float]) -> Markup:
+    scale = Scale(*span, 8, MINI_WIDTH - 8)
+    middle, found = MINI_HEIGHT / 2, interval(each.result.scores)
+    parts = [tooltip(f"{score_text(each.result.scores)}, 95 % interval {interval_text(each.result.scores)}")]
+    if each.base is not None:
+        at = scale(each.base.mean.value)
+        parts.append(element("line", class_="reference", x1=at, x2=at, y1=0, y2=MINI_HEIGHT))
+    if found is not None:
+        parts.append(element("line", class_="whisker", x1=scale(found.low), x2=scale(found.high), y1=middle, y2=middle))
+    parts.append(marker(each.run_number, scale(each.result.scores.mean.value), middle, radius=4.5))
+    return element(
+        "svg",
+        *parts,
+        class_=f"mini {colour(each.result.variant)}",
+        viewBox=f"0 0 {MINI_WIDTH} {MINI_HEIGHT}",
+        width=MINI_WIDTH,
+        height=MINI_HEIGHT,
+    )
+
+
+def notes(rows: Sequence[Measured], several_runs: bool) -> list[str]:
+    """What was asked, said once where all runs asked the same; and what a reader of the table must know."""
+    described = {each.run: describe(each.result.scores) for each in rows}
+    said = list(dict.fromkeys(described.values()))
+    if len(said) == 1:
+        found = [f"{said[0]}."]
+    else:
+        found = [f"{run}: {text}." for run, text in described.items()]
+        found.append("Not every row was asked the same in the same way: compare within a run.")
+    if several_runs and len(said) == 1 and len({each.result.scores.fingerprint.get("problems") for each in rows}) > 1:
+        found.append("The runs were asked different problems: compare within a run.")
+    found += [doubt for each in rows for doubt in doubts(each, several_runs)]
+    return found
+
+
+def describe(scores: Scores) -> str:
+    if isinstance(scores, LossScores):
+        return f"{scores.samples:,} held-out samples, {scores.tokens:,} answer tokens"
+    problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
+    temperature, most = scores.fingerprint.get("temperature"), scores.fingerprint.get("max_new_tokens")
+    how = "greedy" if temperature == 0 else f"{scores.samples} answer{'s' * (scores.samples > 1)} each at temperature {temperature}"
+    return f"{scores.benchmark}: {problems} problems, {how}" + (f", at most {most:,} new tokens" if isinstance(most, int) else "")
+
+
+def doubts(each: Measured, several_runs: bool) -> list[str]:
+    scores, said = each.result.scores, []
+    if isinstance(scores, AnswerScores):
+        who = f"{each.run}, {each.label}" if several_runs else each.label
+        if scores.partial:
+            said.append(
+                f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score leans towards "
+                "problems with short answers."
+            )
+        if scores.grading_errors:
+            said.append(f"{who}: {scores.grading_errors:,} answers could not be judged and count as wrong.")
+        if scores.ties:
+            said.append(f"{who}: {scores.ties:,} votes were tied; each counts as the share of right answers among the tied.")
+    return said

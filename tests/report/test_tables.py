@@ -1,0 +1,86 @@
+"""The tables of a report say what the scores say."""
+
+from dataclasses import replace
+
+import pytest
+
+from lt_train.evaluation.scores import difference, read_scores, write_scores
+from lt_train.report.contents import read_runs
+from lt_train.report.tables import result_table
+from tests.report.made_runs import made_run, measured, record
+
+
+def table_of(*folders, evaluation="ledger"):
+    rows = [each for run in read_runs(folders) for each in run.measured if each.result.evaluation == evaluation]
+    return result_table(rows, several_runs=len(folders) > 1)
+
+
+def test_every_variant_has_its_scores_with_their_doubt(run):
+    table = table_of(run)
+    base, converted, trained = table.rows
+    assert [row.label for row in table.rows] == ["base", "reach, untrained", "reach, trained"]
+    assert base.score == "75.0 ± 25.0" and base.difference == "–"
+    scores = {variant: read_scores(run / "eval" / variant / "ledger/scores.json") for variant in ("base", "converted", "trained")}
+    found = difference(scores["converted"], scores["base"])
+    assert converted.difference == f"-50.0 [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    assert converted.test.startswith("p = 0.5 (McNemar")  # two problems lost, none won: 2 / 2²
+    assert trained.interval == f"{100 * scores['trained'].interval.low:.1f} to {100 * scores['trained'].interval.high:.1f}"
+
+
+def test_cut_off_unanswered_tokens_speed_and_memory_stand_in_their_columns(run):
+    table = table_of(run)
+    named = dict(zip([name for name, _ in table.columns[3:]], table.rows[1].cells, strict=True))
+    assert named == {
+        "cut off, %": "25.0",
+        "no answer, %": "25.0",
+        "tokens per answer": "240",  # (70 + 512 + 300 + 80) / 4
+        "tokens per s": "50",
+        "KV at 32K": "16 MiB",
+    }
+
+
+def test_votes_have_columns_where_there_is_more_than_one_answer(tmp_path):
+    run = made_run(tmp_path / "runs")
+    records = [record(problem, sample=number, right=number == 0) for problem in ("p0", "p1") for number in range(2)]
+    (run / "eval/base/ledger/samples.jsonl").unlink()
+    measured(run, "base", records, tmp_path / "runs/tiny-problems.jsonl")
+    table = table_of(run)
+    assert [name for name, _ in table.columns[3:5]] == ["majority, %", "pass@k, %"]
+    assert table.rows[0].cells[:2] == ("50.0", "100.0 (k = 2)")
+    assert table.rows[1].cells[1] == "25.0 (k = 1)"
+    assert table.rows[1].difference == "not comparable"  # the base was asked two problems only
+
+
+def test_losses_are_better_when_they_fall(run):
+    table = table_of(run, evaluation="heldout_loss")
+    assert [name for name, _ in table.columns] == ["nats per token ± SE", "95 % interval", "minus base", "KV at 32K"]
+    assert table.rows[0].score == "1.200 ± 0.115"
+    folder = run / "eval/trained/heldout_loss/scores.json"
+    write_scores(folder, replace(read_scores(folder), by_sample={
+        key: replace(loss, nll=loss.nll - 5 - 0.01 * number)
+        for number, (key, loss) in enumerate(read_scores(run / "eval/base/heldout_loss/scores.json").by_sample.items())
+    }))  # fmt: skip
+    assert table_of(run, evaluation="heldout_loss").rows[1].tendency == "better"
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"partial": True, "missing": 7}, "base: 7 samples are missing"),
+    ({"grading_errors": 2}, "base: 2 answers could not be judged"),
+    ({"ties": 3}, "base: 3 votes were tied"),
+])  # fmt: skip
+def test_what_makes_a_score_doubtful_is_said(run, changes, said):
+    path = run / "eval/base/ledger/scores.json"
+    write_scores(path, replace(read_scores(path), **changes))
+    assert any(note.startswith(said) for note in table_of(run).notes)
+
+
+def test_what_was_asked_is_said_once_or_by_run(tmp_path):
+    one, two = made_run(tmp_path, "one"), made_run(tmp_path, "two")
+    assert table_of(one, two).notes == ("ledger: 4 problems, greedy, at most 512 new tokens.",)
+    for variant in ("base", "converted", "trained"):
+        path = two / "eval" / variant / "ledger/scores.json"
+        scores = read_scores(path)
+        write_scores(path, replace(scores, fingerprint={**scores.fingerprint, "temperature": 0.6}))
+        meta = path.with_name("meta.json")
+        meta.write_text(meta.read_text().replace('"temperature": 0.0', '"temperature": 0.6'))
+    assert table_of(one, two).notes[-1] == "Not every row was asked the same in the same way: compare within a run."
