@@ -79,6 +79,8 @@ def test_nothing_of_the_data_becomes_markup(tmp_path):
     recipe.write_text(recipe.read_text().replace("base: nobody/nothing", f"base: {json.dumps('<script>alert(2)</script>')}"))
     page = page_of(run)
     assert page.tags == plain.tags
+    embedded = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.source, re.DOTALL)
+    assert len(embedded) == len(page.data) and not any("<" in data or ">" in data for data in embedded)
     whole = NASTY.replace("\ud83d", "\ufffd")  # half a character cannot be written as UTF-8
     assert page.data["texts-0"][0] == [whole + "</think>", whole]
     assert page.data["problems-0"]["p0"][0] == whole
