@@ -110,6 +110,17 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder
     show_results(run, Console())
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders: runs/<name> …", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page; a former one is replaced.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page of runs: scores, charts, and every sample to filter and search."""
+    from lt_train.report import write_report
+
+    typer.echo(f"report: {write_report(runs, out)}")
+
+
 bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

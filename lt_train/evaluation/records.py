@@ -106,7 +106,7 @@ class RecordFolder:
             UserError: it cannot be written, such as for a full disk; the samples before it are whole.
         """
         try:
-            append_whole_line(self.samples_path, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode())
+            append_whole_line(self.samples_path, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         except OSError as error:
             raise UserError(
                 f"{self.samples_path}: cannot take sample {record.sample} of problem {record.problem}: {error.strerror}. The "

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,9 @@ NESTED = r"\sqrt{2+" * 300 + "1" + "}" * 300
 def test_an_answer_that_takes_too_long_is_wrong_with_the_reason_and_the_next_is_judged(hasty: Grader, answer: str) -> None:
     hasty.call(int)  # up and running
     verdict = hasty.grade(rf"\boxed{{{answer}}}", "5")
-    assert verdict == Grade(answer, False, "Timeout: no verdict within 1 seconds of computing", "boxed")
+    # on a machine that is busy with something else the clock may end it first
+    assert re.fullmatch(r"Timeout: no verdict within (1 seconds of computing|6 seconds)", verdict.error)
+    assert verdict == Grade(answer, False, verdict.error, "boxed")
     assert hasty.call(abs, -5) == 5
 
 
@@ -109,7 +112,7 @@ def test_a_hundred_kilobytes_of_latex_are_not_looked_into_unless_they_are_the_tr
 @pytest.mark.slow
 def test_what_ignores_every_signal_but_the_last_is_killed(hasty: Grader) -> None:
     child = hasty.call(os.getpid)
-    with pytest.raises(CallFailed, match="within 1 seconds of computing"):
+    with pytest.raises(CallFailed, match=r"within (1 seconds of computing|6 seconds)"):
         hasty.call(eval, "[__import__('signal').signal(n, 1) for n in (2, 14, 15)] and 10 ** 10 ** 10")
     assert not is_alive(child)
     assert hasty.call(os.getpid) != child
@@ -179,6 +182,14 @@ def test_answers_from_many_threads_get_their_own_verdicts() -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_call_does_not_leave_its_reply_to_the_next() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        interrupt_a_call()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_a_call() -> None:
     with Grader() as grader:
         grader.call(int)
         timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))

@@ -234,3 +234,8 @@ def test_a_rank_that_there_is_not_has_no_share(rank: int, ranks: int) -> None:
 def test_a_sample_asked_for_twice_has_no_place_in_any_share() -> None:
     with pytest.raises(ValueError, match="asked for twice"):
         share_of([Request("a", 0, 0, ()), Request("a", 0, 1, ())], 0, 2)
+
+
+def test_half_a_character_that_a_model_wrote_does_not_stop_an_evaluation(tmp_path: Path) -> None:
+    RecordFolder(tmp_path, FINGERPRINT).append(replace(RECORD, text="so \ud83d"))
+    assert RecordFolder(tmp_path, FINGERPRINT).read()["60", 0].text == "so ?"
