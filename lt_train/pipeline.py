@@ -26,7 +26,7 @@ from lt_train.generation.text import special_tokens
 from lt_train.hybrid import HybridForCausalLM, hybrid_config
 from lt_train.provenance import export_facts
 from lt_train.recipe import Eval, HeldoutLoss, Recipe
-from lt_train.results import read_results, show_results, summary_values
+from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.run_folder import RunFolder, hash_of, set_aside
 from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
@@ -129,7 +129,7 @@ class Pipeline:
         with self.folder.doing("eval", self._evaluations):
             for variant in self.variants.to_evaluate():
                 self._evaluate(variant)
-            self.tracker.summary(summary_values(read_results(self.folder.path)))
+            self._track_results()
 
     def evaluate_along(self) -> None:
         """What ranks other than the first do when evaluating: their share of the samples, in silence."""
@@ -227,6 +227,13 @@ class Pipeline:
 
     def say(self, stage: str, line: str) -> None:
         self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
+
+    def _track_results(self) -> None:
+        results = read_results(self.folder.path)
+        self.tracker.summary(summary_values(results))
+        for name in dict.fromkeys(result.evaluation for result in results):
+            rows = tracked_rows([result for result in results if result.evaluation == name])
+            self.tracker.table(f"results/{name}", TRACKED_COLUMNS, rows)
 
     @property
     def _evaluations(self) -> str:

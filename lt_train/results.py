@@ -100,6 +100,28 @@ def results_table(results: list[Result]) -> Table:
     return table
 
 
+TRACKED_COLUMNS = [
+    "model",
+    "right ± SE | nats ± SE",
+    "minus base [95 %]",
+    "cut off",
+    "tokens per answer",
+    f"KV bytes at {KV_TOKENS}",
+]
+
+
+def tracked_rows(results: list[Result]) -> list[list[str | float | None]]:
+    """One evaluation's variants as the rows of a table for tracking, with TRACKED_COLUMNS."""
+    base = next((result.scores for result in results if result.variant == "base"), None)
+    rows: list[list[str | float | None]] = []
+    for result in results:
+        scores = result.scores
+        answers = [scores.truncated, scores.tokens_per_sample] if isinstance(scores, AnswerScores) else [None, None]
+        minus_base = None if result.variant == "base" or base is None else _difference(scores, base)
+        rows.append([_model(result), _score(scores), minus_base, *answers, result.kv_bytes])
+    return rows
+
+
 def summary_values(results: list[Result]) -> dict[str, float]:
     """The final figures by name, for tracking: "trained/ledger/accuracy" and the like."""
     values: dict[str, float] = {}

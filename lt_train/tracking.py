@@ -23,6 +23,9 @@ class Tracker(Protocol):
     def image(self, name: str, path: Path) -> None:
         """Show a picture, once in a run."""
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table; a later one of the same name replaces it."""
+
     def summary(self, values: dict[str, Any]) -> None:
         """Final figures of the run; a later value of the same name replaces an earlier one."""
 
@@ -36,6 +39,8 @@ class NoTracker:
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
 
     def image(self, name: str, path: Path) -> None: ...
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None: ...
 
     def summary(self, values: dict[str, Any]) -> None: ...
 
@@ -98,6 +103,9 @@ class WandbTracker:
         self._run.log({name: self._wandb.Image(str(path))}, step=self._step)
         self._images.add(name)
         append_json_line(self._state, {"image": name})
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self._run.log({name: self._wandb.Table(columns=columns, data=rows)}, step=self._step)
 
     def summary(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)

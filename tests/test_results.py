@@ -14,7 +14,7 @@ from lt_train.evaluation.statistics import TokenLoss, mean_loss, mean_over_probl
 from lt_train.files import write_json, write_text
 from lt_train.hybrid import HybridSpec, build_hybrid, hybrid_config
 from lt_train.recipe import load_recipe, resolved_yaml
-from lt_train.results import KV_TOKENS, kv_bytes, read_results, show_results, summary_values
+from lt_train.results import KV_TOKENS, TRACKED_COLUMNS, kv_bytes, read_results, show_results, summary_values, tracked_rows
 from tests.hybrid.families import BASES
 
 RECIPE = """
@@ -234,6 +234,16 @@ def test_tracking_gets_every_final_figure_by_variant_and_evaluation(run):
         "trained/heldout_loss/standard_error": pytest.approx(0.2 / math.sqrt(3)),
         "trained/kv_bytes_at_32768": 2 * 256 * (32768 + 8),
     }
+
+
+def test_the_tables_go_to_tracking_as_well(run):
+    score(run, "base", answers([1.0, 1.0, 1.0, 0.0], truncated=0.25))
+    score(run, "trained", answers([1.0, 1.0, 0.0, 0.0]))
+    base, trained = tracked_rows(read_results(run))
+    assert len(base) == len(trained) == len(TRACKED_COLUMNS)
+    assert base[:4] == ["base", "75.0 ± 25.0 %", None, 0.25]
+    assert trained[0].endswith(", trained") and trained[2].startswith("-25.0 [")
+    assert base[4] == 8.0 and base[5] > trained[5] > 0
 
 
 def test_tracking_gets_no_error_where_there_is_none(run):

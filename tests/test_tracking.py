@@ -137,6 +137,7 @@ def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_netwo
     tracker.image("layer profile", tmp_path / "profile.png")
     tracker.log({"train/loss": 2.0, "train/tokens_per_second": 90.0}, step=1)
     tracker.log({"train/eval_loss": 1.5}, step=1)
+    tracker.table("results/ledger", ["model", "right"], [["base", 0.97]])
     tracker.summary({"ledger/accuracy": 0.97})
     tracker.finish()
     (segment,) = segments(tmp_path)
@@ -146,6 +147,8 @@ def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_netwo
     assert next(row for row in rows if "train/loss" in row)["train/eval_loss"] == 1.5
     assert len([row for row in rows if "layer profile/path" in row]) == 1
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 1
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json")
+    assert json.loads(table.read_text())["data"] == [["base", 0.97]]
 
 
 def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:
