@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -23,7 +24,9 @@ from lt_train.generation.requests import Request, Sampling, sample_seed
 from lt_train.generation.server_check import chat_messages, check_server
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridSpec, load_hybrid
-from lt_train.recipe import Prompt
+from lt_train.pipeline import Pipeline
+from lt_train.recipe import Prompt, load_recipe
+from lt_train.run_folder import RunFolder
 from tests.export.tiny_exports import facts
 
 pytestmark = pytest.mark.slow
@@ -179,6 +182,38 @@ def test_messages_are_read_as_the_recipes_prompt(transformers_serve, exports, to
     other = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(system="1 2 3"), "4"))
     with pytest.raises(UserError, match="chat template is another one"):
         list(other.answers(requests, GREEDY))
+
+
+def test_a_run_evaluates_its_export_by_a_server(transformers_serve, tmp_path):
+    """The answers of the server are those of the built-in engine, sample by sample."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: served\nmodel: {{base: {BASE}, dtype: fp32}}\nhybrid: {{layers: {list(LAZY)}, w_sink: 0, w_recent: 28}}\n"
+        f"data: {{source: {DATA}/ledger/train.jsonl, format: still, max_length: 256, limit: 4}}\n"
+    )
+    problems = f"benchmark: ledger, path: {DATA}/ledger/test.jsonl, limit: 5, max_new_tokens: 60"
+    server = f"backend: openai, servers: [{transformers_serve}], served_model: {tmp_path}/runs/served/export"
+    built_in, served = f"{{{problems}, name: built-in}}", f"{{{problems}, name: served, {server}}}"
+
+    with pytest.raises(UserError, match="Export first"):
+        work(recipe, tmp_path, f"[{served}]")
+    work(recipe, tmp_path, f"[{built_in}]", "export")
+    work(recipe, tmp_path, f"[{built_in}, {served}]")
+    texts = [written(tmp_path / "runs/served/eval/converted" / name / "samples.jsonl") for name in ("built-in", "served")]
+    assert texts[0] == texts[1] and len(texts[0]) == 5
+    checked = json.loads((tmp_path / "runs/served/eval/converted/served/servers.json").read_text())
+    assert checked["servers"] == [transformers_serve] and checked["tokens"] > 40
+
+
+def work(recipe, folder, evaluations, stage="evaluate"):
+    checked = load_recipe(recipe, [f"eval={evaluations}"])
+    run = RunFolder(checked, folder / "runs")
+    with run.begin():
+        getattr(Pipeline(checked, run, Console()), stage)()
+
+
+def written(samples):
+    return {row["problem"]: row["text"] for row in map(json.loads, samples.read_text().splitlines())}
 
 
 def test_vllm_gives_the_greedy_answers_of_the_stock_class(vllm, exports, tokenizer):
