@@ -16,11 +16,12 @@ def choose_tokens(logits_BV: Tensor, sampling: Sampling, seeds: Sequence[int], p
     """One token a row.
 
     Args:
-        seeds: each row's own (`sample_seed`). positions: of the token to choose, counted from the first new one.
+        logits_BV: fp32 or better. seeds: each row's own (`sample_seed`).
+        positions: of the token to choose, counted from the first new one.
     """
     if sampling.greedy:
         return logits_BV.argmax(-1).tolist()
-    probabilities_BV = torch.softmax(logits_BV.float() / sampling.temperature, dim=-1)
+    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
     if sampling.top_k:
         probabilities_BV = keep_likeliest(probabilities_BV, sampling.top_k)
     if sampling.top_p < 1:

@@ -97,7 +97,8 @@ class ModelRunner:
         return body.norm(hidden_BTD)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.model.lm_head(hidden_ND).float()
+        logits_NV = self.model.lm_head(hidden_ND)
+        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=self.model.device)

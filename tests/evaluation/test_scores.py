@@ -119,7 +119,7 @@ def test_answers_that_could_not_be_judged_are_not_compared_again() -> None:
 
 def test_a_missing_sample_is_an_error_that_names_it_and_the_way_out() -> None:
     there = {key: record for key, record in EIGHT.items() if key != ("b", 2)}
-    with pytest.raises(UserError, match=r"ledger: 1 of 8 samples are missing, such as sample 2 of problem b\. .*allow_partial: true"):
+    with pytest.raises(UserError, match=r"1 of 8 samples are missing, such as sample 2 of problem b\. .*allow_partial: true"):
         scores(there)
 
 

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -41,6 +41,12 @@ def tiny_model(spec: HybridSpec, dtype: torch.dtype = torch.float32) -> HybridFo
 @pytest.fixture(scope="module")
 def model() -> HybridForCausalLM:
     return tiny_model(HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6))
+
+
+@pytest.fixture(scope="module")
+def precise() -> HybridForCausalLM:
+    """In fp64: with thousands of draws, fp32's rounding in another batch tips one now and then."""
+    return tiny_model(HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6), torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +130,17 @@ def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec
     chunk=st.sampled_from([3, 8, 64]),
     spare=st.integers(0, 20),
 )
+@example(lengths=[*[1] * 10, 18], slots=2, chunk=64, spare=4)  # tipped in fp32
 @settings(max_examples=25, deadline=None)
-def test_no_budget_changes_or_loses_an_answer(model, tokenizer, lengths: list[int], slots: int, chunk: int, spare: int) -> None:
+def test_no_budget_changes_or_loses_an_answer(precise, tokenizer, lengths: list[int], slots: int, chunk: int, spare: int) -> None:
     """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
     asked = requests(lengths)
     alone = {}
     for request in asked:
-        alone |= texts(answered(Engine(model, tokenizer, max_slots=1), [request], SAMPLED))
-    sizes = kv.kv_sizes(model)
+        alone |= texts(answered(Engine(precise, tokenizer, max_slots=1), [request], SAMPLED))
+    sizes = kv.kv_sizes(precise)
     budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
-    tight = Engine(model, tokenizer, kv_budget=budget, max_slots=slots, prefill_chunk=chunk)
+    tight = Engine(precise, tokenizer, kv_budget=budget, max_slots=slots, prefill_chunk=chunk)
     assert texts(answered(tight, asked, SAMPLED)) == alone
 
 
