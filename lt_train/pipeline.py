@@ -274,8 +274,10 @@ class Pipeline:
         """Draw and score an entry's samples; returns what they are."""
         stop_ids = special_tokens(model, self.tokenizer).stop_ids
         plan = self._plan(entry, identity, stop_ids)
-        backend: Backend = engine_for(entry, model, self.tokenizer)
-        if entry.backend == "openai":
+        backend: Backend
+        if entry.backend == "hybrid":
+            backend = engine_for(entry, model, self.tokenizer)
+        else:
             questions = {problem.id: problem.text for problem in plan.problems.problems}
             served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
             backend = servers_for(

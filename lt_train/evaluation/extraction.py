@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from lt_train.generation.requests import THOUGHT_ENDS
+
 Kind = Literal["math", "choice"]
 """math: numbers, expressions, words. choice: one letter from A to J names the answer."""
 
@@ -18,8 +20,6 @@ class Extracted:
     answer: str
     extracted_from: ExtractedFrom
 
-
-THOUGHT_ENDS = ("</think>", "<|end_of_thought|>")
 
 END_CHARACTERS = 2000
 """Phrases are looked for in so many last characters: further up, "the answer is" opens a thought more often than it ends one."""

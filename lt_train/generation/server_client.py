@@ -21,6 +21,7 @@ from lt_train.generation.completions_api import (
 )
 from lt_train.generation.requests import Request, Sampling
 from lt_train.generation.server_pool import ServerFailure, ServerSettings
+from lt_train.generation.text import decode
 
 Message = Mapping[str, str]
 MakeMessages = Callable[[Request], Sequence[Message]]
@@ -224,7 +225,7 @@ def text_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
     A tokenizer that writes a beginning-of-sequence token by itself must not get that of the chat template as well.
     """
     for ids in (prompt_ids, prompt_ids[1:]):
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decode(tokenizer, ids)
         if tuple(tokenizer(text)["input_ids"]) == tuple(prompt_ids):
             return text
     return None

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lt_train.errors import UserError
-
-THOUGHT_ENDS = ("</think>", "<|end_of_thought|>")
-"""What closes the chain of thought in the formats of QwQ and DeepSeek-R1, and of STILL."""
+from lt_train.generation.requests import THOUGHT_ENDS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from lt_train.errors import UserError
-from lt_train.evaluation.extraction import THOUGHT_ENDS
 from lt_train.evaluation.records import (
     SampleRecord,
     check_same_fingerprint,
@@ -17,6 +16,7 @@ from lt_train.evaluation.records import (
     whole_lines,
 )
 from lt_train.evaluation.scores import AnswerScores
+from lt_train.generation.requests import THOUGHT_ENDS
 
 MAX_CHARACTERS = 100_000
 """Of one trace: so much is shown whole, whatever else the page holds."""

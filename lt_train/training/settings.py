@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
@@ -82,9 +83,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
 
 def trains_in_bf16(recipe: Recipe) -> bool:
     """Whether matrix products of the training run in bf16: as model.dtype says; auto: where the device computes in bf16."""
-    if recipe.model.dtype == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return recipe.model.dtype == "bf16"
+    return compute_dtype(recipe.model.dtype) == torch.bfloat16
 
 
 def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:

@@ -11,6 +11,7 @@ from lt_train.evaluation.benchmarks import longbench_metrics
 from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
 from lt_train.evaluation.benchmarks.longbench import FIRST_LINE_ONLY
 from lt_train.evaluation.extraction import ExtractedFrom, extract
+from lt_train.generation.requests import THOUGHT_ENDS
 
 METRICS = {
     "qa_f1": longbench_metrics.qa_f1,
@@ -21,8 +22,6 @@ METRICS = {
     "count": longbench_metrics.count,
     "code_similarity": longbench_metrics.code_similarity,
 }
-
-THOUGHT_ENDS = ("</think>", "<|end_of_thought|>")
 
 JudgeMath = Callable[[str, str], grading.Grade]
 """(text, true answer) -> verdict."""
