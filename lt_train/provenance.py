@@ -30,7 +30,8 @@ def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | No
     """The settings that shape a training, flat; those of its logging and saving are left out."""
     if recipe.train is None:
         return None
-    names = ("method", "learning_rate", "epochs", "max_steps", "batch_size", "lr_scheduler", "warmup_ratio", "weight_decay")
+    names = ("method", "learning_rate", "epochs", "max_steps", "batch_size", "batch_tokens")
+    names += ("lr_scheduler", "warmup_ratio", "weight_decay")
     settings = {name: getattr(recipe.train, name) for name in names if getattr(recipe.train, name) is not None}
     settings |= {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
     if recipe.lora is not None:

@@ -106,10 +106,12 @@ class Train(Part):
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps. Either this or `epochs`."""
-    batch_size: int = Field(ge=1)
-    """Samples (packs, when packing) per optimizer step on each process."""
+    batch_size: int | None = Field(None, ge=1)
+    """Samples (packs, when packing) per optimizer step, over all processes. Either this or `batch_tokens`."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per optimizer step, over all processes: packs of data.max_length tokens, so it needs data.packing."""
     micro_batch_size: int = Field(1, ge=1)
-    """Samples (packs) in one forward pass; batch_size is a multiple of it, the rest is accumulated."""
+    """Samples (packs) in one forward pass of one process. Each process runs batch / (this x processes) of them a step."""
     lr_scheduler: Text = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -317,7 +319,6 @@ _STAND_INS = {
     "data.max_length": 2,
     "train.method": "full",
     "train.learning_rate": 1.0,
-    "train.batch_size": 1,
     "eval.*": {"benchmark": "heldout_loss"},
     "eval.*.max_new_tokens": 1,
 }
@@ -328,7 +329,7 @@ _ADVICE = {
     "model.base": "Name the full-attention model: a hub id or a local folder",
     "data.source": "Name the training data: a hub id, a file or a folder",
     "data.format": "The fields of a row: question, combined_text | prompt, response | messages",
-    "train.batch_size": "It counts samples per optimizer step on each process",
+    "train.batch_size": "It counts samples (packs) per optimizer step over all processes",
     "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
     "hybrid.lazy_layer_ratio": "It is the share of layers that stream: 0 is the base, 1 has no layer that sees far",
     "hybrid.w_recent": "A window counts the query itself",

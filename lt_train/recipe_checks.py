@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lt_train.batch import nearest_multiples
 from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe_faults import did_you_mean
@@ -20,7 +21,7 @@ from lt_train.upstream import (
 )
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Eval, HeldoutLoss, Recipe
+    from lt_train.recipe import Data, Eval, HeldoutLoss, Recipe, Train
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,7 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
         yield Conflict(("train.epochs", "train.max_steps"), "say how long to train: give one of them")
     if train.epochs is not None and train.max_steps is not None:
         yield Conflict(("train.epochs", "train.max_steps"), "both say how long to train; keep one and set the other to null")
-    if train.batch_size % train.micro_batch_size:
-        yield Conflict(
-            ("train.batch_size", "train.micro_batch_size"),
-            f"{train.batch_size} is no multiple of {train.micro_batch_size}; a step is made of whole micro-batches",
-        )
+    yield from _batch(train, recipe.data)
     if train.eval_steps is not None and recipe.data.heldout == 0:
         yield Conflict(
             ("train.eval_steps", "data.heldout"),
@@ -147,6 +144,28 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
             f"{train.lr_scheduler!r} is no scheduler of transformers{near or known}",
         )
     yield from _upstream_names("train.trl", train.trl, TRL_SFT_CONFIG_NAMES, TRL_SET_BY_RECIPE, "TRL's SFTConfig")
+
+
+def _batch(train: "Train", data: "Data") -> Iterator[Conflict]:
+    size, tokens, micro = "train.batch_size", "train.batch_tokens", "train.micro_batch_size"
+    if train.batch_size is None and train.batch_tokens is None:
+        yield Conflict((size, tokens), "say how much an optimizer step takes: give one of them")
+    elif train.batch_size is not None and train.batch_tokens is not None:
+        yield Conflict((size, tokens), "both say how much an optimizer step takes; keep one and set the other to null")
+    elif train.batch_size is not None and train.batch_size % train.micro_batch_size:
+        near = nearest_multiples(train.batch_size, train.micro_batch_size)
+        yield Conflict((size, micro), f"{train.batch_size} is no multiple of {train.micro_batch_size}; the nearest that are: {near}")
+    elif train.batch_tokens is not None and not data.packing:
+        yield Conflict(
+            (tokens, "data.packing"),
+            "samples differ in length; set data.packing to true, or count samples by train.batch_size",
+        )
+    elif train.batch_tokens is not None and train.batch_tokens % (at_once := data.max_length * train.micro_batch_size):
+        near, product = nearest_multiples(train.batch_tokens, at_once), f"{data.max_length:,} x {train.micro_batch_size}"
+        yield Conflict(
+            (tokens, "data.max_length", micro),
+            f"{train.batch_tokens:,} is no multiple of {product}; the nearest that are: {near}",
+        )
 
 
 def _lora(recipe: "Recipe") -> Iterator[Conflict]:

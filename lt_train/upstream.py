@@ -77,7 +77,7 @@ TRL_SET_BY_RECIPE = {
     "num_train_epochs": "use train.epochs",
     "max_steps": "use train.max_steps",
     "per_device_train_batch_size": "use train.micro_batch_size",
-    "gradient_accumulation_steps": "use train.batch_size and train.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_size",
     "per_device_eval_batch_size": "use train.micro_batch_size",
     "auto_find_batch_size": "use train.micro_batch_size",
     "lr_scheduler_type": "use train.lr_scheduler",

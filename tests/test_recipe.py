@@ -125,7 +125,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         "  eval.0.max_new_tokens: missing; aime24 does not say how long an answer may be (line 13)",
         "  hybrid.layers + hybrid.lazy_layer_ratio: ",
         "  train.epochs + train.max_steps: both",
-        "  train.batch_size + train.micro_batch_size: 4 is no multiple of 3",
+        "  train.batch_size + train.micro_batch_size: 4 is no multiple of 3; the nearest that are: 3 or 6",
         "  eval.0.samples + eval.0.temperature: greedy",
     ):
         assert f"\n{fault}" in told, fault
@@ -170,7 +170,14 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train.learning_rate=0", "train.learning_rate: 0 must be above 0"),
         ("train.max_steps=null", "train.epochs + train.max_steps: say how long to train"),
         ("train.epochs=2", "train.epochs + train.max_steps: both say how long"),
-        ("train.micro_batch_size=3", "train.batch_size + train.micro_batch_size: 4 is no multiple of 3"),
+        (
+            "train.micro_batch_size=3",
+            "train.batch_size + train.micro_batch_size: 4 is no multiple of 3; the nearest that are: 3 or 6",
+        ),
+        ("train.micro_batch_size=5", "4 is no multiple of 5; the nearest that are: 5"),
+        ("train.batch_size=null", "train.batch_size + train.batch_tokens: say how much an optimizer step takes"),
+        ("train.batch_size=0", "train.batch_size: 0 must be at least 1. It counts samples (packs) per optimizer step over all"),
+        ("train.batch_tokens=1024", "train.batch_size + train.batch_tokens: both say how much"),
         ("train.lr_scheduler=cosin", "train.lr_scheduler: 'cosin' is no scheduler of transformers; did you mean cosine?"),
         (
             "train.deepspeed=launch/none.json",
@@ -218,6 +225,12 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
     ("overrides", "told"),
     [
         (["train=null", "lora={}"], "lora + train: there is no training"),
+        (["train.batch_size=null", "train.batch_tokens=2048"], "train.batch_tokens + data.packing: samples differ in length"),
+        (
+            ["train.batch_size=null", "train.batch_tokens=5000", "train.micro_batch_size=2", "data.packing=true"],
+            "train.batch_tokens + data.max_length + train.micro_batch_size: 5,000 is no multiple of 1,024 x 2; "
+            "the nearest that are: 4,096 or 6,144",
+        ),
         (["train.method=full", "lora={}"], "lora + train.method: method full trains the weights themselves"),
         (["eval.0.benchmark=custom"], "eval.0.path: custom is a file of your own: name it"),
         (["eval.0.recall.keys=2"], "eval.0.recall: aime24 is read, not made; take recall out"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from lt_train.batch import accumulation_steps
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.files import read_json
@@ -18,7 +19,7 @@ from lt_train.training.checkpoints import Settings
 
 def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     """Everything TRL is told. Our rows are tokenized already, so its own preparation of data is off."""
-    bf16 = trains_in_bf16(recipe)
+    bf16, processes = trains_in_bf16(recipe), int(os.environ.get("WORLD_SIZE", "1"))
     ours = {
         "output_dir": str(out),
         "seed": recipe.seed,
@@ -41,7 +42,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "num_train_epochs": train.epochs or 1,
         "max_steps": train.max_steps or -1,  # -1: as the epochs say
         "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(train, recipe.data, processes),
         "activation_checkpointing": train.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "use_cache": False,

@@ -64,13 +64,12 @@ def deepspeed(folder: Path, settings: dict[str, Any], base: Path) -> str:
 def test_zero3_saves_every_weight_at_full_shape_and_trains_like_one_process(train_tiny, tmp_path: Path) -> None:
     base = Qwen3ForCausalLM(tiny_training.tiny_config())
     base.save_pretrained(tmp_path / "base")
-    # two processes with two samples each are one process with four
-    settings: dict[str, Any] = {"train": {"max_steps": 4, "batch_size": 2, "micro_batch_size": 1}, "data": {"heldout": 5}}
+    # two processes that each accumulate two samples are one that accumulates four
+    settings: dict[str, Any] = {"train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1}, "data": {"heldout": 5}}
     zero3 = {**settings["train"], "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
     deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
-    one = {**settings, "train": {**settings["train"], "batch_size": 4}}
     load = tiny_training.hybrid_from(tmp_path / "base")
-    tiny_training.train_in(tmp_path / "one", one, tiny_training.NoTracker(), load=load)
+    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=load)
 
     saved = load_hybrid_checkpoint(tmp_path / "two" / "final").state_dict()
     assert {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in base.state_dict().items()}

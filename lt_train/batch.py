@@ -1,0 +1,56 @@
+"""How large an optimizer step is, and how the processes of a training share it.
+
+A recipe says the batch once, over all processes. Micro-batch, accumulation and DeepSpeed's fields follow from it.
+"""
+
+from typing import TYPE_CHECKING
+
+from lt_train.errors import UserError
+
+if TYPE_CHECKING:
+    from lt_train.recipe import Data, Train
+
+
+def batch_samples(train: "Train", data: "Data") -> int:
+    """Samples (packs, when packing) per optimizer step over all processes. A pack counts as data.max_length tokens."""
+    if train.batch_tokens is not None:
+        return train.batch_tokens // data.max_length
+    assert train.batch_size is not None, "a checked recipe has one of the two"
+    return train.batch_size
+
+
+def data_parallel_size(train: "Train", processes: int) -> int:
+    """How many of the `processes` see samples of their own."""
+    return processes
+
+
+def accumulation_steps(train: "Train", data: "Data", processes: int) -> int:
+    """Micro-batches that each process runs before an optimizer step.
+
+    Raises:
+        UserError: the batch is not made of whole micro-batches on `processes` processes.
+    """
+    sharing = data_parallel_size(train, processes)
+    at_once = train.micro_batch_size * sharing
+    batch = batch_samples(train, data)
+    if batch % at_once:
+        setting, unit = ("batch_size", 1) if train.batch_tokens is None else ("batch_tokens", data.max_length)
+        near, fitting = nearest_multiples(batch * unit, at_once * unit), _dividing(batch, train.micro_batch_size, sharing)
+        raise UserError(
+            f"train.{setting}: {batch * unit:,} cannot be shared out: {sharing} processes with train.micro_batch_size "
+            f"{train.micro_batch_size} take {at_once * unit:,} at a time. The nearest that can: {near}. Or start {fitting} processes"
+        )
+    return batch // at_once
+
+
+def nearest_multiples(number: int, of: int) -> str:
+    """The multiples of `of` around `number`, which is none, in words: "91 or 98"."""
+    below = number // of * of
+    return f"{below:,} or {below + of:,}" if below else f"{of:,}"
+
+
+def _dividing(batch: int, micro: int, sharing: int) -> str:
+    """The numbers of processes around `sharing` that share `batch` out in whole micro-batches, in words."""
+    fitting = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
+    below, above = [n for n in fitting if n < sharing][-1:], [n for n in fitting if n > sharing][:1]
+    return " or ".join(map(str, below + above))
