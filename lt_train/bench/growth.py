@@ -13,7 +13,7 @@ from rich.table import Table
 from lt_train.base_model import load_base_config, load_for_inference
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
-from lt_train.hybrid import HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
 from lt_train.progress import show_progress
 from lt_train.recipe import Model
 from lt_train.selection.choose import number_of_lazy_layers
@@ -45,7 +45,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
     with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
         for length in range(1, max(lengths) + 1):
             started = time.perf_counter()
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            token = model(token, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
             token.item()  # waits for the device
             recent = [*recent[-TIMED_TOKENS + 1 :], time.perf_counter() - started]
             if length in lengths:

@@ -28,7 +28,7 @@ from lt_train.generation.requests import Request, Sampling
 from lt_train.generation.server_client import Message
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.generation.text import decode
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
 from lt_train.recipe import Prompt
 
 NEW_TOKENS = 24
@@ -205,10 +205,9 @@ def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator:
 @torch.inference_mode()
 def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], stop_ids: Sequence[int]) -> Continuation:
     ids_1T = torch.tensor([prompt_ids], device=model.device)
-    cache, tokens, logits = None, [], []
+    cache, tokens, logits = HybridCache(model.spec), [], []
     while len(tokens) < NEW_TOKENS and not (tokens and tokens[-1] in stop_ids):
-        out = model(ids_1T, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids_1T, **{CACHE_ARGUMENT: cache})
         logits.append(out.logits[0, -1].float().cpu())
         tokens.append(int(logits[-1].argmax()))
         ids_1T = torch.tensor([[tokens[-1]]], device=model.device)

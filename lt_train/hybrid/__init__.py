@@ -3,7 +3,7 @@
 This package imports torch, transformers and itself only: its files are copied into every exported checkpoint and run there alone.
 """
 
-from .cache import HybridCache
+from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import is_hybrid
 from .loading import build_hybrid, family_of, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from .modeling import HybridForCausalLM
@@ -11,6 +11,7 @@ from .spec import HYBRID_VERSION, HybridError, HybridSpec
 from .views import AttentionView, FullView, StreamingView, Views
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "HYBRID_VERSION",
     "AttentionView",
     "FullView",

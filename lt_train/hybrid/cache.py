@@ -7,13 +7,18 @@ stored after rotary embedding: their order in the cache does not matter.
 Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from .spec import HybridError, HybridSpec
+
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
+"""What transformers calls the cache in a forward pass: since 5.24 `cache`, which takes the former name as well until 6.0."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers.models.ministral.modeling_ministral import MinistralForCausalL
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
-from .cache import HybridCache
+from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import find_documents
 from .spec import FULL, STREAMING, HybridError, HybridSpec
@@ -151,10 +151,12 @@ class HybridBody(OwnAttention):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: HybridCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As the stock model's, for padded (`attention_mask` [B, T]) and packed (`position_ids` [B, T]) input.
 
+        `cache` and `past_key_values` are two names of one argument (see CACHE_ARGUMENT).
         `cu_seq_lens_*`, which some collators add to packed input, repeat what `position_ids` say and are not read.
 
         Raises:
@@ -172,15 +174,16 @@ class HybridBody(OwnAttention):
             raise HybridError(
                 "attention_mask is a dict of masks: a hybrid makes its own. Pass a padding mask [batch, tokens], or none"
             )
-        cache = self._cache_for(past_key_values, use_cache, attention_mask, position_ids)
+        given = past_key_values if cache is None else cache
+        cache = self._cache_for(given, use_cache, attention_mask, position_ids)
         views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
         return super().forward(
             input_ids=input_ids,
             attention_mask={FULL: views.full, STREAMING: views.streaming},
             position_ids=views.position_ids,
-            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             use_cache=cache is not None,
+            **{CACHE_ARGUMENT: cache},
             **{name: value for name, value in kwargs.items() if name not in _PACKING_HINTS},
         )
 
@@ -194,13 +197,10 @@ class HybridBody(OwnAttention):
         if given is not None:
             if not isinstance(given, HybridCache):
                 raise HybridError(
-                    f"past_key_values is a {type(given).__name__}, which drops the sinks: "
-                    "pass HybridCache(model.config.spec), or none"
+                    f"the cache is a {type(given).__name__}, which drops the sinks: pass HybridCache(model.config.spec), or none"
                 )
             if given.spec != self.spec:
-                raise HybridError(
-                    "past_key_values was made for a hybrid with other layers or sizes: make it from model.config.spec"
-                )
+                raise HybridError("the cache was made for a hybrid with other layers or sizes: make it from model.config.spec")
             return given
         if use_cache is None:  # the config's default is meant for generation, not for training, packed or right-padded batches
             ends_in_padding = attention_mask is not None and not bool(attention_mask[:, -1].all())
@@ -250,8 +250,8 @@ class HybridCausalLM(OwnAttention):
             raise HybridError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a hybrid has its own cache. Leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HybridCache(self.spec)
+        if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_ARGUMENT] = HybridCache(self.spec)
 
     def generate(self, *args, **kwargs):
         if kwargs.get("cache_implementation") == "paged":

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.hybrid import HybridCache, HybridError, HybridSpec, build_hybrid
+from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridError, HybridSpec, build_hybrid
 from lt_train.hybrid.cache import slot_positions
 from tests.hybrid.families import BASES, SIZES
 
@@ -47,7 +47,7 @@ def test_any_chunking_of_the_input_gives_the_logits_of_one_pass(lengths, chunks,
         for size in [*chunks, ids.shape[1] - sum(chunks)]:
             columns = slice(column, column + size)
             column += size
-            parts.append(model(ids[:, columns], attention_mask=mask[:, :column], past_key_values=cache).logits)
+            parts.append(model(ids[:, columns], attention_mask=mask[:, :column], **{CACHE_ARGUMENT: cache}).logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-5, rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_over_4096_tokens_lazy_layers_stay_within_their_window(qwen3_config):
     lazy, bytes_at, most = [cache.layers[layer] for layer in spec.lazy_layers], {}, 0
     with torch.inference_mode():
         for step in range(4096):
-            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            ids = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1:].argmax(-1)
             most = max(most, *(layer.keys.shape[2] for layer in lazy))
             bytes_at[step] = sum(layer.nbytes for layer in lazy)
     assert most == spec.window
@@ -129,7 +129,7 @@ def test_continuous_batching_is_refused(qwen3_config):
 
 def test_taking_tokens_back_or_reordering_rows_is_refused(qwen3_config):
     model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
-    model(torch.randint(2, 96, (2, 5)), past_key_values=cache)
+    model(torch.randint(2, 96, (2, 5)), **{CACHE_ARGUMENT: cache})
     for refused in (
         lambda: cache.crop(-2),
         lambda: cache.reorder_cache(torch.tensor([1, 0])),
@@ -144,20 +144,29 @@ def test_padding_after_real_tokens_is_refused_with_a_cache(qwen3_config):
     model = build_hybrid(qwen3_config, SPEC).eval()
     ids = torch.randint(2, 96, (1, 4))
     with pytest.raises(HybridError, match="left padding only"):
-        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), past_key_values=HybridCache(SPEC))
+        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), **{CACHE_ARGUMENT: HybridCache(SPEC)})
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_the_cache_is_taken_by_both_its_names(qwen3_config):
+    model, ids = build_hybrid(qwen3_config, SPEC).eval(), torch.randint(2, 96, (1, 30))
+    caches = {name: HybridCache(SPEC) for name in ("past_key_values", CACHE_ARGUMENT)}
+    logits = [model(ids, **{name: cache}).logits for name, cache in caches.items()]
+    assert all(torch.equal(logits[0], other) for other in logits)
+    assert [cache.get_seq_length() for cache in caches.values()] == [30] * len(caches)
 
 
 def test_a_cache_serves_one_batch(qwen3_config):
     model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
-    model(torch.randint(2, 96, (2, 5)), past_key_values=cache)
+    model(torch.randint(2, 96, (2, 5)), **{CACHE_ARGUMENT: cache})
     with pytest.raises(HybridError, match="make a cache per batch"):
-        model(torch.randint(2, 96, (3, 1)), past_key_values=cache)
+        model(torch.randint(2, 96, (3, 1)), **{CACHE_ARGUMENT: cache})
     cache.reset()
-    model(torch.randint(2, 96, (3, 5)), past_key_values=cache)
+    model(torch.randint(2, 96, (3, 5)), **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 5
 
 
 def test_kv_entries_of_the_spec_are_those_of_the_cache(qwen3_config):
     model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
-    model(torch.randint(2, 96, (1, 50)), past_key_values=cache)
+    model(torch.randint(2, 96, (1, 50)), **{CACHE_ARGUMENT: cache})
     assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50) == 50 + 3 * 9

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, MinistralConfig, MinistralForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from lt_train.hybrid import HybridCache, HybridError, HybridSpec, build_hybrid, hybrid_config
+from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridError, HybridSpec, build_hybrid, hybrid_config
 from tests.hybrid.families import BASES
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
@@ -68,7 +68,7 @@ def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_confi
         config=twin.config,
         inputs_embeds=twin.get_input_embeddings()(ids),
         attention_mask=None,
-        past_key_values=None,
+        **{CACHE_ARGUMENT: None},
         position_ids=position_ids,
     )
 
@@ -149,9 +149,9 @@ def test_a_foreign_attention_implementation_is_refused(qwen3_config):
 def test_a_foreign_cache_is_refused(qwen3_config):
     hybrid = build_hybrid(qwen3_config, SPEC)
     with pytest.raises(HybridError, match="drops the sinks"):
-        hybrid(tokens(1, 4), past_key_values=DynamicCache(config=hybrid.config))
+        hybrid(tokens(1, 4), **{CACHE_ARGUMENT: DynamicCache(config=hybrid.config)})
     with pytest.raises(HybridError, match="other layers or sizes"):
-        hybrid(tokens(1, 4), past_key_values=HybridCache(HybridSpec(4, (1, 3), w_sink=4, w_recent=7)))
+        hybrid(tokens(1, 4), **{CACHE_ARGUMENT: HybridCache(HybridSpec(4, (1, 3), w_sink=4, w_recent=7))})
 
 
 def test_masks_and_packing_that_cannot_be_right_are_refused(qwen3_config):
