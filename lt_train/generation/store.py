@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid.cache import slot_of
 
 PAGE = 128
 """Tokens of a page: large enough for an efficient product, small enough that the half page a sequence wastes is little."""
@@ -158,7 +159,7 @@ class PagedLayer:
 class RingLayer:
     """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
 
-    Position r lies in entry r while r < W, then in entry w_sink + (r - w_sink) mod w_recent.
+    Which position lies in which entry is the rule of the hybrid's own cache (`slot_of`).
     """
 
     def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
@@ -170,14 +171,10 @@ class RingLayer:
         self.keys[target] = self.keys[source]
         self.values[target] = self.values[source]
 
-    def entries(self, position: Tensor) -> Tensor:
-        ring = self.spec.w_sink + (position - self.spec.w_sink) % self.spec.w_recent
-        return torch.where(position < self.spec.w_sink, position, ring)
-
     def write(self, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
         """Put new tokens of one sequence in its ring, from position `first` on: those that the window still holds after them."""
         position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
         kept_T = (position_T < self.spec.w_sink) | (position_T >= first + k_GTD.shape[1] - self.spec.w_recent)
-        entry_K = self.entries(position_T[kept_T])
+        entry_K = slot_of(position_T[kept_T], self.spec.w_sink, self.spec.w_recent)
         self.keys[slot, :, entry_K] = k_GTD[:, kept_T]
         self.values[slot, :, entry_K] = v_GTD[:, kept_T]

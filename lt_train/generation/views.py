@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lt_train.generation.store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
 from lt_train.hybrid import AttentionView
-from lt_train.hybrid.cache import slot_positions
+from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.mask import full_visible, streaming_visible
 
 
@@ -98,7 +98,6 @@ class StepIndices:
     def of(cls, store: KVStore, pages: PageMap, device: torch.device) -> "StepIndices":
         spec = store.spec
         length_B = torch.tensor(store.lengths, device=device)
-        ring_B = spec.w_sink + (length_B - spec.w_sink) % spec.w_recent
         empty_BW = None
         if min(store.lengths) + 1 < min(max(store.lengths) + 1, spec.window):
             empty_BW = torch.arange(spec.window, device=device) > length_B[:, None]
@@ -106,7 +105,7 @@ class StepIndices:
         partial_M = (filled_N < PAGE).nonzero()[:, 0]
         return cls(
             row_B=torch.arange(len(store.lengths), device=device),
-            entry_B=torch.where(length_B < spec.w_sink, length_B, ring_B),
+            entry_B=slot_of(length_B, spec.w_sink, spec.w_recent),
             empty_BW=empty_BW,
             owner_N=torch.tensor(pages.owner, device=device),
             newest_B=torch.tensor(pages.newest, device=device),

@@ -9,6 +9,7 @@ Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 
 import inspect
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -168,19 +169,14 @@ class SinkRingLayer(CacheLayerMixin):
 
     def _write_one(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.rows.shortest == self.rows.longest:
-            slot = self._slot(self.rows.longest - 1)
+            slot = slot_of(self.rows.longest - 1, self.w_sink, self.w_recent)
             self._keys[:, :, slot] = key_states[:, :, 0]
             self._values[:, :, slot] = value_states[:, :, 0]
             return
-        position_B = self.rows.after_B - 1
-        ring_B = self.w_sink + (position_B - self.w_sink) % self.w_recent
-        slot_B = torch.where(position_B < self.w_sink, position_B, ring_B).to(self._keys.device)
+        slot_B = slot_of(self.rows.after_B - 1, self.w_sink, self.w_recent).to(self._keys.device)
         row_B = torch.arange(slot_B.shape[0], device=slot_B.device)
         self._keys[row_B, :, slot_B] = key_states[:, :, 0]
         self._values[row_B, :, slot_B] = value_states[:, :, 0]
-
-    def _slot(self, position: int) -> int:
-        return position if position < self.w_sink else self.w_sink + (position - self.w_sink) % self.w_recent
 
     def _absorbed(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers after many new columns: each slot takes the last position that belongs to it, old or new."""
@@ -261,6 +257,17 @@ class HybridCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise _refused("selecting rows of a filled cache")
+
+
+Position = TypeVar("Position", int, Tensor)
+
+
+def slot_of(position: Position, w_sink: int, w_recent: int) -> Position:
+    """Where a streaming layer keeps the token at `position`: the one rule for every cache with rings."""
+    ring = w_sink + (position - w_sink) % w_recent
+    if isinstance(position, Tensor):
+        return torch.where(position < w_sink, position, ring)
+    return position if position < w_sink else ring
 
 
 def slot_positions(real_B: Tensor, slots: int, w_sink: int, w_recent: int) -> Tensor:
