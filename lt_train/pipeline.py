@@ -11,27 +11,21 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.backends import engine_for, servers_for
 from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
-from lt_train.evaluation.heldout import evaluate_heldout_loss
-from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.records import RecordFolder
-from lt_train.evaluation.run import evaluate
+from lt_train.evaluation_stage import EvaluationStage
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.generation.requests import Backend
-from lt_train.generation.text import special_tokens
-from lt_train.hybrid import HybridForCausalLM, hybrid_config
+from lt_train.hybrid import hybrid_config
 from lt_train.provenance import export_facts
-from lt_train.recipe import Eval, HeldoutLoss, Recipe
+from lt_train.recipe import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.run_folder import RunFolder, hash_of, set_aside
 from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
-from lt_train.sources import resolve_model
 from lt_train.tracking import NoTracker, Tracker, open_tracker
 from lt_train.training.trainer import train
 from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
@@ -120,23 +114,21 @@ class Pipeline:
         if self._is_measured():
             self.train()
             return
-        self._check_evaluations()  # before a long training, not after it
+        self.evaluation.check()  # before a long training, not after it
         if self.ranks > 1 and self.recipe.train is not None and not self.folder.is_done("train"):
             raise UserError(
                 f"{self.folder.path}: not trained yet. Run lt-train train first, then evaluate in {self.ranks} processes"
             )
         self.train()
         with self.folder.doing("eval", self._evaluations):
-            for variant in self.variants.to_evaluate():
-                self._evaluate(variant)
+            self.evaluation.measure_all()
             self._track_results()
 
     def evaluate_along(self) -> None:
         """What ranks other than the first do when evaluating: their share of the samples, in silence."""
         self.folder.wait_for("hybrid" if self.recipe.train is None else "train")
         if not self._is_measured():
-            for variant in self.variants.to_evaluate():
-                self._evaluate(variant)
+            self.evaluation.measure_all()
 
     def sample(self) -> None:
         """Draw answers as the recipe's `sample` part says, and write the right ones as training data."""
@@ -147,8 +139,7 @@ class Pipeline:
         {BASE: lambda: None, CONVERTED: self.convert, TRAINED: self.train}[variant]()
         self.say("sample", f"{variant}: {sample.samples} answers to each problem of {sample.benchmark}")
         out = self.folder.stage("sample") / variant / sample.name
-        model, identity = self.variants.load(variant, self.dtype), self.variants.fingerprint(variant)
-        plan = self._ask(sample, variant, model, identity, out)
+        plan = self.evaluation.ask(sample, variant, self.variants.load(variant, self.dtype), out)
         records = RecordFolder(out, plan.fingerprint).read()
         choice = choose_traces([records[key] for key in plan.keys if key in records], sample)
         write_traces(out, choice, {problem.id: problem.text for problem in plan.problems.problems})
@@ -209,6 +200,21 @@ class Pipeline:
         return Variants(self.recipe, self.folder, self.base_config)
 
     @cached_property
+    def evaluation(self) -> EvaluationStage:
+        return EvaluationStage(
+            self.recipe,
+            self.folder,
+            self.variants,
+            self.base_config,
+            self.tokenizer,
+            heldout=lambda: self.examples.heldout,
+            dtype=self.dtype,
+            rank=self.rank,
+            ranks=self.ranks,
+            report=lambda line: self.say("evaluate", line),
+        )
+
+    @cached_property
     def tracker(self) -> Tracker:
         return open_tracker(self.recipe.track, self.folder.path, self.recipe.model_dump())
 
@@ -241,53 +247,6 @@ class Pipeline:
 
     def _is_measured(self) -> bool:
         return not self.recipe.eval or self.folder.is_done("eval", self._evaluations)
-
-    def _check_evaluations(self) -> None:
-        for entry in self.recipe.eval:
-            if not isinstance(entry, HeldoutLoss):
-                self._plan(entry)
-
-    def _plan(self, entry: Eval, model_fingerprint: str = "", stop_ids: tuple[int, ...] = ()) -> Plan:
-        return make_plan(
-            entry,
-            self.recipe.prompt,
-            self.tokenizer,
-            context=self.base_config.max_position_embeddings,
-            seed=self.recipe.seed,
-            model_fingerprint=model_fingerprint,
-            stop_ids=stop_ids,
-        )
-
-    def _evaluate(self, variant: str) -> None:
-        entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
-        if self.rank == 0:
-            self.say("evaluate", f"{variant}: {', '.join(entry.name for entry in entries)}")
-        model, identity = self.variants.load(variant, self.dtype), self.variants.fingerprint(variant)
-        for entry in entries:
-            out = self.folder.stage("eval") / variant / entry.name
-            if not isinstance(entry, HeldoutLoss):
-                self._ask(entry, variant, model, identity, out)
-            elif self.rank == 0:
-                evaluate_heldout_loss(model, self.examples.heldout, entry, out, model_fingerprint=identity)
-
-    def _ask(self, entry: Eval, variant: str, model: HybridForCausalLM, identity: str, out: Path) -> Plan:
-        """Draw and score an entry's samples; returns what they are."""
-        stop_ids = special_tokens(model, self.tokenizer).stop_ids
-        plan = self._plan(entry, identity, stop_ids)
-        backend: Backend
-        if entry.backend == "hybrid":
-            backend = engine_for(entry, model, self.tokenizer)
-        else:
-            questions = {problem.id: problem.text for problem in plan.problems.problems}
-            served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
-            backend = servers_for(
-                entry, model, served, self.tokenizer, self.recipe.prompt, questions, stop_ids, out, self._say_evaluate
-            )
-        evaluate(plan, backend, out, rank=self.rank, ranks=self.ranks)
-        return plan
-
-    def _say_evaluate(self, line: str) -> None:
-        self.say("evaluate", line)
 
     def _export_dtype(self) -> torch.dtype:
         if self.recipe.export.dtype == "auto":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lt_train import evaluation_stage
 from lt_train.errors import UserError
+from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline import Pipeline
 from lt_train.recipe import Recipe, load_recipe
@@ -144,6 +146,22 @@ def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, t
     assert "periodic, untrained" in printed
     assert not (tmp_path / "tiny/train").exists()
     assert (tmp_path / "tiny/export/model.safetensors").is_file()
+
+
+def test_what_is_asked_is_settled_once_for_all_models(inputs, tmp_path, monkeypatch):
+    made = []
+
+    def counted(entry, *args, **kwargs):
+        made.append(entry.name)
+        return make_plan(entry, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation_stage, "make_plan", counted)
+    compared = (*TRAINING_FREE, "eval.0.of=[base, converted]", "eval.1.of=[base]")
+    work(load_recipe(inputs / "recipe.yaml", compared), tmp_path, "evaluate")
+    assert made == ["ledger"]
+    scores = [read_scores(tmp_path / f"tiny/eval/{variant}/ledger/scores.json") for variant in ("base", "converted")]
+    differing = {name for name in scores[0].fingerprint if scores[0].fingerprint[name] != scores[1].fingerprint[name]}
+    assert differing == {"model"}
 
 
 def test_layers_that_the_recipe_names_need_no_profile(inputs, tmp_path):

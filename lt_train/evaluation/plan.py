@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from lt_train.generation.requests import Request, Sampling, sample_seed
 
 @dataclass(frozen=True)
 class Plan:
-    """`fingerprint` tells samples of one model, prompt and sampling from all others."""
+    """`fingerprint` tells samples of one model, prompt and sampling from all others; of which model, `asked_of` adds."""
 
     entry: recipe.Eval
     benchmark: Benchmark
@@ -30,6 +30,15 @@ class Plan:
     def keys(self) -> set[tuple[str, int]]:
         return {(request.problem, request.sample) for request in self.requests}
 
+    def asked_of(self, model_fingerprint: str, stop_ids: tuple[int, ...]) -> "Plan":
+        """This plan, answered by one model.
+
+        Args:
+            model_fingerprint: says which weights and which hybrid will answer. stop_ids: at which tokens.
+        """
+        model = {"model": model_fingerprint, "stop_tokens": " ".join(map(str, stop_ids))}
+        return replace(self, fingerprint={**self.fingerprint, **model})
+
 
 def make_plan(
     entry: recipe.Eval,
@@ -38,14 +47,11 @@ def make_plan(
     *,
     context: int,
     seed: int,
-    model_fingerprint: str = "",
-    stop_ids: tuple[int, ...] = (),
 ) -> Plan:
     """
     Args:
         context: tokens that the model was made for (max_position_embeddings).
         seed: the recipe's; the entry's own goes before it.
-        model_fingerprint: says which weights and which hybrid will answer. stop_ids: at which tokens.
 
     Raises:
         UserError: the benchmark cannot be read, or a prompt leaves no room for max_new_tokens.
@@ -68,13 +74,11 @@ def make_plan(
         requests += [Request(problem.id, sample, sample_seed(seed, problem.id, sample), asked) for sample in range(entry.samples)]
     check_fits_context(context, requests, sampling.max_new_tokens)
     fingerprint = {
-        "model": model_fingerprint,
         "benchmark": entry.benchmark,
         "problems": hash_of([astuple(problem) for problem in problems.all_problems]),
         "prompt": hash_of(requests[0].prompt_ids),
         "max_prompt_tokens": longest if benchmark.cut_to_fit else None,
         "backend": entry.backend,  # each kind draws its own random numbers
-        "stop_tokens": " ".join(map(str, stop_ids)),
         **_sampling_facts(sampling),
         "seed": None if sampling.greedy else seed,
     }

@@ -20,7 +20,7 @@ from lt_train.generation.choice import choose_tokens, penalise_repetition
 from lt_train.generation.requests import Answer, FinishReason, Request, Sampling, Watch
 from lt_train.generation.runner import ModelRunner
 from lt_train.generation.store import KVStore, kv_sizes, pages_for
-from lt_train.generation.text import cut_at_stop_string, decode, special_tokens, thinking_tokens
+from lt_train.generation.text import cut_at_stop_string, decode, stop_tokens, thinking_tokens
 from lt_train.hybrid import HybridForCausalLM
 
 SHARE_OF_FREE_MEMORY = 0.8
@@ -68,7 +68,7 @@ class Engine:
         self.kv_budget = kv_budget
         self.max_slots = max_slots
         self.prefill_chunk = prefill_chunk
-        self.stop_ids = special_tokens(model, tokenizer).stop_ids
+        self.stop_ids = stop_tokens(model, tokenizer)
 
     def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done.

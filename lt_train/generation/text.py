@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,18 +9,8 @@ from lt_train.errors import UserError
 from lt_train.generation.requests import THOUGHT_ENDS
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    stop_ids: tuple[int, ...]
-    pad_id: int
-
-    def content(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """The tokens without the stop token at their end."""
-        return token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
-
-
-def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """Stop at the tokenizer's eos and at those the checkpoint's generation config names (chat models often have two).
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's eos and those that the checkpoint's generation config names (chat models often have two), ascending.
 
     Raises:
         UserError: neither names one.
@@ -35,7 +24,7 @@ def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             "neither the tokenizer nor the generation config of this model names an end-of-sequence token, so no answer would ever "
             "end: set eos_token in its tokenizer_config.json"
         )
-    return SpecialTokens(stop_ids, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return stop_ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -44,10 +44,8 @@ def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
             tokenizer,
             context=model.config.max_position_embeddings,
             seed=3,
-            model_fingerprint=model_fingerprint,
-            stop_ids=engine.stop_ids,
         )
-        return evaluate(plan, engine, out, rank=rank, ranks=ranks, progress=False)
+        return evaluate(plan.asked_of(model_fingerprint, engine.stop_ids), engine, out, rank=rank, ranks=ranks, progress=False)
 
     return call
 

@@ -31,7 +31,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def plan(engine: Engine) -> Plan:
     entry = Eval(benchmark="ledger", limit=40, max_new_tokens=120)
-    return make_plan(entry, Prompt(), engine.tokenizer, context=4096, seed=0, model_fingerprint="tiny", stop_ids=engine.stop_ids)
+    return make_plan(entry, Prompt(), engine.tokenizer, context=4096, seed=0).asked_of("tiny", engine.stop_ids)
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:

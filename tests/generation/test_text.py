@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config
 
 from lt_train.errors import UserError
-from lt_train.generation.text import SpecialTokens, cut_at_stop_string, special_tokens, thinking_tokens
+from lt_train.generation.text import cut_at_stop_string, stop_tokens, thinking_tokens
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
 
 
@@ -21,21 +21,14 @@ def test_answers_stop_at_the_eos_of_the_tokenizer_and_of_the_checkpoint(
     model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model.generation_config.eos_token_id = [4, 9]
-    assert special_tokens(model, tokenizer).stop_ids == tuple(sorted({4, 9, tokenizer.eos_token_id}))
+    assert stop_tokens(model, tokenizer) == tuple(sorted({4, 9, tokenizer.eos_token_id}))
 
 
 def test_a_model_that_could_never_stop_is_refused(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     model.generation_config.eos_token_id = None
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="end-of-sequence token"):
-        special_tokens(model, endless)
-
-
-def test_the_stop_token_is_no_part_of_the_content() -> None:
-    tokens = SpecialTokens(stop_ids=(1,), pad_id=0)
-    assert tokens.content((5, 6, 1)) == (5, 6)
-    assert tokens.content((5, 6)) == (5, 6)
-    assert tokens.content(()) == ()
+        stop_tokens(model, endless)
 
 
 @pytest.mark.parametrize("end", ["</think>", "<|end_of_thought|>"])

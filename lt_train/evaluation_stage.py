@@ -1,0 +1,96 @@
+"""The evaluation stage of a run: every variant under every evaluation that the recipe asks for.
+
+What is asked is settled once, before anything is trained; the models then answer it one after the other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from lt_train.backends import engine_for, servers_for
+from lt_train.evaluation.heldout import evaluate_heldout_loss
+from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.run import evaluate
+from lt_train.examples import Example
+from lt_train.generation.requests import Backend
+from lt_train.generation.text import stop_tokens
+from lt_train.hybrid import HybridForCausalLM
+from lt_train.recipe import Eval, HeldoutLoss, Recipe
+from lt_train.run_folder import RunFolder, hash_of
+from lt_train.sources import resolve_model
+from lt_train.variants import BASE, Variants
+
+
+@dataclass
+class EvaluationStage:
+    """
+    Attributes:
+        heldout: reads the held-out samples, where they are asked for.
+        rank: this process's number among the `ranks` that share the samples; the first one scores, and reports.
+        report: takes lines for the user.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    variants: Variants
+    base_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    heldout: Callable[[], Sequence[Example]]
+    dtype: torch.dtype
+    rank: int
+    ranks: int
+    report: Callable[[str], None]
+    _plans: dict[str, Plan] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a benchmark that cannot be read, or whose prompts do not fit this model.
+        """
+        for entry in self.recipe.eval:
+            if not isinstance(entry, HeldoutLoss):
+                self.plan(entry)
+
+    def measure_all(self) -> None:
+        for variant in self.variants.to_evaluate():
+            self.measure(variant)
+
+    def measure(self, variant: str) -> None:
+        """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
+        entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
+        if self.rank == 0:
+            self.report(f"{variant}: {', '.join(entry.name for entry in entries)}")
+        model = self.variants.load(variant, self.dtype)
+        for entry in entries:
+            out = self.folder.stage("eval") / variant / entry.name
+            if not isinstance(entry, HeldoutLoss):
+                self.ask(entry, variant, model, out)
+            elif self.rank == 0:
+                evaluate_heldout_loss(model, self.heldout(), entry, out, model_fingerprint=self.variants.fingerprint(variant))
+
+    def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> Plan:
+        """Draw and score an entry's samples; returns what they are."""
+        stop_ids = stop_tokens(model, self.tokenizer)
+        plan = self.plan(entry).asked_of(self.variants.fingerprint(variant), stop_ids)
+        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.ranks)
+        return plan
+
+    def plan(self, entry: Eval) -> Plan:
+        """What an entry asks, whoever answers; made once."""
+        key = hash_of(entry)
+        if key not in self._plans:
+            context = self.base_config.max_position_embeddings
+            self._plans[key] = make_plan(entry, self.recipe.prompt, self.tokenizer, context=context, seed=self.recipe.seed)
+        return self._plans[key]
+
+    def _backend(self, plan: Plan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path) -> Backend:
+        entry = plan.entry
+        if entry.backend == "hybrid":
+            return engine_for(entry, model, self.tokenizer)
+        questions = {problem.id: problem.text for problem in plan.problems.problems}
+        served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
+        prompt = self.recipe.prompt
+        return servers_for(entry, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)
