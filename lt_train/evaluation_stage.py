@@ -5,20 +5,22 @@ What is asked is settled once, before anything is trained; the models then answe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.backends import engine_for, servers_for
-from lt_train.evaluation.heldout import evaluate_heldout_loss
+from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
+from lt_train.evaluation.loss import BaseAnswers, base_answers
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.examples import Example
 from lt_train.generation.requests import Backend
 from lt_train.generation.text import stop_tokens
 from lt_train.hybrid import HybridForCausalLM
-from lt_train.recipe import Eval, HeldoutLoss, Recipe
+from lt_train.recipe import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import RunFolder, hash_of
 from lt_train.sources import resolve_model
 from lt_train.variants import BASE, Variants
@@ -44,6 +46,7 @@ class EvaluationStage:
     ranks: int
     report: Callable[[str], None]
     _plans: dict[str, Plan] = field(default_factory=dict)
+    _base_answers: dict[int | None, BaseAnswers] = field(default_factory=dict)  # by `limit` of a heldout_kl
 
     def check(self) -> None:
         """
@@ -51,7 +54,7 @@ class EvaluationStage:
             UserError: a benchmark that cannot be read, or whose prompts do not fit this model.
         """
         for entry in self.recipe.eval:
-            if not isinstance(entry, HeldoutLoss):
+            if isinstance(entry, Eval):
                 self.plan(entry)
 
     def measure_all(self) -> None:
@@ -63,13 +66,31 @@ class EvaluationStage:
         entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
         if self.rank == 0:
             self.report(f"{variant}: {', '.join(entry.name for entry in entries)}")
+        outs = {entry.name: self.folder.stage("eval") / variant / entry.name for entry in entries}
+        for entry in entries:
+            if isinstance(entry, HeldoutKL) and self.rank == 0 and not (outs[entry.name] / "scores.json").exists():
+                self.base_answers(entry)  # before this variant takes the memory
         model = self.variants.load(variant, self.dtype)
         for entry in entries:
-            out = self.folder.stage("eval") / variant / entry.name
-            if not isinstance(entry, HeldoutLoss):
-                self.ask(entry, variant, model, out)
+            if isinstance(entry, Eval):
+                self.ask(entry, variant, model, outs[entry.name])
             elif self.rank == 0:
-                evaluate_heldout_loss(model, self.heldout(), entry, out, model_fingerprint=self.variants.fingerprint(variant))
+                self.measure_heldout(entry, variant, model, outs[entry.name])
+
+    def measure_heldout(self, entry: HeldoutLoss | HeldoutKL, variant: str, model: HybridForCausalLM, out: Path) -> None:
+        identity = self.variants.fingerprint(variant)
+        if isinstance(entry, HeldoutLoss):
+            evaluate_heldout_loss(model, self.heldout(), entry, out, model_fingerprint=identity)
+            return
+        base, of_base = partial(self.base_answers, entry), self.variants.fingerprint(BASE)
+        evaluate_heldout_kl(model, base, self.heldout(), entry, out, model_fingerprint=identity, base_fingerprint=of_base)
+
+    def base_answers(self, entry: HeldoutKL) -> BaseAnswers:
+        """What the base says on the held-out samples; asked once for all variants."""
+        if entry.limit not in self._base_answers:
+            base = self.variants.load(BASE, self.dtype)
+            self._base_answers[entry.limit] = base_answers(base, self.heldout()[: entry.limit], entry.batch_size)
+        return self._base_answers[entry.limit]
 
     def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> Plan:
         """Draw and score an entry's samples; returns what they are."""

@@ -44,5 +44,5 @@ def _score(result: Result) -> ScoreFact:
     if isinstance(scores, AnswerScores):
         metric, value, n = f"avg@{scores.samples}", scores.accuracy, scores.problems
     else:
-        metric, value, n = "loss", scores.loss, scores.samples
+        metric, value, n = "KL to base" if scores.is_divergence else "loss", scores.loss, scores.samples
     return ScoreFact(result.variant, result.evaluation, metric, value, scores.standard_error, n)

@@ -252,6 +252,12 @@ class HeldoutLoss(_EvalEntry):
     benchmark: Literal["heldout_loss"]
 
 
+class HeldoutKL(_EvalEntry):
+    """KL(base || model) on the answers of the held-out samples: how far the hybrid's next tokens are from the base's."""
+
+    benchmark: Literal["heldout_kl"]
+
+
 class Track(Part):
     wandb: Literal["online", "offline", "off"] = "off"
     project: Text = "lt-train"
@@ -280,7 +286,7 @@ class Recipe(Part):
     lora: Lora | None = None
     """Only with train.method lora; filled in with the defaults there."""
     prompt: Prompt = Prompt()
-    eval: list[Annotated[Eval | HeldoutLoss, Field(discriminator="benchmark")]] = []
+    eval: list[Annotated[Eval | HeldoutLoss | HeldoutKL, Field(discriminator="benchmark")]] = []
     sample: Sample | None = None
     """What `lt-train sample` draws, to be trained on by another recipe."""
     track: Track = Track()

@@ -21,7 +21,10 @@ from lt_train.upstream import (
 )
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Data, Eval, HeldoutLoss, Recipe, Train
+    from lt_train.recipe import Data, Eval, HeldoutKL, HeldoutLoss, Recipe, Train
+
+HELDOUT = ("heldout_loss", "heldout_kl")
+"""Evaluations that ask for no answers."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,9 @@ def _batch(train: "Train", data: "Data") -> Iterator[Conflict]:
         yield Conflict((size, tokens), "both say how much an optimizer step takes; keep one and set the other to null")
     elif train.batch_size is not None and train.batch_size % train.micro_batch_size:
         near = nearest_multiples(train.batch_size, train.micro_batch_size)
-        yield Conflict((size, micro), f"{train.batch_size} is no multiple of {train.micro_batch_size}; the nearest that are: {near}")
+        yield Conflict(
+            (size, micro), f"{train.batch_size} is no multiple of {train.micro_batch_size}; the nearest that are: {near}"
+        )
     elif train.batch_tokens is not None and not data.packing:
         yield Conflict(
             (tokens, "data.packing"),
@@ -207,8 +212,12 @@ def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
                 f"two evaluations are named {entry.name}; give one of them another name",
             )
         yield from _variants(recipe, here, entry)
-        if entry.benchmark == "heldout_loss" and recipe.data.heldout == 0:
-            yield Conflict((f"{here}.benchmark", "data.heldout"), "heldout_loss needs held-out samples; set data.heldout above 0")
+        if entry.benchmark in HELDOUT and recipe.data.heldout == 0:
+            yield Conflict(
+                (f"{here}.benchmark", "data.heldout"), f"{entry.benchmark} needs held-out samples; set data.heldout above 0"
+            )
+        if entry.benchmark == "heldout_kl" and "base" in (entry.of or []):
+            yield Conflict((f"{here}.of",), "heldout_kl compares with the base, whose own is 0; take base out")
     for here, entry in _generated(recipe):
         yield from _benchmark(here, entry)
         yield from _backend(here, entry)
@@ -268,7 +277,7 @@ def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
         )
 
 
-def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss") -> Iterator[Conflict]:
+def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss | HeldoutKL") -> Iterator[Conflict]:
     variants = entry.of or []
     if "trained" in variants and recipe.train is None:
         yield Conflict(
@@ -281,7 +290,7 @@ def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss") -> Itera
 
 def _generated(recipe: "Recipe") -> list[tuple[str, "Eval"]]:
     """The entries that generate answers, each with its dotted path."""
-    found = [(f"eval.{at}", entry) for at, entry in enumerate(recipe.eval) if entry.benchmark != "heldout_loss"]
+    found = [(f"eval.{at}", entry) for at, entry in enumerate(recipe.eval) if entry.benchmark not in HELDOUT]
     return found if recipe.sample is None else [*found, ("sample", recipe.sample)]
 
 

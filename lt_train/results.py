@@ -136,7 +136,7 @@ def summary_values(results: list[Result]) -> dict[str, float]:
             values[f"{name}/truncated"] = scores.truncated
             values[f"{name}/tokens_per_second"] = scores.tokens_per_second
         else:
-            values[f"{name}/loss"] = scores.loss
+            values[f"{name}/{'kl' if scores.is_divergence else 'loss'}"] = scores.loss
     return values
 
 
@@ -153,7 +153,8 @@ def _title(results: list[Result]) -> str:
     first, scores = results[0], results[0].scores
     streaming = next((f"; hybrids stream {len(r.layers)} of {r.num_layers} layers" for r in results if r.layers), "")
     if isinstance(scores, LossScores):
-        return f"{first.evaluation}: {scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"
+        what = "KL(base || model) over " if scores.is_divergence else ""
+        return f"{first.evaluation}: {what}{scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"
     problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
     temperature = scores.fingerprint["temperature"]
     how = "greedy" if temperature == 0 else f"{scores.samples} answers each at temperature {temperature} (avg@n, maj@n)"
@@ -169,9 +170,9 @@ def _model(result: Result) -> str:
 
 
 def _score(scores: Scores) -> str:
-    error = scores.standard_error
     if isinstance(scores, LossScores):
-        return f"{scores.loss:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        return scores.text
+    error = scores.standard_error
     majority = f", maj {100 * scores.majority:.1f}" if scores.samples > 1 else ""
     partial = f", PARTIAL: {scores.missing:,} samples missing" if scores.partial else ""
     return f"{100 * scores.accuracy:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + f" %{majority}{partial}"

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from lt_train.base_model import load_for_inference
 from lt_train.files import read_json, write_json
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
-from lt_train.recipe import Eval, HeldoutLoss, Recipe
+from lt_train.recipe import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
@@ -77,7 +77,7 @@ class Variants:
         asked = {variant for entry in self.recipe.eval for variant in self.of(entry)}
         return [variant for variant in (BASE, *self._compared(), CONVERTED, TRAINED) if variant in asked]
 
-    def of(self, entry: Eval | HeldoutLoss) -> list[str]:
+    def of(self, entry: Eval | HeldoutLoss | HeldoutKL) -> list[str]:
         """The variants that `entry` asks for; with `converted` come the hybrids of `hybrid.compare`."""
         return [*entry.of, *(self._compared() if CONVERTED in entry.of else [])]
 

@@ -26,6 +26,7 @@ train: {{method: lora, learning_rate: 1.0e-3, max_steps: 2, batch_size: 4, micro
 eval:
   - {{benchmark: ledger, path: PROBLEMS, limit: 4, max_new_tokens: 8, batch_size: 4}}
   - {{benchmark: heldout_loss, batch_size: 4}}
+  - {{benchmark: heldout_kl, batch_size: 4}}
 """
 PERIODIC = ("hybrid.strategy=periodic",)
 NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
@@ -101,6 +102,7 @@ def test_a_run_leaves_what_each_stage_makes_in_their_order(finished):
         "train/final",
         "eval/trained/ledger/scores.json",
         "eval/trained/heldout_loss/scores.json",
+        "eval/trained/heldout_kl/scores.json",
         "export/config.json",
         "export/model.safetensors",
         "export/README.md",

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ lora: {rank: 8, layers: all}
 eval:
   - {benchmark: ledger, samples: 4, temperature: 0.6, max_new_tokens: 8, of: [base, trained]}
   - {benchmark: heldout_loss}
+  - {benchmark: heldout_kl}
 """
 
 
@@ -81,7 +83,9 @@ def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(t
     losses = LossScores("heldout_loss", 1, 10, 1.5, None, {}, {"a": TokenLoss(15.0, 10)})
     write_scores(run / "eval/base/ledger/scores.json", answers)
     write_scores(run / "eval/trained/heldout_loss/scores.json", losses)
+    write_scores(run / "eval/trained/heldout_kl/scores.json", replace(losses, benchmark="heldout_kl", loss=0.25))
     assert export_facts(recipe_with(tmp_path), run, {}).scores == (
         ScoreFact("base", "ledger", "avg@4", 0.5, 0.25, 2),
         ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1),
+        ScoreFact("trained", "heldout_kl", "KL to base", 0.25, None, 1),
     )

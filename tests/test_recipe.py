@@ -165,6 +165,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         ("data=5", "data: 5 must be a mapping of settings"),
         ("data=null", "data: None must be a mapping of settings"),
         ("data.heldout=0", "eval.1.benchmark + data.heldout: heldout_loss needs held-out samples"),
+        ("eval.1={benchmark: heldout_kl, of: [base, trained]}", "eval.1.of: heldout_kl compares with the base, whose own is 0"),
         ("train.learning_rate=.nan", "train.learning_rate: nan must be"),
         ("train.learning_rate=.inf", "train.learning_rate: inf must be a finite number"),
         ("train.learning_rate=0", "train.learning_rate: 0 must be above 0"),
@@ -230,6 +231,10 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
             ["train.batch_size=null", "train.batch_tokens=5000", "train.micro_batch_size=2", "data.packing=true"],
             "train.batch_tokens + data.max_length + train.micro_batch_size: 5,000 is no multiple of 1,024 x 2; "
             "the nearest that are: 4,096 or 6,144",
+        ),
+        (
+            ["data.heldout=0", "eval=[{benchmark: heldout_kl}]"],
+            "eval.0.benchmark + data.heldout: heldout_kl needs held-out samples",
         ),
         (["train.method=full", "lora={}"], "lora + train.method: method full trains the weights themselves"),
         (["eval.0.benchmark=custom"], "eval.0.path: custom is a file of your own: name it"),

@@ -162,6 +162,15 @@ def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
     assert "1.300 ± 0.115" in row(run, "reach, trained") and "+0.100 [+0.100, +0.100]" in row(run, "reach, trained")
 
 
+def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_their_own(run):
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("eval:\n", "eval:\n- {benchmark: heldout_kl, name: heldout_kl}\n"))
+    score(run, "trained", replace(losses(0.1, 0.3), benchmark="heldout_kl"))
+    assert "heldout_kl: KL(base || model) over 2 samples, 20 answer tokens; hybrids stream 2 of 4 layers" in shown(run)
+    assert "0.0200 ± 0.0100" in row(run, "reach, trained") and "[" not in row(run, "reach, trained")
+    assert summary_values(read_results(run))["trained/heldout_kl/kl"] == pytest.approx(0.02)
+
+
 def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):
     score(run, "converted", answers([1.0, 0.0], available=1500))
     title = "ledger: 2 of 1,500 problems, greedy; hybrids stream 2 of 4 layers"

@@ -1,14 +1,15 @@
-"""The held-out loss as an evaluation: its samples checked, its scores kept."""
+"""The held-out loss, and the divergence from the base on the same samples, as evaluations: samples checked, scores kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from lt_train import recipe
 from lt_train.errors import UserError
-from lt_train.evaluation.loss import answer_losses
+from lt_train.evaluation.loss import BaseAnswers, answer_divergences, answer_losses
 from lt_train.evaluation.plan import hash_of
+from lt_train.evaluation.records import Fingerprint
 from lt_train.evaluation.scores import LossScores, finished_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.examples import Example
@@ -29,15 +30,53 @@ def evaluate_heldout_loss(
     Raises:
         UserError: there are no examples, or `out` holds scores of something else.
     """
+    facts = {"model": model_fingerprint}
+    return _evaluate(lambda chosen: answer_losses(model, chosen, entry.batch_size), examples, entry, out, facts, progress)
+
+
+def evaluate_heldout_kl(
+    model: PreTrainedModel,
+    base: Callable[[], BaseAnswers],
+    examples: Sequence[Example],
+    entry: recipe.HeldoutKL,
+    out: Path,
+    *,
+    model_fingerprint: str,
+    base_fingerprint: str,
+    progress: bool = True,
+) -> LossScores:
+    """Mean KL(base || model) per answer token over the first `limit` examples; `out` gets scores.json.
+
+    Args:
+        base: gives what the base says on those examples; not called where the scores are there already.
+
+    Raises:
+        UserError: there are no examples, or `out` holds scores of something else.
+    """
+
+    def divergences(chosen: Sequence[Example]) -> Iterator[tuple[Example, TokenLoss]]:
+        return answer_divergences(model, base(), chosen, entry.batch_size)
+
+    return _evaluate(divergences, examples, entry, out, {"model": model_fingerprint, "base": base_fingerprint}, progress)
+
+
+def _evaluate(
+    measure: Callable[[Sequence[Example]], Iterator[tuple[Example, TokenLoss]]],
+    examples: Sequence[Example],
+    entry: recipe.HeldoutLoss | recipe.HeldoutKL,
+    out: Path,
+    facts: Fingerprint,
+    progress: bool,
+) -> LossScores:
     chosen = examples[: entry.limit]
-    check_heldout(chosen)
-    fingerprint = {"model": model_fingerprint, "benchmark": entry.benchmark, "examples": hash_examples(chosen)}
+    check_heldout(chosen, entry.benchmark)
+    fingerprint = {**facts, "benchmark": entry.benchmark, "examples": hash_examples(chosen)}
     done = finished_scores(out / "scores.json", fingerprint)
     if isinstance(done, LossScores):
         return done
     losses: dict[str, TokenLoss] = {}
     with show_progress(f"evaluating {entry.name}", total=len(chosen), shown=progress) as bar:
-        for example, loss in answer_losses(model, chosen, entry.batch_size):
+        for example, loss in measure(chosen):
             losses[example.id] = loss
             bar.advance()
     mean = mean_loss([losses[example.id] for example in chosen])
@@ -54,11 +93,11 @@ def evaluate_heldout_loss(
     return scores
 
 
-def check_heldout(examples: Sequence[Example]) -> None:
+def check_heldout(examples: Sequence[Example], benchmark: str) -> None:
     if not examples:
-        raise UserError("heldout_loss: no samples are held out; set data.heldout to the number of samples to set aside")
+        raise UserError(f"{benchmark}: no samples are held out; set data.heldout to the number of samples to set aside")
     if len({example.id for example in examples}) != len(examples):
-        raise UserError("heldout_loss: two held-out samples have one id, so their losses could not be told apart")
+        raise UserError(f"{benchmark}: two held-out samples have one id, so their losses could not be told apart")
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

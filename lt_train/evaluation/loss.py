@@ -1,16 +1,18 @@
-"""Loss on the answers of held-out samples: what a hybrid loses, with far less noise than graded answers have.
+"""Loss on the answers of held-out samples, and how far from the base's the next tokens are there: what a hybrid loses, with far
+less noise than graded answers have.
 
 Logits are made for answer positions alone, a chunk at a time: a row of 32K tokens never has its 32K x 152K matrix of
 them. Legend: B rows of a batch, L longest sample, H hidden size, A answer tokens of a batch, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
-from lt_train.errors import UserError
+from lt_train.answer_states import answer_states
 from lt_train.evaluation.statistics import TokenLoss
 from lt_train.examples import Example
 
@@ -26,24 +28,69 @@ def answer_losses(model: PreTrainedModel, examples: Sequence[Example], batch_siz
     Raises:
         UserError: an example exceeds the model's context.
     """
-    model.eval()
-    longest_first = sorted(examples, key=lambda example: -len(example))
-    check_fits_context(model, longest_first)
-    for start in range(0, len(longest_first), batch_size):
-        batch = longest_first[start : start + batch_size]
-        yield from zip(batch, batch_losses(model, batch), strict=True)
+
+    def nll(batch: Sequence[Example], hidden_AH: torch.Tensor) -> torch.Tensor:
+        answers_A = torch.tensor([token for example in batch for token in example.answer_ids], device=hidden_AH.device)
+        return token_nll(model.lm_head, hidden_AH, answers_A)
+
+    return _by_example(model, examples, batch_size, nll)
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """What a base says at each answer token of some examples, on the CPU: its weights need not stay in memory.
+
+    Attributes:
+        states: example id -> final hidden states (A, H) that predict its answer tokens.
+        head_VH: weights of the language-model head.
+    """
+
+    states: dict[str, torch.Tensor]
+    head_VH: torch.Tensor
 
 
 @torch.inference_mode()
-def batch_losses(model: PreTrainedModel, batch: Sequence[Example]) -> list[TokenLoss]:
-    input_ids_BL, attention_mask_BL = right_padded(batch, model.device)
-    hidden_BLH = model.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
-    # The state at one position predicts the token at the next.
-    predicting_AH = torch.cat([hidden[len(e.prompt_ids) - 1 : len(e) - 1] for hidden, e in zip(hidden_BLH, batch, strict=True)])
-    answers_A = torch.tensor([token for example in batch for token in example.answer_ids], device=model.device)
-    nll_A = token_nll(model.lm_head, predicting_AH, answers_A)
-    lengths = [len(example.answer_ids) for example in batch]
-    return [TokenLoss(nll.sum().item(), len(nll)) for nll in nll_A.split(lengths)]
+def base_answers(base: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> BaseAnswers:
+    """
+    Raises:
+        UserError: an example exceeds the model's context.
+    """
+    states: dict[str, torch.Tensor] = {}
+    for batch, hidden_AH in answer_states(base, examples, batch_size):
+        split = hidden_AH.cpu().split([len(example.answer_ids) for example in batch])
+        states |= {example.id: hidden.clone() for example, hidden in zip(batch, split, strict=True)}
+    return BaseAnswers(states, base.lm_head.weight.detach().cpu().clone())
+
+
+def answer_divergences(
+    model: PreTrainedModel, base: BaseAnswers, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[Example, TokenLoss]]:
+    """KL(base || model) in nats, summed over the answer tokens of each example; longest examples first.
+
+    Raises:
+        UserError: an example exceeds the model's context.
+    """
+    head_VH = base.head_VH.to(model.lm_head.weight.device)
+
+    def divergence(batch: Sequence[Example], hidden_AH: torch.Tensor) -> torch.Tensor:
+        base_AH = torch.cat([base.states[example.id] for example in batch]).to(hidden_AH.device)
+        return token_divergence(base_AH, head_VH, hidden_AH, model.lm_head.weight)
+
+    return _by_example(model, examples, batch_size, divergence)
+
+
+Measure = Callable[[Sequence[Example], torch.Tensor], torch.Tensor]
+"""A batch and the states (A, H) that predict its answer tokens -> nats of each (A)."""
+
+
+def _by_example(
+    model: PreTrainedModel, examples: Sequence[Example], batch_size: int, measure: Measure
+) -> Iterator[tuple[Example, TokenLoss]]:
+    for batch, hidden_AH in answer_states(model, examples, batch_size):
+        with torch.inference_mode():
+            nats_A = measure(batch, hidden_AH)
+        lengths = [len(example.answer_ids) for example in batch]
+        yield from zip(batch, [TokenLoss(nats.sum().item(), len(nats)) for nats in nats_A.split(lengths)], strict=True)
 
 
 def token_nll(lm_head: torch.nn.Module, hidden_AH: torch.Tensor, targets_A: torch.Tensor) -> torch.Tensor:
@@ -56,21 +103,13 @@ def token_nll(lm_head: torch.nn.Module, hidden_AH: torch.Tensor, targets_A: torc
     return torch.cat(losses)
 
 
-def right_padded(batch: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask), both (B, L); padded with token 0, which the mask hides and no answer position
-    reads.
-    """
-    longest = max(map(len, batch))
-    ids = [[*example.prompt_ids, *example.answer_ids] + [0] * (longest - len(example)) for example in batch]
-    mask = [[1] * len(example) + [0] * (longest - len(example)) for example in batch]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def check_fits_context(model: PreTrainedModel, longest_first: Sequence[Example]) -> None:
-    context = model.config.max_position_embeddings
-    if len(longest_first[0]) > context:
-        raise UserError(
-            f"{longest_first[0].where}: a sample of {len(longest_first[0])} tokens exceeds the model's context of "
-            f"{context} tokens "
-            f"(max_position_embeddings); set data.max_length to at most {context}"
-        )
+def token_divergence(
+    base_AH: torch.Tensor, base_head_VH: torch.Tensor, hidden_AH: torch.Tensor, head_VH: torch.Tensor
+) -> torch.Tensor:
+    """KL(base || model) (nats) of the next token at each position, in fp64 to be summed; logits in chunks, in fp32."""
+    chunk = max(1, LOGITS_AT_ONCE // (2 * len(head_VH)))
+    found = []
+    for base, hidden in zip(base_AH.split(chunk), hidden_AH.split(chunk), strict=True):
+        log_p, log_q = linear(base, base_head_VH).float().log_softmax(-1), linear(hidden, head_VH).float().log_softmax(-1)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
+    return torch.cat(found)

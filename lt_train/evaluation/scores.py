@@ -88,7 +88,9 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class LossScores:
-    """Held-out loss: mean negative log-likelihood (nats) per answer token; its standard error is over samples."""
+    """Nats per answer token of held-out samples: the mean negative log-likelihood (heldout_loss), or KL(base || model)
+    (heldout_kl). The standard error is over samples.
+    """
 
     kind: ClassVar[str] = "loss"
 
@@ -103,6 +105,16 @@ class LossScores:
     @property
     def mean(self) -> Mean:
         return Mean(self.loss, self.standard_error, self.samples)
+
+    @property
+    def is_divergence(self) -> bool:
+        return self.benchmark == "heldout_kl"
+
+    @property
+    def text(self) -> str:
+        """Value and standard error. Divergences are often a hundredth of a loss."""
+        digits = 4 if self.is_divergence else 3
+        return f"{self.loss:.{digits}f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.{digits}f}")
 
 
 Scores = AnswerScores | LossScores

@@ -85,7 +85,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Summed negative log-likelihood (nats) of a sample's answer tokens, and their number."""
+    """Summed negative log-likelihood (nats) of a sample's answer tokens, or their summed divergence; and their number."""
 
     nll: float
     tokens: int

@@ -9,7 +9,7 @@ class ScoreFact:
 
     Attributes:
         variant: "base", "converted" or "trained". evaluation: name of the evaluation, such as "aime24".
-        metric: such as "avg@16" or "loss". n: problems or samples that `value` is the mean of.
+        metric: "avg@16", "loss", "KL to base". n: problems or samples that `value` is the mean of.
         standard_error: over those n; None where n is 1.
     """
 

@@ -5,6 +5,10 @@ Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. At
 loaded side by side, and no process-wide setting can switch the sinks off.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
@@ -69,11 +73,22 @@ class HybridBody(OwnAttention):
 
     def __init__(self, config) -> None:
         self.streaming_kernel = "auto"
+        self.attends_fully = False
         super().__init__(config)
 
     @property
     def spec(self) -> HybridSpec:
-        return self.config.spec
+        """What streams now: the config's, or nothing inside `full_attention()`."""
+        return replace(self.config.spec, lazy_layers=()) if self.attends_fully else self.config.spec
+
+    @contextmanager
+    def full_attention(self) -> Iterator[None]:
+        """While the block runs every layer attends in full: with the base's weights, this is the base."""
+        before, self.attends_fully = self.attends_fully, True
+        try:
+            yield
+        finally:
+            self.attends_fully = before
 
     def _apply(self, fn, recurse: bool = True):
         """Casting a module casts its buffers too, and rotary frequencies in bf16 are off by a whole turn after 32K tokens."""
@@ -112,11 +127,9 @@ class HybridBody(OwnAttention):
             if documents.are_packed:
                 raise HybridError("packed documents cannot share a KV cache: pass use_cache=False, or one document per row")
             cache.rows.advance(_padding(attention_mask), batch, new, device)
-        return Views(
-            full=FullView(documents),
-            streaming=StreamingView(documents, self.spec, self.streaming_kernel),
-            position_ids=documents.position_ids,
-        )
+        full = FullView(documents)
+        streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.streaming_kernel)
+        return Views(full, streaming, documents.position_ids)
 
     def _views_after_cache(
         self,
@@ -140,7 +153,8 @@ class HybridBody(OwnAttention):
             raise HybridError(
                 "position_ids do not go on where the cache ends: positions count from each row's first real token. Leave them out"
             )
-        return Views(CachedFullView(cache), CachedStreamingView(cache), positions.clamp(min=0))
+        full = CachedFullView(cache)
+        return Views(full, full if self.attends_fully else CachedStreamingView(cache), positions.clamp(min=0))
 
     def forward(
         self,
@@ -222,7 +236,11 @@ class HybridCausalLM(OwnAttention):
 
     @property
     def spec(self) -> HybridSpec:
-        return self.config.spec
+        return self.model.spec
+
+    def full_attention(self) -> AbstractContextManager[None]:
+        """While the block runs every layer attends in full: with the base's weights, this is the base."""
+        return self.model.full_attention()
 
     def set_streaming_kernel(self, name: str) -> None:
         """Choose what computes streaming attention: one of STREAMING_KERNELS. The result is the same, the cost is not."""

@@ -45,23 +45,26 @@ class ResultTable:
 
 def result_table(rows: Sequence[Measured], several_runs: bool) -> ResultTable:
     """The table of one evaluation's variants."""
-    generated = isinstance(rows[0].result.scores, AnswerScores)
+    first = rows[0].result.scores
+    generated = isinstance(first, AnswerScores)
     votes = generated and any(each.result.scores.samples > 1 for each in rows)
     span = shared_scale(rows)
     return ResultTable(
-        columns=columns(generated, votes),
+        columns=columns(first, votes),
         rows=tuple(table_row(each, span, votes) for each in rows),
         notes=tuple(notes(rows, several_runs)),
         several_runs=several_runs,
     )
 
 
-def columns(generated: bool, votes: bool) -> tuple[tuple[str, str], ...]:
-    first = (
-        ("right, % ± SE", "mean over problems and its standard error")
-        if generated
-        else ("nats per token ± SE", "held-out loss: mean negative log-likelihood of an answer token; the less, the better")
-    )
+def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
+    generated = isinstance(scores, AnswerScores)
+    if isinstance(scores, AnswerScores):
+        first = ("right, % ± SE", "mean over problems and its standard error")
+    elif scores.is_divergence:
+        first = ("nats per token ± SE", "KL(base || model) of the next token, mean over held-out answer tokens; 0: the base itself")
+    else:
+        first = ("nats per token ± SE", "held-out loss: mean negative log-likelihood of an answer token; the less, the better")
     kv = (f"KV at {KV_TOKENS // 1024}K", f"KV cache of one sequence of {KV_TOKENS:,} tokens, in the dtype of the base's weights")
     shared = (
         first,
@@ -123,9 +126,9 @@ def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
 
 
 def score_text(scores: Scores) -> str:
-    error = scores.standard_error
     if isinstance(scores, LossScores):
-        return f"{scores.loss:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        return scores.text
+    error = scores.standard_error
     return percent(scores.accuracy) + (f" ± {percent(error)}" if error is not None else "")
 
 

@@ -37,6 +37,20 @@ def test_streaming_layers_change_the_result(base_config):
     assert (hybrid(ids).logits[:, 11:] - stock(ids).logits[:, 11:]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_with_full_attention_switched_on_it_is_the_base_and_afterwards_the_hybrid_again(base_config):
+    stock, hybrid = stock_and_hybrid(base_config, SPEC)
+    ids = tokens(2, 40)
+    before = hybrid(ids, use_cache=False).logits
+    with hybrid.full_attention():
+        assert torch.equal(hybrid(ids, use_cache=False).logits, stock(ids).logits)
+        assert hybrid.spec.lazy_layers == ()
+    assert torch.equal(hybrid(ids, use_cache=False).logits, before)
+    with pytest.raises(RuntimeError), hybrid.full_attention():
+        raise RuntimeError
+    assert hybrid.spec == SPEC
+
+
 def stock_twin(base_config, spec):
     """The transformers class that knows layer types, with the hybrid's: no code of ours in it."""
     values = {name: value for name, value in base_config.to_dict().items() if name not in ("model_type", "architectures")}

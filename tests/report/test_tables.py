@@ -63,6 +63,15 @@ def test_losses_are_better_when_they_fall(run):
     assert table_of(run, evaluation="heldout_loss").rows[1].tendency == "better"
 
 
+def test_a_divergence_from_the_base_says_what_it_is_and_is_not_compared_with_the_base(run):
+    rows = [each for found in read_runs([run]) for each in found.measured if each.result.evaluation == "heldout_loss"]
+    loss = rows[1].result.scores
+    rows = [replace(rows[1], base=None, result=replace(rows[1].result, scores=replace(loss, benchmark="heldout_kl")))]
+    table = result_table(rows, several_runs=False)
+    assert table.columns[0][1].startswith("KL(base || model)")
+    assert table.rows[0].score == f"{loss.loss:.4f} ± {loss.standard_error:.4f}" and table.rows[0].difference == "–"
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"partial": True, "missing": 7}, "base: 7 samples are missing"),
     ({"grading_errors": 2}, "base: 2 answers could not be judged"),
