@@ -7,14 +7,16 @@ real queries away from the padding, and the kernels need no mask for either.
 Shapes: B rows, T columns, N documents of a group, L their longest length, H query heads, G key/value heads, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .spec import HybridError
 
+T = TypeVar("T")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_NHLD, k_NGLD, v_NGLD) -> out_NHLD, causal, each row one document from its first token."""
 
@@ -35,7 +37,13 @@ class Documents:
     shape: tuple[int, int]
     spans: tuple[tuple[int, int, int], ...]
     position_ids: Tensor
-    _indices: dict[torch.device, list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, prepare: Callable[[], T]) -> T:
+        """What a kernel needs to know about these documents, made by the first layer that asks and kept for all others."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare()
+        return self._prepared[key]
 
     @property
     def fill_rows(self) -> bool:
@@ -48,6 +56,11 @@ class Documents:
         rows = [row for row, _, _ in self.spans]
         return len(set(rows)) < len(rows)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document, in reading order."""
+        return tuple(length for _, _, length in self.spans)
+
     def attend(self, kernel: Kernel, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         """Run `kernel` on every document by itself; padding gets zeros. Returns out_BHTD."""
         if self.fill_rows:
@@ -55,7 +68,7 @@ class Documents:
         batch, heads, length, _ = q_BHTD.shape
         flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
         places, outputs = [flat_q.new_zeros(0, dtype=torch.long)], [flat_v.new_zeros(0, heads, flat_v.shape[-1])]
-        for index_NL in self._groups(q_BHTD.device):
+        for index_NL in self.once(("groups", q_BHTD.device), lambda: self._groups(q_BHTD.device)):
             real_NL = index_NL >= 0
             gather_NL = index_NL.clamp(min=0)
             group = (x[gather_NL].transpose(1, 2) for x in (flat_q, flat_k, flat_v))
@@ -67,9 +80,7 @@ class Documents:
 
     def _groups(self, device: torch.device) -> list[Tensor]:
         """Documents of like length together: LongTensors [N, L] of flat token indices (row * T + column), -1 for padding."""
-        if device not in self._indices:
-            self._indices[device] = [self._index(group, device) for group in self._by_length()]
-        return self._indices[device]
+        return [self._index(group, device) for group in self._by_length()]
 
     def _by_length(self) -> list[list[tuple[int, int, int]]]:
         groups: list[list[tuple[int, int, int]]] = []

@@ -21,9 +21,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import find_documents
+from .kernels import AUTO, STREAMING_KERNELS
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
-    STREAMING_KERNELS,
     AttentionView,
     CachedFullView,
     CachedStreamingView,
@@ -72,7 +72,7 @@ class HybridBody(OwnAttention):
     """The decoder stack: finds the documents, builds the cache, and hands each layer the view of its kind."""
 
     def __init__(self, config) -> None:
-        self.streaming_kernel = "auto"
+        self.streaming_kernel = AUTO
         self.attends_fully = False
         super().__init__(config)
 
@@ -127,7 +127,7 @@ class HybridBody(OwnAttention):
             if documents.are_packed:
                 raise HybridError("packed documents cannot share a KV cache: pass use_cache=False, or one document per row")
             cache.rows.advance(_padding(attention_mask), batch, new, device)
-        full = FullView(documents)
+        full = FullView(documents, self.streaming_kernel)
         streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.streaming_kernel)
         return Views(full, streaming, documents.position_ids)
 
@@ -243,9 +243,12 @@ class HybridCausalLM(OwnAttention):
         return self.model.full_attention()
 
     def set_streaming_kernel(self, name: str) -> None:
-        """Choose what computes streaming attention: one of STREAMING_KERNELS. The result is the same, the cost is not."""
-        if name not in STREAMING_KERNELS:
-            raise HybridError(f"streaming kernel {name!r}: there are {', '.join(STREAMING_KERNELS)}")
+        """Choose what computes attention: `auto` or one of STREAMING_KERNELS. The result is the same, the cost is not.
+
+        Whether it can is seen when it is to compute: then are the device and the dtype known (kernels.py, `choose`).
+        """
+        if name not in (AUTO, *STREAMING_KERNELS):
+            raise HybridError(f"streaming kernel {name!r}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
         self.model.streaming_kernel = name
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:

@@ -3,26 +3,18 @@
 Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), D head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .blocked import blocked_streaming_attention
 from .cache import HybridCache, slot_positions
 from .documents import Documents
+from .kernels import AUTO, computed_in, kernel_for
 from .mask import at_least_one, full_visible, streaming_visible
-from .reference import reference_streaming_attention
 from .spec import HybridError, HybridSpec
-
-STREAMING_KERNELS: dict[str, Callable[..., Tensor]] = {
-    "auto": blocked_streaming_attention,
-    "blocked": blocked_streaming_attention,
-    "reference": reference_streaming_attention,
-}
 
 
 class AttentionView:
@@ -38,12 +30,19 @@ class FullView(AttentionView):
     """Full causal attention within each document, no cache behind it."""
 
     documents: Documents
+    kernel: str = AUTO
 
     def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
-        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype = computed_in(v_BGKD)
+        full = kernel_for(self.kernel, q_BHTD, dtype).full
+        if full is not None and not dropout:
+            qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
+            return full(self.documents, *qkv, scaling=scaling).transpose(1, 2)
+
+        def one_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling)[0].transpose(1, 2)
 
-        return self.documents.attend(kernel, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
+        return self.documents.attend(one_document, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
 
 
 @dataclass
@@ -52,12 +51,15 @@ class StreamingView(AttentionView):
 
     documents: Documents
     spec: HybridSpec
-    kernel: str
+    kernel: str = AUTO
 
     def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
         refuse_dropout(dropout)
-        kernel = partial(STREAMING_KERNELS[self.kernel], w_sink=self.spec.w_sink, w_recent=self.spec.w_recent, scaling=scaling)
-        return self.documents.attend(kernel, q_BHTD, k_BGKD, v_BGKD).transpose(1, 2)
+        dtype = computed_in(v_BGKD)
+        kernel = kernel_for(self.kernel, q_BHTD, dtype)
+        qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
+        sizes = {"w_sink": self.spec.w_sink, "w_recent": self.spec.w_recent}
+        return kernel.streaming(self.documents, *qkv, **sizes, scaling=scaling).transpose(1, 2)
 
 
 class CachedView(AttentionView):

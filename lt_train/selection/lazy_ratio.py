@@ -9,7 +9,7 @@ Shapes: B = 1, H query heads, G key/value heads, R = H / G, W last queries, T to
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
     position_embeddings = model.model.rotary_emb(hidden_1TD, views.position_ids)
     ratios = []
     for layer in model.model.layers:
-        view = ObservedView(views.full.documents, sizes)
+        view = ObservedView(views.full.documents, views.full.kernel, sizes=sizes)
         hidden_1TD = layer(
             hidden_1TD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
         )
@@ -59,7 +59,7 @@ def most_often_lazy(ratios: Sequence[Sequence[float]], n_layers: int) -> tuple[i
 class ObservedView(FullView):
     """Full attention as it is, that notes the lazy ratio of the layer it passes through."""
 
-    sizes: Sizes
+    sizes: Sizes = field(kw_only=True)
     lazy_ratio: float = math.nan
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:

@@ -1,4 +1,6 @@
-"""The blocked kernel is the reference, and the reference is the predicate."""
+"""Every kernel is the reference, and the reference is the predicate."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,8 +9,11 @@ from hypothesis import strategies as st
 
 from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.kernels import STREAMING_KERNELS
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import reference_streaming_attention
+from tests.hybrid.dense_flash import DenseFlash
+from tests.hybrid.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 cases = dict(
     length=st.integers(1, 400),
@@ -41,6 +46,35 @@ def test_a_query_sees_the_sinks_itself_and_the_keys_just_before_it():
 
 def test_padding_and_empty_slots_are_never_seen():
     assert not streaming_visible(torch.tensor(5), torch.tensor([-1, -3]), w_sink=4, w_recent=9).any()
+
+
+@pytest.fixture
+def flash_on_a_cpu(monkeypatch):
+    """A dense stand-in for the flash kernels, which need a GPU."""
+    monkeypatch.setattr("lt_train.hybrid.kernels._flash_on", lambda device: DenseFlash())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", STREAMING_KERNELS)
+def test_every_kernel_gives_what_the_reference_gives(name, case, flash_on_a_cpu):
+    documents, kernel = documents_of(case), STREAMING_KERNELS[name]
+    *qkv, dout = tensors_of(case, torch.float32)
+    expected = with_gradients(lambda *x: expected_output(case, documents, *x), *qkv, dout)
+    if name == "flex":  # computes no gradients on a CPU
+        expected, found = expected[:1], [kernel.streaming(documents, *qkv, **case.sizes)]
+    else:
+        found = with_gradients(lambda *x: kernel.streaming(documents, *x, **case.sizes), *qkv, dout)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flex", "flash"])
+@pytest.mark.parametrize("case", ["one document", "packed, rows of unequal length", "left-padded", "all shorter than the window"])
+def test_full_layers_see_all_of_their_own_document_and_nothing_else(name, case, flash_on_a_cpu):
+    documents = documents_of(CASES[case])
+    q, k, v, _ = tensors_of(CASES[case], torch.float32)
+    full = dataclasses.replace(CASES[case], w_sink=0, w_recent=q.shape[2])
+    found = STREAMING_KERNELS[name].full(documents, q, k, v, scaling=full.sizes["scaling"])
+    torch.testing.assert_close(found, expected_output(full, documents, q, k, v), atol=1e-5, rtol=1e-4)
 
 
 @settings(max_examples=80, deadline=None)

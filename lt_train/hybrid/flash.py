@@ -1,0 +1,221 @@
+"""Streaming attention by flash-attention kernels, which know causal windows but no sinks: parts, merged by log-sum-exp.
+
+With `reach = w_sink + w_recent - 1`, the first `reach` queries of a document see everything before them; from there on the window
+has left the sinks behind. So three parts, each of which every flash attention computes, see every key that is to be seen, once:
+
+    head   queries < reach     causal, over the first `reach` tokens
+    body   queries >= reach    causal window (w_recent - 1, 0), over the whole document
+    sinks  queries >= reach    all of the w_sink keys
+
+Body and sinks have the same queries: as softmaxes over disjoint keys they are merged by their log-sum-exps (LSE). The kernels'
+own autograd could not go through that, for an LSE of flash-attention 2 has no gradient. It need not: with P = exp(scores - LSE) and
+D = rowsum(dout * out), the gradient of a softmax's scores is P * (dout v^T - D), so a kernel's backward for one part, given the
+*merged* out and LSE, returns that part's share of the whole gradient.
+
+Shapes: B rows, T columns; N tokens of all documents laid end to end, n and m queries and keys of a part, P documents of a part,
+H query heads, G key/value heads, D head size.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .documents import Documents
+
+Rows = slice | Tensor
+"""Which of N tokens: neighbours as a slice, which needs no copy; others as a LongTensor, each at most once."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked besides the tensors: `cu_q`, `cu_k` (int32 [P + 1]) say where each document's queries and keys begin.
+
+    A query sees the keys from `window[0]` before to `window[1]` after its own place, -1 for no limit. Places are counted from the
+    *end* of a document's queries and keys, as flash attention counts them since 2.1. No document has 0 queries or 0 keys.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    window: tuple[int, int]
+    scaling: float
+
+
+class FlashKernel(Protocol):
+    """A fused attention over documents laid end to end (`varlen`), with what the merge needs of it. `name`: in words for a log."""
+
+    name: str
+
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        """out_nHD and lse_Hn, the natural logarithm of each query's sum of exp(scores). No autograd."""
+        ...
+
+    def backward(
+        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of the attention whose out and LSE are given, through the scores of this problem alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some queries and some keys of the documents. `joins`: an earlier part had the same queries, with other keys."""
+
+    q_rows: Rows
+    k_rows: Rows
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    window: tuple[int, int]
+    joins: bool = False
+
+    def problem(self, scaling: float) -> Problem:
+        return Problem(self.cu_q, self.cu_k, self.longest_q, self.longest_k, self.window, scaling)
+
+
+def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: torch.device) -> tuple[Part, ...]:
+    """The parts of streaming attention over documents of these lengths; only those that have queries."""
+    spans = _spans(lengths)
+    if w_sink == 0:
+        return (_part(spans, spans, (w_recent - 1, 0), device),)
+    reach = w_sink + w_recent - 1
+    heads = [(start, min(start + reach, end)) for start, end in spans]
+    parts = [_part(heads, heads, (-1, 0), device)]
+    longer = [(start, end) for start, end in spans if end - start > reach]
+    if longer:
+        queries = [(start + reach, end) for start, end in longer]
+        sinks = [(start, start + w_sink) for start, _ in longer]
+        parts.append(_part(queries, longer, (w_recent - 1, 0), device))
+        parts.append(_part(queries, sinks, (-1, -1), device, joins=True))
+    return tuple(parts)
+
+
+def full_parts(lengths: Sequence[int], device: torch.device) -> tuple[Part, ...]:
+    """Full causal attention over documents of these lengths."""
+    spans = _spans(lengths)
+    return (_part(spans, spans, (-1, 0), device),)
+
+
+def attend_by_parts(
+    documents: Documents,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    parts: tuple[Part, ...],
+    scaling: float,
+    kernel: FlashKernel,
+) -> Tensor:
+    """The attention that `parts` make up, within each document; padding gets zeros. Returns out_BHTD."""
+    batch, _, length, _ = q_BHTD.shape
+    q_NHD, k_NGD, v_NGD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
+    real_N = documents.once(("real tokens", q_BHTD.device), lambda: _real_tokens(documents, q_BHTD.device))
+    if real_N is None:
+        out_NHD = _Merged.apply(q_NHD, k_NGD, v_NGD, parts, scaling, kernel)
+    else:
+        real_NHD = _Merged.apply(q_NHD[real_N], k_NGD[real_N], v_NGD[real_N], parts, scaling, kernel)
+        out_NHD = real_NHD.new_zeros(batch * length, *real_NHD.shape[1:]).index_put((real_N,), real_NHD)
+    return out_NHD.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[Part, ...], scaling: float, kernel: FlashKernel
+    ) -> Tensor:
+        results = (_forward(kernel, part, q_NHD, k_NGD, v_NGD, scaling) for part in parts)
+        if len(parts) == 1:  # all queries and all keys
+            out_NHD, lse_HN = next(results)
+        else:
+            out_NHD, lse_HN = _joined(parts, results, q_NHD)
+        ctx.save_for_backward(q_NHD, k_NGD, v_NGD, out_NHD, lse_HN)
+        ctx.parts, ctx.scaling, ctx.kernel = parts, scaling, kernel
+        return out_NHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_NHD: Tensor):
+        q_NHD, k_NGD, v_NGD, out_NHD, lse_HN = ctx.saved_tensors
+        dq_NHD, dk_NGD, dv_NGD = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NGD, v_NGD))
+        for part in ctx.parts:
+            dq, dk, dv = ctx.kernel.backward(
+                dout_NHD[part.q_rows].contiguous(),
+                q_NHD[part.q_rows],
+                k_NGD[part.k_rows],
+                v_NGD[part.k_rows],
+                out_NHD[part.q_rows].contiguous(),
+                lse_HN[:, part.q_rows].contiguous(),  # the kernels read it by its data pointer
+                part.problem(ctx.scaling),
+            )
+            if len(ctx.parts) == 1:
+                return dq, dk, dv, None, None, None
+            dq_NHD[part.q_rows] += dq
+            dk_NGD[part.k_rows] += dk
+            dv_NGD[part.k_rows] += dv
+        return dq_NHD, dk_NGD, dv_NGD, None, None, None
+
+
+def _forward(kernel: FlashKernel, part: Part, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return kernel.forward(q_NHD[part.q_rows], k_NGD[part.k_rows], v_NGD[part.k_rows], part.problem(scaling))
+
+
+def _joined(parts: tuple[Part, ...], results: Iterable[tuple[Tensor, Tensor]], q_NHD: Tensor) -> tuple[Tensor, Tensor]:
+    """out_NHD and lse_HN of all parts together."""
+    tokens, heads = q_NHD.shape[:2]
+    out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
+    lse_HN = q_NHD.new_empty(heads, tokens, dtype=torch.promote_types(q_NHD.dtype, torch.float32))
+    for part, (out_nHD, lse_Hn) in zip(parts, results, strict=True):
+        rows = part.q_rows
+        if part.joins:
+            out_nHD, lse_Hn = _merge(out_NHD[rows], lse_HN[:, rows], out_nHD, lse_Hn)
+        out_NHD[rows], lse_HN[:, rows] = out_nHD, lse_Hn
+    return out_NHD, lse_HN
+
+
+def _merge(out_nHD: Tensor, lse_Hn: Tensor, other_nHD: Tensor, other_lse_Hn: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over disjoint keys as one over all of them; computed in the LSE's precision."""
+    merged_Hn = torch.logaddexp(lse_Hn, other_lse_Hn)
+    share_nH1, other_share_nH1 = ((lse - merged_Hn).exp().T[..., None] for lse in (lse_Hn, other_lse_Hn))
+    return (share_nH1 * out_nHD).add_(other_share_nH1 * other_nHD).to(out_nHD.dtype), merged_Hn
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of each document among the N tokens."""
+    ends = list(accumulate(lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _part(
+    q_spans: list[tuple[int, int]],
+    k_spans: list[tuple[int, int]],
+    window: tuple[int, int],
+    device: torch.device,
+    joins: bool = False,
+) -> Part:
+    (q_rows, cu_q, longest_q), (k_rows, cu_k, longest_k) = _laid_out(q_spans, device), _laid_out(k_spans, device)
+    return Part(q_rows, k_rows, cu_q, cu_k, longest_q, longest_k, window, joins)
+
+
+def _laid_out(spans: list[tuple[int, int]], device: torch.device) -> tuple[Rows, Tensor, int]:
+    """Rows, cumulative lengths and the longest length of these stretches laid end to end."""
+    lengths = [end - start for start, end in spans]
+    cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    apart = any(end != start for (_, end), (start, _) in pairwise(spans))
+    rows = torch.cat([torch.arange(*span) for span in spans]).to(device) if apart else slice(spans[0][0], spans[-1][1])
+    return rows, cumulative, max(lengths)
+
+
+def _real_tokens(documents: Documents, device: torch.device) -> Tensor | None:
+    """Flat indices (row * T + column) of all tokens of the documents, in order; None where there is no padding."""
+    rows, columns = documents.shape
+    if sum(documents.lengths) == rows * columns:
+        return None
+    places = [torch.arange(length) + row * columns + start for row, start, length in documents.spans]
+    return torch.cat(places).to(device)

@@ -1,0 +1,203 @@
+"""The flash attentions that may be there: the packages flash_attn_interface (3) and flash_attn (2), and the one inside torch.
+
+None is imported before it is asked for. Each is called below its own autograd, because flash.py has a backward of its own.
+
+Shapes: n queries and m keys of documents laid end to end, H query heads, G key/value heads, D head size.
+"""
+
+import importlib
+import inspect
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .flash import FlashKernel, Problem
+
+# Named as strings, because transformers refuses remote code whose `import`s are not installed.
+_FLASH_3, _FLASH_2, _TORCH_VARLEN = "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"
+
+
+class Flash3:
+    """flash-attention 3 (`hopper/` of its repository), for compute capability 9.x.
+
+    Its operators are called in the order of its own Python interface, which torch 2.13 relies on too (torch/nn/attention/_fa3.py).
+    """
+
+    name = "flash-attention 3"
+
+    def __init__(self) -> None:
+        importlib.import_module(_FLASH_3)  # registers the operators
+
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        out_nHD, lse_Hn, *_ = torch.ops.flash_attn_3.fwd(
+            *_last_dense(q_nHD, k_mGD, v_mGD),
+            *(None, None, None, None),  # k_new, v_new, qv, out
+            *(problem.cu_q, problem.cu_k),
+            *(None, None, None),  # cu_seqlens_k_new, seqused_q, seqused_k
+            *(problem.longest_q, problem.longest_k),
+            *(None, None, None),  # page_table, kv_batch_idx, leftpad_k
+            *(None, None, None),  # rotary_cos, rotary_sin, seqlens_rotary
+            *(None, None, None),  # q_descale, k_descale, v_descale
+            problem.scaling,
+            problem.window == (-1, 0),  # causal
+            *problem.window,
+            0,  # attention_chunk
+            0.0,  # softcap
+            True,  # rotary_interleaved
+            None,  # scheduler_metadata
+            1,  # num_splits
+            None,  # pack_gqa
+            0,  # sm_margin
+        )
+        return out_nHD, lse_Hn
+
+    def backward(
+        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = _gradients_of(q_nHD, k_mGD, v_mGD)
+        torch.ops.flash_attn_3.bwd(
+            dout_nHD,
+            *_last_dense(q_nHD, k_mGD, v_mGD),
+            out_nHD,
+            lse_Hn,
+            *gradients,
+            *(problem.cu_q, problem.cu_k),
+            *(None, None),  # seqused_q, seqused_k
+            *(problem.longest_q, problem.longest_k),
+            problem.scaling,
+            problem.window == (-1, 0),  # causal
+            *problem.window,
+            0.0,  # softcap
+            torch.are_deterministic_algorithms_enabled(),
+            0,  # sm_margin
+        )
+        return gradients
+
+
+class Flash2:
+    """The package flash-attn, 2.8 or later."""
+
+    name = "flash-attention 2"
+
+    def __init__(self) -> None:
+        self._package: ModuleType = importlib.import_module(f"{_FLASH_2}.flash_attn_interface")
+
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        out_nHD, lse_Hn, _, _ = self._package._flash_attn_varlen_forward(
+            q_nHD, k_mGD, v_mGD, **_asked_of_flash_2(problem), return_softmax=False
+        )
+        return out_nHD, lse_Hn
+
+    def backward(
+        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq_nHD, dk_mGD, dv_mGD = _gradients_of(q_nHD, k_mGD, v_mGD)
+        self._package._flash_attn_varlen_backward(
+            dout_nHD,
+            q_nHD,
+            k_mGD,
+            v_mGD,
+            out_nHD,
+            lse_Hn,
+            dq_nHD,
+            dk_mGD,
+            dv_mGD,
+            **_asked_of_flash_2(problem),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return dq_nHD, dk_mGD, dv_mGD
+
+
+class TorchFlash:
+    """The flash-attention 2 inside torch: `varlen_attn` forward; it has no public backward, so backward by its operator."""
+
+    name = f"flash attention of torch {torch.__version__}"
+
+    def __init__(self) -> None:
+        self._varlen: ModuleType = importlib.import_module(_TORCH_VARLEN)
+
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        return self._varlen.varlen_attn(
+            *_last_dense(q_nHD, k_mGD, v_mGD),
+            problem.cu_q,
+            problem.cu_k,
+            problem.longest_q,
+            problem.longest_k,
+            return_aux=self._varlen.AuxRequest(lse=True),
+            scale=problem.scaling,
+            window_size=problem.window,
+            enable_gqa=q_nHD.shape[1] != k_mGD.shape[1],
+        )
+
+    def backward(
+        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._flash_attention_backward(
+            dout_nHD,
+            *_last_dense(q_nHD, k_mGD, v_mGD),
+            out_nHD,
+            lse_Hn,
+            problem.cu_q,
+            problem.cu_k,
+            problem.longest_q,
+            problem.longest_k,
+            0.0,  # dropout
+            problem.window == (-1, 0),  # causal
+            torch.zeros(2, dtype=torch.uint64, device=q_nHD.device),  # state of the random numbers, which only dropout reads
+            torch.empty(0, device=q_nHD.device),  # unused
+            scale=problem.scaling,
+            window_size_left=problem.window[0],
+            window_size_right=problem.window[1],
+        )
+
+
+@cache
+def flash_kernel(capability: tuple[int, int]) -> FlashKernel | None:
+    """The best flash attention for a CUDA device of this compute capability; None where there is none.
+
+    Raises:
+        ImportError: a package that is installed but cannot be loaded.
+    """
+    if capability[0] == 9 and find_spec(_FLASH_3):
+        return Flash3()
+    if capability >= (8, 0) and find_spec(_FLASH_2):
+        return Flash2()
+    if capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available() and _torch_has_windows():
+        return TorchFlash()
+    return None
+
+
+def _torch_has_windows() -> bool:
+    """Whether torch's `varlen_attn` takes windows and grouped queries, and hands out the log-sum-exp."""
+    if find_spec(_TORCH_VARLEN) is None:
+        return False
+    takes = inspect.signature(importlib.import_module(_TORCH_VARLEN).varlen_attn).parameters
+    return {"window_size", "enable_gqa", "return_aux", "scale"} <= takes.keys()
+
+
+def _asked_of_flash_2(problem: Problem) -> dict:
+    return {
+        "cu_seqlens_q": problem.cu_q,
+        "cu_seqlens_k": problem.cu_k,
+        "max_seqlen_q": problem.longest_q,
+        "max_seqlen_k": problem.longest_k,
+        "dropout_p": 0.0,
+        "softmax_scale": problem.scaling,
+        "causal": problem.window == (-1, 0),
+        "window_size_left": problem.window[0],
+        "window_size_right": problem.window[1],
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _last_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels take any strides but along the last dimension."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def _gradients_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)

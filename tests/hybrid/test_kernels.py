@@ -1,0 +1,216 @@
+"""Which kernel computes, and that one which cannot is refused, with the reason and the way out."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lt_train.hybrid import HybridError, HybridSpec, build_hybrid, kernels
+from lt_train.hybrid.kernels import STREAMING_KERNELS, Choice, Use, choose, computed_in
+from tests.hybrid.dense_flash import DenseFlash
+
+CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
+GPU = Use(torch.device("cuda", 0), torch.bfloat16, head_size=128, trains=True)
+SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a GPU of compute capability 9.0 on which flash attention and FlexAttention run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: DenseFlash())
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "_fails", lambda name, use: None)
+
+
+@pytest.fixture
+def flash_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernels, "_flash_on", lambda device: DenseFlash())
+    monkeypatch.setitem(STREAMING_KERNELS, "flash", dataclasses.replace(STREAMING_KERNELS["flash"], obstacle=lambda use: None))
+    yield
+    kernels._chosen.cache_clear()
+
+
+def without(use, **changes):
+    return dataclasses.replace(use, **changes)
+
+
+def test_auto_takes_blocked_on_a_cpu():
+    assert choose("auto", CPU).name == choose("auto", without(CPU, trains=True)).name == "blocked"
+
+
+def test_auto_takes_flash_on_a_gpu_and_says_which(on_a_gpu):
+    assert choose("auto", GPU) == Choice("flash", "the fastest for bf16 on this device (dense stand-in)")
+
+
+def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
+    assert choose("auto", without(GPU, dtype=torch.float32)).name == "blocked"
+    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: None)
+    choice = choose("auto", GPU)
+    assert choice.name == "flex" and "not flash: neither the flash-attn package" in choice.reason
+    monkeypatch.setattr(kernels, "_fails", lambda name, use: "it is broken")
+    choice = choose("auto", GPU)
+    assert choice.name == "blocked" and "not flex: it is broken" in choice.reason
+
+
+def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
+    assert choose("flash", GPU).name == "flash"
+    for wrong, said in [
+        (dict(device=torch.device("cpu")), "needs an NVIDIA GPU.*Set auto"),
+        (dict(dtype=torch.float32), "bf16 or fp16 only, not in fp32. Set dtype to bf16"),
+        (dict(head_size=60), "this model has 60. Set auto"),
+        (dict(head_size=512), "this model has 512. Set auto"),
+    ]:
+        with pytest.raises(HybridError, match=said):
+            choose("flash", without(GPU, **wrong))
+
+
+def test_a_missing_or_broken_flash_package_is_named(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: None)
+    with pytest.raises(HybridError, match=r"capability 9\.0.*pip install 'lt-train\[flash\]'"):
+        choose("flash", GPU)
+
+    def undefined_symbol(capability):
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(kernels, "flash_kernel", undefined_symbol)
+    with pytest.raises(HybridError, match=r"installed but cannot be loaded \(undefined symbol: _ZN3c10\)"):
+        choose("flash", GPU)
+
+
+def test_what_flex_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
+    assert choose("flex", GPU).name == choose("flex", CPU).name == "flex"
+    with pytest.raises(HybridError, match=r"no gradients on a CPU\. To train, set blocked or auto"):
+        choose("flex", without(CPU, trains=True))
+    with pytest.raises(HybridError, match=r"this model has 8\. Set auto"):
+        choose("flex", without(GPU, head_size=8))
+    with pytest.raises(HybridError, match="bf16, fp16 or fp32"):
+        choose("flex", without(GPU, dtype=torch.float64))
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(HybridError, match="compiled by triton, which is not here"):
+        choose("flex", GPU)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(HybridError, match="auto, reference, blocked, flex, flash"):
+        choose("eager", CPU)
+
+
+def test_a_kernel_that_works_passes_its_trial(flash_on_a_cpu):
+    assert kernels._fails("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
+
+
+class OffByOne(DenseFlash):
+    """A window of one key too few."""
+
+    def forward(self, q_nHD, k_mGD, v_mGD, problem):
+        left, right = problem.window
+        shorter = problem if left < 1 else dataclasses.replace(problem, window=(left - 1, right))
+        return super().forward(q_nHD, k_mGD, v_mGD, shorter)
+
+
+class WrongGradient(DenseFlash):
+    """Right in the forward pass; dv comes from the first key/value group alone."""
+
+    def backward(self, *given):
+        dq, dk, dv = super().backward(*given)
+        return dq, dk, dv[:, :1].expand_as(dv)
+
+
+class Unbuilt(DenseFlash):
+    def forward(self, *given):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [(OffByOne, "other numbers"), (WrongGradient, "other numbers"), (Unbuilt, "no kernel image is available")]
+)
+def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, said, monkeypatch):
+    monkeypatch.setattr(kernels, "_flash_on", lambda device: broken())
+    assert said in kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+
+
+def test_a_trial_draws_no_random_numbers_of_the_run(flash_on_a_cpu):
+    before = torch.get_rng_state()
+    kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_attention_is_computed_in_the_dtype_of_autocast():
+    x = torch.zeros(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert computed_in(x) == torch.bfloat16
+    assert computed_in(x) == torch.float32
+
+
+# In whole models
+
+
+def packed_and_padded():
+    """Token ids, padding mask and positions of three rows: packed, left-padded, shorter than the sinks."""
+    ids = torch.randint(2, 96, (3, 40))
+    mask, positions = torch.ones(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
+    positions[0] = torch.cat([torch.arange(25), torch.arange(15)])
+    for row, length in ((1, 30), (2, 2)):
+        mask[row, :-length] = 0
+        positions[row, -length:] = torch.arange(length)
+    return dict(input_ids=ids, attention_mask=mask, position_ids=positions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flex", "flash", "blocked"])
+def test_whole_models_give_the_logits_of_the_reference(name, base_config, flash_on_a_cpu):
+    hybrid = build_hybrid(base_config, SPEC).eval()
+    batch = packed_and_padded()
+    real = batch["attention_mask"].bool()
+    hybrid.set_streaming_kernel("reference")
+    expected = hybrid(**batch).logits[real]
+    hybrid.set_streaming_kernel(name)
+    torch.testing.assert_close(hybrid(**batch).logits[real], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_a_prompt_that_any_kernel_read(qwen3_config, flash_on_a_cpu):
+    hybrid = build_hybrid(qwen3_config, SPEC).eval()
+    prompt = torch.randint(2, 96, (1, 30))
+    answers = []
+    for name in ("reference", "flex", "flash"):
+        hybrid.set_streaming_kernel(name)
+        answers.append(hybrid.generate(prompt, max_new_tokens=20, do_sample=False))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_flash_trains_with_the_gradients_of_the_reference(qwen3_config, flash_on_a_cpu):
+    """With padding, packs and gradient checkpointing, in full and in streaming layers."""
+    hybrid = build_hybrid(qwen3_config, SPEC).train()
+    batch = packed_and_padded()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def gradients(name):
+        hybrid.set_streaming_kernel(name)
+        hybrid.zero_grad()
+        hybrid(**batch, labels=labels).loss.backward()
+        return [parameter.grad.clone() for parameter in hybrid.parameters()]
+
+    expected = gradients("reference")
+    torch.testing.assert_close(gradients("flash"), expected, atol=1e-5, rtol=1e-4)
+    hybrid.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradients("flash"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_flash_trains_under_autocast_with_weights_in_fp32(qwen3_config, flash_on_a_cpu):
+    """Rotary embedding hands fp32 queries over there, beside bf16 values; the stand-in refuses to mix them."""
+    hybrid = build_hybrid(qwen3_config, SPEC).train()
+    hybrid.set_streaming_kernel("flash")
+    ids = torch.randint(2, 96, (1, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = hybrid(ids, labels=ids).loss
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in hybrid.parameters())
+
+
+def test_a_model_that_is_to_train_by_flex_on_a_cpu_stops(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC)
+    hybrid.set_streaming_kernel("flex")
+    with pytest.raises(HybridError, match="no gradients on a CPU"):
+        hybrid(torch.randint(2, 96, (1, 10)))
