@@ -1,6 +1,5 @@
-"""What happens around each training step: whole checkpoints, the log, the progress bar, a stop at the first NaN."""
+"""What happens around each training step: whole checkpoints, the log and the progress bar."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lt_train.errors import UserError
 from lt_train.files import append_json_line
 from lt_train.progress import Bar
 from lt_train.tracking import Tracker
-from lt_train.training.checkpoints import Settings, remove_old_checkpoints, write_manifest
+from lt_train.training.checkpoints import Settings, remove_old_checkpoints, write_manifest, written_or_told
 from lt_train.training.log import LOG_FILE, resume_log
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
@@ -32,7 +30,7 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
-        # resumed run logs the same means, and so that a NaN stops the run before it is saved.
+        # resumed run logs the same means.
         control.should_log = control.should_log or control.should_save
         return control
 
@@ -48,7 +46,8 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             check_saved_shapes(folder, full_shapes(model, trainable_only=self.adapter_only))
-            write_manifest(folder, state.global_step, self.settings)
+            with written_or_told(folder.parent, f"the checkpoint of step {state.global_step}", state.global_step):
+                write_manifest(folder, state.global_step, self.settings)
             remove_old_checkpoints(Path(args.output_dir), self.keep)
         PartialState().wait_for_everyone()
 
@@ -95,9 +94,9 @@ class TrainingLog(TrainerCallback):
         else:
             return  # Trainer's closing summary, whose means cover this process alone
         if state.is_world_process_zero:
-            append_json_line(self.path, row)
+            with written_or_told(self.path.parent, f"{self.path.name} of step {state.global_step}"):
+                append_json_line(self.path, row)
             self.tracker.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=row["step"])
-        check_finite(row)
 
     def _training_row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
         seconds = self.seconds - self.logged_seconds
@@ -116,16 +115,6 @@ class TrainingLog(TrainerCallback):
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": self.seconds,
         }
-
-
-def check_finite(row: dict[str, float]) -> None:
-    """Stop before NaN weights are saved: this runs at each logged step, and each step that is saved is logged first."""
-    for name in ("loss", "grad_norm", "eval_loss"):
-        if name in row and not math.isfinite(row[name]):
-            raise UserError(
-                f"training stopped at step {row['step']}: {name} is {row[name]}. The checkpoints written before it are good: lower "
-                "train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train into another run folder"
-            )
 
 
 class ProgressBar(TrainerCallback):

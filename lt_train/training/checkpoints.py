@@ -9,11 +9,13 @@ recipe never goes on from it unnoticed.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.errors import UserError
@@ -74,6 +76,11 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was finished; whether it was damaged since is not looked at."""
+    return next((found for found in reversed(_checkpoint_folders(folder)) if (found / MANIFEST).is_file()), None)
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     manifest = read_json(folder / MANIFEST, "checkpoint manifest")
     return Checkpoint(folder, manifest["step"], manifest["settings"])
@@ -88,6 +95,38 @@ def write_manifest(folder: Path, step: int, settings: Settings) -> None:
             os.fsync(file.fileno())  # a manifest must not outlive a power cut that its files did not
         files[name] = {"size": (folder / name).stat().st_size, "sha256_of_blocks": _file_hash(folder / name)}
     write_json(folder / MANIFEST, {"step": step, "settings": settings, "files": files})
+
+
+@contextmanager
+def written_or_told(out: Path, what: str, step: int | None = None) -> Iterator[None]:
+    """Turn a failure to write `what` in the block, such as for a full disk, into an error that says from where the run goes on.
+
+    Args:
+        out: the folder of the checkpoints. step: that of the checkpoint that is written; what there is of it is deleted, since it
+            is of no use and takes room.
+
+    Raises:
+        UserError: what the operating system, safetensors or torch raise when they cannot write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_torch_writing(error):
+            raise
+        if step is not None:
+            shutil.rmtree(out / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+        kept = newest_checkpoint(out)
+        goes_on = f"{kept} is whole, and the same command goes on from it" if kept else "The same command starts again"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        raise UserError(
+            f"{out}: {what} could not be written: {reason} ({shutil.disk_usage(out).free / 2**20:,.0f} MiB are free there now). "
+            f"{goes_on}: make room first. train.keep_checkpoints, train.keep_best and train.probes say how much a training keeps"
+        ) from error
+
+
+def _is_torch_writing(error: RuntimeError) -> bool:
+    """torch.save has no exception of its own: a full disk is a failed check in caffe2/serialize/inline_container.cc."""
+    return any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error"))
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:

@@ -1,12 +1,24 @@
-"""TRL's SFTTrainer with three things changed: an exact evaluation loss, a stop at NaN, and no model card of TRL's own."""
+"""TRL's SFTTrainer with four things changed: an exact evaluation loss, a stop at NaN, a word about a full disk, and no model card
+of TRL's own.
+"""
 
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from lt_train.errors import UserError
+from lt_train.examples import Example
+from lt_train.training.checkpoints import newest_checkpoint, written_or_told
+from lt_train.training.samples import TOLD, samples_in
+
+SAMPLES_NAMED = 20
+"""At most, in an error."""
 
 
 class HybridSFTTrainer(SFTTrainer):
@@ -14,15 +26,53 @@ class HybridSFTTrainer(SFTTrainer):
     batches ask of an attention; the loss comes from TRL's fused head, which never holds sequence x vocabulary logits.
     """
 
+    examples: Sequence[Example] = ()
+    heldout: Sequence[Example] = ()
+    _step_batches: tuple[int, list[Mapping[str, torch.Tensor]]] = (-1, [])  # (steps done, batches of the step after them)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        batch = {name: inputs[name] for name in TOLD if name in inputs}
+        if self._step_batches[0] != self.state.global_step:
+            self._step_batches = (self.state.global_step, [])
+        self._step_batches[1].append(batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"training stopped in step {self.state.global_step + 1}: the loss is {loss.item()}. The checkpoints written "
-                "before it are good: lower train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train "
-                "into another run folder"
-            )
+        self._stop_unless_finite("the loss", loss, [batch])
         return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Every step, before the weights move: a gradient can be NaN where the loss is not, and all later losses then are."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is not None:
+            self._stop_unless_finite("the norm of the gradient", torch.as_tensor(grad_norm), self._step_batches[1])
+        return grad_norm
+
+    def _stop_unless_finite(self, what: str, value: torch.Tensor, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Stop in all processes when `value` is not finite in one of them; every process calls this.
+
+        Raises:
+            UserError: it names the step, and the samples in the `batches` of the processes where the value is not finite.
+        """
+        value = value.detach().float().to(self.args.device)
+        broken = [each for each in self.accelerator.gather(value.reshape(1)).tolist() if not math.isfinite(each)]
+        if broken:
+            named = samples_in(batches, self.examples) if not torch.isfinite(value) else []
+            self._stop(f"in step {self.state.global_step + 1}: {what} is {broken[0]}", gather_object(named))
+
+    def _stop(self, what: str, samples: Sequence[str]) -> None:
+        named = ", ".join(dict.fromkeys(samples[:SAMPLES_NAMED])) or "samples that cannot be told"
+        more = f" and {len(samples) - SAMPLES_NAMED} others" if len(samples) > SAMPLES_NAMED else ""
+        good = newest_checkpoint(Path(self.args.output_dir))
+        kept = f"{good}, written before it, is whole and good" if good else "No checkpoint had been written before it"
+        raise UserError(
+            f"training stopped {what}, on {named}{more}. {kept}. See whether these samples are as they should be; lower "
+            "train.learning_rate, raise train.warmup_ratio or lower train.max_grad_norm, and train into another run folder "
+            "(--set name=…)"
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        with written_or_told(Path(self.args.output_dir), f"the checkpoint of step {step}", step):
+            super()._save_checkpoint(model, trial)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -33,13 +83,18 @@ class HybridSFTTrainer(SFTTrainer):
         """
         model: PreTrainedModel = self.model_wrapped
         model.eval()
+        broken: list[str] = []  # the samples whose loss is not finite
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
         for inputs in self.get_eval_dataloader():
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(inputs), use_cache=False, fused_lm_head=True)
             loss_B2 = torch.stack((-outputs.log_probs.double().sum(1), outputs.label_mask.double().sum(1)), dim=1)
+            if not torch.isfinite(loss_B2).all():
+                broken += samples_in([inputs], self.heldout)
             sums += self.accelerator.gather_for_metrics(loss_B2).sum(0)  # without the samples doubled to fill a last batch
         loss, tokens = sums.tolist()
+        if not math.isfinite(loss):
+            self._stop(f"after step {self.state.global_step}: the held-out loss is {loss}", gather_object(broken))
         metrics = {"eval_loss": loss / tokens, "eval_tokens": int(tokens)}
         self.log(metrics)
         model.train()

@@ -28,6 +28,7 @@ from lt_train.training.checkpoints import (
     publish_weights,
     read_checkpoint,
     whole_final,
+    written_or_told,
 )
 from lt_train.training.dataset import examples_fingerprint, training_dataset
 from lt_train.training.log import LOG_FILE, read_log
@@ -111,6 +112,7 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
+    trainer.examples, trainer.heldout = example_set.train, heldout
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
     return trainer
 
@@ -166,7 +168,8 @@ def _publish(out: Path, final: Path, report: Callable[[str], None]) -> Checkpoin
     last = last_whole_checkpoint(out, report)
     if last is None:
         raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
-    publish_weights(last, final)
+    with written_or_told(out, "the trained weights"):
+        publish_weights(last, final)
     return read_checkpoint(final)
 
 

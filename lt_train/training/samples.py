@@ -1,0 +1,51 @@
+"""Which training samples a batch holds, told from its tokens: batches carry no names, and packs are cut apart again.
+
+Asked only when a training must stop, so it may take its time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from lt_train.examples import Example
+
+TOLD = ("input_ids", "position_ids", "attention_mask")
+"""What of a batch tells its samples."""
+
+SHORTEST_PIECE = 16
+"""Tokens of a piece, where processes share a sequence, that are taken to be in one sample only."""
+
+
+def samples_in(batches: Sequence[Mapping[str, torch.Tensor]], examples: Sequence[Example]) -> list[str]:
+    """Where the samples in `batches` come from (`Example.where`), in their order; samples of equal tokens are all named.
+
+    Args:
+        batches: as TRL's collator makes them: rows with an attention_mask, or packed rows with position_ids. Rows may be slices of
+            sequences that several processes share.
+    """
+    texts = [(_as_text(example.input_ids), example.where) for example in examples]
+    found: dict[str, None] = {}
+    for batch in batches:
+        for document in _documents(batch):
+            piece = _as_text(document)
+            named = [where for text, where in texts if text == piece]
+            if not named and len(piece) >= SHORTEST_PIECE:
+                named = [where for text, where in texts if piece in text]
+            found |= dict.fromkeys(named)
+    return list(found)
+
+
+def _documents(batch: Mapping[str, torch.Tensor]) -> Iterator[list[int]]:
+    if "attention_mask" in batch:
+        for row_L, mask_L in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            yield row_L[mask_L.bool()].tolist()
+        return
+    for row_L, position_L in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        starts = (position_L == 0).nonzero().flatten()[1:] if position_L[0] == 0 else (position_L == 0).nonzero().flatten()
+        for document in row_L.tensor_split(starts.cpu()):
+            yield document.tolist()
+
+
+def _as_text(ids: Sequence[int]) -> str:
+    """A character a token: Python looks for pieces of text fast."""
+    return "".join(map(chr, ids))
