@@ -84,6 +84,12 @@ def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path
     _work(recipe, overrides, runs, lambda pipeline: pipeline.train(), others=lambda pipeline: pipeline.train_along())
 
 
+@app.command()
+def teacher(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+    """Write what `train.distill.teacher: top_k` learns from, before training starts; goes on where it was cut off."""
+    _work(recipe, overrides, runs, lambda pipeline: pipeline.teacher())
+
+
 @app.command("eval")
 def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
     """Measure base, converted and trained model as the recipe's `eval` list says; several processes share the samples."""

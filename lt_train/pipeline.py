@@ -27,6 +27,9 @@ from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 from lt_train.tracking import NoTracker, Tracker, open_tracker
+from lt_train.training.dataset import examples_fingerprint
+from lt_train.training.settings import teacher_facts
+from lt_train.training.top_k import write_top_k
 from lt_train.training.trainer import train
 from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
 
@@ -86,8 +89,44 @@ class Pipeline:
         self.say("train", f"samples: {counts}")
         if self.layer_profile is not None:
             self.tracker.image("layer profile", self.picture)
+        self._write_teacher()
         with self.folder.doing("train"):
             self.train_alone(self.tracker, lambda line: self.say("train", line))
+
+    def teacher(self) -> None:
+        """Write what the training learns from before it starts.
+
+        Raises:
+            UserError: the recipe's training learns from no files.
+        """
+        if not self._learns_from_files:
+            raise UserError(
+                "this recipe's training reads no teacher from disk. With train.distill.teacher: top_k and a train.distill.weight "
+                "above 0 it does"
+            )
+        self._write_teacher()
+
+    def _write_teacher(self) -> None:
+        """The base's likeliest tokens on the training data, with their log-probabilities."""
+        if not self._learns_from_files or self.folder.is_done("teacher"):
+            return
+        train, examples = self.recipe.train, self.examples.train
+        self.say("teacher", f"the {train.distill.top_k} likeliest next tokens of the base on {len(examples):,} samples")
+        with self.folder.doing("teacher"):
+            write_top_k(
+                load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype),
+                examples,
+                self.folder.stage("teacher"),
+                k=train.distill.top_k,
+                temperature=train.distill.temperature,
+                facts=teacher_facts(self.recipe, examples_fingerprint(examples)),
+                batch_size=train.micro_batch_size,
+            )
+
+    @property
+    def _learns_from_files(self) -> bool:
+        train = self.recipe.train
+        return train is not None and train.distill.weight > 0 and train.distill.teacher == "top_k"
 
     def train_alone(self, tracker: Tracker, report: Callable[[str], None]) -> None:
         """The training itself: what every rank of a distributed launch does once the hybrid is decided on."""
@@ -101,11 +140,14 @@ class Pipeline:
             self.folder.stage("train"),
             tracker,
             report,
+            teacher=self.folder.stage("teacher"),
         )
 
     def train_along(self) -> None:
         """What ranks other than the first do when training: wait for the hybrid, then train in silence."""
         self.folder.wait_for("hybrid")
+        if self._learns_from_files:
+            self.folder.wait_for("teacher")
         if not self.folder.is_done("train"):
             self.train_alone(NoTracker(), lambda line: None)
 

@@ -34,6 +34,13 @@ def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | No
     names += ("lr_scheduler", "warmup_ratio", "weight_decay")
     settings = {name: getattr(recipe.train, name) for name in names if getattr(recipe.train, name) is not None}
     settings |= {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
+    if recipe.train.parameters != "all":
+        settings["parameters"] = recipe.train.parameters
+    if recipe.train.restore_query_key:
+        settings["queries and keys of full-attention layers"] = "the base's, put back after training"
+    if recipe.train.distill.weight > 0:
+        given = recipe.train.distill.model_dump(exclude={"top_k"} if recipe.train.distill.teacher != "top_k" else set())
+        settings |= {f"distill_{name}": value for name, value in given.items()}
     if recipe.lora is not None:
         settings |= {"lora_rank": recipe.lora.rank, "lora_alpha": recipe.lora.alpha, "lora_layers": recipe.lora.layers}
     return settings

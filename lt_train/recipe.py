@@ -100,8 +100,30 @@ class Data(Part):
     """Read only the first rows."""
 
 
+class Distill(Part):
+    """Learning from the model's own past self, the base with full attention in every layer. The loss of an answer token is
+    (1 - weight) x SFT + weight x (temperature² x KL(teacher || student) + hidden_weight x hidden states)."""
+
+    weight: float = Field(0.0, ge=0, le=1)
+    """0: no teacher is asked. 1: nothing is learned from the data's own tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Both distributions are softened by it; the square keeps the size of the gradients (arXiv 1503.02531)."""
+    hidden_weight: float = Field(0.0, ge=0)
+    """Of the squared difference between the outputs of streaming layers and the teacher's, relative to the teacher's square."""
+    teacher: Literal["auto", "copy", "top_k"] = "auto"
+    """auto: with LoRA the model itself, adapters off; with method full a frozen copy. copy: a frozen copy in memory.
+    top_k: log-probabilities written before training (lt-train teacher), so training holds no second model."""
+    top_k: int = Field(64, ge=1)
+    """Tokens kept for each answer token by teacher top_k; all others count together as one more. 8 bytes on disk for each."""
+
+
 class Train(Part):
     method: Literal["lora", "full"]
+    parameters: Literal["all", "lazy_projections"] = "all"
+    """What method full trains. lazy_projections: q, k, v and o of the streaming layers alone; all else stays the base's."""
+    restore_query_key: bool = False
+    """After training, what makes queries and keys in the full-attention layers is the base's again (arXiv 2606.11052):
+    long-thought training damages recall there."""
     learning_rate: float = Field(gt=0)
     epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
@@ -125,6 +147,7 @@ class Train(Part):
     keep_checkpoints: int = Field(2, ge=1)
     deepspeed: Text | None = None
     """Path of a DeepSpeed configuration."""
+    distill: Distill = Distill()
     trl: dict[str, Any] = {}
     """Further arguments of TRL's SFTConfig, by their own names."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lt_train.batch import nearest_multiples
 from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
+from lt_train.recipe_distill import distill_faults, parameter_faults, restore_faults
 from lt_train.recipe_faults import did_you_mean
 from lt_train.sources import resolve_data, resolve_model
 from lt_train.upstream import (
@@ -146,6 +147,8 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
             ("train.lr_scheduler",),
             f"{train.lr_scheduler!r} is no scheduler of transformers{near or known}",
         )
+    for settings, message in chain(distill_faults(recipe, train), parameter_faults(recipe, train), restore_faults(recipe, train)):
+        yield Conflict(settings, message)
     yield from _upstream_names("train.trl", train.trl, TRL_SFT_CONFIG_NAMES, TRL_SET_BY_RECIPE, "TRL's SFTConfig")
 
 

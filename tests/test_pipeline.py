@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from lt_train import evaluation_stage
 from lt_train.errors import UserError
@@ -120,6 +122,41 @@ def test_a_finished_run_does_nothing_again(recipe, runs):
     before = contents(runs / "tiny")
     assert "reach, trained" in work(recipe, runs)
     assert contents(runs / "tiny") == before
+
+
+def test_a_teacher_on_disk_is_written_once_and_trained_from(inputs, tmp_path):
+    distill = "train.distill={weight: 0.5, teacher: top_k, top_k: 4}"
+    recipe = load_recipe(inputs / "recipe.yaml", [*PERIODIC, distill])
+    assert "the 4 likeliest next tokens of the base on 12 samples" in work(recipe, tmp_path, "teacher")
+    before = contents(tmp_path / "tiny")
+    assert {"teacher/indices.npy", "teacher/log_probs.npy", "teacher/rest.npy", "teacher/progress.json"} <= before.keys()
+    assert "likeliest" not in work(recipe, tmp_path, "train")
+    after = contents(tmp_path / "tiny")
+    assert all(after[name] == before[name] for name in before)
+    first = json.loads(after["train/log.jsonl"][1].splitlines()[0])
+    assert first["kl"] > 0 and first["loss"] == pytest.approx(0.5 * first["sft_loss"] + 0.5 * first["kl"], abs=1e-5)
+
+
+def test_a_teacher_that_nothing_learns_from_is_not_written(recipe, tmp_path):
+    with pytest.raises(UserError, match="reads no teacher from disk"):
+        work(recipe, tmp_path, "teacher")
+
+
+def test_what_is_put_back_after_training_holds_in_the_export_and_its_card(inputs, tmp_path):
+    settings = ["train.method=full", "train.restore_query_key=true", "train.learning_rate=1e-3", "eval=[]", *PERIODIC]
+    work(load_recipe(inputs / "recipe.yaml", settings), tmp_path, "export")
+    run = tmp_path / "tiny"
+    base, trained, exported = (
+        load_file(folder / "model.safetensors")
+        for folder in (REPOSITORY / "data/tiny-reasoner", run / "train/final", run / "export")
+    )
+    full = set(range(8)) - set(json.loads((run / "hybrid/layers.json").read_text())["converted"])
+    names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in full for part in "qk"]
+    for name in names:
+        assert torch.equal(exported[name], base[name].to(exported[name].dtype)) and not torch.equal(trained[name], base[name])
+    kept = [name for name in exported if ".self_attn." in name and name not in names and name.endswith("proj.weight")]
+    assert all(torch.equal(exported[name], trained[name].to(exported[name].dtype)) for name in kept)
+    assert "put back after training" in (run / "export/README.md").read_text()
 
 
 def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):

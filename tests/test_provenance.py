@@ -78,6 +78,15 @@ def test_full_training_has_no_settings_of_lora_and_a_training_free_hybrid_has_no
     assert export_facts(free, run, {}).training is None
 
 
+def test_the_card_says_what_was_distilled_trained_and_put_back(tmp_path, run):
+    distilled = recipe_with(tmp_path, "train.distill.weight=0.5", "train.restore_query_key=true")
+    facts = export_facts(distilled, run, {}).training
+    assert facts["distill_weight"] == 0.5 and facts["distill_teacher"] == "auto" and "distill_top_k" not in facts
+    assert "put back" in facts["queries and keys of full-attention layers"]
+    part = recipe_with(tmp_path, "train.method=full", "lora=null", "train.parameters=lazy_projections")
+    assert export_facts(part, run, {}).training["parameters"] == "lazy_projections"
+
+
 def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(tmp_path, run):
     answers = AnswerScores("ledger", 2, 2, 4, 0.5, 0.25, 0.5, None, 0, 0.0, 0.0, 0, 8, 1.0, 2.0, {}, {"a": 0.25, "b": 0.75})
     losses = LossScores("heldout_loss", 1, 10, 1.5, None, {}, {"a": TokenLoss(15.0, 10)})

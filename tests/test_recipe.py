@@ -75,6 +75,20 @@ def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tm
         assert load_recipe(resolved) == recipe
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.distill={weight: 0.5, temperature: 2.0, hidden_weight: 0.1}"],
+        ["train.distill={weight: 0.5, teacher: copy}", "lora.peft.bias=all"],
+        ["train.method=full", "train.distill={weight: 1, teacher: top_k, top_k: 32}", "train.restore_query_key=true"],
+        ["train.method=full", "train.parameters=lazy_projections", "train.distill.weight=0.5"],
+        ["train.restore_query_key=true", "lora.layers=all"],
+    ],
+)
+def test_distillation_and_protected_recall_can_be_asked_for(recipe_file: Path, overrides: list[str]) -> None:
+    assert load_recipe(recipe_file, overrides).train is not None
+
+
 def test_a_recipe_cannot_be_changed_after_loading(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe(recipe_file).hybrid.w_recent = 3
@@ -235,6 +249,39 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
         (
             ["data.heldout=0", "eval=[{benchmark: heldout_kl}]"],
             "eval.0.benchmark + data.heldout: heldout_kl needs held-out samples",
+        ),
+        (["train.distill.weight=1.5"], "train.distill.weight: 1.5 must be at most 1"),
+        (
+            ["train.distill.temperature=2.0"],
+            "train.distill.temperature + train.distill.weight: with weight 0 no teacher is asked",
+        ),
+        (
+            ["train.distill={weight: 0.5, teacher: top_k, hidden_weight: 1.0}"],
+            "train.distill.hidden_weight + train.distill.teacher: files of teacher top_k hold no hidden states",
+        ),
+        (
+            ["train.distill.weight=0.5", "train.trl.label_smoothing_factor=0.1"],
+            "train.distill.weight + train.trl.label_smoothing_factor: a teacher says already",
+        ),
+        (["train.distill.weight=0.5", "lora.peft.bias=all"], "train.distill.teacher + lora.peft.bias: with bias: all the model"),
+        (
+            ["train.distill.weight=0.5", "lora.peft.init_lora_weights=pissa"],
+            "train.distill.teacher + lora.peft.init_lora_weights: with init_lora_weights: pissa",
+        ),
+        (["train.distill.weight=0.5", "lora.peft.modules_to_save=[lm_head]"], "set teacher to copy"),
+        (
+            ["train.method=full", "train.distill.weight=0.5", f"train.deepspeed={RECIPES.parent / 'launch/zero3.json'}"],
+            "train.distill.teacher + train.deepspeed: ZeRO-3 does not shard a frozen copy of the base",
+        ),
+        (["train.parameters=lazy_projections"], "train.parameters + train.method: with LoRA lora.layers and lora.targets say"),
+        (
+            ["train.method=full", "train.parameters=lazy_projections", "train.restore_query_key=true"],
+            "train.restore_query_key + train.parameters: the full-attention layers are not trained",
+        ),
+        (["train.restore_query_key=true"], "train.restore_query_key + lora.layers: the full-attention layers have no adapters"),
+        (
+            ["train.restore_query_key=true", "lora={layers: all, targets: [v_proj, o_proj]}"],
+            "train.restore_query_key + lora.targets: no query or key projection has an adapter",
         ),
         (["train.method=full", "lora={}"], "lora + train.method: method full trains the weights themselves"),
         (["eval.0.benchmark=custom"], "eval.0.path: custom is a file of your own: name it"),

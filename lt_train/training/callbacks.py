@@ -16,6 +16,9 @@ from lt_train.training.checkpoints import Settings, remove_old_checkpoints, writ
 from lt_train.training.log import LOG_FILE, resume_log
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
+DISTILLED = ("sft_loss", "kl", "hidden_difference")
+"""Columns that a distilled training has besides: see training/distillation.py."""
+
 
 class WholeCheckpoints(TrainerCallback):
     """Declares each checkpoint whole when all processes have written it, and only then deletes the oldest.
@@ -53,7 +56,8 @@ class WholeCheckpoints(TrainerCallback):
 
 
 class TrainingLog(TrainerCallback):
-    """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second.
+    """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second; of a
+    distilled training also the parts of its loss, unweighted.
 
     `num_tokens` counts the tokens of all processes since the very first step; `seconds` the time spent in steps, over all
     resumes, without evaluation and saving.
@@ -110,6 +114,7 @@ class TrainingLog(TrainerCallback):
             "grad_norm": logs["grad_norm"],
             "token_accuracy": logs["mean_token_accuracy"],
             "entropy": logs["entropy"],
+            **{name: logs[name] for name in DISTILLED if name in logs},
             "tokens": tokens,
             "num_tokens": state.num_input_tokens_seen,
             "tokens_per_second": tokens / max(seconds, 1e-9),

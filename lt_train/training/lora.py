@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec, load_hybrid_checkpoint
 from lt_train.recipe import Lora, Recipe
+from lt_train.training.projections import adapter_without_query_key, load_with_query_key_of_base
 
 LAYERS = "layers"  # the decoder layers of every hybrid class: model.layers.<i>
 PROBE_TOKENS = 64
@@ -52,14 +53,20 @@ def load_trained(
     """The model that training left in `folder` (TrainResult.folder), ready for evaluation and export, in `dtype`.
 
     `load_base` gives the hybrid before training in the dtype asked for. An adapter is merged into it in fp32 and only the sum is
-    cast; merging in bf16 loses small updates (peft#1836, #2368).
+    cast; merging in bf16 loses small updates (peft#1836, #2368). With train.restore_query_key the full-attention layers make their
+    queries and keys as the base does.
 
     Raises:
         UserError: the merged model does not compute what base + adapter computed.
     """
-    if recipe.train is None or recipe.train.method == "full":
+    restores = recipe.train is not None and recipe.train.restore_query_key
+    if recipe.lora is None:
+        if restores:
+            return TrainedModel(load_with_query_key_of_base(folder, load_base, dtype), None)
         return TrainedModel(load_hybrid_checkpoint(folder, dtype=dtype).eval(), None)
-    adapted = PeftModel.from_pretrained(load_base(torch.float32), folder).eval()
+    base = load_base(torch.float32)
+    config = adapter_without_query_key(folder, base.config.spec) if restores else None
+    adapted = PeftModel.from_pretrained(base, folder, config=config).eval()
     before = _probe_logits(adapted)
     merged = adapted.merge_and_unload()
     after = _probe_logits(merged)

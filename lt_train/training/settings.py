@@ -105,7 +105,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
 
     How often to log, save and evaluate, and how many checkpoints to keep, may change between a kill and the resume.
     """
-    free_to_change = {"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "deepspeed"}
+    free_to_change = {"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "deepspeed", "restore_query_key"}
     settings: dict[str, Any] = {
         "seed": recipe.seed,
         "model.base": recipe.model.base,
@@ -125,6 +125,16 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
     settings |= {f"train.{k}": v for k, v in train.model_dump().items() if k not in free_to_change}
     settings |= {f"lora.{k}": v for k, v in (recipe.lora.model_dump() if recipe.lora else {}).items()}
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
+
+
+def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str]:
+    """What decides what a teacher says on the training data."""
+    return {
+        "model.base": recipe.model.base,
+        "model.revision": str(recipe.model.revision),
+        "bf16": str(trains_in_bf16(recipe)),
+        "SHA-256 of the training data": data_sha256,
+    }
 
 
 def _deepspeed_file(train: Train) -> str | None:

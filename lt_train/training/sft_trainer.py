@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer with four things changed: an exact evaluation loss, a stop at NaN, a word about a full disk, and no model card
-of TRL's own.
+"""TRL's SFTTrainer with five things changed: distillation beside its loss, an exact evaluation loss, a stop at NaN, a word about a
+full disk, and no model card of TRL's own.
 """
 
 import math
@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from lt_train.errors import UserError
 from lt_train.examples import Example
 from lt_train.training.checkpoints import newest_checkpoint, written_or_told
+from lt_train.training.distillation import Distillation
 from lt_train.training.samples import TOLD, samples_in
 
 SAMPLES_NAMED = 20
@@ -29,6 +30,32 @@ class HybridSFTTrainer(SFTTrainer):
     examples: Sequence[Example] = ()
     heldout: Sequence[Example] = ()
     _step_batches: tuple[int, list[Mapping[str, torch.Tensor]]] = (-1, [])  # (steps done, batches of the step after them)
+    distillation: Distillation | None = None
+    _logged_step = 0  # up to where the parts of a distilled loss are logged
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        if self.distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.distillation.beside(model, inputs) as part:
+            sft = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # As TRL: num_items_in_batch counts the answer tokens of all processes, whose gradients are then averaged.
+        counts_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        tokens = torch.as_tensor(part.tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        if not self.distillation.means.sums:
+            self._logged_step = self.state.global_step
+        return self.distillation.loss(sft, part, (self.accelerator.num_processes if counts_all else 1) / tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.distillation is not None and "loss" in logs:
+            means = self.distillation.means.take(self.state.global_step - self._logged_step)
+            logs = logs | {name: self.accelerator.gather(value).mean().item() for name, value in means.items()}
+        super().log(logs, start_time)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         batch = {name: inputs[name] for name in TOLD if name in inputs}

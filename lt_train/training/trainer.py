@@ -31,10 +31,14 @@ from lt_train.training.checkpoints import (
     written_or_told,
 )
 from lt_train.training.dataset import examples_fingerprint, training_dataset
+from lt_train.training.distillation import Distillation
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.lora import lora_config
-from lt_train.training.settings import settings_of_training, sft_config, weights_dtype
+from lt_train.training.projections import freeze_all_but_lazy_projections
+from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
+from lt_train.training.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
+from lt_train.training.top_k import open_top_k
 
 FINAL = "final"
 LoadModel = Callable[[torch.dtype], PreTrainedModel]
@@ -60,6 +64,7 @@ def train(
     out: Path,
     tracker: Tracker,
     report: Callable[[str], None] = print,
+    teacher: Path | None = None,
 ) -> TrainResult:
     """Train as `recipe.train` says; called again with a half-done `out` it goes on, with a finished one it returns at once.
 
@@ -69,6 +74,7 @@ def train(
         load_model: gives the hybrid in the dtype asked for. It is called after TRL's configuration exists, because only then does
             `from_pretrained` know that DeepSpeed ZeRO-3 wants the weights sharded as they are read.
         out: holds checkpoint-<step>/, log.jsonl and, at the end, final/.
+        teacher: folder of the log-probabilities to learn from, where train.distill.teacher is top_k.
 
     Raises:
         UserError: a setting TRL or PEFT refuses, a folder trained with other settings, a loss that is NaN.
@@ -83,6 +89,7 @@ def train(
         checkpoint = _decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
         if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
             trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
+            trainer.distillation = _distillation(recipe, trainer, load_model, example_set, spec, teacher)
             trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
             trainer.add_callback(TrainingLog(out, tracker))
             _run(trainer, checkpoint, report)
@@ -104,6 +111,8 @@ def _build_trainer(
     # By this name PEFT would look up the base's config at each save and read it as a hybrid's (peft/utils/save_and_load.py,
     # get_peft_model_state_dict). The manifest and the resolved recipe say which base it is.
     model.name_or_path = ""
+    if recipe.train.parameters == "lazy_projections":
+        freeze_all_but_lazy_projections(model, spec)
     trainer = HybridSFTTrainer(
         model=model,
         args=config,
@@ -115,6 +124,33 @@ def _build_trainer(
     trainer.examples, trainer.heldout = example_set.train, heldout
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
     return trainer
+
+
+def _distillation(
+    recipe: Recipe,
+    trainer: HybridSFTTrainer,
+    load_model: LoadModel,
+    example_set: ExampleSet,
+    spec: HybridSpec,
+    folder: Path | None,
+) -> Distillation | None:
+    assert recipe.train is not None
+    settings = recipe.train.distill
+    if settings.weight == 0:
+        return None
+    layers = spec.lazy_layers if settings.hidden_weight > 0 else ()
+    teacher: Teacher
+    if settings.teacher == "top_k":
+        assert folder is not None, "the pipeline writes the files before it trains"
+        facts = teacher_facts(recipe, examples_fingerprint(example_set.train))
+        teacher = StoredTeacher(open_top_k(folder, example_set.train, settings.top_k, settings.temperature, facts))
+    elif settings.teacher == "auto" and recipe.lora is not None:
+        teacher = OwnTeacher(trainer.model, settings.temperature, layers)
+    else:
+        base = load_model(torch.bfloat16 if trains_in_bf16(recipe) else torch.float32)
+        base = base.requires_grad_(False).eval().to(trainer.args.device)
+        teacher = CopiedTeacher(base, settings.temperature, layers)
+    return Distillation(settings, teacher, hybrid_in(trainer.model), layers)
 
 
 def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import tiny_training
 
 from lt_train.tracking import NoTracker
-from lt_train.training.trainer import TrainResult
+from lt_train.training.trainer import LoadModel, TrainResult
 
 
 class Cut(BaseException):
@@ -28,8 +28,8 @@ class CutAt(NoTracker):
 def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
     """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it goes on."""
 
-    def train(folder: str, *, examples: int = 22, **settings: Any) -> TrainResult:
-        return tiny_training.train_in(tmp_path / folder, settings, NoTracker(), examples)
+    def train(folder: str, *, examples: int = 22, load: LoadModel | None = None, **settings: Any) -> TrainResult:
+        return tiny_training.train_in(tmp_path / folder, settings, NoTracker(), examples, load)
 
     return train
 
@@ -38,8 +38,8 @@ def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
 def train_until(tmp_path: Path) -> Callable[..., None]:
     """train_until(7, "a", **settings): the same, cut off while step 7 is logged, before a checkpoint of that step."""
 
-    def train(step: int, folder: str, **settings: Any) -> None:
+    def train(step: int, folder: str, *, load: LoadModel | None = None, **settings: Any) -> None:
         with pytest.raises(Cut):
-            tiny_training.train_in(tmp_path / folder, settings, CutAt(step))
+            tiny_training.train_in(tmp_path / folder, settings, CutAt(step), load=load)
 
     return train

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny_training
+import torch
 from safetensors.torch import load_file
 from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
@@ -58,6 +59,25 @@ def deepspeed(folder: Path, settings: dict[str, Any], base: Path) -> str:
     done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+def test_under_zero3_a_distilled_lora_learns_from_its_sharded_base_as_in_one_process(train_tiny, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tiny_training.tiny_config()
+        config.initializer_range, config.tie_word_embeddings = 0.25, False
+        Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    train = {"method": "lora", "learning_rate": 1e-2, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
+    train["distill"] = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
+    settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}}
+    zero3 = {**train, "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
+    deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
+    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=tiny_training.hybrid_from(tmp_path / "base"))
+    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy"])
+    for column in ("kl", "hidden_difference", "sft_loss"):
+        both = [[row[column] for row in steps(tmp_path / name)] for name in ("two", "one")]
+        assert both[0] == pytest.approx(both[1], abs=1e-4) and both[1][0] > 0.01, column
 
 
 @pytest.mark.slow

@@ -54,6 +54,15 @@ def load_tiny(dtype: torch.dtype) -> HybridForCausalLM:
         return build_hybrid(tiny_config(), SPEC).to(dtype)
 
 
+def load_decided(dtype: torch.dtype) -> HybridForCausalLM:
+    """As `load_tiny`, with weights so large that streaming changes what it says: its distributions are far from uniform."""
+    config = tiny_config()
+    config.initializer_range = 0.25
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_hybrid(config, SPEC).to(dtype)
+
+
 def hybrid_from(base: Path) -> LoadModel:
     return lambda dtype: load_hybrid(base, SPEC, dtype=dtype)
 

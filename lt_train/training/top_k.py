@@ -1,0 +1,255 @@
+"""A teacher on disk: for each answer token of the training data its k likeliest tokens, and how likely all others are together.
+
+Written before training, a batch of examples at a time; `progress.json` says how many are whole, so a writer that was killed goes on
+there. In training a document is recognised by its tokens, whatever it is packed with and in whatever order it comes.
+
+Legend: A answer tokens, H hidden size, V vocabulary, K tokens kept.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from lt_train.answer_states import answer_states
+from lt_train.errors import UserError
+from lt_train.examples import IGNORED, Example
+from lt_train.files import read_json, write_json
+from lt_train.hybrid.documents import find_documents
+from lt_train.progress import show_progress
+
+LOGITS_AT_ONCE = 2**26
+"""Logits in memory at a time: 256 MB in fp32."""
+
+Facts = dict[str, str | int | float]
+"""What decides the content of the files, by name."""
+
+TopK = tuple[Tensor, Tensor, Tensor]
+"""Of A answer tokens: indices (A, K), their log-probabilities (A, K), the log-probability of all other tokens together (A)."""
+
+
+class TopKDivergence(torch.autograd.Function):
+    """KL(teacher || student) in nats, summed over answer tokens, where all tokens that the teacher did not keep are one outcome.
+
+    It is a lower bound of the whole divergence (log-sum inequality), 0 only where the student agrees on every kept token and on
+    what is left, and the whole divergence where K = V. Logits are made a chunk of tokens at a time, and gradients with them, as in
+    Liger's fused losses (arXiv 2410.10989): nothing of the size A x V is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_AH: Tensor,
+        weight_VH: Tensor,
+        indices_AK: Tensor,
+        log_probs_AK: Tensor,
+        rest_A: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        with torch.no_grad(), maybe_gather_lm_head_ctx(weight_VH):
+            total = torch.zeros((), dtype=torch.float32, device=hidden_AH.device)
+            grad_hidden = torch.zeros_like(hidden_AH, dtype=torch.float32) if needs_hidden else None
+            grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=hidden_AH.device) if needs_weight else None
+            chunk = max(1, LOGITS_AT_ONCE // len(weight_VH))
+            for start in range(0, len(hidden_AH), chunk):
+                part = slice(start, start + chunk)
+                log_q_AV = logits(hidden_AH[part], weight_VH).div_(temperature).log_softmax(-1)
+                nats, grad_AV = _divergence(log_q_AV, indices_AK[part], log_probs_AK[part], rest_A[part])
+                total += nats
+                grad_AV /= temperature
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_AV @ weight_VH.float()
+                if grad_weight is not None:
+                    grad_weight += grad_AV.t() @ hidden_AH[part].float()
+        ctx.save_for_backward(
+            None if grad_hidden is None else grad_hidden.to(hidden_AH.dtype),
+            None if grad_weight is None else grad_weight.to(weight_VH.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled = [None if gradient is None else gradient * grad_output.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+def _divergence(log_q_AV: Tensor, indices_AK: Tensor, log_p_AK: Tensor, log_rest_A: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of KL over all rows, and its gradient (A, V) by the student's softened logits: q - p, where the teacher's rest is
+    spread over the other tokens as the student spreads its own.
+    """
+    log_q_AK = log_q_AV.gather(1, indices_AK)
+    others_AV = log_q_AV.scatter(1, indices_AK, -torch.inf)
+    log_q_rest_A = others_AV.logsumexp(-1)
+    known, unknown_A = log_p_AK.exp() * (log_p_AK - log_q_AK), log_rest_A.exp() * (log_rest_A - log_q_rest_A)
+    left_A = log_rest_A > -torch.inf  # else: every token was kept
+    total = known.sum() + unknown_A[left_A].sum()
+    scale_A = torch.where(left_A, log_rest_A - log_q_rest_A, -torch.inf)
+    target_AV = (others_AV + scale_A[:, None]).exp().scatter(1, indices_AK, log_p_AK.exp())
+    return total, log_q_AV.exp() - target_AV
+
+
+def logits(hidden_AH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Logits (A, V) in fp32: rounded to bf16 they would be off by a hundredth where they are large."""
+    with torch.autocast(hidden_AH.device.type, enabled=False):
+        if hidden_AH.is_cuda and weight_VH.dtype == torch.bfloat16:
+            return torch.mm(hidden_AH.to(weight_VH.dtype), weight_VH.t(), out_dtype=torch.float32)
+        return linear(hidden_AH.float(), weight_VH.float())
+
+
+@torch.inference_mode()
+def top_k_of(hidden_AH: Tensor, weight_VH: Tensor, k: int, temperature: float) -> TopK:
+    """On the CPU."""
+    chunk = max(1, LOGITS_AT_ONCE // len(weight_VH))
+    parts = []
+    for hidden in hidden_AH.split(chunk):
+        log_p_AV = logits(hidden, weight_VH).div_(temperature).log_softmax(-1)
+        kept_AK, indices_AK = log_p_AV.topk(k)
+        rest_A = log_p_AV.scatter_(1, indices_AK, -torch.inf).logsumexp(-1)
+        parts.append((indices_AK.cpu(), kept_AK.cpu(), rest_A.cpu()))
+    indices, kept, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return indices, kept, rest
+
+
+@dataclass(frozen=True)
+class StoredTopK:
+    """The files of one teacher, for reading: made with `open_top_k`."""
+
+    temperature: float
+    indices_AK: np.ndarray
+    log_probs_AK: np.ndarray
+    rest_A: np.ndarray
+    rows: dict[bytes, slice]  # a document's digest → its answer tokens
+
+    def of_batch(self, inputs: dict[str, Any]) -> TopK:
+        """The answer tokens of a batch as TRL's collator makes it, padded or packed, in reading order; on the CPU.
+
+        Raises:
+            UserError: it holds a document that the files do not know.
+        """
+        ids_BT, labels_BT = inputs["input_ids"].cpu(), inputs["labels"].cpu()
+        mask_BT, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+        found = []
+        for row, first, length in find_documents(*ids_BT.shape, ids_BT.device, mask_BT, position_ids).spans:
+            span = slice(first, first + length)
+            key = _digest(ids_BT[row, span].numpy(), labels_BT[row, span].numpy())
+            if key not in self.rows:
+                raise UserError("train.distill.teacher: top_k: a document of the batch is not in the teacher's files")
+            found.append(self.rows[key])
+        parts = [[torch.from_numpy(np.array(table[rows])) for rows in found] for table in self._tables]
+        indices, kept, rest = (torch.cat(part) for part in parts)
+        return indices.long(), kept, rest
+
+    @property
+    def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.indices_AK, self.log_probs_AK, self.rest_A
+
+
+def write_top_k(
+    teacher: PreTrainedModel,
+    examples: Sequence[Example],
+    folder: Path,
+    *,
+    k: int,
+    temperature: float,
+    facts: Facts,
+    batch_size: int,
+    progress: bool = True,
+) -> None:
+    """Write what is missing of a teacher's files.
+
+    Args:
+        teacher: the base with full attention in every layer.
+        facts: what decides the answers besides k and temperature: the model and the data.
+
+    Raises:
+        UserError: `folder` holds something else, k is larger than the vocabulary, an example exceeds the model's context.
+    """
+    weight_VH = teacher.lm_head.weight
+    if k > len(weight_VH):
+        raise UserError(f"train.distill.top_k: {k} is more than the vocabulary of {len(weight_VH)} tokens")
+    facts = {**facts, "k": k, "temperature": temperature}
+    done = _examples_done(folder, facts)
+    longest_first = sorted(examples, key=lambda example: -len(example))
+    if done == len(examples):
+        return
+    tables = _tables(folder, _rows(longest_first), k, new=done == 0)
+    at = _rows(longest_first[:done])
+    with show_progress("teacher", total=len(examples), done=done, shown=progress) as bar:
+        for batch, hidden_AH in answer_states(teacher, longest_first[done:], batch_size):
+            for table, values in zip(tables, top_k_of(hidden_AH, weight_VH, k, temperature), strict=True):
+                table[at : at + len(hidden_AH)] = values.numpy()
+                table.flush()
+            at, done = at + len(hidden_AH), done + len(batch)
+            write_json(folder / "progress.json", {"examples": done, **facts})
+            bar.update(done)
+
+
+def open_top_k(folder: Path, examples: Sequence[Example], k: int, temperature: float, facts: Facts) -> StoredTopK:
+    """
+    Raises:
+        UserError: the files are missing, not whole, or of another model, other data or settings.
+    """
+    done = _examples_done(folder, {**facts, "k": k, "temperature": temperature})
+    if done < len(examples):
+        raise UserError(
+            f"{folder}: the teacher's log-probabilities are written for {done:,} of {len(examples):,} examples. "
+            "Write the others with lt-train teacher RECIPE, which goes on where it stopped"
+        )
+    longest_first = sorted(examples, key=lambda example: -len(example))
+    rows, at = {}, 0
+    for example in longest_first:
+        end = at + len(example.answer_ids)
+        rows[_digest(np.array(example.input_ids), np.array(example.labels))] = slice(at, end)
+        at = end
+    return StoredTopK(temperature, *_tables(folder, at, k, new=False), rows)
+
+
+def _examples_done(folder: Path, facts: Facts) -> int:
+    path = folder / "progress.json"
+    if not path.exists():
+        return 0
+    found = read_json(path, "progress of a teacher")
+    done = found.pop("examples", 0)
+    differing = [f"{name}: {found.get(name)!r} there, {facts[name]!r} now" for name in facts if found.get(name) != facts[name]]
+    if differing:
+        raise UserError(f"{folder}: written with another teacher ({'; '.join(differing)}). Delete the folder to write it anew")
+    return done
+
+
+def _tables(folder: Path, rows: int, k: int, new: bool) -> tuple[np.memmap, np.memmap, np.memmap]:
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {"indices": (np.int32, (rows, k)), "log_probs": (np.float32, (rows, k)), "rest": (np.float32, (rows,))}
+    opened = []
+    for name, (dtype, shape) in shapes.items():
+        path = folder / f"{name}.npy"
+        if new:
+            opened.append(np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape))
+            continue
+        try:
+            table = np.lib.format.open_memmap(path, mode="r+")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}). Delete the folder and write it anew") from error
+        if table.shape != shape:
+            raise UserError(f"{path}: is of shape {table.shape}, not {shape}. Delete the folder and write it anew")
+        opened.append(table)
+    indices, log_probs, rest = opened
+    return indices, log_probs, rest
+
+
+def _rows(examples: Sequence[Example]) -> int:
+    return sum(len(example.answer_ids) for example in examples)
+
+
+def _digest(ids_T: np.ndarray, labels_T: np.ndarray) -> bytes:
+    """Of a document: its tokens, and which of them are the answer."""
+    answer_T = labels_T != IGNORED
+    return hashlib.blake2b(ids_T.astype(np.int64).tobytes() + answer_T.tobytes(), digest_size=16).digest()
