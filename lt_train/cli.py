@@ -1,5 +1,6 @@
 """The commands. Each is a few lines; heavy libraries are imported inside them, so that --help and validate answer at once."""
 
+import errno
 import os
 import sys
 import warnings
@@ -242,7 +243,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not _is_users(error):
+        if _is_full_disk(error):
+            error = UserError(f"{error}. What is finished is safe: make room, and the same command goes on from there")
+        elif not _is_users(error):
             raise
         Console(stderr=True).print(f"[bold red]error[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -255,6 +258,10 @@ def _is_users(error: Exception) -> bool:
     """Ours, or that of the hybrid package, which knows nothing of ours and is heavy to import."""
     hybrid = sys.modules.get("lt_train.hybrid.spec")
     return isinstance(error, UserError) or (hybrid is not None and isinstance(error, hybrid.HybridError))
+
+
+def _is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _escaped(error: Exception) -> str:

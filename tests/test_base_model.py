@@ -209,3 +209,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None
     tokenizer.add_tokens([f"<extra{number}>" for number in range(config.vocab_size)])
     with pytest.raises(UserError, match=r"model\.base: data/tiny-reasoner: its tokenizer has"):
         check_vocabulary(model, config, tokenizer)
+
+
+@pytest.mark.parametrize(("local_rank", "placed"), [(None, "auto"), ("3", {"": torch.device("cuda:3")})])
+def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_others_it_takes_its_own(
+    monkeypatch, local_rank, placed
+):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("lt_train.base_model.load_weights", lambda *_, device_map: device_map)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert load_for_inference(Model(base="anything"), HybridSpec(4, (1,)), torch.float32) == placed

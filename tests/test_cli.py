@@ -1,8 +1,12 @@
+import errno
+import os
 import sys
 
 import pytest
 
 from lt_train import cli
+from tests.hybrid.families import BASES
+from tests.report.made_runs import made_run
 
 BROKEN = """
 name: broken
@@ -64,6 +68,69 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lt_train.recipe.load_recipe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/scores.json")
+
+    monkeypatch.setattr("lt_train.recipe.load_recipe", full)
+    code, out, err = lt_train("validate", "recipes/quickstart.yaml")
+    assert code == 2 and "Traceback" not in out + err
+    assert "No space left on device: 'runs/mine/scores.json'" in err and "make room" in err
+
+
+@pytest.fixture
+def tiny_base(tmp_path):
+    """A model of four layers, as a user names it on the command line."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+SIZES = ("--w-sink", 2, "--w-recent", 30)
+
+
+def test_bench_decode_takes_lengths_shares_and_a_budget_from_the_command_line(lt_train, tiny_base, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    given = ("--at", 300, "--at", 200, "--lazy-layer-ratio", 0.25, "--kv-budget", 1)
+    code, out, err = lt_train("bench", "decode", tiny_base, *given, *SIZES)
+    assert code == 0, err
+    assert "KV budget 1 MiB for each, w_sink 2, w_recent 30" in out
+    rows = [line.split()[:2] for line in out.splitlines() if "/4" in line]
+    assert rows == [["300", "0/4"], ["300", "1/4"], ["200", "0/4"], ["200", "1/4"]]
+
+
+def test_bench_growth_takes_lengths_from_the_command_line(lt_train, tiny_base, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = lt_train("bench", "growth", tiny_base, "--at", 64, "--at", 80, *SIZES)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines() if line.strip()[:2] in ("64", "80")] == ["64", "80"]
+
+
+def test_bench_batching_takes_answers_and_a_budget_from_the_command_line(lt_train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    given = ("--answers", 6, "--longest", 32, "--kv-budget", 1)
+    code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", *given, *SIZES)
+    assert code == 0, err
+    assert "6 answers" in out and "1 MiB" in out
+
+
+def test_a_budget_that_holds_no_sequence_is_refused_by_its_option(lt_train):
+    code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", "--kv-budget", 0)
+    assert code == 2 and "--kv-budget" in err and "Traceback" not in out + err
+
+
+def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):
+    runs = [made_run(tmp_path / "runs", name) for name in ("one", "two")]
+    code, out, err = lt_train("report", *runs, "--out", tmp_path / "page.html")
+    assert code == 0, err
+    assert f"report: {tmp_path / 'page.html'}" in out.replace("\n", "")
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!") and "one" in page and "two" in page
+    code, out, err = lt_train("report", tmp_path / "nowhere")
+    assert code == 2 and "no run" in err and "Traceback" not in out + err
 
 
 def test_only_training_runs_in_several_processes(lt_train, monkeypatch):

@@ -21,6 +21,15 @@ def test_without_an_accelerator_models_run_on_the_cpu_in_fp32():
     assert compute_dtype("auto") == torch.float32
 
 
+@pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda:0"), ("0", "cuda:0"), ("3", "cuda:3")])
+def test_each_process_of_a_machine_has_the_accelerator_of_its_own_number(monkeypatch, local_rank, device):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert compute_device() == torch.device(device)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cuda_device_is_used_where_there_is_one():

@@ -14,6 +14,7 @@ from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridForCausalLM
+from tests.full_disk import files_of_at_most
 
 
 class Interrupted(Exception):
@@ -77,6 +78,32 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             yield answer
 
     monkeypatch.setattr(Engine, "answers", failing)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_a_disk_that_fills_loses_no_finished_sample(evaluation, tmp_path: Path, share: float) -> None:
+    evaluation(tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    evaluation(tmp_path / "out", limit=1)  # begun while there was room
+    begun, needed = ((tmp_path / name / "samples.jsonl").stat().st_size for name in ("out", "whole"))
+    with files_of_at_most(begun + int(share * (needed - begun))), pytest.raises(UserError, match="make room"):
+        evaluation(tmp_path / "out")
+    kept = samples(tmp_path / "out")
+    assert (3 if share == 0 else 4) <= len(kept) < 18
+    evaluation(tmp_path / "out")
+    assert kept.items() <= samples(tmp_path / "out").items()
+    assert samples(tmp_path / "out") == samples(tmp_path / "whole")
+    assert contents(tmp_path / "out").keys() == expected.keys()
+
+
+def test_scores_that_find_no_room_are_made_when_there_is_some(evaluation, tmp_path: Path) -> None:
+    expected = evaluation(tmp_path / "out")
+    (tmp_path / "out/scores.json").unlink()
+    before = contents(tmp_path / "out")
+    with files_of_at_most(10), pytest.raises(OSError):
+        evaluation(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    assert without_times(evaluation(tmp_path / "out")) == without_times(expected)
 
 
 def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 import errno
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from lt_train.errors import UserError
 from lt_train.evaluation import records
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.generation.requests import Request
+from tests.full_disk import files_of_at_most
 
 FINGERPRINT = {"model": "abc", "temperature": 0.6, "seed": None}
 RECORD = SampleRecord(
@@ -167,17 +165,6 @@ def test_a_folder_taken_by_another_model_before_the_first_sample_is_noticed(tmp_
     folder.append(RECORD)
     with pytest.raises(UserError, match="model: 'xyz' there, 'abc' now"):
         folder.read()
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """As on a disk with so many bytes left: a write beyond them takes a part, the next one fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [0, 1, 50])
