@@ -69,27 +69,32 @@ def drop_cut_line(path: Path) -> bool:
     return True
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path, *, being_written: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:line", row) for each row of a JSON Lines file; blank lines are passed over.
+
+    Args:
+        being_written: pass over a last line without its newline, too: its writer died in it, or is still at it.
 
     Raises:
         UserError: the file cannot be read, a line is not JSON, or is not an object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    cut = "" if line.endswith("\n") else "; the file ends in the middle of this line"
-                    raise UserError(f"{where}: not JSON ({error}){cut}") from error
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
-                yield where, row
+                if line.strip() and (line.endswith(b"\n") or not being_written):
+                    yield f"{path}:{number}", _row(line, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+        raise UserError(f"{where}: not UTF-8 text ({error})") from error
+    except ValueError as error:
+        cut = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
+        raise UserError(f"{where}: not JSON ({error}){cut}. Mend the line, or take it out") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+    return row

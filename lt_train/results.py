@@ -11,6 +11,7 @@ from rich.table import Table
 from lt_train.errors import UserError
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
 from lt_train.files import read_json
+from lt_train.kv_size import entry_bytes
 
 KV_TOKENS = 32_768
 
@@ -28,6 +29,15 @@ class Result:
     """What chose the layers of the hybrid that is trained; "recipe" where the recipe names them."""
     kv_bytes: int
     """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
+
+    @property
+    def label(self) -> str:
+        """What tables and charts call the variant."""
+        if self.variant == "base":
+            return "base"
+        if self.variant in ("converted", "trained"):
+            return f"{self.strategy}, {'trained' if self.variant == 'trained' else 'untrained'}"
+        return f"{self.variant.removeprefix('converted-by-')}, untrained"
 
 
 def read_results(run: Path) -> list[Result]:
@@ -57,11 +67,9 @@ def read_results(run: Path) -> list[Result]:
 
 def kv_bytes(config: dict, lazy_layers: int, tokens: int) -> int:
     """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream."""
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    per_token = 2 * heads * size * (4 if config.get("dtype") in (None, "float32") else 2)
     window = min(tokens, config["w_sink"] + config["sliding_window"])
-    return per_token * ((len(config["layer_types"]) - lazy_layers) * tokens + lazy_layers * window)
+    itemsize = 4 if config.get("dtype") in (None, "float32") else 2
+    return entry_bytes(config, itemsize) * ((len(config["layer_types"]) - lazy_layers) * tokens + lazy_layers * window)
 
 
 def show_results(run: Path, console: Console) -> None:
@@ -92,7 +100,7 @@ def results_table(results: list[Result]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     base = next((result.scores for result in results if result.variant == "base"), None)
     for result in results:
-        row = [_model(result), _score(result.scores)]
+        row = [result.label, _score(result.scores)]
         row.append("" if result.variant == "base" or base is None else _difference(result.scores, base))
         if isinstance(result.scores, AnswerScores):
             row.append(f"{100 * result.scores.truncated:.1f} %")
@@ -118,7 +126,7 @@ def tracked_rows(results: list[Result]) -> list[list[str | float | None]]:
         scores = result.scores
         answers = [scores.truncated, scores.tokens_per_sample] if isinstance(scores, AnswerScores) else [None, None]
         minus_base = None if result.variant == "base" or base is None else _difference(scores, base)
-        rows.append([_model(result), _score(scores), minus_base, *answers, result.kv_bytes])
+        rows.append([result.label, _score(scores), minus_base, *answers, result.kv_bytes])
     return rows
 
 
@@ -159,14 +167,6 @@ def _title(results: list[Result]) -> str:
     temperature = scores.fingerprint["temperature"]
     how = "greedy" if temperature == 0 else f"{scores.samples} answers each at temperature {temperature} (avg@n, maj@n)"
     return f"{first.evaluation}: {problems} problems, {how}{streaming}"
-
-
-def _model(result: Result) -> str:
-    if result.variant == "base":
-        return "base"
-    if result.variant in ("converted", "trained"):
-        return f"{result.strategy}, {'trained' if result.variant == 'trained' else 'untrained'}"
-    return f"{result.variant.removeprefix('converted-by-')}, untrained"
 
 
 def _score(scores: Scores) -> str:

@@ -8,10 +8,12 @@ appends to a file of its own, and whoever reads reads all of them.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from lt_train import files
 from lt_train.errors import UserError
@@ -55,6 +57,9 @@ class SampleRecord:
         return self.problem, self.sample
 
 
+_AS_DECLARED = TypeAdapter(SampleRecord)
+
+
 class RecordFolder:
     """The samples of one evaluation."""
 
@@ -75,29 +80,8 @@ class RecordFolder:
         files.drop_cut_line(self.samples_path)
 
     def read(self) -> dict[tuple[str, int], SampleRecord]:
-        """All samples by (problem, sample), whoever made them. What another process is just writing is not among them.
-
-        Raises:
-            UserError: a line is not a sample, two lines tell different things of one sample, or somebody else has
-                meanwhile taken the folder for another model.
-        """
-        records: dict[tuple[str, int], SampleRecord] = {}
-        places: dict[tuple[str, int], str] = {}
-        paths = sample_files(self.folder)
-        if paths:
-            check_same_fingerprint(self.folder / "meta.json", "samples", self.fingerprint)
-        for path in paths:
-            for where, row in whole_lines(path):
-                record = parse_record(row, where)
-                before = records.setdefault(record.key, record)
-                place = places.setdefault(record.key, where)
-                if before is not record and content(before) != content(record):
-                    raise UserError(
-                        f"{where}: a second, different sample {record.sample} of problem {record.problem}; the first is {place}. "
-                        f"Two processes drew it, or a file was edited: remove one of the two lines, or delete the folder to make "
-                        f"all samples anew"
-                    )
-        return records
+        """All samples so far, see `read_records`. It fails where somebody else has meanwhile taken the folder for another model."""
+        return read_records(self.folder, self.fingerprint)
 
     def append(self, record: SampleRecord) -> None:
         """Add a sample, and hand it to the operating system, so that it survives the death of this process.
@@ -148,23 +132,32 @@ def sample_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("samples.jsonl"), *folder.glob("samples-*.jsonl")])
 
 
-def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", row) for each line but a last one without its newline: its writer died in it, or is still at it."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise UserError(f"{where}: not JSON ({error}). Remove the line, and its sample is made anew") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
-        yield where, row
+def read_records(folder: Path, fingerprint: Fingerprint) -> dict[tuple[str, int], SampleRecord]:
+    """All samples of a folder by (problem, sample), whoever made them. What a process is just writing is not among them.
+
+    Reads only: the folder may belong to an evaluation that is running.
+
+    Raises:
+        UserError: a line is not a sample, two lines tell different things of one sample, or the samples were made with another
+            fingerprint.
+    """
+    records: dict[tuple[str, int], SampleRecord] = {}
+    places: dict[tuple[str, int], str] = {}
+    paths = sample_files(folder)
+    if paths:
+        check_same_fingerprint(folder / "meta.json", "samples", fingerprint)
+    for path in paths:
+        for where, row in files.read_json_lines(path, being_written=True):
+            record = parse_record(row, where)
+            before = records.setdefault(record.key, record)
+            place = places.setdefault(record.key, where)
+            if before is not record and content(before) != content(record):
+                raise UserError(
+                    f"{where}: a second, different sample {record.sample} of problem {record.problem}; the first is {place}. "
+                    f"Two processes drew it, or a file was edited: remove one of the two lines, or delete the folder to make "
+                    f"all samples anew"
+                )
+    return records
 
 
 def append_whole_line(path: Path, line: bytes) -> None:
@@ -224,7 +217,14 @@ def parse_record(row: dict[str, Any], where: str) -> SampleRecord:
     if row.keys() != names:
         wrong = ", ".join(sorted(row.keys() ^ names))
         raise UserError(f"{where}: not a sample of this version of lt_train (missing or unknown: {wrong}). Move the folder away")
-    return SampleRecord(**row)
+    try:
+        return _AS_DECLARED.validate_python(row)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"]))
+        raise UserError(
+            f"{where}: not a whole sample ({name}: {fault['msg']}). Remove the line and run again to make it anew"
+        ) from error
 
 
 def content(record: SampleRecord) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lt_train.export.facts import ExportFacts, ScoreFact
 from lt_train.export.verify import Check
 from lt_train.hybrid import HYBRID_VERSION
 from lt_train.hybrid.configuration import HybridConfig
+from lt_train.kv_size import entry_bytes
 
 KV_TOKENS = 32768
 
@@ -53,8 +54,7 @@ def is_hub_id(name: str) -> bool:
 
 def kv_bytes(config: HybridConfig, dtype: torch.dtype, cached_tokens: int) -> int:
     """Bytes of the keys and values of `cached_tokens` entries, counted over all layers (HybridSpec.cached_tokens)."""
-    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-    return cached_tokens * 2 * config.num_key_value_heads * head_dim * dtype.itemsize
+    return cached_tokens * entry_bytes(config.to_dict(), dtype.itemsize)
 
 
 def _title(facts: ExportFacts, config: HybridConfig) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.hybrid.cache import slot_of
+from lt_train.kv_size import entry_bytes, head_size
 
 PAGE = 128
 """Tokens of a page: large enough for an efficient product, small enough that the half page a sequence wastes is little."""
@@ -37,16 +38,9 @@ class Sizes:
 
 
 def kv_sizes(model: HybridForCausalLM) -> Sizes:
-    spec, config = model.spec, model.config
-    heads = config.num_key_value_heads
-    entry = 2 * heads * head_size(model) * model.dtype.itemsize
+    spec, entry = model.spec, entry_bytes(model.config.to_dict(), model.dtype.itemsize)
     lazy = len(spec.lazy_layers)
     return Sizes(page=(spec.num_layers - lazy) * PAGE * entry, slot=lazy * spec.window * entry)
-
-
-def head_size(model: HybridForCausalLM) -> int:
-    config = model.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def pages_for(tokens: int) -> int:
@@ -67,7 +61,7 @@ class KVStore:
         self.lengths: list[int] = []
         self.pages: list[list[int]] = []
         self._free = list(range(pages))  # a heap: the lowest page first
-        heads, size = model.config.num_key_value_heads, head_size(model)
+        heads, size = model.config.num_key_value_heads, head_size(model.config.to_dict())
         self.layers: list[PagedLayer | RingLayer] = []
         for index, layer in enumerate(model.model.layers):
             where = {"dtype": model.dtype, "device": next(layer.parameters()).device}

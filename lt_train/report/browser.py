@@ -55,7 +55,7 @@ def sample_browser(runs: Sequence[Run]) -> SampleBrowser:
         data={"index": embedded(index), **data},
         runs=tuple(dict.fromkeys(each.run for each in shown)),
         evaluations=tuple(dict.fromkeys(each.result.evaluation for each in shown)),
-        variants={each.label: colour(each.result.variant) for each in shown},
+        variants={each.result.label: colour(each.result.variant) for each in shown},
         count=sum(len(each.samples) for each in shown),
         limit=limit,
         cut=sum(len(record.text) > limit for each in shown for record in each.samples),
@@ -67,7 +67,7 @@ def sample_set(each: Measured, problems: int) -> dict[str, Any]:
     return {
         "run": each.run,
         "evaluation": each.result.evaluation,
-        "variant": each.label,
+        "variant": each.result.label,
         "base": each.result.variant == "base",
         "colour": colour(each.result.variant),
         "problems": problems,
@@ -102,7 +102,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
         for each in run.measured:
             if each.result.evaluation in run.problems and not each.samples:
                 found.append(
-                    f"{where}the samples of {each.label} under {each.result.evaluation} are not in the run folder any more"
+                    f"{where}the samples of {each.result.label} under {each.result.evaluation} are not in the run folder any more"
                 )
     return found
 

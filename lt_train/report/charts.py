@@ -55,7 +55,7 @@ def colour(variant: str) -> str:
 
 
 def name(each: Measured, several_runs: bool) -> str:
-    return f"{each.run}: {each.label}" if several_runs else each.label
+    return f"{each.run}: {each.result.label}" if several_runs else each.result.label
 
 
 def bases_first(rows: Sequence[Measured]) -> list[Measured]:

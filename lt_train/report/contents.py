@@ -34,15 +34,6 @@ class Measured:
     base: Scores | None
     samples: tuple[SampleRecord, ...]
 
-    @property
-    def label(self) -> str:
-        variant, strategy = self.result.variant, self.result.strategy
-        if variant == "base":
-            return "base"
-        if variant in ("converted", "trained"):
-            return f"{strategy}, {'trained' if variant == 'trained' else 'untrained'}"
-        return f"{variant.removeprefix('converted-by-')}, untrained"
-
 
 @dataclass(frozen=True)
 class Run:

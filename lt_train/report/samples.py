@@ -1,20 +1,11 @@
 """The samples of an evaluation: read, and put into the form in which a page holds thousands of them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from lt_train.errors import UserError
-from lt_train.evaluation.records import (
-    SampleRecord,
-    check_same_fingerprint,
-    content,
-    parse_record,
-    sample_files,
-    whole_lines,
-)
+from lt_train.evaluation.records import SampleRecord, read_records, sample_files
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.generation.requests import THOUGHT_ENDS
 
@@ -26,8 +17,6 @@ MAX_TOTAL_CHARACTERS = 48_000_000
 
 THOUGHT_STARTS = ("<think>", "<|begin_of_thought|>")
 
-_AS_DECLARED = TypeAdapter(SampleRecord)
-
 
 def read_samples(folder: Path, scores: AnswerScores) -> tuple[SampleRecord, ...]:
     """The samples that `scores` count, in the order of its problems; none where the folder holds no samples at all.
@@ -37,19 +26,9 @@ def read_samples(folder: Path, scores: AnswerScores) -> tuple[SampleRecord, ...]
     Raises:
         UserError: samples were made otherwise than the scores, some are missing, or a line is damaged.
     """
-    paths = sample_files(folder)
-    if not paths:
+    if not sample_files(folder):
         return ()
-    check_same_fingerprint(folder / "meta.json", "samples", scores.fingerprint)
-    records: dict[tuple[str, int], SampleRecord] = {}
-    for path in paths:
-        for where, row in whole_lines(path):
-            record = checked(parse_record(row, where), where)
-            before = records.setdefault(record.key, record)
-            if before is not record and content(before) != content(record):
-                raise UserError(
-                    f"{where}: a second, different sample {record.sample} of problem {record.problem}. Remove one of the two lines"
-                )
+    records = read_records(folder, scores.fingerprint)
     wanted = [(problem, sample) for problem in scores.by_problem for sample in range(scores.samples)]
     missing = [key for key in wanted if key not in records]
     if missing and not scores.partial:
@@ -58,17 +37,6 @@ def read_samples(folder: Path, scores: AnswerScores) -> tuple[SampleRecord, ...]
             f"{missing[0][1]} of problem {missing[0][0]}. Delete scores.json and run again to draw them anew"
         )
     return tuple(records[key] for key in wanted if key in records)
-
-
-def checked(record: SampleRecord, where: str) -> SampleRecord:
-    try:
-        return _AS_DECLARED.validate_python(asdict(record))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"]))
-        raise UserError(
-            f"{where}: not a whole sample ({name}: {fault['msg']}). Remove the line and run again to make it anew"
-        ) from error
 
 
 @dataclass(frozen=True)

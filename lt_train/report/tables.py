@@ -113,7 +113,7 @@ def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
         cells = (kv,)
     return Row(
         run=each.run,
-        label=each.label,
+        label=each.result.label,
         colour=colour(result.variant),
         score=score_text(scores),
         interval=interval_text(scores),
@@ -231,7 +231,7 @@ def describe(scores: Scores) -> str:
 def doubts(each: Measured, several_runs: bool) -> list[str]:
     scores, said = each.result.scores, []
     if isinstance(scores, AnswerScores):
-        who = f"{each.run}, {each.label}" if several_runs else each.label
+        who = f"{each.run}, {each.result.label}" if several_runs else each.result.label
         if scores.partial:
             said.append(
                 f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score leans towards "

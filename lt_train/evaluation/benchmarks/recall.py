@@ -6,6 +6,7 @@ tokenizer.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,20 @@ NEEDLE_DIGITS, PASSKEY_DIGITS = 7, 5
 
 Build = Callable[[Sequence[str]], str]
 """Makes a problem's text around the given sentences."""
+
+Parts = tuple[Build, str, list[str] | None]
+"""How the text is made, what the answer is, and the sentences it is hidden among; None: generated ones."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One problem to make. `chance` is its own; `essays`: sentences to hide things in, None: none are given."""
+
+    settings: RecallSettings
+    depth: float
+    tokenizer: PreTrainedTokenizerBase
+    chance: random.Random
+    essays: list[str] | None
 
 
 def make_problems(
@@ -37,24 +52,20 @@ def make_problems(
             for repeat in range(settings.repeats):
                 problem_id = f"{length}/{float(depth)}/{repeat}"
                 chance = random.Random(f"{seed}/{benchmark.name}/{problem_id}")
-                build, answer, haystack = make(settings, depth, tokenizer, chance, essays)
+                build, answer, haystack = make(Wanted(settings, depth, tokenizer, chance, essays))
                 text = fill(build, endless(haystack, chance), length, tokenizer, benchmark)
                 problems.append(Problem(problem_id, text, (answer,)))
     return tuple(problems)
 
 
-def needle_problem(
-    settings: RecallSettings,
-    depth: float,
-    tokenizer: PreTrainedTokenizerBase,
-    chance: random.Random,
-    essays: list[str] | None,
-) -> tuple[Build, str, list[str] | None]:
+def needle_problem(wanted: Wanted) -> Parts:
     """Needles and question in the words of RULER (arXiv 2404.06654)."""
-    names = chance.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], settings.keys)
-    values = [str(value) for value in chance.sample(range(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS), settings.keys)]
+    names = wanted.chance.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], wanted.settings.keys)
+    values = [
+        str(value) for value in wanted.chance.sample(range(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS), wanted.settings.keys)
+    ]
     needles = [f"One of the special magic numbers for {name} is: {value}." for name, value in zip(names, values, strict=True)]
-    depths = [depth, *(chance.random() for _ in needles[1:])]
+    depths = [wanted.depth, *(wanted.chance.random() for _ in needles[1:])]
 
     def build(sentences: Sequence[str]) -> str:
         return (
@@ -63,51 +74,39 @@ def needle_problem(
             f"What is the special magic number for {names[0]} mentioned in the provided text?"
         )
 
-    return build, values[0], essays
+    return build, values[0], wanted.essays
 
 
-def passkey_problem(
-    settings: RecallSettings,
-    depth: float,
-    tokenizer: PreTrainedTokenizerBase,
-    chance: random.Random,
-    essays: list[str] | None,
-) -> tuple[Build, str, list[str] | None]:
+def passkey_problem(wanted: Wanted) -> Parts:
     """The passkey task of arXiv 2305.16300."""
-    key = str(chance.randrange(10 ** (PASSKEY_DIGITS - 1), 10**PASSKEY_DIGITS))
+    key = str(wanted.chance.randrange(10 ** (PASSKEY_DIGITS - 1), 10**PASSKEY_DIGITS))
 
     def build(sentences: Sequence[str]) -> str:
         return (
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
             f"the important information there.\n"
-            f"{hidden(sentences, [depth], [f'The pass key is {key}. Remember it. {key} is the pass key.'])}\n"
+            f"{hidden(sentences, [wanted.depth], [f'The pass key is {key}. Remember it. {key} is the pass key.'])}\n"
             "What is the pass key? The pass key is"
         )
 
-    return build, key, list(NOISE) if essays is None else essays
+    return build, key, list(NOISE) if wanted.essays is None else wanted.essays
 
 
-def copying_problem(
-    settings: RecallSettings,
-    depth: float,
-    tokenizer: PreTrainedTokenizerBase,
-    chance: random.Random,
-    essays: list[str] | None,
-) -> tuple[Build, str, list[str] | None]:
+def copying_problem(wanted: Wanted) -> Parts:
     """A passage of words in no order that could be guessed, so that each word has to be looked up."""
     words: list[str] = []
-    while count_tokens(tokenizer, " ".join(words)) < settings.span:
-        words.append(chance.choice(chance.choice((ADJECTIVES, NOUNS))))
+    while count_tokens(wanted.tokenizer, " ".join(words)) < wanted.settings.span:
+        words.append(wanted.chance.choice(wanted.chance.choice((ADJECTIVES, NOUNS))))
     passage = " ".join(words)
 
     def build(sentences: Sequence[str]) -> str:
         return (
             "A secret phrase is hidden within the following text. Make sure to memorize it. I will quiz you about the phrase "
-            f"afterwards.\n{hidden(sentences, [depth], [f'The secret phrase is: {passage}.'])}\n"
+            f"afterwards.\n{hidden(sentences, [wanted.depth], [f'The secret phrase is: {passage}.'])}\n"
             "What is the secret phrase mentioned in the provided text? Repeat it word for word."
         )
 
-    return build, passage, essays
+    return build, passage, wanted.essays
 
 
 def hidden(sentences: Sequence[str], depths: Sequence[float], needles: Sequence[str]) -> str:
