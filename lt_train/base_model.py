@@ -14,9 +14,20 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lt_train.devices import compute_device
+from lt_train.devices import compute_device, compute_dtype
 from lt_train.errors import UserError
-from lt_train.hybrid import HybridError, HybridForCausalLM, HybridSpec, family_of, hybrid_config, load_hybrid
+from lt_train.hybrid import (
+    AUTO,
+    Choice,
+    HybridError,
+    HybridForCausalLM,
+    HybridSpec,
+    Use,
+    choose,
+    family_of,
+    hybrid_config,
+    load_hybrid,
+)
 from lt_train.recipe import Model
 from lt_train.sources import resolve_model
 
@@ -91,6 +102,19 @@ def eos_ids(model: Model) -> list[int]:
         return ids
 
 
+def attention_choice(model: Model, config: PreTrainedConfig, trains: bool) -> Choice:
+    """What computes attention on this process's device, known before any weights are loaded.
+
+    Raises:
+        UserError: `model.attention` names a kernel that cannot do it here.
+    """
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        return choose(model.attention, Use(compute_device(), compute_dtype(model.dtype), head_size, trains))
+    except HybridError as error:
+        raise UserError(f"model.{error}") from error
+
+
 def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pretrained: Any) -> HybridForCausalLM:
     """The base's weights in the hybrid class of its architecture; an empty `spec.lazy_layers` gives the base itself.
 
@@ -109,9 +133,20 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
 
 
 def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype) -> HybridForCausalLM:
-    """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all."""
+    """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all.
+
+    In a dtype other than the one that `model.dtype` means here, attention is computed as auto says: the kernel that the recipe
+    names need not know it.
+    """
+    if dtype != compute_dtype(model.dtype):
+        model = model.model_copy(update={"attention": AUTO})
+    return load_weights(model, spec, dtype, device_map=device_map())
+
+
+def device_map() -> str | dict[str, torch.device]:
+    """Where `from_pretrained` is to put the layers of a model for inference."""
     several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1 and "LOCAL_RANK" not in os.environ
-    return load_weights(model, spec, dtype, device_map="auto" if several else {"": compute_device()})
+    return "auto" if several else {"": compute_device()}
 
 
 @contextmanager

@@ -11,14 +11,22 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.base_model import (
+    attention_choice,
+    check_vocabulary,
+    eos_ids,
+    load_base_config,
+    load_for_inference,
+    load_tokenizer,
+    load_weights,
+)
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation_stage import EvaluationStage
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.hybrid import hybrid_config
+from lt_train.hybrid import Choice, hybrid_config
 from lt_train.provenance import export_facts
 from lt_train.recipe import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
@@ -44,6 +52,7 @@ class Pipeline:
         self.console = console
         self.rank = rank
         self.ranks = ranks
+        self.attention: Choice | None = None
 
     def run(self) -> None:
         self.export()
@@ -56,6 +65,7 @@ class Pipeline:
         if not strategies or self.folder.is_done("profile"):
             return
         self.variants.check_choice()  # before the scoring, not after it
+        self.settle_attention()
         self.say("profile", f"scoring the layers of {self.recipe.model.base} by {', '.join(strategies)}")
         with self.folder.doing("profile"):
             model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype)
@@ -85,6 +95,7 @@ class Pipeline:
         self.convert()
         if self.recipe.train is None or self.folder.is_done("train"):
             return
+        self.settle_attention()
         counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.examples.counts.items())
         self.say("train", f"samples: {counts}")
         if self.layer_profile is not None:
@@ -149,6 +160,7 @@ class Pipeline:
         if self._learns_from_files:
             self.folder.wait_for("teacher")
         if not self.folder.is_done("train"):
+            self.settle_attention()
             self.train_alone(NoTracker(), lambda line: None)
 
     def evaluate(self) -> None:
@@ -157,6 +169,7 @@ class Pipeline:
             self.train()
             return
         self.evaluation.check()  # before a long training, not after it
+        self.settle_attention()
         if self.ranks > 1 and self.recipe.train is not None and not self.folder.is_done("train"):
             raise UserError(
                 f"{self.folder.path}: not trained yet. Run lt-train train first, then evaluate in {self.ranks} processes"
@@ -177,6 +190,7 @@ class Pipeline:
         sample = self.recipe.sample
         if sample is None:
             raise UserError("this recipe has no `sample` part; it says which problems to answer, how often, and what to keep")
+        self.settle_attention()
         (variant,) = sample.of
         {BASE: lambda: None, CONVERTED: self.convert, TRAINED: self.train}[variant]()
         self.say("sample", f"{variant}: {sample.samples} answers to each problem of {sample.benchmark}")
@@ -209,6 +223,17 @@ class Pipeline:
                 chat_template=Path(template).read_text(encoding="utf-8") if template else None,
                 report=lambda line: self.say("export", line),
             )
+
+    def settle_attention(self) -> None:
+        """Say once what computes attention here, and why.
+
+        Raises:
+            UserError: what the recipe names cannot, or cannot train as the recipe wants to.
+        """
+        if self.attention is None:
+            self.attention = attention_choice(self.recipe.model, self.base_config, trains=self.recipe.train is not None)
+            if self.rank == 0:
+                self.say("attention", f"{self.attention.name}: {self.attention.reason}")
 
     def close(self) -> None:
         """Finish what outlives a stage. Call it in any case."""

@@ -40,8 +40,10 @@ class Model(Part):
     """Branch, tag or commit of a hub id."""
     dtype: Precision = "auto"
     """auto: bf16 where the device computes in it, else fp32."""
-    attention: Literal["auto", "reference", "blocked"] = "auto"
-    """How streaming layers compute; all ways give the same numbers."""
+    attention: Literal["auto", "reference", "blocked", "flex", "flash"] = "auto"
+    """What computes attention; all ways give the same numbers. auto: the fastest that works here, the log says which and why.
+    flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. flex: FlexAttention, compiled for a
+    GPU. blocked: plain torch, on any device. reference: slow, to compare with."""
     trust_remote_code: bool = False
 
 

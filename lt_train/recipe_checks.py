@@ -40,6 +40,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     yield from chain(
         _sources(recipe),
         _files(recipe),
+        _attention(recipe),
         _layers(recipe),
         _data(recipe),
         _training(recipe),
@@ -84,6 +85,15 @@ def _files(recipe: "Recipe") -> Iterator[Conflict]:
 def _missing_file(setting: str, path: str) -> Iterator[Conflict]:
     if not Path(path).is_file():
         yield Conflict((setting,), f"there is no file {path} (looked at {Path(path).absolute()})")
+
+
+def _attention(recipe: "Recipe") -> Iterator[Conflict]:
+    """What is wrong on every device; the rest is known on the device alone (base_model.py, `attention_choice`)."""
+    if recipe.model.attention == "flash" and recipe.model.dtype == "fp32":
+        yield Conflict(
+            ("model.attention", "model.dtype"),
+            "flash attention computes in bf16 only; set model.dtype to bf16, or model.attention to auto",
+        )
 
 
 def _layers(recipe: "Recipe") -> Iterator[Conflict]:

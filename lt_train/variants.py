@@ -1,11 +1,13 @@
 """The models that a run compares: the base, the hybrid before training by each way to choose its layers, the trained hybrid."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
 
 from lt_train.base_model import load_for_inference
+from lt_train.devices import compute_dtype
 from lt_train.files import read_json, write_json
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.recipe import Eval, HeldoutKL, HeldoutLoss, Recipe
@@ -64,7 +66,11 @@ class Variants:
         if variant != TRAINED:
             return load_for_inference(model, self.spec(variant), dtype)
         final = self.folder.stage("train") / "final"
-        return load_trained(self.recipe, final, lambda precise: load_for_inference(model, self.spec(TRAINED), precise), dtype).model
+        base = partial(load_for_inference, model, self.spec(TRAINED))
+        trained = load_trained(self.recipe, final, base, dtype).model
+        if dtype == compute_dtype(model.dtype):  # merged in fp32 perhaps, where the kernel that the recipe names need not work
+            trained.set_streaming_kernel(model.attention)
+        return trained
 
     def fingerprint(self, variant: str) -> str:
         """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""

@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from lt_train.base_model import check_vocabulary, eos_ids, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.base_model import (
+    attention_choice,
+    check_vocabulary,
+    eos_ids,
+    load_base_config,
+    load_for_inference,
+    load_tokenizer,
+    load_weights,
+)
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe import Model
@@ -59,6 +67,30 @@ def test_the_base_itself_is_a_hybrid_in_which_nothing_streams(base):
 def test_the_recipes_kernel_is_set(base):
     for kernel in ("reference", "blocked"):
         assert load_weights(Model(base=str(base), attention=kernel), SPEC, torch.float32).model.streaming_kernel == kernel
+
+
+def test_the_recipes_kernel_is_for_the_recipes_dtype(base):
+    """Adapters are merged, and exports made, in fp32, whatever the kernel of a run in bf16 can do."""
+    model = Model(base=str(base), dtype="bf16", attention="blocked")
+    assert load_for_inference(model, SPEC, torch.bfloat16).model.streaming_kernel == "blocked"
+    assert load_for_inference(model, SPEC, torch.float32).model.streaming_kernel == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU flash attention and FlexAttention can do this")
+def test_a_kernel_that_cannot_do_what_the_recipe_asks_is_told_with_the_way_out(base):
+    config = load_base_config(Model(base=str(base)))
+
+    def chosen(attention, trains=True):
+        return attention_choice(Model(base=str(base), attention=attention), config, trains)
+
+    assert chosen("auto").name == "blocked"
+    assert chosen("flex", trains=False).name == "flex"
+    with pytest.raises(UserError, match=r"^model\.attention: flash: flash attention needs an NVIDIA GPU.*cpu\. Set auto$"):
+        chosen("flash")
+    with pytest.raises(
+        UserError, match=r"^model\.attention: flex: FlexAttention has no gradients on a CPU\. To train, set blocked"
+    ):
+        chosen("flex")
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)

@@ -118,6 +118,23 @@ def test_a_run_shows_what_it_does_and_found(finished):
         assert line in printed
 
 
+def test_a_run_says_once_what_computes_attention_and_why(finished):
+    _, printed = finished
+    assert printed.count("attention ") == 1 and "attention blocked: " in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention trains on a GPU")
+@pytest.mark.parametrize("stage", ["profile", "train", "evaluate"])
+@pytest.mark.parametrize("overrides", [(), PERIODIC])
+def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage, overrides, inputs, tmp_path, monkeypatch):
+    if stage == "profile" and overrides == PERIODIC:
+        pytest.skip("a choice without scores has nothing to profile")
+    for load in ("lt_train.pipeline.load_for_inference", "lt_train.pipeline.load_weights"):
+        monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=r"model\.attention: flex: .* To train, set blocked or auto"):
+        work(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
+
+
 def test_a_finished_run_does_nothing_again(recipe, runs):
     before = contents(runs / "tiny")
     assert "reach, trained" in work(recipe, runs)

@@ -240,6 +240,10 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
     ("overrides", "told"),
     [
         (["train=null", "lora={}"], "lora + train: there is no training"),
+        (
+            ["model.attention=flash", "model.dtype=fp32"],
+            "model.attention + model.dtype: flash attention computes in bf16 only; set model.dtype to bf16, or model.attention to",
+        ),
         (["train.batch_size=null", "train.batch_tokens=2048"], "train.batch_tokens + data.packing: samples differ in length"),
         (
             ["train.batch_size=null", "train.batch_tokens=5000", "train.micro_batch_size=2", "data.packing=true"],

@@ -5,23 +5,28 @@ This package imports torch, transformers and itself only: its files are copied i
 
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import is_hybrid
+from .kernels import AUTO, Choice, Use, choose
 from .loading import build_hybrid, family_of, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from .modeling import HybridForCausalLM
 from .spec import HYBRID_VERSION, HybridError, HybridSpec
 from .views import AttentionView, FullView, StreamingView, Views
 
 __all__ = [
+    "AUTO",
     "CACHE_ARGUMENT",
     "HYBRID_VERSION",
     "AttentionView",
+    "Choice",
     "FullView",
     "HybridCache",
     "HybridError",
     "HybridForCausalLM",
     "HybridSpec",
     "StreamingView",
+    "Use",
     "Views",
     "build_hybrid",
+    "choose",
     "family_of",
     "hybrid_config",
     "is_hybrid",

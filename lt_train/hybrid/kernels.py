@@ -83,10 +83,10 @@ def choose(name: str, use: Use) -> Choice:
     if name == AUTO:
         return _best(use)
     if name not in STREAMING_KERNELS:
-        raise HybridError(f"attention {name!r}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
+        raise HybridError(f"attention: {name}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
     obstacle = STREAMING_KERNELS[name].obstacle(use)
     if obstacle is not None:
-        raise HybridError(f"attention {name!r}: {obstacle}")
+        raise HybridError(f"attention: {name}: {obstacle}")
     return Choice(name, f"as asked{_from(name, use)}")
 
 

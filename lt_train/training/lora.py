@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from lt_train.base_model import device_map
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec, load_hybrid_checkpoint
 from lt_train.recipe import Lora, Recipe
@@ -63,7 +64,7 @@ def load_trained(
     if recipe.lora is None:
         if restores:
             return TrainedModel(load_with_query_key_of_base(folder, load_base, dtype), None)
-        return TrainedModel(load_hybrid_checkpoint(folder, dtype=dtype).eval(), None)
+        return TrainedModel(load_hybrid_checkpoint(folder, dtype=dtype, device_map=device_map()).eval(), None)
     base = load_base(torch.float32)
     config = adapter_without_query_key(folder, base.config.spec) if restores else None
     adapted = PeftModel.from_pretrained(base, folder, config=config).eval()

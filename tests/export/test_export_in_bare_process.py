@@ -202,6 +202,35 @@ save_file(dict(logits=logits(load("once_more", trust_remote_code=True))), "logit
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], logits(model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is chosen on a CPU")
+def test_an_export_needs_no_flash_attention_and_chooses_its_attention_itself(exported, tmp_path):
+    model, folder = exported
+    run = run_bare(
+        f"""
+sys.modules["flash_attn"] = sys.modules["flash_attn_interface"] = None
+model = load({str(folder)!r}, trust_remote_code=True)
+assert model.model.streaming_kernel == "auto"
+kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".kernels"]
+choice = kernels.choose("auto", kernels.Use(torch.device("cpu"), torch.float32, head_size=16, trains=False))
+assert choice.name == "blocked", choice
+by_auto = logits(model)
+model.set_streaming_kernel("flex")
+save_file(dict(auto=by_auto, flex=logits(model)), "logits.safetensors")
+model.set_streaming_kernel("flash")
+try:
+    logits(model)
+except ValueError as error:
+    assert "flash attention needs an NVIDIA GPU" in str(error), error
+else:
+    raise AssertionError("flash attention on a CPU")
+""",
+        tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    for found in load_file(tmp_path / "logits.safetensors").values():
+        torch.testing.assert_close(found, logits(model), atol=1e-5, rtol=0)
+
+
 def test_the_same_export_is_recognised_and_another_is_refused(exported):
     model, folder = exported
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -1,0 +1,128 @@
+"""Every kernel on a GPU in bf16: output and gradients against the reference in fp32, and the time that they are worth."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
+
+from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.flash import attend_by_parts, streaming_parts
+from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
+from lt_train.hybrid.kernels import STREAMING_KERNELS, Use, choose
+from tests.hybrid.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+LARGEST_ERROR = 0.02  # relative; the reference in bf16, which rounds its scores, has up to 0.01
+GPU = torch.device("cuda")
+
+
+def can(name, head_size=64):
+    obstacle = STREAMING_KERNELS[name].obstacle(Use(GPU, torch.bfloat16, head_size, trains=True))
+    if obstacle is not None:
+        pytest.skip(f"{name}: {obstacle}")
+
+
+def assert_is_the_reference(case, documents, attention, size=64):
+    *qkv, dout = tensors_of(case, torch.bfloat16, GPU, size)
+    found = with_gradients(attention, *qkv, dout)
+    exact = [x.float() for x in qkv]
+    expected = with_gradients(lambda *x: expected_output(case, documents, *x), *exact, dout.float())
+    assert all(x.dtype == torch.bfloat16 for x in found)
+    # A query that sees one key has no gradient at all: errors there are measured by what is usual, some 0.1 a number.
+    usual = [0.1 * y.numel() ** 0.5 for y in expected]
+    errors = [float((x.float() - y).norm() / max(y.norm(), least)) for x, y, least in zip(found, expected, usual, strict=True)]
+    assert max(errors) < LARGEST_ERROR, errors
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", STREAMING_KERNELS)
+def test_every_kernel_in_bf16_gives_what_the_reference_gives_in_fp32(name, case):
+    can(name)
+    documents = documents_of(case, GPU)
+    assert_is_the_reference(case, documents, partial(STREAMING_KERNELS[name].streaming, documents, **case.sizes))
+
+
+@pytest.mark.parametrize("size", [16, 80, 128, 256])
+@pytest.mark.parametrize("name", ["blocked", "flex", "flash"])
+def test_heads_of_every_usual_size(name, size):
+    can(name, size)
+    case = CASES["packed, rows of unequal length"]
+    documents = documents_of(case, GPU)
+    assert_is_the_reference(case, documents, partial(STREAMING_KERNELS[name].streaming, documents, **case.sizes), size)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("kernel", [Flash3, Flash2, TorchFlash])
+def test_every_flash_attention_that_is_installed_gives_what_the_reference_gives(kernel, case):
+    try:
+        flash = kernel()
+    except ImportError as error:
+        pytest.skip(str(error))
+    if kernel is Flash3 and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("flash-attention 3 needs compute capability 9.x")
+    documents = documents_of(case, GPU)
+    parts = streaming_parts(documents.lengths, case.w_sink, case.w_recent, GPU)
+    attention = partial(attend_by_parts, documents, parts=parts, scaling=case.sizes["scaling"], kernel=flash)
+    assert_is_the_reference(case, documents, attention)
+
+
+@pytest.mark.parametrize("case", ["packed, rows of unequal length", "left-padded", "all shorter than the window"])
+@pytest.mark.parametrize("name", ["flex", "flash"])
+def test_full_layers_in_bf16_see_their_own_document_alone(name, case):
+    can(name)
+    documents = documents_of(CASES[case], GPU)
+    full = dataclasses.replace(CASES[case], w_sink=0, w_recent=10_000)
+    assert_is_the_reference(full, documents, partial(STREAMING_KERNELS[name].full, documents, scaling=full.sizes["scaling"]))
+
+
+def test_auto_takes_a_fast_kernel_for_bf16():
+    choice = choose("auto", Use(GPU, torch.bfloat16, 128, trains=True))
+    assert choice.name in ("flash", "flex"), choice.reason
+
+
+@pytest.mark.parametrize("name", STREAMING_KERNELS)
+def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
+    """Packed and padded rows, with gradient checkpointing."""
+    can(name, head_size=16)
+    hybrid = build_hybrid(qwen3_config, HybridSpec(4, (1, 3), w_sink=3, w_recent=7)).to(GPU, torch.bfloat16).train()
+    hybrid.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.randint(2, 96, (2, 60), device=GPU)
+    mask, positions = torch.ones_like(ids), torch.zeros_like(ids)
+    positions[0] = torch.cat([torch.arange(45), torch.arange(15)])
+    mask[1, :40], positions[1, 40:] = 0, torch.arange(20)
+
+    def gradients(kernel):
+        hybrid.set_streaming_kernel(kernel)
+        hybrid.zero_grad()
+        hybrid(ids, attention_mask=mask, position_ids=positions, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        return torch.cat([parameter.grad.flatten().float() for parameter in hybrid.parameters()])
+
+    expected = gradients("reference")
+    assert (gradients(name) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_streaming_beats_full_causal_flash_attention_from_16k_tokens_on(name):
+    """Forward and backward, 32 heads to 8 of keys and values, of 128 numbers, window 1,020; medians, one run. Prints the table."""
+    can(name, head_size=128)
+    ratios = {}
+    for length in (4096, 8192, 16384, 32768, 65536):
+        shapes = [(1, heads, length, 128) for heads in (32, 8, 8, 32)]
+        *qkv, dout = (torch.randn(shape, device=GPU, dtype=torch.bfloat16) for shape in shapes)
+        documents = find_documents(1, length, GPU, None, None)
+        streaming = partial(STREAMING_KERNELS[name].streaming, documents, w_sink=4, w_recent=1020, scaling=128**-0.5)
+        full = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        times = []
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            for attention in (full, streaming):
+                work = {"step": with_gradients, "given": (attention, *qkv, dout)}
+                times.append(Timer("step(*given)", globals=work).blocked_autorange(min_run_time=1).median)
+        ratios[length] = times[0] / times[1]
+        full_ms, streaming_ms = (1e3 * time for time in times)
+        print(f"{name:<6} {length:>6} tokens  full {full_ms:8.2f} ms  streaming {streaming_ms:8.2f} ms  {ratios[length]:5.2f}x")
+    assert ratios[16384] > 1.5 and ratios[65536] > ratios[16384]
