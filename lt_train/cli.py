@@ -109,6 +109,20 @@ def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pat
     _work(recipe, overrides, runs, lambda pipeline: pipeline.export())
 
 
+@app.command(hidden=True)
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    step: Annotated[int, typer.Option()],
+    parent: Annotated[int, typer.Option(help="Process with which to end.")],
+) -> None:
+    """Ask a checkpoint what `train.probes` says. A training starts this by itself."""
+    _quiet_upstream()
+    from lt_train.probing import end_with, probe_checkpoint
+
+    end_with(parent)
+    probe_checkpoint(run, step)
+
+
 @app.command()
 def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/<name>.", show_default=False)]) -> None:
     """Print a run's results as a table."""

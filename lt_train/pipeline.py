@@ -3,6 +3,8 @@
 Each leaves its results in the run folder, is passed over when it is done, and goes on where it was cut off.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +102,8 @@ class Pipeline:
         self.say("train", f"samples: {counts}")
         if self.layer_profile is not None:
             self.tracker.image("layer profile", self.picture)
+        for entry in self.recipe.train.probes.evals if self.recipe.train.probes else ():
+            self.evaluation.plan(entry)  # one that cannot be asked is told before the training, not in the midst of it
         self._write_teacher()
         with self.folder.doing("train"):
             self.train_alone(self.tracker, lambda line: self.say("train", line))
@@ -152,7 +156,12 @@ class Pipeline:
             tracker,
             report,
             teacher=self.folder.stage("teacher"),
+            probe_command=self._probe_command,
         )
+
+    def _probe_command(self, step: int) -> list[str]:
+        run = [str(self.folder.path), "--step", str(step), "--parent", str(os.getpid())]
+        return [sys.executable, "-m", "lt_train", "probe", *run]
 
     def train_along(self) -> None:
         """What ranks other than the first do when training: wait for the hybrid, then train in silence."""

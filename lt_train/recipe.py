@@ -119,6 +119,10 @@ class Distill(Part):
     """Tokens kept for each answer token by teacher top_k; all others count together as one more. 8 bytes on disk for each."""
 
 
+FREE_IN_TRAINING = frozenset({"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "probes"})
+"""Settings of `train` that shape no weights, so that they may change in a begun run."""
+
+
 class Train(Part):
     method: Literal["lora", "full"]
     parameters: Literal["all", "lazy_projections"] = "all"
@@ -147,6 +151,13 @@ class Train(Part):
     """Steps between evaluation losses on the held-out samples; null: only at the end."""
     logging_steps: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    """Of the newest ones. Each holds the weights and the optimizer's states."""
+    probes: "Probes | None" = None
+    keep_best: Text | None = None
+    """Metric whose best weights are kept besides, in train/best-<step>/: eval_loss, measured at every checkpoint, or the name of
+    a probe. null: none are."""
+    publish: Literal["last", "best"] = "last"
+    """Which weights are the trained model, to be evaluated and exported: those after the last step, or those of keep_best."""
     deepspeed: Text | None = None
     """Path of a DeepSpeed configuration."""
     distill: Distill = Distill()
@@ -258,6 +269,22 @@ class Eval(_EvalEntry):
     """Score what there is when samples are missing, and mark the score as partial."""
 
 
+class Probes(Part):
+    """What is asked of a checkpoint while training goes on, by a process of its own; a curve and a table for each entry."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps between probes. A checkpoint is saved at each; the one after the last step is probed, too. When a probe is
+    due before the former one ended, training waits for it."""
+    evals: list[Eval] = Field(min_length=1)
+    """Entries as of `eval`, without `of`. Keep them small: needle, copying, a few problems with `limit`."""
+    device: Text = "same"
+    """same: the main process's own GPU, beside the training: what is free there must hold the model and the KV cache (set
+    kv_budget). cuda:7 or cuda:6,7: GPUs that the training leaves free, by the machine's numbers. cpu."""
+
+
+Train.model_rebuild()
+
+
 class Sample(Eval):
     """Answers drawn to train on: settings as of an evaluation, of one variant."""
 
@@ -349,6 +376,11 @@ _STAND_INS = {
     "data.format": "still",
     "data.max_length": 2,
     "train.method": "full",
+    "train.probes.steps": 1,
+    "train.probes.evals": [{"benchmark": "needle"}],
+    "train.probes.evals.*": {"benchmark": "needle"},
+    "train.probes.evals.*.benchmark": "needle",
+    "train.probes.evals.*.max_new_tokens": 1,
     "train.learning_rate": 1.0,
     "eval.*": {"benchmark": "heldout_loss"},
     "eval.*.max_new_tokens": 1,
@@ -361,6 +393,7 @@ _ADVICE = {
     "data.source": "Name the training data: a hub id, a file or a folder",
     "data.format": "The fields of a row: question, combined_text | prompt, response | messages",
     "train.batch_size": "It counts samples (packs) per optimizer step over all processes",
+    "train.probes.evals": "It says what to ask of a checkpoint, such as [{benchmark: needle, recall: {lengths: [2048]}}]",
     "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
     "hybrid.lazy_layer_ratio": "It is the share of layers that stream: 0 is the base, 1 has no layer that sees far",
     "hybrid.w_recent": "A window counts the query itself",

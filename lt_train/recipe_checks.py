@@ -1,6 +1,7 @@
 """What settings of a recipe must agree on, and which names and files must exist. Each conflict says what to change."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -28,6 +29,10 @@ HELDOUT = ("heldout_loss", "heldout_kl")
 """Evaluations that ask for no answers."""
 
 
+EVAL_LOSS = "eval_loss"
+"""The held-out loss of a training, as a metric of train.keep_best."""
+
+
 @dataclass(frozen=True)
 class Conflict:
     """Settings (dotted paths) that do not go together, with the way out."""
@@ -47,6 +52,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
         _lora(recipe),
         _prompt(recipe),
         _evaluations(recipe),
+        _probes(recipe),
     )
 
 
@@ -257,6 +263,36 @@ def _sampling(here: str, entry: "Eval") -> Iterator[Conflict]:
             )
 
 
+def _probes(recipe: "Recipe") -> Iterator[Conflict]:
+    train = recipe.train
+    if train is None:
+        return
+    probes, best = "train.probes", "train.keep_best"
+    entries = train.probes.evals if train.probes else []
+    names = [entry.name for entry in entries]
+    for at, entry in enumerate(entries):
+        here, first = f"{probes}.evals.{at}", names.index(entry.name)
+        if first < at:
+            yield Conflict((f"{here}.name", f"{probes}.evals.{first}.name"), f"two probes are named {entry.name}; rename one")
+        if entry.name == EVAL_LOSS:
+            yield Conflict((f"{here}.name",), f"{EVAL_LOSS} is the held-out loss; give the probe another name")
+        if entry.of is not None:
+            yield Conflict((f"{here}.of",), "a probe looks at the checkpoint of a training; take it out")
+        if entry.backend != "hybrid":
+            yield Conflict((f"{here}.backend",), "no server has the checkpoint of a training; take it out")
+    if train.probes is not None and not re.fullmatch(r"same|cpu|cuda:\d+(,\d+)*", train.probes.device):
+        yield Conflict((f"{probes}.device",), f"{train.probes.device!r} is none of same, cpu, cuda:7, cuda:6,7")
+    if train.keep_best == EVAL_LOSS:
+        if recipe.data.heldout == 0:
+            yield Conflict((best, "data.heldout"), "nothing is set aside to measure the loss on; set data.heldout")
+    elif train.keep_best is not None and train.keep_best not in names:
+        near = did_you_mean(train.keep_best, [EVAL_LOSS, *names])
+        known = f"; there are {', '.join([EVAL_LOSS, *names])}"
+        yield Conflict((best, f"{probes}.evals"), f"nothing is measured as {train.keep_best!r}{near or known}")
+    if train.publish == "best" and train.keep_best is None:
+        yield Conflict(("train.publish", best), f"best by what? Set train.keep_best to {EVAL_LOSS} or a probe's name")
+
+
 def _backend(here: str, entry: "Eval") -> Iterator[Conflict]:
     if entry.backend == "openai" and not entry.servers:
         yield Conflict((f"{here}.servers", f"{here}.backend"), "name the servers to ask, such as [http://localhost:8000]")
@@ -304,6 +340,8 @@ def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss | HeldoutK
 def _generated(recipe: "Recipe") -> list[tuple[str, "Eval"]]:
     """The entries that generate answers, each with its dotted path."""
     found = [(f"eval.{at}", entry) for at, entry in enumerate(recipe.eval) if entry.benchmark not in HELDOUT]
+    if recipe.train is not None and recipe.train.probes is not None:
+        found += [(f"train.probes.evals.{at}", entry) for at, entry in enumerate(recipe.train.probes.evals)]
     return found if recipe.sample is None else [*found, ("sample", recipe.sample)]
 
 

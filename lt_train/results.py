@@ -81,9 +81,23 @@ def show_results(run: Path, console: Console) -> None:
         rows = [result for result in results if result.evaluation == evaluation]
         console.print(_title(rows), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(results_table(rows))
+    if line := trained_weights(run):
+        console.print(f"{'trained model':<14}{line}", markup=False, highlight=False, soft_wrap=True)
     for label, path in (("layer profile", "profile/profile.png"), ("training log", "train/log.jsonl"), ("checkpoint", "export")):
         if (run / path).exists():
             console.print(f"{label:<14}{run / path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def trained_weights(run: Path) -> str | None:
+    """Which of a training's weights the trained model has; None before there is one."""
+    final = run / "train/final"
+    if not (final / "manifest.json").is_file():
+        return None
+    step = read_json(final / "manifest.json", "checkpoint manifest")["step"]
+    if not (final / "measured.json").is_file():
+        return f"weights of step {step:,}, the last"
+    measured = read_json(final / "measured.json", "record of what was measured")
+    return f"weights of step {step:,}, the best by {measured['metric']} ({measured['value']:.4g})"
 
 
 def results_table(results: list[Result]) -> Table:

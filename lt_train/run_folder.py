@@ -17,7 +17,7 @@ import yaml
 
 from lt_train.errors import UserError
 from lt_train.files import read_json, write_json, write_text
-from lt_train.recipe import Recipe, resolved_yaml
+from lt_train.recipe import FREE_IN_TRAINING, Recipe, resolved_yaml
 from lt_train.sources import resolve_data, resolve_model
 
 FREE_TO_CHANGE = {"eval", "sample", "track", "export"}
@@ -116,7 +116,7 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable ({error}). Move {self.path} away, or give this run another name") from error
         now = yaml.safe_load(resolved_yaml(self.recipe))
-        differences = [line for line in _differences(begun, now) if line.split(".")[0].split(":")[0] not in FREE_TO_CHANGE]
+        differences = [line for line in _differences(begun, now) if not _is_free(line)]
         if differences:
             listed = "\n  ".join(differences)
             raise UserError(
@@ -183,6 +183,12 @@ def data_fingerprint(source: str) -> str:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def _is_free(difference: str) -> bool:
+    """Whether a difference is of a setting that may change in a begun run."""
+    setting, *inner = difference.partition(": ")[0].split(".")
+    return setting in FREE_TO_CHANGE or (setting == "train" and bool(inner) and inner[0] in FREE_IN_TRAINING)
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:

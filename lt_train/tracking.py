@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Points of curves at an optimizer step. Steps that an earlier segment of the run holds already are passed over."""
 
+    def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
+        """Points of curves that come when their step has long passed. They have an axis of their own, `group`/step."""
+
     def image(self, name: str, path: Path) -> None:
         """Show a picture, once in a run."""
 
@@ -37,6 +40,8 @@ class NoTracker:
     """`track.wandb: off`."""
 
     def log(self, metrics: dict[str, Any], step: int) -> None: ...
+
+    def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None: ...
 
     def image(self, name: str, path: Path) -> None: ...
 
@@ -96,6 +101,13 @@ class WandbTracker:
         if step > self._step:  # wandb writes a step's row when a later step begins
             self._note_saved(self._step)
             self._step = step
+
+    def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
+        axis = f"{group}/step"
+        self._run.define_metric(axis)
+        self._run.define_metric(f"{group}/*", step_metric=axis)
+        # wandb's own steps may only grow, so the points lie in the row of the step that is under way
+        self._run.log({**{f"{group}/{name}": value for name, value in metrics.items()}, axis: step}, step=self._step)
 
     def image(self, name: str, path: Path) -> None:
         if name in self._images:

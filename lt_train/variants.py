@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -10,7 +11,7 @@ from lt_train.base_model import load_for_inference
 from lt_train.devices import compute_dtype
 from lt_train.files import read_json, write_json
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
-from lt_train.recipe import Eval, HeldoutKL, HeldoutLoss, Recipe
+from lt_train.recipe import FREE_IN_TRAINING, Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
@@ -62,21 +63,31 @@ class Variants:
         return HybridSpec(self.base_config.num_hidden_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent)
 
     def load(self, variant: str, dtype: torch.dtype) -> HybridForCausalLM:
-        model = self.recipe.model
         if variant != TRAINED:
-            return load_for_inference(model, self.spec(variant), dtype)
-        final = self.folder.stage("train") / "final"
-        base = partial(load_for_inference, model, self.spec(TRAINED))
-        trained = load_trained(self.recipe, final, base, dtype).model
+            return load_for_inference(self.recipe.model, self.spec(variant), dtype)
+        return self.load_from(self.folder.stage("train") / "final", dtype)
+
+    def load_from(self, weights: Path, dtype: torch.dtype) -> HybridForCausalLM:
+        """The model that training left in a folder: the trained one, or that of a checkpoint."""
+        model = self.recipe.model
+        trained = load_trained(self.recipe, weights, partial(load_for_inference, model, self.spec(TRAINED)), dtype).model
         if dtype == compute_dtype(model.dtype):  # merged in fp32 perhaps, where the kernel that the recipe names need not work
             trained.set_streaming_kernel(model.attention)
         return trained
 
     def fingerprint(self, variant: str) -> str:
         """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""
-        inputs = read_json(self.folder.path / "inputs.json", "record of a run's inputs")
-        training = self.recipe.model_dump(exclude=FREE_TO_CHANGE) if variant == TRAINED else None
-        return hash_of(inputs["model.base"], self.recipe.model.dtype, self.spec(variant), training)
+        ignored = {**dict.fromkeys(FREE_TO_CHANGE, True), "train": set(FREE_IN_TRAINING)}
+        training = self.recipe.model_dump(exclude=ignored) if variant == TRAINED else None
+        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training)
+
+    def fingerprint_of(self, weights: Path) -> str:
+        """As `fingerprint`, of the model in a folder that training left: it follows from the files themselves."""
+        files = read_json(weights / "manifest.json", "checkpoint manifest")["files"]
+        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files)
+
+    def _base_fingerprint(self) -> str:
+        return read_json(self.folder.path / "inputs.json", "record of a run's inputs")["model.base"]
 
     def to_evaluate(self) -> list[str]:
         """Every variant that an evaluation asks for, in the order of the results table."""

@@ -201,6 +201,11 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train.trl.otpim=x", "train.trl.otpim: no argument of TRL's SFTConfig; did you mean optim?"),
         ("train.trl.learning_rate=1", "train.trl.learning_rate: not to be set here; use train.learning_rate"),
         ("train.trl={max_length: 3}", "train.trl.max_length: not to be set here; use data.max_length"),
+        ("train.probes={steps: 2}", "train.probes.evals: missing. It says what to ask of a checkpoint"),
+        ("train.probes={evals: [{benchmark: needle}]}", "train.probes.steps: missing"),
+        ("train.probes={steps: 2, evals: [{benchmark: needel}]}", "train.probes.evals.0.benchmark: 'needel' is unknown"),
+        ("train.probes={steps: 2, evals: [{benchmark: needle, limt: 3}]}", "limt: unknown setting; did you mean limit?"),
+        ("train.probes={steps: 2, evals: []}", "train.probes.evals: must not be empty"),
         ("lora.rnk=3", "lora.rnk: unknown setting; did you mean rank?"),
         ("lora.peft.use_dorra=true", "lora.peft.use_dorra: no argument of PEFT's LoraConfig; did you mean use_dora?"),
         ("lora.peft.r=3", "lora.peft.r: not to be set here; use lora.rank"),
@@ -282,6 +287,37 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
             ["train.method=full", "train.parameters=lazy_projections", "train.restore_query_key=true"],
             "train.restore_query_key + train.parameters: the full-attention layers are not trained",
         ),
+        (
+            ["train.probes={steps: 2, evals: [{benchmark: needle}, {benchmark: needle}]}"],
+            "train.probes.evals.1.name + train.probes.evals.0.name: two probes are named needle",
+        ),
+        (
+            ["train.probes={steps: 2, evals: [{benchmark: needle, of: [base]}]}"],
+            "train.probes.evals.0.of: a probe looks at the checkpoint of a training",
+        ),
+        (
+            ["train.probes={steps: 2, evals: [{benchmark: needle, backend: openai, servers: [a]}]}"],
+            "train.probes.evals.0.backend: no server has the checkpoint of a training",
+        ),
+        (
+            ["train.probes={steps: 2, evals: [{benchmark: needle, name: eval_loss}]}"],
+            "train.probes.evals.0.name: eval_loss is the held-out loss",
+        ),
+        (
+            ["train.probes={steps: 2, evals: [{benchmark: needle, samples: 3}]}"],
+            "train.probes.evals.0.samples + train.probes.evals.0.temperature: greedy answers are all the same",
+        ),
+        (
+            ["train.probes={steps: 2, device: gpu, evals: [{benchmark: needle}]}"],
+            "train.probes.device: 'gpu' is none of same, cpu, cuda:7, cuda:6,7",
+        ),
+        (["data.heldout=0", "eval=[]", "train.eval_steps=null", "train.keep_best=eval_loss"], "train.keep_best + data.heldout"),
+        (["train.keep_best=nedle"], "train.keep_best + train.probes.evals: nothing is measured as 'nedle'; there are eval_loss"),
+        (
+            ["train.keep_best=nedle", "train.probes={steps: 2, evals: [{benchmark: needle}]}"],
+            "nothing is measured as 'nedle'; did you mean needle?",
+        ),
+        (["train.publish=best"], "train.publish + train.keep_best: best by what?"),
         (["train.restore_query_key=true"], "train.restore_query_key + lora.layers: the full-attention layers have no adapters"),
         (
             ["train.restore_query_key=true", "lora={layers: all, targets: [v_proj, o_proj]}"],

@@ -151,6 +151,14 @@ def test_a_single_problem_has_no_error_to_show(run):
     assert "100.0 %" in row(run, "base") and "±" not in row(run, "base")
 
 
+def test_it_is_said_which_weights_of_the_training_the_trained_model_has(run):
+    assert not any(line.startswith("trained model") for line in shown(run))
+    write_json(run / "train/final/manifest.json", {"step": 1200, "settings": {}, "files": {}})
+    assert "trained model weights of step 1,200, the last" in shown(run)
+    write_json(run / "train/final/measured.json", {"metric": "needle", "value": 0.75, "step": 1200})
+    assert "trained model weights of step 1,200, the best by needle (0.75)" in shown(run)
+
+
 def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
     score(run, "base", losses(10.0, 12.0, 14.0))
     score(run, "trained", losses(11.0, 13.0, 15.0))

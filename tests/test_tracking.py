@@ -151,6 +151,21 @@ def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_netwo
     assert json.loads(table.read_text())["data"] == [["base", 0.97]]
 
 
+def test_points_that_come_late_have_an_axis_of_their_own_and_leave_the_other_curves_alone(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker(OFFLINE, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    tracker.log_behind("probes", {"needle": 0.25}, step=1)
+    log_steps(tracker, [4])
+    tracker.log_behind("probes", {"needle": 0.5}, step=4)
+    tracker.finish()
+    (segment,) = segments(tmp_path)
+    rows = history(segment)
+    assert [(row["probes/step"], row["probes/needle"]) for row in rows if "probes/needle" in row] == [(1, 0.25), (4, 0.5)]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    metrics = [r.metric for r in records(segment) if r.WhichOneof("record_type") == "metric"]
+    assert any(metric.glob_name == "probes/*" and metric.step_metric == "probes/step" for metric in metrics)
+
+
 def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:
     with pytest.raises(UserError, match=r"track\.wandb: online: wandb cannot start.*wandb login.*offline or off"):
         open_tracker(Track(wandb="online"), tmp_path, {})

@@ -11,13 +11,41 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.files import append_json_line
 from lt_train.progress import Bar
+from lt_train.recipe_checks import EVAL_LOSS
 from lt_train.tracking import Tracker
-from lt_train.training.checkpoints import Settings, remove_old_checkpoints, write_manifest, written_or_told
+from lt_train.training.agreement import wait_while_main
+from lt_train.training.best import Best
+from lt_train.training.checkpoints import (
+    Settings,
+    read_checkpoint,
+    remove_old_checkpoints,
+    write_manifest,
+    written_or_told,
+)
 from lt_train.training.log import LOG_FILE, resume_log
+from lt_train.training.probes import Probes
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
 DISTILLED = ("sft_loss", "kl", "hidden_difference")
 """Columns that a distilled training has besides: see training/distillation.py."""
+
+
+class DueAfterStep(TrainerCallback):
+    """What is due after a step besides what Trainer's own intervals say. Add it before all others."""
+
+    def __init__(self, probes: Probes | None, evaluate_checkpoints: bool) -> None:
+        self.probes = probes
+        self.evaluate_checkpoints = evaluate_checkpoints
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if self.probes is not None and self.probes.is_due(state.global_step, state.max_steps):
+            control.should_save = True
+        if self.evaluate_checkpoints and control.should_save:
+            control.should_evaluate = True
+        # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
+        # resumed run logs the same means.
+        control.should_log = control.should_log or control.should_save
+        return control
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -30,12 +58,6 @@ class WholeCheckpoints(TrainerCallback):
         self.settings = settings
         self.keep = keep
         self.adapter_only = adapter_only
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
-        # resumed run logs the same means.
-        control.should_log = control.should_log or control.should_save
-        return control
 
     def on_save(
         self,
@@ -53,6 +75,43 @@ class WholeCheckpoints(TrainerCallback):
                 write_manifest(folder, state.global_step, self.settings)
             remove_old_checkpoints(Path(args.output_dir), self.keep)
         PartialState().wait_for_everyone()
+
+
+class KeepBestLoss(TrainerCallback):
+    """Keeps the weights of the checkpoint with the lowest held-out loss. Add it after WholeCheckpoints."""
+
+    def __init__(self, best: Best) -> None:
+        self.best = best
+        self.measured: tuple[int, float] | None = None  # (step, eval_loss)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        self.measured = state.global_step, metrics[EVAL_LOSS]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.measured is not None and self.measured[0] == state.global_step:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.best.offer(read_checkpoint(folder), self.measured[1])
+
+
+class ProbesBesideTraining(TrainerCallback):
+    """Probes the checkpoints that are due, beside the training. Add it after WholeCheckpoints."""
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.probes.is_busy()  # takes in what has ended
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.probes.is_due(state.global_step, state.max_steps):
+            return
+        wait_while_main(self.probes.is_busy)
+        if state.is_world_process_zero:
+            self.probes.add(read_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            self.probes.is_busy()  # begins it
 
 
 class TrainingLog(TrainerCallback):

@@ -9,7 +9,7 @@ recipe never goes on from it unnoticed.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,13 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that were finished, oldest first; whether they were damaged since is not looked at."""
+    return [found for found in _checkpoint_folders(folder) if (found / MANIFEST).is_file()]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was finished; whether it was damaged since is not looked at."""
-    return next((found for found in reversed(_checkpoint_folders(folder)) if (found / MANIFEST).is_file()), None)
+    return next(reversed(finished_checkpoints(folder)), None)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -151,8 +155,10 @@ def check_same_settings(found: Checkpoint, settings: Settings) -> None:
         )
 
 
-def publish_weights(checkpoint: Checkpoint, final: Path) -> None:
+def publish_weights(checkpoint: Checkpoint, final: Path, notes: Mapping[str, Any] | None = None) -> None:
     """Make `final` hold what a reader of the trained model needs from `checkpoint`: weights, configs, tokenizer.
+
+    `notes` are JSON files to lay beside them, by name.
 
     The folder appears in one step with its manifest inside. Files are hard links where the file system has them, so that a large
     model does not lie on the disk twice.
@@ -163,6 +169,8 @@ def publish_weights(checkpoint: Checkpoint, final: Path) -> None:
     for file in sorted(checkpoint.folder.iterdir()):
         if file.is_file() and not _belongs_to_the_trainer(file.name):
             _link_or_copy(file, unfinished / file.name)
+    for name, content in (notes or {}).items():
+        write_json(unfinished / name, content)
     write_manifest(unfinished, checkpoint.step, checkpoint.settings)
     os.replace(unfinished, final)
 

@@ -13,7 +13,7 @@ from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import Recipe, Train
+from lt_train.recipe import FREE_IN_TRAINING, Recipe, Train
 from lt_train.training.checkpoints import Settings
 
 
@@ -105,7 +105,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
 
     How often to log, save and evaluate, and how many checkpoints to keep, may change between a kill and the resume.
     """
-    free_to_change = {"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "deepspeed", "restore_query_key"}
+    free_to_change = FREE_IN_TRAINING | {"deepspeed", "restore_query_key", "keep_best", "publish"}
     settings: dict[str, Any] = {
         "seed": recipe.seed,
         "model.base": recipe.model.base,

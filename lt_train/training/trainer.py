@@ -1,13 +1,12 @@
 """Fine-tune a hybrid: `train` goes from examples to a folder of trained weights, and goes on where it was cut off."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -17,9 +16,19 @@ from lt_train.errors import UserError
 from lt_train.examples import ExampleSet
 from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import Recipe
+from lt_train.recipe import Recipe, Train
+from lt_train.recipe_checks import EVAL_LOSS
 from lt_train.tracking import Tracker
-from lt_train.training.callbacks import ProgressBar, TrainingLog, WholeCheckpoints
+from lt_train.training.agreement import decided_by_main, wait_while_main
+from lt_train.training.best import Best
+from lt_train.training.callbacks import (
+    DueAfterStep,
+    KeepBestLoss,
+    ProbesBesideTraining,
+    ProgressBar,
+    TrainingLog,
+    WholeCheckpoints,
+)
 from lt_train.training.checkpoints import (
     Checkpoint,
     Settings,
@@ -34,6 +43,8 @@ from lt_train.training.dataset import examples_fingerprint, training_dataset
 from lt_train.training.distillation import Distillation
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.lora import lora_config
+from lt_train.training.probe_results import ProbeResult, read_results, track_probe
+from lt_train.training.probes import Probes, environment_for
 from lt_train.training.projections import freeze_all_but_lazy_projections
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
@@ -42,17 +53,16 @@ from lt_train.training.top_k import open_top_k
 
 FINAL = "final"
 LoadModel = Callable[[torch.dtype], PreTrainedModel]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrainResult:
     folder: Path  # full: a hybrid checkpoint; LoRA: the adapter. load_trained reads either
-    steps: int
+    steps: int  # that its weights have seen: with train.publish best fewer than were taken, and so for all that follows
     train_loss: float | None  # at the last logged step
-    eval_loss: float | None  # after the last step, per held-out answer token; None without held-out examples
-    num_tokens: int | None  # seen in all steps, by all processes, over all resumes
-    seconds: float | None  # spent in steps, over all resumes
+    eval_loss: float | None  # at the last evaluation, per held-out answer token; None without held-out examples
+    num_tokens: int | None  # seen in all these steps, by all processes, over all resumes
+    seconds: float | None  # spent in them, over all resumes
 
 
 def train(
@@ -65,6 +75,7 @@ def train(
     tracker: Tracker,
     report: Callable[[str], None] = print,
     teacher: Path | None = None,
+    probe_command: Callable[[int], list[str]] | None = None,
 ) -> TrainResult:
     """Train as `recipe.train` says; called again with a half-done `out` it goes on, with a finished one it returns at once.
 
@@ -73,8 +84,10 @@ def train(
     Args:
         load_model: gives the hybrid in the dtype asked for. It is called after TRL's configuration exists, because only then does
             `from_pretrained` know that DeepSpeed ZeRO-3 wants the weights sharded as they are read.
-        out: holds checkpoint-<step>/, log.jsonl and, at the end, final/.
+        out: holds checkpoint-<step>/, log.jsonl, best-<step>/, probes/ and, at the end, final/.
         teacher: folder of the log-probabilities to learn from, where train.distill.teacher is top_k.
+        probe_command: the command line of a process that probes the checkpoint of a step and leaves its result in
+            out/probes/step-<step>/; where train.probes asks for it.
 
     Raises:
         UserError: a setting TRL or PEFT refuses, a folder trained with other settings, a loss that is NaN.
@@ -84,17 +97,77 @@ def train(
     data_sha256 = examples_fingerprint(example_set.train)
     settings = settings_of_training(recipe, recipe.train, spec, data_sha256, PartialState().num_processes)
     final = out / FINAL
-    finished = _decided_by_main(lambda: _same_settings(whole_final(final, report), settings))
+    finished = decided_by_main(lambda: _same_settings(whole_final(final, report), settings))
     if finished is None:
-        checkpoint = _decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
-        if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
-            trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
-            trainer.distillation = _distillation(recipe, trainer, load_model, example_set, spec, teacher)
-            trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
-            trainer.add_callback(TrainingLog(out, tracker))
-            _run(trainer, checkpoint, report)
-        finished = _decided_by_main(lambda: _publish(out, final, report))
+        checkpoint = decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
+        best = Best(out, recipe.train.keep_best) if recipe.train.keep_best else None
+        probes = _probes(recipe.train, out, probe_command, best, tracker, report)
+        decided_by_main(lambda: _resume_beside(out, checkpoint, best, probes))
+        try:
+            if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
+                trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
+                trainer.distillation = _distillation(recipe, trainer, load_model, example_set, spec, teacher)
+                _add_callbacks(trainer, recipe, settings, best, probes, TrainingLog(out, tracker))
+                _run(trainer, checkpoint, report)
+            if probes is not None:
+                wait_while_main(probes.is_busy)
+        finally:
+            if probes is not None:
+                probes.stop()
+        finished = decided_by_main(lambda: _publish(out, final, best if recipe.train.publish == "best" else None, report))
     return _result(out, finished)
+
+
+def _probes(
+    train: Train,
+    out: Path,
+    command: Callable[[int], list[str]] | None,
+    best: Best | None,
+    tracker: Tracker,
+    report: Callable[[str], None],
+) -> Probes | None:
+    if train.probes is None:
+        return None
+    assert command is not None, "who trains with probes says how to start them"
+
+    def take_in(result: ProbeResult, weights: Checkpoint) -> None:
+        track_probe(tracker, result, read_results(out))
+        for score in result.scores:
+            if best is not None and best.metric == score.probe:
+                best.offer(weights, score.accuracy)
+
+    environment = environment_for(train.probes.device, os.environ)
+    return Probes(out, train.probes.steps, command, environment, take_in, report)
+
+
+def _resume_beside(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:
+    """What a kill after a checkpoint was whole has left undone of what goes with it."""
+    if best is not None and best.metric == EVAL_LOSS and checkpoint is not None:
+        measured = [row[EVAL_LOSS] for row in read_log(out / LOG_FILE) if row["step"] == checkpoint.step and EVAL_LOSS in row]
+        if measured:
+            best.offer(checkpoint, measured[-1])
+    if probes is not None:
+        probes.resume(checkpoint.step if checkpoint else 0, _planned_steps(checkpoint) if checkpoint else 0)
+
+
+def _add_callbacks(
+    trainer: HybridSFTTrainer,
+    recipe: Recipe,
+    settings: Settings,
+    best: Best | None,
+    probes: Probes | None,
+    log: TrainingLog,
+) -> None:
+    """In the order in which they must come."""
+    assert recipe.train is not None
+    keeps_best_loss = best is not None and best.metric == EVAL_LOSS
+    trainer.add_callback(DueAfterStep(probes, evaluate_checkpoints=keeps_best_loss))
+    trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
+    if keeps_best_loss:
+        trainer.add_callback(KeepBestLoss(best))
+    if probes is not None:
+        trainer.add_callback(ProbesBesideTraining(probes))
+    trainer.add_callback(log)
 
 
 def _build_trainer(
@@ -175,20 +248,6 @@ def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
     return f"training {trained:,} of {frozen:,} parameters on {len(trainer.train_dataset):,} rows{start}"
 
 
-def _decided_by_main(decide: Callable[[], T]) -> T:
-    """Let the main process look at (and tidy) the folder, and tell all what it found; an error is raised in all of them."""
-    outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
-    if PartialState().is_main_process:
-        try:
-            outcome = [(decide(), None)]
-        except UserError as error:
-            outcome = [(None, error)]
-    ((value, error),) = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return value
-
-
 def _same_settings(found: Checkpoint | None, settings: Settings) -> Checkpoint | None:
     if found is not None:
         check_same_settings(found, settings)
@@ -200,17 +259,29 @@ def _planned_steps(checkpoint: Checkpoint) -> int:
     return read_json(checkpoint.folder / TRAINER_STATE_NAME, "trainer state")["max_steps"]
 
 
-def _publish(out: Path, final: Path, report: Callable[[str], None]) -> Checkpoint:
-    last = last_whole_checkpoint(out, report)
-    if last is None:
-        raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
+def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], None]) -> Checkpoint:
+    """Make `final` the best weights, or where that is not asked for those after the last step."""
+    if best is None:
+        chosen, why = last_whole_checkpoint(out, report), "the last"
+        if chosen is None:
+            raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
+    else:
+        found = best.found()
+        if found is None:
+            raise UserError(
+                f"train.publish: best: nothing was measured by {best.metric} that is still whole. See {out / 'probes'} for probes "
+                "that failed, change train.probes, and give the same command again: probes without a result are made anew"
+            )
+        chosen, measured = found
+        why = f"the best by {measured.metric} ({measured.value:.4g})"
     with written_or_told(out, "the trained weights"):
-        publish_weights(last, final)
+        publish_weights(chosen, final)
+    report(f"the trained model has the weights of step {chosen.step}, {why}")
     return read_checkpoint(final)
 
 
 def _result(out: Path, finished: Checkpoint) -> TrainResult:
-    rows = read_log(out / LOG_FILE)
+    rows = [row for row in read_log(out / LOG_FILE) if row["step"] <= finished.step]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
     return TrainResult(

@@ -1,0 +1,81 @@
+"""A probe: the evaluations of `train.probes` on one checkpoint of a training that goes on, in a process of its own.
+
+training/probes.py starts it and reads what it leaves. Under DeepSpeed ZeRO-3 a model cannot generate inside the training.
+"""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from lt_train.backends import engine_for
+from lt_train.base_model import load_base_config, load_tokenizer
+from lt_train.devices import compute_dtype
+from lt_train.errors import UserError
+from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.records import RecordFolder
+from lt_train.evaluation.run import evaluate
+from lt_train.evaluation.scores import AnswerScores
+from lt_train.generation.text import stop_tokens
+from lt_train.recipe import load_recipe
+from lt_train.run_folder import RunFolder
+from lt_train.training.probe_results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+from lt_train.training.probes import WEIGHTS
+from lt_train.variants import Variants
+
+SAMPLES_SHOWN = 8
+"""Of each probe, in the tables."""
+
+CHARACTERS_SHOWN = 2000
+"""Of an answer, from its end."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def probe_checkpoint(run: Path, step: int) -> None:
+    """Ask the weights held in train/probes/step-<step>/weights; answers that are there already are not drawn again.
+
+    Raises:
+        UserError: no such probe, or one of its evaluations cannot be done.
+    """
+    recipe, train = load_recipe(run / "recipe.yaml"), run / "train"
+    place = place_of(train, step)
+    if recipe.train is None or recipe.train.probes is None or not (place / WEIGHTS).is_dir():
+        raise UserError(
+            f"{place}: holds no weights to probe. A training with train.probes leaves them there and starts this itself"
+        )
+    base_config, tokenizer = load_base_config(recipe.model), load_tokenizer(recipe.model)
+    variants = Variants(recipe, RunFolder(recipe, run.parent), base_config)
+    model = variants.load_from(place / WEIGHTS, compute_dtype(recipe.model.dtype))
+    fingerprint, stop_ids = variants.fingerprint_of(place / WEIGHTS), stop_tokens(model, tokenizer)
+    scores, samples = [], []
+    for entry in recipe.train.probes.evals:
+        plan = make_plan(entry, recipe.prompt, tokenizer, context=base_config.max_position_embeddings, seed=recipe.seed)
+        plan, out = plan.asked_of(fingerprint, stop_ids), place / "evals" / entry.name
+        found = evaluate(plan, engine_for(entry, model, tokenizer), out, progress=False)
+        assert found is not None, "a process that is alone gets the scores"
+        scores.append(_score(entry.name, found))
+        samples += _shown(entry.name, plan, out)
+    write_result(train, ProbeResult(step, tuple(scores), tuple(samples)))
+
+
+def end_with(parent: int) -> None:
+    """End this process as soon as `parent`, which started it, has died in whatever way."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _score(name: str, found: AnswerScores) -> ProbeScore:
+    return ProbeScore(name, found.accuracy, found.standard_error, found.problems, found.truncated)
+
+
+def _shown(name: str, plan: Plan, out: Path) -> list[ProbeSample]:
+    records = RecordFolder(out, plan.fingerprint).read()
+    asked = [(request.problem, request.sample) for request in plan.requests[:SAMPLES_SHOWN]]
+    shown = [records[key] for key in asked if key in records]  # with allow_partial some may be missing
+    return [ProbeSample(name, each.problem, each.text[-CHARACTERS_SHOWN:], each.extracted, each.score) for each in shown]

@@ -1,0 +1,62 @@
+"""The best weights of a training by one metric, kept in train/best-<step>/ whatever becomes of their checkpoint.
+
+Weights alone, without the optimizer: to evaluate and to publish, not to train on from.
+"""
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lt_train.files import read_json
+from lt_train.recipe_checks import EVAL_LOSS
+from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights, read_checkpoint
+
+MEASURED = "measured.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """eval_loss: nats per held-out answer token, the less the better. Else a probe's accuracy, the more the better."""
+
+    metric: str
+    value: float
+    step: int
+
+    def is_better_than(self, other: "Measured") -> bool:
+        return self.value < other.value if self.metric == EVAL_LOSS else self.value > other.value
+
+
+class Best:
+    def __init__(self, out: Path, metric: str) -> None:
+        """
+        Args:
+            out: the folder of the checkpoints. metric: EVAL_LOSS or the name of a probe.
+        """
+        self.out = out
+        self.metric = metric
+
+    def offer(self, checkpoint: Checkpoint, value: float) -> None:
+        """Keep the checkpoint's weights if none before them were as good. Of equally good ones the first stay."""
+        offered, before = Measured(self.metric, value, checkpoint.step), self.found()
+        if math.isnan(value) or (before is not None and not offered.is_better_than(before[1])):
+            return
+        new = self.out / f"best-{checkpoint.step}"
+        shutil.rmtree(new, ignore_errors=True)  # damaged, or of another metric
+        publish_weights(checkpoint, new, {MEASURED: asdict(offered)})
+        for old in self._folders():
+            if old != new:
+                shutil.rmtree(old)
+
+    def found(self) -> tuple[Checkpoint, Measured] | None:
+        """The best weights so far. Two may lie there after a kill, before the former ones were deleted."""
+        best: tuple[Checkpoint, Measured] | None = None
+        for folder in self._folders():
+            if fault_of(folder) is None:
+                measured = Measured(**read_json(folder / MEASURED, "record of what was measured"))
+                if measured.metric == self.metric and (best is None or measured.is_better_than(best[1])):
+                    best = read_checkpoint(folder), measured
+        return best
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.out.glob("best-*") if path.name.removeprefix("best-").isdecimal()]

@@ -1,0 +1,103 @@
+"""What a probe of a checkpoint found: train/probes/step-<step>/result.json, written by the probing process at its very end."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lt_train.errors import UserError
+from lt_train.files import read_json, write_json
+from lt_train.tracking import Tracker
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """
+    Attributes:
+        accuracy: mean score of the answers; its standard error is over problems (None for a single one).
+        truncated: share of answers that reached max_new_tokens.
+    """
+
+    probe: str
+    accuracy: float
+    standard_error: float | None
+    problems: int
+    truncated: float
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {100 * self.standard_error:.1f}"
+        return f"{self.probe} {100 * self.accuracy:.1f}{error} %"
+
+
+@dataclass(frozen=True)
+class ProbeSample:
+    """One answer, to look at. `answer` is its end."""
+
+    probe: str
+    problem: str
+    answer: str
+    extracted: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    step: int
+    scores: tuple[ProbeScore, ...]
+    samples: tuple[ProbeSample, ...]
+
+
+def place_of(train: Path, step: int) -> Path:
+    """The folder of one probe: weights/ while it is under way, evals/<name>/ (samples and scores), output.txt, result.json."""
+    return train / "probes" / f"step-{step}"
+
+
+def steps_in(train: Path) -> list[int]:
+    """Steps of which there is a probe, finished or not."""
+    names = [path.name.removeprefix("step-") for path in (train / "probes").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def write_result(train: Path, result: ProbeResult) -> None:
+    write_json(place_of(train, result.step) / RESULT, asdict(result))
+
+
+def read_result(train: Path, step: int) -> ProbeResult | None:
+    """
+    Raises:
+        UserError: it is there but not whole.
+    """
+    path = place_of(train, step) / RESULT
+    if not path.exists():
+        return None
+    found = read_json(path, "result of a probe")
+    try:
+        scores, samples = (tuple(kind(**row) for row in found[name]) for name, kind in PARTS)
+        return ProbeResult(found["step"], scores, samples)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a whole result of a probe ({error}). Delete it and run again to make it anew") from error
+
+
+PARTS = (("scores", ProbeScore), ("samples", ProbeSample))
+
+
+def read_results(train: Path) -> list[ProbeResult]:
+    """All that are there, in the order of steps."""
+    return [result for step in steps_in(train) if (result := read_result(train, step)) is not None]
+
+
+def track_probe(tracker: Tracker, new: ProbeResult, all_results: Sequence[ProbeResult]) -> None:
+    """The new result's points of the curves, and all results as tables: one of scores, one of answers for each probe."""
+    tracker.log_behind("probes", {score.probe: score.accuracy for score in new.scores}, new.step)
+    columns = ["step", "probe", "right", "standard error", "problems", "cut off"]
+    rows = [[result.step, *asdict(score).values()] for result in all_results for score in result.scores]
+    tracker.table("probe scores", columns, rows)
+    for score in new.scores:
+        answers = [
+            [result.step, sample.problem, sample.answer, sample.extracted, sample.score]
+            for result in all_results
+            for sample in result.samples
+            if sample.probe == score.probe
+        ]
+        tracker.table(f"probe answers/{score.probe}", ["step", "problem", "answer (its end)", "extracted", "score"], answers)

@@ -1,0 +1,117 @@
+"""Probes of checkpoints by the real process: what it finds is what an evaluation of the same weights finds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_pipeline import write_recipe
+from test_tracking import segments
+
+from lt_train import cli
+from lt_train.errors import UserError
+from lt_train.evaluation.scores import read_scores
+from lt_train.probing import probe_checkpoint
+from lt_train.training.checkpoints import publish_weights, read_checkpoint
+from lt_train.training.probe_results import place_of, read_results
+
+REPOSITORY = Path(__file__).parents[1]
+LEDGER = REPOSITORY / "data/ledger"
+ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 40, "batch_size": 2}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    for name, source, rows in (("traces", "train", 16), ("problems", "test", 12)):
+        with open(LEDGER / f"{source}.jsonl", encoding="utf-8") as file:
+            (tmp_path / f"{name}.jsonl").write_text("".join(next(file) for _ in range(rows)), encoding="utf-8")
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def settings(inputs: Path, asked: dict[str, Any], **train: Any) -> list[str]:
+    entry = json.dumps({**asked, "path": str(inputs / "problems.jsonl")})
+    probes = f"train.probes={{steps: 2, evals: [{entry}]}}"
+    return ["hybrid.strategy=periodic", f"eval=[{entry}]", probes, *(f"train.{name}={value}" for name, value in train.items())]
+
+
+def samples(folder: Path) -> dict[str, tuple[str, str]]:
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return {row["problem"]: (row["text"], row["prompt_hash"]) for row in rows}
+
+
+def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, how = inputs / "runs", settings(inputs, ASKED, method="full", learning_rate=1e-4)
+
+    def lt_train(command: str, *overrides: str) -> None:
+        arguments = [command, str(inputs / "recipe.yaml"), "--runs", str(runs), *(f"--set={each}" for each in overrides)]
+        monkeypatch.setattr(sys, "argv", ["lt-train", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code, capsys.readouterr().err
+
+    lt_train("eval", *how, "train.probes=null")
+    lt_train("train", *how)  # probes may come to a run that was begun without them
+    run = runs / "tiny"
+    with pytest.raises(UserError, match="holds no weights to probe"):
+        probe_checkpoint(run, 2)
+    publish_weights(read_checkpoint(run / "train/checkpoint-2"), place_of(run / "train", 2) / "weights")
+    probe_checkpoint(run, 2)
+    (result,) = read_results(run / "train")
+    (score,) = result.scores
+    evaluated = run / "eval/trained/ledger"
+    found = read_scores(evaluated / "scores.json")
+    assert (score.probe, score.accuracy, score.truncated, score.problems) == ("ledger", found.accuracy, found.truncated, 6)
+    there = samples(evaluated)
+    assert samples(place_of(run / "train", 2) / "evals/ledger") == there
+    assert {each.problem: each.answer for each in result.samples} == {problem: text for problem, (text, _) in there.items()}
+
+
+def until(reached: Callable[[], Any], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume(inputs: Path) -> None:
+    run = inputs / "runs/tiny"
+    how = settings(inputs, {**ASKED, "limit": 12, "max_new_tokens": 160, "batch_size": 1}, max_steps=4, keep_best="ledger")
+    command = [sys.executable, "-m", "lt_train", "train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
+    command += [f"--set={each}" for each in (*how, "track.wandb=offline")]
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
+    begun = place_of(run / "train", 2) / "evals/ledger/samples.jsonl"
+    with open(inputs / "output.txt", "wb") as output:
+        training = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    until(lambda: begun.exists() and begun.read_text().count("\n") > 0, (inputs / "output.txt").read_text())
+    (probing,) = [child for child in psutil.Process(training.pid).children() if "probe" in child.cmdline()]
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & probing.environ().keys()
+    training.send_signal(signal.SIGKILL)
+    training.wait()
+    until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan goes on", seconds=30)
+    before = begun.read_bytes()
+    assert before and not (place_of(run / "train", 2) / "result.json").exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 12
+    results = read_results(run / "train")
+    assert [result.step for result in results] == [2, 4]
+    assert "probe of step 2: ledger " in done.stdout and "probe of step 4: ledger " in done.stdout
+    best = max(results, key=lambda result: (result.scores[0].accuracy, -result.step))
+    assert (run / "train" / f"best-{best.step}/adapter_model.safetensors").exists()
+    assert segments(run)
+    tables = [json.loads(path.read_text()) for path in run.glob("wandb/*/files/media/table/**/*.table.json")]
+    assert ["ledger" in row for table in tables if table["columns"][1] == "probe" for row in table["data"]] != []
+    answers = max((table["data"] for table in tables if table["columns"][1] == "problem"), key=len)
+    assert {row[0] for row in answers} == {2, 4} and all(isinstance(row[2], str) for row in answers)

@@ -1,0 +1,235 @@
+"""What a training does about its probes. The probing process is a stand-in here; the real one is in tests/test_probing.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cut, CutAt
+from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
+
+from lt_train.errors import UserError
+from lt_train.tracking import NoTracker, Tracker
+from lt_train.training import agreement
+from lt_train.training.checkpoints import fault_of, read_checkpoint
+from lt_train.training.probe_results import place_of, read_results
+from lt_train.training.probes import environment_for
+from lt_train.training.trainer import TrainResult, train
+
+NEEDLE = {"benchmark": "needle", "limit": 1}
+SETTINGS: dict[str, Any] = {"max_steps": 5, "save_steps": 100, "keep_checkpoints": 1, "probes": {"steps": 2, "evals": [NEEDLE]}}
+
+# It takes its time, so that checkpoints are rotated meanwhile, and copies the weights' manifest to show what it could read.
+PROGRAM = """
+import json, pathlib, sys, time
+place, step, score, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+time.sleep(seconds)
+assert (place / "weights/model.safetensors").stat().st_size > 100_000
+(place / "seen.json").write_bytes((place / "weights/manifest.json").read_bytes())
+if score < 0:
+    sys.exit("error the needle got lost")
+sample = {"probe": "needle", "problem": "a", "answer": f"of step {step}", "extracted": "7", "score": score}
+made = {"probe": "needle", "accuracy": score, "standard_error": 0.1, "problems": 1, "truncated": 0.0}
+(place / "result.tmp").write_text(json.dumps({"step": step, "scores": [made], "samples": [sample]}))
+(place / "result.tmp").rename(place / "result.json")
+"""
+
+
+class Training:
+    """Trains in a folder with stand-in probes. `scores` are what they find by step; below 0 they fail."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.scores: dict[int, float] = {}
+        self.seconds = 0.1
+        self.said: list[str] = []
+        self.started: list[int] = []
+
+    def __call__(self, tracker: Tracker | None = None, heldout: int = 0, **settings: Any) -> TrainResult:
+        recipe = tiny_recipe({"train": {**SETTINGS, **settings}, "data": {"heldout": heldout}})
+        examples = tiny_examples(heldout)
+        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.said.append)
+        return train(*given, probe_command=self.command)
+
+    def command(self, step: int) -> list[str]:
+        self.started.append(step)
+        figures = [str(step), str(self.scores.get(step, 0.5)), str(self.seconds)]
+        return [sys.executable, "-S", "-c", PROGRAM, str(place_of(self.out, step)), *figures]
+
+    def folders(self) -> list[str]:
+        return sorted(path.name for path in self.out.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+    monkeypatch.setattr(agreement, "SECONDS_BETWEEN_LOOKS", 0.02)
+    return Training(tmp_path / "run")
+
+
+class Recording(NoTracker):
+    def __init__(self) -> None:
+        self.points: list[tuple[str, dict[str, float], int]] = []
+        self.tables: dict[str, list[list[Any]]] = {}
+
+    def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
+        self.points.append((group, metrics, step))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        assert all(len(row) == len(columns) for row in rows)
+        self.tables[name] = rows
+
+
+def test_a_checkpoint_is_probed_every_so_many_steps_and_after_the_last_and_all_of_it_is_tracked(training: Training) -> None:
+    training.scores = {2: 0.25, 4: 0.5, 5: 0.75}
+    tracker = Recording()
+    training(tracker)
+    assert [(r.step, r.scores[0].accuracy) for r in read_results(training.out)] == [(2, 0.25), (4, 0.5), (5, 0.75)]
+    assert tracker.points == [("probes", {"needle": s}, step) for step, s in training.scores.items()]
+    assert [row[:3] for row in tracker.tables["probe scores"]] == [[2, "needle", 0.25], [4, "needle", 0.5], [5, "needle", 0.75]]
+    assert [row[2] for row in tracker.tables["probe answers/needle"]] == ["of step 2", "of step 4", "of step 5"]
+    assert "probe of step 4: needle 50.0 ± 10.0 %" in training.said
+
+
+def test_weights_stay_while_a_probe_reads_them_and_no_longer(training: Training) -> None:
+    training()
+    for step in (2, 4, 5):
+        place = place_of(training.out, step)
+        assert json.loads((place / "seen.json").read_text())["step"] == step
+        assert not (place / "weights").exists()
+    assert training.folders() == ["checkpoint-5", "final", "probes"]
+
+
+def test_training_waits_for_a_probe_only_when_the_next_is_due(training: Training) -> None:
+    training.seconds = 1.5
+    begun = []
+
+    class Clock(NoTracker):
+        def log(self, metrics: dict[str, Any], step: int) -> None:
+            begun.append((step, time.monotonic(), bool(read_results(training.out))))
+
+    training(Clock(), max_steps=4)
+    logged = {step: (at, found) for step, at, found in begun}
+    assert not logged[3][1] and logged[3][0] - logged[2][0] < 1.5  # the probe of step 2 was under way
+    assert [result.step for result in read_results(training.out)] == [2, 4]
+
+
+def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on(training: Training) -> None:
+    training.scores = {2: -1.0}
+    assert training().steps == 5
+    (failed,) = [line for line in training.said if "failed" in line]
+    assert failed.startswith("the probe of step 2 failed, training goes on: error the needle got lost (exit code 1, all of it in ")
+    assert [result.step for result in read_results(training.out)] == [4, 5]
+    assert not (place_of(training.out, 2) / "weights").exists()
+
+
+def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_the_checkpoint_is_gone(training: Training) -> None:
+    training.seconds = 60
+    with pytest.raises(Cut):
+        training(CutAt(4), save_steps=3)
+    assert training.started == [2] and training.folders() == ["checkpoint-3", "probes"]
+    assert read_results(training.out) == []
+    training.seconds = 0.1
+    training(save_steps=3)
+    assert training.started == [2, 2, 4, 5]
+    assert [result.step for result in read_results(training.out)] == [2, 4, 5]
+
+
+def test_a_result_that_was_not_taken_in_any_more_is_taken_in_on_resume(training: Training) -> None:
+    with pytest.raises(Cut):
+        training(CutAt(3))
+    place = place_of(training.out, 2)
+    if not (place / "result.json").exists():
+        subprocess.run(training.command(2), check=True)
+    tracker, started = Recording(), len(training.started)
+    training(tracker)
+    assert [step for _, _, step in tracker.points] == [2, 4, 5]
+    assert training.started[started:] == [4, 5]
+    assert not (place / "weights").exists()
+
+
+def test_probes_past_the_step_from_which_a_training_goes_on_are_forgotten(training: Training) -> None:
+    with pytest.raises(Cut):
+        training(CutAt(5), keep_checkpoints=2)
+    (training.out / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    training.started.clear()
+    training(keep_checkpoints=2)
+    assert [step for step in training.started if step != 2] == [4, 5]
+    assert [result.step for result in read_results(training.out)] == [2, 4, 5]
+
+
+def test_a_training_killed_after_its_last_step_finishes_its_probe_before_it_publishes(training: Training) -> None:
+    class Killed(NoTracker):
+        def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
+            if step == 5:
+                raise Cut
+
+    with pytest.raises(Cut):
+        training(Killed())
+    assert "final" not in training.folders()
+    tracker = Recording()
+    training(tracker)
+    assert [step for _, _, step in tracker.points] == [5]
+    assert training.folders() == ["checkpoint-5", "final", "probes"]
+
+
+def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_piles_up(training: Training) -> None:
+    training.scores = {2: 0.25, 4: 0.75, 6: 0.75, 8: 0.5}
+    result = training(keep_best="needle", publish="best", max_steps=8, save_steps=1)
+    assert training.folders() == ["best-4", "checkpoint-8", "final", "probes"]
+    assert result.steps == 4 and fault_of(training.out / "best-4") is None
+    assert json.loads((result.folder / "measured.json").read_text()) == {"metric": "needle", "value": 0.75, "step": 4}
+    weights = [(training.out / name / "model.safetensors") for name in ("final", "best-4", "checkpoint-8")]
+    assert weights[0].samefile(weights[1]) and weights[0].read_bytes() != weights[2].read_bytes()
+    assert "the trained model has the weights of step 4, the best by needle (0.75)" in training.said
+
+
+def test_the_best_by_held_out_loss_is_the_lowest_of_all_checkpoints(training: Training) -> None:
+    how = {"max_steps": 8, "save_steps": 2, "learning_rate": 0.1, "lr_scheduler": "constant"}  # so high that it gets worse
+    result = training(heldout=5, probes=None, keep_best="eval_loss", publish="best", **how)
+    rows = [json.loads(line) for line in (training.out / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(losses) == [2, 4, 6, 8]
+    best = min(losses, key=losses.__getitem__)
+    assert best < 8 and result.steps == best and result.eval_loss == losses[best]
+    assert training.folders() == [f"best-{best}", "checkpoint-8", "final"]
+
+
+def test_without_publish_best_the_last_weights_are_published_and_the_best_kept_beside_them(training: Training) -> None:
+    training.scores = {2: 0.75}
+    assert training(keep_best="needle").steps == 5
+    assert training.folders() == ["best-2", "checkpoint-5", "final", "probes"]
+    assert "the trained model has the weights of step 5, the last" in training.said
+
+
+def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_made_good(training: Training) -> None:
+    with pytest.raises(Cut):
+        training(CutAt(3), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
+    assert "best-2" in training.folders()
+    shutil.rmtree(training.out / "best-2")
+    with pytest.raises(Cut):
+        training(CutAt(3), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
+    assert read_checkpoint(training.out / "best-2").step == 2
+
+
+def test_a_best_that_nothing_measured_is_an_error_and_the_probes_are_made_anew(training: Training) -> None:
+    training.scores = dict.fromkeys((2, 4, 5), -1.0)
+    with pytest.raises(UserError, match=r"train\.publish: best: nothing was measured by needle.*change train\.probes"):
+        training(keep_best="needle", publish="best")
+    assert "final" not in training.folders()
+    training.scores = {}
+    assert training(keep_best="needle", publish="best").steps == 5
+
+
+def test_a_probing_process_is_alone_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "HOME": "/root"}
+    assert environment_for("cpu", given) == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": ""}
+    assert environment_for("cuda:6,7", given)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert environment_for("same", given) == {"HOME": "/root"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert environment_for("same", given)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert environment_for("same", {**given, "CUDA_VISIBLE_DEVICES": "4,5,6,7"})["CUDA_VISIBLE_DEVICES"] == "6"
