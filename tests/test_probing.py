@@ -20,7 +20,7 @@ from lt_train.errors import UserError
 from lt_train.evaluation.scores import read_scores
 from lt_train.probing import probe_checkpoint
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
-from lt_train.training.probe_results import place_of, read_results
+from lt_train.training.probe_results import place_of, read_probes
 
 REPOSITORY = Path(__file__).parents[1]
 LEDGER = REPOSITORY / "data/ledger"
@@ -66,7 +66,7 @@ def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
         probe_checkpoint(run, 2)
     publish_weights(read_checkpoint(run / "train/checkpoint-2"), place_of(run / "train", 2) / "weights")
     probe_checkpoint(run, 2)
-    (result,) = read_results(run / "train")
+    (result,) = read_probes(run / "train")
     (score,) = result.scores
     evaluated = run / "eval/trained/ledger"
     found = read_scores(evaluated / "scores.json")
@@ -105,7 +105,7 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
     assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 12
-    results = read_results(run / "train")
+    results = read_probes(run / "train")
     assert [result.step for result in results] == [2, 4]
     assert "probe of step 2: ledger " in done.stdout and "probe of step 4: ledger " in done.stdout
     best = max(results, key=lambda result: (result.scores[0].accuracy, -result.step))

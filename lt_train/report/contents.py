@@ -16,6 +16,7 @@ from lt_train.report.samples import read_samples
 from lt_train.results import Result, read_results
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.log import LOG_FILE, read_log
+from lt_train.training.probe_results import ProbeResult, read_probes
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Run:
         config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
         profile: None where the recipe names the layers.
         problems: what was asked, by evaluation.
-        log: rows of train/log.jsonl; none without training.
+        log: rows of train/log.jsonl; none without training. probes: of its checkpoints, in their order.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Run:
     problems: Mapping[str, KnownProblems]
     profile: LayerProfile | None
     log: tuple[Mapping[str, Any], ...]
+    probes: tuple[ProbeResult, ...]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -95,6 +97,7 @@ def read_run(folder: Path, name: str, number: int) -> Run:
         problems=asked(settings, measured),
         profile=LayerProfile.load(profile_path) if profile_path.exists() else None,
         log=tuple(read_training_log(folder / "train" / LOG_FILE)),
+        probes=tuple(read_probes(folder / "train")),
     )
 
 

@@ -10,9 +10,10 @@ from markupsafe import Markup
 from lt_train.report.charts import Chart, LegendEntry, swatch
 from lt_train.report.contents import Run
 from lt_train.report.figures import kilo, size
-from lt_train.report.svg import Plot, Scale, element, labelled, linear_ticks, marker, padded, path, plot, tooltip
+from lt_train.report.svg import DASHES, Plot, Scale, element, labelled, linear_ticks, marker, padded, path, plot, tooltip
 from lt_train.results import KV_TOKENS, kv_bytes
 from lt_train.selection.profile import LayerProfile
+from lt_train.training.probe_results import ProbeScore
 
 MEANINGS = {
     "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
@@ -182,6 +183,38 @@ def loss_curve(run: Run) -> Chart | None:
     caption = f"{lost:,} logged losses are not finite and not drawn." if lost else "Mean over answer tokens."
     svg = axes.document("Losses of the training", Markup("").join(parts))
     return Chart("Losses of the training", caption, svg, tuple(entries))
+
+
+def probe_curves(run: Run) -> Chart | None:
+    """What each probe found at each probed step, with its standard error; None without probes."""
+    if not run.probes:
+        return None
+    last = max(result.step for result in run.probes)
+    names = list(dict.fromkeys(score.probe for result in run.probes for score in result.scores))
+    x_ticks, y_ticks = linear_ticks(0, last), [0.0, 0.25, 0.5, 0.75, 1.0]
+    axes = plot((0, last), (0, 1))
+    x_labels = labelled([value for value in x_ticks if axes.x.holds(value)], lambda value: f"{value:,.6g}")
+    parts = [axes.axes(x_labels, labelled(y_ticks, lambda value: f"{100 * value:.4g}"), "optimizer step", "right, %")]
+    for number, name in enumerate(names):
+        found = [(result.step, score) for result in run.probes for score in result.scores if score.probe == name]
+        parts.append(element("g", *draw_probe(axes, number, found), class_="v-trained"))
+    return Chart(
+        "Probes of the checkpoints",
+        "Share of answers that were right, by checkpoint. Bars: one standard error.",
+        axes.document("Probes of the checkpoints", *parts),
+        tuple(LegendEntry(name, "v-trained", swatch(number, line=False)) for number, name in enumerate(names)),
+    )
+
+
+def draw_probe(axes: Plot, number: int, found: Sequence[tuple[int, ProbeScore]]) -> list[Markup]:
+    points = [(axes.x(step), axes.y(score.accuracy)) for step, score in found]
+    drawn = [element("path", class_="line thin", d=path(points), stroke_dasharray=DASHES[number % len(DASHES)])]
+    for (x, y), (step, score) in zip(points, found, strict=True):
+        if score.standard_error:
+            low, high = (min(1.0, max(0.0, score.accuracy + sign * score.standard_error)) for sign in (-1, 1))
+            drawn.append(element("line", class_="whisker", x1=x, x2=x, y1=axes.y(low), y2=axes.y(high)))
+        drawn.append(marker(number, x, y, f"{score} of {score.problems} problems at step {step:,}"))
+    return drawn
 
 
 def losses(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -82,7 +82,7 @@ def read_result(train: Path, step: int) -> ProbeResult | None:
 PARTS = (("scores", ProbeScore), ("samples", ProbeSample))
 
 
-def read_results(train: Path) -> list[ProbeResult]:
+def read_probes(train: Path) -> list[ProbeResult]:
     """All that are there, in the order of steps."""
     return [result for step in steps_in(train) if (result := read_result(train, step)) is not None]
 

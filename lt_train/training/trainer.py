@@ -43,7 +43,7 @@ from lt_train.training.dataset import examples_fingerprint, training_dataset
 from lt_train.training.distillation import Distillation
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.lora import lora_config
-from lt_train.training.probe_results import ProbeResult, read_results, track_probe
+from lt_train.training.probe_results import ProbeResult, read_probes, track_probe
 from lt_train.training.probes import Probes, environment_for
 from lt_train.training.projections import freeze_all_but_lazy_projections
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
@@ -131,7 +131,7 @@ def _probes(
     assert command is not None, "who trains with probes says how to start them"
 
     def take_in(result: ProbeResult, weights: Checkpoint) -> None:
-        track_probe(tracker, result, read_results(out))
+        track_probe(tracker, result, read_probes(out))
         for score in result.scores:
             if best is not None and best.metric == score.probe:
                 best.offer(weights, score.accuracy)

@@ -13,6 +13,7 @@ from lt_train.files import append_json_line
 from lt_train.report import charts, run_charts
 from lt_train.report.contents import read_runs
 from lt_train.results import kv_bytes
+from lt_train.training.probe_results import ProbeResult, ProbeScore, write_result
 from tests.report.made_runs import ANSWERS, LAZY_RATIO, REACH, made_run, record
 
 
@@ -176,6 +177,25 @@ def test_losses_are_drawn_at_their_steps(contents):
     assert [value for corner in corners for value in corner] == pytest.approx([1, 2.0, 2, 1.5, 3, 1.0], abs=0.01)
     (point,) = heldout.findall("circle")
     assert (drawing.x(float(point.get("cx"))), drawing.y(float(point.get("cy")))) == pytest.approx((2, 1.75), abs=0.01)
+
+
+def test_probes_are_drawn_at_their_steps_with_their_errors(run):
+    for step, needle, copying in ((2, 0.25, 1.0), (4, 0.5, 0.75)):
+        scores = tuple(ProbeScore(name, right, 0.125, 8, 0.0) for name, right in (("needle", needle), ("copying", copying)))
+        write_result(run / "train", ProbeResult(step, scores, ()))
+    chart = run_charts.probe_curves(read_runs([run])[0])
+    assert [entry.label for entry in chart.legend] == ["needle", "copying"]
+    drawing = Drawing(chart)
+    needle, copying = drawing.groups("v-trained")
+    corners = [(drawing.x(x), drawing.y(y)) for x, y in points(needle.find("path").get("d"))]
+    assert [value for corner in corners for value in corner] == pytest.approx([2, 25, 4, 50], abs=0.5)
+    bars = [[drawing.y(float(bar.get(end))) for end in ("y1", "y2")] for bar in copying.findall("line")]
+    assert [value for bar in bars for value in bar] == pytest.approx([87.5, 100, 62.5, 87.5], abs=0.5)
+    assert "needle 50.0 ± 12.5 % of 8 problems at step 4" in str(chart.svg)
+
+
+def test_a_run_without_probes_has_no_chart_of_them(contents):
+    assert run_charts.probe_curves(contents) is None
 
 
 def test_losses_that_are_not_finite_are_left_out_and_counted(run):

@@ -16,7 +16,7 @@ from lt_train.errors import UserError
 from lt_train.tracking import NoTracker, Tracker
 from lt_train.training import agreement
 from lt_train.training.checkpoints import fault_of, read_checkpoint
-from lt_train.training.probe_results import place_of, read_results
+from lt_train.training.probe_results import place_of, read_probes
 from lt_train.training.probes import environment_for
 from lt_train.training.trainer import TrainResult, train
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_probed_every_so_many_steps_and_after_the_last_and_all_o
     training.scores = {2: 0.25, 4: 0.5, 5: 0.75}
     tracker = Recording()
     training(tracker)
-    assert [(r.step, r.scores[0].accuracy) for r in read_results(training.out)] == [(2, 0.25), (4, 0.5), (5, 0.75)]
+    assert [(r.step, r.scores[0].accuracy) for r in read_probes(training.out)] == [(2, 0.25), (4, 0.5), (5, 0.75)]
     assert tracker.points == [("probes", {"needle": s}, step) for step, s in training.scores.items()]
     assert [row[:3] for row in tracker.tables["probe scores"]] == [[2, "needle", 0.25], [4, "needle", 0.5], [5, "needle", 0.75]]
     assert [row[2] for row in tracker.tables["probe answers/needle"]] == ["of step 2", "of step 4", "of step 5"]
@@ -109,12 +109,12 @@ def test_training_waits_for_a_probe_only_when_the_next_is_due(training: Training
 
     class Clock(NoTracker):
         def log(self, metrics: dict[str, Any], step: int) -> None:
-            begun.append((step, time.monotonic(), bool(read_results(training.out))))
+            begun.append((step, time.monotonic(), bool(read_probes(training.out))))
 
     training(Clock(), max_steps=4)
     logged = {step: (at, found) for step, at, found in begun}
     assert not logged[3][1] and logged[3][0] - logged[2][0] < 1.5  # the probe of step 2 was under way
-    assert [result.step for result in read_results(training.out)] == [2, 4]
+    assert [result.step for result in read_probes(training.out)] == [2, 4]
 
 
 def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on(training: Training) -> None:
@@ -122,7 +122,7 @@ def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on
     assert training().steps == 5
     (failed,) = [line for line in training.said if "failed" in line]
     assert failed.startswith("the probe of step 2 failed, training goes on: error the needle got lost (exit code 1, all of it in ")
-    assert [result.step for result in read_results(training.out)] == [4, 5]
+    assert [result.step for result in read_probes(training.out)] == [4, 5]
     assert not (place_of(training.out, 2) / "weights").exists()
 
 
@@ -131,11 +131,11 @@ def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_
     with pytest.raises(Cut):
         training(CutAt(4), save_steps=3)
     assert training.started == [2] and training.folders() == ["checkpoint-3", "probes"]
-    assert read_results(training.out) == []
+    assert read_probes(training.out) == []
     training.seconds = 0.1
     training(save_steps=3)
     assert training.started == [2, 2, 4, 5]
-    assert [result.step for result in read_results(training.out)] == [2, 4, 5]
+    assert [result.step for result in read_probes(training.out)] == [2, 4, 5]
 
 
 def test_a_result_that_was_not_taken_in_any_more_is_taken_in_on_resume(training: Training) -> None:
@@ -158,7 +158,7 @@ def test_probes_past_the_step_from_which_a_training_goes_on_are_forgotten(traini
     training.started.clear()
     training(keep_checkpoints=2)
     assert [step for step in training.started if step != 2] == [4, 5]
-    assert [result.step for result in read_results(training.out)] == [2, 4, 5]
+    assert [result.step for result in read_probes(training.out)] == [2, 4, 5]
 
 
 def test_a_training_killed_after_its_last_step_finishes_its_probe_before_it_publishes(training: Training) -> None:
