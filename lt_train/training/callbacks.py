@@ -13,7 +13,6 @@ from lt_train.files import append_json_line
 from lt_train.progress import Bar
 from lt_train.recipe_checks import EVAL_LOSS
 from lt_train.tracking import Tracker
-from lt_train.training.agreement import wait_while_main
 from lt_train.training.best import Best
 from lt_train.training.checkpoints import (
     Settings,
@@ -108,7 +107,7 @@ class ProbesBesideTraining(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.probes.is_due(state.global_step, state.max_steps):
             return
-        wait_while_main(self.probes.is_busy)
+        self.probes.wait()
         if state.is_world_process_zero:
             self.probes.add(read_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
             self.probes.is_busy()  # begins it

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lt_train.training.agreement import decided_by_main, wait_while_main
 from lt_train.training.checkpoints import (
     Checkpoint,
     finished_checkpoints,
@@ -104,6 +105,12 @@ class Probes:
         while self._running is None and self._waiting:
             self._begin(self._waiting.pop(0))
         return self._running is not None
+
+    def wait(self) -> None:
+        """Wait in all processes of the training until no probe is under way."""
+        if decided_by_main(self.is_busy):
+            self.report("waiting for the probe that is under way")
+            wait_while_main(self.is_busy)
 
     def stop(self) -> None:
         """End the process under way, if there is one; a resumed training goes on with it."""

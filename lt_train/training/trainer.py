@@ -19,7 +19,7 @@ from lt_train.hybrid import HybridSpec
 from lt_train.recipe import Recipe, Train
 from lt_train.recipe_checks import EVAL_LOSS
 from lt_train.tracking import Tracker
-from lt_train.training.agreement import decided_by_main, wait_while_main
+from lt_train.training.agreement import decided_by_main
 from lt_train.training.best import Best
 from lt_train.training.callbacks import (
     DueAfterStep,
@@ -110,7 +110,7 @@ def train(
                 _add_callbacks(trainer, recipe, settings, best, probes, TrainingLog(out, tracker))
                 _run(trainer, checkpoint, report)
             if probes is not None:
-                wait_while_main(probes.is_busy)
+                probes.wait()
         finally:
             if probes is not None:
                 probes.stop()

@@ -1,10 +1,9 @@
 """Something breaks: a loss or a gradient is NaN, a disk fills. The last good checkpoint stays."""
 
 import math
-import resource
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lt_train.errors import UserError
 from lt_train.tracking import NoTracker
 from lt_train.training.checkpoints import fault_of, newest_checkpoint
 from lt_train.training.log import read_log
+from tests.full_disk import files_of_at_most
 
 EVERY_STEP: dict[str, Any] = {"train": {"max_steps": 6, "save_steps": 1, "keep_checkpoints": 2, "logging_steps": 100}}
 BAD = tiny_examples().train[7]
@@ -97,22 +97,12 @@ def test_a_nan_on_held_out_samples_names_them_and_is_not_saved(tmp_path: Path) -
 class AtStep(NoTracker):
     """Does something when a step is logged, which comes before its checkpoint."""
 
-    def __init__(self, step: int, do: Callable[[], None]) -> None:
+    def __init__(self, step: int, do: Callable[[], object]) -> None:
         self.step, self.do = step, do
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if step == self.step:
             self.do()
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[Callable[[], None]]:
-    """Yields what makes the operating system refuse longer files (as a full disk refuses: in the middle of one)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +114,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before_i
     settings = {"train": {**EVERY_STEP["train"], "logging_steps": 1, "save_steps": 2}}
     train_tiny("whole", **settings)
     run = tmp_path / "run"
-    with no_file_above(size) as fill, pytest.raises(UserError) as told:
-        train_in(run, settings, AtStep(4, fill))
+    with ExitStack() as disk, pytest.raises(UserError) as told:
+        train_in(run, settings, AtStep(4, lambda: disk.enter_context(files_of_at_most(size))))
     message = str(told.value)
     assert "the checkpoint of step 4 could not be written" in message and "make room first" in message
     assert f"{run / 'checkpoint-2'} is whole, and the same command goes on from it" in message
@@ -137,11 +127,9 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before_i
 
 def test_a_log_that_cannot_be_written_is_the_same_error(tmp_path: Path) -> None:
     settings = {"train": {**EVERY_STEP["train"], "logging_steps": 1, "save_steps": 2}}
-    with (
-        no_file_above(1) as fill,
-        pytest.raises(UserError, match=r"log\.jsonl of step 4 could not be written.*checkpoint-2 is whole"),
-    ):
-        train_in(tmp_path, settings, AtStep(3, fill))
+    named = r"log\.jsonl of step 4 could not be written.*checkpoint-2 is whole"
+    with ExitStack() as disk, pytest.raises(UserError, match=named):
+        train_in(tmp_path, settings, AtStep(3, lambda: disk.enter_context(files_of_at_most(1))))
     train_in(tmp_path, settings, NoTracker())
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
 

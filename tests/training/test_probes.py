@@ -115,6 +115,7 @@ def test_training_waits_for_a_probe_only_when_the_next_is_due(training: Training
     logged = {step: (at, found) for step, at, found in begun}
     assert not logged[3][1] and logged[3][0] - logged[2][0] < 1.5  # the probe of step 2 was under way
     assert [result.step for result in read_probes(training.out)] == [2, 4]
+    assert "waiting for the probe that is under way" in training.said
 
 
 def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on(training: Training) -> None:
