@@ -20,8 +20,18 @@ def batch_samples(train: "Train", data: "Data") -> int:
 
 
 def data_parallel_size(train: "Train", processes: int) -> int:
-    """How many of the `processes` see samples of their own."""
-    return processes
+    """How many of the `processes`, or of the groups of them that share a sequence, see samples of their own.
+
+    Raises:
+        UserError: the processes cannot be put into groups of train.sequence_parallel.
+    """
+    if processes % train.sequence_parallel:
+        near = nearest_multiples(processes, train.sequence_parallel)
+        raise UserError(
+            f"train.sequence_parallel: {processes} processes cannot be put into groups of {train.sequence_parallel}, each of which "
+            f"shares a sequence. Start {near} processes, or lower it"
+        )
+    return processes // train.sequence_parallel
 
 
 def accumulation_steps(train: "Train", data: "Data", processes: int) -> int:
@@ -35,10 +45,12 @@ def accumulation_steps(train: "Train", data: "Data", processes: int) -> int:
     batch = batch_samples(train, data)
     if batch % at_once:
         setting, unit = ("batch_size", 1) if train.batch_tokens is None else ("batch_tokens", data.max_length)
-        near, fitting = nearest_multiples(batch * unit, at_once * unit), _dividing(batch, train.micro_batch_size, sharing)
+        near, fitting = nearest_multiples(batch * unit, at_once * unit), _dividing(batch, train, sharing)
+        shared = f" and train.sequence_parallel {train.sequence_parallel}" if train.sequence_parallel > 1 else ""
         raise UserError(
-            f"train.{setting}: {batch * unit:,} cannot be shared out: {sharing} processes with train.micro_batch_size "
-            f"{train.micro_batch_size} take {at_once * unit:,} at a time. The nearest that can: {near}. Or start {fitting} processes"
+            f"train.{setting}: {batch * unit:,} cannot be shared out: {processes} processes with train.micro_batch_size "
+            f"{train.micro_batch_size}{shared} take {at_once * unit:,} at a time. The nearest that can: {near}. "
+            f"Or start {fitting} processes"
         )
     return batch // at_once
 
@@ -49,8 +61,9 @@ def nearest_multiples(number: int, of: int) -> str:
     return f"{below:,} or {below + of:,}" if below else f"{of:,}"
 
 
-def _dividing(batch: int, micro: int, sharing: int) -> str:
-    """The numbers of processes around `sharing` that share `batch` out in whole micro-batches, in words."""
+def _dividing(batch: int, train: "Train", sharing: int) -> str:
+    """The numbers of processes around `sharing` groups of them that share `batch` out in whole micro-batches, in words."""
+    micro = train.micro_batch_size
     fitting = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
     below, above = [n for n in fitting if n < sharing][-1:], [n for n in fitting if n > sharing][:1]
-    return " or ".join(map(str, below + above))
+    return " or ".join(str(n * train.sequence_parallel) for n in below + above)

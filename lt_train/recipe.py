@@ -158,6 +158,8 @@ class Train(Part):
     a probe. null: none are."""
     publish: Literal["last", "best"] = "last"
     """Which weights are the trained model, to be evaluated and exported: those after the last step, or those of keep_best."""
+    sequence_parallel: int = Field(1, ge=1)
+    """So many processes share each sequence (Ulysses), for samples too long for one device; 1: none. Divides the model's heads."""
     deepspeed: Text | None = None
     """Path of a DeepSpeed configuration."""
     distill: Distill = Distill()

@@ -151,6 +151,7 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
     if train.epochs is not None and train.max_steps is not None:
         yield Conflict(("train.epochs", "train.max_steps"), "both say how long to train; keep one and set the other to null")
     yield from _batch(train, recipe.data)
+    yield from _sequence_parallel(train)
     if train.eval_steps is not None and recipe.data.heldout == 0:
         yield Conflict(
             ("train.eval_steps", "data.heldout"),
@@ -189,6 +190,21 @@ def _batch(train: "Train", data: "Data") -> Iterator[Conflict]:
         yield Conflict(
             (tokens, "data.max_length", micro),
             f"{train.batch_tokens:,} is no multiple of {product}; the nearest that are: {near}",
+        )
+
+
+def _sequence_parallel(train: "Train") -> Iterator[Conflict]:
+    degree = "train.sequence_parallel"
+    if train.sequence_parallel == 1:
+        return
+    if train.deepspeed is None:
+        yield Conflict(
+            (degree, "train.deepspeed"), "DeepSpeed shares the sequences; name its configuration, such as launch/zero3.json"
+        )
+    if train.micro_batch_size > 1:
+        yield Conflict(
+            (degree, "train.micro_batch_size"),
+            f"processes share one row at a time; set micro_batch_size to 1 instead of {train.micro_batch_size}",
         )
 
 

@@ -8,6 +8,7 @@ from .configuration import is_hybrid
 from .kernels import AUTO, Choice, Use, choose
 from .loading import build_hybrid, family_of, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from .modeling import HybridForCausalLM
+from .sequence_parallel import attend_gathered
 from .spec import HYBRID_VERSION, HybridError, HybridSpec
 from .views import AttentionView, FullView, StreamingView, Views
 
@@ -25,6 +26,7 @@ __all__ = [
     "StreamingView",
     "Use",
     "Views",
+    "attend_gathered",
     "build_hybrid",
     "choose",
     "family_of",

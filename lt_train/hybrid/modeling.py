@@ -20,8 +20,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
-from .documents import find_documents
+from .documents import Documents, find_documents
 from .kernels import AUTO, STREAMING_KERNELS
+from .sequence_parallel import Exchange, shared_views
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
     AttentionView,
@@ -74,6 +75,7 @@ class HybridBody(OwnAttention):
     def __init__(self, config) -> None:
         self.streaming_kernel = AUTO
         self.attends_fully = False
+        self.exchange: Exchange | None = None
         super().__init__(config)
 
     @property
@@ -116,10 +118,12 @@ class HybridBody(OwnAttention):
             position_ids: [B, T], restarting at 0 with each packed document.
 
         Raises:
-            HybridError: see `find_documents`; packed documents or right padding with a cache.
+            HybridError: see `find_documents`; packed documents or right padding with a cache; see `shared_views`.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         batch, new, device = given.shape[0], given.shape[1], given.device
+        if self.exchange is not None and self.training:
+            return shared_views(self.exchange, self._views_of_gathered, attention_mask, position_ids)
         if cache is not None and cache.rows.columns > 0:
             return self._views_after_cache(cache, batch, new, device, attention_mask, position_ids)
         documents = find_documents(batch, new, device, attention_mask, position_ids)
@@ -127,9 +131,15 @@ class HybridBody(OwnAttention):
             if documents.are_packed:
                 raise HybridError("packed documents cannot share a KV cache: pass use_cache=False, or one document per row")
             cache.rows.advance(_padding(attention_mask), batch, new, device)
+        return self._views_of(documents)
+
+    def _views_of(self, documents: Documents) -> Views:
         full = FullView(documents, self.streaming_kernel)
         streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.streaming_kernel)
         return Views(full, streaming, documents.position_ids)
+
+    def _views_of_gathered(self, position_ids: Tensor) -> Views:
+        return self._views_of(find_documents(*position_ids.shape, position_ids.device, None, position_ids))
 
     def _views_after_cache(
         self,
@@ -250,6 +260,14 @@ class HybridCausalLM(OwnAttention):
         if name not in (AUTO, *STREAMING_KERNELS):
             raise HybridError(f"streaming kernel {name!r}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
         self.model.streaming_kernel = name
+
+    def share_sequences(self, exchange: Exchange) -> None:
+        """Train on slices: from now on a forward pass in training mode takes this process's slice of each sequence.
+
+        Its `input_ids` and `position_ids` are the slice's; positions are those in the whole sequence. In eval mode every process
+        goes on to take sequences of its own, whole.
+        """
+        self.model.exchange = exchange
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -57,10 +57,13 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "logging_strategy": "steps",
         "logging_steps": train.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN must show
-        "include_num_input_tokens_seen": "all" if recipe.data.packing else "non_padding",
+        # slices of a sequence have no mask, and count up to sequence_parallel - 1 tokens of padding
+        "include_num_input_tokens_seen": "all" if recipe.data.packing or train.sequence_parallel > 1 else "non_padding",
         "disable_tqdm": True,
         "report_to": "none",
     }
+    if train.sequence_parallel > 1:
+        ours["pad_to_multiple_of"] = train.sequence_parallel  # slices are of equal length
     taken = sorted(ours.keys() & train.trl.keys())
     if taken:
         raise UserError(f"train.trl: {', '.join(taken)}: set by lt_train itself from the rest of the recipe. Remove it")

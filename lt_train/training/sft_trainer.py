@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer with five things changed: distillation beside its loss, an exact evaluation loss, a stop at NaN, a word about a
-full disk, and no model card of TRL's own.
+"""TRL's SFTTrainer with six things changed: distillation beside its loss, an exact evaluation loss, a stop at NaN, a word about a
+full disk, slices of sequences that processes share, and no model card of TRL's own.
 """
 
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
@@ -17,6 +18,7 @@ from lt_train.examples import Example
 from lt_train.training.checkpoints import newest_checkpoint, written_or_told
 from lt_train.training.distillation import Distillation
 from lt_train.training.samples import TOLD, samples_in
+from lt_train.training.sequence_parallel import SharedSequences
 
 SAMPLES_NAMED = 20
 """At most, in an error."""
@@ -31,6 +33,8 @@ class HybridSFTTrainer(SFTTrainer):
     heldout: Sequence[Example] = ()
     _step_batches: tuple[int, list[Mapping[str, torch.Tensor]]] = (-1, [])  # (steps done, batches of the step after them)
     distillation: Distillation | None = None
+    shared_sequences: SharedSequences | None = None
+    """Set where several processes share each training sequence. Held-out samples are evaluated whole, by one process each."""
     _logged_step = 0  # up to where the parts of a distilled loss are logged
 
     def compute_loss(
@@ -56,6 +60,18 @@ class HybridSFTTrainer(SFTTrainer):
             means = self.distillation.means.take(self.state.global_step - self._logged_step)
             logs = logs | {name: self.accelerator.gather(value).mean().item() for name, value in means.items()}
         super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.shared_sequences is None:
+            return super().get_train_dataloader()
+        whole = self.data_collator
+        self.data_collator = self.shared_sequences.slicing(whole)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+        self.shared_sequences.deal_out(loader)
+        return loader
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         batch = {name: inputs[name] for name in TOLD if name in inputs}

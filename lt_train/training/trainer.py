@@ -46,6 +46,7 @@ from lt_train.training.lora import lora_config
 from lt_train.training.probe_results import ProbeResult, read_probes, track_probe
 from lt_train.training.probes import Probes, environment_for
 from lt_train.training.projections import freeze_all_but_lazy_projections
+from lt_train.training.sequence_parallel import share_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
@@ -194,6 +195,8 @@ def _build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
+    if recipe.train.sequence_parallel > 1:
+        trainer.shared_sequences = share_sequences(model, recipe.train.sequence_parallel)
     trainer.examples, trainer.heldout = example_set.train, heldout
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
     return trainer

@@ -1,0 +1,96 @@
+"""Several processes share each training sequence: DeepSpeed's Ulysses exchange around our attention, and slices of the batches.
+
+For the rest of training, slices are data-parallel rows. TRL's loss is a sum over a process's own tokens, divided by the tokens of
+the whole step; gradients are averaged over all processes as ever; so an answer token weighs the same wherever it lies.
+
+Upstream's way in (accelerate's ParallelismConfig with sp_backend="deepspeed", accelerate 1.15, deepspeed 0.19) is not taken:
+its `UlyssesSPDataLoaderAdapter` stops at the 1-D `cu_seq_lens` of TRL's packed batches, cannot skip the batches that a resumed run
+has seen, and with it the loss becomes a mean of each micro-batch's mean; `register_with_transformers` would put its wrapper in
+the place of our attention for every hybrid in the process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.data_loader import BatchSamplerShard
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader
+
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridForCausalLM, attend_gathered
+from lt_train.training.dataset import IGNORED
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SharedSequences:
+    """`degree` processes with neighbouring ranks share a sequence."""
+
+    degree: int
+    rank: int
+    processes: int
+
+    def deal_out(self, loader: DataLoader) -> None:
+        """Let the processes that share a sequence read the same rows. accelerate would deal each process rows of its own."""
+        shard = loader.batch_sampler
+        assert isinstance(shard, BatchSamplerShard), "accelerate deals rows to several processes by a BatchSamplerShard"
+        shard.num_processes = self.processes // self.degree
+        shard.process_index = self.rank // self.degree
+
+    def slicing(self, collate: Collator) -> Collator:
+        """`collate`, then this process's slice of the columns."""
+        return lambda rows: slice_of(collate(rows), self.rank % self.degree, self.degree)
+
+
+def slice_of(batch: dict[str, Any], index: int, slices: int) -> dict[str, Tensor]:
+    """The columns of slice `index`: input_ids, labels, labels shifted by one over the whole row, positions in the whole row.
+
+    Args:
+        batch: TRL's, [B, T]: with position_ids, or with an attention_mask and right padding; T is a multiple of `slices`.
+    """
+    whole = {name: batch[name] for name in ("input_ids", "labels")}
+    whole["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+    if "position_ids" in batch:
+        whole["position_ids"] = batch["position_ids"]
+    else:
+        whole["position_ids"] = (batch["attention_mask"].cumsum(1) - 1) * batch["attention_mask"]
+    return {name: column_BT.tensor_split(slices, dim=1)[index].contiguous() for name, column_BT in whole.items()}
+
+
+def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
+    """Make a hybrid attend over sequences that each `degree` neighbouring processes share. Every process calls it once.
+
+    Raises:
+        UserError: the model's heads cannot be shared out.
+    """
+    # Imported here: DeepSpeed is not needed for any other training.
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    config = model.config
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % degree or (groups % degree and degree % groups):
+        raise UserError(
+            f"train.sequence_parallel: {degree} processes cannot share {heads} query heads and {groups} key/value heads. "
+            f"These can: {', '.join(str(n) for n in _fitting(heads, groups))}"
+        )
+    group, _ = dist.new_subgroups(group_size=degree)
+    ulysses = UlyssesSPAttentionHF(
+        attn=attend_gathered,
+        batch_size=1,
+        attn_head_count=heads,
+        attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_head_count=groups,
+        num_hidden_layers=config.num_hidden_layers,
+        process_group=group,
+        seq_length_is_variable=True,
+    )
+    model.share_sequences(ulysses.forward)
+    return SharedSequences(degree, dist.get_rank(), dist.get_world_size())
+
+
+def _fitting(heads: int, groups: int) -> list[int]:
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
