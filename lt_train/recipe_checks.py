@@ -206,6 +206,15 @@ def _sequence_parallel(train: "Train") -> Iterator[Conflict]:
             (degree, "train.micro_batch_size"),
             f"processes share one row at a time; set micro_batch_size to 1 instead of {train.micro_batch_size}",
         )
+    if train.distill.weight > 0:
+        yield Conflict(
+            (degree, "train.distill.weight"),
+            "a teacher is asked about whole sequences, not about slices; set sequence_parallel to 1, or weight to 0",
+        )
+    if "pad_to_multiple_of" in train.trl:
+        yield Conflict(
+            (degree, "train.trl.pad_to_multiple_of"), "rows are filled up so that slices are of equal length; take it out"
+        )
 
 
 def _lora(recipe: "Recipe") -> Iterator[Conflict]:

@@ -25,6 +25,14 @@ def test_a_batch_in_tokens_is_so_many_full_packs() -> None:
     assert accumulation_steps(train(2, batch_tokens=96_000), DATA, 8) == 6
 
 
+def test_processes_that_share_a_sequence_take_one_part_of_the_batch() -> None:
+    assert accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 16) == 24
+    with pytest.raises(UserError, match=r"7 processes cannot be put into groups of 4.*Start 4 or 8 processes"):
+        accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 7)
+    with pytest.raises(UserError, match=r"20 processes .* take 5 at a time.*95 or 100. Or start 16 or 24 processes"):
+        accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 20)
+
+
 @pytest.mark.parametrize(
     ("micro", "batch", "processes", "told"),
     [

@@ -250,6 +250,19 @@ def test_a_wrong_setting_is_told_with_the_way_out(recipe_file: Path, override: s
             "model.attention + model.dtype: flash attention computes in bf16 only; set model.dtype to bf16, or model.attention to",
         ),
         (["train.batch_size=null", "train.batch_tokens=2048"], "train.batch_tokens + data.packing: samples differ in length"),
+        (["train.sequence_parallel=2"], "train.sequence_parallel + train.deepspeed: DeepSpeed shares the sequences"),
+        (
+            ["train.sequence_parallel=2", "train.micro_batch_size=2"],
+            "train.sequence_parallel + train.micro_batch_size: processes share one row at a time; set micro_batch_size to 1",
+        ),
+        (
+            ["train.sequence_parallel=2", "train.distill={weight: 0.5}"],
+            "train.sequence_parallel + train.distill.weight: a teacher is asked about whole sequences, not about slices",
+        ),
+        (
+            ["train.sequence_parallel=2", "train.trl={pad_to_multiple_of: 64}"],
+            "train.sequence_parallel + train.trl.pad_to_multiple_of: rows are filled up so that slices are of equal length",
+        ),
         (
             ["train.batch_size=null", "train.batch_tokens=5000", "train.micro_batch_size=2", "data.packing=true"],
             "train.batch_tokens + data.max_length + train.micro_batch_size: 5,000 is no multiple of 1,024 x 2; "

@@ -35,9 +35,17 @@ class SharedSequences:
     processes: int
 
     def deal_out(self, loader: DataLoader) -> None:
-        """Let the processes that share a sequence read the same rows. accelerate would deal each process rows of its own."""
+        """Let the processes that share a sequence read the same rows. accelerate would deal each process rows of its own.
+
+        Raises:
+            UserError: rows are dealt in another way than row by row to all processes in turn.
+        """
         shard = loader.batch_sampler
-        assert isinstance(shard, BatchSamplerShard), "accelerate deals rows to several processes by a BatchSamplerShard"
+        if not isinstance(shard, BatchSamplerShard) or shard.split_batches or shard.num_processes != self.processes:
+            raise UserError(
+                "train.sequence_parallel: rows are dealt to the processes in an order of their own, so that those that share a "
+                "sequence would not read the same. Take accelerator_config and train_sampling_strategy out of train.trl"
+            )
         shard.num_processes = self.processes // self.degree
         shard.process_index = self.rank // self.degree
 

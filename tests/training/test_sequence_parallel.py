@@ -111,6 +111,12 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
     assert dealt[:count] == list(range(count)) and len(dealt) in (count, count + 1)
 
 
+def test_rows_that_are_dealt_in_another_order_are_refused() -> None:
+    sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(8)), 4, drop_last=False), 4, 0, split_batches=True)
+    with pytest.raises(UserError, match="Take accelerator_config and train_sampling_strategy out"):
+        SharedSequences(degree=2, rank=0, processes=4).deal_out(DataLoaderShard(range(8), batch_sampler=sampler))
+
+
 @pytest.mark.parametrize("with_positions", [True, False])
 def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positions: bool) -> None:
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 1]]), "labels": torch.tensor([[IGNORED, 6, 7, 8, 9, IGNORED]])}
