@@ -62,6 +62,35 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="Processes of the training, one to a GPU.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each GPU.")] = 80,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Processes on a CPU instead, each with so much memory.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Rows of the data, where they are not at hand.", show_default=False)] = None,
+    mean_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sample, prompt and answer, on average.", show_default=False)
+    ] = None,
+    tflops: Annotated[float, typer.Option(help="Peak of a GPU in dense bf16 products, in TFLOP/s; an H100's by default.")] = 989,
+    efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches.")] = 0.4,
+) -> None:
+    """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
+    from lt_train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    _quiet_upstream()
+    from lt_train.planning.plan import make_plan
+    from lt_train.planning.setup import GIB, Machine
+    from lt_train.planning.table import show_plan
+
+    made = make_plan(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
+    show_plan(made, Console())
+    if not made.works:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
     """Do all that a recipe says, from base model to exported hybrid; goes on where it was cut off."""
     _work(recipe, overrides, runs, lambda pipeline: pipeline.run())

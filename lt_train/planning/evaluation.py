@@ -1,0 +1,48 @@
+"""What an evaluation by the built-in engine needs: the KV cache of one sequence, full and hybrid, and how many fit at once."""
+
+from dataclasses import dataclass
+
+from lt_train.evaluation.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
+from lt_train.planning.activations import FP32
+from lt_train.planning.setup import BF16, Machine
+from lt_train.planning.shape import ModelShape
+from lt_train.recipe import Eval, Recipe
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Bytes of one sequence.
+
+    Attributes:
+        tokens: of its answer, at most.
+        at_once: how many such sequences fit beside the weights: (hybrid, full).
+    """
+
+    evaluation: str
+    tokens: int
+    hybrid: int
+    full: int
+    at_once: tuple[int, int]
+
+
+def kv_cache(recipe: Recipe, shape: ModelShape, machine: Machine) -> Cache | None:
+    """Of the recipe's evaluation with the longest answers; None where nothing is generated.
+
+    The engine spreads a model's layers over all GPUs of its process, so it has the memory of all of them.
+    """
+    entries = [entry for entry in recipe.eval if isinstance(entry, Eval)]
+    if not entries:
+        return None
+    longest = max(entries, key=_tokens)
+    number = FP32 if recipe.model.dtype == "fp32" or (recipe.model.dtype == "auto" and machine.cpu) else BF16
+    entry, tokens, layers = 2 * shape.keys * number, _tokens(longest), len(shape.layers)
+    hybrid, full = entry * shape.spec.cached_tokens(tokens), entry * layers * tokens
+    left = max(machine.gpus * machine.usable - number * shape.base_parameters, 0)
+    return Cache(longest.name, tokens, hybrid, full, (left // hybrid, left // full))
+
+
+def _tokens(entry: Eval) -> int:
+    if entry.max_new_tokens is not None:
+        return entry.max_new_tokens
+    recall = RecallSettings(span=entry.recall.span) if entry.recall is not None else None
+    return answer_tokens(BENCHMARKS[entry.benchmark], recall) or 0

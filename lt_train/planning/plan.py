@@ -1,0 +1,96 @@
+"""A recipe's plan: `make_plan` reads the base's config and counts; nothing is downloaded but that config, nothing is written."""
+
+from dataclasses import dataclass
+
+from lt_train.base_model import load_base_config
+from lt_train.batch import accumulation_steps
+from lt_train.errors import UserError
+from lt_train.planning.compute import Compute, training_compute
+from lt_train.planning.evaluation import Cache, kv_cache
+from lt_train.planning.memory import Memory, training_memory
+from lt_train.planning.setup import Machine, Setup, setup_of
+from lt_train.planning.shape import ModelShape, model_shape
+from lt_train.planning.ways import Way, remedies, ways
+from lt_train.planning.work import Work, training_samples, training_work
+from lt_train.recipe import Recipe, Train
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """
+    Attributes:
+        undivided: why the processes cannot share the batch; None where they can.
+        remedies: changes that would make it fit, where it does not.
+        work, compute: None where the number of samples is unknown.
+    """
+
+    setup: Setup
+    memory: Memory
+    ways: list[Way]
+    undivided: str | None
+    accumulation: int | None
+    remedies: list[str]
+    work: Work | None
+    compute: Compute | None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.setup.machine.usable
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    machine: Machine
+    shape: ModelShape
+    training: TrainingPlan | None
+    """None in a recipe without training."""
+    cache: Cache | None
+
+    @property
+    def works(self) -> bool:
+        """Whether the training fits and its batch can be shared out."""
+        return self.training is None or (self.training.fits and self.training.undivided is None)
+
+
+def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None) -> Plan:
+    """
+    Args:
+        samples, mean_tokens: of the data, where they are not at hand (see `training_samples`).
+
+    Raises:
+        UserError: no config of the base, a base that cannot become a hybrid, or settings that do not fit it.
+    """
+    base_config = load_base_config(recipe.model)
+    shape = model_shape(recipe, base_config)
+    if recipe.data.max_length > shape.context:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length} tokens are more than the model's context of {shape.context}; "
+            f"set it to at most {shape.context}"
+        )
+    training = None
+    if recipe.train is not None:
+        found = training_samples(recipe, base_config, samples, mean_tokens)
+        work = None if found is None else training_work(recipe, recipe.train, found)
+        training = _training(recipe, recipe.train, machine, shape, work)
+    return Plan(recipe, machine, shape, training, kv_cache(recipe, shape, machine))
+
+
+def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape, work: Work | None) -> TrainingPlan:
+    undivided, accumulation = None, None
+    try:
+        accumulation = accumulation_steps(train, recipe.data, machine.gpus)
+    except UserError as error:
+        undivided = str(error)
+    setup = setup_of(recipe, train, machine, len(shape.spec.lazy_layers))
+    memory = training_memory(shape, setup)
+    return TrainingPlan(
+        setup=setup,
+        memory=memory,
+        ways=[] if undivided else ways(recipe, train, shape, setup),
+        undivided=undivided,
+        accumulation=accumulation,
+        remedies=[] if memory.peak <= machine.usable else list(remedies(recipe, train, shape, setup)),
+        work=work,
+        compute=None if work is None else training_compute(shape, train, work),
+    )

@@ -1,0 +1,173 @@
+"""The sizes of a recipe's model, and what of it is trained: counted on torch's meta device, where weights have no bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedConfig
+
+from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.recipe import Hybrid, Recipe
+from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
+from lt_train.selection.periodic import periodic_layers
+from lt_train.training.lora import lora_config
+from lt_train.training.projections import freeze_all_but_lazy_projections
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module of a decoder layer.
+
+    Attributes:
+        name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj.
+        weights: parameters of the module itself, without an adapter's.
+        trained: whether they are trained.
+        rank: of its LoRA adapter; 0 without one.
+        adapter: parameters of the adapter.
+    """
+
+    name: str
+    weights: int
+    trained: bool
+    rank: int = 0
+    adapter: int = 0
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether a weight's gradient needs what came in."""
+        return self.trained or self.rank > 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    streams: bool
+    linears: dict[str, Linear]
+    parameters: int
+    norms_trained: bool
+    """RMSNorm's own weights."""
+
+    @property
+    def trains(self) -> bool:
+        return self.norms_trained or any(linear.keeps_input for linear in self.linears.values())
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes in elements; `parameters` and `trainable` count an embedding that is also the head once, and adapters too."""
+
+    parameters: int
+    trainable: int
+    spec: HybridSpec
+    layers: tuple[Layer, ...]
+    hidden: int
+    queries: int
+    """All query heads together: heads x head size."""
+    keys: int
+    """All key heads together; the values are as many."""
+    heads: int
+    key_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool
+    """The head is the embedding."""
+    query_key_norm: bool
+    """Queries and keys are normalised head by head (Qwen3)."""
+    head_trained: bool
+    embedding_trained: bool
+    context: int
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def base_parameters(self) -> int:
+        """Without adapters."""
+        return self.parameters - self.adapters
+
+    @property
+    def layer_linears(self) -> int:
+        return sum(linear.weights for layer in self.layers for linear in layer.linears.values())
+
+    @property
+    def adapters(self) -> int:
+        return sum(linear.adapter for layer in self.layers for linear in layer.linears.values())
+
+
+def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
+    """
+    Raises:
+        UserError: the recipe's layers, ratio or LoRA targets do not fit this model.
+        HybridError: a base that cannot become a hybrid.
+    """
+    hybrid = recipe.hybrid
+    spec = HybridSpec(
+        base_config.num_hidden_layers, _lazy_layers(hybrid, base_config.num_hidden_layers), hybrid.w_sink, hybrid.w_recent
+    )
+    with torch.device("meta"):
+        model = build_hybrid(base_config, spec)
+        _freeze_what_is_not_trained(recipe, spec, model)
+    return _shape_of(model, spec)
+
+
+def _lazy_layers(hybrid: Hybrid, num_layers: int) -> tuple[int, ...]:
+    """As many layers as will stream. Which ones is known only after profiling; all are of one size, so it does not matter."""
+    if hybrid.layers is not None:
+        return explicit_layers(hybrid.layers, num_layers)
+    return periodic_layers(number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers), num_layers)
+
+
+def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:
+    if recipe.train is None:
+        model.requires_grad_(False)
+    elif recipe.train.parameters == "lazy_projections":
+        freeze_all_but_lazy_projections(model, spec)
+    elif recipe.lora is not None:
+        get_peft_model(model, lora_config(recipe.lora, spec, model))  # puts the adapters into `model` itself
+
+
+def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
+    config = model.config
+    attention = model.model.layers[0].self_attn
+    parameters = list(model.parameters())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return ModelShape(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        spec=spec,
+        layers=tuple(_layer(layer, spec.is_lazy(index)) for index, layer in enumerate(model.model.layers)),
+        hidden=config.hidden_size,
+        queries=config.num_attention_heads * attention.head_dim,
+        keys=config.num_key_value_heads * attention.head_dim,
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        tied=head.weight is embedding.weight,
+        query_key_norm=hasattr(attention, "q_norm"),
+        head_trained=_trains(head),
+        embedding_trained=_trains(embedding),
+        context=config.max_position_embeddings,
+    )
+
+
+def _layer(layer: nn.Module, streams: bool) -> Layer:
+    linears: dict[str, Linear] = {}
+    inside = tuple(name for name, module in layer.named_modules() if isinstance(module, LoraLayer))
+    for path, module in layer.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            weights = sum(p.numel() for p in base.parameters())
+            adapter = sum(p.numel() for p in module.parameters()) - weights
+            linears[name] = Linear(name, weights, _trains(base), module.r["default"], adapter)
+        elif isinstance(module, nn.Linear) and not path.startswith(inside):
+            linears[name] = Linear(name, sum(p.numel() for p in module.parameters()), _trains(module))
+    norms = [p for name, p in layer.named_parameters() if "norm" in name]
+    return Layer(streams, linears, sum(p.numel() for p in layer.parameters()), any(p.requires_grad for p in norms))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,134 @@
+"""How a plan is shown: each figure with where it comes from, and at the end whether it fits, or what to change."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lt_train.planning.plan import Plan, TrainingPlan
+from lt_train.planning.setup import Machine
+from lt_train.planning.shape import ModelShape
+from lt_train.results import bytes_in_words
+
+TERA = 10**12
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    _say(console, f"{plan.recipe.name} on {_machine(plan.machine)}", bold=True)
+    _facts(console, _model(plan))
+    training = plan.training
+    if training is not None:
+        _facts(console, _training(training, plan.shape))
+        console.print(_memory_table(training))
+        if training.ways:
+            console.print(_ways_table(training))
+        _facts(console, _work(training))
+    _facts(console, _evaluation(plan))
+    for line in _verdict(plan):
+        _say(console, line, bold=True)
+
+
+def _machine(machine: Machine) -> str:
+    memory = bytes_in_words(machine.memory)
+    if machine.cpu:
+        return f"{machine.gpus} process{'es' if machine.gpus > 1 else ''} on a CPU with {memory} each"
+    usable = bytes_in_words(machine.usable)
+    return f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {memory}, of which {usable} can be counted on"
+
+
+def _model(plan: Plan) -> list[tuple[str, str]]:
+    shape = plan.shape
+    spec = shape.spec
+    streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({spec.w_sink} sinks, window {spec.w_recent:,})"
+    return [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters; {streams}")]
+
+
+def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:
+    setup = training.setup
+    adapters = ", all in adapters" if shape.adapters == shape.trainable else ""
+    shared = f" shared by {setup.sequence_parallel} processes" if setup.sequence_parallel > 1 else ""
+    step = "" if training.accumulation is None else f", {training.accumulation} of them an optimizer step"
+    return [
+        ("trained", f"{shape.trainable:,} parameters, {100 * shape.trainable / shape.parameters:.3g} %{adapters}"),
+        ("in", f"{'bf16' if setup.bf16 else 'fp32'} with {setup.sharding.name}"),
+        ("at a time", f"{setup.micro_batch} x {setup.length:,} tokens{shared} in each process{step}"),
+    ]
+
+
+def _memory_table(training: TrainingPlan) -> Table:
+    memory = training.memory
+    table = _table("memory of each process", "", "")
+    for part in memory.parts:
+        at_peak = memory.phase in part.live
+        table.add_row(part.name, bytes_in_words(part.size), part.how if at_peak else f"{part.how}; not at the peak")
+    table.add_section()
+    table.add_row("peak", bytes_in_words(memory.peak), memory.phase.value, style="bold")
+    if memory.host:
+        table.add_row("host memory", bytes_in_words(memory.host), "of all processes together")
+    return table
+
+
+def _ways_table(training: TrainingPlan) -> Table:
+    table = _table("train.deepspeed", "micro-batch 1", "largest micro-batch that fits")
+    for way in training.ways:
+        host = f", {bytes_in_words(way.host)} of host memory" if way.host else ""
+        here = "; this recipe's way" if way.sharding == training.setup.sharding else ""
+        table.add_row(way.file, bytes_in_words(way.peak), f"{way.micro_batch or 'none'} ({way.sharding.name}{host}{here})")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[1].justify = "right"
+    return table
+
+
+def _work(training: TrainingPlan) -> list[tuple[str, str]]:
+    work, compute, machine = training.work, training.compute, training.setup.machine
+    if work is None or compute is None:
+        return [("tokens", "unknown: the data are not at hand. Give --samples and --mean-tokens, or set data.limit")]
+    samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {work.rounds:.3g} times"
+    full = f"{(compute.linear + compute.full_attention) / TERA:,.4g} if no layer streamed"
+    rows = [
+        ("tokens", f"{work.tokens:,.0f} in {work.steps:,} optimizer steps: {samples} ({work.samples.source})"),
+        (
+            "TFLOP",
+            f"{compute.total / TERA:,.4g}: {compute.linear / TERA:,.4g} linear, {compute.attention / TERA:,.4g} attention; {full}",
+        ),
+    ]
+    if not machine.cpu:
+        peak = f"{machine.tflops:,.0f} TFLOP/s on each of {machine.gpus} GPUs"
+        rows.append(("hours", f"{compute.hours(machine):,.3g} at {100 * machine.efficiency:.0f} % of {peak}"))
+    return rows
+
+
+def _evaluation(plan: Plan) -> list[tuple[str, str]]:
+    cache = plan.cache
+    if cache is None:
+        return []
+    hybrid, full = cache.at_once
+    sizes = f"{bytes_in_words(cache.hybrid)} for {cache.tokens:,} tokens, {bytes_in_words(cache.full)} if no layer streamed"
+    return [("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} at once beside the weights")]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    training = plan.training
+    if training is None:
+        return ["nothing is trained in this recipe"]
+    lines = [] if training.undivided is None else [f"the batch does not divide: {training.undivided}"]
+    needed = f"{bytes_in_words(training.memory.peak)} of {bytes_in_words(plan.machine.usable)}"
+    if training.fits:
+        return [*lines, f"fits: {needed}"]
+    lines.append(f"does not fit: {needed}, {training.memory.phase.value}")
+    if not training.remedies:
+        return [*lines, "no single change would do: train with LoRA, and checkpoint, shard and shorten"]
+    return [*lines, "each of these alone would do:", *(f"  {remedy}" for remedy in training.remedies)]
+
+
+def _facts(console: Console, rows: list[tuple[str, str]]) -> None:
+    for label, text in rows:
+        _say(console, f"{label:<11}{text}")
+
+
+def _say(console: Console, text: str, bold: bool = False) -> None:
+    console.print(text, style="bold" if bold else None, markup=False, highlight=False, soft_wrap=True)

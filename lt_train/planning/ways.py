@@ -1,0 +1,108 @@
+"""Which ways to train fit into a GPU's memory: ZeRO stages with their largest micro-batch, and what would make a recipe fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lt_train.batch import batch_samples, data_parallel_size
+from lt_train.planning.memory import training_memory
+from lt_train.planning.setup import GIB, Machine, Setup, Sharding, setup_of
+from lt_train.planning.shape import ModelShape
+from lt_train.recipe import Recipe, Train
+
+WAYS = (
+    (Sharding(), "null"),
+    (Sharding(2), "launch/zero2.json"),
+    (Sharding(3), "launch/zero3.json"),
+    (Sharding(3, offload_optimizer=True, offload_parameters=True), "launch/zero3-offload.json"),
+)
+"""Each with the train.deepspeed that it needs."""
+
+MOST_GPUS = 1024
+LENGTH_STEP = 1024
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    Attributes:
+        peak: bytes of each GPU at a micro-batch of 1.
+        host: bytes in host memory, of all processes together.
+        micro_batch: the largest that fits and divides the batch; None: not even 1 does.
+    """
+
+    sharding: Sharding
+    file: str
+    peak: int
+    host: int
+    micro_batch: int | None
+
+
+def ways(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> list[Way]:
+    """The usual ways, everything else as the recipe has it."""
+    rows = batch_samples(train, recipe.data) // data_parallel_size(train, setup.machine.gpus)
+    found = []
+    for sharding, file in WAYS:
+        if setup.sequence_parallel > 1 and sharding.stage is None:
+            continue  # DeepSpeed shares the sequences
+        one = replace(setup, sharding=sharding, micro_batch=1)
+        memory = training_memory(shape, one)
+        largest = None
+        for micro in (n for n in range(1, rows + 1) if rows % n == 0):
+            if micro > 1 and setup.sequence_parallel > 1:
+                break
+            if training_memory(shape, replace(one, micro_batch=micro)).peak > setup.machine.usable:
+                break
+            largest = micro
+        found.append(Way(sharding, file, memory.peak, memory.host, largest))
+    return found
+
+
+def remedies(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> Iterator[str]:
+    """Single changes, each of which would make the training fit, those that change the least first."""
+
+    def fits(other: Setup) -> bool:
+        return training_memory(shape, other).peak <= other.machine.usable
+
+    if not setup.checkpointing and fits(replace(setup, checkpointing=True)):
+        yield "--set train.gradient_checkpointing=true"
+    if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1)):
+        yield "--set train.micro_batch_size=1"
+    for sharding, file in WAYS[1:]:
+        other = replace(setup, sharding=sharding)
+        if sharding != setup.sharding and fits(other):
+            host = training_memory(shape, other).host
+            yield f"--set train.deepspeed={file}" + (f" and {host / GIB:,.0f} GiB of host memory" if host else "")
+            break
+    degree = next((degree for degree in _degrees(train, shape, setup) if fits(replace(setup, sequence_parallel=degree))), None)
+    if degree is not None:
+        yield f"--set train.sequence_parallel={degree}"
+    more = next(
+        (gpus for gpus in _more_gpus(recipe, train, setup) if fits(setup_of(recipe, train, gpus, len(shape.spec.lazy_layers)))),
+        None,
+    )
+    if more is not None:
+        yield f"{more.gpus} GPUs of this size"
+    length = next((length for length in _shorter(setup.length) if fits(replace(setup, length=length))), None)
+    if length is not None:
+        yield f"--set data.max_length={length}; longer samples are then treated as data.overlong says"
+
+
+def _degrees(train: Train, shape: ModelShape, setup: Setup) -> Iterator[int]:
+    """Larger train.sequence_parallel that these GPUs and heads can be divided by."""
+    if train.deepspeed is not None and setup.micro_batch == 1:
+        for degree in range(setup.sequence_parallel + 1, setup.machine.gpus + 1):
+            if all(number % degree == 0 for number in (setup.machine.gpus, shape.heads, shape.key_heads)):
+                yield degree
+
+
+def _more_gpus(recipe: Recipe, train: Train, setup: Setup) -> Iterator[Machine]:
+    """Machines with more GPUs, among which the batch can be shared out."""
+    for gpus in range(setup.machine.gpus + 1, MOST_GPUS + 1):
+        rows = setup.micro_batch * gpus / setup.sequence_parallel
+        if rows.is_integer() and batch_samples(train, recipe.data) % int(rows) == 0:
+            yield replace(setup.machine, gpus=gpus)
+
+
+def _shorter(length: int) -> Iterator[int]:
+    """Round lengths below `length`, the longest first."""
+    return iter(range((length - 1) // LENGTH_STEP * LENGTH_STEP, 0, -LENGTH_STEP))

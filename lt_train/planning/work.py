@@ -1,0 +1,118 @@
+"""How much there is to train on: samples, tokens and optimizer steps, from the data if they are at hand, else from what is said."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from lt_train.batch import batch_samples
+from lt_train.errors import UserError
+from lt_train.recipe import Recipe, Train
+from lt_train.sources import resolve_data, resolve_model
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    Attributes:
+        lengths: tokens of each training sample, prompt and answer; all of the mean length where only that is known.
+        source: where both figures come from, in words.
+    """
+
+    lengths: Sequence[int]
+    source: str
+
+    @property
+    def mean(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A whole training.
+
+    Attributes:
+        steps: of the optimizer.
+        rounds: how often each sample is seen on average.
+        tokens: over all steps, padding left out.
+    """
+
+    samples: Samples
+    steps: int
+    rounds: float
+
+    @property
+    def tokens(self) -> float:
+        return self.rounds * sum(self.samples.lengths)
+
+
+def training_work(recipe: Recipe, train: Train, samples: Samples) -> Work:
+    """Steps as transformers counts them: an epoch's last step may be smaller than the others."""
+    rows = len(samples.lengths)
+    if recipe.data.packing:  # best-fit packs of long samples are nearly full
+        rows = math.ceil(sum(samples.lengths) / recipe.data.max_length)
+    batch = batch_samples(train, recipe.data)
+    if train.max_steps is not None:
+        return Work(samples, train.max_steps, train.max_steps * batch / rows)
+    epochs = train.epochs or 1.0
+    return Work(samples, math.ceil(epochs * math.ceil(rows / batch)), epochs)
+
+
+def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int | None, mean: int | None) -> Samples | None:
+    """What is trained on, held-out samples left out; None where neither the data nor `count` nor data.limit tells.
+
+    Args:
+        count: --samples, all that the data hold. mean: --mean-tokens, of a sample.
+
+    Raises:
+        UserError: a count or a mean below 1, or one that leaves nothing; data that are at hand but faulty.
+    """
+    for option, value in (("--samples", count), ("--mean-tokens", mean)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}: {value} is below 1")
+    if mean is not None and mean > recipe.data.max_length:
+        raise UserError(
+            f"--mean-tokens: {mean:,} is more than data.max_length, {recipe.data.max_length:,}; longer samples are not trained on"
+        )
+    if count is None and mean is None:
+        counted = _counted(recipe, base_config)
+        if counted is not None:
+            return counted
+    source = "--samples"
+    if count is None:
+        count, source = recipe.data.limit, "data.limit"
+    if count is None:
+        return None
+    left = count - recipe.data.heldout
+    if left < 1:
+        raise UserError(
+            f"{source}: of {count} samples {recipe.data.heldout} are set aside (data.heldout), so none is left to train on"
+        )
+    if mean is None:
+        return Samples(
+            [recipe.data.max_length] * left, f"from {source}, each as long as it may be: at most so many; --mean-tokens would tell"
+        )
+    return Samples([mean] * left, f"from {source} and --mean-tokens")
+
+
+def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
+    """From the data themselves, where they and the tokenizer are local."""
+    if not isinstance(resolve_data(recipe.data.source), Path):
+        return None
+    folder = Path(resolve_model(recipe.model.base))
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        return None
+    from lt_train.base_model import eos_ids, load_tokenizer
+    from lt_train.examples import load_examples
+
+    examples = load_examples(
+        recipe.data,
+        recipe.prompt,
+        load_tokenizer(recipe.model),
+        model_max_length=base_config.max_position_embeddings,
+        seed=recipe.seed,
+        eos_ids=eos_ids(recipe.model),
+    )
+    return Samples([len(example) for example in examples.train], f"counted in {recipe.data.source}")

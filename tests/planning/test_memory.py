@@ -1,0 +1,149 @@
+from dataclasses import replace
+
+import pytest
+
+from lt_train.base_model import load_base_config
+from lt_train.planning.memory import Memory, Phase, training_memory
+from lt_train.planning.setup import GIB, Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
+from lt_train.planning.shape import ModelShape, model_shape
+from lt_train.planning.ways import remedies, ways
+from lt_train.recipe import Recipe
+from tests.planning.public_models import public_recipe
+
+BF16, FP32 = 2, 4
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return public_recipe("qwen3-8b")
+
+
+@pytest.fixture(scope="module")
+def shape(recipe: Recipe) -> ModelShape:
+    return model_shape(recipe, load_base_config(recipe.model))
+
+
+@pytest.fixture
+def setup(recipe: Recipe) -> Setup:
+    return setup_of(recipe, recipe.train, Machine(8, 80 * GIB), 18)
+
+
+def size_of(memory: Memory, name: str) -> int:
+    return sum(part.size for part in memory.parts if part.name == name)
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
+def test_each_zero_stage_shards_what_it_says(shape, setup, stage, weights, gradients, optimizer):
+    """2 + 2 + 12 bytes a parameter in bf16, each over as many GPUs as share it."""
+    memory = training_memory(shape, replace(setup, sharding=Sharding(stage)))
+    for name, size, over in (("weights", 2, weights), ("gradients", 2, gradients), ("optimizer", 12, optimizer)):
+        assert size_of(memory, name) == pytest.approx(size * shape.parameters / over, rel=1e-6)
+
+
+def test_without_deepspeed_weights_are_fp32_and_several_gpus_hold_a_second_copy_of_the_gradients(shape, setup):
+    memory = training_memory(shape, setup)
+    assert size_of(memory, "weights") == FP32 * shape.parameters
+    assert size_of(memory, "optimizer") == 2 * FP32 * shape.parameters
+    assert size_of(memory, "DDP's buckets") == size_of(memory, "gradients") == FP32 * shape.parameters
+    alone = training_memory(shape, replace(setup, machine=Machine(1, 80 * GIB)))
+    assert size_of(alone, "DDP's buckets") == 0
+
+
+def test_what_is_offloaded_lies_in_host_memory(shape, setup):
+    memory = training_memory(shape, replace(setup, sharding=Sharding(3, offload_optimizer=True, offload_parameters=True)))
+    assert memory.host == 16 * shape.parameters
+    assert size_of(memory, "weights") == size_of(memory, "gradients") == size_of(memory, "optimizer") == 0
+
+
+def test_lora_keeps_gradients_and_states_of_adapters_alone(setup):
+    recipe = public_recipe("qwen3-8b", train={"method": "lora"}, lora={})
+    shape = model_shape(recipe, load_base_config(recipe.model))
+    memory = training_memory(shape, replace(setup, full=False))
+    assert size_of(memory, "weights") == BF16 * shape.base_parameters + FP32 * shape.adapters
+    assert size_of(memory, "optimizer") == 2 * FP32 * shape.adapters
+
+
+def test_checkpointing_keeps_one_input_a_layer(shape, setup):
+    sharded = replace(setup, sharding=Sharding(3))
+    memory = training_memory(shape, replace(sharded, checkpointing=True))
+    assert size_of(memory, "activations") == 4096 * 36 * 4096 * BF16
+    again = size_of(memory, "one layer again")
+    assert size_of(training_memory(shape, sharded), "activations") == 36 * again
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_by_sequence_parallelism(shape, setup):
+    one = training_memory(shape, setup)
+    assert size_of(training_memory(shape, replace(setup, micro_batch=3)), "activations") > 3 * size_of(one, "activations")
+    whole = replace(setup, checkpointing=True)
+    shared = training_memory(shape, replace(whole, sequence_parallel=8))
+    assert 8 * size_of(shared, "activations") == size_of(training_memory(shape, whole), "activations")
+
+
+def test_logits_are_never_tokens_by_vocabulary(shape, setup):
+    long = training_memory(shape, replace(setup, length=32768))
+    assert size_of(long, "logits chunk") == size_of(training_memory(shape, setup), "logits chunk") == 4096 * 32768 * BF16
+
+
+def test_the_peak_is_the_fullest_phase(shape, setup):
+    memory = training_memory(shape, replace(setup, sharding=Sharding(3)))
+    assert memory.peak == max(memory.at(phase) for phase in Phase)
+    assert memory.peak < sum(part.size for part in memory.parts)
+
+
+def test_accumulated_gradients_are_there_all_the_time(shape, setup):
+    alone = replace(setup, machine=Machine(1, 80 * GIB))
+    first = training_memory(shape, replace(alone, accumulates=False)).at(Phase.LOSS)
+    later = training_memory(shape, replace(alone, accumulates=True)).at(Phase.LOSS)
+    assert later - first == FP32 * shape.parameters
+
+
+def test_a_copied_teacher_lies_whole_on_each_gpu(shape, setup):
+    sharded = replace(setup, sharding=Sharding(3))
+    with_copy = training_memory(shape, replace(sharded, teacher=TeacherSetup(copied=True, layers=0)))
+    assert size_of(with_copy, "teacher") == BF16 * shape.parameters
+    itself = training_memory(shape, replace(sharded, teacher=TeacherSetup(copied=False, layers=18)))
+    assert size_of(itself, "teacher") == 0
+    assert size_of(itself, "teacher's answers") == 19 * 4096 * 4096 * BF16
+
+
+def test_the_files_in_launch_are_read_as_deepspeed_reads_them(tmp_path):
+    assert sharding_of("launch/zero3.json") == Sharding(3)
+    assert sharding_of(None) == Sharding()
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 1e8}}')
+    assert sharding_of(str(file)) == Sharding(3, offload_optimizer=True, sub_group=10**8)
+
+
+def test_a_way_names_the_largest_micro_batch_that_fits_and_divides(recipe, shape, setup):
+    found = {way.file: way for way in ways(recipe, recipe.train, shape, setup)}
+    zero3 = found["launch/zero3.json"]
+    assert zero3.micro_batch == 1  # of the 2 samples that each of 8 GPUs has in a batch of 16
+    fitting = replace(setup, sharding=Sharding(3))
+    assert training_memory(shape, fitting).peak == zero3.peak <= setup.machine.usable
+    assert training_memory(shape, replace(fitting, micro_batch=2)).peak > setup.machine.usable
+    assert found["null"].micro_batch is None
+
+
+def test_remedies_are_single_changes_that_make_it_fit(recipe, shape, setup):
+    assert training_memory(shape, setup).peak > setup.machine.usable
+    assert list(remedies(recipe, recipe.train, shape, setup)) == ["--set train.deepspeed=launch/zero2.json"]
+    sharded = replace(replace(setup, sharding=Sharding(3)), length=16384)  # states are no trouble, activations are
+    offered = list(remedies(recipe, recipe.train, shape, sharded))
+    assert "--set train.gradient_checkpointing=true" in offered
+    for other in (replace(sharded, checkpointing=True), replace(sharded, length=4096)):
+        assert training_memory(shape, other).peak <= setup.machine.usable
+    (shorter,) = [remedy for remedy in offered if "max_length" in remedy]
+    length = int(shorter.split("=")[1].split(";")[0])
+    assert training_memory(shape, replace(sharded, length=length)).peak <= setup.machine.usable
+    assert training_memory(shape, replace(sharded, length=length + 1024)).peak > setup.machine.usable
+
+
+def test_sharing_sequences_is_offered_where_heads_and_gpus_divide(shape, setup):
+    recipe = public_recipe(
+        "qwen3-8b", train={"deepspeed": "launch/zero3.json", "gradient_checkpointing": True}, data={"max_length": 40960}
+    )
+    long = setup_of(recipe, recipe.train, Machine(8, 40 * GIB), 18)
+    (offered,) = [remedy for remedy in remedies(recipe, recipe.train, shape, long) if "sequence_parallel" in remedy]
+    degree = int(offered.split("=")[1])
+    assert degree in (2, 4, 8)
+    assert training_memory(shape, replace(long, sequence_parallel=degree)).peak <= long.machine.usable

@@ -1,0 +1,91 @@
+import json
+import sys
+
+import pytest
+
+from lt_train import cli
+from tests.planning.public_models import CONFIGS
+
+QWEN = f"model.base={CONFIGS / 'qwen2.5-32b-instruct'}"
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """Run `lt-train plan`; returns exit code and all that it said."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lt-train", "plan", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return stop.value.code or 0, out + err
+
+    return run
+
+
+def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
+    code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 8, "--mean-tokens", 6000)
+    assert code == 0
+    for name in ("32,763,876,352 parameters", "weights", "gradients", "optimizer", "activations", "logits chunk", "KV cache"):
+        assert name in said
+    for figure in ("launch/zero2.json", "optimizer steps", "TFLOP", "hours", "from data.limit and --mean-tokens", "fits:"):
+        assert figure in said
+
+
+def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, "--gpus", 8, "--gpu-memory", 40, "--set", "train.deepspeed=null")
+    assert code == 1
+    assert "does not fit" in said and "each of these alone would do" in said
+
+
+def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(plan):
+    code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 7)
+    assert code == 1
+    assert "the batch does not divide" in said and "28 or 35" in said
+
+
+def test_a_cpu_run_is_planned_from_the_data_at_hand(plan):
+    code, said = plan("recipes/quickstart.yaml", "--cpu", "--gpus", 1, "--gpu-memory", 8, "--set", "data.limit=200")
+    assert code == 0
+    assert "counted in data/ledger/train.jsonl" in said and "fp32" in said and "hours" not in said
+
+
+def test_unknown_tokens_are_said_to_be_unknown(plan):
+    _, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN)
+    assert "unknown: the data are not at hand. Give --samples" in said
+
+
+def test_a_recipe_without_training_has_a_plan_too(plan):
+    no_training = ("--set", "train=null", "--set", "lora=null", "--set", "eval.0.of=[converted]")
+    code, said = plan("recipes/quickstart.yaml", *no_training)
+    assert (code, "nothing is trained" in said, "KV cache" in said) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpus", 0], "--gpus: 0 is not above 0"),
+        (["--gpu-memory", -1], "--gpu-memory"),
+        (["--efficiency", 1.5], "--efficiency: 1.5"),
+        (["--tflops", 0], "--tflops: 0"),
+        (["--samples", 0], "--samples: 0"),
+        (["--set", "data.max_length=40000"], "more than the model's context"),
+        (["--set", "hybrid.lazy_layer_ratio=0.001"], "no layer"),
+    ],
+)
+def test_bad_figures_leave_with_2_and_a_reason(plan, arguments, reason):
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, *arguments)
+    assert code == 2
+    assert reason in said
+
+
+def test_no_config_and_an_unknown_architecture_leave_with_2_and_a_reason(plan, tmp_path):
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", f"model.base={tmp_path}")
+    assert (code, "there is no" in said and "config.json" in said) == (2, True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2}))
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", f"model.base={tmp_path}")
+    assert (code, "no hybrid class for it" in said) == (2, True)
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", "model.base=nobody/has-this")
+    assert (code, "config cannot be loaded" in said) == (2, True)
