@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -411,11 +412,13 @@ def test_an_override_of_one_alias_leaves_its_twin_alone(tmp_path: Path) -> None:
     assert not read_recipe_text(text).faults
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+# PyYAML writes "0E0" bare, by the rules of YAML 1.1; to a recipe it is a number, as in 1.2.
+TEXT = st.text().filter(lambda text: not re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", text))
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6))
+@given(st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=6))
 def test_an_override_holds_any_value_that_yaml_can_write(value: object) -> None:
     written = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=False).removesuffix("...\n")
     text = read_recipe_text("a: {b: [0, 1]}", [f"a.b.1={written}"])
