@@ -24,7 +24,6 @@ from lt_train.training.checkpoints import (
 from lt_train.training.probe_results import ProbeResult, place_of, read_result, steps_in
 
 WEIGHTS = "weights"
-SECONDS_TO_STOP = 10.0
 
 OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 OF_A_LAUNCHER_BEGIN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "OMPI_", "PMI_", "MV2_")
@@ -116,12 +115,8 @@ class Probes:
         """End the process under way, if there is one; a resumed training goes on with it."""
         if self._running is not None:
             step, process = self._running
-            process.terminate()
-            try:
-                process.wait(SECONDS_TO_STOP)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # it may be cut off at any moment
+            process.wait()
             self._waiting.insert(0, step)
             self._running = None
 
