@@ -13,6 +13,7 @@ HUB = {
     "Qwen/Qwen3-8B": "qwen3-8b",
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "deepseek-r1-distill-llama-8b",
     "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b-instruct-v0.3",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m-instruct",
 }
 """Hub id -> folder in configs/."""
 

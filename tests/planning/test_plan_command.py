@@ -35,9 +35,10 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
 
 
 def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
-    code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, "--gpus", 8, "--gpu-memory", 40, "--set", "train.deepspeed=null")
+    code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, "--gpus", 8, "--set", "train.sequence_parallel=1")
     assert code == 1
     assert "does not fit" in said and "each of these alone would do" in said
+    assert "--set train.sequence_parallel=4" in said and "12 GPUs of this size" in said
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(plan):

@@ -18,6 +18,7 @@ def shape_of(model: str, **settings) -> ModelShape:
         ("qwen3-8b", 16_381_470_720 // 2),
         ("deepseek-r1-distill-llama-8b", 16_060_522_496 // 2),
         ("mistral-7b-instruct-v0.3", 14_496_047_104 // 2),
+        ("smollm2-135m-instruct", 134_515_008),
     ],
 )
 def test_parameters_are_those_of_the_published_checkpoints(model, parameters):
