@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_broken_training import BAD
+from tiny_training import tiny_config
+from transformers import Qwen3ForCausalLM
+
+from lt_train.hybrid import load_hybrid_checkpoint
+from lt_train.training.probe_results import read_probes
 
 REPOSITORY = Path(__file__).parents[2]
 NAN = """
@@ -35,8 +41,37 @@ training.seconds = 2.0
 print(training(max_steps=4).steps, training.started)
 """
 
+ZERO3 = """
+import sys
+from pathlib import Path
+from tiny_training import SPEC, hybrid_from, tiny_examples, tiny_recipe, tiny_tokenizer
+from lt_train.tracking import NoTracker
+from lt_train.training.trainer import train
 
-def in_two_processes(program: str, folder: Path) -> list[tuple[int, str]]:
+out, zero3, base, probe = map(Path, sys.argv[1:])
+settings = {"max_steps": 2, "deepspeed": str(zero3), "probes": {"steps": 2, "evals": [{"benchmark": "needle"}]}}
+given = (tiny_recipe({"train": settings}), hybrid_from(base), tiny_tokenizer(), tiny_examples(), SPEC, out, NoTracker())
+train(*given, probe_command=lambda step: [sys.executable, str(probe), str(out), str(step)])
+"""
+GENERATES = """
+import os, sys
+from pathlib import Path
+from test_two_processes import generated
+from lt_train.training.probe_results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+
+assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
+out, step = Path(sys.argv[1]), int(sys.argv[2])
+answer = ProbeSample("needle", "a", generated(place_of(out, step) / "weights"), None, 1.0)
+write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), (answer,)))
+"""
+
+
+def generated(weights: Path) -> str:
+    model = load_hybrid_checkpoint(weights)
+    return str(model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=12, do_sample=False).tolist())
+
+
+def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
     """Exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,12 +81,13 @@ def in_two_processes(program: str, folder: Path) -> list[tuple[int, str]]:
         "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}",
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)],
+            [sys.executable, "-c", program, *map(str, arguments)],
             env={**shared, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,3 +114,15 @@ def test_processes_wait_for_a_probe_together_and_the_first_alone_starts_it(tmp_p
     assert [output.strip().splitlines()[-1] for _, output in ended] == ["4 [2, 4]", "4 []"]
     for step in (2, 4):
         assert json.loads((tmp_path / f"run/probes/step-{step}/result.json").read_text())["step"] == step
+
+
+@pytest.mark.slow
+def test_a_probe_generates_from_a_checkpoint_that_zero3_wrote(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
+    (tmp_path / "probe.py").write_text(GENERATES)
+    out, zero3 = tmp_path / "run", REPOSITORY / "launch/zero3.json"
+    ended = in_two_processes(ZERO3, out, zero3, tmp_path / "base", tmp_path / "probe.py")
+    assert [code for code, _ in ended] == [0, 0], ended
+    (result,) = read_probes(out)
+    assert result.samples[0].answer == generated(out / "final")
