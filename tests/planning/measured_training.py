@@ -1,0 +1,91 @@
+"""Trains a model of given sizes and prints the bytes it took at its peak: started by the test beside it as a process of its own.
+
+python tests/planning/measured_training.py FOLDER '{"config": {…}, "layers": […], "recipe": {"train": {…}}}'
+
+The peak is the process's largest resident set during the training less what it held before, as Linux counts both. What a first
+training loads and sets up by itself (libraries, threads, buffers) is there before, because a tiny one was trained already.
+"""
+
+import argparse
+import ctypes
+import json
+import random
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, Qwen3Config
+
+from lt_train.examples import Example, ExampleSet
+from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.recipe import Recipe
+from lt_train.tracking import NoTracker
+from lt_train.training.trainer import train
+from tests.training.tiny_training import tiny_tokenizer
+
+WARM_UP = {
+    "config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64},
+    "recipe": {"data": {"max_length": 64}},
+}
+
+
+def config_of(sizes: dict[str, Any]) -> PreTrainedConfig:
+    return Qwen3Config(**{"head_dim": 16, "num_key_value_heads": 1, "eos_token_id": 0, "pad_token_id": 1, **sizes})
+
+
+def recipe_of(settings: dict[str, Any], num_layers: int) -> Recipe:
+    """Full fine-tuning of two steps; `settings` is laid over it, part by part."""
+    parts: dict[str, Any] = {
+        "name": "measured",
+        "model": {"base": "measured", "dtype": "fp32"},
+        "hybrid": {"layers": list(range(0, num_layers, 2)), "w_sink": 4, "w_recent": 60},
+        "data": {"source": "made up", "format": "prompt_response", "max_length": 256},
+        "train": {"method": "full", "learning_rate": 1e-4, "max_steps": 2, "batch_size": 1},
+    }
+    for part, values in settings.items():
+        parts[part] = {**parts.get(part, {}), **values}
+    return Recipe.model_validate(parts)
+
+
+def train_rows(settings: dict[str, Any], folder: Path) -> None:
+    """Two steps on rows that are as long as they may be."""
+    config = config_of(settings["config"])
+    recipe = recipe_of(settings["recipe"], config.num_hidden_layers)
+    spec = HybridSpec(config.num_hidden_layers, tuple(recipe.hybrid.layers), recipe.hybrid.w_sink, recipe.hybrid.w_recent)
+    drawn = random.Random(0)
+    rows = [
+        [drawn.randrange(2, config.vocab_size) for _ in range(recipe.data.max_length)] for _ in range(2 * recipe.train.batch_size)
+    ]
+    examples = [Example(str(at), f"made up:{at}", tuple(row[:8]), tuple(row[8:])) for at, row in enumerate(rows)]
+    load = lambda dtype: build_hybrid(config, spec).to(dtype)  # noqa: E731
+    train(recipe, load, tiny_tokenizer(), ExampleSet(examples, [], {}), spec, folder, NoTracker(), lambda line: None)
+
+
+def resident(what: str) -> int:
+    """Bytes: VmRSS, held now, or VmHWM, the most that was held since the last reset."""
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_of_training(settings: dict[str, Any], folder: Path) -> int:
+    with tempfile.TemporaryDirectory() as aside:
+        train_rows(WARM_UP, Path(aside))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)
+    train_rows(settings, folder)
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("settings", type=json.loads)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print(peak_of_training(given.settings, given.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The plan's peak against that of real trainings, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lt_train.planning.memory import Phase, training_memory
+from lt_train.planning.setup import GIB, Machine, setup_of
+from lt_train.planning.shape import model_shape
+from tests.planning.measured_training import config_of, recipe_of
+
+WITHIN = 0.2
+
+RUNS = {
+    "mostly weights and their states": {
+        "config": {
+            "vocab_size": 4096,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+        },
+        "recipe": {"data": {"max_length": 128}},
+    },
+    "mostly activations, gradients accumulated": {
+        "config": {
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        },
+        "recipe": {"data": {"max_length": 2048}, "train": {"batch_size": 2}},
+    },
+    "LoRA with gradient checkpointing, mostly the head": {
+        "config": {
+            "vocab_size": 8192,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        },
+        "recipe": {"data": {"max_length": 1536}, "train": {"method": "lora", "gradient_checkpointing": True}, "lora": {}},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_peak_of_a_real_training_is_that_of_its_plan(kind, tmp_path):
+    run = RUNS[kind]
+    config = config_of(run["config"])
+    recipe = recipe_of(run["recipe"], config.num_hidden_layers)
+    shape = model_shape(recipe, config)
+    setup = setup_of(recipe, recipe.train, Machine(1, 16 * GIB, cpu=True), len(shape.spec.lazy_layers))
+    memory = training_memory(shape, setup)
+    measured = measure(run, tmp_path)
+    print(f"{kind}: plan {memory.peak / 2**20:.0f} MiB ({memory.phase.name}), measured {measured / 2**20:.0f} MiB")
+    assert memory.peak == pytest.approx(measured, rel=WITHIN), {phase.name: memory.at(phase) for phase in Phase}
+
+
+def measure(run: dict, folder) -> int:
+    # The C library gives freed tensors back at once only above these sizes, which grow by themselves unless they are set.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command = [sys.executable, "-m", "tests.planning.measured_training", str(folder), json.dumps(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1])
