@@ -13,6 +13,7 @@ from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import Way, remedies, ways
 from lt_train.planning.work import Work, training_samples, training_work
 from lt_train.recipe import Recipe, Train
+from lt_train.training.sequence_parallel import check_heads
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean
         )
     training = None
     if recipe.train is not None:
+        check_heads(recipe.train.sequence_parallel, shape.heads, shape.key_heads)
         found = training_samples(recipe, base_config, samples, mean_tokens)
         work = None if found is None else training_work(recipe, recipe.train, found)
         training = _training(recipe, recipe.train, machine, shape, work)

@@ -8,6 +8,7 @@ from lt_train.planning.memory import training_memory
 from lt_train.planning.setup import GIB, Machine, Setup, Sharding, setup_of
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe import Recipe, Train
+from lt_train.training.sequence_parallel import fitting_degrees
 
 WAYS = (
     (Sharding(), "null"),
@@ -88,11 +89,12 @@ def remedies(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> I
 
 
 def _degrees(train: Train, shape: ModelShape, setup: Setup) -> Iterator[int]:
-    """Larger train.sequence_parallel that these GPUs and heads can be divided by."""
-    if train.deepspeed is not None and setup.micro_batch == 1:
-        for degree in range(setup.sequence_parallel + 1, setup.machine.gpus + 1):
-            if all(number % degree == 0 for number in (setup.machine.gpus, shape.heads, shape.key_heads)):
-                yield degree
+    """Larger train.sequence_parallel that these GPUs and heads can be divided by, the smallest first."""
+    if train.deepspeed is None or setup.micro_batch > 1:
+        return
+    for degree in fitting_degrees(shape.heads, shape.key_heads):
+        if degree > setup.sequence_parallel and setup.machine.gpus % degree == 0:
+            yield degree
 
 
 def _more_gpus(recipe: Recipe, train: Train, setup: Setup) -> Iterator[Machine]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from lt_train.batch import batch_samples
 from lt_train.errors import UserError
 from lt_train.recipe import Recipe, Train
-from lt_train.sources import resolve_data, resolve_model
+from lt_train.sources import load_rows, resolve_data, resolve_model
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int |
             return counted
     source = "--samples"
     if count is None:
-        count, source = recipe.data.limit, "data.limit"
+        count, source = _rows(recipe)
     if count is None:
         return None
     left = count - recipe.data.heldout
@@ -95,6 +95,14 @@ def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int |
             [recipe.data.max_length] * left, f"from {source}, each as long as it may be: at most so many; --mean-tokens would tell"
         )
     return Samples([mean] * left, f"from {source} and --mean-tokens")
+
+
+def _rows(recipe: Recipe) -> tuple[int | None, str]:
+    """How many rows there are, and how that is known."""
+    data = recipe.data
+    if isinstance(resolve_data(data.source), Path):
+        return sum(1 for _ in load_rows(data.source, data.split, data.limit, data.subset)), f"the rows of {data.source}"
+    return data.limit, "data.limit"
 
 
 def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:

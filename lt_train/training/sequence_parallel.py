@@ -80,11 +80,7 @@ def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
 
     config = model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % degree or (groups % degree and degree % groups):
-        raise UserError(
-            f"train.sequence_parallel: {degree} processes cannot share {heads} query heads and {groups} key/value heads. "
-            f"These can: {', '.join(str(n) for n in _fitting(heads, groups))}"
-        )
+    check_heads(degree, heads, groups)
     group, _ = dist.new_subgroups(group_size=degree)
     ulysses = UlyssesSPAttentionHF(
         attn=attend_gathered,
@@ -100,5 +96,18 @@ def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
     return SharedSequences(degree, dist.get_rank(), dist.get_world_size())
 
 
-def _fitting(heads: int, groups: int) -> list[int]:
+def check_heads(degree: int, heads: int, groups: int) -> None:
+    """
+    Raises:
+        UserError: `degree` processes cannot share so many query heads and groups of them, one for each key/value head.
+    """
+    fitting = fitting_degrees(heads, groups)
+    if degree not in fitting:
+        raise UserError(
+            f"train.sequence_parallel: {degree} processes cannot share {heads} query heads and {groups} key/value heads. "
+            f"These can: {', '.join(map(str, fitting))}"
+        )
+
+
+def fitting_degrees(heads: int, groups: int) -> list[int]:
     return [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]

@@ -53,11 +53,14 @@ def test_without_data_the_limit_says_how_many_and_the_length_how_long_at_most():
     assert "data.limit" in samples.source and "at most" in samples.source
 
 
-def test_local_data_without_a_tokenizer_are_not_counted(tmp_path):
+def test_of_local_data_without_a_tokenizer_the_rows_are_counted(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"question": "q", "combined_text": "a"}) + "\n")
+    rows.write_text(3 * (json.dumps({"question": "q", "combined_text": "a"}) + "\n"))
     assert not (CONFIGS / "qwen3-8b/tokenizer.json").exists()
-    assert samples_of(public_recipe("qwen3-8b", data={"source": str(rows)})) is None
+    recipe = public_recipe("qwen3-8b", data={"source": str(rows)})
+    assert list(samples_of(recipe).lengths) == 3 * [4096]
+    assert list(samples_of(recipe, mean=500).lengths) == 3 * [500]
+    assert samples_of(recipe).source.startswith(f"from the rows of {rows}, each as long as it may be")
 
 
 def test_nothing_known_is_unknown():
