@@ -23,7 +23,7 @@ from lt_train.upstream import (
 )
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Data, Eval, HeldoutKL, HeldoutLoss, Recipe, Train
+    from lt_train.recipe import Data, Eval, HeldoutKL, HeldoutLoss, Recall, Recipe, Train
 
 HELDOUT = ("heldout_loss", "heldout_kl")
 """Evaluations that ask for no answers."""
@@ -337,7 +337,7 @@ def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
     if entry.recall is not None:
         if not benchmark.generated:
             yield Conflict((f"{here}.recall",), f"{benchmark.name} is read, not made; take recall out")
-        unused = sorted(entry.recall.model_fields_set - set(benchmark.recall_settings))
+        unused = sorted(_changed(entry.recall) - set(benchmark.recall_settings))
         if benchmark.generated and unused:
             yield Conflict((f"{here}.recall.{unused[0]}",), f"{benchmark.name} has no such setting; take it out")
     if entry.max_prompt_tokens is not None and not benchmark.cut_to_fit:
@@ -349,6 +349,11 @@ def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
             (f"{here}.thinking_budget", f"{here}.max_new_tokens"),
             "no room for an answer after the thought; raise max_new_tokens above thinking_budget",
         )
+
+
+def _changed(recall: "Recall") -> set[str]:
+    """The settings that are not at their defaults: in a resolved recipe all are given."""
+    return {name for name, field in type(recall).model_fields.items() if getattr(recall, name) != field.default}
 
 
 def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss | HeldoutKL") -> Iterator[Conflict]:

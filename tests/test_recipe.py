@@ -70,7 +70,14 @@ def test_defaults_are_filled_in_where_they_depend_on_other_parts(recipe_file: Pa
 
 
 def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
-    for overrides in ([], ["train=null"], ["hybrid={layers: [0, 2]}"], ["track.wandb=off", "train.learning_rate=1e-5"]):
+    needle = "{benchmark: needle, recall: {lengths: [512], keys: 2}, kv_budget: 1GiB}"
+    for overrides in (
+        [],
+        ["train=null"],
+        ["hybrid={layers: [0, 2]}"],
+        ["track.wandb=off", "train.learning_rate=1e-5"],
+        [f"eval=[{needle}]", f"train.probes={{steps: 5, evals: [{needle}]}}", "train.keep_best=needle", "train.publish=best"],
+    ):
         recipe = load_recipe(recipe_file, overrides)
         resolved = tmp_path / "resolved.yaml"
         resolved.write_text(resolved_yaml(recipe))
