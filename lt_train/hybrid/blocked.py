@@ -1,19 +1,30 @@
-"""Streaming attention in time and memory linear in length, in plain torch, on any device, differentiable.
+"""Streaming attention in time and memory linear in length, in plain torch, on any device, with a backward pass of its own.
 
-The first `w_sink + w_recent` queries see everything before them: causal attention. From there on the window has left the sinks
-behind, so a block of queries sees two disjoint sets: the sinks, all of them, and a band of keys whose shape within the block is
-the same for every block. Blocks are stacked into the batch and share one small mask.
+Queries are taken a block at a time. A block looks at the sinks and at one span of recent keys, all of them visible to all of its
+queries but in two corners: the keys after a query, and those that its window has left behind. So scores are plain matrix products
+of which the corners alone are masked, and few enough to stay in a processor's cache from one step to the next. The backward pass
+makes each block's probabilities anew: nothing is kept but q, k and v.
 
-Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, D head size, N blocks, Q queries of a block,
-S keys a block looks at.
+Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, D head size, P = B * G problems, of which N at a time,
+Q queries of a block, S keys it looks at, RQ = R * Q rows of its scores.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-# Small blocks waste less on keys that a block's other queries want; large ones copy fewer keys. Measured best between these.
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 256
+from .mask import full_visible, streaming_visible
+from .spec import HybridError
+
+# Rows of one problem's scores. Fewer waste less on the corners, more keep matrix products at full speed: measured best on a CPU.
+# Elsewhere a step costs its launch, and larger blocks need fewer.
+_ROWS_ON_CPU, _ROWS_ELSEWHERE = 128, 1024
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 256
+# Scores held at a time: on a CPU as many as the caches of two cores hold.
+_SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 
 
 def blocked_streaming_attention(
@@ -26,68 +37,163 @@ def blocked_streaming_attention(
         w_sink, w_recent: sizes in tokens, the window includes the query itself.
 
     Returns:
-        out_BHTD, equal to the reference attention.
+        out_BHTD, equal to the reference attention. It can be differentiated once.
+
+    Raises:
+        HybridError: in a backward pass with create_graph=True.
     """
-    length = q_BHTD.shape[2]
-    seeing_all = min(w_sink + w_recent, length)
-    head = _causal(*(x[:, :, :seeing_all] for x in (q_BHTD, k_BGTD, v_BGTD)), scaling)
-    if seeing_all == length:
-        return head
-    return torch.cat([head, _banded(q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling)], dim=2)
+    if q_BHTD.shape[2] <= w_sink + w_recent:  # every query sees all before it
+        grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
+        return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
+    device = q_BHTD.device.type
+    if torch.is_autocast_enabled(device):  # which casts for scaled_dot_product_attention, but not for us
+        q_BHTD, k_BGTD, v_BGTD = (x.to(torch.get_autocast_dtype(device)) for x in (q_BHTD, k_BGTD, v_BGTD))
+    with torch.autocast(device, enabled=False):
+        return _BlockedAttention.apply(q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling)
 
 
-def _causal(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> Tensor:
-    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling):
+        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD)
+        ctx.sizes = w_sink, w_recent, scaling
+        q_PRTD, k_PTD, v_PTD = _problems(q_BHTD, k_BGTD, v_BGTD, scaling)
+        out_PRTD = q_PRTD.new_empty(*q_PRTD.shape[:3], v_PTD.shape[2])
+        work = _Workspace(q_PRTD, w_sink, w_recent)
+        for block in work.blocks():
+            probabilities = work.probabilities(block, block.rows(q_PRTD), block.span(k_PTD))
+            block.put_rows(torch.bmm(probabilities, block.span(v_PTD)), out_PRTD)
+        return out_PRTD.view(*q_BHTD.shape[:3], -1)
+
+    @staticmethod
+    def backward(ctx, d_out_BHTD):
+        if torch.is_grad_enabled():  # once_differentiable would let q, k and v pass for constants
+            raise HybridError(
+                "attention: blocked has no second derivative, which create_graph=True asks for. Set attention to reference"
+            )
+        with torch.autocast(d_out_BHTD.device.type, enabled=False):
+            return *_gradients(*ctx.saved_tensors, d_out_BHTD, *ctx.sizes), None, None, None
 
 
-def _banded(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, w_sink: int, w_recent: int, scaling: float) -> Tensor:
-    """The queries from w_sink + w_recent on: w_sink sinks and a band of w_recent keys each."""
-    first = w_sink + w_recent
-    block = _block_size(w_recent)
-    q_BGNRQD = _query_blocks(q_BHTD[:, :, first:], k_BGTD.shape[1], block)
-    queries, blocks = q_BHTD.shape[2] - first, q_BGNRQD.shape[2]
-    k_BGNSD, v_BGNSD = (_key_blocks(x, first - w_recent + 1, blocks, block, w_sink, w_recent) for x in (k_BGTD, v_BGTD))
-    visible_QS = _band(block, w_sink, w_recent, q_BHTD.device)
-
-    # All that shares keys becomes rows of one attention problem: query heads of a group are stacked, so no key is repeated.
-    batch, groups, _, repeats, _, size = q_BGNRQD.shape
-    out = scaled_dot_product_attention(
-        q_BGNRQD.reshape(batch * groups, blocks, repeats * block, size),
-        k_BGNSD.flatten(0, 1),
-        v_BGNSD.flatten(0, 1),
-        attn_mask=visible_QS.repeat(repeats, 1),
-        scale=scaling,
-    )
-    out_BGRNQD = out.unflatten(2, (repeats, block)).unflatten(0, (batch, groups)).transpose(2, 3)
-    return out_BGRNQD.reshape(batch, groups * repeats, blocks * block, -1)[:, :, :queries]
+def _gradients(
+    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, d_out_BHTD: Tensor, w_sink: int, w_recent: int, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_PRTD, k_PTD, v_PTD = _problems(q_BHTD, k_BGTD, v_BGTD, scaling)
+    d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], -1)
+    d_q_PRTD = torch.empty_like(q_PRTD)
+    # Several blocks add to the same keys.
+    d_k_PTD, d_v_PTD = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k_PTD, v_PTD))
+    work = _Workspace(q_PRTD, w_sink, w_recent)
+    for block in work.blocks():
+        q, d_out, k, v = block.rows(q_PRTD), block.rows(d_out_PRTD), block.span(k_PTD), block.span(v_PTD)
+        probabilities = work.probabilities(block, q, k)
+        block.add_span(torch.bmm(probabilities.transpose(1, 2), d_out), d_v_PTD)
+        d_scores = work.d_scores(probabilities, d_out, v)
+        block.add_span(torch.bmm(d_scores.transpose(1, 2), q), d_k_PTD)
+        block.put_rows(torch.bmm(d_scores, k).mul_(scaling), d_q_PRTD)
+    d_k_PTD, d_v_PTD = d_k_PTD.to(k_BGTD.dtype), d_v_PTD.to(v_BGTD.dtype)
+    return d_q_PRTD.view_as(q_BHTD), d_k_PTD.view_as(k_BGTD), d_v_PTD.view_as(v_BGTD)
 
 
-def _block_size(w_recent: int) -> int:
-    """Queries of a block: about a quarter of the window, in steps of 64, so that a block looks at little beyond its window."""
-    return max(_SMALLEST_BLOCK, min(_LARGEST_BLOCK, w_recent // 4 // _SMALLEST_BLOCK * _SMALLEST_BLOCK))
+def _problems(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The query heads that share keys side by side, scaled: q_PRTD, k_PTD, v_PTD."""
+    batch, heads, length, size = q_BHTD.shape
+    groups = k_BGTD.shape[1]
+    q_PRTD = (q_BHTD * scaling).reshape(batch * groups, heads // groups, length, size)
+    return q_PRTD.contiguous(), k_BGTD.flatten(0, 1), v_BGTD.flatten(0, 1)
 
 
-def _query_blocks(q_BHTD: Tensor, groups: int, block: int) -> Tensor:
-    """[B, H, T, D] -> [B, G, N, R, Q, D]; the last block is filled up with zero queries."""
-    short = -q_BHTD.shape[2] % block
-    blocks = pad(q_BHTD, (0, 0, 0, short)).unflatten(2, (-1, block))
-    return blocks.unflatten(1, (groups, -1)).transpose(2, 3)
+@dataclass(frozen=True)
+class _Block:
+    """The queries from `start` to `end` of some problems, and the keys they look at: the `sinks` first, and `first` to `end`."""
+
+    problems: slice
+    start: int
+    end: int
+    sinks: int
+    first: int
+
+    def rows(self, x_PRTD: Tensor) -> Tensor:
+        """The block's queries, or what belongs to them: [N, RQ, D]."""
+        return x_PRTD[self.problems, :, self.start : self.end].flatten(1, 2)
+
+    def put_rows(self, rows: Tensor, x_PRTD: Tensor) -> None:
+        place = x_PRTD[self.problems, :, self.start : self.end]
+        place.copy_(rows.view_as(place))
+
+    def span(self, x_PTD: Tensor) -> Tensor:
+        """The block's keys, or values: [N, S, D]. A small copy, but where the window still reaches the sinks."""
+        if self.first == self.sinks:
+            return x_PTD[self.problems, : self.end]
+        return torch.cat([x_PTD[self.problems, : self.sinks], x_PTD[self.problems, self.first : self.end]], dim=1)
+
+    def add_span(self, span: Tensor, x_PTD: Tensor) -> None:
+        x_PTD[self.problems, : self.sinks] += span[:, : self.sinks]
+        x_PTD[self.problems, self.first : self.end] += span[:, self.sinks :]
 
 
-def _key_blocks(x_BGTD: Tensor, first: int, blocks: int, block: int, w_sink: int, w_recent: int) -> Tensor:
-    """[B, G, T, D] -> [B, G, N, S, D]: the sinks, then the w_recent - 1 + Q keys from `first` on, one block further each."""
-    span = w_recent - 1 + block
-    missing = max(first + (blocks - 1) * block + span - x_BGTD.shape[2], 0)
-    band_BGNSD = pad(x_BGTD[:, :, first:], (0, 0, 0, missing)).unfold(2, span, block).transpose(-1, -2)
-    sinks_BGNSD = x_BGTD[:, :, None, :w_sink].expand(-1, -1, blocks, -1, -1)
-    return torch.cat([sinks_BGNSD, band_BGNSD], dim=3)
+class _Workspace:
+    """The blocks of one pass, and the memory that they use one after another for scores and probabilities."""
 
+    def __init__(self, q_PRTD: Tensor, w_sink: int, w_recent: int) -> None:
+        self.problems, repeats, self.length, _ = q_PRTD.shape
+        self.w_sink, self.w_recent = w_sink, w_recent
+        on_cpu = q_PRTD.device.type == "cpu"
+        rows, scores = (_ROWS_ON_CPU, _SCORES_ON_CPU) if on_cpu else (_ROWS_ELSEWHERE, _SCORES_ELSEWHERE)
+        self.queries = min(max(rows // repeats, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        of_a_problem = repeats * self.queries * min(w_sink + w_recent - 1 + self.queries, self.length)
+        self.at_a_time = min(max(scores // of_a_problem, 1), self.problems)
+        self.memory = q_PRTD.new_empty(2, self.at_a_time * of_a_problem)
+        self.position_T = torch.arange(self.length, device=q_PRTD.device)
+        self.corners: dict[tuple[int, ...], Tensor] = {}
 
-def _band(block: int, w_sink: int, w_recent: int, device: torch.device) -> Tensor:
-    """[Q, S], True where the query sees the key: all sinks, and key i .. i + w_recent - 1 of the band for query i."""
-    query_Q = torch.arange(block, device=device)
-    key_S = torch.arange(w_recent - 1 + block, device=device)
-    offset_QS = key_S[None, :] - query_Q[:, None]
-    band_QS = (offset_QS >= 0) & (offset_QS < w_recent)
-    return torch.cat([band_QS.new_ones(block, w_sink), band_QS], dim=1)
+    def blocks(self) -> Iterator[_Block]:
+        for problem in range(0, self.problems, self.at_a_time):
+            for start in range(0, self.length, self.queries):
+                end = min(start + self.queries, self.length)
+                sinks = min(self.w_sink, end)
+                yield _Block(slice(problem, problem + self.at_a_time), start, end, sinks, max(sinks, start - self.w_recent + 1))
+
+    def probabilities(self, block: _Block, q: Tensor, k: Tensor) -> Tensor:
+        """The softmax of what the block's queries see: [N, RQ, D], [N, S, D] -> [N, RQ, S]."""
+        scores, probabilities = (x[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], -1) for x in self.memory)
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+        scores_NRQS = scores.unflatten(1, (-1, block.end - block.start))
+        after_QQ = self._hidden_after(block)
+        scores_NRQS[..., -after_QQ.shape[1] :] += after_QQ
+        left_QC = self._hidden_behind(block)
+        if left_QC is not None:
+            scores_NRQS[..., block.sinks : block.sinks + left_QC.shape[1]] += left_QC
+        return torch.softmax(scores, -1, out=probabilities)
+
+    def d_scores(self, probabilities: Tensor, d_out: Tensor, v: Tensor) -> Tensor:
+        """Back through the values and the softmax, P * (dP - sum(P * dP)): [N, RQ, S]. It takes the place of the scores."""
+        d_probabilities = self.memory[0, : probabilities.numel()].view_as(probabilities)
+        torch.bmm(d_out, v.transpose(1, 2), out=d_probabilities)
+        return torch.ops.aten._softmax_backward_data.out(
+            d_probabilities, probabilities, -1, probabilities.dtype, grad_input=d_probabilities
+        )
+
+    def _hidden_after(self, block: _Block) -> Tensor:
+        """The corner of the block's own keys: [Q, Q]."""
+        size = block.end - block.start
+        if (size,) not in self.corners:
+            position = self.position_T[:size]
+            self.corners[(size,)] = self._bias(full_visible(position[:, None], position))
+        return self.corners[(size,)]
+
+    def _hidden_behind(self, block: _Block) -> Tensor | None:
+        """The corner of the keys that some of the block's windows have left behind: [Q, C]. In most blocks it is the same."""
+        left = block.end - self.w_recent - block.first
+        if left <= 0:
+            return None
+        kind = (block.end - block.start, block.first - block.start, left)
+        if kind not in self.corners:
+            q_positions = self.position_T[block.start : block.end, None]
+            k_positions = self.position_T[block.first : block.first + left]
+            self.corners[kind] = self._bias(streaming_visible(q_positions, k_positions, 0, self.w_recent))
+        return self.corners[kind]
+
+    def _bias(self, visible: Tensor) -> Tensor:
+        """0 where visible, else -inf."""
+        return torch.zeros(visible.shape, dtype=self.memory.dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
