@@ -73,7 +73,7 @@ def plan(
         int | None, typer.Option(help="Tokens of a sample, prompt and answer, on average.", show_default=False)
     ] = None,
     tflops: Annotated[float, typer.Option(help="Peak of a GPU in dense bf16 products, in TFLOP/s; an H100's by default.")] = 989,
-    efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches.")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches; a guess until it runs.")] = 0.4,
 ) -> None:
     """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
     from lt_train.recipe import load_recipe

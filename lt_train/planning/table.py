@@ -45,12 +45,12 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
 def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:
     setup = training.setup
     adapters = ", all in adapters" if shape.adapters == shape.trainable else ""
-    shared = f" shared by {setup.sequence_parallel} processes" if setup.sequence_parallel > 1 else ""
+    whose = "in each process" if setup.sequence_parallel == 1 else f"for {setup.sequence_parallel} processes that share them"
     step = "" if training.accumulation is None else f", {training.accumulation} of them an optimizer step"
     return [
         ("trained", f"{shape.trainable:,} parameters, {100 * shape.trainable / shape.parameters:.3g} %{adapters}"),
         ("in", f"{'bf16' if setup.bf16 else 'fp32'} with {setup.sharding.name}"),
-        ("at a time", f"{setup.micro_batch} x {setup.length:,} tokens{shared} in each process{step}"),
+        ("at a time", f"{setup.micro_batch} x {setup.length:,} tokens {whose}{step}"),
     ]
 
 
@@ -97,7 +97,7 @@ def _work(training: TrainingPlan) -> list[tuple[str, str]]:
         ),
     ]
     if not machine.cpu:
-        peak = f"{machine.tflops:,.0f} TFLOP/s on each of {machine.gpus} GPUs"
+        peak = f"{machine.tflops:,.0f} TFLOP/s on each GPU"
         rows.append(("hours", f"{compute.hours(machine):,.3g} at {100 * machine.efficiency:.0f} % of {peak}"))
     return rows
 
