@@ -239,6 +239,28 @@ def bench_growth(
     bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
 
 
+@bench.command("attention")
+def bench_attention(
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="NAME", help="As in model.attention (repeatable). Default: all that train here."),
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Length (repeatable). Default: 256 to 16K, on a GPU 4K to 64K."),
+    ] = None,
+    windows: Annotated[
+        list[int] | None, typer.Option("--w-recent", metavar="TOKENS", help="Window (repeatable). Default: 252, 1020.")
+    ] = None,
+    w_sink: Sinks = 4,
+    runs: Annotated[int, typer.Option(help="A time is the median over so many runs.")] = 9,
+) -> None:
+    """Streaming attention against full causal attention, forward and backward, by length and window."""
+    from lt_train.bench.attention import DEFAULT_WINDOWS, bench_attention
+
+    bench_attention(kernels or (), lengths or (), windows or DEFAULT_WINDOWS, w_sink, runs, Console())
+
+
 Stage = Callable[["Pipeline"], None]
 
 

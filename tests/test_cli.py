@@ -117,6 +117,22 @@ def test_bench_batching_takes_answers_and_a_budget_from_the_command_line(lt_trai
     assert "6 answers" in out and "1 MiB" in out
 
 
+def test_bench_attention_takes_kernels_lengths_and_windows_from_the_command_line(lt_train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    given = ("--kernel", "blocked", "--at", 64, "--at", 200, "--w-recent", 12, "--w-recent", 28, "--runs", 1)
+    code, out, err = lt_train("bench", "attention", *given)
+    assert code == 0, err
+    rows = [line.split()[:3] for line in out.splitlines() if "blocked" in line]
+    assert rows == [["64", "12", "blocked"], ["64", "28", "blocked"], ["200", "12", "blocked"], ["200", "28", "blocked"]]
+
+
+@pytest.mark.parametrize("given", [("--kernel", "flash"), ("--kernel", "fast"), ("--at", 0), ("--w-recent", -3)])
+def test_bench_attention_refuses_what_it_cannot_time(given, lt_train):
+    code, out, err = lt_train("bench", "attention", *given)
+    assert code == 2 and "Traceback" not in out + err
+    assert str(given[1]) in err or given[0] in err
+
+
 def test_a_budget_that_holds_no_sequence_is_refused_by_its_option(lt_train):
     code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", "--kv-budget", 0)
     assert code == 2 and "--kv-budget" in err and "Traceback" not in out + err

@@ -1,0 +1,172 @@
+"""Streaming attention against full causal attention, forward and backward, by length and window, in one run.
+
+The limit is by floating-point operations: queries and keys that see each other under full attention, by those that do when it
+streams. A kernel that multiplies as fast as the yardstick and nothing in vain reaches all of it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lt_train.devices import compute_device, compute_dtype
+from lt_train.errors import UserError
+from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.kernels import STREAMING_KERNELS, Use, choose
+from lt_train.planning.compute import causal_pairs, streaming_pairs
+from lt_train.progress import show_progress
+
+FULL = "full"
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is timed by default on a kind of device: one row, its lengths in tokens, and the shape of its heads."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    groups: int
+    head_size: int
+
+
+ON_CPU = Problem((256, 1024, 4096, 16384), heads=4, groups=4, head_size=64)
+ON_GPU = Problem((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128)
+DEFAULT_WINDOWS = (252, 1020)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel at one length and window. milliseconds: for one forward and backward pass; full: of full attention beside it."""
+
+    length: int
+    w_recent: int
+    kernel: str
+    milliseconds: float
+    full: float
+
+
+def bench_attention(
+    kernels: Sequence[str], lengths: Sequence[int], windows: Sequence[int], w_sink: int, runs: int, console: Console
+) -> None:
+    """Print the table.
+
+    Args:
+        kernels: as in model.attention; none: all that can train on this device, but for the slow reference.
+        lengths: in tokens; none: those of ON_CPU or ON_GPU.
+
+    Raises:
+        HybridError: a kernel that there is not, or that cannot train on this device.
+        UserError: a length, window or number of runs below 1, or fewer sinks than none.
+    """
+    if min([*lengths, *windows, runs]) < 1 or w_sink < 0:
+        raise UserError("--at, --w-recent and --runs must be at least 1, --w-sink at least 0")
+    device, dtype = compute_device(), compute_dtype("auto")
+    problem = ON_CPU if device.type == "cpu" else ON_GPU
+    use = Use(device, dtype, problem.head_size, trains=True)
+    names = list(dict.fromkeys(choose(name, use).name for name in kernels)) or [
+        name for name, kernel in STREAMING_KERNELS.items() if name != "reference" and kernel.obstacle(use) is None
+    ]
+    lengths, windows = sorted(set(lengths or problem.lengths)), sorted(set(windows))
+    timings: list[Timing] = []
+    with show_progress("timing", total=len(lengths) * runs) as bar:
+        for length in lengths:
+            timings += time_length(problem, use, length, names, windows, w_sink, runs, bar.advance)
+    console.print(
+        f"one row, {problem.heads} heads, {problem.groups} of keys and values, x {problem.head_size}, "
+        f"{str(dtype).removeprefix('torch.')} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
+        f"backward, medians of {runs} runs that take turns",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(attention_table(timings, w_sink))
+    console.print(
+        "full: scaled_dot_product_attention, causal; limit: its pairs of query and key by those of streaming attention; "
+        "reached: faster / limit",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def time_length(
+    problem: Problem,
+    use: Use,
+    length: int,
+    kernels: Sequence[str],
+    windows: Sequence[int],
+    w_sink: int,
+    runs: int,
+    advance: Callable[[], None],
+) -> list[Timing]:
+    """All kernels and windows at one length, and full attention, each run once to warm up and then in turns."""
+    shapes = [(1, heads, length, problem.head_size) for heads in (problem.heads, problem.groups, problem.groups, problem.heads)]
+    *qkv, dout = (torch.randn(shape, device=use.device, dtype=use.dtype) for shape in shapes)
+    qkv = [x.requires_grad_() for x in qkv]
+    scaling = problem.head_size**-0.5
+    documents = find_documents(1, length, use.device, None, None)
+    attentions: dict[tuple[str, int], Attention] = {(FULL, 0): partial(_full, grouped=problem.heads != problem.groups)}
+    for name in kernels:
+        for w_recent in windows:
+            attentions[name, w_recent] = partial(
+                STREAMING_KERNELS[name].streaming, documents, w_sink=w_sink, w_recent=w_recent, scaling=scaling
+            )
+    for attention in attentions.values():
+        _seconds(attention, qkv, dout)
+    times: dict[tuple[str, int], list[float]] = {which: [] for which in attentions}
+    for _ in range(runs):
+        for which, attention in attentions.items():
+            times[which].append(1000 * _seconds(attention, qkv, dout))
+        advance()
+    full = median(times.pop((FULL, 0)))
+    return [Timing(length, w_recent, name, median(found), full) for (name, w_recent), found in times.items()]
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
+    flash_alone = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.device.type == "cuda" and q.dtype != torch.float32 else nullcontext()
+    with flash_alone:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def _seconds(attention: Attention, qkv: Sequence[Tensor], dout: Tensor) -> float:
+    _wait(dout.device)
+    started = time.perf_counter()
+    torch.autograd.grad(attention(*qkv), qkv, dout)
+    _wait(dout.device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def attention_table(timings: Sequence[Timing], w_sink: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for name in ("tokens", "window", "kernel", "ms", "full ms", "faster", "limit", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, timing in enumerate(timings):
+        faster = timing.full / timing.milliseconds
+        limit = causal_pairs(timing.length) / streaming_pairs(timing.length, w_sink + timing.w_recent)
+        table.add_row(
+            f"{timing.length:,}",
+            f"{timing.w_recent:,}",
+            timing.kernel,
+            f"{timing.milliseconds:,.1f}",
+            f"{timing.full:,.1f}",
+            f"{faster:.2f}x",
+            f"{limit:.2f}x",
+            f"{100 * faster / limit:.0f} %",
+            end_section=number + 1 < len(timings) and timings[number + 1].length != timing.length,
+        )
+    return table
