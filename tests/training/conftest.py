@@ -11,19 +11,6 @@ from lt_train.tracking import NoTracker
 from lt_train.training.trainer import LoadModel, TrainResult
 
 
-class Cut(BaseException):
-    """Ends a training in mid-step, past every `except Exception`, as a kill would."""
-
-
-class CutAt(NoTracker):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        if step == self.step:
-            raise Cut
-
-
 @pytest.fixture
 def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
     """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it goes on."""
@@ -39,7 +26,7 @@ def train_until(tmp_path: Path) -> Callable[..., None]:
     """train_until(7, "a", **settings): the same, cut off while step 7 is logged, before a checkpoint of that step."""
 
     def train(step: int, folder: str, *, load: LoadModel | None = None, **settings: Any) -> None:
-        with pytest.raises(Cut):
-            tiny_training.train_in(tmp_path / folder, settings, CutAt(step), load=load)
+        with pytest.raises(tiny_training.Cut):
+            tiny_training.train_in(tmp_path / folder, settings, tiny_training.CutAt(step), load=load)
 
     return train

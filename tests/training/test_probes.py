@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cut, CutAt
-from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
+from tiny_training import SPEC, Cut, CutAt, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
 from lt_train.errors import UserError
 from lt_train.tracking import NoTracker, Tracker
