@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -259,6 +259,25 @@ def bench_attention(
     from lt_train.bench.attention import DEFAULT_WINDOWS, bench_attention
 
     bench_attention(kernels or (), lengths or (), windows or DEFAULT_WINDOWS, w_sink, runs, Console())
+
+
+@bench.command("training-step")
+def bench_training_step(
+    model: BenchModel,
+    method: Annotated[Literal["lora", "full"], typer.Option(help="What is trained: adapters, or all weights.")] = "lora",
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the one document of a step.")] = 8192,
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, in both.")] = True,
+    runs: Annotated[int, typer.Option(help="A time is the median over so many steps.")] = 3,
+) -> None:
+    """One training step of a hybrid against one of the unconverted model under stock TRL."""
+    _quiet_upstream()
+    from lt_train.bench.training_step import bench_training_step, step_recipe
+
+    recipe = step_recipe(model, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
+    bench_training_step(recipe, runs, Console())
 
 
 Stage = Callable[["Pipeline"], None]

@@ -133,6 +133,20 @@ def test_bench_attention_refuses_what_it_cannot_time(given, lt_train):
     assert str(given[1]) in err or given[0] in err
 
 
+def test_bench_training_step_takes_method_and_length_from_the_command_line(lt_train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    given = ("--method", "full", "--tokens", 40, "--no-checkpointing", "--runs", 1)
+    code, out, err = lt_train("bench", "training-step", "data/tiny-reasoner", *given, *SIZES)
+    assert code == 0, err
+    assert "40 tokens a step, all weights, without gradient checkpointing" in out and "limit by operations" in out
+
+
+@pytest.mark.parametrize("given", [("--tokens", 0), ("--lazy-layer-ratio", 3), ("--w-recent", 0), ("--method", "some")])
+def test_bench_training_step_refuses_what_no_recipe_takes(given, lt_train):
+    code, out, err = lt_train("bench", "training-step", "data/tiny-reasoner", *given)
+    assert code == 2 and str(given[1]) in err and "Traceback" not in out + err
+
+
 def test_a_budget_that_holds_no_sequence_is_refused_by_its_option(lt_train):
     code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", "--kv-budget", 0)
     assert code == 2 and "--kv-budget" in err and "Traceback" not in out + err

@@ -1,0 +1,170 @@
+"""One training step of a hybrid against one of the unconverted model under stock TRL, in one run.
+
+Both get the same rows, the same settings and adapters in the same places, and take turns. Each row is one document of full length,
+because stock attention on a CPU lets packed documents see each other, which would be other work.
+
+The limit is by floating-point operations, counted as `lt-train plan` counts them.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import datasets
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTTrainer
+
+from lt_train.base_model import load_base_config, load_tokenizer, load_weights
+from lt_train.errors import UserError
+from lt_train.hybrid import HybridSpec
+from lt_train.planning.compute import Compute, training_compute
+from lt_train.planning.shape import model_shape
+from lt_train.planning.work import Samples, Work
+from lt_train.progress import show_progress
+from lt_train.recipe import Recipe
+from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.periodic import periodic_layers
+from lt_train.sources import resolve_model
+from lt_train.training.lora import lora_config
+from lt_train.training.settings import sft_config, weights_dtype
+from lt_train.training.sft_trainer import HybridSFTTrainer
+
+Method = Literal["lora", "full"]
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step: forward, backward, clipping and the optimizer's own."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        _wait()
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        _wait()
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """Median seconds of a step, the loss of the first step (untrained), and the operations of a hybrid's step."""
+
+    stock: float
+    hybrid: float
+    stock_loss: float
+    hybrid_loss: float
+    compute: Compute
+
+    @property
+    def faster(self) -> float:
+        return self.stock / self.hybrid
+
+    @property
+    def limit(self) -> float:
+        return (self.compute.linear + self.compute.full_attention) / self.compute.total
+
+
+def step_recipe(
+    base: str, method: Method, ratio: float, w_sink: int, w_recent: int, tokens: int, checkpointing: bool, dtype: str = "auto"
+) -> Recipe:
+    """What both trainings follow: one row of `tokens` a step.
+
+    Raises:
+        UserError: a size or share that no recipe takes.
+    """
+    settings = {"batch_size": 1, "max_steps": 1, "learning_rate": 1e-5, "gradient_checkpointing": checkpointing}
+    parts = {
+        "name": "training-step",
+        "model": {"base": base, "dtype": dtype},
+        "hybrid": {"lazy_layer_ratio": ratio, "w_sink": w_sink, "w_recent": w_recent},
+        "data": {"source": "random", "format": "messages", "max_length": tokens, "packing": False},
+        "train": {"method": method, **settings},
+    }
+    try:
+        return Recipe.model_validate(parts | ({"lora": {"layers": "all"}} if method == "lora" else {}))
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['input']}: {fault['msg']}" for fault in error.errors())
+        raise UserError("; ".join(faults)) from error
+
+
+def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
+    """Each trains one step to warm up, then `runs` in turns."""
+    assert recipe.train is not None
+    config, tokenizer, tokens = load_base_config(recipe.model), load_tokenizer(recipe.model), recipe.data.max_length
+    layers = config.num_hidden_layers
+    lazy = periodic_layers(number_of_lazy_layers(recipe.hybrid.lazy_layer_ratio, layers), layers)
+    spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
+    dtype = weights_dtype(recipe, recipe.train)
+    ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    rows = datasets.Dataset.from_dict({"input_ids": [ids], "labels": [ids]})
+    with TemporaryDirectory() as folder:
+        args = sft_config(recipe, recipe.train, Path(folder))
+        args.save_strategy = SaveStrategy.NO
+        stock = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model.base), dtype=dtype)
+        hybrid = load_weights(recipe.model, spec, dtype)
+        hybrid.name_or_path = ""
+        trainers = [
+            kind(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                processing_class=tokenizer,
+                peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
+            )
+            for kind, model in ((SFTTrainer, stock), (HybridSFTTrainer, hybrid))
+        ]
+        times = [StepTimes() for _ in trainers]
+        for trainer, timed in zip(trainers, times, strict=True):
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(timed)
+        losses = []
+        with show_progress("timing steps", total=2 * (1 + runs)) as bar:
+            for _ in range(1 + runs):
+                for trainer in trainers:
+                    losses.append(trainer.train().training_loss)
+                    bar.advance()
+    stock_seconds, hybrid_seconds = (median(timed.seconds[1:]) for timed in times)
+    work = Work(Samples([tokens], "one row"), steps=1, rounds=1)
+    compute = training_compute(model_shape(recipe, config), recipe.train, work)
+    return StepComparison(stock_seconds, hybrid_seconds, *losses[:2], compute)
+
+
+def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
+    """Print both times, their ratio and the limit.
+
+    Raises:
+        UserError: no such model, a ratio that leaves no layer or takes all, or fewer runs than one.
+    """
+    if runs < 1:
+        raise UserError(f"--runs: {runs} is below 1")
+    assert recipe.train is not None
+    found = compare_steps(recipe, runs)
+    hybrid, device = recipe.hybrid, torch.accelerator.current_accelerator() or torch.device("cpu")
+    trained = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank} on q, k, v and o of all layers"
+    checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
+    console.print(
+        f"{recipe.model.base}, {device.type}, {torch.get_num_threads()} threads; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
+        f"w_sink {hybrid.w_sink}, w_recent {hybrid.w_recent}; one document of {recipe.data.max_length:,} tokens a step, {trained}, "
+        f"{checkpointing} gradient checkpointing; medians of {runs}\n"
+        f"unconverted, stock TRL  {found.stock:9,.2f} s a step, loss {found.stock_loss:.3f}\n"
+        f"hybrid                  {found.hybrid:9,.2f} s a step, loss {found.hybrid_loss:.3f}\n"
+        f"faster by               {found.faster:9.2f}x\n"
+        f"limit by operations     {found.limit:9.2f}x, {100 * found.faster / found.limit:.0f} % of it reached",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
