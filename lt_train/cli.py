@@ -1,8 +1,10 @@
 """The commands. Each is a few lines; heavy libraries are imported inside them, so that --help and validate answer at once."""
 
 import errno
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lt_train import __version__
 from lt_train.errors import UserError
+from lt_train.processes import Process, is_lost_connection, leave, let_others_tell, silence, this_process
 
 if TYPE_CHECKING:
     from lt_train.pipeline import Pipeline
@@ -287,17 +291,20 @@ def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, o
     """Run `stage` in the run folder of a recipe; on the other ranks of a distributed launch, `others`."""
     from lt_train.recipe import load_recipe
 
-    checked = load_recipe(recipe, overrides or ())
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and others is None:
-        raise UserError(f"this command is for one process, not for {ranks}. Only train and eval run under deepspeed and torchrun")
+    checked, process = load_recipe(recipe, overrides or ()), this_process()
+    if process.count > 1 and others is None:
+        raise UserError(
+            f"this command is for one process, not for {process.count}. Only train and eval run under deepspeed and torchrun"
+        )
     _quiet_upstream()
+    if not process.speaks:
+        silence()
     from lt_train.pipeline import Pipeline
     from lt_train.run_folder import RunFolder
 
     folder = RunFolder(checked, runs)
-    pipeline = Pipeline(checked, folder, Console(), rank, ranks)
-    if rank > 0:
+    pipeline = Pipeline(checked, folder, Console(), process.rank, process.count)
+    if not process.speaks:
         others(pipeline)
         return
     with folder.begin(), _closing(pipeline):
@@ -310,8 +317,10 @@ def _quiet_upstream() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none, wherever it is imported
-    # peft 0.21 asks transformers 5.23 by a name that goes in version 6
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Libraries tell each other by these what will be renamed: DeepSpeed's calls of torch, peft's of transformers, and so on
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # accelerate compares DeepSpeed's accumulation with its own, which Trainer leaves at 1
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -323,19 +332,39 @@ def _closing(pipeline: "Pipeline") -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake leaves with its message and exit code 2, a bug keeps its traceback."""
+    """Entry point: a user's mistake leaves with its message and exit code 2, a bug keeps its traceback.
+
+    Of several processes one says it, and all end.
+    """
+    process = this_process()
     try:
         app()
     except Exception as error:
         if _is_full_disk(error):
             error = UserError(f"{error}. What is finished is safe: make room, and the same command goes on from there")
-        elif not _is_users(error):
+        if process.count == 1 and not _is_users(error):
             raise
-        Console(stderr=True).print(f"[bold red]error[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        let_others_tell(process, error)
+        code = _tell(error, process)
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from here", highlight=False)
-        sys.exit(130)
+        code = 130
+        if process.speaks:
+            Console(stderr=True).print("stopped; the same command goes on from here", highlight=False)
+    (sys.exit if process.count == 1 else leave)(code)
+
+
+def _tell(error: Exception, process: Process) -> int:
+    """Say what went wrong; returns the exit code."""
+    where = "" if process.speaks else f" in {process.name}:"
+    if is_lost_connection(error) and process.count > 1:
+        message, code = f"another process was lost ({error}). If it was not stopped, the same command goes on from here", 1
+    elif _is_users(error):
+        message, code = str(error), 2
+    else:
+        traceback.print_exception(error)
+        return 1
+    Console(stderr=True).print(f"[bold red]error[/bold red]{where} {escape(message)}", highlight=False, soft_wrap=True)
+    return code
 
 
 def _is_users(error: Exception) -> bool:
@@ -346,9 +375,3 @@ def _is_users(error: Exception) -> bool:
 
 def _is_full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from lt_train.errors import UserError
 from lt_train.recipe import Precision
 
 
@@ -21,7 +22,15 @@ def computes_in_bf16() -> bool:
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
-    """What `model.dtype` means on this device; auto: bf16 where the device computes in it, else fp32."""
+    """What `model.dtype` means on this device; auto: bf16 where the device computes in it, else fp32.
+
+    Raises:
+        UserError: bf16 on a GPU that cannot compute in it. On a CPU it is slow, but right.
+    """
+    if precision == "bf16" and torch.cuda.is_available() and not computes_in_bf16():
+        raise UserError(
+            f"model.dtype: bf16: {torch.cuda.get_device_name()} does not compute in bf16. Set model.dtype to auto or fp32"
+        )
     if precision == "auto":
         return torch.bfloat16 if computes_in_bf16() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -29,6 +29,7 @@ from lt_train.evaluation_stage import EvaluationStage
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import Choice, hybrid_config
+from lt_train.processes import this_process
 from lt_train.provenance import export_facts
 from lt_train.recipe import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
@@ -38,6 +39,7 @@ from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 from lt_train.tracking import NoTracker, Tracker, open_tracker
 from lt_train.training.dataset import examples_fingerprint
+from lt_train.training.launch import check_launch
 from lt_train.training.settings import teacher_facts
 from lt_train.training.top_k import write_top_k
 from lt_train.training.trainer import train
@@ -94,6 +96,7 @@ class Pipeline:
 
     def train(self) -> None:
         """Fine-tune the hybrid, where the recipe has a `train` part."""
+        self._check_launch()  # before a long scoring of layers, not after it
         self.convert()
         if self.recipe.train is None or self.folder.is_done("train"):
             return
@@ -165,6 +168,7 @@ class Pipeline:
 
     def train_along(self) -> None:
         """What ranks other than the first do when training: wait for the hybrid, then train in silence."""
+        self._check_launch()
         self.folder.wait_for("hybrid")
         if self._learns_from_files:
             self.folder.wait_for("teacher")
@@ -323,6 +327,10 @@ class Pipeline:
 
     def _is_measured(self) -> bool:
         return not self.recipe.eval or self.folder.is_done("eval", self._evaluations)
+
+    def _check_launch(self) -> None:
+        if self.recipe.train is not None and not self.folder.is_done("train"):
+            check_launch(self.recipe, self.recipe.train, this_process())
 
     def _export_dtype(self) -> torch.dtype:
         if self.recipe.export.dtype == "auto":

@@ -1,6 +1,5 @@
 """What settings of a recipe must agree on, and which names and files must exist. Each conflict says what to change."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lt_train.batch import nearest_multiples
+from lt_train.deepspeed_file import contradictions, read_deepspeed_file
 from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe_distill import distill_faults, parameter_faults, restore_faults
@@ -75,17 +75,13 @@ def _files(recipe: "Recipe") -> Iterator[Conflict]:
     if recipe.prompt.chat_template is not None:
         yield from _missing_file("prompt.chat_template", recipe.prompt.chat_template)
     if recipe.train is not None and recipe.train.deepspeed is not None:
-        setting, path = "train.deepspeed", recipe.train.deepspeed
-        missing = list(_missing_file(setting, path))
-        yield from missing
-        if not missing:
-            try:
-                settings = json.loads(Path(path).read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                yield Conflict((setting,), f"{path} is not JSON: {error}")
-            else:
-                if not isinstance(settings, dict):
-                    yield Conflict((setting,), f"{path} holds no JSON object")
+        path = Path(recipe.train.deepspeed)
+        try:
+            found = list(contradictions(read_deepspeed_file(path), recipe))
+        except UserError as error:
+            yield Conflict(("train.deepspeed",), str(error))
+        else:
+            yield from (Conflict(("train.deepspeed",), f"{path}: {contradiction}") for contradiction in found)
 
 
 def _missing_file(setting: str, path: str) -> Iterator[Conflict]:

@@ -1,4 +1,4 @@
-"""Names that TRL, PEFT and transformers accept, written out so that checking a recipe imports none of them.
+"""Names that TRL, PEFT, DeepSpeed and transformers accept, written out so that checking a recipe imports none of them.
 
 Importing SFTConfig alone takes seconds.
 
@@ -40,6 +40,21 @@ PEFT_LORA_CONFIG_NAMES = frozenset(
     trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora velora_config
     alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
     lora_bias target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying
+    """.split()  # noqa: SIM905
+)
+
+DEEPSPEED_ZERO_NAMES = frozenset(
+    """
+    stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
+    allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param
+    offload_optimizer zenflow sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload
+    stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
+    stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save
+    stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
+    stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients
+    parameter_alignment zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights
+    zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint override_module_apply
+    log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module
     """.split()  # noqa: SIM905
 )
 
@@ -104,6 +119,7 @@ TRL_SET_BY_RECIPE = {
     "report_to": "use track.wandb",
     "project": "use track.project",
     "deepspeed": "use train.deepspeed",
+    "ddp_find_unused_parameters": "every weight that is trained takes part in each step",
     "use_cpu": "the CPU serves where there is no accelerator",
     "parallelism_config": "context parallelism drops the mask of streaming layers",
     "use_cache": "training keeps no cache",

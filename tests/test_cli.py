@@ -165,5 +165,6 @@ def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):
 
 def test_only_training_runs_in_several_processes(lt_train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "leave", sys.exit)
     code, _, err = lt_train("run", "recipes/quickstart.yaml")
     assert (code, "Only train and eval run under deepspeed" in err) == (2, True)

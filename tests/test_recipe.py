@@ -205,7 +205,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train.lr_scheduler=cosin", "train.lr_scheduler: 'cosin' is no scheduler of transformers; did you mean cosine?"),
         (
             "train.deepspeed=launch/none.json",
-            f"there is no file launch/none.json (looked at {Path('launch/none.json').absolute()})",
+            f"train.deepspeed: there is no file launch/none.json (looked at {Path('launch/none.json').absolute()})",
         ),
         ("train.trl.otpim=x", "train.trl.otpim: no argument of TRL's SFTConfig; did you mean optim?"),
         ("train.trl.learning_rate=1", "train.trl.learning_rate: not to be set here; use train.learning_rate"),

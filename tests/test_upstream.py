@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from lt_train.upstream import (
+    DEEPSPEED_ZERO_NAMES,
     PEFT_LORA_CONFIG_NAMES,
     PEFT_SET_BY_RECIPE,
     SCHEDULER_NAMES,
@@ -27,6 +28,13 @@ def test_the_list_of_peft_names_is_that_of_the_installed_class() -> None:
     from peft import LoraConfig
 
     assert arguments(LoraConfig) == PEFT_LORA_CONFIG_NAMES
+
+
+def test_the_list_of_deepspeeds_sharding_settings_is_that_of_the_installed_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()} == DEEPSPEED_ZERO_NAMES
 
 
 def test_the_list_of_schedulers_is_that_of_the_installed_transformers() -> None:

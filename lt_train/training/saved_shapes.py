@@ -1,12 +1,12 @@
 """Does a saved model hold every weight at its full shape? Under ZeRO-3 a save can come out empty, without an error."""
 
 import json
+import math
 import struct
 from collections import Counter
 from pathlib import Path
 
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lt_train.errors import UserError
 
@@ -15,8 +15,14 @@ Shapes = Counter[tuple[int, ...]]  # how many weights of each shape; names chang
 
 def full_shapes(model: nn.Module, *, trainable_only: bool) -> Shapes:
     """The shapes that a save of `model` must hold (`trainable_only`: a save of its adapter). Tied weights count once."""
-    zero3 = is_deepspeed_zero3_enabled()  # then a parameter is an empty shell, and ds_shape says what it stands for
-    return Counter(tuple(p.ds_shape if zero3 else p.shape) for p in model.parameters() if p.requires_grad or not trainable_only)
+    # under ZeRO-3 a parameter is an empty shell, and ds_shape says what it stands for; adapters become such only as training begins
+    shapes = ((p.ds_shape if hasattr(p, "ds_shape") else p.shape, p.requires_grad) for p in model.parameters())
+    return Counter(tuple(shape) for shape, trained in shapes if trained or not trainable_only)
+
+
+def full_size(model: nn.Module, *, trainable_only: bool) -> int:
+    """How many numbers its weights are, wherever their parts lie."""
+    return sum(math.prod(shape) * count for shape, count in full_shapes(model, trainable_only=trainable_only).items())
 
 
 def check_saved_shapes(folder: Path, expected: Shapes) -> None:

@@ -1,7 +1,6 @@
 """A recipe's training settings: as TRL's SFTConfig, as the dtype of the weights, and as what a checkpoint must agree with."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,20 @@ import torch
 from trl import SFTConfig
 
 from lt_train.batch import accumulation_steps
+from lt_train.deepspeed_file import read_deepspeed_file
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
-from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
+from lt_train.processes import this_process
 from lt_train.recipe import FREE_IN_TRAINING, Recipe, Train
 from lt_train.training.checkpoints import Settings
+from lt_train.training.launch import check_launch
 
 
 def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     """Everything TRL is told. Our rows are tokenized already, so its own preparation of data is off."""
-    bf16, processes = trains_in_bf16(recipe), int(os.environ.get("WORLD_SIZE", "1"))
+    bf16, process = trains_in_bf16(recipe), this_process()
+    check_launch(recipe, train, process)
     ours = {
         "output_dir": str(out),
         "seed": recipe.seed,
@@ -27,7 +29,8 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "bf16": bf16,
         # unless the CPU is asked for, transformers refuses bf16 on it, and accelerate takes each process for the only one
         "use_cpu": not torch.accelerator.is_available(),
-        "deepspeed": _deepspeed_file(train),
+        "deepspeed": train.deepspeed,
+        "ddp_find_unused_parameters": False,
         # data
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": recipe.data.max_length,
@@ -42,7 +45,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "num_train_epochs": train.epochs or 1,
         "max_steps": train.max_steps or -1,  # -1: as the epochs say
         "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(train, recipe.data, processes),
+        "gradient_accumulation_steps": accumulation_steps(train, recipe.data, process.count),
         "activation_checkpointing": train.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "use_cache": False,
@@ -72,17 +75,23 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     except (ValueError, TypeError, ImportError) as error:  # transformers checks values and combinations here
         raise UserError(f"train: TRL does not take these settings: {error}") from error
     if config.deepspeed is not None:
-        # accelerate starts torch.distributed alone where there is no GPU; without its own communication DeepSpeed would shard a
-        # model as it is loaded (zero.Init) for a world of one process
-        import deepspeed
-
-        deepspeed.init_distributed()
-    if config.n_gpu > 1:
-        raise UserError(
-            f"{config.n_gpu} GPUs are visible to one process. Start one process for each (deepspeed --num_gpus "
-            f"{config.n_gpu} --module lt_train train …, or torchrun), or show it only one (CUDA_VISIBLE_DEVICES=0)"
-        )
+        _start_deepspeed()
     return config
+
+
+def _start_deepspeed() -> None:
+    """Start DeepSpeed's own communication, beside that of accelerate.
+
+    Where there is no GPU accelerate starts torch.distributed alone, and DeepSpeed would shard a model as it is loaded (zero.Init)
+    for a world of one process.
+    """
+    import deepspeed
+
+    if not torch.accelerator.is_available():
+        # Collectives of its own, which it would compile at the first start (a minute or two, and a compiler must be there) and
+        # which wait for ever for a process that died; gloo does without. deepspeed/ops/__init__.py keeps this table open to edits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
 
 
 def trains_in_bf16(recipe: Recipe) -> bool:
@@ -120,11 +129,9 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "data.max_length": recipe.data.max_length,
         "data.packing": recipe.data.packing,
         "SHA-256 of the training data": data_sha256,
-        "number of processes": num_processes,
-        "train.deepspeed (content)": read_json(Path(_deepspeed_file(train) or ""), "DeepSpeed configuration")
-        if train.deepspeed
-        else None,
+        "train.deepspeed (content)": read_deepspeed_file(Path(train.deepspeed)) if train.deepspeed else None,
     }
+    settings |= _processes_that_matter(recipe, train, num_processes)
     settings |= {f"train.{k}": v for k, v in train.model_dump().items() if k not in free_to_change}
     settings |= {f"lora.{k}": v for k, v in (recipe.lora.model_dump() if recipe.lora else {}).items()}
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
@@ -140,15 +147,10 @@ def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str]:
     }
 
 
-def _deepspeed_file(train: Train) -> str | None:
-    if train.deepspeed is None:
-        return None
-    path = Path(train.deepspeed)
-    if not path.is_file():
-        raise UserError(f"train.deepspeed: {train.deepspeed}: no such file (looked at {path.absolute()})")
-    if "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            "train.deepspeed: no launcher started this process. Start it with "
-            "deepspeed --num_gpus N --module lt_train train RECIPE (--num_accelerators N on CPUs), or set train.deepspeed to null"
-        )
-    return str(path)
+def _processes_that_matter(recipe: Recipe, train: Train, count: int) -> Settings:
+    """The number of processes where another number would go on differently: the batch itself is the same with any."""
+    if train.deepspeed is not None:
+        return {"number of processes, among which DeepSpeed splits the optimizer's states": count}
+    if recipe.lora is not None and recipe.lora.dropout > 0:
+        return {"number of processes, each of which draws its own dropout": count}
+    return {}

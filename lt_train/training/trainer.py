@@ -46,6 +46,7 @@ from lt_train.training.lora import lora_config
 from lt_train.training.probe_results import ProbeResult, read_probes, track_probe
 from lt_train.training.probes import Probes, environment_for
 from lt_train.training.projections import freeze_all_but_lazy_projections
+from lt_train.training.saved_shapes import full_size
 from lt_train.training.sequence_parallel import share_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
@@ -246,7 +247,7 @@ def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Calla
 
 
 def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
-    trained, frozen = trainer.get_num_trainable_parameters(), sum(p.numel() for p in trainer.model.parameters())
+    trained, frozen = (full_size(trainer.model, trainable_only=only) for only in (True, False))
     start = f", goes on from {checkpoint.folder.name}" if checkpoint else ""
     return f"training {trained:,} of {frozen:,} parameters on {len(trainer.train_dataset):,} rows{start}"
 

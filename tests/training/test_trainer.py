@@ -135,19 +135,6 @@ def test_a_trl_setting_is_passed_on(tmp_path: Path) -> None:
     assert training.sft_config(recipe, recipe.train, tmp_path).adam_beta2 == 0.95
 
 
-def test_deepspeed_without_a_launcher_is_an_error_with_the_launch_line(tmp_path: Path) -> None:
-    (tmp_path / "zero3.json").write_text("{}")
-    recipe = tiny_recipe({"train": {"deepspeed": str(tmp_path / "zero3.json")}})
-    with pytest.raises(UserError, match=r"no launcher started this process.*deepspeed --num_gpus"):
-        training.sft_config(recipe, recipe.train, tmp_path)
-
-
-def test_a_missing_deepspeed_file_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
-    recipe = tiny_recipe({"train": {"deepspeed": "launch/none.json"}})
-    with pytest.raises(UserError, match=r"train\.deepspeed: launch/none\.json: no such file \(looked at /"):
-        training.sft_config(recipe, recipe.train, tmp_path)
-
-
 def test_bf16_trains_weights_that_are_kept_in_fp32(tmp_path: Path) -> None:
     """Steps of 1e-5 on weights of about 0.02 vanish in bf16."""
     dtypes = []

@@ -1,0 +1,75 @@
+"""The processes of one launch (`deepspeed`, `torchrun`): which of them this is, who speaks, and how they end together.
+
+The first process speaks; the others are silent but for errors. Both launchers end all processes on a machine, within seconds,
+once one of them has failed; what is left to do here is to say once what went wrong, and to leave at once.
+"""
+
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from typing import NoReturn
+
+SECONDS_FOR_THE_LAUNCHER = 10.0  # it looks at its processes every second at most
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int  # from 0, over all machines
+    count: int  # processes of the launch
+    launched: bool  # by deepspeed or torchrun, if only as one process
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        return f"process {self.rank} of {self.count} on {socket.gethostname()}"
+
+
+def this_process() -> Process:
+    """As the launcher's environment says; without a launcher the only one."""
+    environment = os.environ
+    return Process(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")), "LOCAL_RANK" in environment)
+
+
+def silence() -> None:
+    """Keep this process from saying anything but its own errors: for those that do not speak.
+
+    Standard output goes nowhere, also that of libraries written in C++; warnings and log records below errors are dropped.
+    """
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def let_others_tell(process: Process, error: BaseException) -> None:
+    """Wait for the launcher to end this process, where the word on `error` is another's.
+
+    Most errors are the same in every process, and then the first one tells it. A lost connection means that another process has
+    failed, and said so, or was killed. Where the launcher does not come (on another machine), this returns, and the error is told.
+    """
+    if not process.speaks or is_lost_connection(error):
+        time.sleep(SECONDS_FOR_THE_LAUNCHER)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether the error says that another process cannot be reached any more."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and isinstance(error, distributed.DistError):  # NCCL, and the store that all processes share
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # torch has no class for these
+
+
+def leave(code: int) -> NoReturn:
+    """End now. An orderly exit would wait for collectives that the other processes never join."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

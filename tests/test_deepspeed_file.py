@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_train.deepspeed_file import contradictions, read_deepspeed_file
+from lt_train.errors import UserError
+from lt_train.recipe import Recipe, load_recipe
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+RECIPE = """
+name: mine
+model: {base: owner/model, dtype: DTYPE}
+hybrid: {lazy_layer_ratio: 0.5}
+data: {source: owner/data, format: still, max_length: 64}
+train: {method: full, learning_rate: 1e-5, epochs: 1, batch_size: 96, micro_batch_size: 2}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return recipe_in("bf16", tmp_path)
+
+
+def recipe_in(dtype: str, tmp_path: Path) -> Recipe:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE.replace("DTYPE", dtype))
+    return load_recipe(path)
+
+
+def zero3(**settings: Any) -> dict[str, Any]:
+    return {**read_deepspeed_file(LAUNCH / "zero3.json"), **settings}
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
+def test_every_shipped_configuration_goes_with_every_precision(path: Path, dtype: str, tmp_path: Path) -> None:
+    assert list(contradictions(read_deepspeed_file(path), recipe_in(dtype, tmp_path))) == []
+
+
+def test_the_shipped_configurations_are_found() -> None:
+    assert {path.name for path in LAUNCH.glob("*.json")} == {"zero2.json", "zero3.json", "zero3-offload.json"}
+
+
+def test_numbers_that_say_what_the_recipe_says_are_no_contradiction(recipe: Recipe) -> None:
+    same = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1, "bf16": {"enabled": True}}
+    assert list(contradictions(zero3(**same), recipe)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size: 64, but the recipe says train.batch_size: 96. Set it to"),
+        ({"train_micro_batch_size_per_gpu": 1}, "1, but the recipe says train.micro_batch_size: 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5, but the recipe says train.max_grad_norm: 1.0"),
+        ({"gradient_clipping": None}, "gradient_clipping: missing, so train.max_grad_norm would not reach DeepSpeed"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4. It follows from the batch"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps: missing. It follows from the batch"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled: False, but the recipe says model.dtype: bf16"),
+        ({"bf16": None}, "bf16.enabled: missing, so model.dtype: bf16 would not reach DeepSpeed"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: models are trained in bf16 or fp32"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer: the optimizer follows from train.learning_rate"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the schedule follows from train.lr_scheduler"),
+        ({"elasticity": {}}, "elasticity: it would change the batch"),
+        ({"zero_optimization": None}, "zero_optimization: missing"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: 0; it is 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save: not true, so checkpoints would hold no"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "overlap_com: no setting of DeepSpeed; did you mean overlap_comm",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: stage 2 offloads no weights"),
+    ],
+)
+def test_what_contradicts_the_recipe_is_told_once_with_the_way_out(recipe: Recipe, settings: dict[str, Any], told: str) -> None:
+    (found,) = contradictions(zero3(**settings), recipe)
+    assert told in found
+
+
+def test_a_precision_may_not_be_fixed_where_the_recipe_leaves_it_to_the_device(tmp_path: Path) -> None:
+    (found,) = contradictions(zero3(bf16={"enabled": True}), recipe_in("auto", tmp_path))
+    assert "bf16.enabled: True, but the recipe says model.dtype: auto" in found
+
+
+def test_all_contradictions_are_told_at_once_when_a_recipe_is_checked(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(zero3(train_batch_size=8, gradient_clipping=9)))
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "mine.yaml", [f"train.deepspeed={path}"])
+    lines = str(error.value).splitlines()[1:]
+    assert [line.startswith(f"  train.deepspeed: {path}: ") for line in lines] == [True, True]
+    assert "train_batch_size: 8" in lines[0] and "gradient_clipping: 9" in lines[1]
+
+
+@pytest.mark.parametrize(("text", "told"), [("[1]", "holds no JSON object"), ("{", "is not JSON")])
+def test_a_file_that_is_no_configuration_is_told(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "faulty.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_deepspeed_file(path)

@@ -1,0 +1,73 @@
+"""What is asked of a launch before anything long begins, and what a launch folder holds."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import tiny_recipe
+
+from lt_train.devices import compute_dtype
+from lt_train.errors import UserError
+from lt_train.processes import Process
+from lt_train.training import launch
+
+REPOSITORY = Path(__file__).parents[2]
+ZERO3 = {"train": {"deepspeed": str(REPOSITORY / "launch/zero3.json")}}
+
+
+def check(settings: dict, process: Process) -> None:
+    recipe = tiny_recipe(settings)
+    launch.check_launch(recipe, recipe.train, process)
+
+
+def test_deepspeed_without_a_launcher_is_an_error_with_the_launch_line() -> None:
+    with pytest.raises(UserError, match=r"no launcher started this process.*deepspeed --num_gpus"):
+        check(ZERO3, Process(0, 1, launched=False))
+    check(ZERO3, Process(0, 1, launched=True))
+
+
+def test_a_missing_deepspeed_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the package deepspeed is not installed"):
+        check(ZERO3, Process(0, 1, launched=True))
+    check({}, Process(0, 1, launched=False))
+
+
+def test_processes_that_cannot_share_the_batch_are_told_before_anything_begins() -> None:
+    with pytest.raises(UserError, match=r"3 processes with train\.micro_batch_size 2 take 6 at a time"):
+        check({}, Process(0, 3, launched=True))
+
+
+def test_one_process_that_sees_several_gpus_is_told_to_start_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"8 GPUs are visible to one process.*--num_gpus 8"):
+        check({}, Process(0, 1, launched=False))
+
+
+def test_bf16_on_a_gpu_that_does_not_compute_in_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.raises(UserError, match="Tesla V100 does not compute in bf16"):
+        check({"model": {"dtype": "bf16"}}, Process(0, 1, launched=True))
+    assert compute_dtype("auto") == torch.float32
+
+
+def test_the_slurm_script_starts_one_torchrun_for_each_machine(tmp_path: Path) -> None:
+    for name, does in (("scontrol", "printf 'node-1\\nnode-2\\n'"), ("srun", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
+    command = ["bash", REPOSITORY / "launch/train.slurm", "recipe.yaml", "--set", "name=a b"]
+    path = f"{tmp_path}:/usr/bin:/bin"
+    said = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True, check=True).stdout
+    expected = "--kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-id 7 --rdzv-backend c10d "
+    assert said.strip() == expected + "--rdzv-endpoint node-1:29500 -m lt_train train recipe.yaml --set name=a b"
+
+
+def test_deepspeed_reads_the_example_hostfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(REPOSITORY / "launch/hostfile")) == {"node-1": 8, "node-2": 8}
