@@ -39,7 +39,12 @@ def test_every_file_that_is_linked_is_there() -> None:
 
 def test_what_decides_on_a_change_are_the_two_commands_shown() -> None:
     check = (REPOSITORY / ".ci/run").read_text()
-    for step in ("install --quiet -e .\n", "lt-train run recipes/quickstart.yaml\n", "install --quiet -e '.[test]'\n", "\npytest"):
+    for step in (
+        "install --quiet -e .\n",
+        "lt-train run recipes/quickstart.yaml\n",
+        "install --quiet -e '.[test]'\n",
+        " pytest -q ",
+    ):
         assert step in check
     assert "pip install -e . && lt-train run recipes/quickstart.yaml" in README
     assert "pip install -e '.[test]' && pytest" in README

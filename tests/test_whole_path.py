@@ -60,8 +60,11 @@ def run(arguments: list[str], **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a whole quickstart, and what it printed."""
-    runs = tmp_path_factory.mktemp("runs")
+    """The folder of a whole quickstart, and what it printed.
+
+    LT_TRAIN_QUICKSTART_RUNS names the folder of runs where this very code has just done it: then it only prints its table again.
+    """
+    runs = Path(os.environ.get("LT_TRAIN_QUICKSTART_RUNS") or tmp_path_factory.mktemp("runs"))
     os.chdir(REPOSITORY)  # before the fixture of a single test could do it
     printed = run(command("run", runs))
     return runs / "quickstart", printed
