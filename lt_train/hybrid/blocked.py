@@ -63,7 +63,7 @@ class _BlockedAttention(torch.autograd.Function):
         for block in work.blocks():
             probabilities = work.probabilities(block, block.rows(q_PRTD), block.span(k_PTD))
             block.put_rows(torch.bmm(probabilities, block.span(v_PTD)), out_PRTD)
-        return out_PRTD.view(*q_BHTD.shape[:3], -1)
+        return out_PRTD.view(*q_BHTD.shape[:3], v_BGTD.shape[3])
 
     @staticmethod
     def backward(ctx, d_out_BHTD):
@@ -79,7 +79,7 @@ def _gradients(
     q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, d_out_BHTD: Tensor, w_sink: int, w_recent: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_PRTD, k_PTD, v_PTD = _problems(q_BHTD, k_BGTD, v_BGTD, scaling)
-    d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], -1)
+    d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], d_out_BHTD.shape[3])
     d_q_PRTD = torch.empty_like(q_PRTD)
     # Several blocks add to the same keys.
     d_k_PTD, d_v_PTD = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k_PTD, v_PTD))
@@ -142,7 +142,7 @@ class _Workspace:
         rows, scores = (_ROWS_ON_CPU, _SCORES_ON_CPU) if on_cpu else (_ROWS_ELSEWHERE, _SCORES_ELSEWHERE)
         self.queries = min(max(rows // repeats, _SMALLEST_BLOCK), _LARGEST_BLOCK)
         of_a_problem = repeats * self.queries * min(w_sink + w_recent - 1 + self.queries, self.length)
-        self.at_a_time = min(max(scores // of_a_problem, 1), self.problems)
+        self.at_a_time = max(min(scores // of_a_problem, self.problems), 1)
         self.memory = q_PRTD.new_empty(2, self.at_a_time * of_a_problem)
         self.position_T = torch.arange(self.length, device=q_PRTD.device)
         self.corners: dict[tuple[int, ...], Tensor] = {}

@@ -79,6 +79,11 @@ def test_under_autocast_it_computes_in_autocasts_dtype_whatever_it_is_given():
         assert (ours.float() - exact).norm() < 0.01 * exact.norm()
 
 
+def test_a_batch_of_no_rows_has_an_output_and_gradients_of_no_rows():
+    *qkv, dout = (x[:0] for x in tensors_of(Case(((150,),)), torch.float32))
+    assert [len(x) for x in with_gradients(lambda *x: blocked_streaming_attention(*x, **SIZES), *qkv, dout)] == [0, 0, 0, 0]
+
+
 def test_gradients_are_the_same_under_checkpointing():
     *qkv, dout = tensors_of(Case(((300,),)), torch.float64)
     plain = with_gradients(lambda *x: blocked_streaming_attention(*x, **SIZES), *qkv, dout)
