@@ -111,10 +111,15 @@ class LossScores:
         return self.benchmark == "heldout_kl"
 
     @property
+    def digits(self) -> int:
+        """Decimals to show. Divergences are often a hundredth of a loss."""
+        return 4 if self.is_divergence else 3
+
+    @property
     def text(self) -> str:
-        """Value and standard error. Divergences are often a hundredth of a loss."""
-        digits = 4 if self.is_divergence else 3
-        return f"{self.loss:.{digits}f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.{digits}f}")
+        """Value and standard error."""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.{self.digits}f}"
+        return f"{self.loss:.{self.digits}f}{error}"
 
 
 Scores = AnswerScores | LossScores

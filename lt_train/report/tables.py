@@ -144,7 +144,7 @@ def interval_text(scores: Scores) -> str:
     if span is None:
         return "–"
     if isinstance(scores, LossScores):
-        return f"{span.low:.3f} to {span.high:.3f}"
+        return f"{span.low:.{scores.digits}f} to {span.high:.{scores.digits}f}"
     return f"{percent(span.low)} to {percent(span.high)}"
 
 

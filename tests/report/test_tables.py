@@ -6,7 +6,7 @@ import pytest
 
 from lt_train.evaluation.scores import difference, read_scores, write_scores
 from lt_train.report.contents import read_runs
-from lt_train.report.tables import result_table
+from lt_train.report.tables import interval_text, result_table
 from tests.report.made_runs import made_run, measured, record
 
 
@@ -49,6 +49,13 @@ def test_votes_have_columns_where_there_is_more_than_one_answer(tmp_path):
     assert table.rows[0].cells[:2] == ("50.0", "100.0 (k = 2)")
     assert table.rows[1].cells[1] == "25.0 (k = 1)"
     assert table.rows[1].difference == "not comparable"  # the base was asked two problems only
+
+
+@pytest.mark.parametrize(("benchmark", "digits"), [("heldout_loss", 3), ("heldout_kl", 4)])
+def test_an_interval_has_the_digits_of_its_value(run, benchmark, digits):
+    scores = replace(read_scores(run / "eval/base/heldout_loss/scores.json"), benchmark=benchmark)
+    shown = [*scores.text.split(" ± "), *interval_text(scores).split(" to ")]
+    assert [len(number.partition(".")[2]) for number in shown] == [digits] * 4
 
 
 def test_losses_are_better_when_they_fall(run):
