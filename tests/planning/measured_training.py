@@ -7,10 +7,8 @@ training loads and sets up by itself (libraries, threads, buffers) is there befo
 """
 
 import argparse
-import ctypes
 import json
 import random
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lt_train.hybrid import HybridSpec, build_hybrid
 from lt_train.recipe import Recipe
 from lt_train.tracking import NoTracker
 from lt_train.training.trainer import train
+from tests.peak_memory import peak_of
 from tests.training.tiny_training import tiny_tokenizer
 
 WARM_UP = {
@@ -63,19 +62,10 @@ def train_rows(settings: dict[str, Any], folder: Path) -> None:
     train(recipe, load, tiny_tokenizer(), ExampleSet(examples, [], {}), spec, folder, NoTracker(), lambda line: None)
 
 
-def resident(what: str) -> int:
-    """Bytes: VmRSS, held now, or VmHWM, the most that was held since the last reset."""
-    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def peak_of_training(settings: dict[str, Any], folder: Path) -> int:
     with tempfile.TemporaryDirectory() as aside:
         train_rows(WARM_UP, Path(aside))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)
-    train_rows(settings, folder)
-    return resident("VmHWM") - before
+    return peak_of(lambda: train_rows(settings, folder))
 
 
 def main() -> None:
