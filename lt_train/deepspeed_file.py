@@ -30,6 +30,7 @@ REFUSED = {
     "quantize_training": "it would train another model than the hybrid",
     "sparse_attention": "what a layer sees follows from `hybrid`",
     "tensor_parallel": "hybrid classes are not split inside their layers; ZeRO-3 shards them",
+    "sequence_parallel_size": "sequences are shared as train.sequence_parallel says",
     "pipeline": "hybrid classes are not split into stages; ZeRO-3 shards them",
     "wandb": "curves are logged as `track` says",
 }
@@ -79,6 +80,8 @@ def _values(settings: dict[str, Any], recipe: "Recipe", train: "Train") -> Itera
         given = settings.get(name)
         if given is None:
             yield f'{name}: missing, so {setting} would not reach DeepSpeed. Set it to "auto"'
+        elif name == "train_batch_size" and train.sequence_parallel > 1 and given != "auto":
+            yield f'{name}: {given!r}. DeepSpeed takes each slice of a shared sequence for a row. Set it to "auto"'
         elif given not in ("auto", value):
             yield f'{name}: {given!r}, but the recipe says {setting}: {value}. Set it to "auto"'
     steps = settings.get("gradient_accumulation_steps")

@@ -49,6 +49,12 @@ def test_numbers_that_say_what_the_recipe_says_are_no_contradiction(recipe: Reci
     assert list(contradictions(zero3(**same), recipe)) == []
 
 
+def test_a_batch_in_rows_cannot_be_said_to_deepspeed_where_processes_share_them(recipe: Recipe) -> None:
+    shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequence_parallel": 2})})
+    (told,) = contradictions(zero3(train_batch_size=96), shared)
+    assert "DeepSpeed takes each slice of a shared sequence for a row" in told
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -63,6 +69,7 @@ def test_numbers_that_say_what_the_recipe_says_are_no_contradiction(recipe: Reci
         ({"fp16": {"enabled": True}}, "fp16.enabled: models are trained in bf16 or fp32"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: the optimizer follows from train.learning_rate"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the schedule follows from train.lr_scheduler"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size: sequences are shared as train.sequence_parallel says"),
         ({"elasticity": {}}, "elasticity: it would change the batch"),
         ({"zero_optimization": None}, "zero_optimization: missing"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: 0; it is 1, 2 or 3"),
