@@ -1,0 +1,100 @@
+"""Two processes under torchrun and deepspeed: one speaks, and the failure of one ends both with its own word."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lt_train import processes
+from lt_train.processes import Process, is_lost_connection, let_others_tell, this_process
+
+REPOSITORY = Path(__file__).parents[1]
+COMMAND = '''
+"""lt-train validate, but with a recipe that one process, or both, cannot load while the other waits for it."""
+import os
+import sys
+
+import torch
+
+import lt_train.recipe
+from lt_train import cli
+from lt_train.errors import UserError
+
+RANK, FAILING, KIND = int(os.environ["RANK"]), sys.argv.pop(), sys.argv.pop()
+
+
+def load_recipe(*_):
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    if str(RANK) in FAILING:
+        raise UserError("this recipe is spoilt") if KIND == "mistake" else ZeroDivisionError("a bug")
+    torch.distributed.barrier()
+
+
+sys.argv[1:] = ["validate", "any.yaml"]
+lt_train.recipe.load_recipe = load_recipe
+cli.main()
+'''
+
+
+def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_process() == Process(0, 1, launched=False)
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert this_process() == Process(9, 16, launched=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_other_errors(error: Exception, lost: bool) -> None:
+    assert is_lost_connection(error) == lost
+
+
+def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
+    let_others_tell(Process(0, 2, True), ValueError())
+    assert waited == []
+    let_others_tell(Process(1, 2, True), ValueError())
+    let_others_tell(Process(0, 2, True), RuntimeError("gloo: closed"))
+    assert len(waited) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "failing", "told", "tracebacks"),
+    [
+        ("mistake", "1", "this recipe is spoilt", 0),
+        ("mistake", "01", "this recipe is spoilt", 0),
+        ("bug", "1", "ZeroDivisionError: a bug", 1),
+    ],
+)
+def test_the_failure_of_a_process_ends_both_with_its_own_word(
+    kind: str, failing: str, told: str, tracebacks: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    started = time.perf_counter()
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", "2", "--master_port", "29641"]
+    command = [*launcher, "--no_local_rank", str(script), kind, failing]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count(told) == 1, said
+    assert said.count("Traceback") == tracebacks, said
+    assert time.perf_counter() - started < 90
