@@ -1,11 +1,11 @@
 """How a training is to be run: on which GPUs, in which numbers, and what DeepSpeed shards or moves to the host."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lt_train.batch import batch_samples
+from lt_train.deepspeed_file import read_deepspeed_file
 from lt_train.errors import UserError
 from lt_train.planning.activations import FP32, Numbers
 from lt_train.recipe import Recipe, Train
@@ -153,7 +153,7 @@ def sharding_of(path: str | None) -> Sharding:
     """Read off a DeepSpeed configuration, which the recipe's checks have found to be one."""
     if path is None:
         return Sharding()
-    zero: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+    zero: dict[str, Any] = read_deepspeed_file(Path(path)).get("zero_optimization", {})
 
     def moved(block: str) -> bool:
         return (zero.get(block) or {}).get("device", "none") not in (None, "none")

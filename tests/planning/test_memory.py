@@ -6,7 +6,7 @@ from lt_train.base_model import load_base_config
 from lt_train.planning.memory import Memory, Phase, training_memory
 from lt_train.planning.setup import GIB, Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
 from lt_train.planning.shape import ModelShape, model_shape
-from lt_train.planning.ways import remedies, ways
+from lt_train.planning.ways import WAYS, remedies, ways
 from lt_train.recipe import Recipe
 from tests.planning.public_models import public_recipe
 
@@ -107,8 +107,8 @@ def test_a_copied_teacher_lies_whole_on_each_gpu(shape, setup):
 
 
 def test_the_files_in_launch_are_read_as_deepspeed_reads_them(tmp_path):
-    assert sharding_of("launch/zero3.json") == Sharding(3)
-    assert sharding_of(None) == Sharding()
+    for sharding, file in WAYS:
+        assert sharding_of(None if file == "null" else file) == sharding
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 1e8}}')
     assert sharding_of(str(file)) == Sharding(3, offload_optimizer=True, sub_group=10**8)
