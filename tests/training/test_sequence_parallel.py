@@ -29,7 +29,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """case -> logits and gradients that two processes computed together."""
     out = tmp_path_factory.mktemp("shared") / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, shared_sequence.__file__, str(out)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
