@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
 
-from lt_train.hybrid import load_hybrid_checkpoint
-
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(tiny_training.__file__)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -78,21 +76,3 @@ def test_under_zero3_a_distilled_lora_learns_from_its_sharded_base_as_in_one_pro
     for column in ("kl", "hidden_difference", "sft_loss"):
         both = [[row[column] for row in steps(tmp_path / name)] for name in ("two", "one")]
         assert both[0] == pytest.approx(both[1], abs=1e-4) and both[1][0] > 0.01, column
-
-
-@pytest.mark.slow
-def test_zero3_saves_every_weight_at_full_shape_and_trains_like_one_process(train_tiny, tmp_path: Path) -> None:
-    base = Qwen3ForCausalLM(tiny_training.tiny_config())
-    base.save_pretrained(tmp_path / "base")
-    # two processes that each accumulate two samples are one that accumulates four
-    settings: dict[str, Any] = {"train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1}, "data": {"heldout": 5}}
-    zero3 = {**settings["train"], "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
-    deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
-    load = tiny_training.hybrid_from(tmp_path / "base")
-    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=load)
-
-    saved = load_hybrid_checkpoint(tmp_path / "two" / "final").state_dict()
-    assert {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in base.state_dict().items()}
-    assert [row["step"] for row in steps(tmp_path / "two")] == [1, 2, 3, 4]
-    # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
-    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy"])

@@ -1,6 +1,6 @@
 """Trains a tiny hybrid on made-up data: imported by the tests beside it, and started by them as a process of its own.
 
-python tests/training/tiny_training.py FOLDER '{"train": {"max_steps": 3}}'
+python tests/training/tiny_training.py FOLDER '{"train": {"max_steps": 3}}' [FOLDER SETTINGS …]
 """
 
 import argparse
@@ -115,14 +115,15 @@ class CutAt(NoTracker):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("trainings", nargs="+", metavar="FOLDER SETTINGS")  # one after the other, in the same processes
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--examples", type=int, default=22)
     parser.add_argument("--local_rank", type=int)  # what the deepspeed launcher adds
     given = parser.parse_args()
     torch.set_num_threads(1)
     load = load_tiny if given.base is None else hybrid_from(given.base)
-    print(train_in(given.folder, given.settings, NoTracker(), load=load))
+    for folder, settings in zip(given.trainings[::2], given.trainings[1::2], strict=True):
+        print(train_in(Path(folder), json.loads(settings), NoTracker(), examples=given.examples, load=load))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Two processes under DeepSpeed, as its launcher starts them: the same course as one process, whole weights, kills and resumes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny_training
+import torch
+from test_resume import assert_same_course, steps
+from transformers import Qwen3ForCausalLM
+
+from lt_train.training.lora import load_trained
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = Path(tiny_training.__file__)
+LORA: dict[str, Any] = {"method": "lora"}
+MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "ddp": (None, {}),
+    "zero2": ("zero2.json", {}),
+    "zero2-lora": ("zero2.json", LORA),
+    "zero3": ("zero3.json", {}),
+    "zero3-lora": ("zero3.json", LORA),
+    "zero3-offload": ("zero3-offload.json", {}),
+}
+THREE_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 3, "save_steps": 5}  # of 20 steps each
+
+
+def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
+    """20 steps of 4 samples, for one process or several."""
+    file, method = MODES[mode]
+    train = {"max_steps": 20, "batch_size": 4, "micro_batch_size": 1, "save_steps": 10, **method}
+    if launched and file is not None:
+        train["deepspeed"] = str(deepspeed_file(file, folder))
+    return {"train": train, "data": {"heldout": 5}, **({"lora": {"rank": 4}} if method else {})}
+
+
+def deepspeed_file(name: str, folder: Path) -> Path:
+    """A file of launch/, but with torch's AdamW where DeepSpeed would compile one for CPUs, which takes minutes."""
+    settings = json.loads((REPOSITORY / "launch" / name).read_text())
+    path = folder / name
+    path.write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
+    return path
+
+
+def launch(trainings: dict[Path, dict[str, Any]], base: Path, output: Path, *, processes: int = 2, examples: int = 22) -> Any:
+    """Start one launch that trains one after the other."""
+    given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes), "--master_port", "29631"]
+    command = [*launcher, str(SCRIPT), *given, "--base", str(base), "--examples", str(examples)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": path}
+    with open(output, "wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(tiny_training.tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one of each mode, trained by two processes of one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    process = launch(
+        {folder / mode: settings_of(mode, folder, launched=True) for mode in MODES}, base, output := folder / "output.txt"
+    )
+    assert process.wait(timeout=400) == 0, output.read_text()
+    return folder
+
+
+@pytest.fixture
+def one(base: Path, tmp_path: Path) -> Any:
+    """Train a mode in this process, where one process accumulates what two share."""
+
+    def train(mode: str, folder: Path = tmp_path) -> Path:
+        settings = settings_of(mode, tmp_path, launched=False)
+        load = tiny_training.hybrid_from(base)
+        tiny_training.train_in(folder / mode, settings, tiny_training.NoTracker(), load=load)
+        return folder / mode
+
+    return train
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str, two: Path, one: Any) -> None:
+    assert [row["step"] for row in steps(two / mode)] == list(range(1, 21))
+    # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
+    alone = one(mode)
+    assert_same_course(two / mode, alone, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
+    norms = [[row["grad_norm"] for row in steps(folder)] for folder in (two / mode, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["zero3", "zero3-lora", "zero3-offload"])
+def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_trained(
+    mode: str, two: Path, one: Any, base: Path
+) -> None:
+    recipe = tiny_training.tiny_recipe(settings_of(mode, two, launched=False))
+    load = tiny_training.hybrid_from(base)
+    mine, whole = (load_trained(recipe, folder / "final", load, torch.float32).model for folder in (two / mode, one(mode)))
+    assert {n: w.shape for n, w in mine.state_dict().items()} == {n: w.shape for n, w in whole.state_dict().items()}
+    input_ids = torch.randint(2, tiny_training.VOCABULARY, (2, 20))
+    with torch.no_grad():
+        assert (mine(input_ids).logits - whole(input_ids).logits).abs().max() < 1e-2
+        assert (mine(input_ids).logits - load(torch.float32)(input_ids).logits).abs().max() > 0.02, "it was trained"
+
+
+def test_without_deepspeed_another_number_of_processes_goes_on_to_the_same_losses(two: Path, one: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed" / "ddp"
+    shutil.copytree(two / "ddp", folder)
+    for later in ("final", "checkpoint-20"):
+        shutil.rmtree(folder / later)
+    one("ddp", folder.parent)
+    assert '"resumed_from": 10' in (folder / "log.jsonl").read_text()
+    assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
+
+
+def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base: Path, tmp_path: Path) -> None:
+    process = launch({two / "zero2": settings_of("zero2", two, launched=True)}, base, output := tmp_path / "o.txt", processes=1)
+    assert process.wait(timeout=200) != 0
+    assert "number of processes, among which DeepSpeed splits the optimizer's states: 2 then, 1 now" in output.read_text()
+
+
+def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(base: Path, tmp_path: Path) -> None:
+    train = {**settings_of("zero3", tmp_path, launched=True)["train"], **THREE_EPOCHS}
+    output, killed, whole = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "whole"
+    process = launch({killed: {"train": train}}, base, output, examples=80)
+    while len(steps(killed)) < 27:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.02)
+    (second,) = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_second(p)]
+    second.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
+    assert 27 <= len(steps(killed)) < 40, "in the second epoch"
+    process = launch({killed: {"train": train}, whole: {"train": train}}, base, output, examples=80)
+    assert process.wait(timeout=300) == 0, output.read_text()
+    assert "goes on from checkpoint-" in output.read_text()
+    assert_same_course(killed, whole)
+
+
+def _is_second(process: psutil.Process) -> bool:
+    return str(SCRIPT) in process.cmdline() and "--local_rank=1" in process.cmdline()
