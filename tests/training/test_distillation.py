@@ -143,16 +143,39 @@ def test_a_window_longer_than_the_data_leaves_nothing_to_learn(tmp_path: Path) -
 @pytest.mark.parametrize("settings", [lora_recipe, recipe_of], ids=["own", "copy"])
 def test_the_teacher_is_the_base_whatever_the_student_has_learned(tmp_path: Path, settings) -> None:
     trainer = moved(build(settings(), tmp_path))
+    hybrid = trainer.distillation.hybrid
+    hybrid.model.embed_tokens.register_forward_hook(lambda module, args, output: output + 1 if module.training else output)
     inputs = batch(trainer)
     answers = torch.zeros_like(inputs["labels"], dtype=torch.bool)
     answers[:, :-1] = inputs["labels"][:, 1:] != -100
+    trainer.model.train()
     targets = trainer.distillation.teacher.targets(trainer.model, inputs, answers)
+    assert hybrid.training and not hybrid.model.attends_fully
     stock = load_decided(torch.float32).eval()
     with torch.no_grad(), stock.full_attention():
         expected = stock.model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
     torch.testing.assert_close(targets.hidden_AH, expected[answers], atol=1e-6, rtol=1e-6)
     assert torch.equal(targets.lm_head.weight, stock.lm_head.weight) or "lora" not in settings()
     assert not targets.hidden_AH.requires_grad
+
+
+def test_the_hidden_loss_is_the_relative_squared_difference_after_streaming_layers(tmp_path: Path) -> None:
+    trainer = moved(build(recipe_of(hidden_weight=1.0), tmp_path))
+    inputs = batch(trainer)
+    trainer.compute_loss(trainer.model, dict(inputs))
+    asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    base = load_decided(torch.float32)
+    with torch.no_grad():
+        student = trainer.model.model(**asked, output_hidden_states=True, use_cache=False).hidden_states
+        with base.full_attention():
+            teacher = base.model(**asked, output_hidden_states=True, use_cache=False).hidden_states
+    answers = inputs["labels"][:, 1:] != -100
+    shares = []
+    for layer in SPEC.lazy_layers:
+        mine, theirs = student[layer + 1][:, :-1][answers], teacher[layer + 1][:, :-1][answers]
+        shares.append(((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)) ** 2)
+    (found,) = [value for name, value in trainer.distillation.means.take(1).items() if name == "hidden_difference"]
+    assert found.item() == pytest.approx(torch.stack(shares).mean().item(), rel=1e-4)
 
 
 def test_gradients_reach_the_student_and_never_the_teacher(tmp_path: Path) -> None:
