@@ -6,16 +6,24 @@ from typing import Any
 import pytest
 import torch
 from test_resume import assert_same_course
-from tiny_training import SPEC, load_decided, tiny_config, tiny_examples, tiny_recipe, tiny_tokenizer, train_in
+from tiny_training import (
+    SPEC,
+    VOCABULARY,
+    load_decided,
+    tiny_config,
+    tiny_examples,
+    tiny_recipe,
+    tiny_tokenizer,
+    train_in,
+    write_teacher,
+)
 from torch.nn.functional import cross_entropy, kl_div
 
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
 from lt_train.tracking import NoTracker
 from lt_train.training import trainer as training
 from lt_train.training.log import read_log
-from lt_train.training.settings import teacher_facts
 from lt_train.training.sft_trainer import HybridSFTTrainer
-from lt_train.training.top_k import write_top_k
 
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1e-2}
 DISTILLED: dict[str, Any] = {"weight": 0.7, "temperature": 1.5}
@@ -35,19 +43,9 @@ def build(settings: dict[str, Any], out: Path, spec: HybridSpec = SPEC, load: An
     recipe, data = tiny_recipe(settings), tiny_examples()
     config = training.sft_config(recipe, recipe.train, out)
     trainer = training._build_trainer(recipe, config, load, tiny_tokenizer(), data, spec)
-    teacher = write_teacher(settings, out / "teacher") if recipe.train.distill.teacher == "top_k" else None
+    teacher = write_teacher(settings, out / "teacher", load) if recipe.train.distill.teacher == "top_k" else None
     trainer.distillation = training._distillation(recipe, trainer, load, data, spec, teacher)
     return trainer
-
-
-def write_teacher(settings: dict[str, Any], folder: Path) -> Path:
-    recipe, examples = tiny_recipe(settings), tiny_examples().train
-    facts = teacher_facts(recipe, training.examples_fingerprint(examples))
-    given = recipe.train.distill
-    base = load_decided(torch.float32)
-    with base.full_attention():
-        write_top_k(base, examples, folder, k=given.top_k, temperature=given.temperature, facts=facts, batch_size=3, progress=False)
-    return folder
 
 
 def moved(trainer: HybridSFTTrainer) -> HybridSFTTrainer:
@@ -92,7 +90,7 @@ def losses(folder: Path, column: str = "loss") -> list[float]:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
     "settings",
-    [lora_recipe, recipe_of, lambda **given: recipe_of(teacher="top_k", top_k=40, **given)],
+    [lora_recipe, recipe_of, lambda **given: recipe_of(teacher="top_k", top_k=VOCABULARY, **given)],
     ids=["own", "copy", "top_k"],
 )
 def test_the_chunked_loss_and_its_gradients_are_those_of_full_logits(
@@ -261,17 +259,13 @@ def test_learning_from_the_teacher_alone_brings_the_hybrid_nearer_to_it(train_ti
         assert found[-1] < share * found[0], column
 
 
-def test_training_learns_from_stored_log_probabilities_as_from_the_copy(tmp_path: Path) -> None:
-    courses = {}
+def test_training_learns_from_stored_log_probabilities_as_from_the_copy(train_tiny, tmp_path: Path) -> None:
     for name in ("copy", "top_k"):
-        given = recipe_of(teacher=name, top_k=40)
-        given["train"]["max_steps"] = 4
-        given["data"] = {"packing": True, "max_length": 48}
-        teacher = write_teacher(given, tmp_path / "teacher") if name == "top_k" else None
-        recipe = tiny_recipe(given)
-        training.train(recipe, load_decided, tiny_tokenizer(), tiny_examples(), SPEC, tmp_path / name, NoTracker(), teacher=teacher)
-        courses[name] = losses(tmp_path / name)
-    assert courses["copy"] == pytest.approx(courses["top_k"], abs=1e-5)
+        given = recipe_of(teacher=name, top_k=VOCABULARY) | {"data": {"packing": True, "max_length": 48}}
+        if name == "top_k":
+            write_teacher(given, tmp_path / "teacher", load_decided)
+        train_tiny(name, load=load_decided, **given)
+    assert losses(tmp_path / "copy") == pytest.approx(losses(tmp_path / "top_k"), abs=1e-5)
 
 
 def test_bf16_training_learns_from_a_bf16_copy(tmp_path: Path) -> None:

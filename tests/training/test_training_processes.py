@@ -60,19 +60,27 @@ def deepspeed(folder: Path, settings: dict[str, Any], base: Path) -> str:
 
 
 @pytest.mark.slow
-def test_under_zero3_a_distilled_lora_learns_from_its_sharded_base_as_in_one_process(train_tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_under_zero3_a_distilled_training_has_the_course_of_one_process(tmp_path: Path, method: str) -> None:
+    """LoRA's teacher is the sharded base itself; full fine-tuning reads its own from disk."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = tiny_training.tiny_config()
         config.initializer_range, config.tie_word_embeddings = 0.25, False
         Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
-    train = {"method": "lora", "learning_rate": 1e-2, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
-    train["distill"] = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
-    settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}}
+    load = tiny_training.hybrid_from(tmp_path / "base")
+    train: dict[str, Any] = {"method": method, "learning_rate": 3e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
+    settings: dict[str, Any] = {"train": train}
+    if method == "lora":
+        train["distill"] = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
+        settings["lora"] = {"rank": 4}
+    else:
+        train["distill"] = {"weight": 0.7, "temperature": 1.5, "teacher": "top_k", "top_k": 10}
+        tiny_training.write_teacher(settings, tmp_path / "teacher", load)
     zero3 = {**train, "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
     deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
-    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=tiny_training.hybrid_from(tmp_path / "base"))
+    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=load)
     assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy"])
-    for column in ("kl", "hidden_difference", "sft_loss"):
+    for column in ("kl", "sft_loss"):
         both = [[row[column] for row in steps(tmp_path / name)] for name in ("two", "one")]
-        assert both[0] == pytest.approx(both[1], abs=1e-4) and both[1][0] > 0.01, column
+        assert both[0] == pytest.approx(both[1], abs=1e-3) and both[1][0] > 0.01, column

@@ -18,6 +18,9 @@ from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
 from lt_train.recipe import Recipe
 from lt_train.tracking import NoTracker, Tracker
+from lt_train.training.dataset import examples_fingerprint
+from lt_train.training.settings import teacher_facts
+from lt_train.training.top_k import write_top_k
 from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40
@@ -29,7 +32,18 @@ def train_in(
 ) -> TrainResult:
     recipe = tiny_recipe(settings)
     data = tiny_examples(recipe.data.heldout, examples)
-    return train(recipe, load or load_tiny, tiny_tokenizer(), data, SPEC, out, tracker)
+    return train(recipe, load or load_tiny, tiny_tokenizer(), data, SPEC, out, tracker, teacher=out.with_name("teacher"))
+
+
+def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Path:
+    """What a training with these settings and `train.distill.teacher: top_k` learns from."""
+    recipe = tiny_recipe(settings)
+    given, examples, base = recipe.train.distill, tiny_examples(recipe.data.heldout).train, load(torch.float32)
+    facts = teacher_facts(recipe, examples_fingerprint(examples))
+    files = {"k": given.top_k, "temperature": given.temperature, "facts": facts, "batch_size": 3, "progress": False}
+    with base.full_attention():
+        write_top_k(base, examples, folder, **files)
+    return folder
 
 
 def tiny_recipe(settings: dict[str, Any]) -> Recipe:
