@@ -177,6 +177,8 @@ def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_thei
     assert "heldout_kl: KL(base || model) over 2 samples, 20 answer tokens; hybrids stream 2 of 4 layers" in shown(run)
     assert "0.0200 ± 0.0100" in row(run, "reach, trained") and "[" not in row(run, "reach, trained")
     assert summary_values(read_results(run))["trained/heldout_kl/kl"] == pytest.approx(0.02)
+    score(run, "trained", replace(losses(0.001, 0.003), benchmark="heldout_kl"))
+    assert "0.000200 ± 0.000100" in row(run, "reach, trained")
 
 
 def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):

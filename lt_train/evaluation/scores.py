@@ -112,8 +112,10 @@ class LossScores:
 
     @property
     def digits(self) -> int:
-        """Decimals to show. Divergences are often a hundredth of a loss."""
-        return 4 if self.is_divergence else 3
+        """Decimals to show. Divergences after training are often a thousandth of a loss."""
+        if not self.is_divergence:
+            return 3
+        return 4 if self.loss >= 0.01 else 6
 
     @property
     def text(self) -> str:
