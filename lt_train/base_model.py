@@ -127,7 +127,7 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
             spec,
             dtype=dtype,
             revision=model.revision,
-            streaming_kernel=model.attention,
+            attention_kernel=model.attention,
             **from_pretrained,
         )
 

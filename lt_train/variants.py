@@ -72,7 +72,7 @@ class Variants:
         model = self.recipe.model
         trained = load_trained(self.recipe, weights, partial(load_for_inference, model, self.spec(TRAINED)), dtype).model
         if dtype == compute_dtype(model.dtype):  # merged in fp32 perhaps, where the kernel that the recipe names need not work
-            trained.set_streaming_kernel(model.attention)
+            trained.set_attention_kernel(model.attention)
         return trained
 
     def fingerprint(self, variant: str) -> str:

@@ -66,14 +66,14 @@ def test_the_base_itself_is_a_hybrid_in_which_nothing_streams(base):
 
 def test_the_recipes_kernel_is_set(base):
     for kernel in ("reference", "blocked"):
-        assert load_weights(Model(base=str(base), attention=kernel), SPEC, torch.float32).model.streaming_kernel == kernel
+        assert load_weights(Model(base=str(base), attention=kernel), SPEC, torch.float32).model.attention_kernel == kernel
 
 
 def test_the_recipes_kernel_is_for_the_recipes_dtype(base):
     """Adapters are merged, and exports made, in fp32, whatever the kernel of a run in bf16 can do."""
     model = Model(base=str(base), dtype="bf16", attention="blocked")
-    assert load_for_inference(model, SPEC, torch.bfloat16).model.streaming_kernel == "blocked"
-    assert load_for_inference(model, SPEC, torch.float32).model.streaming_kernel == "auto"
+    assert load_for_inference(model, SPEC, torch.bfloat16).model.attention_kernel == "blocked"
+    assert load_for_inference(model, SPEC, torch.float32).model.attention_kernel == "auto"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU flash attention and FlexAttention can do this")

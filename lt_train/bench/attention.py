@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lt_train.devices import compute_device, compute_dtype
 from lt_train.errors import UserError
 from lt_train.hybrid.documents import find_documents
-from lt_train.hybrid.kernels import STREAMING_KERNELS, Use, choose
+from lt_train.hybrid.kernels import KERNELS, Use, choose
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from lt_train.progress import show_progress
 
@@ -76,7 +76,7 @@ def bench_attention(
     problem = ON_CPU if device.type == "cpu" else ON_GPU
     use = Use(device, dtype, problem.head_size, trains=True)
     names = list(dict.fromkeys(choose(name, use).name for name in kernels)) or [
-        name for name, kernel in STREAMING_KERNELS.items() if name != "reference" and kernel.obstacle(use) is None
+        name for name, kernel in KERNELS.items() if name != "reference" and kernel.obstacle(use) is None
     ]
     lengths, windows = sorted(set(lengths or problem.lengths)), sorted(set(windows))
     timings: list[Timing] = []
@@ -119,7 +119,7 @@ def time_length(
     for name in kernels:
         for w_recent in windows:
             attentions[name, w_recent] = partial(
-                STREAMING_KERNELS[name].streaming, documents, w_sink=w_sink, w_recent=w_recent, scaling=scaling
+                KERNELS[name].streaming, documents, w_sink=w_sink, w_recent=w_recent, scaling=scaling
             )
     for attention in attentions.values():
         _seconds(attention, qkv, dout)

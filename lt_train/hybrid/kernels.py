@@ -82,9 +82,9 @@ def choose(name: str, use: Use) -> Choice:
     """
     if name == AUTO:
         return _best(use)
-    if name not in STREAMING_KERNELS:
-        raise HybridError(f"attention: {name}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
-    obstacle = STREAMING_KERNELS[name].obstacle(use)
+    if name not in KERNELS:
+        raise HybridError(f"attention: {name}: there are {', '.join([AUTO, *KERNELS])}")
+    obstacle = KERNELS[name].obstacle(use)
     if obstacle is not None:
         raise HybridError(f"attention: {name}: {obstacle}")
     return Choice(name, f"as asked{_from(name, use)}")
@@ -93,7 +93,7 @@ def choose(name: str, use: Use) -> Choice:
 def kernel_for(name: str, q_BHTD: Tensor, dtype: torch.dtype) -> Kernel:
     """The kernel for these queries, computed in `dtype`. Raises HybridError: see `choose`."""
     trains = torch.is_grad_enabled() and q_BHTD.requires_grad
-    return STREAMING_KERNELS[_chosen(name, Use(q_BHTD.device, dtype, q_BHTD.shape[-1], trains)).name]
+    return KERNELS[_chosen(name, Use(q_BHTD.device, dtype, q_BHTD.shape[-1], trains)).name]
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -113,7 +113,7 @@ def _best(use: Use) -> Choice:
         return Choice("blocked", f"exact in {precision}; flash attention computes in bf16 and fp16")
     passed_over = []
     for name in ("flash", "flex"):
-        obstacle = STREAMING_KERNELS[name].obstacle(use)
+        obstacle = KERNELS[name].obstacle(use)
         if obstacle is None:
             return Choice(name, "; ".join([f"the fastest for {precision} on this device{_from(name, use)}", *passed_over]))
         passed_over.append(f"not {name}: {obstacle}")
@@ -217,9 +217,9 @@ def _fails(name: str, use: Use) -> str | None:
             found += [out.detach(), *(torch.autograd.grad(out, leaves, dout.to(out.dtype)) if use.trains else ())]
         return found
 
-    reference = STREAMING_KERNELS["reference"].streaming
+    reference = KERNELS["reference"].streaming
     all_of_it = partial(reference, w_sink=0, w_recent=sum(lengths))
-    kernel = STREAMING_KERNELS[name]
+    kernel = KERNELS[name]
     assert kernel.full is not None, "only kernels that compute both kinds of layers are tried"
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(use.trains), torch.autocast(use.device.type, enabled=False):
@@ -236,7 +236,7 @@ def _fails(name: str, use: Use) -> str | None:
 _WORST = 0.02
 """Relative error of a kernel that works; rounding to bf16 makes 0.002 to 0.005, a key too many or too few 0.1."""
 
-STREAMING_KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {
     "reference": Kernel(_by_document(reference_streaming_attention), None, _none),
     "blocked": Kernel(_by_document(blocked_streaming_attention), None, _none),
     "flex": Kernel(flex_streaming_attention, flex_full_attention, _flex_obstacle),

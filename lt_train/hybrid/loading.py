@@ -102,7 +102,7 @@ def load_hybrid(
     *,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
-    streaming_kernel: str = "auto",
+    attention_kernel: str = "auto",
     **from_pretrained: Any,
 ) -> HybridForCausalLM:
     """Load a base model's weights into the hybrid class, without a second copy in memory or on disk.
@@ -116,12 +116,12 @@ def load_hybrid(
     """
     base_config = AutoConfig.from_pretrained(base, revision=revision)
     model = _load(base, hybrid_config(base_config, spec), dtype=dtype, revision=revision, **from_pretrained)
-    model.set_streaming_kernel(streaming_kernel)
+    model.set_attention_kernel(attention_kernel)
     return model
 
 
 def load_hybrid_checkpoint(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, streaming_kernel: str = "auto", **from_pretrained: Any
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, attention_kernel: str = "auto", **from_pretrained: Any
 ) -> HybridForCausalLM:
     """Load what a hybrid's `save_pretrained` wrote.
 
@@ -132,7 +132,7 @@ def load_hybrid_checkpoint(
     if not is_hybrid(config):
         raise HybridError(f"{folder}: model_type {config.model_type!r} is no hybrid. Use load_hybrid for a base model")
     model = _load(folder, config, dtype=dtype, **from_pretrained)
-    model.set_streaming_kernel(streaming_kernel)
+    model.set_attention_kernel(attention_kernel)
     return model
 
 

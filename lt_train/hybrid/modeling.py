@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import Documents, find_documents
-from .kernels import AUTO, STREAMING_KERNELS
+from .kernels import AUTO, KERNELS
 from .sequence_parallel import Exchange, shared_views
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
@@ -73,7 +73,7 @@ class HybridBody(OwnAttention):
     """The decoder stack: finds the documents, builds the cache, and hands each layer the view of its kind."""
 
     def __init__(self, config) -> None:
-        self.streaming_kernel = AUTO
+        self.attention_kernel = AUTO
         self.attends_fully = False
         self.exchange: Exchange | None = None
         super().__init__(config)
@@ -134,8 +134,8 @@ class HybridBody(OwnAttention):
         return self._views_of(documents)
 
     def _views_of(self, documents: Documents) -> Views:
-        full = FullView(documents, self.streaming_kernel)
-        streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.streaming_kernel)
+        full = FullView(documents, self.attention_kernel)
+        streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.attention_kernel)
         return Views(full, streaming, documents.position_ids)
 
     def _views_of_gathered(self, position_ids: Tensor) -> Views:
@@ -252,14 +252,14 @@ class HybridCausalLM(OwnAttention):
         """While the block runs every layer attends in full: with the base's weights, this is the base."""
         return self.model.full_attention()
 
-    def set_streaming_kernel(self, name: str) -> None:
-        """Choose what computes attention: `auto` or one of STREAMING_KERNELS. The result is the same, the cost is not.
+    def set_attention_kernel(self, name: str) -> None:
+        """Choose what computes attention: `auto` or one of KERNELS. The result is the same, the cost is not.
 
         Whether it can is seen when it is to compute: then are the device and the dtype known (kernels.py, `choose`).
         """
-        if name not in (AUTO, *STREAMING_KERNELS):
-            raise HybridError(f"streaming kernel {name!r}: there are {', '.join([AUTO, *STREAMING_KERNELS])}")
-        self.model.streaming_kernel = name
+        if name not in (AUTO, *KERNELS):
+            raise HybridError(f"attention kernel {name!r}: there are {', '.join([AUTO, *KERNELS])}")
+        self.model.attention_kernel = name
 
     def share_sequences(self, exchange: Exchange) -> None:
         """Train on slices: from now on a forward pass in training mode takes this process's slice of each sequence.

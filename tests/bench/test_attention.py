@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lt_train.bench import attention
 from lt_train.bench.attention import ON_CPU, Timing, attention_table, bench_attention, time_length
-from lt_train.hybrid.kernels import STREAMING_KERNELS, Use
+from lt_train.hybrid.kernels import KERNELS, Use
 from lt_train.hybrid.mask import streaming_visible
 
 CPU = Use(torch.device("cpu"), torch.float32, 16, trains=True)
@@ -36,7 +36,7 @@ def test_every_kernel_and_window_is_run_forward_and_backward_at_the_length_asked
         seen.append((tuple(q.shape), tuple(k.shape), w_sink, w_recent, scaling))
         return q * k.sum() * v.sum()
 
-    monkeypatch.setitem(STREAMING_KERNELS, "blocked", SimpleNamespace(streaming=streaming))
+    monkeypatch.setitem(KERNELS, "blocked", SimpleNamespace(streaming=streaming))
     ticks = []
     timings = time_length(SMALL, CPU, 48, ["blocked"], [5, 9], 3, runs=2, advance=lambda: ticks.append(1))
     assert [(t.length, t.w_recent, t.kernel) for t in timings] == [(48, 5, "blocked"), (48, 9, "blocked")]

@@ -209,14 +209,14 @@ def test_an_export_needs_no_flash_attention_and_chooses_its_attention_itself(exp
         f"""
 sys.modules["flash_attn"] = sys.modules["flash_attn_interface"] = None
 model = load({str(folder)!r}, trust_remote_code=True)
-assert model.model.streaming_kernel == "auto"
+assert model.model.attention_kernel == "auto"
 kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".kernels"]
 choice = kernels.choose("auto", kernels.Use(torch.device("cpu"), torch.float32, head_size=16, trains=False))
 assert choice.name == "blocked", choice
 by_auto = logits(model)
-model.set_streaming_kernel("flex")
+model.set_attention_kernel("flex")
 save_file(dict(auto=by_auto, flex=logits(model)), "logits.safetensors")
-model.set_streaming_kernel("flash")
+model.set_attention_kernel("flash")
 try:
     logits(model)
 except ValueError as error:

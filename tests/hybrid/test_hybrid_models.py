@@ -124,7 +124,7 @@ def test_kernels_agree_on_loss_and_gradients(qwen3_config):
     ids = tokens(2, 60)
 
     def gradients(kernel):
-        hybrid.set_streaming_kernel(kernel)
+        hybrid.set_attention_kernel(kernel)
         hybrid.zero_grad()
         hybrid(ids, labels=ids).loss.backward()
         return [parameter.grad.clone() for parameter in hybrid.parameters()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lt_train.hybrid import HybridError, HybridSpec, build_hybrid, kernels
-from lt_train.hybrid.kernels import STREAMING_KERNELS, Choice, Use, choose, computed_in
+from lt_train.hybrid.kernels import KERNELS, Choice, Use, choose, computed_in
 from tests.hybrid.dense_flash import DenseFlash
 
 CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
@@ -26,7 +26,7 @@ def on_a_gpu(monkeypatch):
 @pytest.fixture
 def flash_on_a_cpu(monkeypatch):
     monkeypatch.setattr(kernels, "_flash_on", lambda device: DenseFlash())
-    monkeypatch.setitem(STREAMING_KERNELS, "flash", dataclasses.replace(STREAMING_KERNELS["flash"], obstacle=lambda use: None))
+    monkeypatch.setitem(KERNELS, "flash", dataclasses.replace(KERNELS["flash"], obstacle=lambda use: None))
     yield
     kernels._chosen.cache_clear()
 
@@ -163,9 +163,9 @@ def test_whole_models_give_the_logits_of_the_reference(name, base_config, flash_
     hybrid = build_hybrid(base_config, SPEC).eval()
     batch = packed_and_padded()
     real = batch["attention_mask"].bool()
-    hybrid.set_streaming_kernel("reference")
+    hybrid.set_attention_kernel("reference")
     expected = hybrid(**batch).logits[real]
-    hybrid.set_streaming_kernel(name)
+    hybrid.set_attention_kernel(name)
     torch.testing.assert_close(hybrid(**batch).logits[real], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_generation_goes_on_from_a_prompt_that_any_kernel_read(qwen3_config, fla
     prompt = torch.randint(2, 96, (1, 30))
     answers = []
     for name in ("reference", "flex", "flash"):
-        hybrid.set_streaming_kernel(name)
+        hybrid.set_attention_kernel(name)
         answers.append(hybrid.generate(prompt, max_new_tokens=20, do_sample=False))
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
@@ -187,7 +187,7 @@ def test_flash_trains_with_the_gradients_of_the_reference(qwen3_config, flash_on
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
     def gradients(name):
-        hybrid.set_streaming_kernel(name)
+        hybrid.set_attention_kernel(name)
         hybrid.zero_grad()
         hybrid(**batch, labels=labels).loss.backward()
         return [parameter.grad.clone() for parameter in hybrid.parameters()]
@@ -201,7 +201,7 @@ def test_flash_trains_with_the_gradients_of_the_reference(qwen3_config, flash_on
 def test_flash_trains_under_autocast_with_weights_in_fp32(qwen3_config, flash_on_a_cpu):
     """Rotary embedding hands fp32 queries over there, beside bf16 values; the stand-in refuses to mix them."""
     hybrid = build_hybrid(qwen3_config, SPEC).train()
-    hybrid.set_streaming_kernel("flash")
+    hybrid.set_attention_kernel("flash")
     ids = torch.randint(2, 96, (1, 40))
     with torch.autocast("cpu", torch.bfloat16):
         loss = hybrid(ids, labels=ids).loss
@@ -211,6 +211,6 @@ def test_flash_trains_under_autocast_with_weights_in_fp32(qwen3_config, flash_on
 
 def test_a_model_that_is_to_train_by_flex_on_a_cpu_stops(qwen3_config):
     hybrid = build_hybrid(qwen3_config, SPEC)
-    hybrid.set_streaming_kernel("flex")
+    hybrid.set_attention_kernel("flex")
     with pytest.raises(HybridError, match="no gradients on a CPU"):
         hybrid(torch.randint(2, 96, (1, 10)))

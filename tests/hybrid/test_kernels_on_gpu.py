@@ -12,7 +12,7 @@ from lt_train.hybrid import HybridSpec, build_hybrid
 from lt_train.hybrid.documents import find_documents
 from lt_train.hybrid.flash import attend_by_parts, streaming_parts
 from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
-from lt_train.hybrid.kernels import STREAMING_KERNELS, Use, choose
+from lt_train.hybrid.kernels import KERNELS, Use, choose
 from tests.hybrid.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -21,7 +21,7 @@ GPU = torch.device("cuda")
 
 
 def can(name, head_size=64):
-    obstacle = STREAMING_KERNELS[name].obstacle(Use(GPU, torch.bfloat16, head_size, trains=True))
+    obstacle = KERNELS[name].obstacle(Use(GPU, torch.bfloat16, head_size, trains=True))
     if obstacle is not None:
         pytest.skip(f"{name}: {obstacle}")
 
@@ -39,11 +39,11 @@ def assert_is_the_reference(case, documents, attention, size=64):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("name", STREAMING_KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_in_bf16_gives_what_the_reference_gives_in_fp32(name, case):
     can(name)
     documents = documents_of(case, GPU)
-    assert_is_the_reference(case, documents, partial(STREAMING_KERNELS[name].streaming, documents, **case.sizes))
+    assert_is_the_reference(case, documents, partial(KERNELS[name].streaming, documents, **case.sizes))
 
 
 @pytest.mark.parametrize("size", [16, 80, 128, 256])
@@ -52,7 +52,7 @@ def test_heads_of_every_usual_size(name, size):
     can(name, size)
     case = CASES["packed, rows of unequal length"]
     documents = documents_of(case, GPU)
-    assert_is_the_reference(case, documents, partial(STREAMING_KERNELS[name].streaming, documents, **case.sizes), size)
+    assert_is_the_reference(case, documents, partial(KERNELS[name].streaming, documents, **case.sizes), size)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -76,7 +76,7 @@ def test_full_layers_in_bf16_see_their_own_document_alone(name, case):
     can(name)
     documents = documents_of(CASES[case], GPU)
     full = dataclasses.replace(CASES[case], w_sink=0, w_recent=10_000)
-    assert_is_the_reference(full, documents, partial(STREAMING_KERNELS[name].full, documents, scaling=full.sizes["scaling"]))
+    assert_is_the_reference(full, documents, partial(KERNELS[name].full, documents, scaling=full.sizes["scaling"]))
 
 
 def test_auto_takes_a_fast_kernel_for_bf16():
@@ -84,7 +84,7 @@ def test_auto_takes_a_fast_kernel_for_bf16():
     assert choice.name in ("flash", "flex"), choice.reason
 
 
-@pytest.mark.parametrize("name", STREAMING_KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
     """Packed and padded rows, with gradient checkpointing."""
     can(name, head_size=16)
@@ -96,7 +96,7 @@ def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
     mask[1, :40], positions[1, 40:] = 0, torch.arange(20)
 
     def gradients(kernel):
-        hybrid.set_streaming_kernel(kernel)
+        hybrid.set_attention_kernel(kernel)
         hybrid.zero_grad()
         hybrid(ids, attention_mask=mask, position_ids=positions, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
         return torch.cat([parameter.grad.flatten().float() for parameter in hybrid.parameters()])
@@ -115,7 +115,7 @@ def test_streaming_beats_full_causal_flash_attention_from_16k_tokens_on(name):
         shapes = [(1, heads, length, 128) for heads in (32, 8, 8, 32)]
         *qkv, dout = (torch.randn(shape, device=GPU, dtype=torch.bfloat16) for shape in shapes)
         documents = find_documents(1, length, GPU, None, None)
-        streaming = partial(STREAMING_KERNELS[name].streaming, documents, w_sink=4, w_recent=1020, scaling=128**-0.5)
+        streaming = partial(KERNELS[name].streaming, documents, w_sink=4, w_recent=1020, scaling=128**-0.5)
         full = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
         times = []
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.documents import find_documents
-from lt_train.hybrid.kernels import STREAMING_KERNELS
+from lt_train.hybrid.kernels import KERNELS
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import reference_streaming_attention
 from tests.hybrid.dense_flash import DenseFlash
@@ -47,9 +47,9 @@ def flash_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("name", STREAMING_KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_gives_what_the_reference_gives(name, case, flash_on_a_cpu):
-    documents, kernel = documents_of(case), STREAMING_KERNELS[name]
+    documents, kernel = documents_of(case), KERNELS[name]
     *qkv, dout = tensors_of(case, torch.float32)
     expected = with_gradients(lambda *x: expected_output(case, documents, *x), *qkv, dout)
     if name == "flex":  # computes no gradients on a CPU
@@ -65,7 +65,7 @@ def test_full_layers_see_all_of_their_own_document_and_nothing_else(name, case, 
     documents = documents_of(CASES[case])
     q, k, v, _ = tensors_of(CASES[case], torch.float32)
     full = dataclasses.replace(CASES[case], w_sink=0, w_recent=q.shape[2])
-    found = STREAMING_KERNELS[name].full(documents, q, k, v, scaling=full.sizes["scaling"])
+    found = KERNELS[name].full(documents, q, k, v, scaling=full.sizes["scaling"])
     torch.testing.assert_close(found, expected_output(full, documents, q, k, v), atol=1e-5, rtol=1e-4)
 
 
