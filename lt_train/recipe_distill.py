@@ -1,9 +1,11 @@
 """What distillation and the protection of recall need of the rest of a recipe; part of recipe_checks.py."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lt_train.deepspeed_file import read_deepspeed_file
+from lt_train.errors import UserError
 
 if TYPE_CHECKING:
     from lt_train.recipe import Distill, Recipe, Train
@@ -102,6 +104,6 @@ def _zero_stage(train: "Train") -> int | None:
     if train.deepspeed is None:
         return None
     try:
-        return json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_deepspeed_file(Path(train.deepspeed))["zero_optimization"]["stage"]
+    except (UserError, KeyError, TypeError):
         return None
