@@ -89,7 +89,9 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     how = settings(inputs, {**ASKED, "limit": 12, "max_new_tokens": 160, "batch_size": 1}, max_steps=2, keep_best="ledger")
     command = [sys.executable, "-m", "lt_train", "train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
     command += [f"--set={each}" for each in (*how, "track.wandb=offline")]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
+    # without the wandb service of a test before this one in the same process, in which the killed run would stay open
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment = {**own, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
     begun = place_of(run / "train", 2) / "evals/ledger/samples.jsonl"
     with open(inputs / "output.txt", "wb") as output:
         training = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -103,7 +105,7 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     before = begun.read_bytes()
     assert before and not (place_of(run / "train", 2) / "result.json").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=own)
     assert done.returncode == 0, done.stdout + done.stderr
     assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 12
     (result,) = read_probes(run / "train")

@@ -159,7 +159,8 @@ def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
 
 
 def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
-    changed = {**SMALL, "train.max_steps": 2, "train.deepspeed": "launch/zero3.json", "eval.0.limit": 41}
+    shared = {"train.micro_batch_size": 4, "train.deepspeed": "launch/zero3.json"}
+    changed = {**SMALL, **shared, "train.max_steps": 2, "eval.0.limit": 41}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618", "--module"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run([*deepspeed, *command("train", tmp_path, **changed)[2:]], PATH=path)
