@@ -45,12 +45,13 @@ def accumulation_steps(train: "Train", data: "Data", processes: int) -> int:
     batch = batch_samples(train, data)
     if batch % at_once:
         setting, unit = ("batch_size", 1) if train.batch_tokens is None else ("batch_tokens", data.max_length)
-        near, fitting = nearest_multiples(batch * unit, at_once * unit), _dividing(batch, train, sharing)
         shared = f" and train.sequence_parallel {train.sequence_parallel}" if train.sequence_parallel > 1 else ""
+        ways = [*_other_processes(batch, train, sharing), *_smaller_micro_batch(batch, train, sharing)]
         raise UserError(
             f"train.{setting}: {batch * unit:,} cannot be shared out: {processes} processes with train.micro_batch_size "
-            f"{train.micro_batch_size}{shared} take {at_once * unit:,} at a time. The nearest that can: {near}. "
-            f"Or start {fitting} processes"
+            f"{train.micro_batch_size}{shared} take {at_once * unit:,} at a time. "
+            f"The nearest that can: {nearest_multiples(batch * unit, at_once * unit)}"
+            f"{'. Or ' if ways else ''}{', or '.join(ways)}"
         )
     return batch // at_once
 
@@ -61,9 +62,16 @@ def nearest_multiples(number: int, of: int) -> str:
     return f"{below:,} or {below + of:,}" if below else f"{of:,}"
 
 
-def _dividing(batch: int, train: "Train", sharing: int) -> str:
+def _other_processes(batch: int, train: "Train", sharing: int) -> list[str]:
     """The numbers of processes around `sharing` groups of them that share `batch` out in whole micro-batches, in words."""
     micro = train.micro_batch_size
     fitting = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
     below, above = [n for n in fitting if n < sharing][-1:], [n for n in fitting if n > sharing][:1]
-    return " or ".join(str(n * train.sequence_parallel) for n in below + above)
+    counts = [n * train.sequence_parallel for n in below + above]
+    return [f"start {' or '.join(map(str, counts))} {'process' if counts == [1] else 'processes'}"] if counts else []
+
+
+def _smaller_micro_batch(batch: int, train: "Train", sharing: int) -> list[str]:
+    """The largest micro-batch below the recipe's with which `sharing` groups share out `batch`, in words."""
+    fitting = [size for size in range(1, train.micro_batch_size) if batch % (size * sharing) == 0]
+    return [f"set train.micro_batch_size to {fitting[-1]}"] if fitting else []

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from lt_train import __version__
 from lt_train.errors import UserError
-from lt_train.processes import Process, is_lost_connection, leave, let_others_tell, silence, this_process
+from lt_train.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
 
 if TYPE_CHECKING:
     from lt_train.pipeline import Pipeline
@@ -358,6 +358,9 @@ def _tell(error: Exception, process: Process) -> int:
     where = "" if process.speaks else f" in {process.name}:"
     if is_lost_connection(error) and process.count > 1:
         message, code = f"another process was lost ({error}). If it was not stopped, the same command goes on from here", 1
+    elif is_taken_port(error):
+        port = os.environ.get("MASTER_PORT", "unknown")
+        message, code = f"port {port}, at which the processes meet, is taken. Give the launcher another by --master_port", 2
     elif _is_users(error):
         message, code = str(error), 2
     else:

@@ -60,12 +60,21 @@ def let_others_tell(process: Process, error: BaseException) -> None:
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
 
 
+def is_taken_port(error: BaseException) -> bool:
+    """Whether the port at which the processes are to meet is another launch's."""
+    return _is_of_torch_distributed(error) and "EADDRINUSE" in str(error)
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Whether the error says that another process cannot be reached any more."""
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is not None and isinstance(error, distributed.DistError):  # NCCL, and the store that all processes share
-        return True
+    if _is_of_torch_distributed(error):  # NCCL, and the store that all processes share
+        return not is_taken_port(error)
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # torch has no class for these
+
+
+def _is_of_torch_distributed(error: BaseException) -> bool:
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    return distributed is not None and isinstance(error, distributed.DistError)
 
 
 def leave(code: int) -> NoReturn:

@@ -39,6 +39,8 @@ def test_processes_that_share_a_sequence_take_one_part_of_the_batch() -> None:
         (1, {"batch_size": 96}, 7, "train.batch_size: 96 cannot be shared out: 7 processes with train.micro_batch_size 1 take 7"),
         (1, {"batch_size": 96}, 7, "The nearest that can: 91 or 98. Or start 6 or 8 processes"),
         (2, {"batch_size": 96}, 64, "The nearest that can: 128. Or start 48 processes"),
+        (64, {"batch_size": 64}, 2, "Or start 1 process, or set train.micro_batch_size to 32"),
+        (6, {"batch_size": 9}, 1, "The nearest that can: 6 or 12. Or set train.micro_batch_size to 3"),
         (2, {"batch_tokens": 96_000}, 5, "train.batch_tokens: 96,000 cannot be shared out"),
         (2, {"batch_tokens": 96_000}, 5, "The nearest that can: 90,000 or 100,000. Or start 4 or 6 processes"),
     ],

@@ -1,6 +1,7 @@
 """Two processes under torchrun and deepspeed: one speaks, and the failure of one ends both with its own word."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lt_train import processes
+from lt_train import cli, processes
 from lt_train.processes import Process, is_lost_connection, let_others_tell, this_process
 
 REPOSITORY = Path(__file__).parents[1]
@@ -61,6 +62,17 @@ def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: p
 )
 def test_a_lost_process_is_told_from_other_errors(error: Exception, lost: bool) -> None:
     assert is_lost_connection(error) == lost
+
+
+def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(torch.distributed.DistNetworkError) as refused:
+            torch.distributed.TCPStore("127.0.0.1", port, is_master=True)
+    assert not is_lost_connection(refused.value)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    assert cli._tell(refused.value, Process(0, 2, True)) == 2
+    assert f"port {port}, at which the processes meet, is taken" in capsys.readouterr().err
 
 
 def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
