@@ -52,4 +52,5 @@ def _score(result: Result) -> ScoreFact:
         metric, value, n = f"avg@{scores.samples}", scores.accuracy, scores.problems
     else:
         metric, value, n = "KL to base" if scores.is_divergence else "loss", scores.loss, scores.samples
-    return ScoreFact(result.variant, result.evaluation, metric, value, scores.standard_error, n)
+    span = None if scores.interval is None else (scores.interval.low, scores.interval.high)
+    return ScoreFact(result.variant, result.evaluation, metric, value, scores.standard_error, span, n)

@@ -25,8 +25,8 @@ class Result:
     scores: Scores
     layers: tuple[int, ...]
     num_layers: int
-    strategy: str
-    """What chose the layers of the hybrid that is trained; "recipe" where the recipe names them."""
+    strategy: str | None
+    """What chose the layers of the hybrid that is trained; None: the recipe names them."""
     kv_bytes: int
     """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
 
@@ -35,9 +35,9 @@ class Result:
         """What tables and charts call the variant."""
         if self.variant == "base":
             return "base"
-        if self.variant in ("converted", "trained"):
-            return f"{self.strategy}, {'trained' if self.variant == 'trained' else 'untrained'}"
-        return f"{self.variant.removeprefix('converted-by-')}, untrained"
+        chosen_by = self.strategy if self.variant in ("converted", "trained") else self.variant.removeprefix("converted-by-")
+        hybrid = f"hybrid by {chosen_by}" if chosen_by else "hybrid"
+        return f"{hybrid}, {'trained' if self.variant == 'trained' else 'untrained'}"
 
 
 def read_results(run: Path) -> list[Result]:
@@ -104,9 +104,9 @@ def results_table(results: list[Result]) -> Table:
     """One evaluation's variants, a row each."""
     generated = isinstance(results[0].scores, AnswerScores)
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("model", no_wrap=True)
+    table.add_column("model")
     for name in (
-        "right ± SE" if generated else "nats a token ± SE",
+        "right, % [95 %]" if generated else "nats a token ± SE",
         "minus base [95 %]",
         *(["cut off"] if generated else []),
         f"KV at {KV_TOKENS // 1024}K",
@@ -124,7 +124,7 @@ def results_table(results: list[Result]) -> Table:
 
 TRACKED_COLUMNS = [
     "model",
-    "right ± SE | nats ± SE",
+    "right, % [95 %] | nats ± SE",
     "minus base [95 %]",
     "cut off",
     "tokens per answer",
@@ -162,11 +162,11 @@ def summary_values(results: list[Result]) -> dict[str, float]:
     return values
 
 
-def _asked_for(recipe: Path) -> tuple[list[str], str]:
-    """Names of the evaluations, and what chose the layers."""
+def _asked_for(recipe: Path) -> tuple[list[str], str | None]:
+    """Names of the evaluations, and the strategy that chose the layers, if one did."""
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        return [entry["name"] for entry in settings["eval"]], settings["hybrid"]["strategy"] or "recipe"
+        return [entry["name"] for entry in settings["eval"]], settings["hybrid"]["strategy"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{recipe}: not a whole recipe ({error}). Delete it and run again to make it anew") from error
 
@@ -186,10 +186,10 @@ def _title(results: list[Result]) -> str:
 def _score(scores: Scores) -> str:
     if isinstance(scores, LossScores):
         return scores.text
-    error = scores.standard_error
+    span = "" if scores.interval is None else f" [{100 * scores.interval.low:.1f}, {100 * scores.interval.high:.1f}]"
     majority = f", maj {100 * scores.majority:.1f}" if scores.samples > 1 else ""
     partial = f", PARTIAL: {scores.missing:,} samples missing" if scores.partial else ""
-    return f"{100 * scores.accuracy:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + f" %{majority}{partial}"
+    return f"{100 * scores.accuracy:.1f}{span}{majority}{partial}"
 
 
 def _difference(scores: Scores, base: Scores) -> str:

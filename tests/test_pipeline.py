@@ -114,7 +114,7 @@ def test_a_run_leaves_what_each_stage_makes_in_their_order(finished):
 
 def test_a_run_shows_what_it_does_and_found(finished):
     _, printed = finished
-    for line in ("4 of 8 layers stream, chosen by reach", "rows 16", "train 12", "heldout 4", "reach, trained"):
+    for line in ("4 of 8 layers stream, chosen by reach", "rows 16", "train 12", "heldout 4", "hybrid by reach, trained"):
         assert line in printed
 
 
@@ -137,7 +137,7 @@ def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage,
 
 def test_a_finished_run_does_nothing_again(recipe, runs):
     before = contents(runs / "tiny")
-    assert "reach, trained" in work(recipe, runs)
+    assert "hybrid by reach, trained" in work(recipe, runs)
     assert contents(runs / "tiny") == before
 
 
@@ -199,7 +199,7 @@ def test_a_stage_first_does_those_before_it_and_none_after_it(recipe, tmp_path):
 def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, tmp_path):
     printed = work(load_recipe(inputs / "recipe.yaml", TRAINING_FREE), tmp_path)
     assert marked(tmp_path / "tiny") == ["hybrid", "eval", "export"]
-    assert "periodic, untrained" in printed
+    assert "hybrid by periodic, untrained" in printed
     assert not (tmp_path / "tiny/train").exists()
     assert (tmp_path / "tiny/export/model.safetensors").is_file()
 

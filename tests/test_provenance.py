@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, write_scores
-from lt_train.evaluation.statistics import TokenLoss
+from lt_train.evaluation.statistics import Interval, TokenLoss
 from lt_train.export.facts import ScoreFact
 from lt_train.files import write_json, write_text
 from lt_train.hybrid import HybridSpec, hybrid_config
@@ -89,12 +89,13 @@ def test_the_card_says_what_was_distilled_trained_and_put_back(tmp_path, run):
 
 def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(tmp_path, run):
     answers = AnswerScores("ledger", 2, 2, 4, 0.5, 0.25, 0.5, None, 0, 0.0, 0.0, 0, 8, 1.0, 2.0, {}, {"a": 0.25, "b": 0.75})
+    answers = replace(answers, interval=Interval(0.1, 0.9))
     losses = LossScores("heldout_loss", 1, 10, 1.5, None, {}, {"a": TokenLoss(15.0, 10)})
     write_scores(run / "eval/base/ledger/scores.json", answers)
     write_scores(run / "eval/trained/heldout_loss/scores.json", losses)
     write_scores(run / "eval/trained/heldout_kl/scores.json", replace(losses, benchmark="heldout_kl", loss=0.25))
     assert export_facts(recipe_with(tmp_path), run, {}).scores == (
-        ScoreFact("base", "ledger", "avg@4", 0.5, 0.25, 2),
-        ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1),
-        ScoreFact("trained", "heldout_kl", "KL to base", 0.25, None, 1),
+        ScoreFact("base", "ledger", "avg@4", 0.5, 0.25, (0.1, 0.9), 2),
+        ScoreFact("trained", "heldout_loss", "loss", 1.5, None, None, 1),
+        ScoreFact("trained", "heldout_kl", "KL to base", 0.25, None, None, 1),
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from lt_train.bench.growth import time_decoding
 from lt_train.errors import UserError
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_scores
-from lt_train.evaluation.statistics import TokenLoss, mean_loss, mean_over_problems, paired_difference
+from lt_train.evaluation.statistics import Interval, TokenLoss, accuracy_interval, mean_loss, mean_over_problems, paired_difference
 from lt_train.files import write_json, write_text
 from lt_train.hybrid import HybridSpec, build_hybrid, hybrid_config
 from lt_train.recipe import load_recipe, resolved_yaml
@@ -62,6 +62,7 @@ def answers(shares: list[float], samples: int = 1, available: int | None = None,
         tokens_per_second=20.0,
         fingerprint={"temperature": 0.0 if samples == 1 else 0.6},
         by_problem={f"p{number}": share for number, share in enumerate(shares)},
+        interval=accuracy_interval(shares),
     )
 
 
@@ -93,16 +94,16 @@ def test_rows_go_from_the_base_over_the_untrained_hybrids_to_the_trained_one(run
     found = [(result.evaluation, result.variant) for result in read_results(run)]
     order = ["base", "converted-by-periodic", "converted", "trained"]
     assert found == [*(("ledger", variant) for variant in order), *(("heldout_loss", variant) for variant in order)]
-    labels = ("base", "periodic, untrained", "reach, untrained", "reach, trained")
-    printed = [line for line in shown(run) if line.startswith(("base", "periodic", "reach"))]
+    labels = ("base", "hybrid by periodic, untrained", "hybrid by reach, untrained", "hybrid by reach, trained")
+    printed = [line for line in shown(run) if line.startswith(("base", "hybrid"))]
     assert all(line.startswith(label) for line, label in zip(printed, labels * 2, strict=True))
 
 
-def test_layers_that_the_recipe_names_are_said_to_be_the_recipes(run):
+def test_a_hybrid_whose_layers_the_recipe_names_needs_no_further_name(run):
     path = run / "recipe.yaml"
     path.write_text(path.read_text().replace("strategy: reach", "strategy: null"))
     score(run, "trained", answers([1.0, 0.0]))
-    assert row(run, "recipe, trained")
+    assert row(run, "hybrid, trained")
 
 
 def test_the_trained_hybrid_streams_the_layers_of_the_converted_one(run):
@@ -116,29 +117,30 @@ def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
     score(run, "base", base)
     score(run, "trained", trained)
     paired = paired_difference(trained.by_problem, base.by_problem)
-    assert row(run, "base").split() == ["base", "75.0", "±", "25.0", "%", "25.0", "%", "32", "MiB"]
-    line = row(run, "reach, trained")
-    assert "50.0 ± 28.9 %" in line
+    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "32", "MiB"]
+    line = row(run, "hybrid by reach, trained")
+    assert "50.0 [15.0, 85.0]" in line
     assert f"-25.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]" in line
 
 
 def test_without_a_measured_base_there_is_no_difference(run):
     score(run, "trained", answers([1.0, 0.0]))
-    assert "[" not in row(run, "reach, trained")
+    figures = row(run, "hybrid by reach, trained").removeprefix("hybrid by reach, trained").split()
+    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "16", "MiB"]
 
 
 def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
     score(run, "base", answers([1.0, 0.0, 1.0]))  # measured anew with a greater limit; the trained model is still to come
     score(run, "trained", answers([1.0, 0.0]))
-    assert "50.0 ± 50.0 %" in row(run, "reach, trained")
-    assert "not comparable" in row(run, "reach, trained")
+    assert "50.0 [9.5, 90.5]" in row(run, "hybrid by reach, trained")
+    assert "not comparable" in row(run, "hybrid by reach, trained")
 
 
 def test_several_answers_to_a_problem_are_shown_with_their_majority(run):
     score(run, "base", answers([0.5, 1.0], samples=2))
     lines = shown(run)
     assert "ledger: 2 problems, 2 answers each at temperature 0.6 (avg@n, maj@n)" in lines
-    assert "75.0 ± 25.0 %, maj 75.0" in row(run, "base")
+    assert "75.0 [50.0, 100.0], maj 75.0" in row(run, "base")
 
 
 def test_a_partial_score_says_how_many_samples_are_missing(run):
@@ -146,9 +148,22 @@ def test_a_partial_score_says_how_many_samples_are_missing(run):
     assert "PARTIAL: 3 samples missing" in row(run, "base")
 
 
+def test_the_interval_shown_is_that_of_scores_json_also_where_none_is_right(run):
+    score(run, "base", answers([0.0] * 30))
+    assert read_results(run)[0].scores.interval == Interval(0.0, pytest.approx(0.1135, abs=1e-4))  # Wilson's: z² / (n + z²)
+    assert "0.0 [0.0, 11.4]" in row(run, "base")
+
+
+def test_a_console_too_narrow_for_the_names_of_hybrids_still_shows_every_figure(run):
+    score(run, "base", answers([1.0, 1.0, 1.0, 0.0]))
+    score(run, "trained", answers([1.0, 0.0, 1.0, 0.0]))
+    narrow, wide = (" ".join(shown(run, width)).split() for width in (80, 200))
+    assert set(wide) - {line for line in wide if "─" in line} <= set(narrow)
+
+
 def test_a_single_problem_has_no_error_to_show(run):
     score(run, "base", answers([1.0]))
-    assert "100.0 %" in row(run, "base") and "±" not in row(run, "base")
+    assert " 100.0 " in row(run, "base") and "[" not in row(run, "base")
 
 
 def test_it_is_said_which_weights_of_the_training_the_trained_model_has(run):
@@ -167,7 +182,9 @@ def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
     assert any("nats a token ± SE" in line for line in lines)
     assert not any("cut off" in line for line in lines)
     assert "1.200 ± 0.115" in row(run, "base")
-    assert "1.300 ± 0.115" in row(run, "reach, trained") and "+0.100 [+0.100, +0.100]" in row(run, "reach, trained")
+    assert "1.300 ± 0.115" in row(run, "hybrid by reach, trained") and "+0.100 [+0.100, +0.100]" in row(
+        run, "hybrid by reach, trained"
+    )
 
 
 def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_their_own(run):
@@ -175,10 +192,10 @@ def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_thei
     path.write_text(path.read_text().replace("eval:\n", "eval:\n- {benchmark: heldout_kl, name: heldout_kl}\n"))
     score(run, "trained", replace(losses(0.1, 0.3), benchmark="heldout_kl"))
     assert "heldout_kl: KL(base || model) over 2 samples, 20 answer tokens; hybrids stream 2 of 4 layers" in shown(run)
-    assert "0.0200 ± 0.0100" in row(run, "reach, trained") and "[" not in row(run, "reach, trained")
+    assert "0.0200 ± 0.0100" in row(run, "hybrid by reach, trained") and "[" not in row(run, "hybrid by reach, trained")
     assert summary_values(read_results(run))["trained/heldout_kl/kl"] == pytest.approx(0.02)
     score(run, "trained", replace(losses(0.001, 0.003), benchmark="heldout_kl"))
-    assert "0.000200 ± 0.000100" in row(run, "reach, trained")
+    assert "0.000200 ± 0.000100" in row(run, "hybrid by reach, trained")
 
 
 def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):
@@ -260,7 +277,7 @@ def test_the_tables_go_to_tracking_as_well(run):
     score(run, "trained", answers([1.0, 1.0, 0.0, 0.0]))
     base, trained = tracked_rows(read_results(run))
     assert len(base) == len(trained) == len(TRACKED_COLUMNS)
-    assert base[:4] == ["base", "75.0 ± 25.0 %", None, 0.25]
+    assert base[:4] == ["base", "75.0 [30.1, 95.4]", None, 0.25]
     assert trained[0].endswith(", trained") and trained[2].startswith("-25.0 [")
     assert base[4] == 8.0 and base[5] > trained[5] > 0
 
@@ -308,4 +325,4 @@ def test_the_memory_column_is_that_of_a_sequence_of_32k_tokens(run):
     assert KV_TOKENS == 32768
     assert [result.kv_bytes for result in read_results(run)] == [per_token * 4 * 32768, per_token * (2 * 32768 + 2 * 8)]
     assert any("KV at 32K" in line for line in shown(run))
-    assert row(run, "base").endswith("32 MiB") and row(run, "reach, trained").endswith("16 MiB")
+    assert row(run, "base").endswith("32 MiB") and row(run, "hybrid by reach, trained").endswith("16 MiB")

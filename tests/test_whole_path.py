@@ -66,7 +66,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """
     runs = Path(os.environ.get("LT_TRAIN_QUICKSTART_RUNS") or tmp_path_factory.mktemp("runs"))
     os.chdir(REPOSITORY)  # before the fixture of a single test could do it
-    printed = run(command("run", runs))
+    printed = run(command("run", runs), COLUMNS="120")  # where no name of a hybrid is wrapped
     return runs / "quickstart", printed
 
 
@@ -89,7 +89,7 @@ def test_layers_chosen_by_reach_score_above_those_of_the_papers_lazy_ratio(quick
 
 def test_the_quickstart_ends_with_a_table_and_says_where_its_files_lie(quickstart: tuple[Path, str]) -> None:
     folder, printed = quickstart
-    for row in ("base", "lazy_ratio, untrained", "reach, untrained", "reach, trained"):
+    for row in ("base", "hybrid by lazy_ratio, untrained", "hybrid by reach, untrained", "hybrid by reach, trained"):
         assert f"\n{row} " in printed
     for made in ("profile/profile.png", "train/log.jsonl", "export"):
         assert str(folder / made) in printed

@@ -18,16 +18,17 @@ from lt_train.evaluation.statistics import (
     Mean,
     TokenLoss,
     Vote,
-    bootstrap_interval,
+    accuracy_interval,
     lengths_of,
     majority_vote,
     mean_over_problems,
     mean_pass_at_k,
     paired_difference,
     paired_loss_difference,
+    student_interval,
 )
 
-VERSION = 2
+VERSION = 3
 """Of scores.json. Raise it with every change of what a field means or is called."""
 
 
@@ -44,7 +45,7 @@ class AnswerScores:
             whose answer could not be judged, and counts as wrong.
         tokens_per_second: new tokens by the time spent on them, over all samples.
         by_problem: mean score of each problem's samples.
-        interval: bootstrap interval of the accuracy, over problems; None for a single problem.
+        interval: 95 % interval of the accuracy, over problems; None for a single problem.
         pass_at: pass@k by k, for k = 1, 2, 4, … and n; a sample counts as right where its record says so.
         from_phrase: share of samples whose answer stood in no box but after words like "the answer is".
         lengths_right, lengths_wrong: tokens of the right and the wrong samples. thinking: tokens before the thought was closed, of
@@ -105,6 +106,10 @@ class LossScores:
     @property
     def mean(self) -> Mean:
         return Mean(self.loss, self.standard_error, self.samples)
+
+    @property
+    def interval(self) -> Interval | None:
+        return student_interval(self.mean)
 
     @property
     def is_divergence(self) -> bool:
@@ -201,7 +206,7 @@ def scores_of(
         tokens_per_second=tokens / seconds if seconds else 0.0,
         fingerprint=fingerprint,
         by_problem=shares,
-        interval=bootstrap_interval(list(shares.values())),
+        interval=accuracy_interval(list(shares.values())),
         pass_at={k: mean_pass_at_k(counts, k) for k in ks_up_to(min(n for _, n in counts))},
         from_phrase=share(record.extracted_from == "phrase" for record in records),
         lengths_right=lengths_of([record.tokens for record in records if record.correct]),

@@ -101,14 +101,36 @@ def mean_over_problems(values: Sequence[float]) -> Mean:
     return Mean(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+def accuracy_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+    """95 % interval of a mean score over problems, values in [0, 1]; None for fewer than two problems.
+
+    Wilson's where every problem was simply right or wrong: recommended for few problems, and as good as any for many (Brown, Cai
+    and DasGupta 2001, doi 10.1214/ss/1009213286). It keeps a width where none or all are right, and where one is right does not
+    reach down to 0, both of which a bootstrap gets wrong. Wilson's also where all problems scored the same share: no score in
+    [0, 1] has a larger variance than a yes-or-no one of the same mean, so it is at least wide enough. The bootstrap for others.
+    """
+    if len(values) < 2:
+        return None
+    if set(values) <= {0, 1} or len(set(values)) == 1:
+        return wilson(fmean(values), len(values))
+    return bootstrap_interval(values, seed)
+
+
+def wilson(share: float, n: int) -> Interval:
+    """Interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends it touches 0 and 1 exactly, but for rounding.
+    return Interval(0.0 if share == 0 else centre - reach, 1.0 if share == 1 else centre + reach)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean over problems (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3).
 
-    None for fewer than two problems. Where all values are equal it has no width, which says more of the method than of the model.
+    Where all values are equal it has no width, which says more of the method than of the model.
     """
     n = len(values)
-    if n < 2:
-        return None
     generator = np.random.default_rng(seed)
     array = np.asarray(values, dtype=np.float64)
     rows = max(1, AT_ONCE // n)
@@ -239,6 +261,14 @@ def mean_loss(losses: Sequence[TokenLoss]) -> Mean:
     return ratio([loss.nll for loss in losses], [loss.tokens for loss in losses])
 
 
+def student_interval(mean: Mean) -> Interval | None:
+    """95 % interval of a mean by Student's t; None where a single value tells nothing of the spread."""
+    if mean.standard_error is None:
+        return None
+    reach = student_t(mean.n - 1) * mean.standard_error
+    return Interval(mean.value - reach, mean.value + reach)
+
+
 def paired_loss_difference(first: Mapping[str, TokenLoss], second: Mapping[str, TokenLoss]) -> Difference:
     """Difference of two losses per token (first - second) over the same samples; interval by Student's t over samples.
 
@@ -250,10 +280,8 @@ def paired_loss_difference(first: Mapping[str, TokenLoss], second: Mapping[str, 
         if first[key].tokens != second[key].tokens:
             raise ValueError(f"sample {key}: {first[key].tokens} answer tokens in one, {second[key].tokens} in the other")
     mean = ratio([first[key].nll - second[key].nll for key in first], [loss.tokens for loss in first.values()])
-    if mean.standard_error is None:
-        return Difference(mean.value, None, -math.inf, math.inf, mean.n)
-    reach = student_t(mean.n - 1) * mean.standard_error
-    return Difference(mean.value, mean.standard_error, mean.value - reach, mean.value + reach, mean.n)
+    span = student_interval(mean) or Interval(-math.inf, math.inf)
+    return Difference(mean.value, mean.standard_error, span.low, span.high, mean.n)
 
 
 def ratio(values: Sequence[float], sizes: Sequence[int]) -> Mean:

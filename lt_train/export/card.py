@@ -137,16 +137,17 @@ def _scores(scores: tuple[ScoreFact, ...]) -> str:
     if not scores:
         return "## Scores\n\nNot evaluated."
     return (
-        "## Scores\n\n`base` is the base model, `converted` the hybrid before training, `trained` after it. Standard errors are "
-        "over the n problems or samples.\n\n"
-        "| evaluation | variant | metric | value | standard error | n |\n|---|---|---|---|---|---|\n"
+        "## Scores\n\n`base` is the base model, `converted` the hybrid before training, `trained` after it. Standard errors "
+        "and intervals are over the n problems or samples.\n\n"
+        "| evaluation | variant | metric | value | standard error | 95 % interval | n |\n|---|---|---|---|---|---|---|\n"
         + "\n".join(map(_score_row, scores))
     )
 
 
 def _score_row(score: ScoreFact) -> str:
     error = "–" if score.standard_error is None else f"± {score.standard_error:.2g}"
-    return f"| {score.evaluation} | {score.variant} | {score.metric} | {score.value:.4g} | {error} | {score.n:,} |"
+    span = "–" if score.interval is None else f"{score.interval[0]:.4g} to {score.interval[1]:.4g}"
+    return f"| {score.evaluation} | {score.variant} | {score.metric} | {score.value:.4g} | {error} | {span} | {score.n:,} |"
 
 
 def _limits(config: HybridConfig, own_code: bool) -> str:

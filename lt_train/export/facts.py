@@ -10,7 +10,7 @@ class ScoreFact:
     Attributes:
         variant: "base", "converted" or "trained". evaluation: name of the evaluation, such as "aime24".
         metric: "avg@16", "loss", "KL to base". n: problems or samples that `value` is the mean of.
-        standard_error: over those n; None where n is 1.
+        standard_error: over those n; None where n is 1, as is interval, the 95 % one.
     """
 
     variant: str
@@ -18,6 +18,7 @@ class ScoreFact:
     metric: str
     value: float
     standard_error: float | None
+    interval: tuple[float, float] | None
     n: int
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, interval, kilo, percent
+from lt_train.report.figures import ends, kilo, percent
 from lt_train.report.svg import (
     DASHES,
     Plot,
@@ -88,7 +88,7 @@ def swatch(run_number: int, line: bool) -> Markup:
 def accuracy_by_tokens(rows: Sequence[Measured], several_runs: bool) -> Chart:
     """One point a variant: accuracy with its 95 % interval over the mean number of tokens of an answer."""
     every = [each.result.scores for each in rows]
-    bounds = [value for scores in every for value in (scores.accuracy, *ends(interval(scores)))]
+    bounds = [value for scores in every for value in (scores.accuracy, *ends(scores.interval))]
     tokens = [scores.tokens_per_sample for scores in every]
     low, high = padded(min(bounds), max(bounds), least=0.02)
     y_ticks = linear_ticks(max(0.0, low), min(1.0, high))
@@ -98,7 +98,7 @@ def accuracy_by_tokens(rows: Sequence[Measured], several_runs: bool) -> Chart:
     axes = plot((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
     points = []
     for each in bases_first(rows):
-        scores, span = each.result.scores, interval(each.result.scores)
+        scores, span = each.result.scores, each.result.scores.interval
         x, y = axes.x(scores.tokens_per_sample), axes.y(scores.accuracy)
         inside = []
         note = f"{name(each, several_runs)}: {percent(scores.accuracy)} % right, {scores.tokens_per_sample:,.1f} tokens per answer"

@@ -9,7 +9,7 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, differe
 from lt_train.evaluation.statistics import Difference
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, interval, percent, size
+from lt_train.report.figures import ends, percent, size
 from lt_train.report.svg import Scale, element, marker, tooltip
 from lt_train.results import KV_TOKENS
 
@@ -70,7 +70,8 @@ def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
         first,
         (
             "95 % interval",
-            "accuracy: bootstrap over problems (Wilson's where all problems scored the same); loss: Student's t over samples",
+            "accuracy: Wilson's where every problem is right or wrong or all scored the same, else a bootstrap over problems; "
+            "loss: Student's t over samples",
         ),
         (
             "minus base",
@@ -140,7 +141,7 @@ def pass_text(scores: AnswerScores) -> str:
 
 
 def interval_text(scores: Scores) -> str:
-    span = interval(scores)
+    span = scores.interval
     if span is None:
         return "–"
     if isinstance(scores, LossScores):
@@ -179,14 +180,14 @@ def tendency(found: Difference, less_is_better: bool) -> str:
 
 
 def shared_scale(rows: Sequence[Measured]) -> tuple[float, float]:
-    values = [value for each in rows for value in (each.result.scores.mean.value, *ends(interval(each.result.scores)))]
+    values = [value for each in rows for value in (each.result.scores.mean.value, *ends(each.result.scores.interval))]
     low, high = min(values), max(values)
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
 def mini(each: Measured, span: tuple[float, float]) -> Markup:
     scale = Scale(*span, 8, MINI_WIDTH - 8)
-    middle, found = MINI_HEIGHT / 2, interval(each.result.scores)
+    middle, found = MINI_HEIGHT / 2, each.result.scores.interval
     parts = [tooltip(f"{score_text(each.result.scores)}, 95 % interval {interval_text(each.result.scores)}")]
     if each.base is not None:
         at = scale(each.base.mean.value)

@@ -12,6 +12,7 @@ from lt_train.evaluation.statistics import (
     Interval,
     Lengths,
     TokenLoss,
+    accuracy_interval,
     bootstrap_interval,
     lengths_of,
     majority_vote,
@@ -23,7 +24,9 @@ from lt_train.evaluation.statistics import (
     paired_loss_difference,
     pass_at_k,
     sign_flip_p,
+    student_interval,
     student_t,
+    wilson,
 )
 
 SHARES = st.lists(st.integers(0, 8).map(lambda right: right / 8), min_size=2, max_size=30)
@@ -228,8 +231,48 @@ def test_the_bootstrap_draws_the_same_number_of_resamples_whatever_fits_in_memor
     assert bootstrap_interval(values) == at_once
 
 
-def test_one_problem_has_no_bootstrap_interval() -> None:
-    assert bootstrap_interval([1.0]) is None
+def test_wilsons_interval_is_the_published_one() -> None:
+    found = wilson(81 / 263, 263)  # Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3: 0.2553, 0.3662
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+def test_none_right_and_all_right_leave_room_for_doubt() -> None:
+    none, every = accuracy_interval([0.0] * 30), accuracy_interval([1.0] * 30)
+    assert (every.low, every.high) == (pytest.approx(0.8865, abs=1e-4), 1.0)  # n / (n + z²)
+    assert (none.low, none.high) == (0.0, pytest.approx(1 - every.low))
+
+
+def test_a_single_right_answer_rules_out_that_none_is() -> None:
+    assert accuracy_interval([1.0] + [0.0] * 29) == wilson(1 / 30, 30)
+    assert accuracy_interval([1.0] + [0.0] * 29).low > 0
+
+
+def test_problems_that_all_scored_one_share_leave_room_for_doubt() -> None:
+    assert accuracy_interval([0.25] * 8) == wilson(0.25, 8)
+
+
+def test_shares_have_a_bootstrap_interval() -> None:
+    assert accuracy_interval([0.25, 0.5, 1.0], seed=3) == bootstrap_interval([0.25, 0.5, 1.0], seed=3)
+
+
+@given(SHARES)
+def test_the_interval_of_an_accuracy_has_a_width_and_holds_it(values: list[float]) -> None:
+    found = accuracy_interval(values)
+    assert 0 <= found.low < found.high <= 1
+    if len(values) >= 10:
+        assert found.low <= mean_over_problems(values).value + 1e-12 and found.high >= mean_over_problems(values).value - 1e-12
+
+
+def test_one_problem_has_no_interval() -> None:
+    assert accuracy_interval([1.0]) is None
+
+
+def test_the_interval_of_a_loss_is_students() -> None:
+    mean = mean_loss([TokenLoss(nats, 10) for nats in (10.0, 12.0, 14.0)])
+    found = student_interval(mean)
+    assert found.high - mean.value == pytest.approx(4.303 * mean.standard_error, rel=1e-3)  # t table, 2 degrees of freedom
+    assert mean.value - found.low == pytest.approx(found.high - mean.value)
+    assert student_interval(mean_loss([TokenLoss(1.0, 10)])) is None
 
 
 def test_lengths_are_told_by_their_quantiles() -> None:

@@ -89,6 +89,12 @@ def test_every_figure_follows_from_the_records() -> None:
     assert (found.partial, found.missing) == (False, 0)
 
 
+def test_where_none_or_all_are_right_the_interval_still_has_a_width() -> None:
+    none, every = scores(records(a=[WRONG], b=[WRONG]), samples=1), scores(records(a=[{}], b=[{}]), samples=1)
+    assert none.interval == Interval(0.0, pytest.approx(0.6576, abs=1e-4))  # Wilson's of 0 of 2: z² / (n + z²)
+    assert every.interval == Interval(pytest.approx(0.3424, abs=1e-4), 1.0)
+
+
 def test_samples_and_problems_that_were_not_asked_for_have_no_say() -> None:
     more = {**EIGHT, **records(c=[{"tokens": 10**6}] * 4), ("a", 4): replace(RECORD, sample=4, tokens=10**6)}
     assert scores(more) == scores(EIGHT)
@@ -156,13 +162,13 @@ def test_scores_are_read_back_as_they_were_written(tmp_path: Path, written: Answ
         assert found.interval is None or isinstance(found.interval, Interval)
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+@pytest.mark.parametrize("version", [None, 2, 4, "3"])
 def test_scores_of_another_version_are_named_as_such(tmp_path: Path, version: object) -> None:
     write_scores(tmp_path / "scores.json", scores(EIGHT))
     found = json.loads((tmp_path / "scores.json").read_text())
     del found["version"]
     (tmp_path / "scores.json").write_text(json.dumps(found if version is None else {**found, "version": version}))
-    with pytest.raises(UserError, match=rf"scores\.json: .*of version {version or 1}, this is 2\. Delete it"):
+    with pytest.raises(UserError, match=rf"scores\.json: .*of version {version or 1}, this is 3\. Delete it"):
         read_scores(tmp_path / "scores.json")
 
 

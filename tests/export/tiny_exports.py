@@ -44,8 +44,8 @@ def facts(**changed) -> ExportFacts:
         data_counts={"rows_read": 1200, "trained_on": 1000},
         training={"method": "lora", "learning_rate": 1e-4},
         scores=(
-            ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, 30),
-            ScoreFact("trained", "heldout_loss", "loss", 1.5, None, 1),
+            ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, (0.39, 0.67), 30),
+            ScoreFact("trained", "heldout_loss", "loss", 1.5, None, None, 1),
         ),
         versions={"lt_train": "0.1.0", "torch": "2.13.0"},
     )

@@ -210,7 +210,7 @@ def test_several_runs_are_told_apart_by_name_and_shape(tmp_path):
     rows = [each for run in runs for each in run.measured if each.result.evaluation == "ledger"]
     chart = charts.accuracy_by_tokens(rows, several_runs=True)
     assert [entry.label for entry in chart.legend] == [
-        f"{run}: {label}" for run in ("one", "two") for label in ("base", "reach, untrained", "reach, trained")
+        f"{run}: {label}" for run in ("one", "two") for label in ("base", "hybrid by reach, untrained", "hybrid by reach, trained")
     ]
     groups = Drawing(chart).groups("v-trained")
     assert [bool(group.findall("circle")) for group in groups] == [True, False]

@@ -51,12 +51,13 @@ def page_of(*runs: Path) -> Page:
 
 def test_the_page_shows_scores_charts_and_every_sample(run):
     page = page_of(run)
-    for text in ("75.0 ± 25.0", "reach, trained", "1.200 ± 0.115", "KV cache against length", "Layer profile by lazy_ratio",
-                 "Losses of the training", "Accuracy within a budget of tokens", "4 problems, greedy"):  # fmt: skip
+    for text in ("75.0 ± 25.0", "hybrid by reach, trained", "1.200 ± 0.115", "KV cache against length",
+                 "Layer profile by lazy_ratio", "Losses of the training",
+                 "Accuracy within a budget of tokens", "4 problems, greedy"):  # fmt: skip
         assert text in page.visible, text
     sets = page.data["index"]
     assert [(each["variant"], len(each["samples"])) for each in sets] == [
-        ("base", 4), ("reach, untrained", 4), ("reach, trained", 4)
+        ("base", 4), ("hybrid by reach, untrained", 4), ("hybrid by reach, trained", 4)
     ]  # fmt: skip
     for number, records in enumerate(ANSWERS.values()):
         assert ["".join(both) for both in page.data[f"texts-{number}"]] == [record.text for record in records]
@@ -146,7 +147,7 @@ def test_samples_that_are_gone_are_named_and_the_rest_is_shown(run):
     (run / "eval/base/ledger/samples.jsonl").unlink()
     page = page_of(run)
     assert "the samples of base under ledger are not in the run folder any more" in page.visible
-    assert [each["variant"] for each in page.data["index"]] == ["reach, untrained", "reach, trained"]
+    assert [each["variant"] for each in page.data["index"]] == ["hybrid by reach, untrained", "hybrid by reach, trained"]
     assert "75.0 ± 25.0" in page.visible
 
 
