@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig
+
 from lt_train.evaluation.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
+from lt_train.kv_size import entry_bytes
 from lt_train.planning.activations import FP32
 from lt_train.planning.setup import BF16, Machine
 from lt_train.planning.shape import ModelShape
@@ -25,7 +28,7 @@ class Cache:
     at_once: tuple[int, int]
 
 
-def kv_cache(recipe: Recipe, shape: ModelShape, machine: Machine) -> Cache | None:
+def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, machine: Machine) -> Cache | None:
     """Of the recipe's evaluation with the longest answers; None where nothing is generated.
 
     The engine spreads a model's layers over all GPUs of its process, so it has the memory of all of them.
@@ -35,7 +38,7 @@ def kv_cache(recipe: Recipe, shape: ModelShape, machine: Machine) -> Cache | Non
         return None
     longest = max(entries, key=_tokens)
     number = FP32 if recipe.model.dtype == "fp32" or (recipe.model.dtype == "auto" and machine.cpu) else BF16
-    entry, tokens, layers = 2 * shape.keys * number, _tokens(longest), len(shape.layers)
+    entry, tokens, layers = entry_bytes(base_config.to_dict(), number), _tokens(longest), len(shape.layers)
     hybrid, full = entry * shape.spec.cached_tokens(tokens), entry * layers * tokens
     left = max(machine.gpus * machine.usable - number * shape.base_parameters, 0)
     return Cache(longest.name, tokens, hybrid, full, (left // hybrid, left // full))

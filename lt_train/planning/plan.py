@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean
         found = training_samples(recipe, base_config, samples, mean_tokens)
         work = None if found is None else training_work(recipe, recipe.train, found)
         training = _training(recipe, recipe.train, machine, shape, work)
-    return Plan(recipe, machine, shape, training, kv_cache(recipe, shape, machine))
+    return Plan(recipe, machine, shape, training, kv_cache(recipe, base_config, shape, machine))
 
 
 def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape, work: Work | None) -> TrainingPlan:

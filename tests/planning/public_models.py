@@ -18,7 +18,7 @@ HUB = {
 """Hub id -> folder in configs/."""
 
 
-def public_recipe(model: str, **settings: Any) -> Recipe:
+def public_recipe(model: str, /, **settings: Any) -> Recipe:
     """Full fine-tuning at 4,096 tokens; `settings` is laid over it, part by part."""
     parts: dict[str, Any] = {
         "name": model,

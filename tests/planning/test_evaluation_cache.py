@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from lt_train.base_model import load_base_config
+from lt_train.generation.store import PAGE, KVStore, PagedLayer
+from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.planning.evaluation import kv_cache
+from lt_train.planning.setup import GIB, Machine
+from lt_train.planning.shape import model_shape
+from tests.hybrid.families import BASES
+from tests.planning.public_models import public_recipe
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize(("dtype", "number"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_planned_kv_cache_is_what_the_engine_allocates_for_one_sequence(family, dtype, number, tmp_path):
+    BASES[family].save_pretrained(tmp_path)
+    recipe = public_recipe(
+        "qwen3-8b",
+        model={"base": str(tmp_path), "dtype": dtype},
+        hybrid={"lazy_layer_ratio": 0.5, "w_sink": 2, "w_recent": 30},
+        eval=[{"benchmark": "aime24", "max_new_tokens": 3 * PAGE}],
+    )
+    config = load_base_config(recipe.model)
+    planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
+    for lazy, size in (((0, 2), planned.hybrid), ((), planned.full)):
+        model = build_hybrid(config, HybridSpec(4, lazy, w_sink=2, w_recent=30)).to(number)
+        layers = KVStore(model, slots=1, pages=3).layers
+        assert any(isinstance(layer, PagedLayer) for layer in layers)
+        assert sum(held(layer) for layer in layers) == size
+
+
+def held(layer: object) -> int:
+    return sum(value.nbytes for value in vars(layer).values() if isinstance(value, torch.Tensor))
