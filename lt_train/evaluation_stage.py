@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.backends import engine_for, servers_for
+from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
-from lt_train.evaluation.loss import BaseAnswers, base_answers
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.examples import Example
@@ -58,8 +58,12 @@ class EvaluationStage:
                 self.plan(entry)
 
     def measure_all(self) -> None:
-        for variant in self.variants.to_evaluate():
-            self.measure(variant)
+        try:
+            for variant in self.variants.to_evaluate():
+                self.measure(variant)
+        finally:
+            while self._base_answers:
+                self._base_answers.popitem()[1].close()
 
     def measure(self, variant: str) -> None:
         """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
@@ -89,7 +93,8 @@ class EvaluationStage:
         """What the base says on the held-out samples; asked once for all variants."""
         if entry.limit not in self._base_answers:
             base = self.variants.load(BASE, self.dtype)
-            self._base_answers[entry.limit] = base_answers(base, self.heldout()[: entry.limit], entry.batch_size)
+            chosen = self.heldout()[: entry.limit]
+            self._base_answers[entry.limit] = base_answers(base, chosen, entry.batch_size, self.folder.path)
         return self._base_answers[entry.limit]
 
     def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> Plan:

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from lt_train import recipe
 from lt_train.errors import UserError
-from lt_train.evaluation.loss import BaseAnswers, answer_divergences, answer_losses
+from lt_train.evaluation.base_answers import BaseAnswers
+from lt_train.evaluation.loss import answer_divergences, answer_losses
 from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import Fingerprint
 from lt_train.evaluation.scores import LossScores, finished_scores, write_scores

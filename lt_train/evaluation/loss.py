@@ -6,13 +6,13 @@ them. Legend: B rows of a batch, L longest sample, H hidden size, A answer token
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
 from lt_train.answer_states import answer_states
+from lt_train.evaluation.base_answers import BaseAnswers
 from lt_train.evaluation.statistics import TokenLoss
 from lt_train.examples import Example
 
@@ -36,32 +36,6 @@ def answer_losses(model: PreTrainedModel, examples: Sequence[Example], batch_siz
     return _by_example(model, examples, batch_size, nll)
 
 
-@dataclass(frozen=True)
-class BaseAnswers:
-    """What a base says at each answer token of some examples, on the CPU: its weights need not stay in memory.
-
-    Attributes:
-        states: example id -> final hidden states (A, H) that predict its answer tokens.
-        head_VH: weights of the language-model head.
-    """
-
-    states: dict[str, torch.Tensor]
-    head_VH: torch.Tensor
-
-
-@torch.inference_mode()
-def base_answers(base: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> BaseAnswers:
-    """
-    Raises:
-        UserError: an example exceeds the model's context.
-    """
-    states: dict[str, torch.Tensor] = {}
-    for batch, hidden_AH in answer_states(base, examples, batch_size):
-        split = hidden_AH.cpu().split([len(example.answer_ids) for example in batch])
-        states |= {example.id: hidden.clone() for example, hidden in zip(batch, split, strict=True)}
-    return BaseAnswers(states, base.lm_head.weight.detach().cpu().clone())
-
-
 def answer_divergences(
     model: PreTrainedModel, base: BaseAnswers, examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[Example, TokenLoss]]:
@@ -73,7 +47,7 @@ def answer_divergences(
     head_VH = base.head_VH.to(model.lm_head.weight.device)
 
     def divergence(batch: Sequence[Example], hidden_AH: torch.Tensor) -> torch.Tensor:
-        base_AH = torch.cat([base.states[example.id] for example in batch]).to(hidden_AH.device)
+        base_AH = torch.cat([base.states(example) for example in batch]).to(hidden_AH.device)
         return token_divergence(base_AH, head_VH, hidden_AH, model.lm_head.weight)
 
     return _by_example(model, examples, batch_size, divergence)

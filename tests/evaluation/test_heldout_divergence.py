@@ -1,6 +1,6 @@
 """KL(base || model) on held-out answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,21 +10,26 @@ from torch.nn.functional import kl_div
 
 from lt_train import recipe
 from lt_train.errors import UserError
+from lt_train.evaluation import base_answers as base_answers_module
 from lt_train.evaluation import loss
+from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl
-from lt_train.evaluation.loss import BaseAnswers, answer_divergences, base_answers
+from lt_train.evaluation.loss import answer_divergences
 from lt_train.evaluation.scores import LossScores
+from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM
+from tests.full_disk import files_of_at_most
+from tests.peak_memory import peak_of
 
 ENTRY = recipe.HeldoutKL(benchmark="heldout_kl", batch_size=4)
 EXAMPLES = examples_of_many_lengths()
 
 
 @pytest.fixture
-def base(model: HybridForCausalLM) -> BaseAnswers:
+def base(model: HybridForCausalLM, tmp_path: Path) -> BaseAnswers:
     """The model before its layer streamed."""
     with model.full_attention():
-        return base_answers(model, EXAMPLES, batch_size=3)
+        return base_answers(model, EXAMPLES, 3, tmp_path / "base")
 
 
 def nats(model: HybridForCausalLM, base: BaseAnswers, batch_size: int) -> dict[str, float]:
@@ -73,3 +78,53 @@ def test_scores_against_another_base_are_not_taken(model: HybridForCausalLM, bas
     measured(model, lambda: base, tmp_path)
     with pytest.raises(UserError, match="base: 'b' there, 'c' now"):
         measured(model, lambda: base, tmp_path, of_base="c")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_base_says_comes_back_from_disk_to_the_bit_in_any_order(dtype: torch.dtype, tmp_path: Path) -> None:
+    said = {example: torch.randn(len(example.answer_ids), 5, dtype=dtype) for example in EXAMPLES}
+    answers = BaseAnswers(torch.zeros(2, 5, dtype=dtype), tmp_path)
+    for example, states in said.items():
+        answers.add(example, states)
+    assert all(torch.equal(answers.states(example), said[example]) for example in reversed(EXAMPLES))
+
+
+def test_their_file_has_no_name_so_a_killed_process_leaves_nothing(base: BaseAnswers, tmp_path: Path) -> None:
+    assert base.states(EXAMPLES[0]).any() and list((tmp_path / "base").iterdir()) == []
+
+
+def test_a_full_disk_is_told_where_the_base_is_asked(model: HybridForCausalLM, tmp_path: Path) -> None:
+    with files_of_at_most(2**10), pytest.raises(OSError, match="File too large"):
+        base_answers(model, EXAMPLES, 3, tmp_path)
+
+
+def test_of_all_held_out_answers_the_states_of_one_batch_are_in_memory(
+    model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """32 answers with 8 MiB of states each, 256 MiB together: both models' passes hold a few times 8 MiB."""
+
+    def states(
+        model: HybridForCausalLM, examples: Sequence[Example], batch_size: int
+    ) -> Iterator[tuple[list[Example], torch.Tensor]]:
+        assert batch_size == 1
+        for number, example in enumerate(examples):
+            yield [example], torch.full((len(example.answer_ids), WIDE), number / 32)
+
+    wide = torch.nn.Linear(WIDE, 8, bias=False)
+    model.lm_head = wide
+    for module in (base_answers_module, loss):
+        monkeypatch.setattr(module, "answer_states", states)
+    found: dict[str, float] = {}
+
+    def measure(examples: Sequence[Example]) -> None:
+        answers = base_answers(model, examples, 1, tmp_path)
+        found.update({example.id: loss.nll for example, loss in answer_divergences(model, answers, examples, 1)})
+        answers.close()
+
+    measure(LONG[:1])
+    assert peak_of(lambda: measure(LONG)) < 6 * 8 * 2**20
+    assert found == pytest.approx(dict.fromkeys([example.id for example in LONG], 0), abs=1e-6)
+
+
+WIDE = 2048
+LONG = [Example(f"long-{number}", "made up", (1,), (2,) * 1024) for number in range(32)]
