@@ -86,7 +86,8 @@ def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> Evalu
 
 
 def run_part(run: Run) -> RunPart:
-    loss, probes = run_charts.loss_curve(run), run_charts.probe_curves(run)
+    loss = run_charts.loss_curve(run)
+    drawn = (run_charts.kv_growth(run), loss, run_charts.divergence_curve(run), run_charts.probe_curves(run))
     notes = []
     if run.profile is None:
         notes.append("No layer profile: the recipe names the layers, or its strategy does not look at the model.")
@@ -96,7 +97,7 @@ def run_part(run: Run) -> RunPart:
         name=run.name,
         folder=str(run.folder),
         facts=tuple(facts(run)),
-        charts=tuple(chart for chart in (run_charts.kv_growth(run), loss, probes) if chart is not None),
+        charts=tuple(chart for chart in drawn if chart is not None),
         profile=tuple(run_charts.layer_scores(run, run.profile)) if run.profile is not None else (),
         notes=tuple(notes),
     )

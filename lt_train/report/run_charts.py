@@ -1,4 +1,4 @@
-"""The charts of one run: KV cache against length, scores of layers, losses."""
+"""The charts of one run: KV cache against length, scores of layers, losses, probes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,20 @@ from markupsafe import Markup
 from lt_train.report.charts import Chart, LegendEntry, swatch
 from lt_train.report.contents import Run
 from lt_train.report.figures import kilo, size
-from lt_train.report.svg import DASHES, Plot, Scale, element, labelled, linear_ticks, marker, padded, path, plot, tooltip
+from lt_train.report.svg import (
+    DASHES,
+    Plot,
+    Scale,
+    decimal_ticks,
+    element,
+    labelled,
+    linear_ticks,
+    marker,
+    padded,
+    path,
+    plot,
+    tooltip,
+)
 from lt_train.results import KV_TOKENS, kv_bytes
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.probe_results import ProbeScore
@@ -153,36 +166,58 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def loss_curve(run: Run) -> Chart | None:
-    """Training loss at every logged step and held-out loss; None where nothing finite was logged."""
-    training, heldout = losses(run.log, "loss"), losses(run.log, "eval_loss")
+    """Training loss at every logged step and held-out loss; None where nothing finite was logged.
+
+    Of a distilled training it is the cross-entropy alone: the whole loss has another unit, and is nothing to hold held-out loss
+    against.
+    """
+    distilled = any("sft_loss" in row for row in run.log)
+    key = "sft_loss" if distilled else "loss"
+    training, heldout = losses(run.log, key), losses(run.log, "eval_loss")
     both = [*training, *heldout]
     if not both:
         return None
-    last = max(step for step, _ in both)
     y_ticks = linear_ticks(*padded(min(loss for _, loss in both), max(loss for _, loss in both), least=1e-3, share=0.02))
     if y_ticks[0] < 0:
         y_ticks = [value for value in y_ticks if value >= 0]
-    x_ticks = linear_ticks(0, max(last, 1))
-    axes = plot((0, max(last, 1)), (y_ticks[0], y_ticks[-1]))
-    parts = [
-        axes.axes(
-            labelled([value for value in x_ticks if axes.x.holds(value)], lambda value: f"{value:,.6g}"),
-            labelled(y_ticks, lambda value: f"{value:.4g}"),
-            "optimizer step",
-            "loss, nats per token",
-        )
-    ]
+    last = last_step(both)
+    axes = plot((0, last), (y_ticks[0], y_ticks[-1]))
+    parts = [draw_axes_over_steps(axes, last, labelled(y_ticks, lambda value: f"{value:.4g}"), "loss, nats per token")]
     entries = []
     if training:
-        parts.append(element("g", draw_training(axes, training), class_="v-base"))
+        parts.append(element("g", draw_training(axes, training, "training loss"), class_="v-base"))
         entries.append(LegendEntry("training", "v-base", swatch(0, line=True)))
     if heldout:
         parts.append(element("g", *draw_heldout(axes, heldout), class_="v-trained"))
         entries.append(LegendEntry("held out", "v-trained", swatch(0, line=False)))
-    lost = sum("loss" in row or "eval_loss" in row for row in run.log) - len(both)
+    lost = sum(key in row or "eval_loss" in row for row in run.log) - len(both)
     caption = f"{lost:,} logged losses are not finite and not drawn." if lost else "Mean over answer tokens."
+    if distilled:
+        caption += " Cross-entropy with the data; what the teacher adds to the loss has a chart of its own."
     svg = axes.document("Losses of the training", Markup("").join(parts))
     return Chart("Losses of the training", caption, svg, tuple(entries))
+
+
+def divergence_curve(run: Run) -> Chart | None:
+    """How far a distilled training's batches are from its teacher, at every logged step; None where nothing was distilled."""
+    found = losses(run.log, "kl")
+    drawn = [(step, kl) for step, kl in found if kl > 0]
+    if not drawn:
+        return None
+    y_ticks = decimal_ticks(min(kl for _, kl in drawn), max(kl for _, kl in drawn))
+    last = last_step(drawn)
+    axes = plot((0, last), (y_ticks[0], y_ticks[-1]), log_y=True)
+    parts = [draw_axes_over_steps(axes, last, labelled(y_ticks, lambda value: f"{value:g}"), "KL, nats per token (log scale)")]
+    parts.append(element("g", draw_training(axes, drawn, "KL(teacher || model)"), class_="v-trained"))
+    lost = sum("kl" in row for row in run.log) - len(drawn)
+    temperature = run.settings["train"]["distill"]["temperature"]
+    caption = (
+        f"KL(teacher || model) of the next token at temperature {temperature:g}, mean over answer tokens. "
+        "The teacher is the model before it was converted."
+    )
+    if lost:
+        caption += f" {lost:,} logged values are not above 0, or not finite, and not drawn."
+    return Chart("Divergence from the teacher", caption, axes.document("Divergence from the teacher", *parts))
 
 
 def probe_curves(run: Run) -> Chart | None:
@@ -191,10 +226,9 @@ def probe_curves(run: Run) -> Chart | None:
         return None
     last = max(result.step for result in run.probes)
     names = list(dict.fromkeys(score.probe for result in run.probes for score in result.scores))
-    x_ticks, y_ticks = linear_ticks(0, last), [0.0, 0.25, 0.5, 0.75, 1.0]
     axes = plot((0, last), (0, 1))
-    x_labels = labelled([value for value in x_ticks if axes.x.holds(value)], lambda value: f"{value:,.6g}")
-    parts = [axes.axes(x_labels, labelled(y_ticks, lambda value: f"{100 * value:.4g}"), "optimizer step", "right, %")]
+    y_labels = labelled([0.0, 0.25, 0.5, 0.75, 1.0], lambda value: f"{100 * value:.4g}")
+    parts = [draw_axes_over_steps(axes, last, y_labels, "right, %")]
     for number, name in enumerate(names):
         found = [(result.step, score) for result in run.probes for score in result.scores if score.probe == name]
         parts.append(element("g", *draw_probe(axes, number, found), class_="v-trained"))
@@ -204,6 +238,15 @@ def probe_curves(run: Run) -> Chart | None:
         axes.document("Probes of the checkpoints", *parts),
         tuple(LegendEntry(name, "v-trained", swatch(number, line=False)) for number, name in enumerate(names)),
     )
+
+
+def last_step(rows: Sequence[tuple[int, float]]) -> int:
+    return max(1, *(step for step, _ in rows))
+
+
+def draw_axes_over_steps(axes: Plot, last: int, y_ticks: Sequence[tuple[float, str]], y_label: str) -> Markup:
+    steps = [step for step in linear_ticks(0, last) if axes.x.holds(step) and step == int(step)]
+    return axes.axes(labelled(steps, lambda step: f"{step:,.0f}"), y_ticks, "optimizer step", y_label)
 
 
 def draw_probe(axes: Plot, number: int, found: Sequence[tuple[int, ProbeScore]]) -> list[Markup]:
@@ -222,9 +265,9 @@ def losses(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]
     return [(step, loss) for step, loss in found if math.isfinite(loss)]
 
 
-def draw_training(axes: Plot, rows: Sequence[tuple[int, float]]) -> Markup:
+def draw_training(axes: Plot, rows: Sequence[tuple[int, float]], what: str) -> Markup:
     points = [(axes.x(step), axes.y(loss)) for step, loss in rows]
-    note = f"training loss: {rows[0][1]:.4g} at step {rows[0][0]:,}, {rows[-1][1]:.4g} at step {rows[-1][0]:,}"
+    note = f"{what}: {rows[0][1]:.4g} at step {rows[0][0]:,}, {rows[-1][1]:.4g} at step {rows[-1][0]:,}"
     if len(points) == 1:
         return marker(0, *points[0], note)
     return element("path", tooltip(note), class_="line thin", d=path(points))

@@ -60,6 +60,12 @@ def binary_ticks(low: float, high: float, most: int = 7) -> list[float]:
     return [2.0**power for power in powers if power % every == 0] or [2.0**power for power in powers]
 
 
+def decimal_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten that cover [low, high]."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
+
+
 @dataclass(frozen=True)
 class Plot:
     """The axes of one chart, in pixels of its own coordinates."""
@@ -105,9 +111,17 @@ class Plot:
         return Markup("").join(parts)
 
 
-def plot(x: tuple[float, float], y: tuple[float, float], *, log_x: bool = False, width: float = 460, height: float = 290) -> Plot:
+def plot(
+    x: tuple[float, float],
+    y: tuple[float, float],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    width: float = 460,
+    height: float = 290,
+) -> Plot:
     """A plot of these ranges, with room for its labels."""
-    return Plot(width, height, Scale(*x, 58, width - 24, log_x), Scale(*y, height - 44, 30))
+    return Plot(width, height, Scale(*x, 58, width - 24, log_x), Scale(*y, height - 44, 30, log_y))
 
 
 def tooltip(text: str) -> Markup:

@@ -1,5 +1,6 @@
 """Each chart shows the numbers that it was given: positions are read back through the labels of its axes."""
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -12,6 +13,7 @@ from lt_train.evaluation.scores import read_scores
 from lt_train.files import append_json_line
 from lt_train.report import charts, run_charts
 from lt_train.report.contents import read_runs
+from lt_train.report.page import run_part
 from lt_train.results import kv_bytes
 from lt_train.training.probe_results import ProbeResult, ProbeScore, write_result
 from tests.report.made_runs import ANSWERS, LAZY_RATIO, REACH, made_run, record
@@ -30,9 +32,9 @@ def rows(contents):
 class Drawing:
     """A chart's SVG, whose pixels become values again by its tick labels."""
 
-    def __init__(self, chart, *, log_x=False):
+    def __init__(self, chart, *, log_x=False, log_y=False):
         self.root = ET.fromstring(str(chart.svg))
-        self.log_x = log_x
+        self.log_x, self.log_y = log_x, log_y
         self._x, self._y = self._ticks("x"), self._ticks("y")
 
     def _ticks(self, axis):
@@ -44,20 +46,23 @@ class Drawing:
         return found
 
     def x(self, pixel):
-        (p0, v0), (p1, v1) = self._x[0], self._x[-1]
-        if self.log_x:
-            return math.exp(math.log(v0) + (pixel - p0) / (p1 - p0) * math.log(v1 / v0))
-        return v0 + (pixel - p0) / (p1 - p0) * (v1 - v0)
+        return between(self._x[0], self._x[-1], pixel, self.log_x)
 
     def y(self, pixel):
-        (p0, v0), (p1, v1) = self._y[0], self._y[-1]
-        return v0 + (pixel - p0) / (p1 - p0) * (v1 - v0)
+        return between(self._y[0], self._y[-1], pixel, self.log_y)
 
     def groups(self, css):
         return [group for group in self.root.iter("g") if css in group.get("class", "").split()]
 
     def titles(self):
         return [title.text for title in self.root.iter("title")]
+
+
+def between(first, last, pixel, log):
+    (p0, v0), (p1, v1) = first, last
+    if log:
+        return math.exp(math.log(v0) + (pixel - p0) / (p1 - p0) * math.log(v1 / v0))
+    return v0 + (pixel - p0) / (p1 - p0) * (v1 - v0)
 
 
 def number(text):
@@ -177,6 +182,48 @@ def test_losses_are_drawn_at_their_steps(contents):
     assert [value for corner in corners for value in corner] == pytest.approx([1, 2.0, 2, 1.5, 3, 1.0], abs=0.01)
     (point,) = heldout.findall("circle")
     assert (drawing.x(float(point.get("cx"))), drawing.y(float(point.get("cy")))) == pytest.approx((2, 1.75), abs=0.01)
+
+
+@pytest.fixture
+def distilled(run):
+    """A distilled training of three steps: its whole loss is far from its cross-entropy, and its divergence falls a hundredfold."""
+    log = [
+        {"step": step, "loss": 30.0 - step, "sft_loss": 1.0 / step, "kl": kl, "hidden_difference": 0.1}
+        for step, kl in enumerate((0.5, 0.05, 0.005), start=1)
+    ]
+    (run / "train/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*log, {"step": 3, "eval_loss": 0.75})))
+    return run
+
+
+def test_the_divergence_of_a_distilled_training_is_drawn_on_a_log_scale(distilled):
+    chart = run_charts.divergence_curve(read_runs([distilled])[0])
+    drawing = Drawing(chart, log_y=True)
+    (line,) = drawing.groups("v-trained")
+    corners = [(drawing.x(x), drawing.y(y)) for x, y in points(line.find("path").get("d"))]
+    assert [value for corner in corners for value in corner] == pytest.approx([1, 0.5, 2, 0.05, 3, 0.005], rel=0.01)
+    assert "KL(teacher || model): 0.5 at step 1, 0.005 at step 3" in drawing.titles()
+    assert "temperature 1," in chart.caption
+
+
+def test_of_a_distilled_training_the_cross_entropy_is_held_against_the_held_out_loss(distilled):
+    drawing = Drawing(run_charts.loss_curve(read_runs([distilled])[0]))
+    (training,) = drawing.groups("v-base")
+    corners = [drawing.y(y) for _, y in points(training.find("path").get("d"))]
+    assert corners == pytest.approx([1, 1 / 2, 1 / 3], abs=0.01)
+
+
+def test_the_page_of_a_distilled_training_has_both_charts_and_another_has_none_of_divergence(distilled, tmp_path):
+    titles = [chart.title for chart in run_part(read_runs([distilled])[0]).charts]
+    assert titles == ["KV cache against length", "Losses of the training", "Divergence from the teacher"]
+    plain = read_runs([made_run(tmp_path / "others", "plain")])[0]
+    assert run_charts.divergence_curve(plain) is None
+
+
+def test_divergences_without_a_logarithm_are_left_out_and_counted(distilled):
+    append_json_line(distilled / "train/log.jsonl", {"step": 4, "kl": 0.0})
+    append_json_line(distilled / "train/log.jsonl", {"step": 5, "kl": math.nan})
+    chart = run_charts.divergence_curve(read_runs([distilled])[0])
+    assert chart.caption.endswith("2 logged values are not above 0, or not finite, and not drawn.")
 
 
 def test_probes_are_drawn_at_their_steps_with_their_errors(run):
