@@ -53,6 +53,18 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     return settings
 
 
+def deepspeed_settings(path: Path, *, accumulates: bool) -> dict[str, Any]:
+    """What DeepSpeed is told: the file, and where it does not say so that gradients of several micro-batches are summed up in fp32.
+
+    DeepSpeed itself would sum them up in the dtype of the model (`get_data_types` in deepspeed/runtime/engine.py, 0.19). In bf16,
+    which has 8 bits, a sum takes in nothing below 1/512 of it, and rounds whatever else is added.
+    """
+    settings = read_deepspeed_file(path)
+    if not accumulates:  # a gradient that nothing is added to is the same in both, and twice as large in fp32
+        return settings
+    return settings | {"data_types": {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})}
+
+
 def contradictions(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
     """Every way in which `settings`, a DeepSpeed configuration, does not go with the recipe, with the way out."""
     assert recipe.train is not None
@@ -60,6 +72,7 @@ def contradictions(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
         yield f"{name}: {REFUSED[name]}. Take the block out"
     yield from _values(settings, recipe, recipe.train)
     yield from _precision(settings, recipe)
+    yield from _sums(settings, recipe)
     zero = settings.get("zero_optimization")
     if isinstance(zero, dict):
         yield from _zero(zero)
@@ -99,6 +112,19 @@ def _precision(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
         yield f'bf16.enabled: missing, so model.dtype: {dtype} would not reach DeepSpeed. Set it to "auto"'
     elif bf16 not in (None, "auto", {"bf16": True, "fp32": False}.get(dtype, "auto")):
         yield f'bf16.enabled: {bf16!r}, but the recipe says model.dtype: {dtype}. Set it to "auto"'
+
+
+def _sums(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
+    """In what the gradients of several micro-batches are summed up, see `deepspeed_settings`."""
+    types = settings.get("data_types", {})
+    if not isinstance(types, dict):
+        yield f'data_types: {types!r}. It is a block such as {{"grad_accum_dtype": "fp32"}}, which is what holds without it'
+        return
+    dtype = types.get("grad_accum_dtype", "fp32")
+    if dtype not in ("fp32", "bf16"):
+        yield f'data_types.grad_accum_dtype: {dtype!r}. Set it to "fp32", which is what holds without it, or to "bf16"'
+    elif dtype == "bf16" and recipe.model.dtype == "fp32":
+        yield 'data_types.grad_accum_dtype: "bf16", but the recipe says model.dtype: fp32. Take it out'
 
 
 def _enabled(settings: dict[str, Any], name: str) -> Any:

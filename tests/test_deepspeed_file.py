@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lt_train.deepspeed_file import contradictions, read_deepspeed_file
+from lt_train.deepspeed_file import contradictions, deepspeed_settings, read_deepspeed_file
 from lt_train.errors import UserError
 from lt_train.recipe import Recipe, load_recipe
 
@@ -37,11 +37,28 @@ def zero3(**settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.json")), ids=lambda path: path.name)
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
 def test_every_shipped_configuration_goes_with_every_precision(path: Path, dtype: str, tmp_path: Path) -> None:
-    assert list(contradictions(read_deepspeed_file(path), recipe_in(dtype, tmp_path))) == []
+    told = list(contradictions(read_deepspeed_file(path), recipe_in(dtype, tmp_path)))
+    if (path.name, dtype) == ("zero3-bf16-sums.json", "fp32"):
+        assert "grad_accum_dtype" in told.pop()
+    assert told == []
 
 
 def test_the_shipped_configurations_are_found() -> None:
-    assert {path.name for path in LAUNCH.glob("*.json")} == {"zero2.json", "zero3.json", "zero3-offload.json"}
+    shipped = {"zero2.json", "zero3.json", "zero3-bf16-sums.json", "zero3-offload.json"}
+    assert {path.name for path in LAUNCH.glob("*.json")} == shipped
+
+
+def test_the_file_with_bf16_sums_differs_from_the_other_in_these_alone() -> None:
+    other = read_deepspeed_file(LAUNCH / "zero3-bf16-sums.json")
+    assert other.pop("data_types") == {"grad_accum_dtype": "bf16"}
+    assert other == read_deepspeed_file(LAUNCH / "zero3.json")
+
+
+def test_gradients_are_summed_up_in_fp32_unless_the_file_says_otherwise() -> None:
+    assert deepspeed_settings(LAUNCH / "zero3.json", accumulates=True) == zero3(data_types={"grad_accum_dtype": "fp32"})
+    assert deepspeed_settings(LAUNCH / "zero3.json", accumulates=False) == zero3()
+    file = LAUNCH / "zero3-bf16-sums.json"
+    assert deepspeed_settings(file, accumulates=True) == read_deepspeed_file(file)
 
 
 def test_numbers_that_say_what_the_recipe_says_are_no_contradiction(recipe: Recipe) -> None:
@@ -67,6 +84,8 @@ def test_a_batch_in_rows_cannot_be_said_to_deepspeed_where_processes_share_them(
         ({"bf16": {"enabled": False}}, "bf16.enabled: False, but the recipe says model.dtype: bf16"),
         ({"bf16": None}, "bf16.enabled: missing, so model.dtype: bf16 would not reach DeepSpeed"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: models are trained in bf16 or fp32"),
+        ({"data_types": "bf16"}, "data_types: 'bf16'. It is a block such as"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, "grad_accum_dtype: 'fp16'. Set it to \"fp32\""),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: the optimizer follows from train.learning_rate"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the schedule follows from train.lr_scheduler"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size: sequences are shared as train.sequence_parallel says"),

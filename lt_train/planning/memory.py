@@ -74,20 +74,24 @@ def _states(shape: ModelShape, setup: Setup) -> Iterator[Part]:
     """Weights, gradients, AdamW's two moments, and under DeepSpeed the fp32 weights that its optimizer keeps.
 
     ZeRO (Rajbhandari et al., arXiv 1910.02054): stage 1 shards the optimizer over all processes, 2 the gradients too, 3 the weights
-    too. In bf16 that is 2 + 2 + 12 bytes for each trained parameter.
+    too. In bf16 that is 2 + 2 + 12 bytes for each trained parameter, and 2 + 4 + 12 where gradients of several micro-batches are
+    summed up (deepspeed_file.py).
     """
     sharding, gpus = setup.sharding, setup.machine.gpus
     weights, gradients, moments = _bytes_of_states(shape, setup)
     stage = sharding.stage or 0
     held = 0 if sharding.offload_parameters else _share(weights, gpus if stage == 3 else 1)
     yield Part("weights", held, ALWAYS, _over("bf16" if setup.numbers.weight == BF16 else "fp32", gpus if stage == 3 else 1))
-    kept = 0 if sharding.offload_optimizer else _share(gradients, gpus if stage >= 2 else 1)
+    moved = sharding.offload_optimizer and not _summed_up_on_gpu(setup)
+    kept = 0 if moved else _share(gradients, gpus if stage >= 2 else 1)
     stays = sharding.stage is not None or setup.accumulates
     yield Part(
         "gradients",
         kept,
         ALWAYS if stays else frozenset({Phase.FIRST_LAYER, Phase.STEP}),
-        _over(f"of {shape.trainable:,} parameters", gpus if stage >= 2 else 1) + ("" if stays else ", as they come"),
+        _over(f"of {shape.trainable:,} parameters", gpus if stage >= 2 else 1)
+        + ("" if stays else ", as they come")
+        + (", summed up in fp32" if setup.sums_apart else ""),
     )
     if not stays and shape.head_trained:
         yield Part("gradient of the head", shape.head * FP32, frozenset({Phase.LAST_LAYER}), "the first that comes")
@@ -107,7 +111,18 @@ def _bytes_of_states(shape: ModelShape, setup: Setup) -> tuple[int, int, int]:
     # PEFT keeps adapters in fp32, but under ZeRO-3 TRL has them in the base's dtype; DeepSpeed casts all to its own
     trained = FP32 if setup.sharding.stage is None else weight
     moments = 2 * FP32 if setup.sharding.stage is None else 3 * FP32
-    return frozen * weight + shape.trainable * trained, shape.trainable * trained, shape.trainable * moments
+    gradient = trained
+    if setup.sums_apart:
+        # stage 1 (deepspeed/runtime/bf16_optimizer.py) keeps those of the micro-batch as well, which the others reduce as they come
+        gradient = FP32 + (weight if setup.sharding.stage == 1 else 0)
+    return frozen * weight + shape.trainable * trained, shape.trainable * gradient, shape.trainable * moments
+
+
+def _summed_up_on_gpu(setup: Setup) -> bool:
+    """Stage 2 sums gradients up in fp32 on the GPU, also where it offloads the optimizer (`_build_compact_grad_partition_buffer` in
+    deepspeed/runtime/zero/stage_1_and_2.py); stage 3 has them beside the optimizer.
+    """
+    return setup.sums_apart and setup.sharding.stage == 2
 
 
 def _activations(shape: ModelShape, setup: Setup) -> Iterator[Part]:
@@ -195,15 +210,20 @@ def _sharding(shape: ModelShape, setup: Setup) -> Iterator[Part]:
     if sharding.stage == 3:
         gathered = min(shape.parameters, max(sharding.live_parameters, shape.head))
         yield Part("gathered weights", gathered * weight, PASSES, "stage3_max_live_parameters, of all GPUs together")
-    if setup.bf16 and not sharding.offload_optimizer:
+    sums_are_the_piece = setup.sums_apart and sharding.stage < 3  # stage 3 copies them once more, into one flat tensor
+    if setup.bf16 and not sharding.offload_optimizer and not sums_are_the_piece:
         piece = _share(shape.trainable, gpus if sharding.stage >= 1 else 1)
         piece = min(piece, sharding.sub_group) if sharding.stage == 3 else piece
         yield Part("gradients in fp32", piece * FP32, frozenset({Phase.STEP}), "of the piece that the optimizer works on")
 
 
 def _host(shape: ModelShape, setup: Setup) -> int:
+    """An optimizer in host memory keeps the gradients that it works on, in fp32, beside those that are summed up for it
+    (`initialize_optimizer_states` in deepspeed/runtime/zero/stage3.py and stage_1_and_2.py).
+    """
     weights, gradients, moments = _bytes_of_states(shape, setup)
-    moved = gradients + moments if setup.sharding.offload_optimizer else 0
+    summed_up = 0 if _summed_up_on_gpu(setup) else gradients
+    moved = summed_up + FP32 * shape.trainable + moments if setup.sharding.offload_optimizer else 0
     return moved + (weights if setup.sharding.offload_parameters else 0)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lt_train.batch import batch_samples
-from lt_train.deepspeed_file import read_deepspeed_file
+from lt_train.deepspeed_file import deepspeed_settings
 from lt_train.errors import UserError
 from lt_train.planning.activations import FP32, Numbers
 from lt_train.recipe import Recipe, Train
@@ -59,6 +59,7 @@ class Sharding:
     Attributes:
         live_parameters: stage3_max_live_parameters, parameters of stage 3 that are gathered at once.
         sub_group: sub_group_size, parameters of stage 3 that one piece of the optimizer's step covers.
+        sums_in_fp32: gradients of several micro-batches are summed up in fp32, not in the dtype of the weights.
     """
 
     stage: Literal[0, 1, 2, 3] | None = None
@@ -66,6 +67,7 @@ class Sharding:
     offload_parameters: bool = False
     live_parameters: int = ZERO_DEFAULT
     sub_group: int = ZERO_DEFAULT
+    sums_in_fp32: bool = True
 
     @property
     def name(self) -> str:
@@ -74,7 +76,8 @@ class Sharding:
         moved = [
             what for what, is_moved in (("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)) if is_moved
         ]
-        return f"ZeRO-{self.stage}" + (f", {' and '.join(moved)} in host memory" if moved else "")
+        sums = "" if self.sums_in_fp32 else ", gradients summed up in bf16"
+        return f"ZeRO-{self.stage}" + (f", {' and '.join(moved)} in host memory" if moved else "") + sums
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Setup:
         return self.packing or self.micro_batch > 1 or self.sequence_parallel > 1
 
     @property
+    def sums_apart(self) -> bool:
+        """Under DeepSpeed the gradients of a micro-batch are bf16, and are added to others in fp32."""
+        return self.bf16 and bool(self.sharding.stage) and self.sharding.sums_in_fp32 and self.accumulates
+
+    @property
     def numbers(self) -> Numbers:
         """As weights_dtype (training/settings.py) loads the weights, and accelerate casts: by autocast, but not under DeepSpeed."""
         if not self.bf16:
@@ -153,7 +161,8 @@ def sharding_of(path: str | None) -> Sharding:
     """Read off a DeepSpeed configuration, which the recipe's checks have found to be one."""
     if path is None:
         return Sharding()
-    zero: dict[str, Any] = read_deepspeed_file(Path(path)).get("zero_optimization", {})
+    settings = deepspeed_settings(Path(path), accumulates=True)
+    zero: dict[str, Any] = settings.get("zero_optimization", {})
 
     def moved(block: str) -> bool:
         return (zero.get(block) or {}).get("device", "none") not in (None, "none")
@@ -168,6 +177,7 @@ def sharding_of(path: str | None) -> Sharding:
         moved("offload_param"),
         number("stage3_max_live_parameters"),
         number("sub_group_size"),
+        settings["data_types"]["grad_accum_dtype"] == "fp32",
     )
 
 

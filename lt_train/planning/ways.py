@@ -14,6 +14,7 @@ WAYS = (
     (Sharding(), "null"),
     (Sharding(2), "launch/zero2.json"),
     (Sharding(3), "launch/zero3.json"),
+    (Sharding(3, sums_in_fp32=False), "launch/zero3-bf16-sums.json"),
     (Sharding(3, offload_optimizer=True, offload_parameters=True), "launch/zero3-offload.json"),
 )
 """Each with the train.deepspeed that it needs."""
@@ -42,7 +43,7 @@ def ways(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> list[
     """The usual ways, everything else as the recipe has it."""
     rows = batch_samples(train, recipe.data) // data_parallel_size(train, setup.machine.gpus)
     found = []
-    for sharding, file in WAYS:
+    for sharding, file in _different_ways(setup):
         if setup.sequence_parallel > 1 and sharding.stage is None:
             continue  # DeepSpeed shares the sequences
         one = replace(setup, sharding=sharding, micro_batch=1)
@@ -68,9 +69,9 @@ def remedies(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> I
         yield "--set train.gradient_checkpointing=true"
     if setup.micro_batch > 1 and fits(replace(setup, micro_batch=1)):
         yield "--set train.micro_batch_size=1"
-    for sharding, file in WAYS[1:]:
+    for sharding, file in _different_ways(setup):
         other = replace(setup, sharding=sharding)
-        if sharding != setup.sharding and fits(other):
+        if sharding.stage is not None and sharding != setup.sharding and fits(other):
             host = training_memory(shape, other).host
             yield f"--set train.deepspeed={file}" + (f" and {host / GIB:,.0f} GiB of host memory" if host else "")
             break
@@ -86,6 +87,11 @@ def remedies(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> I
     length = next((length for length in _shorter(setup.length) if fits(replace(setup, length=length))), None)
     if length is not None:
         yield f"--set data.max_length={length}; longer samples are then treated as data.overlong says"
+
+
+def _different_ways(setup: Setup) -> list[tuple[Sharding, str]]:
+    """Of WAYS, without that in which sums are bf16 where no bf16 gradients are summed up."""
+    return [(sharding, file) for sharding, file in WAYS if sharding.sums_in_fp32 or (setup.bf16 and setup.accumulates)]
 
 
 def _degrees(train: Train, shape: ModelShape, setup: Setup) -> Iterator[int]:

@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig
 
 from lt_train.batch import accumulation_steps
-from lt_train.deepspeed_file import read_deepspeed_file
+from lt_train.deepspeed_file import deepspeed_settings, read_deepspeed_file
 from lt_train.devices import compute_dtype
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
@@ -22,6 +22,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     """Everything TRL is told. Our rows are tokenized already, so its own preparation of data is off."""
     bf16, process = trains_in_bf16(recipe), this_process()
     check_launch(recipe, train, process)
+    accumulation = accumulation_steps(train, recipe.data, process.count)
     ours = {
         "output_dir": str(out),
         "seed": recipe.seed,
@@ -29,7 +30,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "bf16": bf16,
         # unless the CPU is asked for, transformers refuses bf16 on it, and accelerate takes each process for the only one
         "use_cpu": not torch.accelerator.is_available(),
-        "deepspeed": train.deepspeed,
+        "deepspeed": deepspeed_settings(Path(train.deepspeed), accumulates=accumulation > 1) if train.deepspeed else None,
         "ddp_find_unused_parameters": False,
         # data
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -45,7 +46,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "num_train_epochs": train.epochs or 1,
         "max_steps": train.max_steps or -1,  # -1: as the epochs say
         "per_device_train_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(train, recipe.data, process.count),
+        "gradient_accumulation_steps": accumulation,
         "activation_checkpointing": train.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "use_cache": False,

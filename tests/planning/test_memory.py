@@ -35,9 +35,28 @@ def size_of(memory: Memory, name: str) -> int:
 @pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
 def test_each_zero_stage_shards_what_it_says(shape, setup, stage, weights, gradients, optimizer):
     """2 + 2 + 12 bytes a parameter in bf16, each over as many GPUs as share it."""
-    memory = training_memory(shape, replace(setup, sharding=Sharding(stage)))
+    memory = training_memory(shape, replace(setup, sharding=Sharding(stage), accumulates=False))
     for name, size, over in (("weights", 2, weights), ("gradients", 2, gradients), ("optimizer", 12, optimizer)):
         assert size_of(memory, name) == pytest.approx(size * shape.parameters / over, rel=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "size", "in_step"), [(1, 4 + 2, 0), (2, 4 / 8, 0), (3, 4 / 8, 4 / 8)])
+def test_gradients_of_several_micro_batches_are_summed_up_in_fp32(shape, setup, stage, size, in_step):
+    """Stage 1 keeps the bf16 ones beside the sum, stage 3 copies the sum for the optimizer."""
+    summed = replace(setup, sharding=Sharding(stage, sub_group=shape.parameters))
+    assert setup.accumulates
+    assert size_of(training_memory(shape, summed), "gradients") == pytest.approx(size * shape.parameters, rel=1e-6)
+    assert size_of(training_memory(shape, summed), "gradients in fp32") == pytest.approx(in_step * shape.parameters, rel=1e-6)
+    for in_bf16 in (replace(summed, accumulates=False), replace(summed, sharding=replace(summed.sharding, sums_in_fp32=False))):
+        over = 1 if stage == 1 else 8
+        assert size_of(training_memory(shape, in_bf16), "gradients") == pytest.approx(2 * shape.parameters / over, rel=1e-6)
+    assert size_of(training_memory(shape, replace(summed, bf16=False)), "gradients in fp32") == 0
+
+
+def test_stage_2_sums_gradients_up_on_the_gpu_also_for_an_optimizer_in_host_memory(shape, setup):
+    memory = training_memory(shape, replace(setup, sharding=Sharding(2, offload_optimizer=True)))
+    assert size_of(memory, "gradients") == pytest.approx(4 * shape.parameters / 8, rel=1e-6)
+    assert memory.host == (4 + 12) * shape.parameters
 
 
 def test_without_deepspeed_weights_are_fp32_and_several_gpus_hold_a_second_copy_of_the_gradients(shape, setup):
@@ -51,7 +70,7 @@ def test_without_deepspeed_weights_are_fp32_and_several_gpus_hold_a_second_copy_
 
 def test_what_is_offloaded_lies_in_host_memory(shape, setup):
     memory = training_memory(shape, replace(setup, sharding=Sharding(3, offload_optimizer=True, offload_parameters=True)))
-    assert memory.host == 16 * shape.parameters
+    assert memory.host == (2 + 4 + 4 + 12) * shape.parameters  # weights, gradients twice, optimizer
     assert size_of(memory, "weights") == size_of(memory, "gradients") == size_of(memory, "optimizer") == 0
 
 
@@ -112,6 +131,8 @@ def test_the_files_in_launch_are_read_as_deepspeed_reads_them(tmp_path):
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 1e8}}')
     assert sharding_of(str(file)) == Sharding(3, offload_optimizer=True, sub_group=10**8)
+    file.write_text('{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}')
+    assert sharding_of(str(file)) == Sharding(2, sums_in_fp32=False)
 
 
 def test_a_way_names_the_largest_micro_batch_that_fits_and_divides(recipe, shape, setup):

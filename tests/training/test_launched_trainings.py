@@ -32,6 +32,7 @@ MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero3-lora": ("zero3.json", LORA),
     "zero3-offload": ("zero3-offload.json", {}),
 }
+IN_BF16 = ("zero2", "zero3", "zero3-bf16-sums")
 THREE_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 3, "save_steps": 5}  # of 20 steps each
 
 
@@ -42,6 +43,12 @@ def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
     if launched and file is not None:
         train["deepspeed"] = str(deepspeed_file(file, folder))
     return {"train": train, "data": {"heldout": 5}, **({"lora": {"rank": 4}} if method else {})}
+
+
+def bf16_settings(name: str, folder: Path) -> dict[str, Any]:
+    """Steps of 8 samples, 4 one after the other in each of two processes."""
+    train = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
+    return {"model": {"dtype": "bf16"}, "train": train}
 
 
 def deepspeed_file(name: str, folder: Path) -> Path:
@@ -73,11 +80,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of each mode, trained by two processes of one launch."""
+    """A folder with one of each mode, and a few trainings more, by two processes of one launch."""
     folder = tmp_path_factory.mktemp("two")
-    process = launch(
-        {folder / mode: settings_of(mode, folder, launched=True) for mode in MODES}, base, output := folder / "output.txt"
-    )
+    trainings = {mode: settings_of(mode, folder, launched=True) for mode in MODES}
+    trainings |= {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
+    process = launch({folder / name: each for name, each in trainings.items()}, base, output := folder / "output.txt")
     assert process.wait(timeout=400) == 0, output.read_text()
     return folder
 
@@ -127,6 +134,17 @@ def test_without_deepspeed_another_number_of_processes_goes_on_to_the_same_losse
     one("ddp", folder.parent)
     assert '"resumed_from": 10' in (folder / "log.jsonl").read_text()
     assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
+
+
+def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_otherwise(two: Path) -> None:
+    zero2, zero3, bf16_sums = (two / f"{name}, bf16" for name in IN_BF16)
+    assert_same_course(zero2, zero3)
+    for mine, theirs in zip(steps(zero3), steps(bf16_sums), strict=True):
+        assert mine["grad_norm"] != theirs["grad_norm"]
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+    for folder, dtype in ((zero2, "fp32"), (zero3, "fp32"), (bf16_sums, "bf16")):
+        (states, _) = folder.glob("checkpoint-4/global_step4/*optim_states.pt")
+        assert torch.load(states, weights_only=False)["ds_config"]["data_types"] == {"grad_accum_dtype": dtype}
 
 
 def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base: Path, tmp_path: Path) -> None:
