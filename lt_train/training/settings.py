@@ -154,4 +154,6 @@ def _processes_that_matter(recipe: Recipe, train: Train, count: int) -> Settings
         return {"number of processes, among which DeepSpeed splits the optimizer's states": count}
     if recipe.lora is not None and recipe.lora.dropout > 0:
         return {"number of processes, each of which draws its own dropout": count}
+    if train.trl.get("neftune_noise_alpha"):
+        return {"number of processes, each of which draws its own noise for train.trl.neftune_noise_alpha": count}
     return {}

@@ -17,6 +17,7 @@ import torch
 from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
 
+from lt_train.errors import UserError
 from lt_train.training.lora import load_trained
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,10 @@ MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero3": ("zero3.json", {}),
     "zero3-lora": ("zero3.json", LORA),
     "zero3-offload": ("zero3-offload.json", {}),
+}
+DROPOUT: dict[str, Any] = {
+    "train": {"method": "lora", "max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "save_steps": 2},
+    "lora": {"rank": 4, "dropout": 0.1},
 }
 IN_BF16 = ("zero2", "zero3", "zero3-bf16-sums")
 THREE_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 3, "save_steps": 5}  # of 20 steps each
@@ -83,7 +88,7 @@ def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one of each mode, and a few trainings more, by two processes of one launch."""
     folder = tmp_path_factory.mktemp("two")
     trainings = {mode: settings_of(mode, folder, launched=True) for mode in MODES}
-    trainings |= {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
+    trainings |= {"dropout": DROPOUT} | {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
     process = launch({folder / name: each for name, each in trainings.items()}, base, output := folder / "output.txt")
     assert process.wait(timeout=400) == 0, output.read_text()
     return folder
@@ -134,6 +139,15 @@ def test_without_deepspeed_another_number_of_processes_goes_on_to_the_same_losse
     one("ddp", folder.parent)
     assert '"resumed_from": 10' in (folder / "log.jsonl").read_text()
     assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
+
+
+def test_dropout_is_not_drawn_by_another_number_of_processes(two: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dropout"
+    shutil.copytree(two / "dropout", folder)
+    for later in ("final", "checkpoint-4"):
+        shutil.rmtree(folder / later)
+    with pytest.raises(UserError, match="each of which draws its own dropout: 2 then, 1 now"):
+        tiny_training.train_in(folder, DROPOUT, tiny_training.NoTracker(), load=tiny_training.hybrid_from(base))
 
 
 def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_otherwise(two: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import train_in
+from tiny_training import SPEC, tiny_recipe, train_in
 
 from lt_train.errors import UserError
 from lt_train.tracking import NoTracker
 from lt_train.training.log import read_log
+from lt_train.training.settings import settings_of_training
 
 # 22 examples in batches of 4: 6 steps an epoch, the last one short
 TWO_EPOCHS: dict[str, Any] = {"train": {"max_steps": None, "epochs": 2, "save_steps": 2, "warmup_ratio": 0.2}}
@@ -56,6 +57,21 @@ def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train
     train_until(6, "cut", **settings)
     train_tiny("cut", **settings)
     assert_same_course(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "matters"),
+    [
+        ({}, False),
+        ({"train": {"method": "lora"}, "lora": {"dropout": 0.1}}, True),
+        ({"train": {"trl": {"neftune_noise_alpha": 5.0}}}, True),
+    ],
+    ids=["nothing random", "dropout", "noise"],
+)
+def test_the_number_of_processes_matters_where_each_draws_random_numbers(settings: dict[str, Any], matters: bool) -> None:
+    recipe = tiny_recipe(settings)
+    one, two = (settings_of_training(recipe, recipe.train, SPEC, "", processes) for processes in (1, 2))
+    assert (one != two) == matters
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_written_again(
