@@ -79,13 +79,13 @@ def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_go
     }
     one, two = tmp_path / "one", tmp_path / "two"
     on_one_process(one, settings, base)
-    deepspeed(two, sharing(settings, "zero3.json"), base)
+    deepspeed({two: sharing(settings, "zero3.json")}, base)
     assert_same_training(two, one)
 
     last = len(steps(one))
     for folder in [two / "final", *(two / f"checkpoint-{step}" for step in (last - 1, last))]:
         shutil.rmtree(folder)
-    deepspeed(two, sharing(settings, "zero3.json"), base)
+    deepspeed({two: sharing(settings, "zero3.json")}, base)
     assert_same_training(two, one)
 
 
@@ -94,7 +94,7 @@ def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: P
     train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
-    deepspeed(tmp_path / "two", sharing(settings, "zero3.json"), base)
+    deepspeed({tmp_path / "two": sharing(settings, "zero3.json")}, base)
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 

@@ -50,37 +50,62 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, 
     assert all((whole[name] - killed[name]).abs().max() < 1e-6 for name in whole)
 
 
-def deepspeed(folder: Path, settings: dict[str, Any], base: Path) -> str:
+def deepspeed(trainings: dict[Path, dict[str, Any]], base: Path) -> None:
+    """Train in each folder with its settings, one after the other, by two processes of one launch."""
+    given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29617"]
-    command = [*launcher, str(SCRIPT), str(folder), json.dumps(settings), "--base", str(base)]
+    command = [*launcher, str(SCRIPT), *given, "--base", str(base)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_under_zero3_a_distilled_training_has_the_course_of_one_process(tmp_path: Path, method: str) -> None:
-    """LoRA's teacher is the sharded base itself; full fine-tuning reads its own from disk."""
+OWN = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
+STORED = {"weight": 0.7, "temperature": 1.5, "teacher": "top_k", "top_k": 10}
+DISTILLED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+    "ddp, lora": (None, "lora", OWN),  # the teacher is the base itself
+    "zero2, full": ("zero2.json", "full", OWN),  # a frozen copy of it
+    "zero3, lora": ("zero3.json", "lora", OWN),  # the sharded base itself
+    "zero3, full": ("zero3.json", "full", STORED),  # read from disk
+}
+
+
+def distilled_settings(mode: str, *, launched: bool) -> dict[str, Any]:
+    """4 steps of 4 samples."""
+    file, method, distill = DISTILLED[mode]
+    train = {"method": method, "learning_rate": 3e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "distill": distill}
+    if launched and file is not None:
+        train["deepspeed"] = str(REPOSITORY / "launch" / file)
+    return {"train": train, **({"lora": {"rank": 4}} if method == "lora" else {})}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the base, and of one training of each mode by two processes of one launch: <mode>/two."""
+    folder = tmp_path_factory.mktemp("distilled")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = tiny_training.tiny_config()
         config.initializer_range, config.tie_word_embeddings = 0.25, False
-        Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
-    load = tiny_training.hybrid_from(tmp_path / "base")
-    train: dict[str, Any] = {"method": method, "learning_rate": 3e-3, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
-    settings: dict[str, Any] = {"train": train}
-    if method == "lora":
-        train["distill"] = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
-        settings["lora"] = {"rank": 4}
-    else:
-        train["distill"] = {"weight": 0.7, "temperature": 1.5, "teacher": "top_k", "top_k": 10}
-        tiny_training.write_teacher(settings, tmp_path / "teacher", load)
-    zero3 = {**train, "deepspeed": str(REPOSITORY / "launch" / "zero3.json")}
-    deepspeed(tmp_path / "two", {**settings, "train": zero3}, base=tmp_path / "base")
-    tiny_training.train_in(tmp_path / "one", settings, tiny_training.NoTracker(), load=load)
-    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy"])
-    for column in ("kl", "sft_loss"):
-        both = [[row[column] for row in steps(tmp_path / name)] for name in ("two", "one")]
+        Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    load = tiny_training.hybrid_from(folder / "base")
+    trainings = {folder / mode / "two": distilled_settings(mode, launched=True) for mode in DISTILLED}
+    for two, settings in trainings.items():
+        if settings["train"]["distill"] is STORED:
+            tiny_training.write_teacher(settings, two.with_name("teacher"), load)
+    deepspeed(trainings, folder / "base")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", DISTILLED)
+def test_two_processes_distil_as_one_with_double_accumulation(distilled: Path, mode: str) -> None:
+    folder = distilled / mode
+    load = tiny_training.hybrid_from(distilled / "base")
+    settings = distilled_settings(mode, launched=False)
+    tiny_training.train_in(folder / "one", settings, tiny_training.NoTracker(), load=load)
+    assert_same_course(folder / "two", folder / "one", tolerance=1e-3, but=["token_accuracy"])
+    parts = ["kl", "sft_loss", *(["hidden_difference"] if "hidden_weight" in settings["train"]["distill"] else [])]
+    for column in parts:
+        both = [[row[column] for row in steps(folder / name)] for name in ("two", "one")]
         assert both[0] == pytest.approx(both[1], abs=1e-3) and both[1][0] > 0.01, column
