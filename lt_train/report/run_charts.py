@@ -7,9 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lt_train.evaluation.statistics import wilson
 from lt_train.report.charts import Chart, LegendEntry, swatch
 from lt_train.report.contents import Run
-from lt_train.report.figures import kilo, size
+from lt_train.report.figures import kilo, percent, size
 from lt_train.report.svg import (
     DASHES,
     Plot,
@@ -34,6 +35,10 @@ MEANINGS = {
     "lazy_ratio": ("attention of the last queries on sink and recent tokens; the more, the lazier", "share of attention"),
 }
 KV_STEPS = 64
+PROBES_APART = 8.0
+"""Pixels between probes of one checkpoint."""
+PROBE_COLOURS = 4
+"""That the style sheet has."""
 
 
 def kv_growth(run: Run) -> Chart:
@@ -221,22 +226,27 @@ def divergence_curve(run: Run) -> Chart | None:
 
 
 def probe_curves(run: Run) -> Chart | None:
-    """What each probe found at each probed step, with its standard error; None without probes."""
+    """What each probe found at each probed step, with its interval; None without probes.
+
+    Probes lie a little beside each other, for small ones often agree.
+    """
     if not run.probes:
         return None
     last = max(result.step for result in run.probes)
     names = list(dict.fromkeys(score.probe for result in run.probes for score in result.scores))
     axes = plot((0, last), (0, 1))
     y_labels = labelled([0.0, 0.25, 0.5, 0.75, 1.0], lambda value: f"{100 * value:.4g}")
-    parts = [draw_axes_over_steps(axes, last, y_labels, "right, %")]
+    parts, entries = [draw_axes_over_steps(axes, last, y_labels, "right, %")], []
     for number, name in enumerate(names):
         found = [(result.step, score) for result in run.probes for score in result.scores if score.probe == name]
-        parts.append(element("g", *draw_probe(axes, number, found), class_="v-trained"))
+        aside = PROBES_APART * (number - (len(names) - 1) / 2)
+        parts.append(element("g", *draw_probe(axes, number, found, aside), class_=probe_colour(number)))
+        entries.append(LegendEntry(f"{name}: {asked_by(found)}", probe_colour(number), swatch(number, line=False)))
     return Chart(
         "Probes of the checkpoints",
-        "Share of answers that were right, by checkpoint. Bars: one standard error.",
+        "Share of answers that were right, by checkpoint. Bars: 95 % interval over problems (Wilson's).",
         axes.document("Probes of the checkpoints", *parts),
-        tuple(LegendEntry(name, "v-trained", swatch(number, line=False)) for number, name in enumerate(names)),
+        tuple(entries),
     )
 
 
@@ -249,14 +259,27 @@ def draw_axes_over_steps(axes: Plot, last: int, y_ticks: Sequence[tuple[float, s
     return axes.axes(labelled(steps, lambda step: f"{step:,.0f}"), y_ticks, "optimizer step", y_label)
 
 
-def draw_probe(axes: Plot, number: int, found: Sequence[tuple[int, ProbeScore]]) -> list[Markup]:
-    points = [(axes.x(step), axes.y(score.accuracy)) for step, score in found]
+def probe_colour(number: int) -> str:
+    return f"p-{number % PROBE_COLOURS}"
+
+
+def asked_by(found: Sequence[tuple[int, ProbeScore]]) -> str:
+    counts = sorted({score.problems for _, score in found})
+    return " or ".join(f"{count:,}" for count in counts) + f" problem{'s' * (counts != [1])}"
+
+
+def draw_probe(axes: Plot, number: int, found: Sequence[tuple[int, ProbeScore]], aside: float) -> list[Markup]:
+    """`aside`: pixels by which it is moved."""
+    points = [(axes.x(step) + aside, axes.y(score.accuracy)) for step, score in found]
     drawn = [element("path", class_="line thin", d=path(points), stroke_dasharray=DASHES[number % len(DASHES)])]
     for (x, y), (step, score) in zip(points, found, strict=True):
-        if score.standard_error:
-            low, high = (min(1.0, max(0.0, score.accuracy + sign * score.standard_error)) for sign in (-1, 1))
-            drawn.append(element("line", class_="whisker", x1=x, x2=x, y1=axes.y(low), y2=axes.y(high)))
-        drawn.append(marker(number, x, y, f"{score} of {score.problems} problems at step {step:,}"))
+        span = wilson(score.accuracy, score.problems)
+        drawn.append(element("line", class_="whisker", x1=x, x2=x, y1=axes.y(span.low), y2=axes.y(span.high)))
+        note = f"{score.probe}: {percent(score.accuracy)} % of {score.problems:,} problems at step {step:,}"
+        note += f"; 95 % interval {percent(span.low)} to {percent(span.high)} %"
+        if score.truncated:
+            note += f"; {percent(score.truncated)} % of the answers were cut off"
+        drawn.append(marker(number, x, y, note))
     return drawn
 
 

@@ -54,10 +54,21 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def binary_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Powers of two inside [low, high], thinned evenly."""
+    """Powers of two inside [low, high], thinned evenly; where there are fewer than three, halves or quarters of them between."""
     powers = range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)
     every = max(1, math.ceil(len(powers) / most))
-    return [2.0**power for power in powers if power % every == 0] or [2.0**power for power in powers]
+    found = [2.0**power for power in powers if power % every == 0] or [2.0**power for power in powers]
+    for parts in (2, 4):
+        if len(found) < 3:
+            found = _parts_of_two(low, high, parts)
+    return found
+
+
+def _parts_of_two(low: float, high: float, parts: int) -> list[float]:
+    """Numbers inside [low, high] that cut every doubling into equal parts."""
+    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)))
+    between = [2.0**power * (1 + part / parts) for power in powers for part in range(parts)] + [2.0**powers.stop]
+    return [value for value in between if low * (1 - 1e-9) <= value <= high * (1 + 1e-9) and value == int(value)]
 
 
 def decimal_ticks(low: float, high: float) -> list[float]:
@@ -74,7 +85,7 @@ class Plot:
     height: float
     x: Scale
     y: Scale
-    headroom: float = 10
+    headroom: float = 18
     """Between the top of the axes and the vertical axis' name."""
 
     def document(self, label: str, *children: Markup) -> Markup:
@@ -121,7 +132,7 @@ def plot(
     height: float = 290,
 ) -> Plot:
     """A plot of these ranges, with room for its labels."""
-    return Plot(width, height, Scale(*x, 58, width - 24, log_x), Scale(*y, height - 44, 30, log_y))
+    return Plot(width, height, Scale(*x, 58, width - 24, log_x), Scale(*y, height - 44, 36, log_y))
 
 
 def tooltip(text: str) -> Markup:

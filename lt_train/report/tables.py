@@ -60,7 +60,10 @@ def result_table(rows: Sequence[Measured], several_runs: bool) -> ResultTable:
 def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
     generated = isinstance(scores, AnswerScores)
     if isinstance(scores, AnswerScores):
-        first = ("right, % ± SE", "mean over problems and its standard error")
+        first = (
+            "right, % ± SE",
+            "mean over problems and its standard error, which says nothing where all problems scored the same",
+        )
     elif scores.is_divergence:
         first = ("nats per token ± SE", "KL(base || model) of the next token, mean over held-out answer tokens; 0: the base itself")
     else:
@@ -130,7 +133,7 @@ def score_text(scores: Scores) -> str:
     if isinstance(scores, LossScores):
         return scores.text
     error = scores.standard_error
-    return percent(scores.accuracy) + (f" ± {percent(error)}" if error is not None else "")
+    return percent(scores.accuracy) + (f" ± {percent(error)}" if error else "")
 
 
 def pass_text(scores: AnswerScores) -> str:

@@ -1,5 +1,6 @@
 """Each chart shows the numbers that it was given: positions are read back through the labels of its axes."""
 
+import itertools
 import json
 import math
 import re
@@ -226,19 +227,32 @@ def test_divergences_without_a_logarithm_are_left_out_and_counted(distilled):
     assert chart.caption.endswith("2 logged values are not above 0, or not finite, and not drawn.")
 
 
-def test_probes_are_drawn_at_their_steps_with_their_errors(run):
+def test_probes_are_drawn_at_their_steps_with_their_intervals(run):
     for step, needle, copying in ((2, 0.25, 1.0), (4, 0.5, 0.75)):
-        scores = tuple(ProbeScore(name, right, 0.125, 8, 0.0) for name, right in (("needle", needle), ("copying", copying)))
+        scores = tuple(ProbeScore(name, right, 0.125, 8, 0.25) for name, right in (("needle", needle), ("copying", copying)))
         write_result(run / "train", ProbeResult(step, scores, ()))
     chart = run_charts.probe_curves(read_runs([run])[0])
-    assert [entry.label for entry in chart.legend] == ["needle", "copying"]
+    assert [entry.label for entry in chart.legend] == ["needle: 8 problems", "copying: 8 problems"]
     drawing = Drawing(chart)
-    needle, copying = drawing.groups("v-trained")
+    (needle,), (copying,) = drawing.groups("p-0"), drawing.groups("p-1")
     corners = [(drawing.x(x), drawing.y(y)) for x, y in points(needle.find("path").get("d"))]
     assert [value for corner in corners for value in corner] == pytest.approx([2, 25, 4, 50], abs=0.5)
     bars = [[drawing.y(float(bar.get(end))) for end in ("y1", "y2")] for bar in copying.findall("line")]
-    assert [value for bar in bars for value in bar] == pytest.approx([87.5, 100, 62.5, 87.5], abs=0.5)
-    assert "needle 50.0 ± 12.5 % of 8 problems at step 4" in str(chart.svg)
+    assert [value for bar in bars for value in bar] == pytest.approx([67.6, 100, 40.9, 92.9], abs=0.5)  # Wilson's of 8 and 6 of 8
+    assert (
+        "needle: 50.0 % of 8 problems at step 4; 95 % interval 21.5 to 78.5 %; 25.0 % of the answers were cut off"
+        in drawing.titles()
+    )
+
+
+def test_probes_that_find_the_same_do_not_hide_each_other(run):
+    scores = tuple(ProbeScore(name, 0.0, 0.0, 8, 0.0) for name in ("needle", "copying", "ledger"))
+    write_result(run / "train", ProbeResult(2, scores, ()))
+    drawing = Drawing(run_charts.probe_curves(read_runs([run])[0]))
+    bars = [drawing.groups(f"p-{number}")[0].find("line") for number in range(3)]
+    places = [float(bar.get("x1")) for bar in bars]
+    assert places == sorted(set(places)) and min(b - a for a, b in itertools.pairwise(places)) >= 6
+    assert all(abs(float(bar.get("y1")) - float(bar.get("y2"))) > 20 for bar in bars)  # none of 8 right is no certainty
 
 
 def test_a_run_without_probes_has_no_chart_of_them(contents):

@@ -75,6 +75,16 @@ def test_the_page_is_drawn_in_light_and_dark_and_fits_its_width(tab, report, tmp
     assert light > 200 > 80 > dark
 
 
+def test_a_table_with_long_names_and_numbers_fits_a_laptop(browser, tmp_path):
+    lost = [replace(record, correct=False, score=0.0, tokens=32_768) for record in ANSWERS["base"]]
+    kept = [replace(record, correct=True, score=1.0) for record in ANSWERS["base"]]
+    answers = {"base": kept, "converted-by-lazy_ratio": lost, "converted": lost, "trained": kept}
+    browser.look(1280)
+    browser.open(write_report([made_run(tmp_path, answers=answers)], tmp_path / "report.html"))
+    beyond = browser.run("[...document.querySelectorAll('.table')].map((box) => box.scrollWidth - box.clientWidth)")
+    assert max(beyond) <= 1
+
+
 def test_charts_have_colours_and_their_texts_can_be_read_on_a_phone(tab, report):
     tab.look(400)
     tab.open(report)

@@ -28,10 +28,16 @@ def test_ticks_are_numbers_that_people_count_in():
     assert linear_ticks(0.93, 1.0) == pytest.approx([0.92, 0.94, 0.96, 0.98, 1.0])
 
 
-@given(st.floats(1, 1e6), st.floats(2, 1e4))
+@given(st.floats(1, 1e6), st.floats(8, 1e4))
 def test_ticks_of_lengths_are_powers_of_two_inside_the_axis(low, times):
     ticks = binary_ticks(low, low * times)
     assert ticks and all(low * 0.999 <= tick <= low * times * 1.001 and tick == 2 ** round(tick).bit_length() / 2 for tick in ticks)
+
+
+@given(st.floats(8, 1e6), st.floats(2, 8))
+def test_a_narrow_range_of_lengths_has_ticks_between_powers_too(low, times):
+    ticks = binary_ticks(low, low * times)
+    assert len(ticks) >= 3 and ticks == sorted(set(ticks)) and all(low * 0.999 <= tick <= low * times * 1.001 for tick in ticks)
 
 
 @given(st.floats(1, 1e3), st.floats(1.1, 1e3), st.floats(0, 1))

@@ -27,6 +27,12 @@ def test_every_variant_has_its_scores_with_their_doubt(run):
     assert trained.interval == f"{100 * scores['trained'].interval.low:.1f} to {100 * scores['trained'].interval.high:.1f}"
 
 
+def test_where_all_problems_scored_the_same_there_is_an_interval_and_no_standard_error_of_nothing(run):
+    measured(run, "trained", [record(f"p{number}", right=False) for number in range(4)], run.parent / "tiny-problems.jsonl")
+    trained = table_of(run).rows[-1]
+    assert (trained.score, trained.interval) == ("0.0", "0.0 to 49.0")  # Wilson's of 0 of 4: z² / (n + z²)
+
+
 def test_cut_off_unanswered_tokens_speed_and_memory_stand_in_their_columns(run):
     table = table_of(run)
     named = dict(zip([name for name, _ in table.columns[3:]], table.rows[1].cells, strict=True))
