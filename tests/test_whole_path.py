@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lt_train.base_model import load_for_inference, load_tokenizer
@@ -19,7 +20,7 @@ from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.generation.engine import Engine
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid import HybridSpec, load_hybrid, load_hybrid_checkpoint
 from lt_train.recipe import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,14 +160,17 @@ def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
 
 
 def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
-    shared = {"train.micro_batch_size": 4, "train.deepspeed": "launch/zero3.json"}
-    changed = {**SMALL, **shared, "train.max_steps": 2, "eval.0.limit": 41}
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618", "--module"]
+    full = {"train.method": "full", "lora": "null", "train.micro_batch_size": 4, "train.deepspeed": "launch/zero3.json"}
+    changed = {**SMALL, **full, "train.max_steps": 2, "eval.0.limit": 41}
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618"]
+    logs = ["--enable_each_rank_log", str(tmp_path / "said"), "--module"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run([*deepspeed, *command("train", tmp_path, **changed)[2:]], PATH=path)
+    run([*deepspeed, *logs, *command("train", tmp_path, **changed)[2:]], PATH=path, TRANSFORMERS_VERBOSITY="info")
     folder = tmp_path / "quickstart"
     assert list(losses(folder)) == [1, 2]
-    trained = (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns
+    first, second = (path.read_text() for path in sorted((tmp_path / "said").glob("*.log")))
+    assert "the trained model has the weights of step 2" in first and second == "", "the first process alone speaks"
+    trained = (folder / "train/final/model.safetensors").stat().st_mtime_ns
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]
     run([*torchrun, *command("eval", tmp_path, **changed)[1:]])
@@ -176,8 +180,14 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_
         assert read_scores(folder / "eval" / variant / "ledger/scores.json").problems == 41
 
     run(command("export", tmp_path, **changed))
-    assert (folder / "train/final/adapter_model.safetensors").stat().st_mtime_ns == trained
-    assert (folder / "export/config.json").exists()
+    assert (folder / "train/final/model.safetensors").stat().st_mtime_ns == trained
+    whole, exported = (load_hybrid_checkpoint(folder / each) for each in ("train/final", "export"))
+    base = load_hybrid("data/tiny-reasoner", whole.config.spec)
+    shapes = [{name: weight.shape for name, weight in model.state_dict().items()} for model in (base, whole, exported)]
+    assert shapes[0] == shapes[1] == shapes[2], "the two processes' parts were put together"
+    input_ids = torch.arange(64).reshape(2, 32)
+    of_base, of_trained, of_export = (model(input_ids).logits for model in (base, whole, exported))
+    assert torch.equal(of_export, of_trained) and not torch.allclose(of_trained, of_base, atol=0.1)
 
 
 @pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["validate", QUICKSTART], 1.0)])

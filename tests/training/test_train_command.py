@@ -1,0 +1,57 @@
+"""`lt-train train` under torchrun, as launch/README.md says it."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_resume import assert_same_course, steps
+
+from lt_train.pipeline import Pipeline
+from lt_train.recipe import load_recipe
+from lt_train.run_folder import RunFolder
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = f"""
+name: NAME
+model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}
+hybrid: {{lazy_layer_ratio: 0.5, strategy: periodic, w_sink: 4, w_recent: 12}}
+data: {{source: TRACES, format: still, max_length: 256, heldout: 4}}
+train: {{method: full, learning_rate: 1.0e-3, max_steps: 4, batch_size: 4, micro_batch_size: 1, logging_steps: 1, save_steps: 2}}
+"""
+
+
+def write_recipe(folder: Path, name: str) -> Path:
+    traces, path = folder / "traces.jsonl", folder / f"{name}.yaml"
+    with open(REPOSITORY / "data/ledger/train.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in islice(file, 16)]
+    for at, row in enumerate(rows):
+        row["combined_text"] = row["combined_text"][: 40 + 10 * at]  # samples of unlike lengths
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(RECIPE.replace("TRACES", str(traces)).replace("NAME", name), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_does_and_the_first_process_alone_speaks(tmp_path: Path) -> None:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    logs = ["--log-dir", str(tmp_path / "said"), "--redirects", "3"]  # standard output and error of each process, in files
+    train = ["-m", "lt_train", "train", str(write_recipe(tmp_path, "two")), "--runs", str(tmp_path)]
+    talkative = {"TRANSFORMERS_VERBOSITY": "info"}
+    environment = {**os.environ, **talkative, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *logs, *train], env=environment, capture_output=True, text=True, timeout=300)
+    said = {rank: "".join(path.read_text() for path in sorted(tmp_path.glob(f"said/*/*/{rank}/*.log"))) for rank in "01"}
+    assert done.returncode == 0, done.stderr + "".join(said.values())
+    assert "the trained model has the weights of step 4" in said["0"] and "training 4/4" in said["0"]
+    assert (said["1"], done.stdout) == ("", "")
+
+    alone = RunFolder(load_recipe(write_recipe(tmp_path, "one")), tmp_path)
+    Pipeline(alone.recipe, alone, Console(quiet=True)).train()
+    two, one = (tmp_path / name / "train" for name in ("two", "one"))
+    assert_same_course(two, one, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
+    norms = [[row["grad_norm"] for row in steps(folder)] for folder in (two, one)]
+    assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-3)
