@@ -78,7 +78,10 @@ def _is_of_torch_distributed(error: BaseException) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End now. An orderly exit would wait for collectives that the other processes never join."""
+    """End now. After a failure an orderly exit would wait for collectives that the other processes never join; after a success the
+    threads of torch's collectives now and then abort it ("terminate called without an active exception"), and the launcher would
+    report a finished training as failed.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

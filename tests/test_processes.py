@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lt_train import cli, processes
+from lt_train import __version__, cli, processes
 from lt_train.processes import Process, is_lost_connection, let_others_tell, this_process
 
 REPOSITORY = Path(__file__).parents[1]
@@ -83,6 +83,16 @@ def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(mo
     let_others_tell(Process(1, 2, True), ValueError())
     let_others_tell(Process(0, 2, True), RuntimeError("gloo: closed"))
     assert len(waited) == 2
+
+
+def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of_several() -> None:
+    program = "import atexit, os; from lt_train import cli; atexit.register(os.abort); cli.main()"
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    for arguments, code in ((["--version"], 0), (["validate"], 2)):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, env={**os.environ, **place, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert (__version__ in done.stdout) == (code == 0)
 
 
 @pytest.mark.slow
