@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
+from lt_train.processes import leave
 from lt_train.recipe import Recipe
 from lt_train.tracking import NoTracker, Tracker
 from lt_train.training.dataset import examples_fingerprint
@@ -138,6 +139,8 @@ def main() -> None:
     load = load_tiny if given.base is None else hybrid_from(given.base)
     for folder, settings in zip(given.trainings[::2], given.trainings[1::2], strict=True):
         print(train_in(Path(folder), json.loads(settings), NoTracker(), examples=given.examples, load=load))
+    if given.local_rank is not None:
+        leave(0)  # as the commands do
 
 
 if __name__ == "__main__":
