@@ -132,20 +132,22 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
         )
 
 
-def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype) -> HybridForCausalLM:
-    """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all.
+def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype, *, others_wait: bool = False) -> HybridForCausalLM:
+    """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all; so it does where
+    the other processes of its launch wait for it and hold nothing (`others_wait`): afterwards, `release_memory`.
 
     In a dtype other than the one that `model.dtype` means here, attention is computed as auto says: the kernel that the recipe
     names need not know it.
     """
     if dtype != compute_dtype(model.dtype):
         model = model.model_copy(update={"attention": AUTO})
-    return load_weights(model, spec, dtype, device_map=device_map())
+    return load_weights(model, spec, dtype, device_map=device_map(others_wait))
 
 
-def device_map() -> str | dict[str, torch.device]:
+def device_map(others_wait: bool = False) -> str | dict[str, torch.device]:
     """Where `from_pretrained` is to put the layers of a model for inference."""
-    several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    alone = others_wait or "LOCAL_RANK" not in os.environ
+    several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1 and alone
     return "auto" if several else {"": compute_device()}
 
 

@@ -1,5 +1,6 @@
 """Where models run, and in which numbers."""
 
+import gc
 import os
 
 import torch
@@ -14,6 +15,13 @@ def compute_device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else accelerator
+
+
+def release_memory() -> None:
+    """Give back what deleted tensors held on accelerators, on all of them: other processes may need it."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def computes_in_bf16() -> bool:

@@ -22,7 +22,7 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.devices import compute_dtype
+from lt_train.devices import compute_dtype, release_memory
 from lt_train.errors import UserError
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation_stage import EvaluationStage
@@ -72,11 +72,16 @@ class Pipeline:
         self.settle_attention()
         self.say("profile", f"scoring the layers of {self.recipe.model.base} by {', '.join(strategies)}")
         with self.folder.doing("profile"):
-            model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype)
-            calibration = calibration_examples(self.examples, hybrid.calibration, self.recipe.seed)
-            profile = profile_layers(model, calibration, hybrid, strategies, out=self.folder.stage("profile"))
+            profile = self._score_layers(strategies)
+            release_memory()  # before the others, which wait for the hybrid, load theirs
         if profile.fitting:
             self.say("profile", f"{len(profile.fitting)} samples fit inside the window, tell nothing and were passed over")
+
+    def _score_layers(self, strategies: list[str]) -> LayerProfile:
+        hybrid = self.recipe.hybrid
+        model = load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype, others_wait=True)
+        calibration = calibration_examples(self.examples, hybrid.calibration, self.recipe.seed)
+        return profile_layers(model, calibration, hybrid, strategies, out=self.folder.stage("profile"))
 
     def convert(self) -> None:
         """Choose the layers that stream and write the hybrid's config. Weights are not copied: the base's load straight into it."""
@@ -132,7 +137,7 @@ class Pipeline:
         self.say("teacher", f"the {train.distill.top_k} likeliest next tokens of the base on {len(examples):,} samples")
         with self.folder.doing("teacher"):
             write_top_k(
-                load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype),
+                load_for_inference(self.recipe.model, self.variants.spec(BASE), self.dtype, others_wait=True),
                 examples,
                 self.folder.stage("teacher"),
                 k=train.distill.top_k,
@@ -140,6 +145,7 @@ class Pipeline:
                 facts=teacher_facts(self.recipe, examples_fingerprint(examples)),
                 batch_size=train.micro_batch_size,
             )
+            release_memory()
 
     @property
     def _learns_from_files(self) -> bool:

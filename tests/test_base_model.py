@@ -243,9 +243,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None
         check_vocabulary(model, config, tokenizer)
 
 
-@pytest.mark.parametrize(("local_rank", "placed"), [(None, "auto"), ("3", {"": torch.device("cuda:3")})])
+@pytest.mark.parametrize(
+    ("local_rank", "others_wait", "placed"),
+    [(None, False, "auto"), ("3", False, {"": torch.device("cuda:3")}), ("0", True, "auto")],
+)
 def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_others_it_takes_its_own(
-    monkeypatch, local_rank, placed
+    monkeypatch, local_rank, others_wait, placed
 ):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
@@ -254,4 +257,5 @@ def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_oth
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert load_for_inference(Model(base="anything"), HybridSpec(4, (1,)), torch.float32) == placed
+    found = load_for_inference(Model(base="anything"), HybridSpec(4, (1,)), torch.float32, others_wait=others_wait)
+    assert found == placed

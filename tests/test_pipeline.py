@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lt_train import evaluation_stage
+from lt_train.base_model import load_for_inference
+from lt_train.devices import release_memory
 from lt_train.errors import UserError
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
@@ -133,6 +136,28 @@ def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage,
         monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"model\.attention: flex: .* To train, set blocked or auto"):
         work(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
+
+
+@pytest.mark.parametrize("stage", ["convert", "teacher"])
+def test_a_model_on_all_gpus_is_gone_before_the_other_processes_that_wait_go_on(stage, inputs, tmp_path, monkeypatch):
+    loaded, released = [], []
+
+    def load(*given, others_wait):
+        model = load_for_inference(*given, others_wait=others_wait)
+        loaded.append(weakref.ref(model))
+        assert others_wait
+        return model
+
+    def release():
+        release_memory()
+        released.append(all(model() is None for model in loaded))
+        assert marked(tmp_path / "tiny") == []
+
+    monkeypatch.setattr("lt_train.pipeline.load_for_inference", load)
+    monkeypatch.setattr("lt_train.pipeline.release_memory", release)
+    distill = "train.distill={weight: 0.5, teacher: top_k, top_k: 4}"
+    work(load_recipe(inputs / "recipe.yaml", [distill] if stage == "teacher" else []), tmp_path, stage)
+    assert released == [True] and len(loaded) == 1
 
 
 def test_a_finished_run_does_nothing_again(recipe, runs):

@@ -6,8 +6,7 @@ from transformers import PreTrainedConfig
 
 from lt_train.evaluation.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.kv_size import entry_bytes
-from lt_train.planning.activations import FP32
-from lt_train.planning.setup import BF16, Machine
+from lt_train.planning.setup import Machine, inference_number
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe import Eval, Recipe
 
@@ -37,7 +36,7 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
     if not entries:
         return None
     longest = max(entries, key=_tokens)
-    number = FP32 if recipe.model.dtype == "fp32" or (recipe.model.dtype == "auto" and machine.cpu) else BF16
+    number = inference_number(recipe, machine)
     entry, tokens, layers = entry_bytes(base_config.to_dict(), number), _tokens(longest), len(shape.layers)
     hybrid, full = entry * shape.spec.cached_tokens(tokens), entry * layers * tokens
     left = max(machine.gpus * machine.usable - number * shape.base_parameters, 0)

@@ -8,6 +8,7 @@ from lt_train.errors import UserError
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.evaluation import Cache, kv_cache
 from lt_train.planning.memory import Memory, training_memory
+from lt_train.planning.profiling import ProfileMemory, profile_memory, profile_remedies
 from lt_train.planning.setup import Machine, Setup, setup_of
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import Way, remedies, ways
@@ -46,12 +47,19 @@ class Plan:
     shape: ModelShape
     training: TrainingPlan | None
     """None in a recipe without training."""
+    profile: ProfileMemory | None
+    """None where the layers are chosen without looking at the model."""
+    profile_remedies: list[str]
     cache: Cache | None
 
     @property
+    def profile_fits(self) -> bool:
+        return self.profile is None or self.profile.peak <= self.machine.usable
+
+    @property
     def works(self) -> bool:
-        """Whether the training fits and its batch can be shared out."""
-        return self.training is None or (self.training.fits and self.training.undivided is None)
+        """Whether scoring the layers fits, the training fits, and its batch can be shared out."""
+        return self.profile_fits and (self.training is None or (self.training.fits and self.training.undivided is None))
 
 
 def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None) -> Plan:
@@ -75,7 +83,15 @@ def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean
         found = training_samples(recipe, base_config, samples, mean_tokens)
         work = None if found is None else training_work(recipe, recipe.train, found)
         training = _training(recipe, recipe.train, machine, shape, work)
-    return Plan(recipe, machine, shape, training, kv_cache(recipe, base_config, shape, machine))
+    return Plan(
+        recipe,
+        machine,
+        shape,
+        training,
+        profile=profile_memory(recipe, shape, machine),
+        profile_remedies=list(profile_remedies(recipe, shape, machine)),
+        cache=kv_cache(recipe, base_config, shape, machine),
+    )
 
 
 def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape, work: Work | None) -> TrainingPlan:

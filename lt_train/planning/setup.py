@@ -139,12 +139,22 @@ class Setup:
         return Numbers(BF16, FP32, FP32, autocast=True) if self.full else Numbers(BF16, BF16, BF16, autocast=True)
 
 
+def in_bf16(recipe: Recipe, machine: Machine) -> bool:
+    """`model.dtype: auto` is bf16 on GPUs and fp32 on CPUs."""
+    return recipe.model.dtype == "bf16" or (recipe.model.dtype == "auto" and not machine.cpu)
+
+
+def inference_number(recipe: Recipe, machine: Machine) -> int:
+    """Bytes of a weight, and of all that a forward pass makes of it, where nothing is trained."""
+    return BF16 if in_bf16(recipe, machine) else FP32
+
+
 def setup_of(recipe: Recipe, train: Train, machine: Machine, lazy_layers: int) -> Setup:
-    """As the recipe says. `model.dtype: auto` is bf16 on GPUs and fp32 on CPUs."""
+    """As the recipe says."""
     return Setup(
         machine=machine,
         sharding=sharding_of(train.deepspeed),
-        bf16=recipe.model.dtype == "bf16" or (recipe.model.dtype == "auto" and not machine.cpu),
+        bf16=in_bf16(recipe, machine),
         full=train.method == "full",
         micro_batch=train.micro_batch_size,
         length=recipe.data.max_length,

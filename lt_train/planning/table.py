@@ -15,6 +15,7 @@ TERA = 10**12
 def show_plan(plan: Plan, console: Console) -> None:
     _say(console, f"{plan.recipe.name} on {_machine(plan.machine)}", bold=True)
     _facts(console, _model(plan))
+    _facts(console, _profile(plan))
     training = plan.training
     if training is not None:
         _facts(console, _training(training, plan.shape))
@@ -40,6 +41,19 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
     spec = shape.spec
     streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({spec.w_sink} sinks, window {spec.w_recent:,})"
     return [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters; {streams}")]
+
+
+def _profile(plan: Plan) -> list[tuple[str, str]]:
+    needed = plan.profile
+    if needed is None:
+        return []
+    over = "on one GPU" if needed.gpus == 1 else f"on the fullest of {needed.gpus} GPUs, while their other processes wait"
+    over = "in the first process" if plan.machine.cpu else over
+    parts = (
+        f"{bytes_in_words(needed.weights)} of weights, {bytes_in_words(needed.states)} of hidden states, "
+        f"{bytes_in_words(needed.work)} of work for samples of up to {needed.length:,} tokens"
+    )
+    return [("profile", f"{bytes_in_words(needed.peak)} {over}: {parts}")]
 
 
 def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:
@@ -112,10 +126,11 @@ def _evaluation(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    training = plan.training
+    training, lines = plan.training, _profile_verdict(plan)
     if training is None:
-        return ["nothing is trained in this recipe"]
-    lines = [] if training.undivided is None else [f"the batch does not divide: {training.undivided}"]
+        return [*lines, "nothing is trained in this recipe"]
+    if training.undivided is not None:
+        lines.append(f"the batch does not divide: {training.undivided}")
     needed = f"{bytes_in_words(training.memory.peak)} of {bytes_in_words(plan.machine.usable)}"
     if training.fits:
         return [*lines, f"fits: {needed}"]
@@ -123,6 +138,14 @@ def _verdict(plan: Plan) -> list[str]:
     if not training.remedies:
         return [*lines, "no single change would do: train with LoRA, and checkpoint, shard and shorten"]
     return [*lines, "each of these alone would do:", *(f"  {remedy}" for remedy in training.remedies)]
+
+
+def _profile_verdict(plan: Plan) -> list[str]:
+    if plan.profile is None or plan.profile_fits:
+        return []
+    needed = f"{bytes_in_words(plan.profile.peak)} of {bytes_in_words(plan.machine.usable)}"
+    remedies = [f"  {remedy}" for remedy in plan.profile_remedies]
+    return [f"scoring the layers does not fit: {needed}; each of these alone would do:", *remedies]
 
 
 def _facts(console: Console, rows: list[tuple[str, str]]) -> None:

@@ -84,7 +84,7 @@ def remedies(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -> I
     )
     if more is not None:
         yield f"{more.gpus} GPUs of this size"
-    length = next((length for length in _shorter(setup.length) if fits(replace(setup, length=length))), None)
+    length = next((length for length in shorter_lengths(setup.length) if fits(replace(setup, length=length))), None)
     if length is not None:
         yield f"--set data.max_length={length}; longer samples are then treated as data.overlong says"
 
@@ -111,6 +111,6 @@ def _more_gpus(recipe: Recipe, train: Train, setup: Setup) -> Iterator[Machine]:
             yield replace(setup.machine, gpus=gpus)
 
 
-def _shorter(length: int) -> Iterator[int]:
+def shorter_lengths(length: int) -> Iterator[int]:
     """Round lengths below `length`, the longest first."""
     return iter(range((length - 1) // LENGTH_STEP * LENGTH_STEP, 0, -LENGTH_STEP))

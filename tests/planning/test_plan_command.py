@@ -28,7 +28,16 @@ def plan(monkeypatch, capsys):
 def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
     code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 8, "--mean-tokens", 6000)
     assert code == 0
-    for name in ("32,763,876,352 parameters", "weights", "gradients", "optimizer", "activations", "logits chunk", "KV cache"):
+    for name in (
+        "32,763,876,352 parameters",
+        "weights",
+        "profile",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits chunk",
+        "KV cache",
+    ):
         assert name in said
     for figure in ("launch/zero2.json", "optimizer steps", "TFLOP", "hours", "from data.limit and --mean-tokens", "fits:"):
         assert figure in said
@@ -39,6 +48,16 @@ def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
     assert code == 1
     assert "does not fit" in said and "each of these alone would do" in said
     assert "--set train.sequence_parallel=4" in said and "12 GPUs of this size" in said
+
+
+def test_a_scoring_of_layers_that_does_not_fit_is_told_and_leaves_with_1(plan):
+    lora = ("--set", "train.method=lora", "--set", "train.deepspeed=launch/zero3-offload.json")
+    code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 1, *lora)
+    assert code == 1
+    assert "fits: " in said  # the training
+    assert "scoring the layers does not fit" in said
+    for way in ("--set hybrid.calibration.max_length=", "lt-train profile", "hybrid.layers", "2 GPUs of this size in one machine"):
+        assert way in said
 
 
 def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(plan):

@@ -57,7 +57,9 @@ def test_every_way_in_a_header_is_valid_and_fits_the_hardware_it_names(way):
     as_written = load_recipe(way.recipe, way.overrides)
     base = CONFIGS / HUB[as_written.model.base] if as_written.model.base in HUB else as_written.model.base
     checked = load_recipe(way.recipe, [*way.overrides, f"model.base={base}"])
-    training = make_plan(checked, way.machine, samples=5000).training
+    plan = make_plan(checked, way.machine, samples=5000)
+    assert plan.profile_fits, plan.profile
+    training = plan.training
     assert training.undivided is None
     assert training.fits, f"{training.memory.peak / GIB:.1f} GiB of {way.machine.usable / GIB:.1f}; {training.remedies}"
 
