@@ -1,5 +1,7 @@
 """How a plan is shown: each figure with where it comes from, and at the end whether it fits, or what to change."""
 
+import math
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +11,7 @@ from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.results import bytes_in_words
 
-TERA = 10**12
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -102,18 +104,28 @@ def _work(training: TrainingPlan) -> list[tuple[str, str]]:
     if work is None or compute is None:
         return [("tokens", "unknown: the data are not at hand. Give --samples and --mean-tokens, or set data.limit")]
     samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {work.rounds:.3g} times"
-    full = f"{(compute.linear + compute.full_attention) / TERA:,.4g} if no layer streamed"
+    total, linear, attention = (_operations(count) for count in (compute.total, compute.linear, compute.attention))
+    full = f"{_operations(compute.linear + compute.full_attention)} if no layer streamed"
     rows = [
         ("tokens", f"{work.tokens:,.0f} in {work.steps:,} optimizer steps: {samples} ({work.samples.source})"),
-        (
-            "TFLOP",
-            f"{compute.total / TERA:,.4g}: {compute.linear / TERA:,.4g} linear, {compute.attention / TERA:,.4g} attention; {full}",
-        ),
+        ("operations", f"{total}: {linear} linear, {attention} attention; {full}"),
     ]
     if not machine.cpu:
         peak = f"{machine.tflops:,.0f} TFLOP/s on each GPU"
-        rows.append(("hours", f"{compute.hours(machine):,.3g} at {100 * machine.efficiency:.0f} % of {peak}"))
+        rows.append(("time", f"{_duration(compute.hours(machine))} at {100 * machine.efficiency:.0f} % of {peak}"))
     return rows
+
+
+def _operations(count: float) -> str:
+    """Floating-point operations, such as "17.25 EFLOP"."""
+    power = min(max(int(math.log10(max(count, 1))) // 3, 0), len(_PREFIXES) - 1)
+    return f"{count / 1000**power:,.4g} {_PREFIXES[power]}FLOP"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"
 
 
 def _evaluation(plan: Plan) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from lt_train import cli
+from lt_train.planning.table import _duration, _operations
 from tests.planning.public_models import CONFIGS
 
 QWEN = f"model.base={CONFIGS / 'qwen2.5-32b-instruct'}"
@@ -39,8 +40,29 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
         "KV cache",
     ):
         assert name in said
-    for figure in ("launch/zero2.json", "optimizer steps", "TFLOP", "hours", "from data.limit and --mean-tokens", "fits:"):
+    for figure in (
+        "launch/zero2.json",
+        "optimizer steps",
+        "operations",
+        "TFLOP/s on each GPU",
+        "from data.limit and --mean-tokens",
+        "fits:",
+    ):
         assert figure in said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 FLOP"), (999.4, "999.4 FLOP"), (5.024e12, "5.024 TFLOP"), (1.725e19, "17.25 EFLOP")]
+)
+def test_operations_are_told_with_the_prefix_of_their_size(count, said):
+    assert _operations(count) == said
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"), [(1234.5, "1,234.5 hours"), (1.51, "1.5 hours"), (0.5, "30 minutes"), (0.01, "36 seconds")]
+)
+def test_time_is_told_in_the_unit_of_its_size(hours, said):
+    assert _duration(hours) == said
 
 
 def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
@@ -69,7 +91,7 @@ def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(pla
 def test_a_cpu_run_is_planned_from_the_data_at_hand(plan):
     code, said = plan("recipes/quickstart.yaml", "--cpu", "--gpus", 1, "--gpu-memory", 8, "--set", "data.limit=200")
     assert code == 0
-    assert "counted in data/ledger/train.jsonl" in said and "fp32" in said and "hours" not in said
+    assert "counted in data/ledger/train.jsonl" in said and "fp32" in said and "TFLOP/s" not in said
 
 
 def test_unknown_tokens_are_said_to_be_unknown(plan):
