@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,7 +12,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from lt_train.devices import compute_device, compute_dtype
 from lt_train.errors import UserError
@@ -28,6 +27,7 @@ from lt_train.hybrid import (
     hybrid_config,
     load_hybrid,
 )
+from lt_train.progress import without_bars_of_transformers
 from lt_train.recipe import Model
 from lt_train.sources import resolve_model
 
@@ -121,7 +121,7 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
     Raises:
         UserError: a base that cannot become a hybrid, no weights, or files that are cut or do not fit.
     """
-    with _failures_named(model, "weights", _UNLOADABLE), _bar_if_it_takes_long(model):
+    with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
         return load_hybrid(
             resolve_model(model.base),
             spec,
@@ -151,18 +151,11 @@ def device_map(others_wait: bool = False) -> str | dict[str, torch.device]:
     return "auto" if several else {"": compute_device()}
 
 
-@contextmanager
-def _bar_if_it_takes_long(model: Model) -> Iterator[None]:
-    """transformers shows a bar for every load; for weights that are there at once it is only in the way."""
+def bar_if_it_takes_long(model: Model) -> AbstractContextManager[None]:
+    """The bar that transformers shows for every load, but not for weights that are there at once."""
     folder = Path(resolve_model(model.base))
-    if not folder.is_dir() or sum(file.stat().st_size for file in folder.glob("*.safetensors")) > _LONG_LOAD_BYTES:
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
+    long = not folder.is_dir() or sum(file.stat().st_size for file in folder.glob("*.safetensors")) > _LONG_LOAD_BYTES
+    return nullcontext() if long else without_bars_of_transformers()
 
 
 @contextmanager

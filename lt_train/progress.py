@@ -67,3 +67,17 @@ def show_progress(description: str, *, total: int, done: int = 0, shown: bool = 
         yield bar
     finally:
         bar.stop()
+
+
+@contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """transformers draws one for every checkpoint that it loads or writes; for small ones, and beside ours, they are in the way."""
+    from transformers.utils import logging  # heavy
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from lt_train.base_model import load_base_config, load_tokenizer, load_weights
+from lt_train.base_model import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
 from lt_train.planning.compute import Compute, training_compute
@@ -110,7 +110,8 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
     with TemporaryDirectory() as folder:
         args = sft_config(recipe, recipe.train, Path(folder))
         args.save_strategy = SaveStrategy.NO
-        stock = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model.base), dtype=dtype)
+        with bar_if_it_takes_long(recipe.model):
+            stock = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model.base), dtype=dtype)
         hybrid = load_weights(recipe.model, spec, dtype)
         hybrid.name_or_path = ""
         trainers = [

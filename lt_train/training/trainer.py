@@ -9,13 +9,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 from trl import SFTConfig
 
 from lt_train.errors import UserError
 from lt_train.examples import ExampleSet
 from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
+from lt_train.progress import without_bars_of_transformers
 from lt_train.recipe import Recipe, Train
 from lt_train.recipe_checks import EVAL_LOSS
 from lt_train.tracking import Tracker
@@ -236,14 +236,11 @@ def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Calla
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
         report(_opening(trainer, checkpoint))
-    bars_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # transformers draws one for every checkpoint it writes
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        with without_bars_of_transformers():
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         progress.close()
-        if bars_shown:
-            logging.enable_progress_bar()
 
 
 def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
