@@ -36,6 +36,8 @@ def browser(tmp_path_factory) -> Iterator[Tab]:
 @pytest.fixture
 def tab(browser, report) -> Iterator[Tab]:
     """The report, just opened; whatever the page does, the console must stay empty and nothing be fetched."""
+    browser.complaints.clear()  # those of a page that another test opened
+    browser.requests.clear()
     browser.look(1280)
     browser.open(report)
     yield browser
