@@ -1,9 +1,18 @@
-"""The largest resident set of this process while something runs, as Linux counts it."""
+"""The most that is held while something runs: the process's resident set, as Linux counts it, or the tensors alone.
+
+The resident set has what the C library keeps of freed memory, so it depends on what ran in the process before; tensors do not.
+"""
 
 import ctypes
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def resident(what: str) -> int:
@@ -21,3 +30,28 @@ def peak_of(run: Callable[[], None]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)
     run()
     return resident("VmHWM") - before
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from when they are made until they are freed.
+
+    `held`: tensors that were there before, and do not count where an operation gives a view of them.
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in held)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        return out
+
+    def freed(self, size: int) -> None:
+        self.now -= size

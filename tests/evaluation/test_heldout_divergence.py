@@ -19,7 +19,7 @@ from lt_train.evaluation.scores import LossScores
 from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM
 from tests.full_disk import files_of_at_most
-from tests.peak_memory import peak_of
+from tests.peak_memory import LiveBytes
 
 ENTRY = recipe.HeldoutKL(benchmark="heldout_kl", batch_size=4)
 EXAMPLES = examples_of_many_lengths()
@@ -121,8 +121,9 @@ def test_of_all_held_out_answers_the_states_of_one_batch_are_in_memory(
         found.update({example.id: loss.nll for example, loss in answer_divergences(model, answers, examples, 1)})
         answers.close()
 
-    measure(LONG[:1])
-    assert peak_of(lambda: measure(LONG)) < 6 * 8 * 2**20
+    with LiveBytes() as counted:
+        measure(LONG)
+    assert counted.peak < 6 * 8 * 2**20
     assert found == pytest.approx(dict.fromkeys([example.id for example in LONG], 0), abs=1e-6)
 
 

@@ -10,7 +10,7 @@ from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe import Recipe, load_recipe
 from lt_train.selection.token_losses import token_losses
 from tests.hybrid.families import SIZES
-from tests.peak_memory import peak_of
+from tests.peak_memory import LiveBytes
 from tests.planning.public_models import public_recipe
 
 BF16 = 2
@@ -76,9 +76,9 @@ def test_the_states_and_the_work_are_what_scoring_a_sample_takes(mlp: int, layer
     recipe, shape = planned(load_recipe(path))
     needed = profile_memory(recipe, shape, Machine(1, GIB, cpu=True))
     model = build_hybrid(load_base_config(recipe.model), HybridSpec(layers, (), 4, 60)).eval()
-    score(model, 64)
-    taken = peak_of(lambda: score(model, LENGTH))
-    assert taken == pytest.approx(needed.states + needed.work, rel=0.2)
+    with LiveBytes(held=model.parameters()) as counted:
+        score(model, LENGTH)
+    assert counted.peak == pytest.approx(needed.states + needed.work, rel=0.1)
 
 
 def score(model: HybridForCausalLM, length: int) -> None:

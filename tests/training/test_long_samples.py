@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,15 @@ import torch
 from test_training_processes import ENVIRONMENT
 from tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokenizer, train_in
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, build_hybrid
 from lt_train.hybrid.documents import find_documents
 from lt_train.tracking import NoTracker
 from lt_train.training import trainer as training
+from tests.peak_memory import LiveBytes
 
 QWEN_VOCABULARY = 151_936
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, from when they are made until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.largest = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        return out
-
-    def freed(self, size: int) -> None:
-        self.now -= size
 
 
 def bytes_of_loss(tokens: int, folder: Path) -> LiveBytes:
