@@ -339,10 +339,8 @@ def main() -> None:
     process = this_process()
     try:
         app()
-    except SystemExit as done:
-        if process.count > 1:
-            leave(int(done.code or 0))
-        raise
+    except SystemExit as done:  # how a command ends that has not failed, or was called wrongly
+        code = int(done.code or 0)
     except Exception as error:
         if _is_full_disk(error):
             error = UserError(f"{error}. What is finished is safe: make room, and the same command goes on from there")
