@@ -1,0 +1,86 @@
+"""A run and an export made by an earlier lt_train still resume, show, report, train on and load.
+
+The fixture was made by commit d27557d from a base of 0.05 M random parameters; its recipe.yaml stands in the folder.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIXTURE = Path(__file__).parent / "fixtures/run_before_the_folders"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of the folder in which the run was made: base, data, recipe and runs/old."""
+    return Path(shutil.copytree(FIXTURE, tmp_path / "old"))
+
+
+def lt_train(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "lt_train", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    renewed = (".lock", "recipe.yaml", "inputs.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in renewed}
+
+
+def test_a_finished_old_run_is_found_finished(old):
+    before = contents(old / "finished/old")
+    lt_train(old, "run", "recipe.yaml", "--runs", "finished")
+    assert contents(old / "finished/old") == before
+
+
+def test_an_old_run_shows_its_results(old):
+    shown = lt_train(old, "show", "finished/old")
+    assert "ledger: 4 of 6 problems" in shown and "hybrid by reach, trained" in shown
+
+
+def test_an_old_run_is_reported(old):
+    lt_train(old, "report", "finished/old", "--out", "report.html")
+    assert "hybrid by reach, trained" in (old / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_old_training_resumes_from_its_checkpoint(old):
+    """As after a kill between the last checkpoint and the end."""
+    run = old / "finished/old"
+    final = (run / "train/final/adapter_model.safetensors").read_bytes()
+    log = (run / "train/log.jsonl").read_bytes()
+    shutil.rmtree(run / "train/final")
+    (run / "stages/train.json").unlink()
+    lt_train(old, "train", "recipe.yaml", "--runs", "finished")
+    assert (run / "train/final/adapter_model.safetensors").read_bytes() == final
+    assert (run / "train/log.jsonl").read_bytes() == log  # no step was trained again
+
+
+def test_an_old_export_loads_with_its_own_code(old):
+    program = (
+        "import json, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('finished/old/export', trust_remote_code=True)\n"
+        "ids = torch.arange(4, 44)[None]\n"
+        "print(json.dumps([type(model).__module__.split('.')[0], model(ids).logits[0, -1, :4].tolist()]))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=old,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"HF_HOME": str(old / "hub"), "PATH": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert printed.returncode == 0, printed.stderr
+    module, logits = json.loads(printed.stdout)
+    assert module == "transformers_modules"
+    assert logits == pytest.approx(LOGITS, abs=1e-4)
+
+
+LOGITS = [0.68850, 0.41730, -0.58065, 0.77404]
+"""Of commit d27557d's own load of this export, on the last of tokens 4 to 43."""
