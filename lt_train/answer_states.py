@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from lt_train.errors import UserError
 from lt_train.examples import Example
+from lt_train.runtime.errors import UserError
 
 
 def answer_states(

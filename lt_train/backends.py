@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.errors import UserError
-from lt_train.files import write_json
 from lt_train.generation.engine import Engine
 from lt_train.generation.openai import OpenAIBackend
 from lt_train.generation.requests import Backend
@@ -17,6 +15,8 @@ from lt_train.generation.server_check import chat_messages, check_server
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridForCausalLM
 from lt_train.recipe import Eval, Prompt
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import write_json
 
 
 def engine_for(entry: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:

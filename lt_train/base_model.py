@@ -13,8 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.devices import compute_device, compute_dtype
-from lt_train.errors import UserError
 from lt_train.hybrid import (
     AUTO,
     Choice,
@@ -27,9 +25,11 @@ from lt_train.hybrid import (
     hybrid_config,
     load_hybrid,
 )
-from lt_train.progress import without_bars_of_transformers
 from lt_train.recipe import Model
-from lt_train.sources import resolve_model
+from lt_train.runtime.devices import compute_device, compute_dtype
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.progress import without_bars_of_transformers
+from lt_train.runtime.sources import resolve_model
 
 _LONG_LOAD_BYTES = 2 * 2**30
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError)

@@ -5,7 +5,7 @@ A recipe says the batch once, over all processes. Micro-batch, accumulation and 
 
 from typing import TYPE_CHECKING
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lt_train.recipe import Data, Train

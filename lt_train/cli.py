@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from lt_train import __version__
-from lt_train.errors import UserError
-from lt_train.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
 
 if TYPE_CHECKING:
     from lt_train.pipeline import Pipeline

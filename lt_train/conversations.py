@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lt_train.errors import UserError
 from lt_train.prompts import Message
 from lt_train.recipe import Data
-from lt_train.sources import load_rows
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.sources import load_rows
 
 FIELDS = {
     "still": ("question", "combined_text"),

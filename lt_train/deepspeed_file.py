@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lt_train.batch import batch_samples
-from lt_train.errors import UserError
 from lt_train.recipe_faults import did_you_mean
+from lt_train.runtime.errors import UserError
 from lt_train.upstream import DEEPSPEED_ZERO_NAMES
 
 if TYPE_CHECKING:

@@ -22,22 +22,22 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.devices import compute_dtype, release_memory
-from lt_train.errors import UserError
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation_stage import EvaluationStage
 from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import Choice, hybrid_config
-from lt_train.processes import this_process
 from lt_train.provenance import export_facts
 from lt_train.recipe import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.run_folder import RunFolder, hash_of, set_aside
+from lt_train.runtime.devices import compute_dtype, release_memory
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import this_process
+from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
-from lt_train.tracking import NoTracker, Tracker, open_tracker
 from lt_train.training.dataset import examples_fingerprint
 from lt_train.training.launch import check_launch
 from lt_train.training.settings import teacher_facts

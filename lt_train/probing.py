@@ -10,8 +10,6 @@ from pathlib import Path
 
 from lt_train.backends import engine_for
 from lt_train.base_model import load_base_config, load_tokenizer
-from lt_train.devices import compute_dtype
-from lt_train.errors import UserError
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
@@ -19,6 +17,8 @@ from lt_train.evaluation.scores import AnswerScores
 from lt_train.generation.text import stop_tokens
 from lt_train.recipe import load_recipe
 from lt_train.run_folder import RunFolder
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
 from lt_train.training.probe_results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
 from lt_train.training.probes import WEIGHTS
 from lt_train.variants import Variants

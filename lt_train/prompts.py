@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.errors import UserError
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 
 Message = Mapping[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": …}."""

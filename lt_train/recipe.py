@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS
 from lt_train.recipe_checks import conflicts
 from lt_train.recipe_faults import validate_all
 from lt_train.recipe_text import RecipeText, dotted, read_recipe_text
+from lt_train.runtime.errors import UserError
 
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""

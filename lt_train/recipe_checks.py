@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lt_train.batch import nearest_multiples
 from lt_train.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe_distill import distill_faults, parameter_faults, restore_faults
 from lt_train.recipe_faults import did_you_mean
-from lt_train.sources import resolve_data, resolve_model
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.sources import resolve_data, resolve_model
 from lt_train.upstream import (
     PEFT_LORA_CONFIG_NAMES,
     PEFT_SET_BY_RECIPE,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lt_train.deepspeed_file import read_deepspeed_file
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lt_train.recipe import Distill, Recipe, Train

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from lt_train.errors import UserError
-from lt_train.files import read_json, write_json, write_text
 from lt_train.recipe import FREE_IN_TRAINING, Recipe, resolved_yaml
-from lt_train.sources import resolve_data, resolve_model
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json, write_json, write_text
+from lt_train.runtime.sources import resolve_data, resolve_model
 
 FREE_TO_CHANGE = {"eval", "sample", "track", "export"}
 """Parts of a recipe that may change in a begun run; their results are told apart by the stages themselves."""

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_train.errors import UserError
 from lt_train.evaluation.records import SampleRecord
-from lt_train.files import write_json, write_text
 from lt_train.recipe import Sample
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import write_json, write_text
 
 
 @dataclass(frozen=True)

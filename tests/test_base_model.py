@@ -16,9 +16,9 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe import Model
+from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES, SIZES
 
 TINY_REASONER = Path(__file__).parents[1] / "data/tiny-reasoner"

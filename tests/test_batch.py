@@ -3,8 +3,8 @@ import re
 import pytest
 
 from lt_train.batch import accumulation_steps, batch_samples
-from lt_train.errors import UserError
 from lt_train.recipe import Data, Train
+from lt_train.runtime.errors import UserError
 
 
 def train(micro: int = 1, **batch: int) -> Train:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from lt_train.deepspeed_file import contradictions, deepspeed_settings, read_deepspeed_file
-from lt_train.errors import UserError
 from lt_train.recipe import Recipe, load_recipe
+from lt_train.runtime.errors import UserError
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.errors import UserError
 from lt_train.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
 from lt_train.recipe import Calibration, Data, Prompt
+from lt_train.runtime.errors import UserError
 
 TRACE = "<|begin_of_thought|>\n\nHm. 2 + 2 = 4.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\\boxed{4}<|end_of_solution|>"
 STILL = {"question": "2 + 2?", "combined_text": TRACE, "domain": "math"}

@@ -16,9 +16,9 @@ from test_pipeline import write_recipe
 from test_tracking import segments
 
 from lt_train import cli
-from lt_train.errors import UserError
 from lt_train.evaluation.scores import read_scores
 from lt_train.probing import probe_checkpoint
+from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
 from lt_train.training.probe_results import place_of, read_probes
 

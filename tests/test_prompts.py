@@ -5,9 +5,9 @@ from chat_templates import CHATML_TURNS, FAMILIES, GLM, LLAMA2_DEFAULT, byte_tok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.errors import UserError
 from lt_train.prompts import encode, prompt_ids, render_messages, render_prompt, turn_end
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 
 QUESTION = {"question": "What is 2 + 2?"}
 

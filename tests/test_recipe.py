@@ -9,9 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.errors import UserError
 from lt_train.recipe import load_recipe, resolved_yaml
 from lt_train.recipe_text import parse_yaml, read_recipe_text
+from lt_train.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -16,14 +16,14 @@ from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lt_train.base_model import load_base_config, load_for_inference, load_tokenizer
-from lt_train.devices import compute_dtype
-from lt_train.errors import UserError
 from lt_train.generation.engine import Engine
 from lt_train.generation.requests import Request, Sampling
 from lt_train.generation.store import kv_sizes
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
-from lt_train.progress import show_progress
 from lt_train.recipe import Model
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
 

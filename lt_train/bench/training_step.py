@@ -22,16 +22,16 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from lt_train.base_model import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.work import Samples, Work
-from lt_train.progress import show_progress
 from lt_train.recipe import Recipe
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.progress import show_progress
+from lt_train.runtime.sources import resolve_model
 from lt_train.selection.choose import number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
-from lt_train.sources import resolve_model
 from lt_train.training.lora import lora_config
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer

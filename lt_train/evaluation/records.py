@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lt_train import files
-from lt_train.errors import UserError
 from lt_train.evaluation.extraction import ExtractedFrom
+from lt_train.runtime import files
+from lt_train.runtime.errors import UserError
 
 Fingerprint = Mapping[str, str | int | float | None]
 """What decides the content of a sample, by name: the model, the prompt, the sampling, …"""

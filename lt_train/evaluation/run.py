@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks.declaration import Problem
 from lt_train.evaluation.benchmarks.scoring import score_answer
 from lt_train.evaluation.grader_process import Grader
@@ -16,7 +15,8 @@ from lt_train.evaluation.plan import Plan, hash_of
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, write_scores
 from lt_train.generation.requests import Answer, Backend
-from lt_train.progress import show_progress
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.progress import show_progress
 
 SECONDS_BETWEEN_LOOKS = 2.0
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from lt_train import files
-from lt_train.errors import UserError
 from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
 from lt_train.evaluation.statistics import (
     Difference,
@@ -27,6 +25,8 @@ from lt_train.evaluation.statistics import (
     paired_loss_difference,
     student_interval,
 )
+from lt_train.runtime import files
+from lt_train.runtime.errors import UserError
 
 VERSION = 3
 """Of scores.json. Raise it with every change of what a field means or is called."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lt_train import files
-from lt_train.errors import UserError
 from lt_train.export.facts import ExportFacts
 from lt_train.export.verify import Check
+from lt_train.runtime import files
+from lt_train.runtime.errors import UserError
 
 MANIFEST = "lt_train_export.json"
 FORMAT = 1

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lt_train.errors import UserError
 from lt_train.export import bare_process
 from lt_train.export.bare_process import KEPT_COLUMNS, NEW_TOKENS, Observation, Request, observe, probe_ids
 from lt_train.export.configs import needs_own_code
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.runtime.errors import UserError
 
 BEYOND_WINDOW = 64  # columns
 LARGEST_WINDOW_IN_A_BATCH = 192  # tokens; a longer prompt goes alone, for its logits' sake

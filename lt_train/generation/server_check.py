@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train import prompts
-from lt_train.errors import UserError
 from lt_train.generation.completions_api import Completion
 from lt_train.generation.openai import OpenAIBackend
 from lt_train.generation.requests import Request, Sampling
@@ -30,6 +29,7 @@ from lt_train.generation.server_pool import ServerSettings
 from lt_train.generation.text import decode
 from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 
 NEW_TOKENS = 24
 BEYOND_WINDOW = 48  # tokens

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.errors import UserError
 from lt_train.generation.completions_api import (
     NEUTRAL,
     Abilities,
@@ -22,6 +21,7 @@ from lt_train.generation.completions_api import (
 from lt_train.generation.requests import Request, Sampling
 from lt_train.generation.server_pool import ServerFailure, ServerSettings
 from lt_train.generation.text import decode
+from lt_train.runtime.errors import UserError
 
 Message = Mapping[str, str]
 MakeMessages = Callable[[Request], Sequence[Message]]

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field, replace
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 LONGEST_REST = 60.0
 

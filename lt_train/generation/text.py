@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lt_train.errors import UserError
 from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.runtime.errors import UserError
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from lt_train.batch import batch_samples
 from lt_train.deepspeed_file import deepspeed_settings
-from lt_train.errors import UserError
 from lt_train.planning.activations import FP32, Numbers
 from lt_train.recipe import Recipe, Train
+from lt_train.runtime.errors import UserError
 
 BF16 = 2
 GIB = 2**30

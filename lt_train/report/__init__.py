@@ -7,10 +7,10 @@ it, page.py puts all into templates/.
 from collections.abc import Sequence
 from pathlib import Path
 
-from lt_train import files
-from lt_train.errors import UserError
 from lt_train.report.contents import read_runs
 from lt_train.report.page import render
+from lt_train.runtime import files
+from lt_train.runtime.errors import UserError
 
 __all__ = ["write_report"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from lt_train.errors import UserError
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
-from lt_train.files import read_json
 from lt_train.report.problems import KnownProblems, known_problems
 from lt_train.report.samples import read_samples
 from lt_train.results import Result, read_results
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.probe_results import ProbeResult, read_probes

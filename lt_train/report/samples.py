@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_train.errors import UserError
 from lt_train.evaluation.records import SampleRecord, read_records, sample_files
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.runtime.errors import UserError
 
 MAX_CHARACTERS = 100_000
 """Of one trace: so much is shown whole, whatever else the page holds."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lt_train.examples import Example

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lt_train.files import replacing
+from lt_train.runtime.files import replacing
 from lt_train.selection.profile import LayerProfile
 
 _STREAMS, _FULL, _TINT = "#159e87", "#76869b", "#dff3ef"

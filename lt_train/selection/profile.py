@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lt_train.errors import UserError
-from lt_train.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
 from lt_train.hybrid import HybridForCausalLM
-from lt_train.progress import show_progress
 from lt_train.recipe import Hybrid
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
+from lt_train.runtime.progress import show_progress
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy

@@ -7,7 +7,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 T = TypeVar("T")
 

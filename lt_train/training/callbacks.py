@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lt_train.files import append_json_line
-from lt_train.progress import Bar
 from lt_train.recipe_checks import EVAL_LOSS
-from lt_train.tracking import Tracker
+from lt_train.runtime.files import append_json_line
+from lt_train.runtime.progress import Bar
+from lt_train.runtime.tracking import Tracker
 from lt_train.training.best import Best
 from lt_train.training.checkpoints import (
     Settings,

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lt_train.errors import UserError
-from lt_train.files import read_json, write_json
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 2**20  # bytes read at a time

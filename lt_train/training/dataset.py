@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import datasets
 from trl import pack_dataset
 
-from lt_train.errors import UserError
 from lt_train.examples import Example
+from lt_train.runtime.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy and TRL leave out of the loss
 

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 import torch
 
 from lt_train.batch import accumulation_steps
-from lt_train.devices import compute_dtype
-from lt_train.errors import UserError
-from lt_train.processes import Process
 from lt_train.recipe import Recipe, Train
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process
 
 
 def check_launch(recipe: Recipe, train: Train, process: Process) -> None:

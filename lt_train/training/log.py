@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lt_train.files import append_json_line, drop_cut_line, read_json_lines
+from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
 
 LOG_FILE = "log.jsonl"
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lt_train.base_model import device_map
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec, load_hybrid_checkpoint
 from lt_train.recipe import Lora, Recipe
+from lt_train.runtime.errors import UserError
 from lt_train.training.projections import adapter_without_query_key, load_with_query_key_of_base
 
 LAYERS = "layers"  # the decoder layers of every hybrid class: model.layers.<i>

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lt_train.errors import UserError
-from lt_train.files import read_json, write_json
-from lt_train.tracking import Tracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.tracking import Tracker
 
 RESULT = "result.json"
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
+from lt_train.runtime.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 QUERY_KEY = ("q_proj", "k_proj", "q_norm", "k_norm")

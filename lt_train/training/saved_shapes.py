@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 Shapes = Counter[tuple[int, ...]]  # how many weights of each shape; names change on saving (PEFT, tied weights), shapes do not
 

@@ -9,11 +9,11 @@ from trl import SFTConfig
 
 from lt_train.batch import accumulation_steps
 from lt_train.deepspeed_file import deepspeed_settings, read_deepspeed_file
-from lt_train.devices import compute_dtype
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
-from lt_train.processes import this_process
 from lt_train.recipe import FREE_IN_TRAINING, Recipe, Train
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import this_process
 from lt_train.training.checkpoints import Settings
 from lt_train.training.launch import check_launch
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from lt_train.errors import UserError
 from lt_train.examples import Example
+from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import newest_checkpoint, written_or_told
 from lt_train.training.distillation import Distillation
 from lt_train.training.samples import TOLD, samples_in

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from lt_train.answer_states import answer_states
-from lt_train.errors import UserError
 from lt_train.examples import IGNORED, Example
-from lt_train.files import read_json, write_json
 from lt_train.hybrid.documents import find_documents
-from lt_train.progress import show_progress
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.progress import show_progress
 
 LOGITS_AT_ONCE = 2**26
 """Logits in memory at a time: 256 MB in fp32."""

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
-from lt_train.errors import UserError
 from lt_train.examples import ExampleSet
-from lt_train.files import read_json
 from lt_train.hybrid import HybridSpec
-from lt_train.progress import without_bars_of_transformers
 from lt_train.recipe import Recipe, Train
 from lt_train.recipe_checks import EVAL_LOSS
-from lt_train.tracking import Tracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json
+from lt_train.runtime.progress import without_bars_of_transformers
+from lt_train.runtime.tracking import Tracker
 from lt_train.training.agreement import decided_by_main
 from lt_train.training.best import Best
 from lt_train.training.callbacks import (

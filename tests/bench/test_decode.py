@@ -3,9 +3,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lt_train.bench.decode import TIMED_STEPS, bench_decode, throughput
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec, build_hybrid
 from lt_train.recipe import Model
+from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES
 
 ENTRY = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32

@@ -3,9 +3,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lt_train.bench.growth import TIMED_TOKENS, bench_growth, time_decoding
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec, build_hybrid
 from lt_train.recipe import Model
+from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES
 
 

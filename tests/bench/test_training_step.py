@@ -4,8 +4,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lt_train.bench.training_step import bench_training_step, compare_steps, step_recipe
-from lt_train.errors import UserError
 from lt_train.hybrid.mask import streaming_visible
+from lt_train.runtime.errors import UserError
 
 TINY = "data/tiny-reasoner"
 

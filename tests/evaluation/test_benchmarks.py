@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, load_problems, reading
+from lt_train.runtime.errors import UserError
 
 LEDGER = BENCHMARKS["ledger"]
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lt_train import recipe
-from lt_train.errors import UserError
 from lt_train.evaluation import loss
 from lt_train.evaluation.heldout import evaluate_heldout_loss
 from lt_train.evaluation.loss import answer_losses
@@ -14,6 +13,7 @@ from lt_train.evaluation.scores import difference, read_scores
 from lt_train.evaluation.statistics import TokenLoss
 from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.runtime.errors import UserError
 
 ENTRY = recipe.HeldoutLoss(benchmark="heldout_loss", batch_size=4)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from chat_templates import byte_tokenizer, family_tokenizer
 
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
 from lt_train.evaluation.benchmarks.longbench import LONGBENCH
 from lt_train.evaluation.benchmarks.prompting import cut_middle, prompt_ids, room_for_text
 from lt_train.evaluation.benchmarks.scoring import score_answer
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 
 # config/dataset2maxlen.json, eval.py (dataset2metric), task.md (samples) of https://github.com/THUDM/LongBench
 PUBLISHED = {

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, RecallSettings, answer_tokens, load_problems
 from lt_train.evaluation.benchmarks.haystack import NOISE, endless, essay_sentences
 from lt_train.evaluation.benchmarks.scoring import score_answer
+from lt_train.runtime.errors import UserError
 
 NEEDLE, PASSKEY, COPYING = (BENCHMARKS[name] for name in ("needle", "passkey", "copying"))
 SMALL = RecallSettings(lengths=(300, 700), depths=(0.0, 0.5, 1.0), repeats=2, span=40)

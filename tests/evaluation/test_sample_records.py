@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_train.errors import UserError
 from lt_train.evaluation import records
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.generation.requests import Request
+from lt_train.runtime.errors import UserError
 from tests.full_disk import files_of_at_most
 
 FINGERPRINT = {"model": "abc", "temperature": 0.6, "seed": None}

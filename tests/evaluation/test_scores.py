@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lt_train.errors import UserError
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, LossScores, answer_scores, difference, read_scores, write_scores
 from lt_train.evaluation.statistics import Interval, Lengths, Mean, TokenLoss, bootstrap_interval
+from lt_train.runtime.errors import UserError
 
 RECORD = SampleRecord(
     problem="a",

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lt_train.errors import UserError
 from lt_train.export.checkpoint import CARD, export_hybrid
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
+from lt_train.runtime.errors import UserError
 from tests.export.tiny_exports import END, TEMPLATE, facts, tiny_hybrid, tiny_tokenizer
 from tests.hybrid.families import BASES
 

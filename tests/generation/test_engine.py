@@ -9,11 +9,11 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.errors import UserError
 from lt_train.generation import store as kv
 from lt_train.generation.engine import Engine
 from lt_train.generation.requests import Answer, Request, Sampling, sample_seed
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.runtime.errors import UserError
 
 EOS, VOCABULARY = 1, 40
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=24)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tiny_tokenizer import build_tokenizer
-from lt_train.errors import UserError
 from lt_train.generation.completions_api import Completion
 from lt_train.generation.openai import OpenAIBackend, SharedClock, read_answer
 from lt_train.generation.requests import Request, Sampling, sample_seed
 from lt_train.generation.server_pool import Server, ServerFailure, ServerSettings
+from lt_train.runtime.errors import UserError
 from tests.generation.misbehaving_server import (
     MisbehavingServer,
     cut_in_the_middle,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data.tiny_tokenizer import build_tokenizer
-from lt_train.errors import UserError
 from lt_train.generation.completions_api import Completion
 from lt_train.generation.server_check import (
     NEW_TOKENS,
@@ -25,6 +24,7 @@ from lt_train.generation.server_check import (
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridSpec, load_hybrid
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 from tests.generation.misbehaving_server import MisbehavingServer
 
 BASE = Path(__file__).parents[2] / "data/tiny-reasoner"

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from lt_train import prompts
-from lt_train.errors import UserError
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.generation.openai import OpenAIBackend
 from lt_train.generation.requests import Request, Sampling, sample_seed
@@ -27,6 +26,7 @@ from lt_train.hybrid import HybridSpec, load_hybrid
 from lt_train.pipeline import Pipeline
 from lt_train.recipe import Prompt, load_recipe
 from lt_train.run_folder import RunFolder
+from lt_train.runtime.errors import UserError
 from tests.export.tiny_exports import facts
 
 pytestmark = pytest.mark.slow

@@ -1,9 +1,9 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.errors import UserError
 from lt_train.generation.text import cut_at_stop_string, stop_tokens, thinking_tokens
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import pytest
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 from lt_train.selection.calibration import samples_beyond_window
 
 

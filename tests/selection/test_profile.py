@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from lt_train.errors import UserError
 from lt_train.recipe import Calibration, Hybrid
+from lt_train.runtime.errors import UserError
 from lt_train.selection import profile as module
 from lt_train.selection.choose import choose_layers
 from lt_train.selection.profile import LayerProfile, profile_layers

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_training
 
-from lt_train.tracking import NoTracker
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import LoadModel, TrainResult
 
 

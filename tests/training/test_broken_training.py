@@ -12,8 +12,8 @@ import torch
 from test_resume import assert_same_course
 from tiny_training import LoadModel, load_tiny, tiny_examples, train_in
 
-from lt_train.errors import UserError
-from lt_train.tracking import NoTracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training.checkpoints import fault_of, newest_checkpoint
 from lt_train.training.log import read_log
 from tests.full_disk import files_of_at_most

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import (
     BLOCK,
     MANIFEST,

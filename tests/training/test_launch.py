@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_training import tiny_recipe
 
-from lt_train.devices import compute_dtype
-from lt_train.errors import UserError
-from lt_train.processes import Process
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process
 from lt_train.training import launch
 
 REPOSITORY = Path(__file__).parents[2]

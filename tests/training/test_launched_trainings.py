@@ -17,7 +17,7 @@ import torch
 from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 from lt_train.training.lora import load_trained
 
 pytestmark = pytest.mark.slow

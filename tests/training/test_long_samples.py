@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, build_hybrid
 from lt_train.hybrid.documents import find_documents
-from lt_train.tracking import NoTracker
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from tests.peak_memory import LiveBytes
 

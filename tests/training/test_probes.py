@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_training import SPEC, Cut, CutAt, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
-from lt_train.errors import UserError
-from lt_train.tracking import NoTracker, Tracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training import agreement
 from lt_train.training.checkpoints import fault_of, read_checkpoint
 from lt_train.training.probe_results import place_of, read_probes

@@ -8,9 +8,9 @@ import torch
 from test_lora import parameters_with_gradients
 from tiny_training import SPEC, load_tiny, tiny_recipe, train_in
 
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridSpec
-from lt_train.tracking import NoTracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training.lora import load_trained
 from lt_train.training.projections import freeze_all_but_lazy_projections
 

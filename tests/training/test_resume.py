@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny_training import SPEC, tiny_recipe, train_in
 
-from lt_train.errors import UserError
-from lt_train.tracking import NoTracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training.log import read_log
 from lt_train.training.settings import settings_of_training
 

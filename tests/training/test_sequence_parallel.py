@@ -17,8 +17,8 @@ from test_training_processes import ENVIRONMENT, REPOSITORY, deepspeed
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Qwen3ForCausalLM
 
-from lt_train.errors import UserError
 from lt_train.hybrid import HybridError
+from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import IGNORED
 from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
 

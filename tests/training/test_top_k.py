@@ -15,8 +15,8 @@ from tiny_training import VOCABULARY, load_decided, tiny_examples
 from torch.nn.functional import kl_div
 
 from lt_train.answer_states import answer_states
-from lt_train.errors import UserError
-from lt_train.files import read_json
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json
 from lt_train.training import top_k
 from lt_train.training.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of, write_top_k
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
-from lt_train.errors import UserError
 from lt_train.hybrid import load_hybrid_checkpoint
-from lt_train.tracking import NoTracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from lt_train.training.log import read_log
 

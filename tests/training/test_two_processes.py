@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 from test_broken_training import BAD, EVERY_STEP, breaks_on
 from tiny_training import train_in
-from lt_train.errors import UserError
-from lt_train.tracking import NoTracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
 
 try:
     train_in(Path(sys.argv[1]), {"train": {**EVERY_STEP["train"], "micro_batch_size": 1}}, NoTracker(), load=breaks_on(BAD))
@@ -45,7 +45,7 @@ ZERO3 = """
 import sys
 from pathlib import Path
 from tiny_training import SPEC, hybrid_from, tiny_examples, tiny_recipe, tiny_tokenizer
-from lt_train.tracking import NoTracker
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
 
 out, zero3, base, probe = map(Path, sys.argv[1:])

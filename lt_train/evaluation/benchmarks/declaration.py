@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 Grader = Literal[
     "math",

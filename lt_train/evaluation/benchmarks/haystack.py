@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 ADJECTIVES = (
     "amber bitter brave calm careful clever crooked curious distant dusty eager early faded faithful fierce gentle golden grateful "

@@ -3,9 +3,9 @@
 from transformers import PreTrainedTokenizerBase
 
 from lt_train import prompts
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
 from lt_train.recipe import Prompt
+from lt_train.runtime.errors import UserError
 
 SPARE_TOKENS = 16
 """Left free where a text is cut to fit: its two halves may have a few tokens more once they are put together."""

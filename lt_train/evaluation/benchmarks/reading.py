@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lt_train import sources
-from lt_train.errors import UserError
 from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
+from lt_train.runtime import sources
+from lt_train.runtime.errors import UserError
 
 
 def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lt_train.errors import UserError
 from lt_train.recipe import Track
-from lt_train.tracking import NoTracker, Tracker, open_tracker
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 
 OFFLINE = Track(wandb="offline", project="tests")
 

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from lt_train import progress
+from lt_train.runtime import progress
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lt_train.errors import UserError
-from lt_train.files import read_json_lines
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.errors import UserError
-from lt_train.sources import load_rows, resolve_data, resolve_model
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.sources import load_rows, resolve_data, resolve_model
 
 ROWS = [{"question": "a", "n": 1}, {"question": "b", "n": 2}, {"question": "ü\u2028", "n": 3}]
 

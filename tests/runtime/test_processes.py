@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lt_train import __version__, cli, processes
-from lt_train.processes import Process, is_lost_connection, let_others_tell, this_process
+from lt_train import __version__, cli
+from lt_train.runtime import processes
+from lt_train.runtime.processes import Process, is_lost_connection, let_others_tell, this_process
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 COMMAND = '''
 """lt-train validate, but with a recipe that one process, or both, cannot load while the other waits for it."""
 import os
@@ -23,7 +24,7 @@ import torch
 
 import lt_train.recipe
 from lt_train import cli
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 RANK, FAILING, KIND = int(os.environ["RANK"]), sys.argv.pop(), sys.argv.pop()
 

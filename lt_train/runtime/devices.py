@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from lt_train.errors import UserError
 from lt_train.recipe import Precision
+from lt_train.runtime.errors import UserError
 
 
 def compute_device() -> torch.device:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lt_train.errors import UserError
+from lt_train.runtime.errors import UserError
 
 
 @contextmanager

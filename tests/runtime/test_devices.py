@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lt_train.devices import compute_device, compute_dtype
+from lt_train.runtime.devices import compute_device, compute_dtype
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
@@ -11,7 +11,7 @@ def test_a_precision_that_the_recipe_names_is_taken_on_every_device(precision, d
 
 @pytest.mark.parametrize(("in_hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bf16_only_where_the_device_computes_in_it(monkeypatch, in_hardware, dtype):
-    monkeypatch.setattr("lt_train.devices.computes_in_bf16", lambda: in_hardware)
+    monkeypatch.setattr("lt_train.runtime.devices.computes_in_bf16", lambda: in_hardware)
     assert compute_dtype("auto") == dtype
 
 

@@ -8,9 +8,9 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
-from lt_train.errors import UserError
-from lt_train.files import append_json_line, drop_cut_line, read_json_lines
 from lt_train.recipe import Track
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
 
 STATE_FILE = "tracking.jsonl"
 LOGIN_SECONDS = 30.0  # how long to wait for wandb's server before saying so
