@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
-from lt_train.kv_size import entry_bytes
+from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 
