@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train import recipe
 from lt_train.evaluation.benchmarks import BENCHMARKS, Benchmark, ProblemSet, RecallSettings, answer_tokens, load_problems
-from lt_train.evaluation.benchmarks.prompting import prompt_ids, room_for_text
+from lt_train.evaluation.prompting import prompt_ids, room_for_text
 from lt_train.evaluation.records import Fingerprint
 from lt_train.generation.requests import Request, Sampling, sample_seed
 from lt_train.runtime.errors import UserError

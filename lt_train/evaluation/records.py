@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lt_train.evaluation.extraction import ExtractedFrom
+from lt_train.evaluation.grading.extraction import ExtractedFrom
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lt_train.evaluation.benchmarks.declaration import Problem
-from lt_train.evaluation.benchmarks.scoring import score_answer
-from lt_train.evaluation.grader_process import Grader
+from lt_train.evaluation.grading.grader_process import Grader
+from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.plan import Plan, hash_of
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, write_scores

@@ -13,8 +13,8 @@ from chat_templates import byte_tokenizer, family_tokenizer
 
 from lt_train.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
 from lt_train.evaluation.benchmarks.longbench import LONGBENCH
-from lt_train.evaluation.benchmarks.prompting import cut_middle, prompt_ids, room_for_text
-from lt_train.evaluation.benchmarks.scoring import score_answer
+from lt_train.evaluation.grading.scoring import score_answer
+from lt_train.evaluation.prompting import cut_middle, prompt_ids, room_for_text
 from lt_train.recipe import Prompt
 from lt_train.runtime.errors import UserError
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, RecallSettings, answer_tokens, load_problems
 from lt_train.evaluation.benchmarks.haystack import NOISE, endless, essay_sentences
-from lt_train.evaluation.benchmarks.scoring import score_answer
+from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.runtime.errors import UserError
 
 NEEDLE, PASSKEY, COPYING = (BENCHMARKS[name] for name in ("needle", "passkey", "copying"))

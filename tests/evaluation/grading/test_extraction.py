@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_train.evaluation.extraction import Extracted, extract, last_boxed
+from lt_train.evaluation.grading.extraction import Extracted, extract, last_boxed
 
 
 @pytest.mark.parametrize(

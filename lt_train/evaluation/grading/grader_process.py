@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from lt_train.evaluation.extraction import Kind, choice_letter, extract
-from lt_train.evaluation.grading import Grade, describe, is_right
+from lt_train.evaluation.grading.extraction import Kind, choice_letter, extract
+from lt_train.evaluation.grading.math_answers import Grade, describe, is_right
 
 SECONDS = 5
 """Of computing, for one answer. Real ones take milliseconds."""
@@ -44,7 +44,7 @@ READY = b"ready"
 PROGRAM = """
 import sys
 sys.path[:] = sys.argv[2:]
-from lt_train.evaluation.grader_process import serve
+from lt_train.evaluation.grading.grader_process import serve
 serve(int(sys.argv[1]))
 """
 

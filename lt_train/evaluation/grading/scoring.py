@@ -6,11 +6,11 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lt_train.evaluation import grading
-from lt_train.evaluation.benchmarks import longbench_metrics
 from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
 from lt_train.evaluation.benchmarks.longbench import FIRST_LINE_ONLY
-from lt_train.evaluation.extraction import ExtractedFrom, extract
+from lt_train.evaluation.grading import longbench_metrics
+from lt_train.evaluation.grading import math_answers as grading
+from lt_train.evaluation.grading.extraction import ExtractedFrom, extract
 from lt_train.generation.requests import THOUGHT_ENDS
 
 METRICS = {

@@ -12,8 +12,8 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
-from lt_train.evaluation.extraction import ExtractedFrom, Kind, choice_letter, last_boxed
-from lt_train.evaluation.quantities import same_number
+from lt_train.evaluation.grading.extraction import ExtractedFrom, Kind, choice_letter, last_boxed
+from lt_train.evaluation.grading.quantities import same_number
 
 SECONDS = 5
 """Time limit for reading an answer, and again for comparing two. Real answers take milliseconds."""

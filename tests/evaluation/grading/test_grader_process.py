@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.evaluation import grader_process
-from lt_train.evaluation.grader_process import CallFailed, Grader
-from lt_train.evaluation.grading import Grade, grade
+from lt_train.evaluation.grading import grader_process
+from lt_train.evaluation.grading.grader_process import CallFailed, Grader
+from lt_train.evaluation.grading.math_answers import Grade, grade
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def interrupt_a_call() -> None:
 
 def test_the_child_has_no_torch_and_no_modules_of_the_model(grader: Grader) -> None:
     loaded = grader.call(eval, "sorted(__import__('sys').modules)")
-    assert {"math_verify", "lt_train.evaluation.grading"} <= set(loaded)
+    assert {"math_verify", "lt_train.evaluation.grading.math_answers"} <= set(loaded)
     assert not {"torch", "transformers", "numpy", "pydantic"} & set(loaded)
 
 
@@ -227,7 +227,7 @@ def test_a_child_that_cannot_start_is_an_error_and_no_verdict(
 
 PARENT = """
 import os, sys
-from lt_train.evaluation.grader_process import Grader
+from lt_train.evaluation.grading.grader_process import Grader
 grader = Grader(seconds=1)
 print(grader.call(os.getpid), flush=True)
 if sys.argv[1] == "busy":

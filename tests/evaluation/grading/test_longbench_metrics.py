@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.evaluation.benchmarks import longbench_metrics as metrics
+from lt_train.evaluation.grading import longbench_metrics as metrics
 
 SENTENCES = st.lists(
     st.lists(st.sampled_from(["the", "a", "cat", "sat", "on", "mat.", "dog", "ran.", "", "\n"]), max_size=12).map(" ".join),

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.evaluation import grading
 from lt_train.evaluation.benchmarks import BENCHMARKS, load_problems
-from lt_train.evaluation.grading import equivalent, grade, last_boxed
+from lt_train.evaluation.grading import math_answers as grading
+from lt_train.evaluation.grading.math_answers import equivalent, grade, last_boxed
 
 REAL_FILES = [("aime24", "aime24.jsonl"), ("math500", "math500.jsonl"), ("gsm8k", "gsm8k_test.jsonl")]
 

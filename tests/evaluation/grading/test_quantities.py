@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_train.evaluation.quantities import plain_number, same_number
+from lt_train.evaluation.grading.quantities import plain_number, same_number
 
 NUMBERS = st.decimals(min_value=-(10**9), max_value=10**9, places=2, allow_nan=False)
 
