@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from lt_train.evaluation.benchmarks import BENCHMARKS
+from lt_train.benchmarks import BENCHMARKS
 from lt_train.recipe_checks import conflicts
 from lt_train.recipe_faults import validate_all
 from lt_train.recipe_text import RecipeText, dotted, read_recipe_text

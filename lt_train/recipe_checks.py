@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lt_train.batch import nearest_multiples
+from lt_train.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.evaluation.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe_distill import distill_faults, parameter_faults, restore_faults
 from lt_train.recipe_faults import did_you_mean
 from lt_train.runtime.errors import UserError

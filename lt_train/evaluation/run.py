@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from lt_train.evaluation.benchmarks.declaration import Problem
+from lt_train.benchmarks.declaration import Problem
 from lt_train.evaluation.grading.grader_process import Grader
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.plan import Plan, hash_of

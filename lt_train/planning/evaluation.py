@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
+from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.planning.setup import Machine, inference_number
 from lt_train.planning.shape import ModelShape

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, load_problems
+from lt_train.benchmarks import BENCHMARKS, Problem, load_problems
 from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.runtime.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, load_problems
+from lt_train.benchmarks import BENCHMARKS, load_problems
 from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import LossScores, answer_scores, write_scores

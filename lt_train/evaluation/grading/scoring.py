@@ -6,8 +6,8 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
-from lt_train.evaluation.benchmarks.longbench import FIRST_LINE_ONLY
+from lt_train.benchmarks.declaration import Benchmark, Problem
+from lt_train.benchmarks.longbench import FIRST_LINE_ONLY
 from lt_train.evaluation.grading import longbench_metrics
 from lt_train.evaluation.grading import math_answers as grading
 from lt_train.evaluation.grading.extraction import ExtractedFrom, extract

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, load_problems
+from lt_train.benchmarks import BENCHMARKS, load_problems
 from lt_train.evaluation.grading import math_answers as grading
 from lt_train.evaluation.grading.math_answers import equivalent, grade, last_boxed
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, answer_tokens, load_problems
+from lt_train.benchmarks import BENCHMARKS, Problem, answer_tokens, load_problems
 from lt_train.evaluation.grading.math_answers import Grade
 from lt_train.evaluation.grading.scoring import AnswerScore, score_answer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, load_problems, reading
+from lt_train.benchmarks import BENCHMARKS, Problem, load_problems, reading
 from lt_train.runtime.errors import UserError
 
 LEDGER = BENCHMARKS["ledger"]
@@ -194,7 +194,7 @@ def test_every_benchmark_goes_by_its_name_and_has_problems_from_somewhere() -> N
 
 def test_naming_the_benchmarks_loads_no_large_library() -> None:
     code = (
-        "import sys; import lt_train.evaluation.benchmarks; "
+        "import sys; import lt_train.benchmarks; "
         "print([name for name in ('torch', 'transformers', 'datasets', 'math_verify', 'jieba') if name in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

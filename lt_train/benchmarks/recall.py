@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem, RecallSettings
-from lt_train.evaluation.benchmarks.haystack import ADJECTIVES, NOISE, NOUNS, endless, essay_sentences
+from lt_train.benchmarks.declaration import Benchmark, Problem, RecallSettings
+from lt_train.benchmarks.haystack import ADJECTIVES, NOISE, NOUNS, endless, essay_sentences
 from lt_train.runtime.errors import UserError
 
 NEEDLE_DIGITS, PASSKEY_DIGITS = 7, 5

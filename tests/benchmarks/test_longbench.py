@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from chat_templates import byte_tokenizer, family_tokenizer
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
-from lt_train.evaluation.benchmarks.longbench import LONGBENCH
+from lt_train.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
+from lt_train.benchmarks.longbench import LONGBENCH
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.prompting import cut_middle, prompt_ids, room_for_text
 from lt_train.recipe import Prompt

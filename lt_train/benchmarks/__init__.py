@@ -7,10 +7,10 @@ of the large libraries.
 
 from typing import TYPE_CHECKING
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark, Grader, Problem, ProblemSet, RecallSettings
-from lt_train.evaluation.benchmarks.longbench import LONGBENCH
-from lt_train.evaluation.benchmarks.reading import read_problems
-from lt_train.evaluation.benchmarks.short_answers import SHORT_ANSWERS
+from lt_train.benchmarks.declaration import Benchmark, Grader, Problem, ProblemSet, RecallSettings
+from lt_train.benchmarks.longbench import LONGBENCH
+from lt_train.benchmarks.reading import read_problems
+from lt_train.benchmarks.short_answers import SHORT_ANSWERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def load_problems(
     elif tokenizer is None:
         raise ValueError(f"{benchmark.name}: its problems are measured in tokens, so it needs a tokenizer")
     else:
-        from lt_train.evaluation.benchmarks.recall import make_problems
+        from lt_train.benchmarks.recall import make_problems
 
         everything = make_problems(benchmark, recall or RecallSettings(), tokenizer, path, seed)
     return ProblemSet(everything, everything[:limit])

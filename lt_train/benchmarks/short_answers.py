@@ -1,6 +1,6 @@
 """Problems with a short answer, asked with the recipe's own prompt."""
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark
+from lt_train.benchmarks.declaration import Benchmark
 
 GPQA_FIELDS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 

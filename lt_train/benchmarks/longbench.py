@@ -7,7 +7,7 @@ published scores were made with them.
 
 from dataclasses import dataclass
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark, Grader
+from lt_train.benchmarks.declaration import Benchmark, Grader
 
 SOURCE = "THUDM/LongBench"
 

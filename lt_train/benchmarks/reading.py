@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lt_train.evaluation.benchmarks.declaration import Benchmark, Problem
+from lt_train.benchmarks.declaration import Benchmark, Problem
 from lt_train.runtime import sources
 from lt_train.runtime.errors import UserError
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.evaluation.benchmarks import BENCHMARKS, Problem, RecallSettings, answer_tokens, load_problems
-from lt_train.evaluation.benchmarks.haystack import NOISE, endless, essay_sentences
+from lt_train.benchmarks import BENCHMARKS, Problem, RecallSettings, answer_tokens, load_problems
+from lt_train.benchmarks.haystack import NOISE, endless, essay_sentences
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.runtime.errors import UserError
 
