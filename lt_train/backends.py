@@ -14,7 +14,7 @@ from lt_train.generation.requests import Backend
 from lt_train.generation.server_check import chat_messages, check_server
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridForCausalLM
-from lt_train.recipe import Eval, Prompt
+from lt_train.recipe.schema import Eval, Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json
 

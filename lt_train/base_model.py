@@ -25,7 +25,7 @@ from lt_train.hybrid import (
     hybrid_config,
     load_hybrid,
 )
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import without_bars_of_transformers

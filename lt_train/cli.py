@@ -59,7 +59,7 @@ def _before_commands(
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe: every fault at once, nothing loaded."""
-    from lt_train.recipe import load_recipe
+    from lt_train.recipe.schema import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     typer.echo(f"{recipe}: a valid recipe for run {checked.name!r}")
@@ -80,7 +80,7 @@ def plan(
     efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches; a guess until it runs.")] = 0.4,
 ) -> None:
     """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
-    from lt_train.recipe import load_recipe
+    from lt_train.recipe.schema import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     _quiet_upstream()
@@ -201,7 +201,7 @@ def bench_decode(
 ) -> None:
     """Tokens per second that a KV budget buys: hybrids against full attention."""
     from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
-    from lt_train.recipe import Model
+    from lt_train.recipe.schema import Model
 
     budget, lengths = kv_budget * 2**20, lengths or DEFAULT_LENGTHS
     bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
@@ -219,7 +219,7 @@ def bench_batching(
 ) -> None:
     """Answers of mixed lengths: the engine against generate() with static batches, at equal memory."""
     from lt_train.bench.batching import bench_batching
-    from lt_train.recipe import Model
+    from lt_train.recipe.schema import Model
 
     budget = kv_budget * 2**20
     bench_batching(Model(base=model), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
@@ -238,7 +238,7 @@ def bench_growth(
 ) -> None:
     """Time per token of the hybrid and of full attention, as one sequence grows."""
     from lt_train.bench.growth import DEFAULT_LENGTHS, bench_growth
-    from lt_train.recipe import Model
+    from lt_train.recipe.schema import Model
 
     bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
 
@@ -289,7 +289,7 @@ Stage = Callable[["Pipeline"], None]
 
 def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, others: Stage | None = None) -> None:
     """Run `stage` in the run folder of a recipe; on the other ranks of a distributed launch, `others`."""
-    from lt_train.recipe import load_recipe
+    from lt_train.recipe.schema import load_recipe
 
     checked, process = load_recipe(recipe, overrides or ()), this_process()
     if process.count > 1 and others is None:

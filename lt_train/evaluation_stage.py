@@ -20,7 +20,7 @@ from lt_train.examples import Example
 from lt_train.generation.requests import Backend
 from lt_train.generation.text import stop_tokens
 from lt_train.hybrid import HybridForCausalLM
-from lt_train.recipe import Eval, HeldoutKL, HeldoutLoss, Recipe
+from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import RunFolder, hash_of
 from lt_train.runtime.sources import resolve_model
 from lt_train.variants import BASE, Variants

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.conversations import Sample, read_samples
 from lt_train.prompts import TurnEnd, encode, render_messages, turn_end
-from lt_train.recipe import Calibration, Data, Prompt
+from lt_train.recipe.schema import Calibration, Data, Prompt
 from lt_train.runtime.errors import UserError
 
 IGNORED = -100

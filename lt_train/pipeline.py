@@ -28,7 +28,7 @@ from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import Choice, hybrid_config
 from lt_train.provenance import export_facts
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.run_folder import RunFolder, hash_of, set_aside
 from lt_train.runtime.devices import compute_dtype, release_memory

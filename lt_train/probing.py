@@ -15,7 +15,7 @@ from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.generation.text import stop_tokens
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 from lt_train.run_folder import RunFolder
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError

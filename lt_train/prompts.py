@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 Message = Mapping[str, str]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.export.facts import ExportFacts, ScoreFact
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.results import Result, read_results
 from lt_train.run_folder import PACKAGES
 

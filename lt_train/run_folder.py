@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lt_train.recipe import FREE_IN_TRAINING, Recipe, resolved_yaml
+from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe, resolved_yaml
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json, write_text
 from lt_train.runtime.sources import resolve_data, resolve_model

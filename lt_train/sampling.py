@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lt_train.evaluation.records import SampleRecord
-from lt_train.recipe import Sample
+from lt_train.recipe.schema import Sample
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text
 

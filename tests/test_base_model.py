@@ -17,7 +17,7 @@ from lt_train.base_model import (
     load_weights,
 )
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES, SIZES
 

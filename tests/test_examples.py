@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lt_train.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
-from lt_train.recipe import Calibration, Data, Prompt
+from lt_train.recipe.schema import Calibration, Data, Prompt
 from lt_train.runtime.errors import UserError
 
 TRACE = "<|begin_of_thought|>\n\nHm. 2 + 2 = 4.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\\boxed{4}<|end_of_solution|>"

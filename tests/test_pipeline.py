@@ -16,7 +16,7 @@ from lt_train.base_model import load_for_inference
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline import Pipeline
-from lt_train.recipe import Recipe, load_recipe
+from lt_train.recipe.schema import Recipe, load_recipe
 from lt_train.run_folder import RunFolder
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError

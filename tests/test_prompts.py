@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt_train.prompts import encode, prompt_ids, render_messages, render_prompt, turn_end
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 QUESTION = {"question": "What is 2 + 2?"}

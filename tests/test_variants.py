@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lt_train.hybrid import HybridError, HybridSpec
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 from lt_train.run_folder import RunFolder
 from lt_train.runtime.errors import UserError
 from lt_train.selection.fingerprint import Fingerprint, Sizes

@@ -21,7 +21,7 @@ from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridSpec, load_hybrid, load_hybrid_checkpoint
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = "recipes/quickstart.yaml"

@@ -20,7 +20,7 @@ from lt_train.generation.engine import Engine
 from lt_train.generation.requests import Request, Sampling
 from lt_train.generation.store import kv_sizes
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress

@@ -18,7 +18,7 @@ from lt_train.base_model import load_base_config, load_for_inference
 from lt_train.generation.runner import ModelRunner
 from lt_train.generation.store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lt_train.base_model import load_base_config, load_for_inference
 from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress

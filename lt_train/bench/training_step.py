@@ -26,7 +26,7 @@ from lt_train.hybrid import HybridSpec
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.work import Samples, Work
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.sources import resolve_model

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train import prompts
 from lt_train.benchmarks.declaration import Benchmark, Problem
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 SPARE_TOKENS = 16

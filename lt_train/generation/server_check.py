@@ -28,7 +28,7 @@ from lt_train.generation.server_client import Message
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.generation.text import decode
 from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 NEW_TOKENS = 24

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.planning.work import Work
-from lt_train.recipe import Train
+from lt_train.recipe.schema import Train
 
 MULTIPLY_ADD = 2
 TERA, HOUR = 10**12, 3600

@@ -8,7 +8,7 @@ from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.planning.setup import Machine, inference_number
 from lt_train.planning.shape import ModelShape
-from lt_train.recipe import Eval, Recipe
+from lt_train.recipe.schema import Eval, Recipe
 
 
 @dataclass(frozen=True)

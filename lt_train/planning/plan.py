@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from lt_train.base_model import load_base_config
-from lt_train.batch import accumulation_steps
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.evaluation import Cache, kv_cache
 from lt_train.planning.memory import Memory, training_memory
@@ -12,7 +11,8 @@ from lt_train.planning.setup import Machine, Setup, setup_of
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import Way, remedies, ways
 from lt_train.planning.work import Work, training_samples, training_work
-from lt_train.recipe import Recipe, Train
+from lt_train.recipe.batch_size import accumulation_steps
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.training.sequence_parallel import check_heads
 

@@ -9,7 +9,7 @@ from lt_train.planning.activations import FP32
 from lt_train.planning.setup import Machine, inference_number
 from lt_train.planning.shape import ModelShape
 from lt_train.planning.ways import shorter_lengths
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.selection.profile import SCORED
 from lt_train.selection.token_losses import LOGITS_PER_CALL, TOKENS_PER_CALL
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lt_train.batch import batch_samples
-from lt_train.deepspeed_file import deepspeed_settings
 from lt_train.planning.activations import FP32, Numbers
-from lt_train.recipe import Recipe, Train
+from lt_train.recipe.batch_size import batch_samples
+from lt_train.recipe.deepspeed_file import deepspeed_settings
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 
 BF16 = 2

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
-from lt_train.recipe import Hybrid, Recipe
+from lt_train.recipe.schema import Hybrid, Recipe
 from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
 from lt_train.training.lora import lora_config

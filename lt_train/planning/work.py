@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from lt_train.batch import batch_samples
-from lt_train.recipe import Recipe, Train
+from lt_train.recipe.batch_size import batch_samples
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.sources import load_rows, resolve_data, resolve_model
 

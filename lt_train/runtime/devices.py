@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from lt_train.recipe import Precision
+from lt_train.recipe.schema import Precision
 from lt_train.runtime.errors import UserError
 
 

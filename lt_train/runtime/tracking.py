@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
-from lt_train.recipe import Track
+from lt_train.recipe.schema import Track
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
-from lt_train.recipe import Hybrid
+from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.profile import LayerProfile

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lt_train.hybrid import HybridForCausalLM
-from lt_train.recipe import Distill
+from lt_train.recipe.schema import Distill
 from lt_train.training.dataset import IGNORED
 from lt_train.training.teacher import Targets, Teacher, recorded
 

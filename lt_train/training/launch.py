@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import torch
 
-from lt_train.batch import accumulation_steps
-from lt_train.recipe import Recipe, Train
+from lt_train.recipe.batch_size import accumulation_steps
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from lt_train.batch import accumulation_steps
-from lt_train.deepspeed_file import deepspeed_settings, read_deepspeed_file
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import FREE_IN_TRAINING, Recipe, Train
+from lt_train.recipe.batch_size import accumulation_steps
+from lt_train.recipe.deepspeed_file import deepspeed_settings, read_deepspeed_file
+from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe, Train
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import this_process

@@ -13,8 +13,8 @@ from trl import SFTConfig
 
 from lt_train.examples import ExampleSet
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import Recipe, Train
-from lt_train.recipe_checks import EVAL_LOSS
+from lt_train.recipe.checks import EVAL_LOSS
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers

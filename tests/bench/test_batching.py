@@ -2,7 +2,7 @@ import pytest
 from rich.console import Console
 
 from lt_train.bench.batching import PROMPT_TOKENS, bench_batching, mixed_lengths
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 
 TINY = Model(base="data/tiny-reasoner", dtype="fp32")

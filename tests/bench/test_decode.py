@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from lt_train.bench.decode import TIMED_STEPS, bench_decode, throughput
 from lt_train.hybrid import HybridSpec, build_hybrid
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES
 

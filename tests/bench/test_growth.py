@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from lt_train.bench.growth import TIMED_TOKENS, bench_growth, time_decoding
 from lt_train.hybrid import HybridSpec, build_hybrid
-from lt_train.recipe import Model
+from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES
 

@@ -15,7 +15,7 @@ from lt_train.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
 from lt_train.benchmarks.longbench import LONGBENCH
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.prompting import cut_middle, prompt_ids, room_for_text
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 # config/dataset2maxlen.json, eval.py (dataset2metric), task.md (samples) of https://github.com/THUDM/LongBench

@@ -8,7 +8,6 @@ import torch
 from test_heldout_loss import examples_of_many_lengths
 from torch.nn.functional import kl_div
 
-from lt_train import recipe
 from lt_train.evaluation import base_answers as base_answers_module
 from lt_train.evaluation import loss
 from lt_train.evaluation.base_answers import BaseAnswers, base_answers
@@ -17,6 +16,7 @@ from lt_train.evaluation.loss import answer_divergences
 from lt_train.evaluation.scores import LossScores
 from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from tests.full_disk import files_of_at_most
 from tests.peak_memory import LiveBytes

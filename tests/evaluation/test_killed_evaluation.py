@@ -16,7 +16,7 @@ from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridSpec
-from lt_train.recipe import Eval, Model, Prompt
+from lt_train.recipe.schema import Eval, Model, Prompt
 
 TINY = Model(base="data/tiny-reasoner", dtype="fp32")
 

@@ -23,7 +23,7 @@ from lt_train.generation.server_check import (
 )
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridSpec, load_hybrid
-from lt_train.recipe import Prompt
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.generation.misbehaving_server import MisbehavingServer
 

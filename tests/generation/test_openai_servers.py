@@ -24,7 +24,7 @@ from lt_train.generation.server_check import chat_messages, check_server
 from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridSpec, load_hybrid
 from lt_train.pipeline import Pipeline
-from lt_train.recipe import Prompt, load_recipe
+from lt_train.recipe.schema import Prompt, load_recipe
 from lt_train.run_folder import RunFolder
 from lt_train.runtime.errors import UserError
 from tests.export.tiny_exports import facts

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridSpec, build_hybrid
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
 from tests.peak_memory import peak_of

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
 

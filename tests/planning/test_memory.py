@@ -7,7 +7,7 @@ from lt_train.planning.memory import Memory, Phase, training_memory
 from lt_train.planning.setup import GIB, Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import WAYS, remedies, ways
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from tests.planning.public_models import public_recipe
 
 BF16, FP32 = 2, 4

@@ -7,7 +7,7 @@ from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
 from lt_train.planning.profiling import profile_memory, profile_remedies
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import ModelShape, model_shape
-from lt_train.recipe import Recipe, load_recipe
+from lt_train.recipe.schema import Recipe, load_recipe
 from lt_train.selection.token_losses import token_losses
 from tests.hybrid.families import SIZES
 from tests.peak_memory import LiveBytes

@@ -10,7 +10,7 @@ import pytest
 
 from lt_train.planning.plan import make_plan
 from lt_train.planning.setup import GIB, Machine
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 from tests.planning.public_models import CONFIGS, HUB
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))

@@ -11,7 +11,7 @@ from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import LossScores, answer_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.hybrid import HybridSpec, hybrid_config
-from lt_train.recipe import load_recipe, resolved_yaml
+from lt_train.recipe.schema import load_recipe, resolved_yaml
 from lt_train.runtime.files import append_json_line, write_json, write_text
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores

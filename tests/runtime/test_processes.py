@@ -22,7 +22,7 @@ import sys
 
 import torch
 
-import lt_train.recipe
+import lt_train.recipe.schema
 from lt_train import cli
 from lt_train.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ def load_recipe(*_):
 
 
 sys.argv[1:] = ["validate", "any.yaml"]
-lt_train.recipe.load_recipe = load_recipe
+lt_train.recipe.schema.load_recipe = load_recipe
 cli.main()
 '''
 

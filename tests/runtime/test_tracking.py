@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lt_train.recipe import Track
+from lt_train.recipe.schema import Track
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
-from lt_train.recipe import Calibration, Hybrid
+from lt_train.recipe.schema import Calibration, Hybrid
 
 LAYERS, VOCABULARY = 4, 64
 # Weights ten times as wide as usual, so that heads look at single keys and layers matter to the loss.

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_train.recipe import Hybrid
+from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lt_train.recipe import Calibration, Hybrid
+from lt_train.recipe.schema import Calibration, Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection import profile as module
 from lt_train.selection.choose import choose_layers

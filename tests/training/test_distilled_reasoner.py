@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline import Pipeline
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 from lt_train.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]

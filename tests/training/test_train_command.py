@@ -12,7 +12,7 @@ from rich.console import Console
 from test_resume import assert_same_course, steps
 
 from lt_train.pipeline import Pipeline
-from lt_train.recipe import load_recipe
+from lt_train.recipe.schema import load_recipe
 from lt_train.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]

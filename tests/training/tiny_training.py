@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from lt_train.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
-from lt_train.recipe import Recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training.dataset import examples_fingerprint

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lt_train.recipe_text import Fault, Path, dotted
+from lt_train.recipe.yaml_text import Fault, Path, dotted
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Data, Train
+    from lt_train.recipe.schema import Data, Train
 
 
 def batch_samples(train: "Train", data: "Data") -> int:

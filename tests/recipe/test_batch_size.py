@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from lt_train.batch import accumulation_steps, batch_samples
-from lt_train.recipe import Data, Train
+from lt_train.recipe.batch_size import accumulation_steps, batch_samples
+from lt_train.recipe.schema import Data, Train
 from lt_train.runtime.errors import UserError
 
 

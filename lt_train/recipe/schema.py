@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from lt_train.benchmarks import BENCHMARKS
-from lt_train.recipe_checks import conflicts
-from lt_train.recipe_faults import validate_all
-from lt_train.recipe_text import RecipeText, dotted, read_recipe_text
+from lt_train.recipe.checks import conflicts
+from lt_train.recipe.messages import validate_all
+from lt_train.recipe.yaml_text import RecipeText, dotted, read_recipe_text
 from lt_train.runtime.errors import UserError
 
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]

@@ -2,7 +2,7 @@
 
 Importing SFTConfig alone takes seconds.
 
-tests/test_upstream.py holds these lists against the installed classes and prints what to change when a version moves.
+tests/recipe/test_upstream_names.py holds these lists against the installed classes and prints what to change when a version moves.
 """
 
 TRL_SFT_CONFIG_NAMES = frozenset(

@@ -7,23 +7,23 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lt_train.batch import nearest_multiples
 from lt_train.benchmarks import BENCHMARKS, answer_tokens
-from lt_train.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.recipe_distill import distill_faults, parameter_faults, restore_faults
-from lt_train.recipe_faults import did_you_mean
-from lt_train.runtime.errors import UserError
-from lt_train.runtime.sources import resolve_data, resolve_model
-from lt_train.upstream import (
+from lt_train.recipe.batch_size import nearest_multiples
+from lt_train.recipe.deepspeed_file import contradictions, read_deepspeed_file
+from lt_train.recipe.distill_checks import distill_faults, parameter_faults, restore_faults
+from lt_train.recipe.messages import did_you_mean
+from lt_train.recipe.upstream_names import (
     PEFT_LORA_CONFIG_NAMES,
     PEFT_SET_BY_RECIPE,
     SCHEDULER_NAMES,
     TRL_SET_BY_RECIPE,
     TRL_SFT_CONFIG_NAMES,
 )
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.sources import resolve_data, resolve_model
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Data, Eval, HeldoutKL, HeldoutLoss, Recall, Recipe, Train
+    from lt_train.recipe.schema import Data, Eval, HeldoutKL, HeldoutLoss, Recall, Recipe, Train
 
 HELDOUT = ("heldout_loss", "heldout_kl")
 """Evaluations that ask for no answers."""

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lt_train.deepspeed_file import read_deepspeed_file
+from lt_train.recipe.deepspeed_file import read_deepspeed_file
 from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Distill, Recipe, Train
+    from lt_train.recipe.schema import Distill, Recipe, Train
 
 Fault = tuple[tuple[str, ...], str]
 """Settings (dotted paths) that do not go together, and the way out."""

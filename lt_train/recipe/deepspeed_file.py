@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lt_train.batch import batch_samples
-from lt_train.recipe_faults import did_you_mean
+from lt_train.recipe.batch_size import batch_samples
+from lt_train.recipe.messages import did_you_mean
+from lt_train.recipe.upstream_names import DEEPSPEED_ZERO_NAMES
 from lt_train.runtime.errors import UserError
-from lt_train.upstream import DEEPSPEED_ZERO_NAMES
 
 if TYPE_CHECKING:
-    from lt_train.recipe import Recipe, Train
+    from lt_train.recipe.schema import Recipe, Train
 
 REFUSED = {
     "optimizer": "the optimizer follows from train.learning_rate, train.weight_decay and train.trl.optim",

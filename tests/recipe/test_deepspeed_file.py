@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from lt_train.deepspeed_file import contradictions, deepspeed_settings, read_deepspeed_file
-from lt_train.recipe import Recipe, load_recipe
+from lt_train.recipe.deepspeed_file import contradictions, deepspeed_settings, read_deepspeed_file
+from lt_train.recipe.schema import Recipe, load_recipe
 from lt_train.runtime.errors import UserError
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 RECIPE = """
 name: mine

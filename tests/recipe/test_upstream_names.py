@@ -1,10 +1,10 @@
-"""The lists in lt_train/upstream.py against the installed libraries. When one moves, copy what the failure shows."""
+"""The lists in lt_train/recipe/upstream_names.py against the installed libraries. When one moves, copy what the failure shows."""
 
 import dataclasses
 
 import pytest
 
-from lt_train.upstream import (
+from lt_train.recipe.upstream_names import (
     DEEPSPEED_ZERO_NAMES,
     PEFT_LORA_CONFIG_NAMES,
     PEFT_SET_BY_RECIPE,
@@ -54,8 +54,8 @@ def test_names_that_the_recipe_sets_itself_are_real_names(refused: dict[str, str
 
 @pytest.mark.parametrize("clause", [*TRL_SET_BY_RECIPE.values(), *PEFT_SET_BY_RECIPE.values()])
 def test_a_setting_that_is_recommended_instead_exists(clause: str) -> None:
-    from lt_train.recipe import Recipe
-    from lt_train.recipe_faults import _all_settings
+    from lt_train.recipe.messages import _all_settings
+    from lt_train.recipe.schema import Recipe
 
     named = [word for word in clause.replace(",", " ").split() if "." in word and "/" not in word]
     assert set(named) <= set(_all_settings(Recipe))
