@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 
 

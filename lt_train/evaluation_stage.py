@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.backends import engine_for, servers_for
+from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
-from lt_train.examples import Example
 from lt_train.generation.requests import Backend
 from lt_train.generation.text import stop_tokens
 from lt_train.hybrid import HybridForCausalLM

@@ -22,9 +22,9 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
+from lt_train.dataset.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation_stage import EvaluationStage
-from lt_train.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import Choice, hybrid_config
 from lt_train.provenance import export_facts

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from lt_train.dataset.examples import load_examples
 from lt_train.evaluation.records import SampleRecord
-from lt_train.examples import load_examples
 from lt_train.recipe.schema import Data, Prompt, Sample
 from lt_train.runtime.errors import UserError
 from lt_train.sampling import choose_traces, write_traces

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lt_train.answer_states import answer_states
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 
 
 class BaseAnswers:

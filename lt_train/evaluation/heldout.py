@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers
 from lt_train.evaluation.loss import answer_divergences, answer_losses
 from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import Fingerprint
 from lt_train.evaluation.scores import LossScores, finished_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
-from lt_train.examples import Example
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress

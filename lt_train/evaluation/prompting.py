@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from lt_train import prompts
 from lt_train.benchmarks.declaration import Benchmark, Problem
+from lt_train.dataset import prompts
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lt_train import prompts
+from lt_train.dataset import prompts
 from lt_train.generation.completions_api import Completion
 from lt_train.generation.openai import OpenAIBackend
 from lt_train.generation.requests import Request, Sampling

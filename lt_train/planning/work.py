@@ -113,7 +113,7 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         return None
     from lt_train.base_model import eos_ids, load_tokenizer
-    from lt_train.examples import load_examples
+    from lt_train.dataset.examples import load_examples
 
     examples = load_examples(
         recipe.data,

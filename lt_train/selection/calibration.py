@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from lt_train.examples import Example
+    from lt_train.dataset.examples import Example
 
 USABLE_SHARE = 0.5
 """With a smaller share of usable samples the ranking would rest on much less than the recipe asked for: an error."""

@@ -14,7 +14,7 @@ from lt_train import __version__
 from lt_train.hybrid import HybridForCausalLM
 
 if TYPE_CHECKING:
-    from lt_train.examples import Example
+    from lt_train.dataset.examples import Example
 
 _LIBRARIES = ("torch", "transformers")
 _VALUES_PER_WEIGHT = 64

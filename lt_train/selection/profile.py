@@ -28,7 +28,7 @@ from lt_train.selection.reach import reach_rise
 from lt_train.selection.token_losses import smallest_rise, token_losses
 
 if TYPE_CHECKING:
-    from lt_train.examples import Example
+    from lt_train.dataset.examples import Example
 
 _FromFile = TypeVar("_FromFile")
 

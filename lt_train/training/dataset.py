@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import datasets
 from trl import pack_dataset
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy and TRL leave out of the loss

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 
 TOLD = ("input_ids", "position_ids", "attention_mask")
 """What of a batch tells its samples."""

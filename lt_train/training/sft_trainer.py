@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import newest_checkpoint, written_or_told
 from lt_train.training.distillation import Distillation

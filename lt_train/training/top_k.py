@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from lt_train.answer_states import answer_states
-from lt_train.examples import IGNORED, Example
+from lt_train.dataset.examples import IGNORED, Example
 from lt_train.hybrid.documents import find_documents
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json

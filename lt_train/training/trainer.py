@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
-from lt_train.examples import ExampleSet
+from lt_train.dataset.examples import ExampleSet
 from lt_train.hybrid import HybridSpec
 from lt_train.recipe.checks import EVAL_LOSS
 from lt_train.recipe.schema import Recipe, Train

@@ -8,13 +8,13 @@ import torch
 from test_heldout_loss import examples_of_many_lengths
 from torch.nn.functional import kl_div
 
+from lt_train.dataset.examples import Example
 from lt_train.evaluation import base_answers as base_answers_module
 from lt_train.evaluation import loss
 from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl
 from lt_train.evaluation.loss import answer_divergences
 from lt_train.evaluation.scores import LossScores
-from lt_train.examples import Example
 from lt_train.hybrid import HybridForCausalLM
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError

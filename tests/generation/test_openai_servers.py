@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
-from lt_train import prompts
+from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.generation.openai import OpenAIBackend
 from lt_train.generation.requests import Request, Sampling, sample_seed

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, Qwen3Config
 
-from lt_train.examples import Example, ExampleSet
+from lt_train.dataset.examples import Example, ExampleSet
 from lt_train.hybrid import HybridSpec, build_hybrid
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.tracking import NoTracker

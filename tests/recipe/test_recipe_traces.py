@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.examples import load_examples
+from lt_train.dataset.examples import load_examples
 from lt_train.recipe.schema import load_recipe
 from tests.chat_templates import family_tokenizer
 

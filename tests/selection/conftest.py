@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
 from lt_train.recipe.schema import Calibration, Hybrid
 

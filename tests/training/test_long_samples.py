@@ -15,7 +15,7 @@ from test_training_processes import ENVIRONMENT
 from tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokenizer, train_in
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lt_train.examples import Example, ExampleSet
+from lt_train.dataset.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, build_hybrid
 from lt_train.hybrid.documents import find_documents
 from lt_train.runtime.tracking import NoTracker

@@ -2,7 +2,7 @@ import torch
 from tiny_training import PAD, tiny_examples, tiny_tokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.training.dataset import training_dataset
 from lt_train.training.samples import SHORTEST_PIECE, samples_in
 

@@ -3,7 +3,7 @@ import torch
 from tiny_training import EOS, PAD, tiny_examples
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lt_train.examples import Example
+from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import IGNORED, examples_fingerprint, training_dataset
 

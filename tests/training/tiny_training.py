@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.examples import Example, ExampleSet
+from lt_train.dataset.examples import Example, ExampleSet
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave

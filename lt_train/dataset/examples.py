@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.conversations import Sample, read_samples
-from lt_train.prompts import TurnEnd, encode, render_messages, turn_end
+from lt_train.dataset.conversations import Sample, read_samples
+from lt_train.dataset.prompts import TurnEnd, encode, render_messages, turn_end
 from lt_train.recipe.schema import Calibration, Data, Prompt
 from lt_train.runtime.errors import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
+from lt_train.dataset.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
 from lt_train.recipe.schema import Calibration, Data, Prompt
 from lt_train.runtime.errors import UserError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lt_train.prompts import Message
+from lt_train.dataset.prompts import Message
 from lt_train.recipe.schema import Data
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.sources import load_rows
