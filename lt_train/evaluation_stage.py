@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.backends import engine_for, servers_for
 from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
-from lt_train.generation.requests import Backend
-from lt_train.generation.text import stop_tokens
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.inference.backends import engine_for, servers_for
+from lt_train.inference.requests import Backend
+from lt_train.inference.text import stop_tokens
 from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import RunFolder, hash_of
 from lt_train.runtime.sources import resolve_model

@@ -13,7 +13,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.base_model import (
+from lt_train.dataset.examples import ExampleSet, calibration_examples, load_examples
+from lt_train.evaluation.records import RecordFolder
+from lt_train.evaluation_stage import EvaluationStage
+from lt_train.export.checkpoint import export_hybrid
+from lt_train.hybrid import Choice, hybrid_config
+from lt_train.inference.loading import (
     attention_choice,
     check_vocabulary,
     eos_ids,
@@ -22,11 +27,6 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.dataset.examples import ExampleSet, calibration_examples, load_examples
-from lt_train.evaluation.records import RecordFolder
-from lt_train.evaluation_stage import EvaluationStage
-from lt_train.export.checkpoint import export_hybrid
-from lt_train.hybrid import Choice, hybrid_config
 from lt_train.provenance import export_facts
 from lt_train.recipe.schema import Recipe
 from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows

@@ -8,13 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-from lt_train.backends import engine_for
-from lt_train.base_model import load_base_config, load_tokenizer
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.generation.text import stop_tokens
+from lt_train.inference.backends import engine_for
+from lt_train.inference.loading import load_base_config, load_tokenizer
+from lt_train.inference.text import stop_tokens
 from lt_train.recipe.schema import load_recipe
 from lt_train.run_folder import RunFolder
 from lt_train.runtime.devices import compute_dtype

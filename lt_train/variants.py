@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from lt_train.base_model import load_for_inference
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.inference.loading import load_for_inference
 from lt_train.recipe.schema import FREE_IN_TRAINING, Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.runtime.devices import compute_dtype

@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lt_train import evaluation_stage
-from lt_train.base_model import load_for_inference
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
+from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline import Pipeline
 from lt_train.recipe.schema import Recipe, load_recipe
 from lt_train.run_folder import RunFolder

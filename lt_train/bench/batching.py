@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lt_train.base_model import load_base_config, load_for_inference, load_tokenizer
-from lt_train.generation.engine import Engine
-from lt_train.generation.requests import Request, Sampling
-from lt_train.generation.store import kv_sizes
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.inference.engine import Engine
+from lt_train.inference.kv_store import kv_sizes
+from lt_train.inference.loading import load_base_config, load_for_inference, load_tokenizer
+from lt_train.inference.requests import Request, Sampling
 from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError

@@ -14,10 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.base_model import load_base_config, load_for_inference
-from lt_train.generation.runner import ModelRunner
-from lt_train.generation.store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
+from lt_train.inference.loading import load_base_config, load_for_inference
+from lt_train.inference.runner import ModelRunner
 from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError

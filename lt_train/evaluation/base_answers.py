@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lt_train.answer_states import answer_states
 from lt_train.dataset.examples import Example
+from lt_train.inference.answer_hidden_states import answer_states
 
 
 class BaseAnswers:

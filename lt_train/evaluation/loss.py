@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
-from lt_train.answer_states import answer_states
 from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers
 from lt_train.evaluation.statistics import TokenLoss
+from lt_train.inference.answer_hidden_states import answer_states
 
 LOGITS_AT_ONCE = 2**26
 """Logits in memory at a time: 256 MB in fp32."""

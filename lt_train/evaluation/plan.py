@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.benchmarks import BENCHMARKS, Benchmark, ProblemSet, RecallSettings, answer_tokens, load_problems
 from lt_train.evaluation.prompting import prompt_ids, room_for_text
 from lt_train.evaluation.records import Fingerprint
-from lt_train.generation.requests import Request, Sampling, sample_seed
+from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 

@@ -14,7 +14,7 @@ from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.plan import Plan, hash_of
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, write_scores
-from lt_train.generation.requests import Answer, Backend
+from lt_train.inference.requests import Answer, Backend
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 

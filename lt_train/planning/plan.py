@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lt_train.base_model import load_base_config
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.evaluation import Cache, kv_cache
 from lt_train.planning.memory import Memory, training_memory

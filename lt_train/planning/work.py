@@ -112,8 +112,8 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
     folder = Path(resolve_model(recipe.model.base))
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         return None
-    from lt_train.base_model import eos_ids, load_tokenizer
     from lt_train.dataset.examples import load_examples
+    from lt_train.inference.loading import eos_ids, load_tokenizer
 
     examples = load_examples(
         recipe.data,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lt_train.evaluation.records import SampleRecord, read_records, sample_files
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.inference.requests import THOUGHT_ENDS
 from lt_train.runtime.errors import UserError
 
 MAX_CHARACTERS = 100_000

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lt_train.base_model import device_map
 from lt_train.hybrid import HybridSpec, load_hybrid_checkpoint
+from lt_train.inference.loading import device_map
 from lt_train.recipe.schema import Lora, Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.training.projections import adapter_without_query_key, load_with_query_key_of_base

@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from lt_train.answer_states import answer_states
 from lt_train.dataset.examples import IGNORED, Example
 from lt_train.hybrid.documents import find_documents
+from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.progress import show_progress

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
-from lt_train.generation.engine import Engine
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.inference.engine import Engine
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from tests.full_disk import files_of_at_most

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lt_train.evaluation import records
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
-from lt_train.generation.requests import Request
+from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
 from tests.full_disk import files_of_at_most
 

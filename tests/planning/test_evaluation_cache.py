@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lt_train.base_model import load_base_config
-from lt_train.generation.store import PAGE, KVStore, PagedLayer
 from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import model_shape

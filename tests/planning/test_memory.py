@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from lt_train.base_model import load_base_config
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.memory import Memory, Phase, training_memory
 from lt_train.planning.setup import GIB, Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
 from lt_train.planning.shape import ModelShape, model_shape

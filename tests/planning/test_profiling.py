@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from lt_train.base_model import load_base_config
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.profiling import profile_memory, profile_remedies
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import ModelShape, model_shape

@@ -1,6 +1,6 @@
 import pytest
 
-from lt_train.base_model import load_base_config
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.runtime.errors import UserError
 from tests.planning.public_models import CONFIGS, public_recipe

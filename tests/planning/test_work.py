@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.base_model import load_base_config
+from lt_train.inference.loading import load_base_config
 from lt_train.planning.work import Samples, training_samples, training_work
 from lt_train.recipe.schema import load_recipe
 from lt_train.runtime.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from tiny_training import VOCABULARY, load_decided, tiny_examples
 from torch.nn.functional import kl_div
 
-from lt_train.answer_states import answer_states
+from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.training import top_k

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.inference.requests import THOUGHT_ENDS
 
 Kind = Literal["math", "choice"]
 """math: numbers, expressions, words. choice: one letter from A to J names the answer."""

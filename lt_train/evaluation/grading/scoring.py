@@ -11,7 +11,7 @@ from lt_train.benchmarks.longbench import FIRST_LINE_ONLY
 from lt_train.evaluation.grading import longbench_metrics
 from lt_train.evaluation.grading import math_answers as grading
 from lt_train.evaluation.grading.extraction import ExtractedFrom, extract
-from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.inference.requests import THOUGHT_ENDS
 
 METRICS = {
     "qa_f1": longbench_metrics.qa_f1,

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.generation.completions_api import Abilities, Completion
-from lt_train.generation.requests import Answer, Request, Sampling
-from lt_train.generation.server_client import MakeMessages, ServerClient
-from lt_train.generation.server_pool import Server, ServerFailure, ServerSettings
-from lt_train.generation.text import cut_at_stop_string, decode, thinking_tokens
+from lt_train.inference.requests import Answer, Request, Sampling
+from lt_train.inference.servers.client import MakeMessages, ServerClient
+from lt_train.inference.servers.completions_api import Abilities, Completion
+from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
+from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
 from lt_train.runtime.errors import UserError
 
 GIVEN_UP_IN_A_ROW = 3

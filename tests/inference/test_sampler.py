@@ -9,8 +9,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lt_train.generation.choice import choose_tokens, keep_likeliest, keep_nucleus, penalise_repetition, uniform_number
-from lt_train.generation.requests import Sampling, sample_seed
+from lt_train.inference.requests import Sampling, sample_seed
+from lt_train.inference.sampler import choose_tokens, keep_likeliest, keep_nucleus, penalise_repetition, uniform_number
 
 
 def drawn(probabilities: list[float], sampling: Sampling, draws: int = 4000) -> Counter[int]:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lt_train.generation.requests import Sampling
-from lt_train.generation.server_pool import ServerFailure
+from lt_train.inference.requests import Sampling
+from lt_train.inference.servers.pool import ServerFailure
 
 PromptWay = Literal["tokens", "text", "messages"]
 """How a server takes prompts: /v1/completions with token ids, or with text that it tokenizes to the same ids, or

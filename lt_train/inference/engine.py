@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.generation.choice import choose_tokens, penalise_repetition
-from lt_train.generation.requests import Answer, FinishReason, Request, Sampling, Watch
-from lt_train.generation.runner import ModelRunner
-from lt_train.generation.store import KVStore, kv_sizes, pages_for
-from lt_train.generation.text import cut_at_stop_string, decode, stop_tokens, thinking_tokens
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.inference.kv_store import KVStore, kv_sizes, pages_for
+from lt_train.inference.requests import Answer, FinishReason, Request, Sampling, Watch
+from lt_train.inference.runner import ModelRunner
+from lt_train.inference.sampler import choose_tokens, penalise_repetition
+from lt_train.inference.text import cut_at_stop_string, decode, stop_tokens, thinking_tokens
 from lt_train.runtime.errors import UserError
 
 SHARE_OF_FREE_MEMORY = 0.8

@@ -18,11 +18,11 @@ from transformers.utils.import_utils import is_serve_available
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.generation.openai import OpenAIBackend
-from lt_train.generation.requests import Request, Sampling, sample_seed
-from lt_train.generation.server_check import chat_messages, check_server
-from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.inference.requests import Request, Sampling, sample_seed
+from lt_train.inference.servers.backend import OpenAIBackend
+from lt_train.inference.servers.check import chat_messages, check_server
+from lt_train.inference.servers.pool import ServerSettings
 from lt_train.pipeline import Pipeline
 from lt_train.recipe.schema import Prompt, load_recipe
 from lt_train.run_folder import RunFolder
@@ -31,8 +31,8 @@ from tests.export.tiny_exports import facts
 
 pytestmark = pytest.mark.slow
 
-DATA = Path(__file__).parents[2] / "data"
-LAUNCH = Path(__file__).parents[2] / "launch"
+DATA = Path(__file__).parents[3] / "data"
+LAUNCH = Path(__file__).parents[3] / "launch"
 BASE = DATA / "tiny-reasoner"
 LAZY = (1, 3, 5, 7)
 STOP = (3,)
@@ -174,7 +174,7 @@ def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_
 
 
 def test_messages_are_read_as_the_recipes_prompt(transformers_serve, exports, tokenizer, monkeypatch):
-    monkeypatch.setattr("lt_train.generation.server_client.text_of_prompt", lambda *_: None)
+    monkeypatch.setattr("lt_train.inference.servers.client.text_of_prompt", lambda *_: None)
     requests, questions = ledger_requests(tokenizer, 1)
     settings = ServerSettings((transformers_serve,), model=str(exports[0]))
     backend = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(), questions[request.problem]))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data.tiny_tokenizer import build_tokenizer
-from lt_train.generation.completions_api import Completion
-from lt_train.generation.server_check import (
+from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.inference.servers.check import (
     NEW_TOKENS,
     Continuation,
     chat_messages,
@@ -21,13 +21,13 @@ from lt_train.generation.server_check import (
     mistaken_specs,
     telling_prompts,
 )
-from lt_train.generation.server_pool import ServerSettings
-from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.pool import ServerSettings
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
-from tests.generation.misbehaving_server import MisbehavingServer
+from tests.inference.servers.misbehaving_server import MisbehavingServer
 
-BASE = Path(__file__).parents[2] / "data/tiny-reasoner"
+BASE = Path(__file__).parents[3] / "data/tiny-reasoner"
 STOP = (3,)
 TOKENIZER = build_tokenizer()
 SPEC = HybridSpec(8, (1, 3, 5, 7), w_sink=4, w_recent=28)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.generation.engine import Engine
-from lt_train.generation.openai import OpenAIBackend
-from lt_train.generation.requests import Backend
-from lt_train.generation.server_check import chat_messages, check_server
-from lt_train.generation.server_pool import ServerSettings
 from lt_train.hybrid import HybridForCausalLM
+from lt_train.inference.engine import Engine
+from lt_train.inference.requests import Backend
+from lt_train.inference.servers.backend import OpenAIBackend
+from lt_train.inference.servers.check import chat_messages, check_server
+from lt_train.inference.servers.pool import ServerSettings
 from lt_train.recipe.schema import Eval, Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json

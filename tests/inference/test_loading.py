@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from lt_train.base_model import (
+from lt_train.hybrid import HybridSpec
+from lt_train.inference.loading import (
     attention_choice,
     check_vocabulary,
     eos_ids,
@@ -16,12 +17,11 @@ from lt_train.base_model import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.hybrid import HybridSpec
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES, SIZES
 
-TINY_REASONER = Path(__file__).parents[1] / "data/tiny-reasoner"
+TINY_REASONER = Path(__file__).parents[2] / "data/tiny-reasoner"
 SPEC = HybridSpec(4, (1,), w_sink=2, w_recent=6)
 LOADS = {"config": load_base_config, "tokenizer": load_tokenizer, "weights": lambda model: load_weights(model, SPEC, torch.float32)}
 
@@ -253,7 +253,7 @@ def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_oth
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr("lt_train.base_model.load_weights", lambda *_, device_map: device_map)
+    monkeypatch.setattr("lt_train.inference.loading.load_weights", lambda *_, device_map: device_map)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)

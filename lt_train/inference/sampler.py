@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lt_train.generation.requests import Sampling
+from lt_train.inference.requests import Sampling
 
 
 def choose_tokens(logits_BV: Tensor, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:

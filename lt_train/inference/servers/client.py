@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.generation.completions_api import (
+from lt_train.inference.requests import Request, Sampling
+from lt_train.inference.servers.completions_api import (
     NEUTRAL,
     Abilities,
     Completion,
@@ -18,9 +19,8 @@ from lt_train.generation.completions_api import (
     request_body,
     unknown_settings,
 )
-from lt_train.generation.requests import Request, Sampling
-from lt_train.generation.server_pool import ServerFailure, ServerSettings
-from lt_train.generation.text import decode
+from lt_train.inference.servers.pool import ServerFailure, ServerSettings
+from lt_train.inference.text import decode
 from lt_train.runtime.errors import UserError
 
 Message = Mapping[str, str]

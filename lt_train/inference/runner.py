@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lt_train.generation.store import KVStore
-from lt_train.generation.views import FirstChunksView, LaterChunkView, StepView
 from lt_train.hybrid import AttentionView, HybridForCausalLM, Views
+from lt_train.inference.kv_store import KVStore
+from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
 
 Prompt = tuple[int, Sequence[int]]
 """(slot, token ids) of a sequence of which the store holds nothing yet."""

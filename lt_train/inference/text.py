@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lt_train.generation.requests import THOUGHT_ENDS
+from lt_train.inference.requests import THOUGHT_ENDS
 from lt_train.runtime.errors import UserError
 
 

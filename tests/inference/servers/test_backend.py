@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tiny_tokenizer import build_tokenizer
-from lt_train.generation.completions_api import Completion
-from lt_train.generation.openai import OpenAIBackend, SharedClock, read_answer
-from lt_train.generation.requests import Request, Sampling, sample_seed
-from lt_train.generation.server_pool import Server, ServerFailure, ServerSettings
+from lt_train.inference.requests import Request, Sampling, sample_seed
+from lt_train.inference.servers.backend import OpenAIBackend, SharedClock, read_answer
+from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
 from lt_train.runtime.errors import UserError
-from tests.generation.misbehaving_server import (
+from tests.inference.servers.misbehaving_server import (
     MisbehavingServer,
     cut_in_the_middle,
     cut_json,
@@ -256,7 +256,7 @@ def test_a_consumer_that_stops_early_leaves_no_thread(server):
 
 
 def test_a_mistake_of_ours_goes_up_as_it_is(server, monkeypatch):
-    monkeypatch.setattr("lt_train.generation.server_client.request_body", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("lt_train.inference.servers.client.request_body", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(backend(server).answers(requests_for(2), GREEDY))
     assert no_thread_left()

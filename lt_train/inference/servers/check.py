@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.dataset import prompts
-from lt_train.generation.completions_api import Completion
-from lt_train.generation.openai import OpenAIBackend
-from lt_train.generation.requests import Request, Sampling
-from lt_train.generation.server_client import Message
-from lt_train.generation.server_pool import ServerSettings
-from lt_train.generation.text import decode
 from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.inference.requests import Request, Sampling
+from lt_train.inference.servers.backend import OpenAIBackend
+from lt_train.inference.servers.client import Message
+from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.pool import ServerSettings
+from lt_train.inference.text import decode
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 

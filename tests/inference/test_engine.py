@@ -9,10 +9,10 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.generation import store as kv
-from lt_train.generation.engine import Engine
-from lt_train.generation.requests import Answer, Request, Sampling, sample_seed
 from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.inference import kv_store as kv
+from lt_train.inference.engine import Engine
+from lt_train.inference.requests import Answer, Request, Sampling, sample_seed
 from lt_train.runtime.errors import UserError
 
 EOS, VOCABULARY = 1, 40
@@ -173,7 +173,7 @@ def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: p
     seen: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def note(slots: int) -> None:
-        from lt_train.generation import engine
+        from lt_train.inference import engine
 
         seen[slots] = {}
         take = engine._Run._take
