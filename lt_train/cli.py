@@ -20,7 +20,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
 
 if TYPE_CHECKING:
-    from lt_train.pipeline import Pipeline
+    from lt_train.pipeline.stages import Pipeline
 
 app = typer.Typer(
     name="lt-train",
@@ -150,7 +150,7 @@ def probe(
 ) -> None:
     """Ask a checkpoint what `train.probes` says. A training starts this by itself."""
     _quiet_upstream()
-    from lt_train.probing import end_with, probe_checkpoint
+    from lt_train.pipeline.probing import end_with, probe_checkpoint
 
     end_with(parent)
     probe_checkpoint(run, step)
@@ -159,7 +159,7 @@ def probe(
 @app.command()
 def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/<name>.", show_default=False)]) -> None:
     """Print a run's results as a table."""
-    from lt_train.results import show_results
+    from lt_train.report.results import show_results
 
     show_results(run, Console())
 
@@ -299,8 +299,8 @@ def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, o
     _quiet_upstream()
     if not process.speaks:
         silence()
-    from lt_train.pipeline import Pipeline
-    from lt_train.run_folder import RunFolder
+    from lt_train.pipeline.run_folder import RunFolder
+    from lt_train.pipeline.stages import Pipeline
 
     folder = RunFolder(checked, runs)
     pipeline = Pipeline(checked, folder, Console(), process.rank, process.count)

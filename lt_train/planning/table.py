@@ -9,7 +9,7 @@ from rich.table import Table
 from lt_train.planning.plan import Plan, TrainingPlan
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
-from lt_train.results import bytes_in_words
+from lt_train.report.results import bytes_in_words
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 

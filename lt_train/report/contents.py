@@ -10,13 +10,13 @@ import yaml
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
 from lt_train.report.problems import KnownProblems, known_problems
+from lt_train.report.results import Result, read_results
 from lt_train.report.samples import read_samples
-from lt_train.results import Result, read_results
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.log import LOG_FILE, read_log
-from lt_train.training.probe_results import ProbeResult, read_probes
+from lt_train.training.probes.results import ProbeResult, read_probes
 
 
 @dataclass(frozen=True)

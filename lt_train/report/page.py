@@ -15,8 +15,8 @@ from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import Measured, Run
 from lt_train.report.figures import size
+from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.tables import ResultTable, result_table
-from lt_train.results import KV_TOKENS, kv_bytes
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lt_train.evaluation.statistics import wilson
 from lt_train.report.charts import Chart, LegendEntry, swatch
 from lt_train.report.contents import Run
 from lt_train.report.figures import kilo, percent, size
+from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.svg import (
     DASHES,
     Plot,
@@ -25,9 +26,8 @@ from lt_train.report.svg import (
     plot,
     tooltip,
 )
-from lt_train.results import KV_TOKENS, kv_bytes
 from lt_train.selection.profile import LayerProfile
-from lt_train.training.probe_results import ProbeScore
+from lt_train.training.probes.results import ProbeScore
 
 MEANINGS = {
     "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),

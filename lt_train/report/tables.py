@@ -10,8 +10,8 @@ from lt_train.evaluation.statistics import Difference
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
 from lt_train.report.figures import ends, percent, size
+from lt_train.report.results import KV_TOKENS
 from lt_train.report.svg import Scale, element, marker, tooltip
-from lt_train.results import KV_TOKENS
 
 MINI_WIDTH, MINI_HEIGHT = 132, 18
 

@@ -22,7 +22,7 @@ from lt_train.training.checkpoints import (
     written_or_told,
 )
 from lt_train.training.log import LOG_FILE, resume_log
-from lt_train.training.probes import Probes
+from lt_train.training.probes.launching import Probes
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
 DISTILLED = ("sft_loss", "kl", "hidden_difference")

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import newest_checkpoint, written_or_told
-from lt_train.training.distillation import Distillation
+from lt_train.training.distillation.loss import Distillation
 from lt_train.training.samples import TOLD, samples_in
 from lt_train.training.sequence_parallel import SharedSequences
 

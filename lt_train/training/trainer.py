@@ -19,8 +19,8 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.tracking import Tracker
-from lt_train.training.agreement import decided_by_main
 from lt_train.training.best import Best
+from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
     KeepBestLoss,
@@ -40,18 +40,18 @@ from lt_train.training.checkpoints import (
     written_or_told,
 )
 from lt_train.training.dataset import examples_fingerprint, training_dataset
-from lt_train.training.distillation import Distillation
+from lt_train.training.distillation.loss import Distillation
+from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
+from lt_train.training.distillation.top_k import open_top_k
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.lora import lora_config
-from lt_train.training.probe_results import ProbeResult, read_probes, track_probe
-from lt_train.training.probes import Probes, environment_for
+from lt_train.training.probes.launching import Probes, environment_for
+from lt_train.training.probes.results import ProbeResult, read_probes, track_probe
 from lt_train.training.projections import freeze_all_but_lazy_projections
 from lt_train.training.saved_shapes import full_size
 from lt_train.training.sequence_parallel import share_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
-from lt_train.training.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
-from lt_train.training.top_k import open_top_k
 
 FINAL = "final"
 LoadModel = Callable[[torch.dtype], PreTrainedModel]

@@ -14,9 +14,9 @@ from lt_train.evaluation.scores import read_scores
 from lt_train.report import charts, run_charts
 from lt_train.report.contents import read_runs
 from lt_train.report.page import run_part
-from lt_train.results import kv_bytes
+from lt_train.report.results import kv_bytes
 from lt_train.runtime.files import append_json_line
-from lt_train.training.probe_results import ProbeResult, ProbeScore, write_result
+from lt_train.training.probes.results import ProbeResult, ProbeScore, write_result
 from tests.report.made_runs import ANSWERS, LAZY_RATIO, REACH, made_run, record
 
 

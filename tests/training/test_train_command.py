@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from test_resume import assert_same_course, steps
 
-from lt_train.pipeline import Pipeline
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.schema import load_recipe
-from lt_train.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = f"""

@@ -14,7 +14,7 @@ from tiny_training import tiny_config
 from transformers import Qwen3ForCausalLM
 
 from lt_train.hybrid import load_hybrid_checkpoint
-from lt_train.training.probe_results import read_probes
+from lt_train.training.probes.results import read_probes
 
 REPOSITORY = Path(__file__).parents[2]
 NAN = """
@@ -57,7 +57,7 @@ GENERATES = """
 import os, sys
 from pathlib import Path
 from test_two_processes import generated
-from lt_train.training.probe_results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
 
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
 out, step = Path(sys.argv[1]), int(sys.argv[2])

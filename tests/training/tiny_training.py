@@ -20,8 +20,8 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training.dataset import examples_fingerprint
+from lt_train.training.distillation.top_k import write_top_k
 from lt_train.training.settings import teacher_facts
-from lt_train.training.top_k import write_top_k
 from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40

@@ -5,9 +5,9 @@ import pytest
 
 from lt_train.dataset.examples import load_examples
 from lt_train.evaluation.records import SampleRecord
+from lt_train.pipeline.rejection_sampling import choose_traces, write_traces
 from lt_train.recipe.schema import Data, Prompt, Sample
 from lt_train.runtime.errors import UserError
-from lt_train.sampling import choose_traces, write_traces
 
 
 def answer(problem: str, sample: int, tokens: int, text: str = "", right: bool = True, reason: str = "stop") -> SampleRecord:

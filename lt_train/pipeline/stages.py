@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.evaluation.records import RecordFolder
-from lt_train.evaluation_stage import EvaluationStage
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid import Choice, hybrid_config
 from lt_train.inference.loading import (
@@ -27,23 +26,24 @@ from lt_train.inference.loading import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.provenance import export_facts
+from lt_train.pipeline.evaluation_stage import EvaluationStage
+from lt_train.pipeline.provenance import export_facts
+from lt_train.pipeline.rejection_sampling import choose_traces, write_traces
+from lt_train.pipeline.run_folder import RunFolder, hash_of, set_aside
+from lt_train.pipeline.variants import BASE, CONVERTED, TRAINED, Variants
 from lt_train.recipe.schema import Recipe
-from lt_train.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
-from lt_train.run_folder import RunFolder, hash_of, set_aside
+from lt_train.report.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.devices import compute_dtype, release_memory
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import this_process
 from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
-from lt_train.sampling import choose_traces, write_traces
 from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 from lt_train.training.dataset import examples_fingerprint
+from lt_train.training.distillation.top_k import write_top_k
 from lt_train.training.launch import check_launch
 from lt_train.training.settings import teacher_facts
-from lt_train.training.top_k import write_top_k
 from lt_train.training.trainer import train
-from lt_train.variants import BASE, CONVERTED, TRAINED, Variants
 
 
 class Pipeline:

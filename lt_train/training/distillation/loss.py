@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lt_train.hybrid import HybridForCausalLM
 from lt_train.recipe.schema import Distill
 from lt_train.training.dataset import IGNORED
-from lt_train.training.teacher import Targets, Teacher, recorded
+from lt_train.training.distillation.teacher import Targets, Teacher, recorded
 
 
 @dataclass

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lt_train.pipeline_ import evaluation_stage
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lt_train import evaluation_stage
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.inference.loading import load_for_inference
-from lt_train.pipeline import Pipeline
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.schema import Recipe, load_recipe
-from lt_train.run_folder import RunFolder
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RECIPE = f"""
 name: tiny
 model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}
@@ -132,7 +132,7 @@ def test_a_run_says_once_what_computes_attention_and_why(finished):
 def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage, overrides, inputs, tmp_path, monkeypatch):
     if stage == "profile" and overrides == PERIODIC:
         pytest.skip("a choice without scores has nothing to profile")
-    for load in ("lt_train.pipeline.load_for_inference", "lt_train.pipeline.load_weights"):
+    for load in ("lt_train.pipeline.stages.load_for_inference", "lt_train.pipeline.stages.load_weights"):
         monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"model\.attention: flex: .* To train, set blocked or auto"):
         work(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
@@ -153,8 +153,8 @@ def test_a_model_on_all_gpus_is_gone_before_the_other_processes_that_wait_go_on(
         released.append(all(model() is None for model in loaded))
         assert marked(tmp_path / "tiny") == []
 
-    monkeypatch.setattr("lt_train.pipeline.load_for_inference", load)
-    monkeypatch.setattr("lt_train.pipeline.release_memory", release)
+    monkeypatch.setattr("lt_train.pipeline.stages.load_for_inference", load)
+    monkeypatch.setattr("lt_train.pipeline.stages.release_memory", release)
     distill = "train.distill={weight: 0.5, teacher: top_k, top_k: 4}"
     work(load_recipe(inputs / "recipe.yaml", [distill] if stage == "teacher" else []), tmp_path, stage)
     assert released == [True] and len(loaded) == 1

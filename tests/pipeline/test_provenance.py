@@ -7,9 +7,9 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, write_scores
 from lt_train.evaluation.statistics import Interval, TokenLoss
 from lt_train.export.facts import ScoreFact
 from lt_train.hybrid import HybridSpec, hybrid_config
-from lt_train.provenance import export_facts
+from lt_train.pipeline.provenance import export_facts
+from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.schema import Recipe, load_recipe, resolved_yaml
-from lt_train.run_folder import PACKAGES
 from lt_train.runtime.files import write_json, write_text
 from tests.hybrid.families import BASES
 

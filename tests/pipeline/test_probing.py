@@ -17,12 +17,12 @@ from test_tracking import segments
 
 from lt_train import cli
 from lt_train.evaluation.scores import read_scores
-from lt_train.probing import probe_checkpoint
+from lt_train.pipeline.probing import probe_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
-from lt_train.training.probe_results import place_of, read_probes
+from lt_train.training.probes.results import place_of, read_probes
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 LEDGER = REPOSITORY / "data/ledger"
 ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 40, "batch_size": 2}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lt_train.training.agreement import decided_by_main, wait_while_main
+from lt_train.training.broadcast import decided_by_main, wait_while_main
 from lt_train.training.checkpoints import (
     Checkpoint,
     finished_checkpoints,
@@ -21,7 +21,7 @@ from lt_train.training.checkpoints import (
     read_checkpoint,
     written_or_told,
 )
-from lt_train.training.probe_results import ProbeResult, place_of, read_result, steps_in
+from lt_train.training.probes.results import ProbeResult, place_of, read_result, steps_in
 
 WEIGHTS = "weights"
 

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lt_train.hybrid import HybridError, HybridSpec
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.variants import BASE, CONVERTED, TRAINED, Variants, converted_by
 from lt_train.recipe.schema import load_recipe
-from lt_train.run_folder import RunFolder
 from lt_train.runtime.errors import UserError
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
-from lt_train.variants import BASE, CONVERTED, TRAINED, Variants, converted_by
 from tests.hybrid.families import BASES
 
 RECIPE = """

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.inference.loading import load_for_inference
+from lt_train.pipeline.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.recipe.schema import FREE_IN_TRAINING, Eval, HeldoutKL, HeldoutLoss, Recipe
-from lt_train.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers

@@ -15,13 +15,13 @@ from lt_train.evaluation.scores import AnswerScores
 from lt_train.inference.backends import engine_for
 from lt_train.inference.loading import load_base_config, load_tokenizer
 from lt_train.inference.text import stop_tokens
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.variants import Variants
 from lt_train.recipe.schema import load_recipe
-from lt_train.run_folder import RunFolder
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
-from lt_train.training.probe_results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
-from lt_train.training.probes import WEIGHTS
-from lt_train.variants import Variants
+from lt_train.training.probes.launching import WEIGHTS
+from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
 
 SAMPLES_SHOWN = 8
 """Of each probe, in the tables."""

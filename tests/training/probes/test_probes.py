@@ -1,4 +1,4 @@
-"""What a training does about its probes. The probing process is a stand-in here; the real one is in tests/test_probing.py."""
+"""What a training does about its probes. The probing process is a stand-in here; the real one is in tests/pipeline/test_probing.py."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from tiny_training import SPEC, Cut, CutAt, load_tiny, tiny_examples, tiny_recip
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker, Tracker
-from lt_train.training import agreement
+from lt_train.training import broadcast as agreement
 from lt_train.training.checkpoints import fault_of, read_checkpoint
-from lt_train.training.probe_results import place_of, read_probes
-from lt_train.training.probes import environment_for
+from lt_train.training.probes.launching import environment_for
+from lt_train.training.probes.results import place_of, read_probes
 from lt_train.training.trainer import TrainResult, train
 
 NEEDLE = {"benchmark": "needle", "limit": 1}

@@ -20,10 +20,10 @@ from lt_train.hybrid import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens
+from lt_train.pipeline.run_folder import RunFolder, hash_of
+from lt_train.pipeline.variants import BASE, Variants
 from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe
-from lt_train.run_folder import RunFolder, hash_of
 from lt_train.runtime.sources import resolve_model
-from lt_train.variants import BASE, Variants
 
 
 @dataclass

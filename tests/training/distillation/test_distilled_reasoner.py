@@ -6,11 +6,11 @@ import pytest
 from rich.console import Console
 
 from lt_train.evaluation.scores import read_scores
-from lt_train.pipeline import Pipeline
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.schema import load_recipe
-from lt_train.run_folder import RunFolder
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def divergence(runs: Path, name: str, distill: str) -> float:

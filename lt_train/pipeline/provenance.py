@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.schema import Recipe
-from lt_train.results import Result, read_results
-from lt_train.run_folder import PACKAGES
+from lt_train.report.results import Result, read_results
 
 
 def export_facts(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> ExportFacts:

@@ -17,8 +17,8 @@ from torch.nn.functional import kl_div
 from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
-from lt_train.training import top_k
-from lt_train.training.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of, write_top_k
+from lt_train.training.distillation import top_k
+from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of, write_top_k
 
 EXAMPLES = tiny_examples().train
 FACTS = {"model": "m", "data": "d"}
@@ -171,7 +171,7 @@ def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path
         "t.top_k.answer_states = lambda *given: (sleep(0.1) or batch for batch in ask(*given))\n"
         f"t.write(Path({str(tmp_path)!r}))"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths})
     while process.poll() is None and not (tmp_path / "progress.json").exists():
         time.sleep(0.01)
