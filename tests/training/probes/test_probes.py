@@ -1,4 +1,4 @@
-"""What a training does about its probes. The probing process is a stand-in here; the real one is in tests/pipeline/test_probing.py."""
+"""What a training does about its probes. The probing process is a stand-in; the real one is in tests/pipeline/test_probing.py."""
 
 import json
 import shutil
