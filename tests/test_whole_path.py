@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
-from lt_train.hybrid import HybridSpec, load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.schema import load_recipe

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.inference.loading import load_base_config, load_for_inference, load_tokenizer

@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.inference.runner import ModelRunner

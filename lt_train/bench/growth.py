@@ -10,7 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype

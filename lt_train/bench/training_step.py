@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape

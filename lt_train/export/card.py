@@ -9,9 +9,9 @@ import yaml
 
 from lt_train.export.facts import ExportFacts, ScoreFact
 from lt_train.export.verify import Check
-from lt_train.hybrid import HYBRID_VERSION
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.hybrid.spec import HYBRID_VERSION
 
 KV_TOKENS = 32768
 

@@ -17,7 +17,7 @@ from lt_train.export.configs import exported_config, exported_generation_config,
 from lt_train.export.facts import ExportFacts
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
 from lt_train.export.verify import check_export
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 
 CARD = "README.md"
 

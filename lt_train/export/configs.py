@@ -8,8 +8,8 @@ from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from lt_train.hybrid import HybridForCausalLM
 from lt_train.hybrid.configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.modeling import __name__ as MODELING
 from lt_train.runtime.errors import UserError
 

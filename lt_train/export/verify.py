@@ -23,7 +23,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lt_train.export import bare_process
 from lt_train.export.bare_process import KEPT_COLUMNS, NEW_TOKENS, Observation, Request, observe, probe_ids
 from lt_train.export.configs import needs_own_code
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
 BEYOND_WINDOW = 64  # columns

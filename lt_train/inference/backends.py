@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Backend
 from lt_train.inference.servers.backend import OpenAIBackend

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.kv_store import KVStore, kv_sizes, pages_for
 from lt_train.inference.requests import Answer, FinishReason, Request, Sampling, Watch
 from lt_train.inference.runner import ModelRunner

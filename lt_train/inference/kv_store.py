@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
 from lt_train.hybrid.cache import slot_of
 from lt_train.hybrid.kv_size import entry_bytes, head_size
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 
 PAGE = 128
 """Tokens of a page: large enough for an efficient product, small enough that the half page a sequence wastes is little."""

@@ -13,18 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.hybrid import (
-    AUTO,
-    Choice,
-    HybridError,
-    HybridForCausalLM,
-    HybridSpec,
-    Use,
-    choose,
-    family_of,
-    hybrid_config,
-    load_hybrid,
-)
+from lt_train.hybrid.kernels import AUTO, Choice, Use, choose
+from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lt_train.hybrid import AttentionView, HybridForCausalLM, Views
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.views import AttentionView, Views
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lt_train.hybrid import AttentionView
 from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.mask import full_visible, streaming_visible
+from lt_train.hybrid.views import AttentionView
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
 
 

@@ -16,7 +16,7 @@ from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
 from lt_train.evaluation.plan import Plan, make_plan
 from lt_train.evaluation.run import evaluate
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens

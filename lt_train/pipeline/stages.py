@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lt_train.dataset.examples import ExampleSet, calibration_examples, load_examples
 from lt_train.evaluation.records import RecordFolder
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.hybrid import Choice, hybrid_config
+from lt_train.hybrid.kernels import Choice
+from lt_train.hybrid.loading import hybrid_config
 from lt_train.inference.loading import (
     attention_choice,
     check_vocabulary,

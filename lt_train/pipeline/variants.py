@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.run_folder import FREE_TO_CHANGE, RunFolder, hash_of
 from lt_train.recipe.schema import FREE_IN_TRAINING, Eval, HeldoutKL, HeldoutLoss, Recipe

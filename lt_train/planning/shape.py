@@ -8,7 +8,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
 from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lt_train import __version__
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lt_train.hybrid import FullView, HybridForCausalLM
 from lt_train.hybrid.mask import full_visible, streaming_visible
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.views import FullView
 from lt_train.selection.fingerprint import Sizes
 
 

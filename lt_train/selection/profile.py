@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json

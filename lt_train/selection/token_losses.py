@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 
 # Variants run through a layer together as long as they have no more tokens than this: enough to fill a device with
 # short samples, while a long sample goes one variant at a time and its activations stay those of one forward pass.

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lt_train.hybrid import HybridSpec, load_hybrid_checkpoint
+from lt_train.hybrid.loading import load_hybrid_checkpoint
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import device_map
 from lt_train.recipe.schema import Lora, Recipe
 from lt_train.runtime.errors import UserError

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

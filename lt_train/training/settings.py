@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.deepspeed_file import deepspeed_settings, read_deepspeed_file
 from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe, Train

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from lt_train.dataset.examples import ExampleSet
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.checks import EVAL_LOSS
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError

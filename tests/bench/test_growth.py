@@ -3,7 +3,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lt_train.bench.growth import TIMED_TOKENS, bench_growth, time_decoding
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from tests.hybrid.families import BASES

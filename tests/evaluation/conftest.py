@@ -8,7 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 
 SYMBOLS = ["<pad>", "<eos>", *(rf"\boxed{{{digit}}}" for digit in range(4)), *"0123456789abcdefghijklmnopqrst \n?:+"]
 

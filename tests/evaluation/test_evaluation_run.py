@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError

@@ -15,7 +15,7 @@ from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl
 from lt_train.evaluation.loss import answer_divergences
 from lt_train.evaluation.scores import LossScores
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from tests.full_disk import files_of_at_most

@@ -11,7 +11,7 @@ from lt_train.evaluation.heldout import evaluate_heldout_loss
 from lt_train.evaluation.loss import answer_losses
 from lt_train.evaluation.scores import difference, read_scores
 from lt_train.evaluation.statistics import TokenLoss
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 

@@ -5,7 +5,7 @@ import torch
 
 from lt_train.export.bare_process import NEW_TOKENS, Observation
 from lt_train.export.verify import check_batches, compare, tolerance
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
 MASK = torch.tensor([[0, 0, 1], [1, 1, 1]])

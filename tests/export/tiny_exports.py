@@ -7,7 +7,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lt_train.export.facts import ExportFacts, ScoreFact
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from tests.hybrid.families import BASES
 
 END, PAD = "<|end|>", "<|pad|>"

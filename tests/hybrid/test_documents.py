@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lt_train.hybrid import HybridError
 from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.spec import HybridError
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridError, HybridSpec, build_hybrid
-from lt_train.hybrid.cache import slot_positions
+from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache, slot_positions
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.hybrid.families import BASES, SIZES
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)

@@ -5,7 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, MinistralConfig, MinistralForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridError, HybridSpec, build_hybrid, hybrid_config
+from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
+from lt_train.hybrid.loading import build_hybrid, hybrid_config
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.hybrid.families import BASES
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)

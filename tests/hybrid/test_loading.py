@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from lt_train.hybrid import HybridError, HybridSpec, build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.spec import HybridError, HybridSpec
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 

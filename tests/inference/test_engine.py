@@ -9,7 +9,9 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference import kv_store as kv
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Answer, Request, Sampling, sample_seed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import (
     attention_choice,
     check_vocabulary,

@@ -1,7 +1,9 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.text import cut_at_stop_string, stop_tokens, thinking_tokens
 from lt_train.runtime.errors import UserError
 

@@ -6,7 +6,8 @@ import pytest
 from lt_train.evaluation.scores import AnswerScores, LossScores, write_scores
 from lt_train.evaluation.statistics import Interval, TokenLoss
 from lt_train.export.facts import ScoreFact
-from lt_train.hybrid import HybridSpec, hybrid_config
+from lt_train.hybrid.loading import hybrid_config
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.pipeline.provenance import export_facts
 from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.schema import Recipe, load_recipe, resolved_yaml

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lt_train.hybrid import HybridError, HybridSpec
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import BASE, CONVERTED, TRAINED, Variants, converted_by
 from lt_train.recipe.schema import load_recipe

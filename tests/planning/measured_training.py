@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedConfig, Qwen3Config
 
 from lt_train.dataset.examples import Example, ExampleSet
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train

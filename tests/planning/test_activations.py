@@ -9,7 +9,8 @@ from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, Qwen3Config
 
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.planning.activations import layer_bytes
 from lt_train.planning.setup import Machine, Sharding, setup_of
 from lt_train.planning.shape import model_shape

@@ -3,8 +3,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config
 
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.mask import streaming_visible
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.planning.compute import causal_pairs, streaming_pairs, training_compute
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import model_shape

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.evaluation import kv_cache

@@ -2,7 +2,9 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.profiling import profile_memory, profile_remedies
 from lt_train.planning.setup import GIB, Machine

@@ -10,7 +10,8 @@ from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import LossScores, answer_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
-from lt_train.hybrid import HybridSpec, hybrid_config
+from lt_train.hybrid.loading import hybrid_config
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import load_recipe, resolved_yaml
 from lt_train.runtime.files import append_json_line, write_json, write_text
 from lt_train.selection.fingerprint import Fingerprint, Sizes

@@ -10,7 +10,8 @@ from rich.console import Console
 from lt_train.bench.growth import time_decoding
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_scores
 from lt_train.evaluation.statistics import Interval, TokenLoss, accuracy_interval, mean_loss, mean_over_problems, paired_difference
-from lt_train.hybrid import HybridSpec, build_hybrid, hybrid_config
+from lt_train.hybrid.loading import build_hybrid, hybrid_config
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import load_recipe, resolved_yaml
 from lt_train.report.results import KV_TOKENS, TRACKED_COLUMNS, kv_bytes, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError

@@ -16,7 +16,8 @@ from tiny_training import tiny_recipe, tiny_tokenizer
 from transformers import Qwen3Config
 
 from lt_train.dataset.examples import Example, ExampleSet
-from lt_train.hybrid import HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
 from tests.peak_memory import peak_of

@@ -16,8 +16,9 @@ from tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokeni
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lt_train.dataset.examples import Example, ExampleSet
-from lt_train.hybrid import HybridForCausalLM, build_hybrid
 from lt_train.hybrid.documents import find_documents
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from tests.peak_memory import LiveBytes

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_training import SPEC, hybrid_from, load_tiny, tiny_config, tiny_examples, tiny_recipe, tiny_tokenizer, train_in
 from transformers import Qwen3ForCausalLM
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training

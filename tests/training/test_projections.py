@@ -8,7 +8,7 @@ import torch
 from test_lora import parameters_with_gradients
 from tiny_training import SPEC, load_tiny, tiny_recipe, train_in
 
-from lt_train.hybrid import HybridSpec
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.lora import load_trained

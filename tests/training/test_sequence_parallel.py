@@ -17,7 +17,7 @@ from test_training_processes import ENVIRONMENT, REPOSITORY, deepspeed
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Qwen3ForCausalLM
 
-from lt_train.hybrid import HybridError
+from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import IGNORED
 from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
-from lt_train.hybrid import load_hybrid_checkpoint
+from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training

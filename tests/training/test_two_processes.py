@@ -13,7 +13,7 @@ from test_broken_training import BAD
 from tiny_training import tiny_config
 from transformers import Qwen3ForCausalLM
 
-from lt_train.hybrid import load_hybrid_checkpoint
+from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.training.probes.results import read_probes
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,7 +15,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from lt_train.dataset.examples import Example, ExampleSet
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid, load_hybrid
+from lt_train.hybrid.loading import build_hybrid, load_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave
 from lt_train.runtime.tracking import NoTracker, Tracker

@@ -21,7 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.dataset import prompts
-from lt_train.hybrid import CACHE_ARGUMENT, HybridCache, HybridForCausalLM, HybridSpec
+from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.client import Message

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from lt_train.hybrid import HybridForCausalLM
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence
 
 FORWARD_KL = 0.0  # TRL's beta: KL(teacher || student)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.tiny_tokenizer import build_tokenizer
-from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.servers.check import (
     NEW_TOKENS,
     Continuation,

@@ -18,7 +18,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
-from lt_train.hybrid import HybridSpec, load_hybrid
+from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.check import chat_messages, check_server

@@ -19,7 +19,9 @@ from tiny_training import (
 )
 from torch.nn.functional import cross_entropy, kl_div
 
-from lt_train.hybrid import HybridForCausalLM, HybridSpec, build_hybrid
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from lt_train.training.log import read_log
