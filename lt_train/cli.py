@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lt_train import __version__
+from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
 
@@ -59,7 +60,7 @@ def _before_commands(
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe: every fault at once, nothing loaded."""
-    from lt_train.recipe.schema import load_recipe
+    from lt_train.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     typer.echo(f"{recipe}: a valid recipe for run {checked.name!r}")
@@ -80,13 +81,14 @@ def plan(
     efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches; a guess until it runs.")] = 0.4,
 ) -> None:
     """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
-    from lt_train.recipe.schema import load_recipe
+    from lt_train.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     _quiet_upstream()
     from lt_train.planning.plan import make_plan
-    from lt_train.planning.setup import GIB, Machine
+    from lt_train.planning.setup import Machine
     from lt_train.planning.table import show_plan
+    from lt_train.runtime.units import GIB
 
     made = make_plan(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
     show_plan(made, Console())
@@ -289,7 +291,7 @@ Stage = Callable[["Pipeline"], None]
 
 def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, others: Stage | None = None) -> None:
     """Run `stage` in the run folder of a recipe; on the other ranks of a distributed launch, `others`."""
-    from lt_train.recipe.schema import load_recipe
+    from lt_train.recipe.loading import load_recipe
 
     checked, process = load_recipe(recipe, overrides or ()), this_process()
     if process.count > 1 and others is None:
@@ -373,9 +375,7 @@ def _tell(error: Exception, process: Process) -> int:
 
 
 def _is_users(error: Exception) -> bool:
-    """Ours, or that of the hybrid package, which knows nothing of ours and is heavy to import."""
-    hybrid = sys.modules.get("lt_train.hybrid.spec")
-    return isinstance(error, UserError) or (hybrid is not None and isinstance(error, hybrid.HybridError))
+    return isinstance(error, UserError | HybridError)
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.recipe.batch_size import accumulation_steps
-from lt_train.recipe.schema import load_recipe
+from lt_train.recipe.loading import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

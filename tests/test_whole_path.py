@@ -22,7 +22,7 @@ from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
-from lt_train.recipe.schema import load_recipe
+from lt_train.recipe.loading import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = "recipes/quickstart.yaml"

@@ -12,6 +12,7 @@ from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.hybrid.spec import HYBRID_VERSION
+from lt_train.runtime.units import format_bytes
 
 KV_TOKENS = 32768
 
@@ -116,7 +117,8 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
     hybrid = kv_bytes(config, dtype, spec.cached_tokens(KV_TOKENS))
     return (
         f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {_name(dtype)}:\n\n"
-        f"| full attention | this hybrid | share |\n|---|---|---|\n| {_size(full)} | {_size(hybrid)} | {hybrid / full:.1%} |"
+        "| full attention | this hybrid | fraction |\n|---|---|---|\n"
+        f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
     )
 
 
@@ -190,12 +192,3 @@ def _value(value: str | int | float | bool | None) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _size(count: int) -> str:
-    """Bytes in binary units, one decimal."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.1f} {units[0]}"

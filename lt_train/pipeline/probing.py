@@ -17,7 +17,7 @@ from lt_train.inference.loading import load_base_config, load_tokenizer
 from lt_train.inference.text import stop_tokens
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
-from lt_train.recipe.schema import load_recipe
+from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.training.probes.launching import WEIGHTS

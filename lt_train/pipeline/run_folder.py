@@ -1,7 +1,6 @@
 """The folder of a run: what it was begun with, which stages are done, and that one process at a time works in it."""
 
 import fcntl
-import hashlib
 import os
 import platform
 import time
@@ -11,20 +10,19 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe, resolved_yaml
+from lt_train.recipe.loading import resolved_yaml
+from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json, write_text
-from lt_train.runtime.sources import resolve_data, resolve_model
+from lt_train.runtime.fingerprints import data_fingerprint, differences, model_fingerprint
 
 FREE_TO_CHANGE = {"eval", "sample", "track", "export"}
 """Parts of a recipe that may change in a begun run; their results are told apart by the stages themselves."""
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-_EDGE = 64 * 1024  # bytes hashed at both ends of a weights file: whole 32B models would take minutes
 
 
 class RunFolder:
@@ -116,9 +114,9 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable ({error}). Move {self.path} away, or give this run another name") from error
         now = yaml.safe_load(resolved_yaml(self.recipe))
-        differences = [line for line in _differences(begun, now) if not _is_free(line)]
-        if differences:
-            listed = "\n  ".join(differences)
+        changed = [line for line in differences(begun, now) if not _is_free(line)]
+        if changed:
+            listed = "\n  ".join(changed)
             raise UserError(
                 f"{self.path}: this run was begun with another recipe (there, now):\n  {listed}\n"
                 "Give this recipe another name (--set name=…), or delete that folder"
@@ -152,47 +150,7 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(free)
 
 
-def hash_of(*values: Any) -> str:
-    """16 hex digits that follow from values with a stable repr."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def model_fingerprint(base: str, revision: str | None) -> str:
-    """Follows from a local model's config and weights (both ends of each file); a hub model is taken at its word."""
-    folder = Path(resolve_model(base))
-    if not folder.is_dir():
-        return f"{base}@{revision or 'main'}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("tokenizer*")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with open(file, "rb") as opened:
-            digest.update(opened.read(_EDGE))
-            opened.seek(max(file.stat().st_size - _EDGE, 0))
-            digest.update(opened.read(_EDGE))
-    return digest.hexdigest()
-
-
-def data_fingerprint(source: str) -> str:
-    """Follows from the content of local data; a hub data set is taken at its word."""
-    path = resolve_data(source)
-    if isinstance(path, str):
-        return path
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _is_free(difference: str) -> bool:
     """Whether a difference is of a setting that may change in a begun run."""
     setting, *inner = difference.partition(": ")[0].split(".")
     return setting in FREE_TO_CHANGE or (setting == "train" and bool(inner) and inner[0] in FREE_IN_TRAINING)
-
-
-def _differences(there: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*there, *now])
-        return [line for key in keys for line in _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)]
-    return [] if there == now else [f"{name}: {there!r}, {now!r}"]

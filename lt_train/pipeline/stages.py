@@ -30,12 +30,13 @@ from lt_train.inference.loading import (
 from lt_train.pipeline.evaluation_stage import EvaluationStage
 from lt_train.pipeline.provenance import export_facts
 from lt_train.pipeline.rejection_sampling import choose_traces, write_traces
-from lt_train.pipeline.run_folder import RunFolder, hash_of, set_aside
-from lt_train.pipeline.variants import BASE, CONVERTED, TRAINED, Variants
-from lt_train.recipe.schema import Recipe
+from lt_train.pipeline.run_folder import RunFolder, set_aside
+from lt_train.pipeline.variants import Variants
+from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, Recipe
 from lt_train.report.results import TRACKED_COLUMNS, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.devices import compute_dtype, release_memory
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of
 from lt_train.runtime.processes import this_process
 from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 from lt_train.selection.picture import draw_profile
@@ -303,7 +304,7 @@ class Pipeline:
 
     @cached_property
     def tracker(self) -> Tracker:
-        return open_tracker(self.recipe.track, self.folder.path, self.recipe.model_dump())
+        return open_tracker(self.recipe.track.wandb, self.recipe.track.project, self.folder.path, self.recipe.model_dump())
 
     @property
     def layer_profile(self) -> LayerProfile | None:

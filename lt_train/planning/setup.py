@@ -11,7 +11,6 @@ from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 
 BF16 = 2
-GIB = 2**30
 
 ZERO_DEFAULT = 10**9
 """Of both of Sharding's numbers (deepspeed/runtime/zero/config.py)."""

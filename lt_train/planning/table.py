@@ -9,7 +9,7 @@ from rich.table import Table
 from lt_train.planning.plan import Plan, TrainingPlan
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
-from lt_train.report.results import bytes_in_words
+from lt_train.runtime.units import format_bytes, format_duration
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -31,10 +31,10 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def _machine(machine: Machine) -> str:
-    memory = bytes_in_words(machine.memory)
+    memory = format_bytes(machine.memory)
     if machine.cpu:
         return f"{machine.gpus} process{'es' if machine.gpus > 1 else ''} on a CPU with {memory} each"
-    usable = bytes_in_words(machine.usable)
+    usable = format_bytes(machine.usable)
     return f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {memory}, of which {usable} can be counted on"
 
 
@@ -52,10 +52,10 @@ def _profile(plan: Plan) -> list[tuple[str, str]]:
     over = "on one GPU" if needed.gpus == 1 else f"on the fullest of {needed.gpus} GPUs, while their other processes wait"
     over = "in the first process" if plan.machine.cpu else over
     parts = (
-        f"{bytes_in_words(needed.weights)} of weights, {bytes_in_words(needed.states)} of hidden states, "
-        f"{bytes_in_words(needed.work)} of work for samples of up to {needed.length:,} tokens"
+        f"{format_bytes(needed.weights)} of weights, {format_bytes(needed.states)} of hidden states, "
+        f"{format_bytes(needed.work)} of work for samples of up to {needed.length:,} tokens"
     )
-    return [("profile", f"{bytes_in_words(needed.peak)} {over}: {parts}")]
+    return [("profile", f"{format_bytes(needed.peak)} {over}: {parts}")]
 
 
 def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:
@@ -75,20 +75,20 @@ def _memory_table(training: TrainingPlan) -> Table:
     table = _table("memory of each process", "", "")
     for part in memory.parts:
         at_peak = memory.phase in part.live
-        table.add_row(part.name, bytes_in_words(part.size), part.how if at_peak else f"{part.how}; not at the peak")
+        table.add_row(part.name, format_bytes(part.size), part.how if at_peak else f"{part.how}; not at the peak")
     table.add_section()
-    table.add_row("peak", bytes_in_words(memory.peak), memory.phase.value, style="bold")
+    table.add_row("peak", format_bytes(memory.peak), memory.phase.value, style="bold")
     if memory.host:
-        table.add_row("host memory", bytes_in_words(memory.host), "of all processes together")
+        table.add_row("host memory", format_bytes(memory.host), "of all processes together")
     return table
 
 
 def _ways_table(training: TrainingPlan) -> Table:
     table = _table("train.deepspeed", "micro-batch 1", "largest micro-batch that fits")
     for way in training.ways:
-        host = f", {bytes_in_words(way.host)} of host memory" if way.host else ""
+        host = f", {format_bytes(way.host)} of host memory" if way.host else ""
         here = "; this recipe's way" if way.sharding == training.setup.sharding else ""
-        table.add_row(way.file, bytes_in_words(way.peak), f"{way.micro_batch or 'none'} ({way.sharding.name}{host}{here})")
+        table.add_row(way.file, format_bytes(way.peak), f"{way.micro_batch or 'none'} ({way.sharding.name}{host}{here})")
     return table
 
 
@@ -112,7 +112,7 @@ def _work(training: TrainingPlan) -> list[tuple[str, str]]:
     ]
     if not machine.cpu:
         peak = f"{machine.tflops:,.0f} TFLOP/s on each GPU"
-        rows.append(("time", f"{_duration(compute.hours(machine))} at {100 * machine.efficiency:.0f} % of {peak}"))
+        rows.append(("time", f"{format_duration(3600 * compute.hours(machine))} at {100 * machine.efficiency:.0f} % of {peak}"))
     return rows
 
 
@@ -122,18 +122,12 @@ def _operations(count: float) -> str:
     return f"{count / 1000**power:,.4g} {_PREFIXES[power]}FLOP"
 
 
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.1f} hours"
-    return f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"
-
-
 def _evaluation(plan: Plan) -> list[tuple[str, str]]:
     cache = plan.cache
     if cache is None:
         return []
     hybrid, full = cache.at_once
-    sizes = f"{bytes_in_words(cache.hybrid)} for {cache.tokens:,} tokens, {bytes_in_words(cache.full)} if no layer streamed"
+    sizes = f"{format_bytes(cache.hybrid)} for {cache.tokens:,} tokens, {format_bytes(cache.full)} if no layer streamed"
     return [("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} at once beside the weights")]
 
 
@@ -143,7 +137,7 @@ def _verdict(plan: Plan) -> list[str]:
         return [*lines, "nothing is trained in this recipe"]
     if training.undivided is not None:
         lines.append(f"the batch does not divide: {training.undivided}")
-    needed = f"{bytes_in_words(training.memory.peak)} of {bytes_in_words(plan.machine.usable)}"
+    needed = f"{format_bytes(training.memory.peak)} of {format_bytes(plan.machine.usable)}"
     if training.fits:
         return [*lines, f"fits: {needed}"]
     lines.append(f"does not fit: {needed}, {training.memory.phase.value}")
@@ -155,7 +149,7 @@ def _verdict(plan: Plan) -> list[str]:
 def _profile_verdict(plan: Plan) -> list[str]:
     if plan.profile is None or plan.profile_fits:
         return []
-    needed = f"{bytes_in_words(plan.profile.peak)} of {bytes_in_words(plan.machine.usable)}"
+    needed = f"{format_bytes(plan.profile.peak)} of {format_bytes(plan.machine.usable)}"
     remedies = [f"  {remedy}" for remedy in plan.profile_remedies]
     return [f"scoring the layers does not fit: {needed}; each of these alone would do:", *remedies]
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lt_train.planning.memory import training_memory
-from lt_train.planning.setup import GIB, Machine, Setup, Sharding, setup_of
+from lt_train.planning.setup import Machine, Setup, Sharding, setup_of
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe.batch_size import batch_samples, data_parallel_size
 from lt_train.recipe.schema import Recipe, Train
+from lt_train.runtime.units import GIB
 from lt_train.training.sequence_parallel import fitting_degrees
 
 WAYS = (

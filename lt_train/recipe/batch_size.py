@@ -3,15 +3,11 @@
 A recipe says the batch once, over all processes. Micro-batch, accumulation and DeepSpeed's fields follow from it.
 """
 
-from typing import TYPE_CHECKING
-
+from lt_train.recipe.schema import Data, Train
 from lt_train.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from lt_train.recipe.schema import Data, Train
 
-
-def batch_samples(train: "Train", data: "Data") -> int:
+def batch_samples(train: Train, data: Data) -> int:
     """Samples (packs, when packing) per optimizer step over all processes. A pack counts as data.max_length tokens."""
     if train.batch_tokens is not None:
         return train.batch_tokens // data.max_length
@@ -19,7 +15,7 @@ def batch_samples(train: "Train", data: "Data") -> int:
     return train.batch_size
 
 
-def data_parallel_size(train: "Train", processes: int) -> int:
+def data_parallel_size(train: Train, processes: int) -> int:
     """How many of the `processes`, or of the groups of them that share a sequence, see samples of their own.
 
     Raises:
@@ -34,7 +30,7 @@ def data_parallel_size(train: "Train", processes: int) -> int:
     return processes // train.sequence_parallel
 
 
-def accumulation_steps(train: "Train", data: "Data", processes: int) -> int:
+def accumulation_steps(train: Train, data: Data, processes: int) -> int:
     """Micro-batches that each process runs before an optimizer step.
 
     Raises:
@@ -62,7 +58,7 @@ def nearest_multiples(number: int, of: int) -> str:
     return f"{below:,} or {below + of:,}" if below else f"{of:,}"
 
 
-def _other_processes(batch: int, train: "Train", sharing: int) -> list[str]:
+def _other_processes(batch: int, train: Train, sharing: int) -> list[str]:
     """The numbers of processes around `sharing` groups of them that share `batch` out in whole micro-batches, in words."""
     micro = train.micro_batch_size
     fitting = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
@@ -71,7 +67,7 @@ def _other_processes(batch: int, train: "Train", sharing: int) -> list[str]:
     return [f"start {' or '.join(map(str, counts))} {'process' if counts == [1] else 'processes'}"] if counts else []
 
 
-def _smaller_micro_batch(batch: int, train: "Train", sharing: int) -> list[str]:
+def _smaller_micro_batch(batch: int, train: Train, sharing: int) -> list[str]:
     """The largest micro-batch below the recipe's with which `sharing` groups share out `batch`, in words."""
     fitting = [size for size in range(1, train.micro_batch_size) if batch % (size * sharing) == 0]
     return [f"set train.micro_batch_size to {fitting[-1]}"] if fitting else []

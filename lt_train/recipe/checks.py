@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lt_train.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe.batch_size import nearest_multiples
 from lt_train.recipe.deepspeed_file import contradictions, read_deepspeed_file
 from lt_train.recipe.distill_checks import distill_faults, parameter_faults, restore_faults
 from lt_train.recipe.messages import did_you_mean
+from lt_train.recipe.schema import EVAL_LOSS, HELDOUT, Data, Eval, HeldoutKL, HeldoutLoss, Recall, Recipe, Train
 from lt_train.recipe.upstream_names import (
     PEFT_LORA_CONFIG_NAMES,
     PEFT_SET_BY_RECIPE,
@@ -22,16 +23,6 @@ from lt_train.recipe.upstream_names import (
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.sources import resolve_data, resolve_model
 
-if TYPE_CHECKING:
-    from lt_train.recipe.schema import Data, Eval, HeldoutKL, HeldoutLoss, Recall, Recipe, Train
-
-HELDOUT = ("heldout_loss", "heldout_kl")
-"""Evaluations that ask for no answers."""
-
-
-EVAL_LOSS = "eval_loss"
-"""The held-out loss of a training, as a metric of train.keep_best."""
-
 
 @dataclass(frozen=True)
 class Conflict:
@@ -41,7 +32,7 @@ class Conflict:
     message: str
 
 
-def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from chain(
         _sources(recipe),
         _files(recipe),
@@ -56,7 +47,7 @@ def conflicts(recipe: "Recipe") -> Iterator[Conflict]:
     )
 
 
-def _sources(recipe: "Recipe") -> Iterator[Conflict]:
+def _sources(recipe: Recipe) -> Iterator[Conflict]:
     local_names = [("data.source", recipe.data.source, resolve_data)]
     local_names += [(f"{here}.path", entry.path, resolve_data) for here, entry in _generated(recipe) if entry.path is not None]
     for setting, name, resolve in [("model.base", recipe.model.base, resolve_model), *local_names]:
@@ -71,7 +62,7 @@ def _sources(recipe: "Recipe") -> Iterator[Conflict]:
         )
 
 
-def _files(recipe: "Recipe") -> Iterator[Conflict]:
+def _files(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.prompt.chat_template is not None:
         yield from _missing_file("prompt.chat_template", recipe.prompt.chat_template)
     if recipe.train is not None and recipe.train.deepspeed is not None:
@@ -89,7 +80,7 @@ def _missing_file(setting: str, path: str) -> Iterator[Conflict]:
         yield Conflict((setting,), f"there is no file {path} (looked at {Path(path).absolute()})")
 
 
-def _attention(recipe: "Recipe") -> Iterator[Conflict]:
+def _attention(recipe: Recipe) -> Iterator[Conflict]:
     """What is wrong on every device; the rest is known on the device alone (base_model.py, `attention_choice`)."""
     if recipe.model.attention == "flash" and recipe.model.dtype == "fp32":
         yield Conflict(
@@ -98,7 +89,7 @@ def _attention(recipe: "Recipe") -> Iterator[Conflict]:
         )
 
 
-def _layers(recipe: "Recipe") -> Iterator[Conflict]:
+def _layers(recipe: Recipe) -> Iterator[Conflict]:
     hybrid = recipe.hybrid
     ratio, strategy, layers = "hybrid.lazy_layer_ratio", "hybrid.strategy", "hybrid.layers"
     if hybrid.layers is None and hybrid.lazy_layer_ratio is None:
@@ -124,7 +115,7 @@ def _layers(recipe: "Recipe") -> Iterator[Conflict]:
         yield Conflict(("hybrid.compare",), f"strategies are named twice: {_repeated(hybrid.compare)}")
 
 
-def _data(recipe: "Recipe") -> Iterator[Conflict]:
+def _data(recipe: Recipe) -> Iterator[Conflict]:
     data = recipe.data
     local = Path(data.source).expanduser()
     if data.subset is not None and local.exists():
@@ -138,7 +129,7 @@ def _data(recipe: "Recipe") -> Iterator[Conflict]:
         )
 
 
-def _training(recipe: "Recipe") -> Iterator[Conflict]:
+def _training(recipe: Recipe) -> Iterator[Conflict]:
     train = recipe.train
     if train is None:
         return
@@ -165,7 +156,7 @@ def _training(recipe: "Recipe") -> Iterator[Conflict]:
     yield from _upstream_names("train.trl", train.trl, TRL_SFT_CONFIG_NAMES, TRL_SET_BY_RECIPE, "TRL's SFTConfig")
 
 
-def _batch(train: "Train", data: "Data") -> Iterator[Conflict]:
+def _batch(train: Train, data: Data) -> Iterator[Conflict]:
     size, tokens, micro = "train.batch_size", "train.batch_tokens", "train.micro_batch_size"
     if train.batch_size is None and train.batch_tokens is None:
         yield Conflict((size, tokens), "say how much an optimizer step takes: give one of them")
@@ -189,7 +180,7 @@ def _batch(train: "Train", data: "Data") -> Iterator[Conflict]:
         )
 
 
-def _sequence_parallel(train: "Train") -> Iterator[Conflict]:
+def _sequence_parallel(train: Train) -> Iterator[Conflict]:
     degree = "train.sequence_parallel"
     if train.sequence_parallel == 1:
         return
@@ -213,7 +204,7 @@ def _sequence_parallel(train: "Train") -> Iterator[Conflict]:
         )
 
 
-def _lora(recipe: "Recipe") -> Iterator[Conflict]:
+def _lora(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.lora is None:
         return
     if recipe.train is None:
@@ -236,12 +227,12 @@ def _upstream_names(
             yield Conflict((f"{setting}.{name}",), f"no argument of {owner}{did_you_mean(name, known - set_by_recipe.keys())}")
 
 
-def _prompt(recipe: "Recipe") -> Iterator[Conflict]:
+def _prompt(recipe: Recipe) -> Iterator[Conflict]:
     if "{question}" not in recipe.prompt.user:
         yield Conflict(("prompt.user",), f"{recipe.prompt.user!r} has no place for the question; write {{question}} where it goes")
 
 
-def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
+def _evaluations(recipe: Recipe) -> Iterator[Conflict]:
     names = [entry.name for entry in recipe.eval]
     for at, entry in enumerate(recipe.eval):
         here = f"eval.{at}"
@@ -268,7 +259,7 @@ def _evaluations(recipe: "Recipe") -> Iterator[Conflict]:
             yield Conflict(("sample.max_tokens", "sample.min_tokens"), "no answer is that short and that long; swap them")
 
 
-def _sampling(here: str, entry: "Eval") -> Iterator[Conflict]:
+def _sampling(here: str, entry: Eval) -> Iterator[Conflict]:
     if entry.temperature > 0:
         return
     if entry.samples > 1:
@@ -284,7 +275,7 @@ def _sampling(here: str, entry: "Eval") -> Iterator[Conflict]:
             )
 
 
-def _probes(recipe: "Recipe") -> Iterator[Conflict]:
+def _probes(recipe: Recipe) -> Iterator[Conflict]:
     train = recipe.train
     if train is None:
         return
@@ -314,7 +305,7 @@ def _probes(recipe: "Recipe") -> Iterator[Conflict]:
         yield Conflict(("train.publish", best), f"best by what? Set train.keep_best to {EVAL_LOSS} or a probe's name")
 
 
-def _backend(here: str, entry: "Eval") -> Iterator[Conflict]:
+def _backend(here: str, entry: Eval) -> Iterator[Conflict]:
     if entry.backend == "openai" and not entry.servers:
         yield Conflict((f"{here}.servers", f"{here}.backend"), "name the servers to ask, such as [http://localhost:8000]")
     if entry.backend == "openai" and len(entry.of or []) > 1:
@@ -325,7 +316,7 @@ def _backend(here: str, entry: "Eval") -> Iterator[Conflict]:
         yield Conflict((f"{here}.servers", f"{here}.backend"), "the built-in engine asks no servers; set backend to openai")
 
 
-def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
+def _benchmark(here: str, entry: Eval) -> Iterator[Conflict]:
     """What a benchmark leaves to the recipe, and what it does not know."""
     benchmark = BENCHMARKS[entry.benchmark]
     if not benchmark.generated and benchmark.source is None and entry.path is None:
@@ -347,12 +338,12 @@ def _benchmark(here: str, entry: "Eval") -> Iterator[Conflict]:
         )
 
 
-def _changed(recall: "Recall") -> set[str]:
+def _changed(recall: Recall) -> set[str]:
     """The settings that are not at their defaults: in a resolved recipe all are given."""
     return {name for name, field in type(recall).model_fields.items() if getattr(recall, name) != field.default}
 
 
-def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss | HeldoutKL") -> Iterator[Conflict]:
+def _variants(recipe: Recipe, here: str, entry: Eval | HeldoutLoss | HeldoutKL) -> Iterator[Conflict]:
     variants = entry.of or []
     if "trained" in variants and recipe.train is None:
         yield Conflict(
@@ -363,7 +354,7 @@ def _variants(recipe: "Recipe", here: str, entry: "Eval | HeldoutLoss | HeldoutK
         yield Conflict((f"{here}.of",), f"named twice: {_repeated(variants)}")
 
 
-def _generated(recipe: "Recipe") -> list[tuple[str, "Eval"]]:
+def _generated(recipe: Recipe) -> list[tuple[str, Eval]]:
     """The entries that generate answers, each with its dotted path."""
     found = [(f"eval.{at}", entry) for at, entry in enumerate(recipe.eval) if entry.benchmark not in HELDOUT]
     if recipe.train is not None and recipe.train.probes is not None:

@@ -7,15 +7,13 @@ only once the model is loaded, and some not at all. So they are looked for here,
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.messages import did_you_mean
+from lt_train.recipe.schema import Recipe, Train
 from lt_train.recipe.upstream_names import DEEPSPEED_ZERO_NAMES
 from lt_train.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from lt_train.recipe.schema import Recipe, Train
 
 REFUSED = {
     "optimizer": "the optimizer follows from train.learning_rate, train.weight_decay and train.trl.optim",
@@ -65,7 +63,7 @@ def deepspeed_settings(path: Path, *, accumulates: bool) -> dict[str, Any]:
     return settings | {"data_types": {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})}
 
 
-def contradictions(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
+def contradictions(settings: dict[str, Any], recipe: Recipe) -> Iterator[str]:
     """Every way in which `settings`, a DeepSpeed configuration, does not go with the recipe, with the way out."""
     assert recipe.train is not None
     for name in settings.keys() & REFUSED.keys():
@@ -80,7 +78,7 @@ def contradictions(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
         yield 'zero_optimization: missing. Say what is sharded, such as {"stage": 3}; without DeepSpeed set train.deepspeed to null'
 
 
-def _values(settings: dict[str, Any], recipe: "Recipe", train: "Train") -> Iterator[str]:
+def _values(settings: dict[str, Any], recipe: Recipe, train: Train) -> Iterator[str]:
     """Numbers that the recipe says. Where one is missing DeepSpeed takes a default of its own, such as no clipping."""
     if train.batch_size is None and train.batch_tokens is None:
         return  # told of the recipe itself
@@ -103,7 +101,7 @@ def _values(settings: dict[str, Any], recipe: "Recipe", train: "Train") -> Itera
         yield f'gradient_accumulation_steps: {given}. It follows from the batch and the number of processes. Set it to "auto"'
 
 
-def _precision(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
+def _precision(settings: dict[str, Any], recipe: Recipe) -> Iterator[str]:
     dtype = recipe.model.dtype
     bf16, fp16 = (_enabled(settings, name) for name in ("bf16", "fp16"))
     if fp16 not in (None, False, "auto"):
@@ -114,7 +112,7 @@ def _precision(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
         yield f'bf16.enabled: {bf16!r}, but the recipe says model.dtype: {dtype}. Set it to "auto"'
 
 
-def _sums(settings: dict[str, Any], recipe: "Recipe") -> Iterator[str]:
+def _sums(settings: dict[str, Any], recipe: Recipe) -> Iterator[str]:
     """In what the gradients of several micro-batches are summed up, see `deepspeed_settings`."""
     types = settings.get("data_types", {})
     if not isinstance(types, dict):

@@ -2,13 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lt_train.recipe.deepspeed_file import read_deepspeed_file
+from lt_train.recipe.schema import Distill, Recipe, Train
 from lt_train.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from lt_train.recipe.schema import Distill, Recipe, Train
 
 Fault = tuple[tuple[str, ...], str]
 """Settings (dotted paths) that do not go together, and the way out."""
@@ -17,7 +14,7 @@ BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of PEFT's init_lora_weights that leave the base's weights as they are; the others move a part of them into the adapter."""
 
 
-def distill_faults(recipe: "Recipe", train: "Train") -> Iterator[Fault]:
+def distill_faults(recipe: Recipe, train: Train) -> Iterator[Fault]:
     given = train.distill
     if given.weight == 0:
         yield from _unused(given)
@@ -42,7 +39,7 @@ def distill_faults(recipe: "Recipe", train: "Train") -> Iterator[Fault]:
         )
 
 
-def _unused(given: "Distill") -> Iterator[Fault]:
+def _unused(given: Distill) -> Iterator[Fault]:
     defaults = type(given)()
     for name in ("temperature", "hidden_weight", "teacher", "top_k"):
         if getattr(given, name) != getattr(defaults, name):
@@ -53,7 +50,7 @@ def _unused(given: "Distill") -> Iterator[Fault]:
             return
 
 
-def _adapters_that_cannot_be_switched_off(recipe: "Recipe") -> Iterator[Fault]:
+def _adapters_that_cannot_be_switched_off(recipe: Recipe) -> Iterator[Fault]:
     peft = recipe.lora.peft if recipe.lora is not None else {}
     bias, start, saved = peft.get("bias", "none"), peft.get("init_lora_weights", True), peft.get("modules_to_save")
     for name, moves_the_base in (
@@ -68,7 +65,7 @@ def _adapters_that_cannot_be_switched_off(recipe: "Recipe") -> Iterator[Fault]:
             )
 
 
-def parameter_faults(recipe: "Recipe", train: "Train") -> Iterator[Fault]:
+def parameter_faults(recipe: Recipe, train: Train) -> Iterator[Fault]:
     if train.parameters == "lazy_projections" and train.method == "lora":
         yield (
             ("train.parameters", "train.method"),
@@ -76,7 +73,7 @@ def parameter_faults(recipe: "Recipe", train: "Train") -> Iterator[Fault]:
         )
 
 
-def restore_faults(recipe: "Recipe", train: "Train") -> Iterator[Fault]:
+def restore_faults(recipe: Recipe, train: Train) -> Iterator[Fault]:
     """Where nothing of a full layer's queries and keys is trained there is nothing to put back."""
     if not train.restore_query_key:
         return
@@ -99,7 +96,7 @@ def _is_query_or_key(target: str) -> bool:
     return target.rsplit(".", 1)[-1] in ("q_proj", "k_proj")
 
 
-def _zero_stage(train: "Train") -> int | None:
+def _zero_stage(train: Train) -> int | None:
     """Of the DeepSpeed configuration; None without a readable one, of which others complain."""
     if train.deepspeed is None:
         return None

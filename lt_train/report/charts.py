@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, kilo, percent
+from lt_train.report.figures import ends, percent
 from lt_train.report.svg import (
     DASHES,
     Plot,
@@ -25,6 +25,7 @@ from lt_train.report.svg import (
     steps,
     tooltip,
 )
+from lt_train.runtime.units import format_tokens
 
 BINS_PER_DOUBLING = 4
 OUTCOMES = ("right", "wrong", "cut off")
@@ -146,7 +147,7 @@ def accuracy_within_budget(rows: Sequence[Measured], several_runs: bool) -> Char
         line = element("path", tooltip(note), class_=line_of(each), d=steps(points), stroke_dasharray=dashes)
         lines.append(element("g", line, class_=colour(each.result.variant)))
     drawn = axes.axes(
-        labelled(binary_ticks(low, high), kilo),
+        labelled(binary_ticks(low, high), format_tokens),
         labelled(y_ticks, lambda value: f"{100 * value:.4g}"),
         "tokens an answer may have (log scale)",
         "right, %",
@@ -192,7 +193,7 @@ def trace_lengths(rows: Sequence[Measured], several_runs: bool) -> list[Chart]:
     y_ticks = [value for value in linear_ticks(0, most, 4) if value == int(value)]
     axes = plot((low, high), (0.0, max(y_ticks[-1], most)), log_x=True, width=340, height=230)
     drawn = axes.axes(
-        labelled(binary_ticks(low, high, most=5), kilo),
+        labelled(binary_ticks(low, high, most=5), format_tokens),
         labelled(y_ticks, lambda value: f"{value:,.0f}"),
         "tokens of an answer (log scale)",
         "samples",

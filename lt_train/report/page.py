@@ -14,9 +14,9 @@ from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import Measured, Run
-from lt_train.report.figures import size
 from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.tables import ResultTable, result_table
+from lt_train.runtime.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [
         *found,
         ("training", training),
-        (f"KV cache at {KV_TOKENS // 1024}K", f"{size(hybrid)} instead of {size(base)}, {100 * hybrid / base:.0f} %"),
+        (
+            f"KV cache at {KV_TOKENS // 1024}K",
+            f"{format_bytes(hybrid)} instead of {format_bytes(base)}, {100 * hybrid / base:.0f} %",
+        ),
     ]
 
 

@@ -12,6 +12,7 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, differe
 from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
+from lt_train.runtime.units import format_bytes
 
 KV_TOKENS = 32_768
 
@@ -118,7 +119,7 @@ def results_table(results: list[Result]) -> Table:
         row.append("" if result.variant == "base" or base is None else _difference(result.scores, base))
         if isinstance(result.scores, AnswerScores):
             row.append(f"{100 * result.scores.truncated:.1f} %")
-        table.add_row(*row, bytes_in_words(result.kv_bytes))
+        table.add_row(*row, format_bytes(result.kv_bytes))
     return table
 
 
@@ -200,11 +201,3 @@ def _difference(scores: Scores, base: Scores) -> str:
     if isinstance(scores, LossScores):
         return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def bytes_in_words(count: int) -> str:
-    """Three digits and a unit: 7.63 GiB."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count / 2**10:.3g} KiB"

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from lt_train.evaluation.statistics import wilson
 from lt_train.report.charts import Chart, LegendEntry, swatch
 from lt_train.report.contents import Run
-from lt_train.report.figures import kilo, percent, size
+from lt_train.report.figures import percent
 from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.svg import (
     DASHES,
@@ -26,6 +26,7 @@ from lt_train.report.svg import (
     plot,
     tooltip,
 )
+from lt_train.runtime.units import format_bytes, format_tokens
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.probes.results import ProbeScore
 
@@ -60,19 +61,22 @@ def kv_growth(run: Run) -> Chart:
         lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
         points = [(axes.x(length), axes.y(kv_bytes(run.config, count, length) / one)) for length in lengths]
         held = kv_bytes(run.config, count, KV_TOKENS)
-        note = f"{label}: {size(held)} at {kilo(KV_TOKENS)} tokens"
+        note = f"{label}: {format_bytes(held)} at {format_tokens(KV_TOKENS)} tokens"
         if count:
             note += f", {held / kv_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
         line = element("path", tooltip(note), class_="line", d=path(points))
         dot = marker(0, axes.x(KV_TOKENS), axes.y(held / one), note)
         lines.append(element("g", line, dot, class_=css))
     drawn = axes.axes(
-        labelled(x_ticks, kilo), labelled(y_ticks, lambda value: f"{value:.4g}"), "tokens of the sequence", f"KV cache, {unit}"
+        labelled(x_ticks, format_tokens),
+        labelled(y_ticks, lambda value: f"{value:.4g}"),
+        "tokens of the sequence",
+        f"KV cache, {unit}",
     )
     return Chart(
         "KV cache against length",
         f"One sequence, in the dtype of the base's weights. A streaming layer keeps {run.config['w_sink']} sink and "
-        f"{run.config['sliding_window']:,} recent tokens. Points: {kilo(KV_TOKENS)} tokens.",
+        f"{run.config['sliding_window']:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens.",
         axes.document("KV cache against length", drawn, *lines),
         tuple(LegendEntry(label, css, swatch(0, line=True)) for label, css in lazy.values()),
     )

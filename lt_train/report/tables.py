@@ -9,9 +9,10 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, differe
 from lt_train.evaluation.statistics import Difference
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, percent, size
+from lt_train.report.figures import ends, percent
 from lt_train.report.results import KV_TOKENS
 from lt_train.report.svg import Scale, element, marker, tooltip
+from lt_train.runtime.units import format_bytes
 
 MINI_WIDTH, MINI_HEIGHT = 132, 18
 
@@ -103,7 +104,7 @@ VOTES = (
 def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
     scores, result = each.result.scores, each.result
     text, test, tendency = compared(each)
-    kv = f"{size(result.kv_bytes)}"
+    kv = f"{format_bytes(result.kv_bytes)}"
     if isinstance(scores, AnswerScores):
         cells = (
             *((percent(scores.majority), pass_text(scores)) if votes else ()),

@@ -5,7 +5,6 @@ import os
 
 import torch
 
-from lt_train.recipe.schema import Precision
 from lt_train.runtime.errors import UserError
 
 
@@ -29,8 +28,8 @@ def computes_in_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """What `model.dtype` means on this device; auto: bf16 where the device computes in it, else fp32.
+def compute_dtype(precision: str) -> torch.dtype:
+    """What `model.dtype` (auto, bf16 or fp32) means on this device; auto: bf16 where the device computes in it, else fp32.
 
     Raises:
         UserError: bf16 on a GPU that cannot compute in it. On a CPU it is slow, but right.

@@ -8,7 +8,6 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
-from lt_train.recipe.schema import Track
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
 
@@ -52,22 +51,23 @@ class NoTracker:
     def finish(self) -> None: ...
 
 
-def open_tracker(track: Track, run_folder: Path, config: dict[str, Any]) -> Tracker:
+def open_tracker(mode: str, project: str, run_folder: Path, config: dict[str, Any]) -> Tracker:
     """Start tracking, or go on with the wandb run that `run_folder` has begun.
 
     Args:
+        mode: "online", "offline" or "off".
         config: the resolved recipe, shown as the run's configuration.
 
     Raises:
         UserError: wandb cannot start: no login, no network.
     """
-    if track.wandb == "off":
+    if mode == "off":
         return NoTracker()
-    return WandbTracker(track, run_folder, config)
+    return WandbTracker(mode, project, run_folder, config)
 
 
 class WandbTracker:
-    def __init__(self, track: Track, run_folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, mode: str, project: str, run_folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
         self._wandb = wandb
@@ -77,19 +77,18 @@ class WandbTracker:
         settings = wandb.Settings(silent=True, console="off", init_timeout=LOGIN_SECONDS)
         try:
             self._run = wandb.init(
-                mode=track.wandb,
-                project=track.project,
+                mode=mode,
+                project=project,
                 name=run_folder.name,
                 id=run_id,
-                resume="allow" if track.wandb == "online" else None,  # offline there is no server to resume from
+                resume="allow" if mode == "online" else None,  # offline there is no server to resume from
                 dir=run_folder,
                 config=config,
                 settings=settings,
             )
         except wandb.Error as error:
             raise UserError(
-                f"track.wandb: {track.wandb}: wandb cannot start: {error}. "
-                "Log in (wandb login), or set track.wandb to offline or off"
+                f"track.wandb: {mode}: wandb cannot start: {error}. Log in (wandb login), or set track.wandb to offline or off"
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

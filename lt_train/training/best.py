@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lt_train.recipe.checks import EVAL_LOSS
+from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import read_json
 from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights, read_checkpoint
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lt_train.recipe.checks import EVAL_LOSS
+from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import append_json_line
 from lt_train.runtime.progress import Bar
 from lt_train.runtime.tracking import Tracker

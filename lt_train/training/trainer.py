@@ -13,8 +13,7 @@ from trl import SFTConfig
 
 from lt_train.dataset.examples import ExampleSet
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.recipe.checks import EVAL_LOSS
-from lt_train.recipe.schema import Recipe, Train
+from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers

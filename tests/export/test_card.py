@@ -66,7 +66,7 @@ def test_kv_cache_sizes_are_those_of_the_layers():
     config = tiny_hybrid().config
     assert kv_bytes(config, torch.float32, 1) == 256
     text = card()
-    assert "| 32.0 MiB | 16.0 MiB | 50.0% |" in text
+    assert "| 32 MiB | 16 MiB | 50.0% |" in text
     assert kv_bytes(config, torch.bfloat16, config.spec.cached_tokens(32768)) == 128 * (2 * 32768 + 2 * 10)
 
 

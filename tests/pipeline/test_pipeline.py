@@ -17,7 +17,8 @@ from lt_train.evaluation.scores import read_scores
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
-from lt_train.recipe.schema import Recipe, load_recipe
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError
 

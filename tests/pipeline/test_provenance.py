@@ -10,7 +10,8 @@ from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.pipeline.provenance import export_facts
 from lt_train.pipeline.run_folder import PACKAGES
-from lt_train.recipe.schema import Recipe, load_recipe, resolved_yaml
+from lt_train.recipe.loading import load_recipe, resolved_yaml
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.files import write_json, write_text
 from tests.hybrid.families import BASES
 

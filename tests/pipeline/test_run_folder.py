@@ -3,7 +3,8 @@ import json
 import pytest
 
 from lt_train.pipeline.run_folder import RunFolder
-from lt_train.recipe.schema import Recipe, load_recipe
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_text
 

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.pipeline.run_folder import RunFolder
-from lt_train.pipeline.variants import BASE, CONVERTED, TRAINED, Variants, converted_by
-from lt_train.recipe.schema import load_recipe
+from lt_train.pipeline.variants import Variants
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores

@@ -7,9 +7,10 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.planning.compute import causal_pairs, streaming_pairs, training_compute
-from lt_train.planning.setup import GIB, Machine
+from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
 from lt_train.planning.work import Samples, Work
+from lt_train.runtime.units import GIB
 from tests.planning.public_models import public_recipe
 
 CONFIG = Qwen3Config(

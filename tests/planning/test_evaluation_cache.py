@@ -6,8 +6,9 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.evaluation import kv_cache
-from lt_train.planning.setup import GIB, Machine
+from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
+from lt_train.runtime.units import GIB
 from tests.hybrid.families import BASES
 from tests.planning.public_models import public_recipe
 

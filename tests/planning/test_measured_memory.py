@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from lt_train.planning.memory import Phase, training_memory
-from lt_train.planning.setup import GIB, Machine, setup_of
+from lt_train.planning.setup import Machine, setup_of
 from lt_train.planning.shape import model_shape
+from lt_train.runtime.units import GIB
 from tests.planning.measured_training import config_of, recipe_of
 
 WITHIN = 0.2

@@ -4,10 +4,11 @@ import pytest
 
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.memory import Memory, Phase, training_memory
-from lt_train.planning.setup import GIB, Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
+from lt_train.planning.setup import Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import WAYS, remedies, ways
 from lt_train.recipe.schema import Recipe
+from lt_train.runtime.units import GIB
 from tests.planning.public_models import public_recipe
 
 BF16, FP32 = 2, 4

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from lt_train import cli
-from lt_train.planning.table import _duration, _operations
+from lt_train.planning.table import _operations
 from tests.planning.public_models import CONFIGS
 
 QWEN = f"model.base={CONFIGS / 'qwen2.5-32b-instruct'}"
@@ -56,13 +56,6 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
 )
 def test_operations_are_told_with_the_prefix_of_their_size(count, said):
     assert _operations(count) == said
-
-
-@pytest.mark.parametrize(
-    ("hours", "said"), [(1234.5, "1,234.5 hours"), (1.51, "1.5 hours"), (0.5, "30 minutes"), (0.01, "36 seconds")]
-)
-def test_time_is_told_in_the_unit_of_its_size(hours, said):
-    assert _duration(hours) == said
 
 
 def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):

@@ -7,9 +7,11 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.profiling import profile_memory, profile_remedies
-from lt_train.planning.setup import GIB, Machine
+from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape, model_shape
-from lt_train.recipe.schema import Recipe, load_recipe
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import Recipe
+from lt_train.runtime.units import GIB
 from lt_train.selection.token_losses import token_losses
 from tests.hybrid.families import SIZES
 from tests.peak_memory import LiveBytes

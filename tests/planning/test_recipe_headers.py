@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lt_train.planning.plan import make_plan
-from lt_train.planning.setup import GIB, Machine
-from lt_train.recipe.schema import load_recipe
+from lt_train.planning.setup import Machine
+from lt_train.recipe.loading import load_recipe
+from lt_train.runtime.units import GIB
 from tests.planning.public_models import CONFIGS, HUB
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))

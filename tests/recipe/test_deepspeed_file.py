@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lt_train.recipe.deepspeed_file import contradictions, deepspeed_settings, read_deepspeed_file
-from lt_train.recipe.schema import Recipe, load_recipe
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"

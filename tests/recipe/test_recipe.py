@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.recipe.schema import load_recipe, resolved_yaml
+from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.recipe.yaml_text import parse_yaml, read_recipe_text
 from lt_train.runtime.errors import UserError
 
@@ -443,7 +443,7 @@ def test_no_text_and_no_override_breaks_the_reader(text: str, overrides: list[st
 def test_loading_a_recipe_is_fast_and_imports_nothing_heavy() -> None:
     heavy = "torch", "transformers", "trl", "peft", "datasets", "numpy", "pyarrow"
     code = (
-        "import sys; from pathlib import Path; from lt_train.recipe.schema import load_recipe; "
+        "import sys; from pathlib import Path; from lt_train.recipe.loading import load_recipe; "
         f"load_recipe(Path({str(RECIPES / 'smollm2-135m.yaml')!r})); "
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )

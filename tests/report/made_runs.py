@@ -12,7 +12,7 @@ from lt_train.evaluation.scores import LossScores, answer_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.recipe.schema import load_recipe, resolved_yaml
+from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.runtime.files import append_json_line, write_json, write_text
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores

@@ -12,7 +12,7 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_s
 from lt_train.evaluation.statistics import Interval, TokenLoss, accuracy_interval, mean_loss, mean_over_problems, paired_difference
 from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.recipe.schema import load_recipe, resolved_yaml
+from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.report.results import KV_TOKENS, TRACKED_COLUMNS, kv_bytes, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text

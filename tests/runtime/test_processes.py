@@ -38,7 +38,7 @@ def load_recipe(*_):
 
 
 sys.argv[1:] = ["validate", "any.yaml"]
-lt_train.recipe.schema.load_recipe = load_recipe
+lt_train.recipe.loading.load_recipe = load_recipe
 cli.main()
 '''
 

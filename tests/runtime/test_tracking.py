@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from lt_train.recipe.schema import Track
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 
-OFFLINE = Track(wandb="offline", project="tests")
+PROJECT = "tests"
 
 
 def segments(run_folder: Path) -> list[Path]:
@@ -74,7 +73,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tracking_that_is_off_takes_everything_and_writes_nothing(tmp_path: Path) -> None:
-    tracker = open_tracker(Track(wandb="off"), tmp_path, {})
+    tracker = open_tracker("off", "lt-train", tmp_path, {})
     assert isinstance(tracker, NoTracker)
     tracker.log({"loss": 1.0}, step=1)
     tracker.image("profile", tmp_path / "none.png")
@@ -87,7 +86,7 @@ def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path
     run_folder = tmp_path / "my-run"
     run_folder.mkdir()
     for steps in ([1, 2, 3, 4, 5], [4, 5, 6, 7]):  # cut off after step 5, resumed from the checkpoint of step 3
-        tracker = open_tracker(OFFLINE, run_folder, {"seed": 1, "train": {"learning_rate": 0.1}})
+        tracker = open_tracker("offline", PROJECT, run_folder, {"seed": 1, "train": {"learning_rate": 0.1}})
         log_steps(tracker, steps)
         tracker.summary({"accuracy": 0.5})
         tracker.finish()
@@ -100,7 +99,7 @@ def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path
 
 
 def test_a_step_that_a_killed_process_had_not_written_out_is_logged_again(tmp_path: Path, no_network: None) -> None:
-    tracker = open_tracker(OFFLINE, tmp_path, {})
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
     log_steps(tracker, [1, 2, 3])  # no finish: the row of step 3 is still in memory
     state = (tmp_path / "tracking.jsonl").read_text()
     assert '{"saved_step": 2}' in state and '{"saved_step": 3}' not in state
@@ -110,7 +109,7 @@ def test_a_step_that_a_killed_process_had_not_written_out_is_logged_again(tmp_pa
 
 def test_a_state_whose_last_line_was_cut_off_goes_on_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "tracking.jsonl").write_text('{"run_id": "abcd1234"}\n{"saved_step": 2}\n{"saved_st')
-    tracker = open_tracker(OFFLINE, tmp_path, {})
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
     log_steps(tracker, [1, 2, 3])
     tracker.finish()
     (segment,) = segments(tmp_path)
@@ -123,7 +122,7 @@ def test_a_damaged_line_of_the_state_is_an_error_with_its_place_and_nothing_is_t
     state = f'{{"run_id": "abcd1234"}}\n{line}\n{{"saved_step": 2}}\n'
     (tmp_path / "tracking.jsonl").write_text(state)
     with pytest.raises(UserError, match=r"tracking\.jsonl:2: "):
-        open_tracker(OFFLINE, tmp_path, {})
+        open_tracker("offline", PROJECT, tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["tracking.jsonl"]
     assert (tmp_path / "tracking.jsonl").read_text() == state
 
@@ -132,7 +131,7 @@ def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_netwo
     from PIL import Image
 
     Image.new("RGB", (4, 4)).save(tmp_path / "profile.png")
-    tracker = open_tracker(OFFLINE, tmp_path, {"hybrid": {"w_sink": 4}})
+    tracker = open_tracker("offline", PROJECT, tmp_path, {"hybrid": {"w_sink": 4}})
     tracker.image("layer profile", tmp_path / "profile.png")
     tracker.image("layer profile", tmp_path / "profile.png")
     tracker.log({"train/loss": 2.0, "train/tokens_per_second": 90.0}, step=1)
@@ -152,7 +151,7 @@ def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_netwo
 
 
 def test_points_that_come_late_have_an_axis_of_their_own_and_leave_the_other_curves_alone(tmp_path: Path, no_network: None) -> None:
-    tracker = open_tracker(OFFLINE, tmp_path, {})
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
     log_steps(tracker, [1, 2, 3])
     tracker.log_behind("probes", {"needle": 0.25}, step=1)
     log_steps(tracker, [4])
@@ -168,7 +167,7 @@ def test_points_that_come_late_have_an_axis_of_their_own_and_leave_the_other_cur
 
 def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:
     with pytest.raises(UserError, match=r"track\.wandb: online: wandb cannot start.*wandb login.*offline or off"):
-        open_tracker(Track(wandb="online"), tmp_path, {})
+        open_tracker("online", "lt-train", tmp_path, {})
 
 
 def test_importing_tracking_does_not_import_wandb() -> None:

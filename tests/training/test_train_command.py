@@ -13,7 +13,7 @@ from test_resume import assert_same_course, steps
 
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
-from lt_train.recipe.schema import load_recipe
+from lt_train.recipe.loading import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = f"""

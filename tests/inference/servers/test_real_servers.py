@@ -26,7 +26,8 @@ from lt_train.inference.servers.check import chat_messages, check_server
 from lt_train.inference.servers.pool import ServerSettings
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
-from lt_train.recipe.schema import Prompt, load_recipe
+from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.export.tiny_exports import facts
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
-from lt_train.recipe.schema import load_recipe
+from lt_train.recipe.loading import load_recipe
 
 REPOSITORY = Path(__file__).parents[3]
 

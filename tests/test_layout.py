@@ -1,0 +1,107 @@
+"""Which folder of lt_train may import which: the plan of the house, read from the imports of the code."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lt_train"
+
+ALLOWED = {
+    "runtime": "",
+    "hybrid": "",
+    "benchmarks": "runtime",
+    "recipe": "benchmarks runtime",
+    "dataset": "benchmarks recipe runtime",
+    "inference": "benchmarks dataset hybrid recipe runtime",
+    "selection": "benchmarks dataset hybrid inference recipe runtime",
+    "training": "benchmarks dataset hybrid inference recipe runtime",
+    "evaluation": "benchmarks dataset hybrid inference recipe runtime",
+    "export": "benchmarks dataset hybrid inference recipe runtime",
+    "report": "benchmarks evaluation hybrid inference recipe runtime selection training",
+    "planning": "benchmarks dataset hybrid inference recipe runtime selection training",
+    "pipeline": "benchmarks dataset evaluation export hybrid inference recipe report runtime selection training",
+    "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
+    "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection training",
+}
+"""Folder -> the folders it may import. pipeline/ imports report/, for a run ends with its table and its rows in wandb."""
+
+ONLY_FILE_FORMATS = {
+    ("report", "training"): ("training.log", "training.probes.results"),
+    ("report", "inference"): ("inference.requests",),
+}
+"""Arrows that are allowed to the named modules alone: report/ reads what a training writes, and trains nothing."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below lt_train -> file."""
+    files = [
+        path for path in PACKAGE.rglob("*.py") if (path.name != "__main__.py" and path.parent != PACKAGE) or path.name == "cli.py"
+    ]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of lt_train that a file imports, at its top, inside functions, or for its types."""
+    known, package = modules(), path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["lt_train", *package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            name = name.removeprefix("lt_train.")
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            if name and name != ".".join(package):
+                yield name
+
+
+ARROWS = {name: set(imports(path)) - {name} for name, path in modules().items()}
+
+
+def test_every_file_lies_in_a_folder_of_the_plan():
+    loose = {path.name for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__.py", "__main__.py", "cli.py"}
+    assert {name.partition(".")[0] for name in ARROWS} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_a_folder_imports_what_it_may(folder):
+    refused = [
+        f"{name} imports {other}"
+        for name, others in ARROWS.items()
+        if name.partition(".")[0] == folder
+        for other in others
+        if (there := other.partition(".")[0]) != folder
+        and (there not in ALLOWED[folder].split() or other not in ONLY_FILE_FORMATS.get((folder, there), (other,)))
+    ]
+    assert not refused
+
+
+def test_no_folder_and_no_file_imports_itself_by_a_circle():
+    folders: dict[str, set[str]] = {}
+    for name, others in ARROWS.items():
+        here = name.partition(".")[0]
+        folders.setdefault(here, set()).update(there for other in others if (there := other.partition(".")[0]) != here)
+    for graph in (folders, ARROWS):
+        list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_hybrid_imports_itself_and_what_a_machine_with_transformers_has():
+    allowed = {"torch", "transformers", "huggingface_hub", "flash_attn", "flash_attn_interface"}
+    for path in (PACKAGE / "hybrid").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            tops = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                tops = [node.module or ""]
+            assert {name.partition(".")[0] for name in tops} <= allowed | STANDARD_LIBRARY, path
+
+
+STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
