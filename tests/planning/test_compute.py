@@ -10,7 +10,7 @@ from lt_train.planning.compute import causal_pairs, streaming_pairs, training_co
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import model_shape
 from lt_train.planning.work import Samples, Work
-from tests.planning.public_models import public_recipe
+from tests.support.public_models import public_recipe
 
 CONFIG = Qwen3Config(
     vocab_size=128,

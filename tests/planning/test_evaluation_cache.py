@@ -8,8 +8,8 @@ from lt_train.inference.loading import load_base_config
 from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import GIB, Machine
 from lt_train.planning.shape import model_shape
-from tests.hybrid.families import BASES
-from tests.planning.public_models import public_recipe
+from tests.support.families import BASES
+from tests.support.public_models import public_recipe
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -11,7 +11,7 @@ import pytest
 from lt_train.planning.plan import make_plan
 from lt_train.planning.setup import GIB, Machine
 from lt_train.recipe.schema import load_recipe
-from tests.planning.public_models import CONFIGS, HUB
+from tests.support.public_models import CONFIGS, HUB
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 HARDWARE = re.compile(r"on (?:(\d+) GPUs?|a CPU) (?:of|with) (\d+) GB", re.IGNORECASE)

@@ -28,7 +28,7 @@ from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.schema import Prompt, load_recipe
 from lt_train.runtime.errors import UserError
-from tests.export.tiny_exports import facts
+from tests.support.tiny_exports import facts
 
 pytestmark = pytest.mark.slow
 
