@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from lt_train import cli
-from tests.hybrid.families import BASES
-from tests.report.made_runs import made_run
+from tests.support.families import BASES
+from tests.support.made_runs import made_run
 
 BROKEN = """
 name: broken

@@ -9,8 +9,8 @@ import pytest
 
 from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.loading import load_recipe
+from tests.support.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 

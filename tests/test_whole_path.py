@@ -23,8 +23,8 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.loading import load_recipe
+from tests.support.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = "recipes/quickstart.yaml"
 # The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
 SMALL = {

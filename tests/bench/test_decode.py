@@ -7,7 +7,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 ENTRY = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
 SEQUENCE = ENTRY * (2 * 384 + 2 * 32)  # two full layers in pages of 128 tokens, two rings

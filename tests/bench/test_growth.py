@@ -7,7 +7,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 
 def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds():

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_templates import byte_tokenizer, family_tokenizer
 
 from lt_train.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
 from lt_train.benchmarks.longbench import LONGBENCH
@@ -17,6 +16,7 @@ from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.prompting import cut_middle, prompt_ids, room_for_text
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
+from tests.support.chat_templates import byte_tokenizer, family_tokenizer
 
 # config/dataset2maxlen.json, eval.py (dataset2metric), task.md (samples) of https://github.com/THUDM/LongBench
 PUBLISHED = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from chat_templates import family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +15,7 @@ from lt_train.benchmarks import BENCHMARKS, Problem, RecallSettings, answer_toke
 from lt_train.benchmarks.haystack import NOISE, endless, essay_sentences
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.runtime.errors import UserError
+from tests.support.chat_templates import family_tokenizer
 
 NEEDLE, PASSKEY, COPYING = (BENCHMARKS[name] for name in ("needle", "passkey", "copying"))
 SMALL = RecallSettings(lengths=(300, 700), depths=(0.0, 0.5, 1.0), repeats=2, span=40)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import FAMILIES, byte_tokenizer, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lt_train.dataset.examples import IGNORED, Example, ExampleSet, calibration_examples, load_examples
 from lt_train.recipe.schema import Calibration, Data, Prompt
 from lt_train.runtime.errors import UserError
+from tests.support.chat_templates import FAMILIES, byte_tokenizer, family_tokenizer
 
 TRACE = "<|begin_of_thought|>\n\nHm. 2 + 2 = 4.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\\boxed{4}<|end_of_solution|>"
 STILL = {"question": "2 + 2?", "combined_text": TRACE, "domain": "math"}

@@ -14,7 +14,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
-from tests.full_disk import files_of_at_most
+from tests.support.full_disk import files_of_at_most
 
 
 class Interrupted(Exception):

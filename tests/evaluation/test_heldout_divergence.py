@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_heldout_loss import examples_of_many_lengths
 from torch.nn.functional import kl_div
 
 from lt_train.dataset.examples import Example
@@ -18,8 +17,9 @@ from lt_train.evaluation.scores import LossScores
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
-from tests.full_disk import files_of_at_most
-from tests.peak_memory import LiveBytes
+from tests.support.examples import examples_of_many_lengths
+from tests.support.full_disk import files_of_at_most
+from tests.support.peak_memory import LiveBytes
 
 ENTRY = recipe.HeldoutKL(benchmark="heldout_kl", batch_size=4)
 EXAMPLES = examples_of_many_lengths()

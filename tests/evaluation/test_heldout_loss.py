@@ -1,4 +1,3 @@
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +13,9 @@ from lt_train.evaluation.statistics import TokenLoss
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
+from tests.support.examples import examples_of_many_lengths
 
 ENTRY = recipe.HeldoutLoss(benchmark="heldout_loss", batch_size=4)
-
-
-def examples_of_many_lengths() -> list[Example]:
-    """Shorter and longer than w_sink and than the window; one with a prompt of a single token, one with a single answer token."""
-    draw = random.Random(0)
-    lengths = [(1, 2), (3, 1), (5, 20), (30, 40), (2, 7), (12, 3), (40, 5)]
-    return [
-        Example(
-            id=f"e{number}",
-            where=f"own.jsonl:{number + 1}",
-            prompt_ids=tuple(draw.randrange(2, 36) for _ in range(prompt)),
-            answer_ids=(*(draw.randrange(2, 36) for _ in range(answer - 1)), 1),
-        )
-        for number, (prompt, answer) in enumerate(lengths)
-    ]
 
 
 def by_id(model: HybridForCausalLM, examples: list[Example], batch_size: int) -> dict[str, TokenLoss]:

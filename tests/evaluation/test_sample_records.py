@@ -11,7 +11,7 @@ from lt_train.evaluation import records
 from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
 from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
-from tests.full_disk import files_of_at_most
+from tests.support.full_disk import files_of_at_most
 
 FINGERPRINT = {"model": "abc", "temperature": 0.6, "seed": None}
 RECORD = SampleRecord(

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from lt_train.export.card import is_hub_id, kv_bytes, model_card
 from lt_train.export.verify import Check
-from tests.export.tiny_exports import facts, tiny_hybrid
+from tests.support.tiny_exports import facts, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 2e-7, 12.5, 1e-5, 48, 0)
 

@@ -4,8 +4,8 @@ from transformers import GenerationConfig
 
 from lt_train.export.configs import STOCK, exported_config, exported_generation_config, stock_config
 from lt_train.runtime.errors import UserError
-from tests.export.tiny_exports import tiny_hybrid, tiny_tokenizer
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
+from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from lt_train.export.checkpoint import CARD, export_hybrid
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
-from tests.export.tiny_exports import END, TEMPLATE, facts, tiny_hybrid, tiny_tokenizer
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
+from tests.support.tiny_exports import END, TEMPLATE, facts, tiny_hybrid, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 

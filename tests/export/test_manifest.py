@@ -4,7 +4,7 @@ import torch
 from lt_train.export.manifest import MANIFEST, content_fingerprint, is_exported, make_manifest, read_manifest
 from lt_train.export.verify import Check
 from lt_train.runtime.errors import UserError
-from tests.export.tiny_exports import facts, tiny_hybrid
+from tests.support.tiny_exports import facts, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 0.0, 12.5, 1e-5, 48, 0)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 
 @pytest.fixture(params=BASES)

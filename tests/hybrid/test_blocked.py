@@ -11,7 +11,7 @@ from lt_train.hybrid import blocked
 from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.reference import reference_streaming_attention
 from lt_train.hybrid.spec import HybridError
-from tests.hybrid.streaming_cases import CASES, Case, documents_of, expected_output, tensors_of, with_gradients
+from tests.support.streaming_cases import CASES, Case, documents_of, expected_output, tensors_of, with_gradients
 
 LONG = {
     "several blocks": Case(((700,),), w_recent=150),

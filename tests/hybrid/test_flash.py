@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lt_train.hybrid.flash import attend_by_parts, full_parts, streaming_parts
 from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash, flash_kernel
-from tests.hybrid.dense_flash import DenseFlash, flash_2_package, flash_3_package, flash_in_torch
-from tests.hybrid.streaming_cases import CASES, Case, documents_of, expected_output, tensors_of, with_gradients
+from tests.support.dense_flash import DenseFlash, flash_2_package, flash_3_package, flash_in_torch
+from tests.support.streaming_cases import CASES, Case, documents_of, expected_output, tensors_of, with_gradients
 
 CPU = torch.device("cpu")
 

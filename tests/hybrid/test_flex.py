@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from lt_train.hybrid import flex
 from lt_train.hybrid.flex import TILE, block_mask, flex_streaming_attention, rounded_length, tiles_seen
 from lt_train.hybrid.mask import streaming_visible
-from tests.hybrid.streaming_cases import CASES, Case, documents_of, tensors_of
+from tests.support.streaming_cases import CASES, Case, documents_of, tensors_of
 
 packs = st.builds(
     Case,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache, slot_positions
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.hybrid.families import BASES, SIZES
+from tests.support.families import BASES, SIZES
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)
 

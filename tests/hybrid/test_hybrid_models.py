@@ -8,7 +8,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 

@@ -9,7 +9,7 @@ from lt_train.hybrid import kernels
 from lt_train.hybrid.kernels import KERNELS, Choice, Use, choose, computed_in
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.hybrid.dense_flash import DenseFlash
+from tests.support.dense_flash import DenseFlash
 
 CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
 GPU = Use(torch.device("cuda", 0), torch.bfloat16, head_size=128, trains=True)

@@ -14,7 +14,7 @@ from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
 from lt_train.hybrid.kernels import KERNELS, Use, choose
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
-from tests.hybrid.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
+from tests.support.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LARGEST_ERROR = 0.02  # relative; the reference in bf16, which rounds its scores, has up to 0.01

@@ -12,8 +12,8 @@ from lt_train.hybrid.documents import find_documents
 from lt_train.hybrid.kernels import KERNELS
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import reference_streaming_attention
-from tests.hybrid.dense_flash import DenseFlash
-from tests.hybrid.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
+from tests.support.dense_flash import DenseFlash
+from tests.support.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 
 def random_qkv(batch, length, heads, seed, dtype=torch.float32, size=8):

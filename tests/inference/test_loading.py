@@ -19,7 +19,7 @@ from lt_train.inference.loading import (
 )
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
-from tests.hybrid.families import BASES, SIZES
+from tests.support.families import BASES, SIZES
 
 TINY_REASONER = Path(__file__).parents[2] / "data/tiny-reasoner"
 SPEC = HybridSpec(4, (1,), w_sink=2, w_recent=6)

@@ -8,32 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lt_train.pipeline_ import evaluation_stage
 from rich.console import Console
 from safetensors.torch import load_file
 
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.inference.loading import load_for_inference
+from lt_train.pipeline import evaluation_stage
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_run import write_inputs, write_recipe
 
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = f"""
-name: tiny
-model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}
-hybrid: {{lazy_layer_ratio: 0.5, w_sink: 4, w_recent: 12, calibration: {{samples: 2}}}}
-data: {{source: TRACES, format: still, max_length: 256, heldout: 4}}
-train: {{method: lora, learning_rate: 1.0e-3, max_steps: 2, batch_size: 4, micro_batch_size: 4}}
-eval:
-  - {{benchmark: ledger, path: PROBLEMS, limit: 4, max_new_tokens: 8, batch_size: 4}}
-  - {{benchmark: heldout_loss, batch_size: 4}}
-  - {{benchmark: heldout_kl, batch_size: 4}}
-"""
 PERIODIC = ("hybrid.strategy=periodic",)
 NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
 TRAINING_FREE = (*PERIODIC, "train=null", "lora=null")
@@ -44,16 +34,8 @@ Work = Callable[..., str]
 def inputs(tmp_path_factory) -> Path:
     """Data and recipe in a folder of their own."""
     folder = tmp_path_factory.mktemp("inputs")
-    for name, source, rows in (("traces", "train", 16), ("problems", "test", 6)):
-        with open(REPOSITORY / f"data/ledger/{source}.jsonl", encoding="utf-8") as file:
-            (folder / f"{name}.jsonl").write_text("".join(next(file) for _ in range(rows)), encoding="utf-8")
-    write_recipe(folder)
+    write_inputs(folder)
     return folder
-
-
-def write_recipe(inputs: Path) -> None:
-    named = RECIPE.replace("TRACES", str(inputs / "traces.jsonl")).replace("PROBLEMS", str(inputs / "problems.jsonl"))
-    (inputs / "recipe.yaml").write_text(named)
 
 
 def work(recipe: Recipe, runs: Path, stage: str = "run") -> str:

@@ -12,8 +12,6 @@ from typing import Any
 
 import psutil
 import pytest
-from test_pipeline import write_recipe
-from test_tracking import segments
 
 from lt_train import cli
 from lt_train.evaluation.scores import read_scores
@@ -21,18 +19,15 @@ from lt_train.pipeline.probing import probe_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
 from lt_train.training.probes.results import place_of, read_probes
+from tests.support.tiny_run import write_inputs
+from tests.support.wandb_files import segments
 
-REPOSITORY = Path(__file__).parents[2]
-LEDGER = REPOSITORY / "data/ledger"
 ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 40, "batch_size": 2}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    for name, source, rows in (("traces", "train", 16), ("problems", "test", 12)):
-        with open(LEDGER / f"{source}.jsonl", encoding="utf-8") as file:
-            (tmp_path / f"{name}.jsonl").write_text("".join(next(file) for _ in range(rows)), encoding="utf-8")
-    write_recipe(tmp_path)
+    write_inputs(tmp_path, problems=12)
     return tmp_path
 
 

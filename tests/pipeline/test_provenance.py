@@ -13,7 +13,7 @@ from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.files import write_json, write_text
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 RECIPE = """
 name: tiny

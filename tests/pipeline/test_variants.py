@@ -14,7 +14,7 @@ from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 RECIPE = """
 name: tiny

@@ -11,7 +11,7 @@ from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
 from lt_train.planning.work import Samples, Work
 from lt_train.runtime.units import GIB
-from tests.planning.public_models import public_recipe
+from tests.support.public_models import public_recipe
 
 CONFIG = Qwen3Config(
     vocab_size=128,

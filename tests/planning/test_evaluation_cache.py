@@ -9,8 +9,8 @@ from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
 from lt_train.runtime.units import GIB
-from tests.hybrid.families import BASES
-from tests.planning.public_models import public_recipe
+from tests.support.families import BASES
+from tests.support.public_models import public_recipe
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -11,7 +11,7 @@ from lt_train.planning.memory import Phase, training_memory
 from lt_train.planning.setup import Machine, setup_of
 from lt_train.planning.shape import model_shape
 from lt_train.runtime.units import GIB
-from tests.planning.measured_training import config_of, recipe_of
+from tests.support.measured_training import config_of, recipe_of
 
 WITHIN = 0.2
 
@@ -72,7 +72,7 @@ def test_the_peak_of_a_real_training_is_that_of_its_plan(kind, tmp_path):
 def measure(run: dict, folder) -> int:
     # The C library gives freed tensors back at once only above these sizes, which grow by themselves unless they are set.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    command = [sys.executable, "-m", "tests.planning.measured_training", str(folder), json.dumps(run)]
+    command = [sys.executable, "-m", "tests.support.measured_training", str(folder), json.dumps(run)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split()[-1])

@@ -9,7 +9,7 @@ from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.ways import WAYS, remedies, ways
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
-from tests.planning.public_models import public_recipe
+from tests.support.public_models import public_recipe
 
 BF16, FP32 = 2, 4
 

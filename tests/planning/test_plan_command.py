@@ -5,7 +5,7 @@ import pytest
 
 from lt_train import cli
 from lt_train.planning.table import _operations
-from tests.planning.public_models import CONFIGS
+from tests.support.public_models import CONFIGS
 
 QWEN = f"model.base={CONFIGS / 'qwen2.5-32b-instruct'}"
 

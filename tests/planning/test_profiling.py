@@ -13,9 +13,9 @@ from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
 from lt_train.selection.token_losses import token_losses
-from tests.hybrid.families import SIZES
-from tests.peak_memory import LiveBytes
-from tests.planning.public_models import public_recipe
+from tests.support.families import SIZES
+from tests.support.peak_memory import LiveBytes
+from tests.support.public_models import public_recipe
 
 BF16 = 2
 LENGTH = 2048

@@ -12,7 +12,7 @@ from lt_train.planning.plan import make_plan
 from lt_train.planning.setup import Machine
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.units import GIB
-from tests.planning.public_models import CONFIGS, HUB
+from tests.support.public_models import CONFIGS, HUB
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
 HARDWARE = re.compile(r"on (?:(\d+) GPUs?|a CPU) (?:of|with) (\d+) GB", re.IGNORECASE)

@@ -3,7 +3,7 @@ import pytest
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.runtime.errors import UserError
-from tests.planning.public_models import CONFIGS, public_recipe
+from tests.support.public_models import CONFIGS, public_recipe
 
 
 def shape_of(model: str, **settings) -> ModelShape:

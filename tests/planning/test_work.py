@@ -7,7 +7,7 @@ from lt_train.inference.loading import load_base_config
 from lt_train.planning.work import Samples, training_samples, training_work
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
-from tests.planning.public_models import CONFIGS, public_recipe
+from tests.support.public_models import CONFIGS, public_recipe
 
 
 def samples_of(recipe, count=None, mean=None) -> Samples | None:

@@ -7,7 +7,7 @@ import pytest
 
 from lt_train.dataset.examples import load_examples
 from lt_train.recipe.loading import load_recipe
-from tests.chat_templates import family_tokenizer
+from tests.support.chat_templates import family_tokenizer
 
 THOUGHT = "I multiply.\n</think>\n\nThe answer is \\boxed{42}."
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.made_runs import made_run
+from tests.support.made_runs import made_run
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lt_train.report.page import run_part
 from lt_train.report.results import kv_bytes
 from lt_train.runtime.files import append_json_line
 from lt_train.training.probes.results import ProbeResult, ProbeScore, write_result
-from tests.report.made_runs import ANSWERS, LAZY_RATIO, REACH, made_run, record
+from tests.support.made_runs import ANSWERS, LAZY_RATIO, REACH, made_run, record
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from lt_train.report import samples, write_report
 from lt_train.runtime.errors import UserError
-from tests.report.made_runs import ANSWERS, PROBLEMS, made_run, record
+from tests.support.made_runs import ANSWERS, PROBLEMS, made_run, record
 
 NASTY = "</script><script>document.title='owned'</script><!--<img src=x onerror=alert(1)> & \u2028 \ud83d \x00 ]]> 证明"
 

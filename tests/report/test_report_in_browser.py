@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lt_train.report import write_report
-from tests.report.headless import CHROMIUM, Tab, headless_tab
-from tests.report.made_runs import ANSWERS, made_run, record
+from tests.support.headless import CHROMIUM, Tab, headless_tab
+from tests.support.made_runs import ANSWERS, made_run, record
 
 pytestmark = [
     pytest.mark.slow,

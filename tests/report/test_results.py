@@ -16,7 +16,7 @@ from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.report.results import KV_TOKENS, TRACKED_COLUMNS, kv_bytes, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 RECIPE = """
 name: tiny

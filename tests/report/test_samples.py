@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lt_train.evaluation.scores import read_scores
 from lt_train.report.samples import character_limit, parts, read_samples, shortened, split_trace
 from lt_train.runtime.errors import UserError
-from tests.report.made_runs import ANSWERS, record
+from tests.support.made_runs import ANSWERS, record
 
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=30)
 

@@ -7,7 +7,7 @@ import pytest
 from lt_train.evaluation.scores import difference, read_scores, write_scores
 from lt_train.report.contents import read_runs
 from lt_train.report.tables import interval_text, result_table
-from tests.report.made_runs import made_run, measured, record
+from tests.support.made_runs import made_run, measured, record
 
 
 def table_of(*folders, evaluation="ledger"):

@@ -13,8 +13,8 @@ import torch
 from lt_train import __version__, cli
 from lt_train.runtime import processes
 from lt_train.runtime.processes import Process, is_lost_connection, let_others_tell, this_process
+from tests.support.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 COMMAND = '''
 """lt-train validate, but with a recipe that one process, or both, cannot load while the other waits for it."""
 import os

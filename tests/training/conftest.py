@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training
 
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import LoadModel, TrainResult
+from tests.support import tiny_training
 
 
 @pytest.fixture

@@ -9,39 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import assert_same_course
-from tiny_training import LoadModel, load_tiny, tiny_examples, train_in
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.checkpoints import fault_of, newest_checkpoint
 from lt_train.training.log import read_log
-from tests.full_disk import files_of_at_most
-
-EVERY_STEP: dict[str, Any] = {"train": {"max_steps": 6, "save_steps": 1, "keep_checkpoints": 2, "logging_steps": 100}}
-BAD = tiny_examples().train[7]
-
-
-def contains(input_ids_BL: torch.Tensor, sample: Any) -> bool:
-    ids = list(sample.input_ids)
-    return any(row[start : start + len(ids)] == ids for row in input_ids_BL.tolist() for start in range(len(row)))
-
-
-def breaks_on(sample: Any) -> LoadModel:
-    """A model that is NaN on whatever batch holds `sample`."""
-
-    def load(dtype: torch.dtype) -> torch.nn.Module:
-        model = load_tiny(dtype)
-        poisoned = []
-
-        def look(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            poisoned[:] = [contains(kwargs["input_ids"], sample)]
-
-        model.register_forward_pre_hook(look, with_kwargs=True)
-        model.model.norm.register_forward_hook(lambda module, args, output: output * math.nan if poisoned[0] else output)
-        return model
-
-    return load
+from tests.support.broken_training import BAD, EVERY_STEP, breaks_on
+from tests.support.full_disk import files_of_at_most
+from tests.support.tiny_training import load_tiny, tiny_examples, train_in
+from tests.support.training_log import assert_same_course
 
 
 def test_a_nan_loss_names_its_step_and_its_sample_and_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:

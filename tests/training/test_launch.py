@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import tiny_recipe
 
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.training import launch
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_training import tiny_recipe
 
-REPOSITORY = Path(__file__).parents[2]
 ZERO3 = {"train": {"deepspeed": str(REPOSITORY / "launch/zero3.json")}}
 
 

@@ -1,29 +1,26 @@
 """Two processes under DeepSpeed, as its launcher starts them: the same course as one process, whole weights, kills and resumes."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import tiny_training
 import torch
-from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
 
 from lt_train.runtime.errors import UserError
 from lt_train.training.lora import load_trained
+from tests.support import tiny_training
+from tests.support.launched_training import SCRIPT, start_launch
+from tests.support.repository import REPOSITORY
+from tests.support.training_log import assert_same_course, steps
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = Path(tiny_training.__file__)
 LORA: dict[str, Any] = {"method": "lora"}
 MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "ddp": (None, {}),
@@ -64,17 +61,6 @@ def deepspeed_file(name: str, folder: Path) -> Path:
     return path
 
 
-def launch(trainings: dict[Path, dict[str, Any]], base: Path, output: Path, *, processes: int = 2, examples: int = 22) -> Any:
-    """Start one launch that trains one after the other."""
-    given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes), "--master_port", "29631"]
-    command = [*launcher, str(SCRIPT), *given, "--base", str(base), "--examples", str(examples)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": path}
-    with open(output, "wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
@@ -89,7 +75,7 @@ def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     trainings = {mode: settings_of(mode, folder, launched=True) for mode in MODES}
     trainings |= {"dropout": DROPOUT} | {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
-    process = launch({folder / name: each for name, each in trainings.items()}, base, output := folder / "output.txt")
+    process = start_launch({folder / name: each for name, each in trainings.items()}, base, output := folder / "output.txt")
     assert process.wait(timeout=400) == 0, output.read_text()
     return folder
 
@@ -162,7 +148,9 @@ def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_oth
 
 
 def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base: Path, tmp_path: Path) -> None:
-    process = launch({two / "zero2": settings_of("zero2", two, launched=True)}, base, output := tmp_path / "o.txt", processes=1)
+    process = start_launch(
+        {two / "zero2": settings_of("zero2", two, launched=True)}, base, output := tmp_path / "o.txt", processes=1
+    )
     assert process.wait(timeout=200) != 0
     assert "number of processes, among which DeepSpeed splits the optimizer's states: 2 then, 1 now" in output.read_text()
 
@@ -170,7 +158,7 @@ def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base:
 def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(base: Path, tmp_path: Path) -> None:
     train = {**settings_of("zero3", tmp_path, launched=True)["train"], **THREE_EPOCHS}
     output, killed, whole = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "whole"
-    process = launch({killed: {"train": train}}, base, output, examples=80)
+    process = start_launch({killed: {"train": train}}, base, output, examples=80)
     while len(steps(killed)) < 27:
         assert process.poll() is None, output.read_text()
         time.sleep(0.02)
@@ -178,7 +166,7 @@ def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(ba
     second.send_signal(signal.SIGKILL)
     assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
     assert 27 <= len(steps(killed)) < 40, "in the second epoch"
-    process = launch({killed: {"train": train}, whole: {"train": train}}, base, output, examples=80)
+    process = start_launch({killed: {"train": train}, whole: {"train": train}}, base, output, examples=80)
     assert process.wait(timeout=300) == 0, output.read_text()
     assert "goes on from checkpoint-" in output.read_text()
     assert_same_course(killed, whole)

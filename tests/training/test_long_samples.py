@@ -8,11 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import long_training
 import pytest
 import torch
-from test_training_processes import ENVIRONMENT
-from tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokenizer, train_in
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lt_train.dataset.examples import Example, ExampleSet
@@ -21,7 +18,10 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
-from tests.peak_memory import LiveBytes
+from tests.support import long_training
+from tests.support.peak_memory import LiveBytes
+from tests.support.repository import ENVIRONMENT
+from tests.support.tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokenizer, train_in
 
 QWEN_VOCABULARY = 151_936
 

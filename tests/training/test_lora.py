@@ -4,27 +4,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SPEC, hybrid_from, load_tiny, tiny_config, tiny_examples, tiny_recipe, tiny_tokenizer, train_in
 from transformers import Qwen3ForCausalLM
 
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
-from lt_train.training import trainer as training
 from lt_train.training.lora import load_trained, lora_config
+from tests.support.gradients import parameters_with_gradients
+from tests.support.tiny_training import (
+    SPEC,
+    hybrid_from,
+    load_tiny,
+    tiny_config,
+    tiny_recipe,
+    train_in,
+)
 
 LORA: dict[str, Any] = {"train": {"method": "lora", "learning_rate": 1e-2}, "lora": {"rank": 4, "alpha": 8}}
 PROBE = torch.arange(2, 26).view(1, -1)
-
-
-def parameters_with_gradients(settings: dict[str, Any], out: Path) -> set[str]:
-    """Names of the parameters that a step of training changes, found from their gradients."""
-    recipe = tiny_recipe(settings)
-    config = training.sft_config(recipe, recipe.train, out)
-    trainer = training._build_trainer(recipe, config, load_tiny, tiny_tokenizer(), tiny_examples(), SPEC)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(10))
-    return {name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import parameters_with_gradients
-from tiny_training import SPEC, load_tiny, tiny_recipe, train_in
 
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.lora import load_trained
 from lt_train.training.projections import freeze_all_but_lazy_projections
+from tests.support.gradients import parameters_with_gradients
+from tests.support.tiny_training import SPEC, load_tiny, tiny_recipe, train_in
 
 LAZY_ONLY: dict[str, Any] = {"train": {"parameters": "lazy_projections"}}
 FULL_LAYERS = tuple(layer for layer in range(SPEC.num_layers) if layer not in SPEC.lazy_layers)

@@ -1,17 +1,16 @@
 """A training that was cut off goes on as if it had not been."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import SPEC, tiny_recipe, train_in
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
-from lt_train.training.log import read_log
 from lt_train.training.settings import settings_of_training
+from tests.support.tiny_training import SPEC, tiny_recipe, train_in
+from tests.support.training_log import assert_same_course, steps
 
 # 22 examples in batches of 4: 6 steps an epoch, the last one short
 TWO_EPOCHS: dict[str, Any] = {"train": {"max_steps": None, "epochs": 2, "save_steps": 2, "warmup_ratio": 0.2}}
@@ -23,18 +22,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train_in(folder, TWO_EPOCHS, NoTracker())
     return folder
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in read_log(folder / "log.jsonl") if "loss" in row]
-
-
-def assert_same_course(one: Path, other: Path, tolerance: float = 1e-6, but: Sequence[str] = ()) -> None:
-    names = {"loss", "learning_rate", "grad_norm", "epoch", "tokens", "num_tokens", "token_accuracy"} - set(but)
-    assert [row["step"] for row in steps(one)] == [row["step"] for row in steps(other)]
-    for mine, theirs in zip(steps(one), steps(other), strict=True):
-        for name in sorted(names):
-            assert mine[name] == pytest.approx(theirs[name], abs=tolerance), (mine["step"], name)
 
 
 @pytest.mark.parametrize("cut", [5, 9], ids=["mid-epoch", "second epoch"])

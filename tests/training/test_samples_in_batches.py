@@ -1,10 +1,10 @@
 import torch
-from tiny_training import PAD, tiny_examples, tiny_tokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lt_train.dataset.examples import Example
 from lt_train.training.dataset import training_dataset
 from lt_train.training.samples import SHORTEST_PIECE, samples_in
+from tests.support.tiny_training import PAD, tiny_examples, tiny_tokenizer
 
 EXAMPLES = tiny_examples().train
 

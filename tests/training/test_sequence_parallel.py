@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shared_sequence
-import tiny_training
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-from test_resume import assert_same_course, steps
-from test_trainer import evaluations
-from test_training_processes import ENVIRONMENT, REPOSITORY, deepspeed
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Qwen3ForCausalLM
 
@@ -21,6 +16,10 @@ from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import IGNORED
 from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
+from tests.support import shared_sequence, tiny_training
+from tests.support.launched_training import train_in_two_processes
+from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.training_log import assert_same_course, evaluations, steps
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64
 
@@ -79,13 +78,13 @@ def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_go
     }
     one, two = tmp_path / "one", tmp_path / "two"
     on_one_process(one, settings, base)
-    deepspeed({two: sharing(settings, "zero3.json")}, base)
+    train_in_two_processes({two: sharing(settings, "zero3.json")}, base)
     assert_same_training(two, one)
 
     last = len(steps(one))
     for folder in [two / "final", *(two / f"checkpoint-{step}" for step in (last - 1, last))]:
         shutil.rmtree(folder)
-    deepspeed({two: sharing(settings, "zero3.json")}, base)
+    train_in_two_processes({two: sharing(settings, "zero3.json")}, base)
     assert_same_training(two, one)
 
 
@@ -94,7 +93,7 @@ def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: P
     train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
-    deepspeed({tmp_path / "two": sharing(settings, "zero3.json")}, base)
+    train_in_two_processes({tmp_path / "two": sharing(settings, "zero3.json")}, base)
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_resume import assert_same_course, steps
 
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
+from tests.support.repository import REPOSITORY
+from tests.support.training_log import assert_same_course, steps
 
-REPOSITORY = Path(__file__).parents[2]
 RECIPE = f"""
 name: NAME
 model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}

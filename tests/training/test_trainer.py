@@ -3,21 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
 from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from lt_train.training.log import read_log
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_log(folder / "log.jsonl") if "loss" in row]
-
-
-def evaluations(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["eval_loss"] for row in read_log(folder / "log.jsonl") if "eval_loss" in row}
+from tests.support.tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
+from tests.support.training_log import evaluations, losses
 
 
 def answer_loss(model: torch.nn.Module, examples: list[Any]) -> float:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny_training import EOS, PAD, tiny_examples
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import IGNORED, examples_fingerprint, training_dataset
+from tests.support.tiny_training import EOS, PAD, tiny_examples
 
 
 def example(prompt: tuple[int, ...], answer: tuple[int, ...]) -> Example:

@@ -1,7 +1,6 @@
 """Training in processes of its own: killed at any moment, and under DeepSpeed."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training
 import torch
 from safetensors.torch import load_file
-from test_resume import assert_same_course, steps
 from transformers import Qwen3ForCausalLM
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = Path(tiny_training.__file__)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+from tests.support import tiny_training
+from tests.support.launched_training import SCRIPT, train_in_two_processes
+from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.training_log import assert_same_course, steps
 
 
 def start(folder: Path, settings: dict[str, Any], output: Path) -> subprocess.Popen[bytes]:
@@ -48,16 +46,6 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, 
     assert_same_course(tmp_path / "killed", tmp_path / "whole")
     whole, killed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] - killed[name]).abs().max() < 1e-6 for name in whole)
-
-
-def deepspeed(trainings: dict[Path, dict[str, Any]], base: Path) -> None:
-    """Train in each folder with its settings, one after the other, by two processes of one launch."""
-    given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29617"]
-    command = [*launcher, str(SCRIPT), *given, "--base", str(base)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 OWN = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}
@@ -93,7 +81,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for two, settings in trainings.items():
         if settings["train"]["distill"] is STORED:
             tiny_training.write_teacher(settings, two.with_name("teacher"), load)
-    deepspeed(trainings, folder / "base")
+    train_in_two_processes(trainings, folder / "base")
     return folder
 
 

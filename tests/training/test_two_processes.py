@@ -1,27 +1,26 @@
 """What two processes that train together do when one of them meets NaN, and while a checkpoint is probed."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_broken_training import BAD
-from tiny_training import tiny_config
 from transformers import Qwen3ForCausalLM
 
-from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.training.probes.results import read_probes
+from tests.support.broken_training import BAD
+from tests.support.generated_text import generated
+from tests.support.launched_training import free_port
+from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.tiny_training import tiny_config
 
-REPOSITORY = Path(__file__).parents[2]
 NAN = """
 import sys
 from pathlib import Path
-from test_broken_training import BAD, EVERY_STEP, breaks_on
-from tiny_training import train_in
+from tests.support.broken_training import BAD, EVERY_STEP, breaks_on
+from tests.support.tiny_training import train_in
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 
@@ -34,7 +33,7 @@ except UserError as error:
 PROBES = """
 import sys
 from pathlib import Path
-from test_probes import Training
+from tests.support.probed_training import Training
 
 training = Training(Path(sys.argv[1]))
 training.seconds = 2.0
@@ -44,7 +43,7 @@ print(training(max_steps=4).steps, training.started)
 ZERO3 = """
 import sys
 from pathlib import Path
-from tiny_training import SPEC, hybrid_from, tiny_examples, tiny_recipe, tiny_tokenizer
+from tests.support.tiny_training import SPEC, hybrid_from, tiny_examples, tiny_recipe, tiny_tokenizer
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
 
@@ -56,7 +55,7 @@ train(*given, probe_command=lambda step: [sys.executable, str(probe), str(out), 
 GENERATES = """
 import os, sys
 from pathlib import Path
-from test_two_processes import generated
+from tests.support.generated_text import generated
 from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
 
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
@@ -66,24 +65,14 @@ write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), 
 """
 
 
-def generated(weights: Path) -> str:
-    model = load_hybrid_checkpoint(weights)
-    return str(model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=12, do_sample=False).tolist())
-
-
 def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     shared = {
-        **os.environ,
-        "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}",
-        "OMP_NUM_THREADS": "1",
+        **ENVIRONMENT,
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
     processes = [
         subprocess.Popen(

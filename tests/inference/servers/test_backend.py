@@ -14,7 +14,7 @@ from lt_train.inference.servers.backend import OpenAIBackend, SharedClock, read_
 from lt_train.inference.servers.completions_api import Completion
 from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
 from lt_train.runtime.errors import UserError
-from tests.inference.servers.misbehaving_server import (
+from tests.support.misbehaving_server import (
     MisbehavingServer,
     cut_in_the_middle,
     cut_json,

@@ -26,7 +26,7 @@ from lt_train.inference.servers.completions_api import Completion
 from lt_train.inference.servers.pool import ServerSettings
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
-from tests.inference.servers.misbehaving_server import MisbehavingServer
+from tests.support.misbehaving_server import MisbehavingServer
 
 BASE = Path(__file__).parents[3] / "data/tiny-reasoner"
 STOP = (3,)

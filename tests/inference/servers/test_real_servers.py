@@ -29,7 +29,7 @@ from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
-from tests.export.tiny_exports import facts
+from tests.support.tiny_exports import facts
 
 pytestmark = pytest.mark.slow
 

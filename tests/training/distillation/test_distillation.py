@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import assert_same_course
-from tiny_training import (
+from torch.nn.functional import cross_entropy, kl_div
+
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.runtime.tracking import NoTracker
+from lt_train.training import trainer as training
+from lt_train.training.log import read_log
+from lt_train.training.sft_trainer import HybridSFTTrainer
+from tests.support.tiny_training import (
     SPEC,
     VOCABULARY,
     load_decided,
@@ -17,15 +25,7 @@ from tiny_training import (
     train_in,
     write_teacher,
 )
-from torch.nn.functional import cross_entropy, kl_div
-
-from lt_train.hybrid.loading import build_hybrid
-from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
-from lt_train.runtime.tracking import NoTracker
-from lt_train.training import trainer as training
-from lt_train.training.log import read_log
-from lt_train.training.sft_trainer import HybridSFTTrainer
+from tests.support.training_log import assert_same_course
 
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1e-2}
 DISTILLED: dict[str, Any] = {"weight": 0.7, "temperature": 1.5}

@@ -9,8 +9,7 @@ from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.support.repository import REPOSITORY
 
 
 def divergence(runs: Path, name: str, distill: str) -> float:

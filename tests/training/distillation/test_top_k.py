@@ -1,6 +1,5 @@
 """A teacher on disk: written once, whole after any number of kills, and found again whatever a document is packed with."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,23 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import VOCABULARY, load_decided, tiny_examples
 from torch.nn.functional import kl_div
 
 from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.training.distillation import top_k
-from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of, write_top_k
-
-EXAMPLES = tiny_examples().train
-FACTS = {"model": "m", "data": "d"}
-K, TEMPERATURE = 5, 1.5
-
-
-def write(folder: Path, examples: Any = EXAMPLES, **given: Any) -> None:
-    settings = {"k": K, "temperature": TEMPERATURE, "facts": FACTS, "batch_size": 4, "progress": False}
-    write_top_k(load_decided(torch.float32), examples, folder, **settings | given)
+from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of
+from tests.support.repository import ENVIRONMENT
+from tests.support.stored_teacher import EXAMPLES, FACTS, TEMPERATURE, K, write
+from tests.support.tiny_training import VOCABULARY, load_decided
 
 
 def opened(folder: Path, **given: Any) -> StoredTopK:
@@ -167,12 +159,12 @@ def test_a_writer_that_was_cut_off_goes_on_to_the_same_files(whole: Path, tmp_pa
 @pytest.mark.slow
 def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path) -> None:
     program = (
-        "import test_top_k as t; from pathlib import Path; from time import sleep; ask = t.answer_states\n"
-        "t.top_k.answer_states = lambda *given: (sleep(0.1) or batch for batch in ask(*given))\n"
-        f"t.write(Path({str(tmp_path)!r}))"
+        "from pathlib import Path; from time import sleep; from tests.support import stored_teacher\n"
+        "from lt_train.training.distillation import top_k; ask = top_k.answer_states\n"
+        "top_k.answer_states = lambda *given: (sleep(0.1) or batch for batch in ask(*given))\n"
+        f"stored_teacher.write(Path({str(tmp_path)!r}))"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths})
+    process = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT)
     while process.poll() is None and not (tmp_path / "progress.json").exists():
         time.sleep(0.01)
     time.sleep(0.15)

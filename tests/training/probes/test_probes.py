@@ -3,64 +3,20 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import SPEC, Cut, CutAt, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.tracking import NoTracker, Tracker
+from lt_train.runtime.tracking import NoTracker
 from lt_train.training import broadcast as agreement
 from lt_train.training.checkpoints import fault_of, read_checkpoint
 from lt_train.training.probes.launching import environment_for
 from lt_train.training.probes.results import place_of, read_probes
-from lt_train.training.trainer import TrainResult, train
-
-NEEDLE = {"benchmark": "needle", "limit": 1}
-SETTINGS: dict[str, Any] = {"max_steps": 5, "save_steps": 100, "keep_checkpoints": 1, "probes": {"steps": 2, "evals": [NEEDLE]}}
-
-# It takes its time, so that checkpoints are rotated meanwhile, and copies the weights' manifest to show what it could read.
-PROGRAM = """
-import json, pathlib, sys, time
-place, step, score, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
-time.sleep(seconds)
-assert (place / "weights/model.safetensors").stat().st_size > 100_000
-(place / "seen.json").write_bytes((place / "weights/manifest.json").read_bytes())
-if score < 0:
-    sys.exit("error the needle got lost")
-sample = {"probe": "needle", "problem": "a", "answer": f"of step {step}", "extracted": "7", "score": score}
-made = {"probe": "needle", "accuracy": score, "standard_error": 0.1, "problems": 1, "truncated": 0.0}
-(place / "result.tmp").write_text(json.dumps({"step": step, "scores": [made], "samples": [sample]}))
-(place / "result.tmp").rename(place / "result.json")
-"""
-
-
-class Training:
-    """Trains in a folder with stand-in probes. `scores` are what they find by step; below 0 they fail."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.scores: dict[int, float] = {}
-        self.seconds = 0.1
-        self.said: list[str] = []
-        self.started: list[int] = []
-
-    def __call__(self, tracker: Tracker | None = None, heldout: int = 0, **settings: Any) -> TrainResult:
-        recipe = tiny_recipe({"train": {**SETTINGS, **settings}, "data": {"heldout": heldout}})
-        examples = tiny_examples(heldout)
-        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.said.append)
-        return train(*given, probe_command=self.command)
-
-    def command(self, step: int) -> list[str]:
-        self.started.append(step)
-        figures = [str(step), str(self.scores.get(step, 0.5)), str(self.seconds)]
-        return [sys.executable, "-S", "-c", PROGRAM, str(place_of(self.out, step)), *figures]
-
-    def folders(self) -> list[str]:
-        return sorted(path.name for path in self.out.iterdir() if path.is_dir())
+from tests.support.probed_training import Training
+from tests.support.tiny_training import Cut, CutAt
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Trains a tiny hybrid on made-up data: imported by the tests beside it, and started by them as a process of its own.
+"""Trains a tiny hybrid on made-up data: imported by tests, and started by them as a process of its own.
 
-python tests/training/tiny_training.py FOLDER '{"train": {"max_steps": 3}}' [FOLDER SETTINGS …]
+python -m tests.support.tiny_training FOLDER '{"train": {"max_steps": 3}}' [FOLDER SETTINGS …]
 """
 
 import argparse

@@ -10,7 +10,7 @@ from lt_train.export.facts import ExportFacts, ScoreFact
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 END, PAD = "<|end|>", "<|pad|>"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"

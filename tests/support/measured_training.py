@@ -1,6 +1,6 @@
-"""Trains a model of given sizes and prints the bytes it took at its peak: started by the test beside it as a process of its own.
+"""Trains a model of given sizes and prints the bytes it took at its peak: started by a test as a process of its own.
 
-python tests/planning/measured_training.py FOLDER '{"config": {…}, "layers": […], "recipe": {"train": {…}}}'
+python -m tests.support.measured_training FOLDER '{"config": {…}, "layers": […], "recipe": {"train": {…}}}'
 
 The peak is the process's largest resident set during the training less what it held before, as Linux counts both. What a first
 training loads and sets up by itself (libraries, threads, buffers) is there before, because a tiny one was trained already.
@@ -22,8 +22,8 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
-from tests.peak_memory import peak_of
-from tests.training.tiny_training import tiny_tokenizer
+from tests.support.peak_memory import peak_of
+from tests.support.tiny_training import tiny_tokenizer
 
 WARM_UP = {
     "config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64},

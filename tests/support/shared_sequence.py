@@ -1,6 +1,6 @@
-"""Logits and gradients of sequences that two processes share: started by the test beside it.
+"""Logits and gradients of sequences that two processes share: started by a test.
 
-torchrun --standalone --nproc-per-node 2 tests/training/shared_sequence.py OUT
+torchrun --standalone --nproc-per-node 2 -m tests.support.shared_sequence OUT
 """
 
 import argparse

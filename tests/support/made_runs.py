@@ -16,7 +16,7 @@ from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.runtime.files import append_json_line, write_json, write_text
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
-from tests.hybrid.families import BASES
+from tests.support.families import BASES
 
 RECIPE = """
 name: NAME

@@ -1,6 +1,6 @@
-"""Trains on long samples and prints the bytes that each training took at its peak: started by the test beside it.
+"""Trains on long samples and prints the bytes that each training took at its peak: started by a test.
 
-python tests/training/long_training.py FOLDER
+python -m tests.support.long_training FOLDER
 """
 
 import argparse
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_training import tiny_recipe, tiny_tokenizer
 from transformers import Qwen3Config
 
 from lt_train.dataset.examples import Example, ExampleSet
@@ -20,7 +19,8 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
-from tests.peak_memory import peak_of
+from tests.support.peak_memory import peak_of
+from tests.support.tiny_training import tiny_recipe, tiny_tokenizer
 
 PACK = [9_000, 6_000, 4_000, 1_000, *[26] * 20]  # tokens of its documents: 20,520 in all
 
