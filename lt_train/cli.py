@@ -6,10 +6,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,9 +18,6 @@ from lt_train import __version__
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
-
-if TYPE_CHECKING:
-    from lt_train.pipeline.stages import Pipeline
 
 app = typer.Typer(
     name="lt-train",
@@ -96,52 +92,55 @@ def plan(
         raise typer.Exit(1)
 
 
+Only = Annotated[bool, typer.Option("--only", help="Refuse where an earlier stage is not done, instead of doing it first.")]
+
+
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Do all that a recipe says, from base model to exported hybrid; goes on where it was cut off."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.run())
+    """Do all that a recipe says, from base model to exported hybrid; resumes where it stopped."""
+    _work("run", recipe, overrides, runs)
 
 
 @app.command()
 def profile(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
     """Score the layers: how much does the model lose when one of them streams?"""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.profile())
+    _work("profile", recipe, overrides, runs)
 
 
 @app.command()
-def convert(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+def convert(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
     """Choose the layers that stream and write the hybrid's config (no weights are copied)."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.convert())
-
-
-@app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Fine-tune the hybrid; the command to start with deepspeed or torchrun."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.train(), others=lambda pipeline: pipeline.train_along())
+    _work("convert", recipe, overrides, runs, only)
 
 
 @app.command()
 def teacher(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Write what `train.distill.teacher: top_k` learns from, before training starts; goes on where it was cut off."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.teacher())
+    """Write what `train.distill.teacher: top_k` learns from, before training starts; resumes where it stopped."""
+    _work("teacher", recipe, overrides, runs)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
+    """Fine-tune the hybrid; the command to start with deepspeed or torchrun."""
+    _work("train", recipe, overrides, runs, only)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
     """Measure base, converted and trained model as the recipe's `eval` list says; several processes share the samples."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.evaluate(), others=lambda pipeline: pipeline.evaluate_along())
+    _work("eval", recipe, overrides, runs, only)
 
 
 @app.command()
 def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Draw answers as the recipe's `sample` part says, and write the right ones as training data."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.sample())
+    """Draw answers as the recipe's `sample` part says, and write the correct ones as training data."""
+    _work("sample", recipe, overrides, runs)
 
 
 @app.command()
-def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
+def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
     """Write the hybrid as a checkpoint that others load without lt_train."""
-    _work(recipe, overrides, runs, lambda pipeline: pipeline.export())
+    _work("export", recipe, overrides, runs, only)
 
 
 @app.command(hidden=True)
@@ -286,31 +285,30 @@ def bench_training_step(
     bench_training_step(recipe, runs, Console())
 
 
-Stage = Callable[["Pipeline"], None]
-
-
-def _work(recipe: Path, overrides: list[str] | None, runs: Path, stage: Stage, others: Stage | None = None) -> None:
-    """Run `stage` in the run folder of a recipe; on the other ranks of a distributed launch, `others`."""
+def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, only: bool = False) -> None:
+    """Run a command in the run folder of a recipe; ranks other than the first follow."""
     from lt_train.recipe.loading import load_recipe
 
     checked, process = load_recipe(recipe, overrides or ()), this_process()
-    if process.count > 1 and others is None:
+    if process.count > 1 and command not in ("train", "eval"):
         raise UserError(
-            f"this command is for one process, not for {process.count}. Only train and eval run under deepspeed and torchrun"
+            f"lt-train {command}: runs in one process, not in {process.count}. Fix: start it without deepspeed or torchrun; "
+            "only train and eval run under them"
         )
     _quiet_upstream()
     if not process.speaks:
         silence()
+    from lt_train.pipeline.context import RunContext
+    from lt_train.pipeline.run import follow_command, run_command
     from lt_train.pipeline.run_folder import RunFolder
-    from lt_train.pipeline.stages import Pipeline
 
     folder = RunFolder(checked, runs)
-    pipeline = Pipeline(checked, folder, Console(), process.rank, process.count)
+    context = RunContext(checked, folder, Console(), process)
     if not process.speaks:
-        others(pipeline)
+        follow_command(context, command)
         return
-    with folder.begin(), _closing(pipeline):
-        stage(pipeline)
+    with folder.begin(), closing(context):
+        run_command(context, command, only=only)
 
 
 def _quiet_upstream() -> None:
@@ -323,14 +321,6 @@ def _quiet_upstream() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # accelerate compares DeepSpeed's accumulation with its own, which Trainer leaves at 1
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _closing(pipeline: "Pipeline") -> Iterator[None]:
-    try:
-        yield
-    finally:
-        pipeline.close()
 
 
 def main() -> None:

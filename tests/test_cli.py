@@ -167,4 +167,4 @@ def test_only_training_runs_in_several_processes(lt_train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "leave", sys.exit)
     code, _, err = lt_train("run", "recipes/quickstart.yaml")
-    assert (code, "Only train and eval run under deepspeed" in err) == (2, True)
+    assert (code, "only train and eval run under them" in err) == (2, True)

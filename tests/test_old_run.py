@@ -29,8 +29,10 @@ def lt_train(folder: Path, *arguments: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All files but those that every command writes again, and the markers, which are brought up to date."""
     renewed = (".lock", "recipe.yaml", "inputs.json")
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in renewed}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in renewed and path.parent.name != "stages"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_finished_old_run_is_found_finished(old):
@@ -84,3 +86,18 @@ def test_an_old_export_loads_with_its_own_code(old):
 
 LOGITS = [0.68850, 0.41730, -0.58065, 0.77404]
 """Of commit d27557d's own load of this export, on the last of tokens 4 to 43."""
+
+
+def test_samples_of_an_old_evaluation_count_when_it_is_asked_for_again(old):
+    """Nothing is drawn again: the model's fingerprint is the one of before."""
+    run = old / "finished/old"
+    before = contents(run / "eval")
+    (run / "stages/eval.json").unlink()
+    lt_train(old, "eval", "recipe.yaml", "--runs", "finished")
+    assert contents(run / "eval") == before
+
+
+def test_a_changed_evaluation_of_an_old_run_is_measured(old):
+    lt_train(old, "eval", "recipe.yaml", "--runs", "finished", "--set", "eval.0.limit=5")
+    scores = json.loads((old / "finished/old/eval/trained/ledger/scores.json").read_text(encoding="utf-8"))
+    assert scores["problems"] == 5

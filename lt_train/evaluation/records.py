@@ -192,6 +192,16 @@ def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
         )
 
 
+def recorded_model(folder: Path) -> str | None:
+    """Fingerprint of the model that made the samples or the scores in a folder; None where it does not say."""
+    for name in ("meta.json", "scores.json"):
+        if (folder / name).is_file():
+            found = files.read_json(folder / name, "record of an evaluation")
+            fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
+            return fingerprint.get("model") if isinstance(fingerprint, dict) else None
+    return None
+
+
 def check_same_fingerprint(path: Path, what: str, fingerprint: Fingerprint) -> None:
     """
     Raises:

@@ -15,11 +15,11 @@ from lt_train.evaluation.scores import AnswerScores
 from lt_train.inference.backends import engine_for
 from lt_train.inference.loading import load_base_config, load_tokenizer
 from lt_train.inference.text import stop_tokens
-from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import RunPaths
 from lt_train.training.probes.launching import WEIGHTS
 from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
 
@@ -38,14 +38,15 @@ def probe_checkpoint(run: Path, step: int) -> None:
     Raises:
         UserError: no such probe, or one of its evaluations cannot be done.
     """
-    recipe, train = load_recipe(run / "recipe.yaml"), run / "train"
+    paths = RunPaths(run)
+    recipe, train = load_recipe(paths.recipe), paths.train
     place = place_of(train, step)
     if recipe.train is None or recipe.train.probes is None or not (place / WEIGHTS).is_dir():
         raise UserError(
             f"{place}: holds no weights to probe. A training with train.probes leaves them there and starts this itself"
         )
     base_config, tokenizer = load_base_config(recipe.model), load_tokenizer(recipe.model)
-    variants = Variants(recipe, RunFolder(recipe, run.parent), base_config)
+    variants = Variants(recipe, paths, base_config)
     model = variants.load_from(place / WEIGHTS, compute_dtype(recipe.model.dtype))
     fingerprint, stop_ids = variants.fingerprint_of(place / WEIGHTS), stop_tokens(model, tokenizer)
     scores, samples = [], []

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was begun with, which stages are done, and that one process at a time works in it."""
+"""The folder of a run: which recipe it was begun with, which stages are done, and that one process at a time works in it."""
 
 import fcntl
 import os
@@ -10,30 +10,29 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from lt_train.pipeline.old_markers import bring_up_to_date
 from lt_train.recipe.loading import resolved_yaml
-from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe
+from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json, write_text
 from lt_train.runtime.fingerprints import data_fingerprint, differences, model_fingerprint
-
-FREE_TO_CHANGE = {"eval", "sample", "track", "export"}
-"""Parts of a recipe that may change in a begun run; their results are told apart by the stages themselves."""
+from lt_train.runtime.run_paths import RunPaths
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+MARKER_FORMAT = 2
 
 
 class RunFolder:
-    """runs/<name>/. Open it with `begin` (the process that works in it) or `wait_for` (its fellow ranks)."""
+    """runs/<name>/. The process that works in it calls `begin`; the other ranks only read it."""
 
     def __init__(self, recipe: Recipe, root: Path = Path("runs")) -> None:
         self.recipe = recipe
-        self.path = root / recipe.name
-
-    def stage(self, name: str) -> Path:
-        return self.path / name
+        self.paths = RunPaths(root / recipe.name)
 
     @contextmanager
     def begin(self) -> Iterator[None]:
@@ -42,100 +41,102 @@ class RunFolder:
         Raises:
             UserError: another process works in it, or a stage has left something made with another recipe, model or data.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
+        self.paths.root.mkdir(parents=True, exist_ok=True)
+        with open(self.paths.lock, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{self.path}: another lt-train is working in this folder. Wait for it, or stop it") from error
+                raise UserError(
+                    f"{self.paths.root}: another lt-train is working in this folder. Fix: wait for it, or stop it"
+                ) from error
             inputs = self._inputs_now()
             if self._is_begun():
                 self._check_recipe()
                 self._check_inputs(inputs)
-            write_json(self._inputs, inputs)
-            write_text(self.path / "recipe.yaml", resolved_yaml(self.recipe))
+            write_json(self.paths.inputs, inputs)
+            write_text(self.paths.recipe, resolved_yaml(self.recipe))
             yield
 
     def is_done(self, stage: str, key: str = "") -> bool:
         """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.
 
-        So what an error asks to delete is made anew.
+        So what an error asks to delete is made again.
         """
-        marker = self._marker(stage)
-        if not marker.exists():
+        if not self.paths.marker(stage).exists():
             return False
-        facts = read_json(marker, "stage marker")
-        return facts.get("key") == key and all((self.path / name).exists() for name in facts.get("files", []))
+        marker = self.marker(stage)
+        return marker.get("key") == key and all((self.paths.root / name).exists() for name in marker.get("files", []))
 
     def is_marked(self, stage: str) -> bool:
         """Whether the stage was finished once, for whatever key, and something of it is there."""
-        return self._marker(stage).exists() and self.stage(stage).exists()
+        return self.paths.marker(stage).exists() and self.paths.stage(stage).exists()
+
+    def marker(self, stage: str) -> dict[str, Any]:
+        return read_json(self.paths.marker(stage), "stage marker")
 
     @contextmanager
-    def doing(self, stage: str, key: str = "") -> Iterator[None]:
-        """Mark the stage as done when the block ends without an error."""
+    def doing(self, stage: str, key: str = "", **notes: Any) -> Iterator[None]:
+        """Mark the stage as done when the block ends without an error; `notes` stand in the marker."""
         started = time.monotonic()
         yield
-        facts = {
+        marker = {
+            "format": MARKER_FORMAT,
             "stage": stage,
             "key": key,
+            **notes,
             "files": self._files(stage),
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {package: version(package) for package in PACKAGES},
         }
-        write_json(self._marker(stage), facts)
-
-    def wait_for(self, stage: str, seconds_between_looks: float = 1.0) -> None:
-        """Wait until the main process has finished a stage. If it fails, the launcher ends this process."""
-        while not self.is_done(stage):
-            time.sleep(seconds_between_looks)
+        write_json(self.paths.marker(stage), marker)
 
     def _files(self, stage: str) -> list[str]:
         """What the stage left, but for hidden files: those are other processes' half-written ones."""
-        found = [path for path in self.stage(stage).rglob("*") if path.is_file() and not path.name.startswith(".")]
-        return sorted(str(path.relative_to(self.path)) for path in found)
-
-    def _marker(self, stage: str) -> Path:
-        return self.path / "stages" / f"{stage}.json"
+        found = [path for path in self.paths.stage(stage).rglob("*") if path.is_file() and not path.name.startswith(".")]
+        return sorted(str(path.relative_to(self.paths.root)) for path in found)
 
     def _is_begun(self) -> bool:
-        """Whether a stage has left anything. A run that was refused before that may start again with a mended recipe."""
-        made = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-        return bool({str(path) for path in made} - {"recipe.yaml", "inputs.json"})
+        """Whether a stage has left anything. A run that was refused before that may start again with a corrected recipe."""
+        root = self.paths.root
+        made = [path.relative_to(root) for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        return bool({str(path) for path in made} - {self.paths.recipe.name, self.paths.inputs.name})
 
     def _check_recipe(self) -> None:
-        path = self.path / "recipe.yaml"
-        if not path.exists():
+        if not self.paths.recipe.exists():
             return
-        try:
-            begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not readable ({error}). Move {self.path} away, or give this run another name") from error
-        now = yaml.safe_load(resolved_yaml(self.recipe))
-        changed = [line for line in differences(begun, now) if not _is_free(line)]
+        begun = self._begun_recipe()
+        may_change = settings_that_may_change()
+        changed = [line for line in differences(begun.model_dump(), self.recipe.model_dump()) if not _lies_in(line, may_change)]
         if changed:
             listed = "\n  ".join(changed)
             raise UserError(
-                f"{self.path}: this run was begun with another recipe (there, now):\n  {listed}\n"
-                "Give this recipe another name (--set name=…), or delete that folder"
+                f"{self.paths.root}: this run was begun with another recipe (there, here):\n  {listed}\n"
+                "Fix: give this recipe another name (--set name=…), or delete that folder"
             )
+        bring_up_to_date(self.paths, begun)
+
+    def _begun_recipe(self) -> Recipe:
+        path = self.paths.recipe
+        try:
+            return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path}: not the record of a run ({reason}). Fix: move {self.paths.root} away, or give this run another name"
+            ) from error
 
     def _check_inputs(self, now: dict[str, str]) -> None:
-        if not self._inputs.exists():
+        if not self.paths.inputs.exists():
             return
-        begun = read_json(self._inputs, "record of a run's inputs")
+        begun = read_json(self.paths.inputs, "record of a run's inputs")
         changed = [name for name in now if begun.get(name) != now[name]]
         if changed:
             raise UserError(
-                f"{self.path}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
-                "Give this recipe another name (--set name=…), or delete that folder"
+                f"{self.paths.root}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
+                "Fix: give this recipe another name (--set name=…), or delete that folder"
             )
-
-    @property
-    def _inputs(self) -> Path:
-        return self.path / "inputs.json"
 
     def _inputs_now(self) -> dict[str, str]:
         return {
@@ -144,13 +145,14 @@ class RunFolder:
         }
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a folder to its name with the first free number; returns that."""
-    free = next(path for number in count(1) if not (path := folder.with_name(f"{folder.name}-{number}")).exists())
+def set_aside(folder: Path, name: Path | None = None) -> Path:
+    """Rename a folder to `name`, by default its own, with the first free number; returns that."""
+    name = name or folder
+    free = next(path for number in count(1) if not (path := name.with_name(f"{name.name}-{number}")).exists())
     return folder.rename(free)
 
 
-def _is_free(difference: str) -> bool:
-    """Whether a difference is of a setting that may change in a begun run."""
-    setting, *inner = difference.partition(": ")[0].split(".")
-    return setting in FREE_TO_CHANGE or (setting == "train" and bool(inner) and inner[0] in FREE_IN_TRAINING)
+def _lies_in(difference: str, settings: frozenset[str]) -> bool:
+    """Whether a line of `differences` is of one of the settings, or of one inside them."""
+    changed = difference.partition(": ")[0]
+    return any(changed == setting or changed.startswith(f"{setting}.") for setting in settings)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -10,14 +11,29 @@ from transformers import PreTrainedConfig
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
-from lt_train.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
-from lt_train.recipe.schema import BASE, CONVERTED, FREE_IN_TRAINING, TRAINED, Eval, HeldoutKL, HeldoutLoss, Recipe, converted_by
+from lt_train.pipeline.keys import as_trained
+from lt_train.recipe.schema import (
+    BASE,
+    CONVERTED,
+    TRAINED,
+    Eval,
+    HeldoutKL,
+    HeldoutLoss,
+    Recipe,
+    converted_by,
+    identity_of,
+    settings_that_may_change,
+)
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import hash_of
+from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.lora import load_trained
+
+PUBLISHING = ("keep_best", "publish", "restore_query_key", "deepspeed")
+"""Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Variants:
     """Which layers stream in each variant of a run, kept in hybrid/layers.json, and how to load each."""
 
     recipe: Recipe
-    folder: RunFolder
+    paths: RunPaths
     base_config: PreTrainedConfig
 
     def check_choice(self) -> None:
@@ -46,13 +62,13 @@ class Variants:
         for strategy in hybrid.compare:
             as_many = {"strategy": strategy, "layers": None, "lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
             layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, profile)
-        write_json(self.folder.stage("hybrid") / "layers.json", layers)
+        write_json(self.paths.layers, layers)
 
     def spec(self, variant: str) -> HybridSpec:
         """What streams in `variant`: nothing in the base, the chosen layers in the trained model."""
         lazy: list[int] = []
         if variant != BASE:
-            path = self.folder.stage("hybrid") / "layers.json"
+            path = self.paths.layers
             lazy = read_json(path, "choice of layers")[CONVERTED if variant == TRAINED else variant]
         hybrid = self.recipe.hybrid
         return HybridSpec(self.base_config.num_hidden_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent)
@@ -60,7 +76,7 @@ class Variants:
     def load(self, variant: str, dtype: torch.dtype) -> HybridForCausalLM:
         if variant != TRAINED:
             return load_for_inference(self.recipe.model, self.spec(variant), dtype)
-        return self.load_from(self.folder.stage("train") / "final", dtype)
+        return self.load_from(self.paths.trained, dtype)
 
     def load_from(self, weights: Path, dtype: torch.dtype) -> HybridForCausalLM:
         """The model that training left in a folder: the trained one, or that of a checkpoint."""
@@ -72,9 +88,21 @@ class Variants:
 
     def fingerprint(self, variant: str) -> str:
         """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""
-        ignored = {**dict.fromkeys(FREE_TO_CHANGE, True), "train": set(FREE_IN_TRAINING)}
-        training = self.recipe.model_dump(exclude=ignored) if variant == TRAINED else None
+        training = self._training() if variant == TRAINED else None
         return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training)
+
+    def _training(self) -> dict[str, Any]:
+        """All settings that decide the trained weights, of which some may have changed without effect since."""
+        settings = identity_of(self.recipe)
+        for name in settings_that_may_change() - {f"train.{name}" for name in PUBLISHING}:
+            part, _, inner = name.partition(".")
+            (settings[part] if inner and settings[part] else settings).pop(inner or part, None)
+        if self.recipe.train is not None:
+            unchanged = as_trained(self.paths, self.recipe.train)
+            if self.recipe.train.publish == "best":
+                unchanged.pop("keep_best")
+            settings["train"] |= unchanged
+        return settings
 
     def fingerprint_of(self, weights: Path) -> str:
         """As `fingerprint`, of the model in a folder that training left: it follows from the files themselves."""
@@ -82,7 +110,7 @@ class Variants:
         return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files)
 
     def _base_fingerprint(self) -> str:
-        return read_json(self.folder.path / "inputs.json", "record of a run's inputs")["model.base"]
+        return read_json(self.paths.inputs, "record of a run's inputs")["model.base"]
 
     def to_evaluate(self) -> list[str]:
         """Every variant that an evaluation asks for, in the order of the results table."""

@@ -3,9 +3,10 @@
 Relative paths count from the working directory. loading.py reads a recipe, checks.py holds the checks that span several parts.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, model_validator
+from pydantic.fields import FieldInfo
 
 from lt_train.benchmarks import BENCHMARKS
 
@@ -36,6 +37,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
+"""`json_schema_extra` of a setting that may change in a begun run; the stages redo what depends on it."""
+
+ADDED: dict[str, JsonValue] = {"added": True}
+"""`json_schema_extra` of a setting that runs of before do not have. At its default it enters no fingerprint, so they resume."""
 
 
 class Model(Part):
@@ -124,15 +132,11 @@ class Distill(Part):
     """Tokens kept for each answer token by teacher top_k; all others count together as one more. 8 bytes on disk for each."""
 
 
-FREE_IN_TRAINING = frozenset({"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "probes"})
-"""Settings of `train` that shape no weights, so that they may change in a begun run."""
-
-
 class Train(Part):
     method: Literal["lora", "full"]
     parameters: Literal["all", "lazy_projections"] = "all"
     """What method full trains. lazy_projections: q, k, v and o of the streaming layers alone; all else stays the base's."""
-    restore_query_key: bool = False
+    restore_query_key: bool = Field(False, json_schema_extra=MAY_CHANGE)
     """After training, what makes queries and keys in the full-attention layers is the base's again (arXiv 2606.11052):
     long-thought training damages recall there."""
     learning_rate: float = Field(gt=0)
@@ -151,21 +155,21 @@ class Train(Part):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0: never."""
     gradient_checkpointing: bool = False
-    save_steps: int = Field(100, ge=1)
-    eval_steps: int | None = Field(None, ge=1)
+    save_steps: int = Field(100, ge=1, json_schema_extra=MAY_CHANGE)
+    eval_steps: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
     """Steps between evaluation losses on the held-out samples; null: only at the end."""
-    logging_steps: int = Field(1, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    logging_steps: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=MAY_CHANGE)
     """Of the newest ones. Each holds the weights and the optimizer's states."""
-    probes: "Probes | None" = None
-    keep_best: Text | None = None
+    probes: "Probes | None" = Field(None, json_schema_extra=MAY_CHANGE)
+    keep_best: Text | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Metric whose best weights are kept besides, in train/best-<step>/: eval_loss, measured at every checkpoint, or the name of
     a probe. null: none are."""
-    publish: Literal["last", "best"] = "last"
+    publish: Literal["last", "best"] = Field("last", json_schema_extra=MAY_CHANGE)
     """Which weights are the trained model, to be evaluated and exported: those after the last step, or those of keep_best."""
     sequence_parallel: int = Field(1, ge=1)
     """So many processes share each sequence (Ulysses), for samples too long for one device; 1: none. Divides the model's heads."""
-    deepspeed: Text | None = None
+    deepspeed: Text | None = Field(None, json_schema_extra=MAY_CHANGE)
     """Path of a DeepSpeed configuration."""
     distill: Distill = Distill()
     trl: dict[str, Any] = {}
@@ -317,6 +321,9 @@ class HeldoutKL(_EvalEntry):
     benchmark: Literal["heldout_kl"]
 
 
+Evaluation = Eval | HeldoutLoss | HeldoutKL
+
+
 class Track(Part):
     wandb: Literal["online", "offline", "off"] = "off"
     project: Text = "lt-train"
@@ -345,8 +352,50 @@ class Recipe(Part):
     lora: Lora | None = None
     """Only with train.method lora; filled in with the defaults there."""
     prompt: Prompt = Prompt()
-    eval: list[Annotated[Eval | HeldoutLoss | HeldoutKL, Field(discriminator="benchmark")]] = []
-    sample: Sample | None = None
+    eval: list[Annotated[Eval | HeldoutLoss | HeldoutKL, Field(discriminator="benchmark")]] = Field(
+        [], json_schema_extra=MAY_CHANGE
+    )
+    sample: Sample | None = Field(None, json_schema_extra=MAY_CHANGE)
     """What `lt-train sample` draws, to be trained on by another recipe."""
-    track: Track = Track()
-    export: Export = Export()
+    track: Track = Field(Track(), json_schema_extra=MAY_CHANGE)
+    export: Export = Field(Export(), json_schema_extra=MAY_CHANGE)
+
+
+def settings_that_may_change(part: type[Part] = Recipe, above: str = "") -> frozenset[str]:
+    """Dotted paths of the settings, or of the whole parts, that may change in a begun run."""
+    found: set[str] = set()
+    for name, field in part.model_fields.items():
+        if _is_marked(field, MAY_CHANGE):
+            found.add(f"{above}{name}")
+        else:
+            for inner in _parts_in(field.annotation):
+                found |= settings_that_may_change(inner, f"{above}{name}.")
+    return frozenset(found)
+
+
+def identity_of(part: Part) -> dict[str, Any]:
+    """The settings of a part for a fingerprint: all but those added to lt_train later, where they are at their defaults."""
+    settings = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if not (_is_marked(field, ADDED) and value == field.get_default(call_default_factory=True)):
+            settings[name] = _identity_of_value(value)
+    return settings
+
+
+def _identity_of_value(value: Any) -> Any:
+    if isinstance(value, Part):
+        return identity_of(value)
+    return [_identity_of_value(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_marked(field: FieldInfo, marker: dict[str, JsonValue]) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and marker.items() <= extra.items()
+
+
+def _parts_in(annotation: Any) -> list[type[Part]]:
+    """Every part that an annotation such as `Train | None` mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return [annotation]
+    return [part for inner in get_args(annotation) for part in _parts_in(inner)]

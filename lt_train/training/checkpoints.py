@@ -172,7 +172,12 @@ def publish_weights(checkpoint: Checkpoint, final: Path, notes: Mapping[str, Any
     for name, content in (notes or {}).items():
         write_json(unfinished / name, content)
     write_manifest(unfinished, checkpoint.step, checkpoint.settings)
+    former = final.with_name(f".{final.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        os.replace(final, former)  # killed between the two, the same command publishes again
     os.replace(unfinished, final)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _belongs_to_the_trainer(name: str) -> bool:

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.deepspeed_file import deepspeed_settings, read_deepspeed_file
-from lt_train.recipe.schema import FREE_IN_TRAINING, Recipe, Train
+from lt_train.recipe.schema import Recipe, Train, identity_of, settings_that_may_change
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import this_process
@@ -116,9 +116,9 @@ def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:
 def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sha256: str, num_processes: int) -> Settings:
     """All that shapes the course of a training, flat and by the recipe's names: a checkpoint goes on only where all of it is equal.
 
-    How often to log, save and evaluate, and how many checkpoints to keep, may change between a kill and the resume.
+    The settings that may change in a begun run may change between a kill and the resume.
     """
-    free_to_change = FREE_IN_TRAINING | {"deepspeed", "restore_query_key", "keep_best", "publish"}
+    may_change = settings_that_may_change(Train)
     settings: dict[str, Any] = {
         "seed": recipe.seed,
         "model.base": recipe.model.base,
@@ -133,8 +133,8 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "train.deepspeed (content)": read_deepspeed_file(Path(train.deepspeed)) if train.deepspeed else None,
     }
     settings |= _processes_that_matter(recipe, train, num_processes)
-    settings |= {f"train.{k}": v for k, v in train.model_dump().items() if k not in free_to_change}
-    settings |= {f"lora.{k}": v for k, v in (recipe.lora.model_dump() if recipe.lora else {}).items()}
+    settings |= {f"train.{k}": v for k, v in identity_of(train).items() if k not in may_change}
+    settings |= {f"lora.{k}": v for k, v in (identity_of(recipe.lora) if recipe.lora else {}).items()}
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
 
 

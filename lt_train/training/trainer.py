@@ -18,7 +18,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.tracking import Tracker
-from lt_train.training.best import Best
+from lt_train.training.best import MEASURED, Best
 from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
@@ -115,8 +115,22 @@ def train(
         finally:
             if probes is not None:
                 probes.stop()
-        finished = decided_by_main(lambda: _publish(out, final, best if recipe.train.publish == "best" else None, report))
+    if finished is None or not is_published(final, recipe.train):
+        finished = decided_by_main(lambda: _publish(out, final, _to_publish(out, recipe.train), report))
     return _result(out, finished)
+
+
+def is_published(final: Path, train: Train) -> bool:
+    """Whether the weights in `final` are those that train.publish asks for: the last, or the best by train.keep_best."""
+    measured = final / MEASURED
+    if not measured.is_file():
+        return train.publish == "last"
+    metric = read_json(measured, "record of what was measured")["metric"]
+    return train.publish == "best" and metric == train.keep_best
+
+
+def _to_publish(out: Path, train: Train) -> Best | None:
+    return Best(out, train.keep_best) if train.publish == "best" and train.keep_best is not None else None
 
 
 def _probes(

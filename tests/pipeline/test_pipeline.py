@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.inference.loading import load_for_inference
-from lt_train.pipeline import evaluation_stage
-from lt_train.pipeline.run_folder import RunFolder
-from lt_train.pipeline.stages import Pipeline
+from lt_train.pipeline import evaluations
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError
 from tests.support.repository import REPOSITORY
+from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs, write_recipe
 
 PERIODIC = ("hybrid.strategy=periodic",)
@@ -38,23 +36,11 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def work(recipe: Recipe, runs: Path, stage: str = "run") -> str:
-    """Do a stage as its command would; returns what was printed."""
-    console, folder = Console(record=True, width=200), RunFolder(recipe, runs)
-    pipeline = Pipeline(recipe, folder, console)
-    with folder.begin():
-        try:
-            getattr(pipeline, stage)()
-        finally:
-            pipeline.close()
-    return console.export_text()
-
-
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
     """The folder that holds a whole run, and what the run printed. Tests work on copies of it."""
     runs = tmp_path_factory.mktemp("runs")
-    return runs, work(load_recipe(inputs / "recipe.yaml"), runs)
+    return runs, run_in_folder(load_recipe(inputs / "recipe.yaml"), runs)
 
 
 @pytest.fixture
@@ -110,15 +96,15 @@ def test_a_run_says_once_what_computes_attention_and_why(finished):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention trains on a GPU")
-@pytest.mark.parametrize("stage", ["profile", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["profile", "train", "eval"])
 @pytest.mark.parametrize("overrides", [(), PERIODIC])
 def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage, overrides, inputs, tmp_path, monkeypatch):
     if stage == "profile" and overrides == PERIODIC:
         pytest.skip("a choice without scores has nothing to profile")
-    for load in ("lt_train.pipeline.stages.load_for_inference", "lt_train.pipeline.stages.load_weights"):
+    for load in ("lt_train.pipeline.stages.profile.load_for_inference", "lt_train.pipeline.stages.train.load_weights"):
         monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"model\.attention: flex: .* To train, set blocked or auto"):
-        work(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
+        run_in_folder(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
 
 
 @pytest.mark.parametrize("stage", ["convert", "teacher"])
@@ -136,26 +122,27 @@ def test_a_model_on_all_gpus_is_gone_before_the_other_processes_that_wait_go_on(
         released.append(all(model() is None for model in loaded))
         assert marked(tmp_path / "tiny") == []
 
-    monkeypatch.setattr("lt_train.pipeline.stages.load_for_inference", load)
-    monkeypatch.setattr("lt_train.pipeline.stages.release_memory", release)
+    for loading_stage in ("profile", "teach"):
+        monkeypatch.setattr(f"lt_train.pipeline.stages.{loading_stage}.load_for_inference", load)
+        monkeypatch.setattr(f"lt_train.pipeline.stages.{loading_stage}.release_memory", release)
     distill = "train.distill={weight: 0.5, teacher: top_k, top_k: 4}"
-    work(load_recipe(inputs / "recipe.yaml", [distill] if stage == "teacher" else []), tmp_path, stage)
+    run_in_folder(load_recipe(inputs / "recipe.yaml", [distill] if stage == "teacher" else []), tmp_path, stage)
     assert released == [True] and len(loaded) == 1
 
 
 def test_a_finished_run_does_nothing_again(recipe, runs):
     before = contents(runs / "tiny")
-    assert "hybrid by reach, trained" in work(recipe, runs)
+    assert "hybrid by reach, trained" in run_in_folder(recipe, runs)
     assert contents(runs / "tiny") == before
 
 
 def test_a_teacher_on_disk_is_written_once_and_trained_from(inputs, tmp_path):
     distill = "train.distill={weight: 0.5, teacher: top_k, top_k: 4}"
     recipe = load_recipe(inputs / "recipe.yaml", [*PERIODIC, distill])
-    assert "the 4 likeliest next tokens of the base on 12 samples" in work(recipe, tmp_path, "teacher")
+    assert "the 4 likeliest next tokens of the base on 12 samples" in run_in_folder(recipe, tmp_path, "teacher")
     before = contents(tmp_path / "tiny")
     assert {"teacher/indices.npy", "teacher/log_probs.npy", "teacher/rest.npy", "teacher/progress.json"} <= before.keys()
-    assert "likeliest" not in work(recipe, tmp_path, "train")
+    assert "likeliest" not in run_in_folder(recipe, tmp_path, "train")
     after = contents(tmp_path / "tiny")
     assert all(after[name] == before[name] for name in before)
     first = json.loads(after["train/log.jsonl"][1].splitlines()[0])
@@ -164,12 +151,12 @@ def test_a_teacher_on_disk_is_written_once_and_trained_from(inputs, tmp_path):
 
 def test_a_teacher_that_nothing_learns_from_is_not_written(recipe, tmp_path):
     with pytest.raises(UserError, match="reads no teacher from disk"):
-        work(recipe, tmp_path, "teacher")
+        run_in_folder(recipe, tmp_path, "teacher")
 
 
 def test_what_is_put_back_after_training_holds_in_the_export_and_its_card(inputs, tmp_path):
     settings = ["train.method=full", "train.restore_query_key=true", "train.learning_rate=1e-3", "eval=[]", *PERIODIC]
-    work(load_recipe(inputs / "recipe.yaml", settings), tmp_path, "export")
+    run_in_folder(load_recipe(inputs / "recipe.yaml", settings), tmp_path, "export")
     run = tmp_path / "tiny"
     base, trained, exported = (
         load_file(folder / "model.safetensors")
@@ -186,7 +173,7 @@ def test_what_is_put_back_after_training_holds_in_the_export_and_its_card(inputs
 
 def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):
     before = contents(runs / "tiny")
-    work(load_recipe(inputs / "recipe.yaml", ["eval.0.limit=5"]), runs, "evaluate")
+    run_in_folder(load_recipe(inputs / "recipe.yaml", ["eval.0.limit=5"]), runs, "eval")
     after = contents(runs / "tiny")
     assert {name for name in before if before[name] != after.get(name)} == {
         "stages/eval.json",
@@ -197,15 +184,15 @@ def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):
 
 
 def test_a_stage_first_does_those_before_it_and_none_after_it(recipe, tmp_path):
-    work(recipe, tmp_path, "convert")
+    run_in_folder(recipe, tmp_path, "convert")
     assert marked(tmp_path / "tiny") == ["profile", "hybrid"]
-    work(recipe, tmp_path, "train")
+    run_in_folder(recipe, tmp_path, "train")
     assert marked(tmp_path / "tiny") == ["profile", "hybrid", "train"]
 
 
 @pytest.mark.slow
 def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, tmp_path):
-    printed = work(load_recipe(inputs / "recipe.yaml", TRAINING_FREE), tmp_path)
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", TRAINING_FREE), tmp_path)
     assert marked(tmp_path / "tiny") == ["hybrid", "eval", "export"]
     assert "hybrid by periodic, untrained" in printed
     assert not (tmp_path / "tiny/train").exists()
@@ -219,9 +206,9 @@ def test_what_is_asked_is_settled_once_for_all_models(inputs, tmp_path, monkeypa
         made.append(entry.name)
         return make_plan(entry, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation_stage, "make_plan", counted)
+    monkeypatch.setattr(evaluations, "make_plan", counted)
     compared = (*TRAINING_FREE, "eval.0.of=[base, converted]", "eval.1.of=[base]")
-    work(load_recipe(inputs / "recipe.yaml", compared), tmp_path, "evaluate")
+    run_in_folder(load_recipe(inputs / "recipe.yaml", compared), tmp_path, "eval")
     assert made == ["ledger"]
     scores = [read_scores(tmp_path / f"tiny/eval/{variant}/ledger/scores.json") for variant in ("base", "converted")]
     differing = {name for name in scores[0].fingerprint if scores[0].fingerprint[name] != scores[1].fingerprint[name]}
@@ -230,8 +217,8 @@ def test_what_is_asked_is_settled_once_for_all_models(inputs, tmp_path, monkeypa
 
 def test_layers_that_the_recipe_names_need_no_profile(inputs, tmp_path):
     named = ("hybrid.layers=[6, 1]", "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null")
-    printed = work(load_recipe(inputs / "recipe.yaml", named), tmp_path, "convert")
-    assert "2 of 8 layers stream, as the recipe says: 1, 6" in printed
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", named), tmp_path, "convert")
+    assert "2 of 8 layers stream, named in the recipe: 1, 6" in printed
     assert json.loads((tmp_path / "tiny/hybrid/layers.json").read_text()) == {"converted": [1, 6]}
     assert not (tmp_path / "tiny/profile").exists()
 
@@ -250,7 +237,7 @@ def test_what_was_deleted_is_made_anew(recipe, runs, made, again):
         shutil.rmtree(runs / "tiny/export")
     else:
         (runs / "tiny" / made).unlink()
-    work(recipe, runs)
+    run_in_folder(recipe, runs)
     assert (runs / "tiny" / made).is_file()
     assert marked(runs / "tiny")[-1] == again
 
@@ -283,23 +270,23 @@ def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp
     if damage is not None:
         damaged_row(own, damage[0], damage[1], **damage[2])
     with pytest.raises(UserError, match=told):
-        work(load_recipe(own / "recipe.yaml", overrides), tmp_path)
+        run_in_folder(load_recipe(own / "recipe.yaml", overrides), tmp_path)
     assert contents(tmp_path / "tiny").keys() == set()
 
 
 def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tmp_path):
     wrong = load_recipe(inputs / "recipe.yaml", ["hybrid.w_recent=1020"])
     with pytest.raises(UserError, match=r"hybrid\.w_recent"):
-        work(wrong, tmp_path, "profile")
-    work(load_recipe(inputs / "recipe.yaml"), tmp_path, "profile")
+        run_in_folder(wrong, tmp_path, "profile")
+    run_in_folder(load_recipe(inputs / "recipe.yaml"), tmp_path, "profile")
     with pytest.raises(UserError, match=r"hybrid\.w_recent: 12, 1020"):
-        work(wrong, tmp_path, "profile")
+        run_in_folder(wrong, tmp_path, "profile")
 
 
 @pytest.mark.slow
 def test_an_export_with_other_settings_is_written_beside_the_former_one(inputs, runs):
     changed = load_recipe(inputs / "recipe.yaml", ["export.dtype=bf16"])
-    assert "the former export now lies in" in work(changed, runs, "export")
+    assert "the former export now lies in" in run_in_folder(changed, runs, "export")
     dtypes = [json.loads((runs / "tiny" / name / "config.json").read_text())["dtype"] for name in ("export-1", "export")]
     assert dtypes == ["float32", "bfloat16"]
 
@@ -307,13 +294,13 @@ def test_an_export_with_other_settings_is_written_beside_the_former_one(inputs, 
 def test_a_ratio_that_does_not_fit_the_model_is_refused_before_layers_are_scored(inputs, tmp_path):
     recipe = load_recipe(inputs / "recipe.yaml", ["hybrid.lazy_layer_ratio=0.01"])
     with pytest.raises(UserError, match="rounds to 0"):
-        work(recipe, tmp_path, "profile")
+        run_in_folder(recipe, tmp_path, "profile")
     assert not list((tmp_path / "tiny").glob("profile/*"))
 
 
 def test_right_answers_of_the_base_become_training_data(inputs, tmp_path):
     part = f"sample={{benchmark: ledger, path: {inputs / 'problems.jsonl'}, samples: 2, temperature: 1.0, max_new_tokens: 120}}"
-    printed = work(load_recipe(inputs / "recipe.yaml", [part]), tmp_path, "sample")
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", [part]), tmp_path, "sample")
     rows = [json.loads(line) for line in (tmp_path / "tiny/sample/base/ledger/traces.jsonl").read_text().splitlines()]
     assert 4 <= len(rows) <= 6 and {row["prompt"][:7] for row in rows} == {"Ledger:"}
     assert "drawn 12" in printed and "data.format: prompt_response" in printed
@@ -321,14 +308,14 @@ def test_right_answers_of_the_base_become_training_data(inputs, tmp_path):
 
 
 def test_a_recipe_that_says_nothing_of_samples_draws_none(recipe, tmp_path):
-    with pytest.raises(UserError, match="no `sample` part"):
-        work(recipe, tmp_path, "sample")
+    with pytest.raises(UserError, match="add a `sample` part"):
+        run_in_folder(recipe, tmp_path, "sample")
 
 
 def test_two_evaluations_of_one_kind_are_kept_apart_by_their_names(inputs, runs):
     second = "eval.1={benchmark: ledger, name: shorter, path: PATH, limit: 2, max_new_tokens: 4}"
     recipe = load_recipe(inputs / "recipe.yaml", [second.replace("PATH", str(inputs / "problems.jsonl"))])
-    work(recipe, runs, "evaluate")
+    run_in_folder(recipe, runs, "eval")
     assert read_scores(runs / "tiny/eval/trained/shorter/scores.json").problems == 2
     assert read_scores(runs / "tiny/eval/trained/ledger/scores.json").problems == 4
 
@@ -362,7 +349,7 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(recipe, runs, n
     damage(run / name)
     before = contents(run)
     with pytest.raises(UserError, match=name):
-        work(recipe, runs)
+        run_in_folder(recipe, runs)
     assert contents(run) == before
 
 
@@ -380,10 +367,70 @@ def test_a_last_line_cut_off_is_made_again_and_the_result_is_the_same(recipe, ru
     (run / made).unlink()
     lines = (run / name).read_text().splitlines()
     cut(run / name)
-    work(recipe, runs)
+    run_in_folder(recipe, runs)
     assert (run / name).read_text().splitlines()[:-1] == lines[:-1]
     again = json.loads((run / made).read_text())
     for timing in ("started", "tokens_per_second"):
         whole.pop(timing, None)
         again.pop(timing, None)
     assert again == whole
+
+
+def test_a_command_lists_the_earlier_stages_that_it_does_first(recipe, tmp_path):
+    printed = run_in_folder(recipe, tmp_path, "eval")
+    first = next(line for line in printed.splitlines() if line.startswith("eval"))
+    assert first.endswith(
+        "first: profile (8 layers by reach, 2 samples), convert (50% of the layers), train (lora, 2 steps, 4 samples a step)"
+    )
+
+
+def test_only_refuses_where_an_earlier_stage_is_not_done(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"export --only: not done yet: profile \(.*train \(.*eval \(ledger"):
+        run_in_folder(recipe, tmp_path, "export", only=True)
+    assert contents(tmp_path / "tiny").keys() == set()
+
+
+def test_only_does_a_stage_whose_earlier_ones_are_done(recipe, runs):
+    (runs / "tiny/stages/eval.json").unlink()
+    assert "first:" not in run_in_folder(recipe, runs, "eval", only=True)
+    assert marked(runs / "tiny")[-1] == "eval"
+
+
+@pytest.mark.parametrize("setting", ["train.keep_checkpoints=5", "train.deepspeed=DEEPSPEED", "train.keep_best=eval_loss"])
+def test_a_setting_that_shapes_no_weights_may_change_after_training_and_nothing_is_redone(inputs, runs, setting):
+    before = contents(runs / "tiny")
+    changed = setting.replace("DEEPSPEED", str(REPOSITORY / "launch/zero2.json"))
+    run_in_folder(load_recipe(inputs / "recipe.yaml", [changed]), runs)
+    assert contents(runs / "tiny") == before
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_published_after_training_without_training_again(inputs, tmp_path):
+    kept = ("train.keep_best=eval_loss", "train.save_steps=1", "train.learning_rate=0.5", *PERIODIC)  # the first step is the best
+    last, best = (load_recipe(inputs / "recipe.yaml", [*kept, f"train.publish={which}"]) for which in ("last", "best"))
+    run_in_folder(last, tmp_path)
+    run = tmp_path / "tiny"
+    before = contents(run)
+    printed = run_in_folder(best, tmp_path)
+    after = contents(run)
+    assert "the trained model has the weights of step 1, the best by eval_loss" in printed and "training 2/2" not in printed
+    assert "the former scores now lie in" in printed and "the former export now lies in" in printed
+    for name in ("train/final/adapter_model.safetensors", "eval/trained/heldout_loss/scores.json", "export/model.safetensors"):
+        assert before[name][1] != after[name][1], name
+    assert after["train/log.jsonl"] == before["train/log.jsonl"]
+    assert after["eval-trained-1/heldout_loss/scores.json"][1] == before["eval/trained/heldout_loss/scores.json"][1]
+    again = contents(run)
+    run_in_folder(best, tmp_path)
+    assert contents(run) == again
+
+
+@pytest.mark.slow
+def test_query_and_key_of_the_base_are_restored_after_training_without_training_again(inputs, tmp_path):
+    full = ("train.method=full", "train.learning_rate=1e-3", "eval=[{benchmark: heldout_loss, batch_size: 4}]", *PERIODIC)
+    run_in_folder(load_recipe(inputs / "recipe.yaml", full), tmp_path)
+    trained = contents(tmp_path / "tiny")
+    run_in_folder(load_recipe(inputs / "recipe.yaml", [*full, "train.restore_query_key=true"]), tmp_path)
+    restored = contents(tmp_path / "tiny")
+    assert {name for name in trained if name.startswith("train/") and trained[name] != restored[name]} == set()
+    assert trained["export/model.safetensors"][1] != restored["export/model.safetensors"][1]
+    assert trained["eval/trained/heldout_loss/scores.json"][1] != restored["eval/trained/heldout_loss/scores.json"][1]

@@ -38,22 +38,22 @@ def opened(recipe, tmp_path):
     """The folder of a run that was begun, or goes on: its profile has a first sample."""
     folder = RunFolder(recipe, tmp_path / "runs")
     with folder.begin():
-        write_text(folder.stage("profile") / "samples.jsonl", "")
+        write_text(folder.paths.stage("profile") / "samples.jsonl", "")
     return folder
 
 
 def test_a_run_goes_on_with_the_recipe_it_was_begun_with(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
     opened(recipe_with(), tmp_path)
-    assert load_recipe(folder.path / "recipe.yaml") == recipe_with()
+    assert load_recipe(folder.paths.root / "recipe.yaml") == recipe_with()
 
 
 def test_a_run_begun_with_another_recipe_is_not_touched(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
-    before = (folder.path / "recipe.yaml").read_text()
+    before = (folder.paths.root / "recipe.yaml").read_text()
     with pytest.raises(UserError, match=r"hybrid\.w_recent: 8, 9"):
         opened(recipe_with("hybrid.w_recent=9"), tmp_path)
-    assert (folder.path / "recipe.yaml").read_text() == before
+    assert (folder.paths.root / "recipe.yaml").read_text() == before
 
 
 def test_a_run_that_was_refused_before_it_made_anything_starts_again_with_another_recipe_and_data(recipe_with, tmp_path):
@@ -62,14 +62,14 @@ def test_a_run_that_was_refused_before_it_made_anything_starts_again_with_anothe
         raise UserError("hybrid.w_recent: too wide")
     (tmp_path / "data.jsonl").write_text('{"mended": 1}\n')
     folder = opened(recipe_with("hybrid.w_recent=4"), tmp_path)
-    assert load_recipe(folder.path / "recipe.yaml").hybrid.w_recent == 4
+    assert load_recipe(folder.paths.root / "recipe.yaml").hybrid.w_recent == 4
     opened(recipe_with("hybrid.w_recent=4"), tmp_path)
 
 
 def test_evaluations_may_be_added_to_a_begun_run(recipe_with, tmp_path):
     opened(recipe_with(), tmp_path)
     folder = opened(recipe_with("eval.0.samples=4", "eval.0.temperature=0.6"), tmp_path)
-    assert "samples: 4" in (folder.path / "recipe.yaml").read_text()
+    assert "samples: 4" in (folder.paths.root / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("changed", ["data.jsonl", "base/model.safetensors", "base/config.json"])
@@ -82,12 +82,12 @@ def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, cha
 
 def test_a_deleted_record_of_the_inputs_is_made_anew(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
-    (folder.path / "inputs.json").write_text("{")
+    (folder.paths.root / "inputs.json").write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json: .*Delete it"):
         opened(recipe_with(), tmp_path)
-    (folder.path / "inputs.json").unlink()
+    (folder.paths.root / "inputs.json").unlink()
     opened(recipe_with(), tmp_path)
-    assert json.loads((folder.path / "inputs.json").read_text()).keys() == {"model.base", "data.source"}
+    assert json.loads((folder.paths.root / "inputs.json").read_text()).keys() == {"model.base", "data.source"}
 
 
 def test_two_processes_do_not_work_in_one_run(recipe_with, tmp_path):
@@ -108,12 +108,12 @@ def test_a_stage_is_done_only_when_its_block_ended_well(recipe_with, tmp_path):
         pass
     assert folder.is_done("profile", key="a")
     assert not folder.is_done("profile", key="b")
-    assert json.loads((folder.path / "stages/profile.json").read_text())["versions"]["torch"]
+    assert json.loads((folder.paths.root / "stages/profile.json").read_text())["versions"]["torch"]
 
 
 def test_a_stage_of_which_something_was_deleted_is_done_again(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
-    made = folder.stage("train") / "final/adapter.json"
+    made = folder.paths.stage("train") / "final/adapter.json"
     with folder.doing("train"):
         made.parent.mkdir(parents=True)
         made.write_text("{}")
@@ -127,6 +127,6 @@ def test_a_stage_of_which_something_was_deleted_is_done_again(recipe_with, tmp_p
 @pytest.mark.parametrize("damage", ["{", "name: [", "\x00"])
 def test_a_damaged_record_of_a_run_is_an_error_that_says_what_to_do(recipe_with, tmp_path, damage):
     folder = opened(recipe_with(), tmp_path)
-    (folder.path / "recipe.yaml").write_text(damage)
+    (folder.paths.root / "recipe.yaml").write_text(damage)
     with pytest.raises(UserError, match=r"Move|another"):
         opened(recipe_with(), tmp_path)

@@ -48,7 +48,7 @@ def variants(tmp_path) -> Callable[..., Variants]:
         recipe = load_recipe(path, overrides)
         begun.append(RunFolder(recipe, tmp_path / f"runs-{len(begun)}"))
         with begun[-1].begin():
-            made = Variants(recipe, begun[-1], BASES["qwen3"])
+            made = Variants(recipe, begun[-1].paths, BASES["qwen3"])
             made.choose(PROFILE)
             return made
 
@@ -76,7 +76,7 @@ def test_training_keeps_the_layers_and_the_base_streams_in_none(variants):
 
 def test_the_base_needs_no_choice_of_layers(variants):
     made = variants()
-    shutil.rmtree(made.folder.stage("hybrid"))
+    shutil.rmtree(made.paths.hybrid)
     assert made.spec(BASE).lazy_layers == ()
     with pytest.raises(UserError, match=r"hybrid/layers\.json: cannot read this choice of layers"):
         made.spec(CONVERTED)
@@ -84,7 +84,7 @@ def test_the_base_needs_no_choice_of_layers(variants):
 
 def test_a_cut_choice_of_layers_is_refused(variants):
     made = variants()
-    path = made.folder.stage("hybrid") / "layers.json"
+    path = made.paths.hybrid / "layers.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(UserError, match=r"hybrid/layers\.json: not a whole choice of layers.*Delete it"):
         made.spec(CONVERTED)
@@ -92,7 +92,7 @@ def test_a_cut_choice_of_layers_is_refused(variants):
 
 def test_layers_that_the_model_lacks_are_refused(variants):
     made = variants()
-    path = made.folder.stage("hybrid") / "layers.json"
+    path = made.paths.hybrid / "layers.json"
     path.write_text(path.read_text().replace("1", "11"))
     with pytest.raises(HybridError, match="11"):
         made.spec(CONVERTED)

@@ -8,12 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from lt_train.pipeline.run_folder import RunFolder
-from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
 from tests.support.repository import REPOSITORY
+from tests.support.runs import run_in_folder
 from tests.support.training_log import assert_same_course, steps
 
 RECIPE = f"""
@@ -49,8 +47,7 @@ def test_torchrun_trains_as_one_process_does_and_the_first_process_alone_speaks(
     assert "the trained model has the weights of step 4" in said["0"] and "training 4/4" in said["0"]
     assert (said["1"], done.stdout) == ("", "")
 
-    alone = RunFolder(load_recipe(write_recipe(tmp_path, "one")), tmp_path)
-    Pipeline(alone.recipe, alone, Console(quiet=True)).train()
+    run_in_folder(load_recipe(write_recipe(tmp_path, "one")), tmp_path, "train")
     two, one = (tmp_path / name / "train" for name in ("two", "one"))
     assert_same_course(two, one, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
     norms = [[row["grad_norm"] for row in steps(folder)] for folder in (two, one)]

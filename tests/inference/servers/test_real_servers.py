@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -24,11 +23,10 @@ from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.check import chat_messages, check_server
 from lt_train.inference.servers.pool import ServerSettings
-from lt_train.pipeline.run_folder import RunFolder
-from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
+from tests.support.runs import run_in_folder
 from tests.support.tiny_exports import facts
 
 pytestmark = pytest.mark.slow
@@ -207,11 +205,8 @@ def test_a_run_evaluates_its_export_by_a_server(transformers_serve, tmp_path):
     assert checked["servers"] == [transformers_serve] and checked["tokens"] > 40
 
 
-def work(recipe, folder, evaluations, stage="evaluate"):
-    checked = load_recipe(recipe, [f"eval={evaluations}"])
-    run = RunFolder(checked, folder / "runs")
-    with run.begin():
-        getattr(Pipeline(checked, run, Console()), stage)()
+def work(recipe, folder, evaluations, stage="eval"):
+    run_in_folder(load_recipe(recipe, [f"eval={evaluations}"]), folder / "runs", stage)
 
 
 def written(samples):

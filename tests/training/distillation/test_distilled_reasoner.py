@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from lt_train.evaluation.scores import read_scores
-from lt_train.pipeline.run_folder import RunFolder
-from lt_train.pipeline.stages import Pipeline
 from lt_train.recipe.loading import load_recipe
 from tests.support.repository import REPOSITORY
+from tests.support.runs import run_in_folder
 
 
 def divergence(runs: Path, name: str, distill: str) -> float:
@@ -27,12 +25,8 @@ def divergence(runs: Path, name: str, distill: str) -> float:
         "eval": "[{benchmark: heldout_kl, batch_size: 64}]",
     }
     recipe = load_recipe(REPOSITORY / "recipes/quickstart.yaml", [f"{key}={value}" for key, value in settings.items()])
-    folder = RunFolder(recipe, runs)
-    pipeline = Pipeline(recipe, folder, Console(quiet=True))
-    with folder.begin():
-        pipeline.evaluate()
-        pipeline.close()
-    return read_scores(folder.path / "eval/trained/heldout_kl/scores.json").mean.value
+    run_in_folder(recipe, runs, "eval")
+    return read_scores(runs / recipe.name / "eval/trained/heldout_kl/scores.json").mean.value
 
 
 @pytest.mark.slow

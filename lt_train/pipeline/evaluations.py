@@ -1,6 +1,6 @@
-"""The evaluation stage of a run: every variant under every evaluation that the recipe asks for.
+"""The evaluations of a run: every variant under every evaluation that the recipe asks for.
 
-What is asked is settled once, before anything is trained; the models then answer it one after the other.
+Prompts are made once, before anything is trained; the models then answer them one after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,31 +20,31 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens
-from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.schema import BASE, Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.runtime.fingerprints import hash_of
+from lt_train.runtime.run_paths import SCORES, RunPaths
 from lt_train.runtime.sources import resolve_model
 
 
 @dataclass
-class EvaluationStage:
+class Evaluations:
     """
     Attributes:
         heldout: reads the held-out samples, where they are asked for.
-        rank: this process's number among the `ranks` that share the samples; the first one scores, and reports.
+        rank: this process's number among the `world_size` that share the samples; the first one scores, and reports.
         report: takes lines for the user.
     """
 
     recipe: Recipe
-    folder: RunFolder
+    paths: RunPaths
     variants: Variants
     base_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     heldout: Callable[[], Sequence[Example]]
     dtype: torch.dtype
     rank: int
-    ranks: int
+    world_size: int
     report: Callable[[str], None]
     _plans: dict[str, Plan] = field(default_factory=dict)
     _base_answers: dict[int | None, BaseAnswers] = field(default_factory=dict)  # by `limit` of a heldout_kl
@@ -71,9 +71,9 @@ class EvaluationStage:
         entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
         if self.rank == 0:
             self.report(f"{variant}: {', '.join(entry.name for entry in entries)}")
-        outs = {entry.name: self.folder.stage("eval") / variant / entry.name for entry in entries}
+        outs = {entry.name: self.paths.evaluation(variant, entry.name) for entry in entries}
         for entry in entries:
-            if isinstance(entry, HeldoutKL) and self.rank == 0 and not (outs[entry.name] / "scores.json").exists():
+            if isinstance(entry, HeldoutKL) and self.rank == 0 and not (outs[entry.name] / SCORES).exists():
                 self.base_answers(entry)  # before this variant takes the memory
         model = self.variants.load(variant, self.dtype)
         for entry in entries:
@@ -95,14 +95,14 @@ class EvaluationStage:
         if entry.limit not in self._base_answers:
             base = self.variants.load(BASE, self.dtype)
             chosen = self.heldout()[: entry.limit]
-            self._base_answers[entry.limit] = base_answers(base, chosen, entry.batch_size, self.folder.path)
+            self._base_answers[entry.limit] = base_answers(base, chosen, entry.batch_size, self.paths.root)
         return self._base_answers[entry.limit]
 
     def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> Plan:
         """Draw and score an entry's samples; returns what they are."""
         stop_ids = stop_tokens(model, self.tokenizer)
         plan = self.plan(entry).asked_of(self.variants.fingerprint(variant), stop_ids)
-        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.ranks)
+        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.world_size)
         return plan
 
     def plan(self, entry: Eval) -> Plan:
@@ -118,6 +118,6 @@ class EvaluationStage:
         if entry.backend == "hybrid":
             return engine_for(entry, model, self.tokenizer)
         questions = {problem.id: problem.text for problem in plan.problems.problems}
-        served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
+        served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
         prompt = self.recipe.prompt
         return servers_for(entry, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)

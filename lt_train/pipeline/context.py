@@ -1,0 +1,113 @@
+"""What the stages of a run share, each made when a stage first asks for it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from lt_train.dataset.examples import ExampleSet, load_examples
+from lt_train.inference.loading import attention_choice, check_vocabulary, eos_ids, load_base_config, load_tokenizer
+from lt_train.pipeline.evaluations import Evaluations
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.variants import Variants
+from lt_train.recipe.schema import Recipe
+from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.processes import Process
+from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.tracking import Tracker, open_tracker
+from lt_train.selection.profile import LayerProfile
+
+
+@dataclass
+class RunContext:
+    """One recipe at work in its run folder, in one process.
+
+    Args:
+        process: the first one works in all stages and reports; the others only train or evaluate along.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    console: Console
+    process: Process
+    _attention_is_reported: bool = field(default=False, init=False)
+
+    @property
+    def paths(self) -> RunPaths:
+        return self.folder.paths
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.recipe.model.dtype)
+
+    @property
+    def layer_profile(self) -> LayerProfile | None:
+        """The scores of the layers; None where the recipe names the layers, or none are scored yet."""
+        return LayerProfile.load(self.paths.layer_profile) if self.paths.layer_profile.exists() else None
+
+    @cached_property
+    def base_config(self) -> PreTrainedConfig:
+        return load_base_config(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def examples(self) -> ExampleSet:
+        check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
+        return load_examples(
+            self.recipe.data,
+            self.recipe.prompt,
+            self.tokenizer,
+            model_max_length=self.base_config.max_position_embeddings,
+            seed=self.recipe.seed,
+            eos_ids=eos_ids(self.recipe.model),
+        )
+
+    @cached_property
+    def variants(self) -> Variants:
+        return Variants(self.recipe, self.paths, self.base_config)
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        return Evaluations(
+            self.recipe,
+            self.paths,
+            self.variants,
+            self.base_config,
+            self.tokenizer,
+            heldout=lambda: self.examples.heldout,
+            dtype=self.dtype,
+            rank=self.process.rank,
+            world_size=self.process.count,
+            report=lambda line: self.report("evaluate", line),
+        )
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        track = self.recipe.track
+        return open_tracker(track.wandb, track.project, self.paths.root, self.recipe.model_dump())
+
+    def check_attention(self) -> None:
+        """Report once what computes attention here, and why.
+
+        Raises:
+            UserError: what the recipe names cannot, or cannot train as the recipe wants to.
+        """
+        if not self._attention_is_reported:
+            choice = attention_choice(self.recipe.model, self.base_config, trains=self.recipe.train is not None)
+            self.report("attention", f"{choice.name}: {choice.reason}")
+            self._attention_is_reported = True
+
+    def report(self, stage: str, line: str) -> None:
+        """Print a line of a stage; only the first process prints."""
+        if self.process.speaks:
+            self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Finish what outlives a stage. Call it in any case."""
+        if "tracker" in self.__dict__:
+            self.tracker.finish()

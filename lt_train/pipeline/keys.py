@@ -1,0 +1,39 @@
+"""What else a stage's result depends on, beside the settings that a begun run cannot change: its key in the marker."""
+
+from typing import Any
+
+from lt_train.recipe.schema import Recipe, Train, identity_of
+from lt_train.runtime.files import read_json
+from lt_train.runtime.fingerprints import file_hash, hash_of
+from lt_train.runtime.run_paths import RunPaths
+
+
+def evaluation_key(recipe: Recipe) -> str:
+    """The evaluations asked for, and which weights the trained model has."""
+    return hash_of([identity_of(each) for each in recipe.eval], _published(recipe.train))
+
+
+def export_key(recipe: Recipe, paths: RunPaths) -> str:
+    """How to write the export, which weights go into it, and the scores on its card."""
+    weights = [path for path in (paths.layers, paths.trained / "manifest.json") if path.is_file()]
+    scores = sorted(paths.stage("eval").rglob(paths.scores("", "").name))
+    named = [(str(path.relative_to(paths.root)), file_hash(path)) for path in (*weights, *scores)]
+    return hash_of(identity_of(recipe.export), _published(recipe.train), named)
+
+
+def training_notes(train: Train) -> dict[str, Any]:
+    """What the marker of a training keeps of the settings that may change afterwards without the trained weights changing."""
+    return {"keep_best": train.keep_best, "deepspeed": train.deepspeed}
+
+
+def as_trained(paths: RunPaths, train: Train) -> dict[str, Any]:
+    """The notes of the finished training; of one that is not finished, what they would be."""
+    marker = paths.marker("train")
+    notes = read_json(marker, "stage marker").get("settings") if marker.exists() else None
+    return training_notes(train) if notes is None else notes
+
+
+def _published(train: Train | None) -> tuple[Any, ...] | None:
+    if train is None:
+        return None
+    return train.publish, train.keep_best if train.publish == "best" else None, train.restore_query_key

@@ -1,0 +1,116 @@
+"""A run from its beginning to any of its stages.
+
+A stage is a module: what it needs, whether it is done, what it does, and what it leaves in the run folder. What one stage hands to
+the next are files there, so a run resumes at the first stage that is not done.
+"""
+
+import time
+from types import MappingProxyType
+from typing import Protocol
+
+from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.stages import convert, evaluate, export, profile, sample, teach, train
+from lt_train.report.results import show_results
+from lt_train.runtime.errors import UserError
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Stage(Protocol):
+    NAME: str
+    """Of its folder and of its marker in the run folder."""
+    NEEDS: tuple[str, ...]
+    """The stages whose results it reads."""
+
+    def is_wanted(self, context: RunContext) -> bool:
+        """Whether the recipe asks for it."""
+
+    def is_done(self, context: RunContext) -> bool: ...
+
+    def describe(self, context: RunContext) -> str:
+        """What it will do, with the recipe's sizes, in a few words."""
+
+    def check(self, context: RunContext) -> None:
+        """Raise a UserError for what would stop it, before the stages in front of it take their time."""
+
+    def run(self, context: RunContext) -> None: ...
+
+
+STAGES: tuple[Stage, ...] = (profile, convert, teach, train, evaluate, export)
+"""In the order in which a run goes through them."""
+
+COMMANDS = MappingProxyType(
+    {"profile": profile, "convert": convert, "teacher": teach, "train": train, "eval": evaluate, "export": export}
+)
+"""Command -> the stage up to which it runs."""
+
+FOLLOWERS = MappingProxyType({"train": train, "eval": evaluate})
+"""Commands that several processes share: all ranks but the first `follow` the stage."""
+
+
+def run_command(context: RunContext, command: str, *, only: bool = False) -> None:
+    """Do what `lt-train run`, `sample` or a stage's command asks for, in the process that works in the run folder.
+
+    Args:
+        only: refuse where an earlier stage is not done, instead of doing it first.
+
+    Raises:
+        UserError: a stage cannot be done, or `only` and an earlier stage is not done.
+    """
+    if command == "run":
+        run_up_to(export, context)
+        show_results(context.paths.root, context.console)
+    elif command == "sample":
+        needed = sample.needs(sample.settings(context))
+        for stage in STAGES:
+            if needed == stage.NAME:
+                run_up_to(stage, context)
+        sample.run(context)
+    else:
+        run_up_to(COMMANDS[command], context, announce=command, only=only)
+
+
+def run_up_to(wanted: Stage, context: RunContext, *, announce: str | None = None, only: bool = False) -> None:
+    """Do `wanted`, and before it what it needs and what is not done yet.
+
+    Args:
+        announce: the command to name in the line that lists the earlier stages; None: say nothing.
+    """
+    if not wanted.is_wanted(context) and wanted is teach:
+        raise UserError(
+            "train.distill: this training reads no teacher from disk. Fix: set train.distill.teacher to top_k and "
+            "train.distill.weight above 0"
+        )
+    stages = [stage for stage in up_to(wanted) if stage.is_wanted(context)]
+    pending = [stage for stage in stages if not stage.is_done(context)]
+    earlier = [stage for stage in pending if stage is not wanted]
+    if earlier and announce is not None:
+        listed = ", ".join(stage.describe(context) for stage in earlier)
+        if only:
+            raise UserError(f"{announce} --only: not done yet: {listed}. Fix: leave --only out, or run these stages first")
+        context.report(announce, f"first: {listed}")
+    for stage in pending:
+        stage.check(context)
+    for stage in stages:
+        if not stage.is_done(context):  # asked again: new scores make a finished export one of former scores
+            stage.run(context)
+
+
+def follow_command(context: RunContext, command: str) -> None:
+    """What ranks other than the first do: wait for the earlier stages, then share the work of the last, in silence."""
+    wanted = FOLLOWERS[command]
+    for stage in up_to(wanted):
+        if stage is not wanted and stage.is_wanted(context):
+            while not stage.is_done(context):  # if it fails in the first process, the launcher ends this one
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+    if wanted.is_wanted(context):
+        wanted.follow(context)
+
+
+def up_to(wanted: Stage) -> list[Stage]:
+    """`wanted` and all that it needs, directly or through others, in the order of a run."""
+    needed = {wanted.NAME}
+    for stage in reversed(STAGES):
+        if stage.NAME in needed:
+            needed.update(stage.NEEDS)
+    return [stage for stage in STAGES if stage.NAME in needed]

@@ -1,0 +1,65 @@
+"""Measure every variant that the recipe's evaluations ask for. Leaves samples and scores."""
+
+from lt_train.evaluation.records import recorded_model
+from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.keys import evaluation_key
+from lt_train.pipeline.run_folder import set_aside
+from lt_train.recipe.schema import TRAINED
+from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_values, tracked_rows
+from lt_train.runtime.errors import UserError
+
+NAME = "eval"
+NEEDS = ("train",)
+
+
+def is_wanted(context: RunContext) -> bool:
+    return bool(context.recipe.eval)
+
+
+def is_done(context: RunContext) -> bool:
+    return context.folder.is_done(NAME, evaluation_key(context.recipe))
+
+
+def describe(context: RunContext) -> str:
+    return f"eval ({', '.join(str(each.name) for each in context.recipe.eval)})"
+
+
+def check(context: RunContext) -> None:
+    context.check_attention()
+    context.evaluations.check()
+    world_size = context.process.count
+    if world_size > 1 and context.recipe.train is not None and not context.folder.is_done("train"):
+        raise UserError(
+            f"{context.paths.root}: not trained yet. Fix: run lt-train train first, then evaluate in {world_size} processes"
+        )
+
+
+def run(context: RunContext) -> None:
+    _set_former_scores_aside(context)
+    with context.folder.doing(NAME, evaluation_key(context.recipe)):
+        context.evaluations.measure_all()
+        _track_results(context)
+
+
+def follow(context: RunContext) -> None:
+    if not is_done(context):
+        context.evaluations.measure_all()
+
+
+def _set_former_scores_aside(context: RunContext) -> None:
+    """Scores of trained weights that are no longer the trained model, as after a change of `train.publish`."""
+    folder = context.paths.stage(NAME) / TRAINED
+    if folder.is_dir():
+        now = context.variants.fingerprint(TRAINED)
+        recorded = [recorded_model(evaluation) for evaluation in sorted(folder.iterdir())]
+        if any(model is not None and model != now for model in recorded):
+            former = set_aside(folder, context.paths.stage(f"{NAME}-{TRAINED}"))
+            context.report("evaluate", f"the trained weights changed: the former scores now lie in {former}")
+
+
+def _track_results(context: RunContext) -> None:
+    results = read_results(context.paths.root)
+    context.tracker.summary(summary_values(results))
+    for name in dict.fromkeys(result.evaluation for result in results):
+        rows = tracked_rows([result for result in results if result.evaluation == name])
+        context.tracker.table(f"results/{name}", TRACKED_COLUMNS, rows)

@@ -1,0 +1,51 @@
+"""Score the layers by every strategy that the recipe names and that looks at the model. Leaves the layer profile."""
+
+from lt_train.dataset.examples import calibration_examples
+from lt_train.inference.loading import load_for_inference
+from lt_train.pipeline.context import RunContext
+from lt_train.recipe.schema import BASE
+from lt_train.runtime.devices import release_memory
+from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
+
+NAME = "profile"
+NEEDS: tuple[str, ...] = ()
+
+
+def is_wanted(context: RunContext) -> bool:
+    return bool(_strategies(context))
+
+
+def is_done(context: RunContext) -> bool:
+    return context.folder.is_done(NAME)
+
+
+def describe(context: RunContext) -> str:
+    samples = context.recipe.hybrid.calibration.samples
+    return f"profile ({context.base_config.num_hidden_layers} layers by {', '.join(_strategies(context))}, {samples} samples)"
+
+
+def check(context: RunContext) -> None:
+    context.variants.check_choice()
+    context.check_attention()
+
+
+def run(context: RunContext) -> None:
+    strategies = _strategies(context)
+    context.report(NAME, f"scoring the layers of {context.recipe.model.base} by {', '.join(strategies)}")
+    with context.folder.doing(NAME):
+        profile = _score_layers(context, strategies)
+        release_memory()  # before the other ranks, which wait for the hybrid, load theirs
+    if profile.fitting:
+        context.report(NAME, f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers")
+
+
+def _score_layers(context: RunContext, strategies: list[str]) -> LayerProfile:
+    recipe = context.recipe
+    model = load_for_inference(recipe.model, context.variants.spec(BASE), context.dtype, others_wait=True)
+    calibration = calibration_examples(context.examples, recipe.hybrid.calibration, recipe.seed)
+    return profile_layers(model, calibration, recipe.hybrid, strategies, out=context.paths.profile)
+
+
+def _strategies(context: RunContext) -> list[str]:
+    hybrid = context.recipe.hybrid
+    return [name for name in (hybrid.strategy, *hybrid.compare) if name in SCORED]

@@ -1,0 +1,82 @@
+"""Fine-tune the hybrid, where the recipe has a `train` part. Leaves checkpoints, the log, and the trained weights."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from lt_train.inference.loading import load_weights
+from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.keys import training_notes
+from lt_train.recipe.schema import TRAINED, Train
+from lt_train.runtime.tracking import NoTracker, Tracker
+from lt_train.training import trainer
+from lt_train.training.launch import check_launch
+
+NAME = "train"
+NEEDS = ("hybrid", "teacher")
+
+
+def is_wanted(context: RunContext) -> bool:
+    return context.recipe.train is not None
+
+
+def is_done(context: RunContext) -> bool:
+    """Whether the training is finished and the trained weights are those that `train.publish` asks for."""
+    return context.folder.is_done(NAME) and trainer.is_published(context.paths.trained, _settings(context))
+
+
+def describe(context: RunContext) -> str:
+    train = _settings(context)
+    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    batch = f"{train.batch_size:,} samples" if train.batch_size else f"{train.batch_tokens:,} tokens"
+    return f"train ({train.method}, {length}, {batch} a step)"
+
+
+def check(context: RunContext) -> None:
+    train = _settings(context)
+    check_launch(context.recipe, train, context.process)
+    context.check_attention()
+    for eval_config in train.probes.evals if train.probes else ():
+        context.evaluations.plan(eval_config)
+
+
+def run(context: RunContext) -> None:
+    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in context.examples.counts.items())
+    context.report(NAME, f"samples: {counts}")
+    if context.layer_profile is not None:
+        context.tracker.image("layer profile", context.paths.profile_picture)
+    with context.folder.doing(NAME, settings=training_notes(_settings(context))):
+        _train(context, context.tracker, lambda line: context.report(NAME, line))
+
+
+def follow(context: RunContext) -> None:
+    if not is_done(context):
+        check_launch(context.recipe, _settings(context), context.process)
+        context.check_attention()
+        _train(context, NoTracker(), lambda line: None)
+
+
+def _train(context: RunContext, tracker: Tracker, report: Callable[[str], None]) -> None:
+    spec = context.variants.spec(TRAINED)
+    trainer.train(
+        context.recipe,
+        lambda dtype: load_weights(context.recipe.model, spec, dtype),
+        context.tokenizer,
+        context.examples,
+        spec,
+        context.paths.train,
+        tracker,
+        report,
+        teacher=context.paths.teacher,
+        probe_command=lambda step: _probe_command(context, step),
+    )
+
+
+def _probe_command(context: RunContext, step: int) -> list[str]:
+    run = [str(context.paths.root), "--step", str(step), "--parent", str(os.getpid())]
+    return [sys.executable, "-m", "lt_train", "probe", *run]
+
+
+def _settings(context: RunContext) -> Train:
+    assert context.recipe.train is not None, "only a recipe with a train part is trained"
+    return context.recipe.train
