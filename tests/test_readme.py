@@ -39,23 +39,6 @@ def test_the_recipe_shown_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_recipe(Path("recipe.yaml")).name == "my-hybrid"
 
 
-def test_the_tree_names_every_file_of_the_package_or_its_room() -> None:
-    tree = README[README.index("## The code") :]
-    files = [path for path in (REPOSITORY / "lt_train").rglob("*.py") if not path.name.startswith("__")]
-    assert [str(path) for path in files if path.name not in tree and f" {path.parent.name}/ " not in tree] == []
-
-
-def test_the_tree_names_no_file_that_is_gone() -> None:
-    tree = README[README.index("## The code") :]
-    named = set(re.findall(r"(?<![\w*])(\w+\.py)\b", tree))
-    assert named - {path.name for path in (REPOSITORY / "lt_train").rglob("*.py")} == set()
-
-
-def test_every_file_that_is_linked_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links and [link for link in links if not (REPOSITORY / link).exists()] == []
-
-
 def test_what_decides_on_a_change_are_the_two_commands_shown() -> None:
     check = (REPOSITORY / ".ci/run").read_text()
     for step in (
