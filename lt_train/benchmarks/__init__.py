@@ -20,9 +20,9 @@ __all__ = ["BENCHMARKS", "Benchmark", "Grader", "Problem", "ProblemSet", "Recall
 PLACES = ("lengths", "depths", "repeats")
 
 RECALL = (
-    Benchmark("needle", "needle", asked="as_is", max_new_tokens=64, recall_settings=(*PLACES, "keys")),
-    Benchmark("passkey", "needle", asked="as_is", max_new_tokens=32, recall_settings=PLACES),
-    Benchmark("copying", "copying", asked="as_is", recall_settings=(*PLACES, "span")),
+    Benchmark("needle", "needle", prompt_style="as_is", max_new_tokens=64, recall_settings=(*PLACES, "keys")),
+    Benchmark("passkey", "needle", prompt_style="as_is", max_new_tokens=32, recall_settings=PLACES),
+    Benchmark("copying", "copying", prompt_style="as_is", recall_settings=(*PLACES, "span")),
 )
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (*SHORT_ANSWERS, *LONGBENCH, *RECALL)}

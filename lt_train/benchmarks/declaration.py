@@ -104,9 +104,9 @@ class Benchmark:
         fields: what a row needs, in the order in which its reader takes them.
         template: the prompt with {context} and {input}, where the benchmark has its own.
         answer_after: the answer is what follows the last such marker in the answer field; None: the whole field.
-        asked: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the whole user
-            turn; without_chat: no chat template.
-        cut_to_fit: too long a text loses its middle; False: it is an error.
+        prompt_style: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the whole
+            user turn; without_chat: no chat template.
+        truncate_middle: too long a text loses its middle; False: it is an error.
         max_new_tokens: how long an answer may be, where the benchmark says so.
         recall_settings: which of RecallSettings decide the problems; empty where they are read.
     """
@@ -123,8 +123,8 @@ class Benchmark:
     fields: tuple[str, ...] = ("problem", "answer")
     answer_after: str | None = None
     template: str | None = None
-    asked: Literal["as_recipe", "as_is", "without_chat"] = "as_recipe"
-    cut_to_fit: bool = False
+    prompt_style: Literal["as_recipe", "as_is", "without_chat"] = "as_recipe"
+    truncate_middle: bool = False
     max_new_tokens: int | None = None
     recall_settings: tuple[str, ...] = ()
 
@@ -133,7 +133,7 @@ class Benchmark:
         return bool(self.recall_settings)
 
     @property
-    def cut_off_is_wrong(self) -> bool:
+    def truncated_is_incorrect(self) -> bool:
         """Whether an answer that reaches max_new_tokens is wrong whatever it says; not where the benchmark sets the limit."""
         return self.grader in ("math", "choice")
 

@@ -181,8 +181,8 @@ LONGBENCH = tuple(
         rows="longbench",
         fields=("context", "input", "answers", "all_classes"),
         template=task.template,
-        asked="as_is" if task.chat else "without_chat",
-        cut_to_fit=True,
+        prompt_style="as_is" if task.chat else "without_chat",
+        truncate_middle=True,
         max_new_tokens=task.max_new_tokens,
     )
     for task in TASKS

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers
 from lt_train.evaluation.loss import answer_divergences, answer_losses
-from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import Fingerprint
 from lt_train.evaluation.scores import LossScores, finished_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.runtime.progress import show_progress
 
 
@@ -102,4 +102,4 @@ def check_heldout(examples: Sequence[Example], benchmark: str) -> None:
 
 
 def hash_examples(examples: Sequence[Example]) -> str:
-    return hash_of([[example.id, example.prompt_ids, example.answer_ids] for example in examples])
+    return hash_of_json([[example.id, example.prompt_ids, example.answer_ids] for example in examples])

@@ -1,7 +1,5 @@
 """All samples that an evaluation consists of, and what decides what they say: settled before a model is asked anything."""
 
-import hashlib
-import json
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 
@@ -13,11 +11,12 @@ from lt_train.evaluation.records import Fingerprint
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_json
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`fingerprint` tells samples of one model, prompt and sampling from all others; of which model, `asked_of` adds."""
+class EvaluationPlan:
+    """`fingerprint` tells samples of one model, prompt and sampling from all others; of which model, `for_model` adds."""
 
     entry: recipe.Eval
     benchmark: Benchmark
@@ -30,7 +29,7 @@ class Plan:
     def keys(self) -> set[tuple[str, int]]:
         return {(request.problem, request.sample) for request in self.requests}
 
-    def asked_of(self, model_fingerprint: str, stop_ids: tuple[int, ...]) -> "Plan":
+    def for_model(self, model_fingerprint: str, stop_ids: tuple[int, ...]) -> "EvaluationPlan":
         """This plan, answered by one model.
 
         Args:
@@ -47,7 +46,7 @@ def make_plan(
     *,
     context: int,
     seed: int,
-) -> Plan:
+) -> EvaluationPlan:
     """
     Args:
         context: tokens that the model was made for (max_position_embeddings).
@@ -75,14 +74,14 @@ def make_plan(
     check_fits_context(context, requests, sampling.max_new_tokens)
     fingerprint = {
         "benchmark": entry.benchmark,
-        "problems": hash_of([astuple(problem) for problem in problems.all_problems]),
-        "prompt": hash_of(requests[0].prompt_ids),
-        "max_prompt_tokens": longest if benchmark.cut_to_fit else None,
+        "problems": hash_of_json([astuple(problem) for problem in problems.all_problems]),
+        "prompt": hash_of_json(requests[0].prompt_ids),
+        "max_prompt_tokens": longest if benchmark.truncate_middle else None,
         "backend": entry.backend,  # each kind draws its own random numbers
         **_sampling_facts(sampling),
         "seed": None if sampling.greedy else seed,
     }
-    return Plan(entry, benchmark, problems, tuple(requests), sampling, fingerprint)
+    return EvaluationPlan(entry, benchmark, problems, tuple(requests), sampling, fingerprint)
 
 
 def sampling_of(entry: recipe.Eval, benchmark: Benchmark, recall: RecallSettings | None) -> Sampling:
@@ -113,11 +112,6 @@ def check_fits_context(context: int, requests: list[Request], max_new_tokens: in
             f"max_new_tokens={max_new_tokens}: with the {len(longest.prompt_ids)} tokens of the longest prompt (problem "
             f"{longest.problem}) that is more than the model's context of {context} tokens (max_position_embeddings); {fix}"
         )
-
-
-def hash_of(value: object) -> str:
-    """16 hex digits that follow from a value of lists, text and numbers."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _sampling_facts(sampling: Sampling) -> dict[str, str | int | float | None]:

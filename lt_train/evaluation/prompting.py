@@ -24,8 +24,8 @@ def prompt_ids(
     Raises:
         UserError: the chat template cannot say this prompt.
     """
-    text = cut_middle(tokenizer, problem.text, max_prompt_tokens) if benchmark.cut_to_fit else problem.text
-    if benchmark.asked == "without_chat":
+    text = cut_middle(tokenizer, problem.text, max_prompt_tokens) if benchmark.truncate_middle else problem.text
+    if benchmark.prompt_style == "without_chat":
         return tuple(tokenizer(text)["input_ids"])
     return tuple(prompts.prompt_ids(tokenizer, wrapping(prompt, benchmark), {"question": text}))
 
@@ -39,10 +39,10 @@ def room_for_text(
         UserError: it leaves nothing.
     """
     around = 0
-    if benchmark.asked != "without_chat":
+    if benchmark.prompt_style != "without_chat":
         around = len(prompts.prompt_ids(tokenizer, wrapping(prompt, benchmark), {"question": ""}))
     room = context - max_new_tokens - around - SPARE_TOKENS
-    if benchmark.cut_to_fit and room < 2:
+    if benchmark.truncate_middle and room < 2:
         raise UserError(
             f"{benchmark.name}: a context of {context} tokens has no room for a text beside an answer of {max_new_tokens} "
             f"(max_new_tokens) and {around} tokens of the chat template"
@@ -63,4 +63,4 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -
 
 
 def wrapping(prompt: Prompt, benchmark: Benchmark) -> Prompt:
-    return prompt if benchmark.asked == "as_recipe" else prompt.model_copy(update={"user": "{question}"})
+    return prompt if benchmark.prompt_style == "as_recipe" else prompt.model_copy(update={"user": "{question}"})

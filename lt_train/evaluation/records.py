@@ -109,7 +109,7 @@ class NamesSample(Protocol):
 Asked = TypeVar("Asked", bound=NamesSample)
 
 
-def share_of(requests: Sequence[Asked], rank: int, ranks: int) -> tuple[Asked, ...]:
+def shard_of(requests: Sequence[Asked], rank: int, ranks: int) -> tuple[Asked, ...]:
     """What one of several processes is to draw: every sample belongs to one of them, and no two shares differ by more than one.
 
     It follows from the set of (problem, sample) alone, not from the order of the requests. So give all ranks the same set: the

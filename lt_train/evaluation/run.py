@@ -11,18 +11,19 @@ from pathlib import Path
 from lt_train.benchmarks.declaration import Problem
 from lt_train.evaluation.grading.grader_process import Grader
 from lt_train.evaluation.grading.scoring import score_answer
-from lt_train.evaluation.plan import Plan, hash_of
-from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
+from lt_train.evaluation.plan import EvaluationPlan
+from lt_train.evaluation.records import RecordFolder, SampleRecord, shard_of
 from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, write_scores
 from lt_train.inference.requests import Answer, Backend
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.runtime.progress import show_progress
 
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def evaluate(
-    plan: Plan, backend: Backend, out: Path, *, rank: int = 0, ranks: int = 1, progress: bool = True
+    plan: EvaluationPlan, backend: Backend, out: Path, *, rank: int = 0, ranks: int = 1, progress: bool = True
 ) -> AnswerScores | None:
     """Draw what is missing of a plan's samples, and score them.
 
@@ -66,12 +67,12 @@ def evaluate(
 
 
 def draw_missing_samples(
-    plan: Plan, backend: Backend, folder: RecordFolder, grader: Grader, rank: int, ranks: int, progress: bool
+    plan: EvaluationPlan, backend: Backend, folder: RecordFolder, grader: Grader, rank: int, ranks: int, progress: bool
 ) -> None:
     """Answer, grade and record every sample of this process's share that the folder lacks."""
     there = folder.read()
     check_same_prompts(plan, there, folder.folder)
-    share = share_of(plan.requests, rank, ranks)
+    share = shard_of(plan.requests, rank, ranks)
     missing = [request for request in share if (request.problem, request.sample) not in there]
     problems = {problem.id: problem for problem in plan.problems.problems}
     done, tokens = len(share) - len(missing), 0
@@ -89,15 +90,15 @@ def draw_missing_samples(
             bar.update(done, f"{tokens / bar.seconds:,.0f} tokens/s")
 
 
-def make_record(plan: Plan, answer: Answer, problem: Problem, grader: Grader) -> SampleRecord:
+def make_record(plan: EvaluationPlan, answer: Answer, problem: Problem, grader: Grader) -> SampleRecord:
     found = score_answer(plan.benchmark, problem, answer.text, grader.grade)
-    cut_off = answer.finish_reason == "length" and plan.benchmark.cut_off_is_wrong
+    cut_off = answer.finish_reason == "length" and plan.benchmark.truncated_is_incorrect
     score = 0.0 if cut_off else found.score
     return SampleRecord(
         problem=problem.id,
         sample=answer.request.sample,
         seed=None if plan.sampling.greedy else answer.request.seed,
-        prompt_hash=hash_of(answer.request.prompt_ids),
+        prompt_hash=hash_of_json(answer.request.prompt_ids),
         text=answer.text,
         tokens=answer.tokens,
         thinking_tokens=answer.thinking_tokens,
@@ -111,16 +112,16 @@ def make_record(plan: Plan, answer: Answer, problem: Problem, grader: Grader) ->
     )
 
 
-def check_same_prompts(plan: Plan, there: Mapping[tuple[str, int], SampleRecord], folder: Path) -> None:
+def check_same_prompts(plan: EvaluationPlan, there: Mapping[tuple[str, int], SampleRecord], folder: Path) -> None:
     for request in plan.requests:
         record = there.get((request.problem, request.sample))
-        if record is not None and record.prompt_hash != hash_of(request.prompt_ids):
+        if record is not None and record.prompt_hash != hash_of_json(request.prompt_ids):
             raise UserError(
                 f"{folder}: sample {request.sample} of problem {request.problem} was made with another prompt than this recipe "
                 "and tokenizer make now. Give this evaluation another `name`, or move the folder away"
             )
 
 
-def _is_of(done: AnswerScores, plan: Plan) -> bool:
+def _is_of(done: AnswerScores, plan: EvaluationPlan) -> bool:
     """Whether finished scores are of all samples that are asked for now."""
     return not done.partial and (done.problems, done.samples) == (len(plan.problems.problems), plan.entry.samples)

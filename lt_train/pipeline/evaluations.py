@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lt_train.dataset.examples import Example
 from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
-from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
@@ -46,7 +46,7 @@ class Evaluations:
     rank: int
     world_size: int
     report: Callable[[str], None]
-    _plans: dict[str, Plan] = field(default_factory=dict)
+    _plans: dict[str, EvaluationPlan] = field(default_factory=dict)
     _base_answers: dict[int | None, BaseAnswers] = field(default_factory=dict)  # by `limit` of a heldout_kl
 
     def check(self) -> None:
@@ -98,14 +98,14 @@ class Evaluations:
             self._base_answers[entry.limit] = base_answers(base, chosen, entry.batch_size, self.paths.root)
         return self._base_answers[entry.limit]
 
-    def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> Plan:
+    def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> EvaluationPlan:
         """Draw and score an entry's samples; returns what they are."""
         stop_ids = stop_tokens(model, self.tokenizer)
-        plan = self.plan(entry).asked_of(self.variants.fingerprint(variant), stop_ids)
+        plan = self.plan(entry).for_model(self.variants.fingerprint(variant), stop_ids)
         evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.world_size)
         return plan
 
-    def plan(self, entry: Eval) -> Plan:
+    def plan(self, entry: Eval) -> EvaluationPlan:
         """What an entry asks, whoever answers; made once."""
         key = hash_of(entry)
         if key not in self._plans:
@@ -113,7 +113,9 @@ class Evaluations:
             self._plans[key] = make_plan(entry, self.recipe.prompt, self.tokenizer, context=context, seed=self.recipe.seed)
         return self._plans[key]
 
-    def _backend(self, plan: Plan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path) -> Backend:
+    def _backend(
+        self, plan: EvaluationPlan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path
+    ) -> Backend:
         entry = plan.entry
         if entry.backend == "hybrid":
             return engine_for(entry, model, self.tokenizer)

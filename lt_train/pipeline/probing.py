@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores
@@ -52,7 +52,7 @@ def probe_checkpoint(run: Path, step: int) -> None:
     scores, samples = [], []
     for entry in recipe.train.probes.evals:
         plan = make_plan(entry, recipe.prompt, tokenizer, context=base_config.max_position_embeddings, seed=recipe.seed)
-        plan, out = plan.asked_of(fingerprint, stop_ids), place / "evals" / entry.name
+        plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / entry.name
         found = evaluate(plan, engine_for(entry, model, tokenizer), out, progress=False)
         assert found is not None, "a process that is alone gets the scores"
         scores.append(_score(entry.name, found))
@@ -75,7 +75,7 @@ def _score(name: str, found: AnswerScores) -> ProbeScore:
     return ProbeScore(name, found.accuracy, found.standard_error, found.problems, found.truncated)
 
 
-def _shown(name: str, plan: Plan, out: Path) -> list[ProbeSample]:
+def _shown(name: str, plan: EvaluationPlan, out: Path) -> list[ProbeSample]:
     records = RecordFolder(out, plan.fingerprint).read()
     asked = [(request.problem, request.sample) for request in plan.requests[:SAMPLES_SHOWN]]
     shown = [records[key] for key in asked if key in records]  # with allow_partial some may be missing

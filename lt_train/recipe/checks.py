@@ -327,7 +327,7 @@ def _benchmark(here: str, entry: Eval) -> Iterator[Conflict]:
         unused = sorted(_changed(entry.recall) - set(benchmark.recall_settings))
         if benchmark.generated and unused:
             yield Conflict((f"{here}.recall.{unused[0]}",), f"{benchmark.name} has no such setting; take it out")
-    if entry.max_prompt_tokens is not None and not benchmark.cut_to_fit:
+    if entry.max_prompt_tokens is not None and not benchmark.truncate_middle:
         yield Conflict((f"{here}.max_prompt_tokens",), f"problems of {benchmark.name} are never cut; take it out")
     if entry.max_new_tokens is None and answer_tokens(benchmark) is None:
         yield Conflict((f"{here}.max_new_tokens",), f"missing; {benchmark.name} does not say how long an answer may be")

@@ -5,9 +5,9 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from lt_train.benchmarks import BENCHMARKS, Problem, load_problems
-from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def known_problems(entry: Mapping[str, Any], scores: AnswerScores) -> KnownProbl
         problems = load_problems(benchmark, entry.get("path"), entry.get("limit")).all_problems
     except UserError as error:
         return KnownProblems({}, str(error))
-    if hash_of([astuple(problem) for problem in problems]) != scores.fingerprint.get("problems"):
+    if hash_of_json([astuple(problem) for problem in problems]) != scores.fingerprint.get("problems"):
         source = entry.get("path") or benchmark.source
         return KnownProblems({}, f"{source} now holds other problems than those that were asked, or holds them in another form")
     return KnownProblems({problem.id: problem for problem in problems if problem.id in scores.by_problem})

@@ -1,6 +1,7 @@
 """Fingerprints of what a result was made from, and the differences between two of them."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ _EDGE = 64 * 1024  # bytes hashed at both ends of a weights file: whole 32B mode
 def hash_of(*values: Any) -> str:
     """16 hex digits that follow from values with a stable repr."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def hash_of_json(value: Any) -> str:
+    """16 hex digits that follow from a value of lists, text and numbers, as JSON writes it: the fingerprints of samples on disk."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:

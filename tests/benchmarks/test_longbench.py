@@ -80,8 +80,8 @@ def test_the_tasks_are_the_published_21() -> None:
         for benchmark in LONGBENCH
     }
     assert declared == PUBLISHED
-    assert {name for name in PUBLISHED if task(name).asked == "without_chat"} == WITHOUT_CHAT
-    assert all(task(name).asked == "as_is" for name in PUBLISHED.keys() - WITHOUT_CHAT)
+    assert {name for name in PUBLISHED if task(name).prompt_style == "without_chat"} == WITHOUT_CHAT
+    assert all(task(name).prompt_style == "as_is" for name in PUBLISHED.keys() - WITHOUT_CHAT)
 
 
 def test_the_prompts_are_letter_by_letter_the_published_ones() -> None:

@@ -46,7 +46,7 @@ def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
             context=model.config.max_position_embeddings,
             seed=3,
         )
-        return evaluate(plan.asked_of(model_fingerprint, engine.stop_ids), engine, out, rank=rank, ranks=ranks, progress=False)
+        return evaluate(plan.for_model(model_fingerprint, engine.stop_ids), engine, out, rank=rank, ranks=ranks, progress=False)
 
     return call
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lt_train.evaluation.plan import Plan, make_plan
+from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -29,9 +29,9 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def plan(engine: Engine) -> Plan:
+def plan(engine: Engine) -> EvaluationPlan:
     entry = Eval(benchmark="ledger", limit=40, max_new_tokens=120)
-    return make_plan(entry, Prompt(), engine.tokenizer, context=4096, seed=0).asked_of("tiny", engine.stop_ids)
+    return make_plan(entry, Prompt(), engine.tokenizer, context=4096, seed=0).for_model("tiny", engine.stop_ids)
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:
@@ -41,7 +41,7 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_evaluation_goes_on_to_the_same_records(engine: Engine, plan: Plan, tmp_path: Path, kills: int) -> None:
+def test_a_killed_evaluation_goes_on_to_the_same_records(engine: Engine, plan: EvaluationPlan, tmp_path: Path, kills: int) -> None:
     started = time.perf_counter()
     undisturbed = evaluate(plan, engine, tmp_path / "whole", progress=False)
     duration = time.perf_counter() - started

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lt_train.evaluation import records
-from lt_train.evaluation.records import RecordFolder, SampleRecord, share_of
+from lt_train.evaluation.records import RecordFolder, SampleRecord, shard_of
 from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
 from tests.support.full_disk import files_of_at_most
@@ -198,29 +198,29 @@ REQUESTS = st.lists(st.tuples(st.sampled_from("abcdefghij"), st.integers(0, 20))
 @given(REQUESTS, st.integers(1, 9), st.randoms())
 def test_every_sample_belongs_to_one_rank_and_the_shares_are_equal(keys: list[tuple[str, int]], ranks: int, random) -> None:
     requests = [Request(problem, sample, 0, ()) for problem, sample in keys]
-    shares = [share_of(requests, rank, ranks) for rank in range(ranks)]
+    shares = [shard_of(requests, rank, ranks) for rank in range(ranks)]
     assert sorted(request for share in shares for request in map(requests.index, share)) == list(range(len(requests)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     shuffled = random.sample(requests, len(requests))
-    assert [set(share_of(shuffled, rank, ranks)) for rank in range(ranks)] == [set(share) for share in shares]
+    assert [set(shard_of(shuffled, rank, ranks)) for rank in range(ranks)] == [set(share) for share in shares]
     assert all(list(share) == sorted(share, key=requests.index) for share in shares)
 
 
 def test_a_problems_samples_go_to_different_ranks() -> None:
     requests = [Request(problem, sample, 0, ()) for problem in "abc" for sample in range(4)]
     for rank in range(4):
-        assert [request.problem for request in share_of(requests, rank, 4)] == ["a", "b", "c"]
+        assert [request.problem for request in shard_of(requests, rank, 4)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_rank_that_there_is_not_has_no_share(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} of {ranks}"):
-        share_of([], rank, ranks)
+        shard_of([], rank, ranks)
 
 
 def test_a_sample_asked_for_twice_has_no_place_in_any_share() -> None:
     with pytest.raises(ValueError, match="asked for twice"):
-        share_of([Request("a", 0, 0, ()), Request("a", 0, 1, ())], 0, 2)
+        shard_of([Request("a", 0, 0, ()), Request("a", 0, 1, ())], 0, 2)
 
 
 def test_half_a_character_that_a_model_wrote_does_not_stop_an_evaluation(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 from lt_train.benchmarks import BENCHMARKS, load_problems
-from lt_train.evaluation.plan import hash_of
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import LossScores, answer_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
@@ -14,6 +13,7 @@ from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.runtime.files import append_json_line, write_json, write_text
+from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
 from tests.support.families import BASES
@@ -102,7 +102,7 @@ def measured(folder: Path, variant: str, records: Sequence[SampleRecord], source
     asked = load_problems(BENCHMARKS["ledger"], str(source), None)
     fingerprint = {
         "model": variant,
-        "problems": hash_of([astuple(problem) for problem in asked.all_problems]),
+        "problems": hash_of_json([astuple(problem) for problem in asked.all_problems]),
         "max_new_tokens": 512,
         "temperature": 0.0,
     }

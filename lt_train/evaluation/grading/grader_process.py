@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lt_train.evaluation.grading.extraction import Kind, choice_letter, extract
-from lt_train.evaluation.grading.math_answers import Grade, describe, is_right
+from lt_train.evaluation.grading.math_answers import Grade, describe, is_correct
 
 SECONDS = 5
 """Of computing, for one answer. Real ones take milliseconds."""
@@ -102,7 +102,7 @@ class Grader:
         if found is None:
             return Grade(None, False)
         try:
-            return Grade(found.answer, self.call(is_right, answer, found.answer, kind), None, found.extracted_from)
+            return Grade(found.answer, self.call(is_correct, answer, found.answer, kind), None, found.extracted_from)
         except CallFailed as failure:
             return Grade(found.answer, False, str(failure), found.extracted_from)
 
@@ -111,7 +111,7 @@ class Grader:
         if first.strip() == second.strip():
             return True
         try:
-            return self.call(is_right, first, second)
+            return self.call(is_correct, first, second)
         except CallFailed:
             return False
 

@@ -1,6 +1,6 @@
 r"""Is an answer right: what a text gives as its answer, held against the true answer by math-verify.
 
-`is_right` takes whatever time it needs, so an evaluation calls it through `Grader`, in a process that can be killed. `grade` and
+`is_correct` takes whatever time it needs, so an evaluation calls it through `Grader`, in a process that can be killed. `grade` and
 `equivalent` judge boxed answers in this process, as far as an alarm in the main thread can limit their time.
 """
 
@@ -64,7 +64,7 @@ def equivalent(first: str, second: str) -> bool:
         return False
 
 
-def is_right(answer: str, extracted: str, kind: Kind = "math") -> bool:
+def is_correct(answer: str, extracted: str, kind: Kind = "math") -> bool:
     """Whether an extracted answer says the same as the true one. Nothing limits the time that it takes: see `Grader`.
 
     Raises:

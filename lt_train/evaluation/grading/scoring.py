@@ -61,7 +61,7 @@ def score_answer(benchmark: Benchmark, problem: Problem, text: str, judge_math: 
         return AnswerScore(grade.extracted, float(grade.correct), grade.error, grade.extracted_from)
     if benchmark.grader == "choice":
         return chosen_letter(problem, text)
-    answer = without_thought(text)
+    answer = without_reasoning(text)
     if benchmark.grader == "needle":
         return number_found(problem, answer)
     if benchmark.grader == "copying":
@@ -76,7 +76,7 @@ def chosen_letter(problem: Problem, text: str) -> AnswerScore:
     return AnswerScore(found.answer, float(found.answer == problem.answer), extracted_from=found.extracted_from)
 
 
-def without_thought(text: str) -> str:
+def without_reasoning(text: str) -> str:
     """What follows the thought, where one was closed."""
     for end in THOUGHT_ENDS:
         text = text.rpartition(end)[2]

@@ -69,4 +69,4 @@ def test_multiple_choice_is_scored_by_its_letter(text: str, extracted: str | Non
 )
 def test_benchmarks_that_fix_how_long_an_answer_may_be_say_so(name: str, tokens: int | None) -> None:
     assert answer_tokens(BENCHMARKS[name]) == tokens
-    assert BENCHMARKS[name].cut_off_is_wrong == (tokens is None)
+    assert BENCHMARKS[name].truncated_is_incorrect == (tokens is None)
