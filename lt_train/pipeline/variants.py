@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
+from lt_train.inference.trained_weights import load_trained
 from lt_train.pipeline.run_folder import FREE_TO_CHANGE, RunFolder
 from lt_train.recipe.schema import BASE, CONVERTED, FREE_IN_TRAINING, TRAINED, Eval, HeldoutKL, HeldoutLoss, Recipe, converted_by
 from lt_train.runtime.devices import compute_dtype
@@ -17,7 +18,6 @@ from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import hash_of
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
-from lt_train.training.lora import load_trained
 
 
 @dataclass(frozen=True)
