@@ -17,6 +17,7 @@ from lt_train import __version__
 from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.interruption import Interrupted, raising_interrupted
 from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
 from lt_train.runtime.upstream import quiet_upstream
 
@@ -222,7 +223,8 @@ def main() -> None:
     """
     process = this_process()
     try:
-        app()
+        with raising_interrupted():
+            app()
     except SystemExit as done:  # how a command ends that has not failed, or was called wrongly
         code = int(done.code or 0)
     except Exception as error:
@@ -232,10 +234,10 @@ def main() -> None:
             raise
         let_others_tell(process, error)
         code = _tell(error, process)
-    except KeyboardInterrupt:
-        code = 130
+    except Interrupted as stop:
+        code = stop.exit_code
         if process.speaks:
-            Console(stderr=True).print("stopped; the same command goes on from here", highlight=False)
+            Console(stderr=True).print(f"{stop}; the same command resumes", highlight=False, soft_wrap=True)
     (sys.exit if process.count == 1 else leave)(code)
 
 

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import sys
 
 import pytest
@@ -54,6 +55,22 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lt_train.recipe.loading.load_recipe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "stopped; the same command resumes"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM; the same command resumes"),
+    ],
+)
+def test_a_command_that_a_signal_stops_says_that_the_same_command_resumes(lt_train, monkeypatch, number, code, line):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe", lambda *_: signal.raise_signal(number))
+    try:
+        assert lt_train("validate", "recipes/quickstart.yaml") == (code, "", f"{line}\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
