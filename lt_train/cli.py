@@ -1,23 +1,24 @@
 """The commands. Each is a few lines; heavy libraries are imported inside them, so that --help and validate answer at once."""
 
 import errno
-import logging
 import os
 import sys
 import traceback
-import warnings
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from lt_train import __version__
+from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.interruption import Interrupted, raising_interrupted
 from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
+from lt_train.runtime.upstream import quiet_upstream
 
 app = typer.Typer(
     name="lt-train",
@@ -80,7 +81,7 @@ def plan(
     from lt_train.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
-    _quiet_upstream()
+    quiet_upstream()
     from lt_train.planning.plan import make_plan
     from lt_train.planning.setup import Machine
     from lt_train.planning.table import show_plan
@@ -150,7 +151,7 @@ def probe(
     parent: Annotated[int, typer.Option(help="Process with which to end.")],
 ) -> None:
     """Ask a checkpoint what `train.probes` says. A training starts this by itself."""
-    _quiet_upstream()
+    quiet_upstream()
     from lt_train.pipeline.probing import end_with, probe_checkpoint
 
     end_with(parent)
@@ -176,113 +177,7 @@ def report(
     typer.echo(f"report: {write_report(runs, out)}")
 
 
-bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-BenchModel = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)]
-Sinks = Annotated[int, typer.Option(help="Sink tokens.")]
-Window = Annotated[int, typer.Option(help="Window in tokens.")]
-
-
-@bench.command("decode")
-def bench_decode(
-    model: BenchModel,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
-    ] = None,
-    ratios: Annotated[
-        list[float] | None,
-        typer.Option("--lazy-layer-ratio", metavar="SHARE", help="Share of layers that stream (repeatable). Default: 0.5, 0.75."),
-    ] = None,
-    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
-    w_sink: Sinks = 4,
-    w_recent: Window = 1020,
-) -> None:
-    """Tokens per second that a KV budget buys: hybrids against full attention."""
-    from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
-    from lt_train.recipe.schema import Model
-
-    budget, lengths = kv_budget * 2**20, lengths or DEFAULT_LENGTHS
-    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
-
-
-@bench.command("batching")
-def bench_batching(
-    model: BenchModel,
-    count: Annotated[int, typer.Option("--answers", help="How many answers.")] = 64,
-    longest: Annotated[int, typer.Option("--longest", help="Tokens of the longest answer; the shortest has a sixteenth.")] = 1024,
-    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each way, in MiB.")] = 256,
-    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
-    w_sink: Sinks = 4,
-    w_recent: Window = 1020,
-) -> None:
-    """Answers of mixed lengths: the engine against generate() with static batches, at equal memory."""
-    from lt_train.bench.batching import bench_batching
-    from lt_train.recipe.schema import Model
-
-    budget = kv_budget * 2**20
-    bench_batching(Model(base=model), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
-
-
-@bench.command("growth")
-def bench_growth(
-    model: BenchModel,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option("--at", metavar="TOKENS", help="Time the tokens before this length (repeatable). Default: 1K, 8K, 32K."),
-    ] = None,
-    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
-    w_sink: Sinks = 4,
-    w_recent: Window = 1020,
-) -> None:
-    """Time per token of the hybrid and of full attention, as one sequence grows."""
-    from lt_train.bench.growth import DEFAULT_LENGTHS, bench_growth
-    from lt_train.recipe.schema import Model
-
-    bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
-
-
-@bench.command("attention")
-def bench_attention(
-    kernels: Annotated[
-        list[str] | None,
-        typer.Option("--kernel", metavar="NAME", help="As in model.attention (repeatable). Default: all that train here."),
-    ] = None,
-    lengths: Annotated[
-        list[int] | None,
-        typer.Option("--at", metavar="TOKENS", help="Length (repeatable). Default: 256 to 16K, on a GPU 4K to 64K."),
-    ] = None,
-    windows: Annotated[
-        list[int] | None, typer.Option("--w-recent", metavar="TOKENS", help="Window (repeatable). Default: 252, 1020.")
-    ] = None,
-    w_sink: Sinks = 4,
-    runs: Annotated[int, typer.Option(help="A time is the median over so many runs.")] = 9,
-) -> None:
-    """Streaming attention against full causal attention, forward and backward, by length and window."""
-    from lt_train.bench.attention import DEFAULT_WINDOWS, bench_attention
-
-    bench_attention(kernels or (), lengths or (), windows or DEFAULT_WINDOWS, w_sink, runs, Console())
-
-
-@bench.command("training-step")
-def bench_training_step(
-    model: BenchModel,
-    method: Annotated[Literal["lora", "full"], typer.Option(help="What is trained: adapters, or all weights.")] = "lora",
-    tokens: Annotated[int, typer.Option("--tokens", help="Length of the one document of a step.")] = 8192,
-    lazy_layer_ratio: Annotated[float, typer.Option(help="Share of layers that stream.")] = 0.5,
-    w_sink: Sinks = 4,
-    w_recent: Window = 1020,
-    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, in both.")] = True,
-    runs: Annotated[int, typer.Option(help="A time is the median over so many steps.")] = 3,
-) -> None:
-    """One training step of a hybrid against one of the unconverted model under stock TRL."""
-    _quiet_upstream()
-    from lt_train.bench.training_step import bench_training_step, step_recipe
-
-    recipe = step_recipe(model, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
-    bench_training_step(recipe, runs, Console())
 
 
 def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, only: bool = False) -> None:
@@ -295,7 +190,7 @@ def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, o
             f"lt-train {command}: runs in one process, not in {process.count}. Fix: start it without deepspeed or torchrun; "
             "only train and eval run under them"
         )
-    _quiet_upstream()
+    quiet_upstream()
     if not process.speaks:
         silence()
     from lt_train.pipeline.context import RunContext
@@ -311,18 +206,6 @@ def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, o
         run_command(context, command, only=only)
 
 
-def _quiet_upstream() -> None:
-    """Keep out of a user's sight what other libraries say to their developers."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none, wherever it is imported
-    # Libraries tell each other by these what will be renamed: DeepSpeed's calls of torch, peft's of transformers, and so on
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # accelerate compares DeepSpeed's accumulation with its own, which Trainer leaves at 1
-    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Entry point: a user's mistake leaves with its message and exit code 2, a bug keeps its traceback.
 
@@ -330,7 +213,8 @@ def main() -> None:
     """
     process = this_process()
     try:
-        app()
+        with raising_interrupted():
+            app()
     except SystemExit as done:  # how a command ends that has not failed, or was called wrongly
         code = int(done.code or 0)
     except Exception as error:
@@ -340,10 +224,10 @@ def main() -> None:
             raise
         let_others_tell(process, error)
         code = _tell(error, process)
-    except KeyboardInterrupt:
-        code = 130
+    except Interrupted as stop:
+        code = stop.exit_code
         if process.speaks:
-            Console(stderr=True).print("stopped; the same command goes on from here", highlight=False)
+            Console(stderr=True).print(f"{stop}; the same command resumes", highlight=False, soft_wrap=True)
     (sys.exit if process.count == 1 else leave)(code)
 
 

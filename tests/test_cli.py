@@ -1,11 +1,11 @@
 import errno
 import os
+import signal
 import sys
 
 import pytest
 
 from lt_train import cli
-from tests.support.families import BASES
 from tests.support.made_runs import made_run
 
 BROKEN = """
@@ -14,19 +14,6 @@ model: {base: nowhere/at/all}
 hybrid: {lazy_layer_ratio: 2, w_recnt: 4}
 data: {source: missing.jsonl, format: still}
 """
-
-
-@pytest.fixture
-def lt_train(monkeypatch, capsys):
-    """Run a command as the shell would; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lt-train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return (stop.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_every_fault_of_a_recipe_is_shown_at_once_without_traceback(lt_train, tmp_path):
@@ -70,6 +57,22 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "stopped; the same command resumes"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM; the same command resumes"),
+    ],
+)
+def test_a_command_that_a_signal_stops_says_that_the_same_command_resumes(lt_train, monkeypatch, number, code, line):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe", lambda *_: signal.raise_signal(number))
+    try:
+        assert lt_train("validate", "recipes/quickstart.yaml") == (code, "", f"{line}\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/scores.json")
@@ -78,78 +81,6 @@ def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     code, out, err = lt_train("validate", "recipes/quickstart.yaml")
     assert code == 2 and "Traceback" not in out + err
     assert "No space left on device: 'runs/mine/scores.json'" in err and "make room" in err
-
-
-@pytest.fixture
-def tiny_base(tmp_path):
-    """A model of four layers, as a user names it on the command line."""
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-SIZES = ("--w-sink", 2, "--w-recent", 30)
-
-
-def test_bench_decode_takes_lengths_shares_and_a_budget_from_the_command_line(lt_train, tiny_base, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    given = ("--at", 300, "--at", 200, "--lazy-layer-ratio", 0.25, "--kv-budget", 1)
-    code, out, err = lt_train("bench", "decode", tiny_base, *given, *SIZES)
-    assert code == 0, err
-    assert "KV budget 1 MiB for each, w_sink 2, w_recent 30" in out
-    rows = [line.split()[:2] for line in out.splitlines() if "/4" in line]
-    assert rows == [["300", "0/4"], ["300", "1/4"], ["200", "0/4"], ["200", "1/4"]]
-
-
-def test_bench_growth_takes_lengths_from_the_command_line(lt_train, tiny_base, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    code, out, err = lt_train("bench", "growth", tiny_base, "--at", 64, "--at", 80, *SIZES)
-    assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines() if line.strip()[:2] in ("64", "80")] == ["64", "80"]
-
-
-def test_bench_batching_takes_answers_and_a_budget_from_the_command_line(lt_train, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    given = ("--answers", 6, "--longest", 32, "--kv-budget", 1)
-    code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", *given, *SIZES)
-    assert code == 0, err
-    assert "6 answers" in out and "1 MiB" in out
-
-
-def test_bench_attention_takes_kernels_lengths_and_windows_from_the_command_line(lt_train, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    given = ("--kernel", "blocked", "--at", 64, "--at", 200, "--w-recent", 12, "--w-recent", 28, "--runs", 1)
-    code, out, err = lt_train("bench", "attention", *given)
-    assert code == 0, err
-    rows = [line.split()[:3] for line in out.splitlines() if "blocked" in line]
-    assert rows == [["64", "12", "blocked"], ["64", "28", "blocked"], ["200", "12", "blocked"], ["200", "28", "blocked"]]
-
-
-@pytest.mark.parametrize("given", [("--kernel", "flash"), ("--kernel", "fast"), ("--at", 0), ("--w-recent", -3)])
-def test_bench_attention_refuses_what_it_cannot_time(given, lt_train):
-    code, out, err = lt_train("bench", "attention", *given)
-    assert code == 2 and "Traceback" not in out + err
-    assert str(given[1]) in err or given[0] in err
-
-
-def test_bench_training_step_takes_method_and_length_from_the_command_line(lt_train, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    given = ("--method", "full", "--tokens", 40, "--no-checkpointing", "--runs", 1)
-    code, out, err = lt_train("bench", "training-step", "data/tiny-reasoner", *given, *SIZES)
-    assert code == 0, err
-    assert "40 tokens a step, all weights, without gradient checkpointing" in out and "limit by operations" in out
-
-
-@pytest.mark.parametrize("given", [("--tokens", 0), ("--lazy-layer-ratio", 3), ("--w-recent", 0), ("--method", "some")])
-def test_bench_training_step_refuses_what_no_recipe_takes(given, lt_train):
-    code, out, err = lt_train("bench", "training-step", "data/tiny-reasoner", *given)
-    assert code == 2 and str(given[1]) in err and "Traceback" not in out + err
-
-
-def test_a_budget_that_holds_no_sequence_is_refused_by_its_option(lt_train):
-    code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", "--kv-budget", 0)
-    assert code == 2 and "--kv-budget" in err and "Traceback" not in out + err
 
 
 def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):

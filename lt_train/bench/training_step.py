@@ -32,9 +32,9 @@ from lt_train.runtime.progress import show_progress
 from lt_train.runtime.sources import resolve_model
 from lt_train.selection.choose import number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
-from lt_train.training.lora import lora_config
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
+from lt_train.training.trainable import lora_config
 
 Method = Literal["lora", "full"]
 

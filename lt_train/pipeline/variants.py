@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
+from lt_train.inference.trained_weights import load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.schema import (
     BASE,
@@ -30,7 +31,6 @@ from lt_train.runtime.fingerprints import hash_of
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
-from lt_train.training.lora import load_trained
 
 PUBLISHING = ("keep_best", "publish", "restore_query_key", "deepspeed")
 """Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""

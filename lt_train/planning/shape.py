@@ -14,8 +14,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
 from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
 from lt_train.selection.periodic import periodic_layers
-from lt_train.training.lora import lora_config
-from lt_train.training.projections import freeze_all_but_lazy_projections
+from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Bytes, durations and lengths as people read them: three significant digits and a unit."""
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
-_BYTES = (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))
+_BYTES = (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", 2**10))
 _SECONDS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from lt_train.dataset.examples import ExampleSet
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.trained_weights import LoadModel
 from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
@@ -43,17 +44,15 @@ from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
 from lt_train.training.log import LOG_FILE, read_log
-from lt_train.training.lora import lora_config
 from lt_train.training.probes.launching import Probes, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe
-from lt_train.training.projections import freeze_all_but_lazy_projections
 from lt_train.training.saved_shapes import full_size
 from lt_train.training.sequence_parallel import share_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
+from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
 FINAL = "final"
-LoadModel = Callable[[torch.dtype], PreTrainedModel]
 
 
 @dataclass(frozen=True)

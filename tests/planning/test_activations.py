@@ -15,7 +15,7 @@ from lt_train.planning.activations import layer_bytes
 from lt_train.planning.setup import Machine, Sharding, setup_of
 from lt_train.planning.shape import model_shape
 from lt_train.recipe.schema import Recipe
-from lt_train.training.lora import lora_config
+from lt_train.training.trainable import lora_config
 
 SIZES = {
     "vocab_size": 64,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from lt_train.inference.trained_weights import load_trained
 from lt_train.runtime.errors import UserError
-from lt_train.training.lora import load_trained
 from tests.support import tiny_training
 from tests.support.launched_training import SCRIPT, start_launch
 from tests.support.repository import REPOSITORY

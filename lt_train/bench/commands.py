@@ -1,0 +1,117 @@
+"""`lt-train bench …`: measurements as commands. Heavy libraries are imported inside them, so that --help answers at once."""
+
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from lt_train.runtime.units import MIB
+from lt_train.runtime.upstream import quiet_upstream
+
+bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run.", no_args_is_help=True)
+
+BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)]
+Sinks = Annotated[int, typer.Option(help="Sink tokens.")]
+Window = Annotated[int, typer.Option(help="Window in tokens.")]
+
+
+@bench.command()
+def decode(
+    model: BaseModel,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
+    ] = None,
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--lazy-layer-ratio", metavar="FRACTION", help="Fraction of layers that stream (repeatable). Default: 0.5, 0.75."
+        ),
+    ] = None,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Tokens per second that a KV budget buys: hybrids against full attention."""
+    from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
+    from lt_train.recipe.schema import Model
+
+    budget, lengths = kv_budget * MIB, lengths or DEFAULT_LENGTHS
+    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
+
+
+@bench.command()
+def batching(
+    model: BaseModel,
+    count: Annotated[int, typer.Option("--answers", help="How many answers.")] = 64,
+    longest: Annotated[int, typer.Option("--longest", help="Tokens of the longest answer; the shortest has a sixteenth.")] = 1024,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of both, in MiB.")] = 256,
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Fraction of layers that stream.")] = 0.5,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Answers of mixed lengths: the engine against generate() with static batches, at equal memory."""
+    from lt_train.bench.batching import bench_batching
+    from lt_train.recipe.schema import Model
+
+    budget = kv_budget * MIB
+    bench_batching(Model(base=model), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
+
+
+@bench.command()
+def growth(
+    model: BaseModel,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Time the tokens before this length (repeatable). Default: 1K, 8K, 32K."),
+    ] = None,
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Fraction of layers that stream.")] = 0.5,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Time per token of the hybrid and of full attention, as one sequence grows."""
+    from lt_train.bench.growth import DEFAULT_LENGTHS, bench_growth
+    from lt_train.recipe.schema import Model
+
+    bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
+
+
+@bench.command()
+def attention(
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="NAME", help="As in model.attention (repeatable). Default: all that train here."),
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--at", metavar="TOKENS", help="Length (repeatable). Default: 256 to 16K, on a GPU 4K to 64K."),
+    ] = None,
+    windows: Annotated[
+        list[int] | None, typer.Option("--w-recent", metavar="TOKENS", help="Window (repeatable). Default: 252, 1020.")
+    ] = None,
+    w_sink: Sinks = 4,
+    runs: Annotated[int, typer.Option(help="A time is the median over this many runs.")] = 9,
+) -> None:
+    """Streaming attention against full causal attention, forward and backward, by length and window."""
+    from lt_train.bench.attention import DEFAULT_WINDOWS, bench_attention
+
+    bench_attention(kernels or (), lengths or (), windows or DEFAULT_WINDOWS, w_sink, runs, Console())
+
+
+@bench.command()
+def training_step(
+    model: BaseModel,
+    method: Annotated[Literal["lora", "full"], typer.Option(help="What is trained: adapters, or all weights.")] = "lora",
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the one document of a step.")] = 8192,
+    lazy_layer_ratio: Annotated[float, typer.Option(help="Fraction of layers that stream.")] = 0.5,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, in both.")] = True,
+    runs: Annotated[int, typer.Option(help="A time is the median over this many steps.")] = 3,
+) -> None:
+    """One training step of a hybrid against one of the unconverted model under stock TRL."""
+    quiet_upstream()
+    from lt_train.bench.training_step import bench_training_step, step_recipe
+
+    recipe = step_recipe(model, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
+    bench_training_step(recipe, runs, Console())

@@ -1,0 +1,45 @@
+"""Signals that ask a command to stop: Ctrl-C (SIGINT), and SIGTERM, which SLURM sends before it preempts a job.
+
+Either ends the command by an exception, so that what it holds is closed: temporary folders, the tracker, processes that it started.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop. Its text says which one, and what was saved.
+
+    It is no Exception, which libraries catch and pass over, and no KeyboardInterrupt, which typer turns into a bare exit code.
+    """
+
+    def __init__(self, number: int, detail: str = "") -> None:
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        super().__init__(f"stopped{by}{'; ' if detail else ''}{detail}")
+        self.exit_code = 128 + number
+        """As a shell reports a process that a signal ended."""
+
+
+@contextmanager
+def raising_interrupted() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM raise Interrupted in the main thread. A signal that is ignored stays ignored.
+
+    After a first SIGTERM further ones are ignored: launchers send several, and none may interrupt what the first one began.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted(number)

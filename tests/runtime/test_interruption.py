@@ -1,0 +1,59 @@
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lt_train.runtime.interruption import Interrupted, raising_interrupted
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_not_ignored() -> Iterator[None]:
+    """A shell ignores it in background jobs, and they hand that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_raises_past_every_except_exception() -> None:
+    def library() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except (Exception, KeyboardInterrupt):
+            pytest.fail("a library took the signal for an error of its own")
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as stopped, raising_interrupted():
+        library()
+    assert stopped.value.exit_code == 143
+
+
+def test_ctrl_c_twice_ends_a_cleanup_that_takes_long() -> None:
+    with pytest.raises(Interrupted) as stopped, raising_interrupted():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+    assert isinstance(stopped.value.__context__, Interrupted)
+
+
+def test_a_second_sigterm_does_not_end_the_cleanup_after_the_first() -> None:
+    cleaned = False
+    with pytest.raises(Interrupted), raising_interrupted():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned = True
+    assert cleaned
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with raising_interrupted():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_as_before_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with raising_interrupted():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
