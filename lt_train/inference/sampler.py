@@ -21,18 +21,28 @@ def choose_tokens(logits_BV: Tensor, sampling: Sampling, seeds: Sequence[int], p
     """
     if sampling.greedy:
         return logits_BV.argmax(-1).tolist()
+    probabilities_BV = filtered_probabilities(logits_BV, sampling)
+    cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
+    uniform = [[uniform_number(seed, position)] for seed, position in zip(seeds, positions, strict=True)]
+    uniform_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
+    return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)[:, 0].tolist()
+
+
+def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that a token is drawn from [B, V], up to a factor of each row.
+
+    The filters and their order are those of transformers: temperature, top_k, top_p of what top_k kept, min_p.
+    """
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
     if sampling.top_k:
         probabilities_BV = keep_likeliest(probabilities_BV, sampling.top_k)
+        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
         probabilities_BV = keep_nucleus(probabilities_BV, sampling.top_p)
     if sampling.min_p:
         floor_B1 = sampling.min_p * probabilities_BV.amax(-1, keepdim=True)
         probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < floor_B1, 0)
-    cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
-    uniform = [[uniform_number(seed, position)] for seed, position in zip(seeds, positions, strict=True)]
-    uniform_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
-    return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)[:, 0].tolist()
+    return probabilities_BV
 
 
 def uniform_number(seed: int, position: int) -> float:
@@ -47,10 +57,14 @@ def keep_likeliest(probabilities_BV: Tensor, top_k: int) -> Tensor:
 
 
 def keep_nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751)."""
-    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-    likelier_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
-    return torch.zeros_like(probabilities_BV).scatter(1, order_BV, sorted_BV.where(likelier_BV < top_p, 0.0))
+    """Zero all but the fewest most likely tokens that together reach top_p (arXiv 1904.09751).
+
+    Sorted ascending, as in transformers: of equals at the border the same ones stay.
+    """
+    sorted_BV, order_BV = probabilities_BV.sort(dim=-1)
+    dropped_BV = sorted_BV.cumsum(dim=-1) <= 1 - top_p
+    dropped_BV[:, -1] = False
+    return torch.zeros_like(probabilities_BV).scatter(1, order_BV, sorted_BV.masked_fill(dropped_BV, 0.0))
 
 
 def penalise_repetition(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:

@@ -1,16 +1,26 @@
 from collections import Counter
+from itertools import combinations, product
 
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from lt_train.inference.requests import Sampling, sample_seed
-from lt_train.inference.sampler import choose_tokens, keep_likeliest, keep_nucleus, penalise_repetition, uniform_number
+from lt_train.inference.sampler import (
+    choose_tokens,
+    filtered_probabilities,
+    keep_likeliest,
+    keep_nucleus,
+    penalise_repetition,
+    uniform_number,
+)
 
 
 def drawn(probabilities: list[float], sampling: Sampling, draws: int = 4000) -> Counter[int]:
@@ -35,21 +45,35 @@ def test_greedy_takes_the_likeliest_whatever_else_is_set() -> None:
     assert choose_tokens(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(0.0, 0.1, 1, top_k=1), [0], [0]) == [1]
 
 
-@pytest.mark.parametrize(
-    ("sampling", "warper"),
-    [
-        (Sampling(1.0, 0.7, 1), TopPLogitsWarper(0.7)),
-        (Sampling(1.0, 1.0, 1, top_k=5), TopKLogitsWarper(5)),
-        (Sampling(1.0, 1.0, 1, min_p=0.2), MinPLogitsWarper(0.2)),
-    ],
-    ids=["top_p", "top_k", "min_p"],
-)
-def test_the_tokens_that_may_be_drawn_are_those_of_transformers(sampling: Sampling, warper) -> None:
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}  # in the order of transformers' generate()
+SETTINGS = {"temperature": [0.6, 1.7], "top_k": [3, 20], "top_p": [0.5, 0.9], "min_p": [0.02, 0.2]}
+
+
+@pytest.mark.parametrize("names", [names for size in (1, 2, 3, 4) for names in combinations(WARPERS, size)], ids="-".join)
+def test_the_distribution_is_that_of_transformers_for_any_filters_together(names: tuple[str, ...]) -> None:
+    logits_BV = 2 * torch.randn(64, 50, generator=torch.Generator().manual_seed(3))
+    logits_BV[32:] = logits_BV[32:].round()  # with ties, as logits in bf16 have
+    for values in product(*(SETTINGS[name] for name in names)):
+        settings = {"temperature": 1.0, "top_p": 1.0} | dict(zip(names, values, strict=True))
+        warpers = LogitsProcessorList([WARPERS[name](value) for name, value in zip(names, values, strict=True)])
+        expected_BV = warpers(None, logits_BV).softmax(-1)
+        filtered_BV = filtered_probabilities(logits_BV, Sampling(max_new_tokens=1, **settings))
+        torch.testing.assert_close(filtered_BV / filtered_BV.sum(-1, keepdim=True), expected_BV)
+        assert ((filtered_BV > 0) == (expected_BV > 0)).all()
+
+
+def test_the_tokens_drawn_are_those_that_the_filters_keep() -> None:
     logits_1V = 2 * torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
-    allowed = set(warper(None, logits_1V).isfinite()[0].nonzero()[:, 0].tolist())
+    sampling = Sampling(0.8, 0.9, 1, top_k=8, min_p=0.02)
+    kept = filtered_probabilities(logits_1V, sampling)[0].nonzero()[:, 0].tolist()
     seeds = [sample_seed(1, "p", sample) for sample in range(3000)]
-    assert set(choose_tokens(logits_1V.expand(3000, -1), sampling, seeds, [0] * 3000)) == allowed
-    assert 1 < len(allowed) < 12
+    assert set(choose_tokens(logits_1V.expand(3000, -1), sampling, seeds, [0] * 3000)) == set(kept)
+    assert 1 < len(kept) < 8
 
 
 def test_repetition_is_penalised_as_transformers_does_it() -> None:
