@@ -3,7 +3,6 @@
 import json
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from tests.support.tiny_run import write_inputs, write_recipe
 PERIODIC = ("hybrid.strategy=periodic",)
 NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
 TRAINING_FREE = (*PERIODIC, "train=null", "lora=null")
-Work = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
