@@ -8,9 +8,6 @@ from typing import Literal, Protocol
 FinishReason = Literal["stop", "length"]
 """stop: a stop token or stop string ended the answer; length: it was cut off at max_new_tokens."""
 
-THOUGHT_ENDS = ("</think>", "<|end_of_thought|>")
-"""What closes the chain of thought in the formats of QwQ and DeepSeek-R1, and of STILL."""
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lt_train.inference.requests import THOUGHT_ENDS
+from lt_train.recipe.reasoning_tags import REASONING_ENDS
 from lt_train.runtime.errors import UserError
 
 
@@ -36,7 +36,7 @@ def thinking_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 
     def closed(token_ids: Sequence[int]) -> bool:
         text = decode(tokenizer, token_ids)
-        return any(end in text for end in THOUGHT_ENDS)
+        return any(end in text for end in REASONING_ENDS)
 
     if not closed(token_ids):
         return None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, model_va
 from pydantic.fields import FieldInfo
 
 from lt_train.benchmarks import BENCHMARKS
+from lt_train.recipe.reasoning_tags import THINK
 
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""
@@ -255,7 +256,7 @@ class Eval(_EvalEntry):
     """LongBench's texts are cut to it and lose their middle; null: what the model's context leaves."""
     thinking_budget: int | None = Field(None, ge=1)
     """Tokens after which a thought that goes on is closed with `thinking_close`."""
-    thinking_close: Text = "\n</think>\n\n"
+    thinking_close: Text = f"{THINK.gap}{THINK.closing}\n\n"
     recall: Recall | None = None
     """Of needle, passkey and copying."""
     seed: int | None = Field(None, ge=0, lt=2**32)

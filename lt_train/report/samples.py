@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lt_train.evaluation.records import SampleRecord, read_records, sample_files
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.inference.requests import THOUGHT_ENDS
+from lt_train.recipe.reasoning_tags import REASONING_ENDS, REASONING_TAGS
 from lt_train.runtime.errors import UserError
 
 MAX_CHARACTERS = 100_000
@@ -14,8 +14,6 @@ MAX_CHARACTERS = 100_000
 
 MAX_TOTAL_CHARACTERS = 48_000_000
 """Of all traces together: more than this takes a browser on a phone seconds to open."""
-
-THOUGHT_STARTS = ("<think>", "<|begin_of_thought|>")
 
 
 def read_samples(folder: Path, scores: AnswerScores) -> tuple[SampleRecord, ...]:
@@ -49,8 +47,8 @@ class Trace:
 
 def split_trace(text: str) -> Trace:
     """Everything up to the last mark that ends a thought folds away; all of a thought that was begun and not ended does, too."""
-    end = max((at + len(mark) for mark in THOUGHT_ENDS if (at := text.rfind(mark)) >= 0), default=0)
-    if end == 0 and text.lstrip().startswith(THOUGHT_STARTS):
+    end = max((at + len(mark) for mark in REASONING_ENDS if (at := text.rfind(mark)) >= 0), default=0)
+    if end == 0 and text.lstrip().startswith(tuple(tags.opening for tags in REASONING_TAGS)):
         end = len(text)
     return Trace(text[:end], text[end:])
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lt_train.inference.requests import THOUGHT_ENDS
+from lt_train.recipe.reasoning_tags import REASONING_ENDS
 
 Kind = Literal["math", "choice"]
 """math: numbers, expressions, words. choice: one letter from A to J names the answer."""
@@ -131,7 +131,7 @@ def phrased_choice(text: str) -> str | None:
 
 def end_of(text: str) -> str:
     """Where a final answer is named: the last characters, after the thought if it was closed."""
-    for end in THOUGHT_ENDS:
+    for end in REASONING_ENDS:
         text = text.rpartition(end)[2]
     return text[-END_CHARACTERS:]
 

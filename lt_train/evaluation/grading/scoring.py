@@ -11,7 +11,7 @@ from lt_train.benchmarks.longbench import FIRST_LINE_ONLY
 from lt_train.evaluation.grading import longbench_metrics
 from lt_train.evaluation.grading import math_answers as grading
 from lt_train.evaluation.grading.extraction import ExtractedFrom, extract
-from lt_train.inference.requests import THOUGHT_ENDS
+from lt_train.recipe.reasoning_tags import REASONING_ENDS
 
 METRICS = {
     "qa_f1": longbench_metrics.qa_f1,
@@ -78,7 +78,7 @@ def chosen_letter(problem: Problem, text: str) -> AnswerScore:
 
 def without_reasoning(text: str) -> str:
     """What follows the thought, where one was closed."""
-    for end in THOUGHT_ENDS:
+    for end in REASONING_ENDS:
         text = text.rpartition(end)[2]
     return text
 

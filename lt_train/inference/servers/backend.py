@@ -16,13 +16,11 @@ from lt_train.inference.servers.client import MakeMessages, ServerClient
 from lt_train.inference.servers.completions_api import Abilities, Completion
 from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
 from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
+from lt_train.recipe.reasoning_tags import THINK
 from lt_train.runtime.errors import UserError
 
 GIVEN_UP_IN_A_ROW = 3
 """Requests that used up all their attempts with no answer in between; then it is hardly the requests' fault."""
-
-THOUGHT_TAGS = ("<think>", "</think>")
-"""What a server's reasoning parser takes away around the thought."""
 
 Delivered = tuple[Request, Completion, float]
 
@@ -336,7 +334,7 @@ def _whole_text(tokenizer: PreTrainedTokenizerBase, request: Request, completion
     """The text with the thought before it, as the model wrote it: parsers split off only what lies between the tags."""
     if completion.reasoning is None:
         return completion.text
-    begin, end = THOUGHT_TAGS
+    begin, end = THINK.opening, THINK.closing
     opened_by_prompt = decode(tokenizer, request.prompt_ids).rstrip().endswith(begin)
     closed = completion.text or completion.finish_reason == "stop"
     return f"{'' if opened_by_prompt else begin}{completion.reasoning}{end if closed else ''}{completion.text}"
