@@ -209,7 +209,7 @@ def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, o
 def main() -> None:
     """Entry point: a user's mistake leaves with its message and exit code 2, a bug keeps its traceback.
 
-    Of several processes one says it, and all end.
+    Of several processes one reports it, and all end.
     """
     process = this_process()
     try:
@@ -219,11 +219,11 @@ def main() -> None:
         code = int(done.code or 0)
     except Exception as error:
         if _is_full_disk(error):
-            error = UserError(f"{error}. What is finished is safe: make room, and the same command goes on from there")
-        if process.count == 1 and not _is_users(error):
+            error = UserError(f"{error}. What is finished is valid. Fix: free some space; the same command resumes")
+        if process.count == 1 and not _is_user_error(error):
             raise
         let_others_tell(process, error)
-        code = _tell(error, process)
+        code = _report(error, process)
     except Interrupted as stop:
         code = stop.exit_code
         if process.speaks:
@@ -231,15 +231,15 @@ def main() -> None:
     (sys.exit if process.count == 1 else leave)(code)
 
 
-def _tell(error: Exception, process: Process) -> int:
-    """Say what went wrong; returns the exit code."""
+def _report(error: Exception, process: Process) -> int:
+    """Print what went wrong; returns the exit code."""
     where = "" if process.speaks else f" in {process.name}:"
     if is_lost_connection(error) and process.count > 1:
-        message, code = f"another process was lost ({error}). If it was not stopped, the same command goes on from here", 1
+        message, code = f"another process was lost ({error}). If it was not stopped, the same command resumes", 1
     elif is_taken_port(error):
         port = os.environ.get("MASTER_PORT", "unknown")
-        message, code = f"port {port}, at which the processes meet, is taken. Give the launcher another by --master_port", 2
-    elif _is_users(error):
+        message, code = f"port {port}, at which the processes meet, is in use. Fix: give the launcher another by --master_port", 2
+    elif _is_user_error(error):
         message, code = str(error), 2
     else:
         traceback.print_exception(error)
@@ -248,7 +248,7 @@ def _tell(error: Exception, process: Process) -> int:
     return code
 
 
-def _is_users(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
     return isinstance(error, UserError | HybridError)
 
 

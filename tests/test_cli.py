@@ -80,7 +80,7 @@ def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     monkeypatch.setattr("lt_train.recipe.loading.load_recipe", full)
     code, out, err = lt_train("validate", "recipes/quickstart.yaml")
     assert code == 2 and "Traceback" not in out + err
-    assert "No space left on device: 'runs/mine/scores.json'" in err and "make room" in err
+    assert "No space left on device: 'runs/mine/scores.json'" in err and "free some space" in err
 
 
 def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):

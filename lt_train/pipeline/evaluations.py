@@ -29,9 +29,10 @@ from lt_train.runtime.sources import resolve_model
 
 @dataclass
 class Evaluations:
-    """
+    """The plans of all evaluations, and their measurement for each variant.
+
     Attributes:
-        heldout: reads the held-out samples, where they are asked for.
+        heldout: reads the held-out samples when they are first needed.
         rank: this process's number among the `world_size` that share the samples; the first one scores, and reports.
         report: takes lines for the user.
     """
@@ -54,9 +55,9 @@ class Evaluations:
         Raises:
             UserError: a benchmark that cannot be read, or whose prompts do not fit this model.
         """
-        for entry in self.recipe.eval:
-            if isinstance(entry, Eval):
-                self.plan(entry)
+        for eval_config in self.recipe.eval:
+            if isinstance(eval_config, Eval):
+                self.plan(eval_config)
 
     def measure_all(self) -> None:
         try:
@@ -68,58 +69,58 @@ class Evaluations:
 
     def measure(self, variant: str) -> None:
         """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
-        entries = [entry for entry in self.recipe.eval if variant in self.variants.of(entry)]
+        eval_configs = [eval_config for eval_config in self.recipe.eval if variant in self.variants.of(eval_config)]
         if self.rank == 0:
-            self.report(f"{variant}: {', '.join(entry.name for entry in entries)}")
-        outs = {entry.name: self.paths.evaluation(variant, entry.name) for entry in entries}
-        for entry in entries:
-            if isinstance(entry, HeldoutKL) and self.rank == 0 and not (outs[entry.name] / SCORES).exists():
-                self.base_answers(entry)  # before this variant takes the memory
+            self.report(f"{variant}: {', '.join(eval_config.name for eval_config in eval_configs)}")
+        outs = {eval_config.name: self.paths.evaluation(variant, eval_config.name) for eval_config in eval_configs}
+        for eval_config in eval_configs:
+            if isinstance(eval_config, HeldoutKL) and self.rank == 0 and not (outs[eval_config.name] / SCORES).exists():
+                self.base_answers(eval_config)  # before this variant takes the memory
         model = self.variants.load(variant, self.dtype)
-        for entry in entries:
-            if isinstance(entry, Eval):
-                self.ask(entry, variant, model, outs[entry.name])
+        for eval_config in eval_configs:
+            if isinstance(eval_config, Eval):
+                self.measure_answers(eval_config, variant, model, outs[eval_config.name])
             elif self.rank == 0:
-                self.measure_heldout(entry, variant, model, outs[entry.name])
+                self.measure_heldout(eval_config, variant, model, outs[eval_config.name])
 
-    def measure_heldout(self, entry: HeldoutLoss | HeldoutKL, variant: str, model: HybridForCausalLM, out: Path) -> None:
+    def measure_heldout(self, eval_config: HeldoutLoss | HeldoutKL, variant: str, model: HybridForCausalLM, out: Path) -> None:
         identity = self.variants.fingerprint(variant)
-        if isinstance(entry, HeldoutLoss):
-            evaluate_heldout_loss(model, self.heldout(), entry, out, model_fingerprint=identity)
+        if isinstance(eval_config, HeldoutLoss):
+            evaluate_heldout_loss(model, self.heldout(), eval_config, out, model_fingerprint=identity)
             return
-        base, of_base = partial(self.base_answers, entry), self.variants.fingerprint(BASE)
-        evaluate_heldout_kl(model, base, self.heldout(), entry, out, model_fingerprint=identity, base_fingerprint=of_base)
+        base, of_base = partial(self.base_answers, eval_config), self.variants.fingerprint(BASE)
+        evaluate_heldout_kl(model, base, self.heldout(), eval_config, out, model_fingerprint=identity, base_fingerprint=of_base)
 
-    def base_answers(self, entry: HeldoutKL) -> BaseAnswers:
-        """What the base says on the held-out samples; asked once for all variants."""
-        if entry.limit not in self._base_answers:
+    def base_answers(self, eval_config: HeldoutKL) -> BaseAnswers:
+        """The base's hidden states on the held-out samples; computed once for all variants."""
+        if eval_config.limit not in self._base_answers:
             base = self.variants.load(BASE, self.dtype)
-            chosen = self.heldout()[: entry.limit]
-            self._base_answers[entry.limit] = base_answers(base, chosen, entry.batch_size, self.paths.root)
-        return self._base_answers[entry.limit]
+            chosen = self.heldout()[: eval_config.limit]
+            self._base_answers[eval_config.limit] = base_answers(base, chosen, eval_config.batch_size, self.paths.root)
+        return self._base_answers[eval_config.limit]
 
-    def ask(self, entry: Eval, variant: str, model: HybridForCausalLM, out: Path) -> EvaluationPlan:
-        """Draw and score an entry's samples; returns what they are."""
+    def measure_answers(self, eval_config: Eval, variant: str, model: HybridForCausalLM, out: Path) -> EvaluationPlan:
+        """Generate and score the samples of an evaluation; returns its plan."""
         stop_ids = stop_tokens(model, self.tokenizer)
-        plan = self.plan(entry).for_model(self.variants.fingerprint(variant), stop_ids)
+        plan = self.plan(eval_config).for_model(self.variants.fingerprint(variant), stop_ids)
         evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.world_size)
         return plan
 
-    def plan(self, entry: Eval) -> EvaluationPlan:
-        """What an entry asks, whoever answers; made once."""
-        key = hash_of(entry)
+    def plan(self, eval_config: Eval) -> EvaluationPlan:
+        """The samples of an evaluation, for whichever model; made once."""
+        key = hash_of(eval_config)
         if key not in self._plans:
             context = self.base_config.max_position_embeddings
-            self._plans[key] = make_plan(entry, self.recipe.prompt, self.tokenizer, context=context, seed=self.recipe.seed)
+            self._plans[key] = make_plan(eval_config, self.recipe.prompt, self.tokenizer, context=context, seed=self.recipe.seed)
         return self._plans[key]
 
     def _backend(
         self, plan: EvaluationPlan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path
     ) -> Backend:
-        entry = plan.entry
-        if entry.backend == "hybrid":
-            return engine_for(entry, model, self.tokenizer)
+        eval_config = plan.eval_config
+        if eval_config.backend == "hybrid":
+            return engine_for(eval_config, model, self.tokenizer)
         questions = {problem.id: problem.text for problem in plan.problems.problems}
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
         prompt = self.recipe.prompt
-        return servers_for(entry, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)
+        return servers_for(eval_config, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)

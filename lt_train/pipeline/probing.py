@@ -1,6 +1,6 @@
-"""A probe: the evaluations of `train.probes` on one checkpoint of a training that goes on, in a process of its own.
+"""A probe: the evaluations of `train.probes` on one checkpoint of a running training, in a process of its own.
 
-training/probes.py starts it and reads what it leaves. Under DeepSpeed ZeRO-3 a model cannot generate inside the training.
+training/probes/ starts it and reads what it leaves. Under DeepSpeed ZeRO-3 a model cannot generate inside the training.
 """
 
 import os
@@ -33,7 +33,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def probe_checkpoint(run: Path, step: int) -> None:
-    """Ask the weights held in train/probes/step-<step>/weights; answers that are there already are not drawn again.
+    """Evaluate the weights in train/probes/step-<step>/weights; answers that are there already are not generated again.
 
     Raises:
         UserError: no such probe, or one of its evaluations cannot be done.
@@ -50,13 +50,13 @@ def probe_checkpoint(run: Path, step: int) -> None:
     model = variants.load_from(place / WEIGHTS, compute_dtype(recipe.model.dtype))
     fingerprint, stop_ids = variants.fingerprint_of(place / WEIGHTS), stop_tokens(model, tokenizer)
     scores, samples = [], []
-    for entry in recipe.train.probes.evals:
-        plan = make_plan(entry, recipe.prompt, tokenizer, context=base_config.max_position_embeddings, seed=recipe.seed)
-        plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / entry.name
-        found = evaluate(plan, engine_for(entry, model, tokenizer), out, progress=False)
+    for eval_config in recipe.train.probes.evals:
+        plan = make_plan(eval_config, recipe.prompt, tokenizer, context=base_config.max_position_embeddings, seed=recipe.seed)
+        plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / eval_config.name
+        found = evaluate(plan, engine_for(eval_config, model, tokenizer), out, progress=False)
         assert found is not None, "a process that is alone gets the scores"
-        scores.append(_score(entry.name, found))
-        samples += _shown(entry.name, plan, out)
+        scores.append(_score(eval_config.name, found))
+        samples += _shown(eval_config.name, plan, out)
     write_result(train, ProbeResult(step, tuple(scores), tuple(samples)))
 
 

@@ -1,7 +1,7 @@
-"""A model's own right answers as training data (method: SWAA adapts a model with what it writes itself).
+"""A model's own correct answers as training data (SWAA, arXiv 2512.10411, adapts a model with what it generates itself).
 
-Every sample is drawn and graded as in an evaluation, and lies beside the file that is made of them; so the choice can be made
-again, otherwise, without drawing anything anew.
+Samples are generated and graded as in an evaluation and stay beside the file that is made of them, so another selection needs no
+new samples.
 """
 
 import json
@@ -16,21 +16,21 @@ from lt_train.runtime.files import write_json, write_text
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Which samples were kept, and what became of the others."""
 
     kept: tuple[SampleRecord, ...]
     counts: Mapping[str, int]
 
 
-def choose_traces(records: Iterable[SampleRecord], sample: Sample) -> Choice:
-    """The right answers that ended by themselves and have the asked length, without twins; of each problem the shortest, or all.
+def select_traces(records: Iterable[SampleRecord], sample: Sample) -> Selection:
+    """The answers to train on: correct, not truncated, of the requested length, without duplicates; the shortest of a problem, or all.
 
-    With a token budget the problems whose kept answers are shortest come first, because they give most problems for it.
+    A token budget takes the problems with the shortest answers first, because they give most problems for it.
     """
     records = sorted(records, key=lambda record: (record.problem, record.sample))
-    right = [record for record in records if record.correct and record.finish_reason == "stop"]
-    fitting = [r for r in right if sample.min_tokens <= r.tokens <= (sample.max_tokens or r.tokens)]
+    correct = [record for record in records if record.correct and record.finish_reason == "stop"]
+    fitting = [r for r in correct if sample.min_tokens <= r.tokens <= (sample.max_tokens or r.tokens)]
     unique = list({(record.problem, record.text.strip()): record for record in reversed(fitting)}.values())[::-1]
     by_problem: dict[str, list[SampleRecord]] = {}
     for record in unique:
@@ -39,20 +39,20 @@ def choose_traces(records: Iterable[SampleRecord], sample: Sample) -> Choice:
     within = _within_budget(chosen, sample.token_budget)
     kept = tuple(record for found in within.values() for record in found)
     counts = {
-        "drawn": len(records),
-        "right": len(right),
-        "of the asked length": len(fitting),
-        "without twins": len(unique),
+        "generated": len(records),
+        "correct": len(correct),
+        "of the requested length": len(fitting),
+        "without duplicates": len(unique),
         "kept": len(kept),
         "problems": len({record.problem for record in records}),
         "problems with a kept answer": len(within),
         "tokens": sum(record.tokens for record in kept),
     }
-    return Choice(kept, counts)
+    return Selection(kept, counts)
 
 
-def write_traces(out: Path, choice: Choice, questions: Mapping[str, str]) -> None:
-    """traces.jsonl in the format `prompt_response`, and counts.json; both replace what an earlier choice left.
+def write_traces(out: Path, selection: Selection, questions: Mapping[str, str]) -> None:
+    """traces.jsonl in the format `prompt_response`, and counts.json; both replace what an earlier selection left.
 
     Args:
         questions: problem id -> its text, which the recipe's prompt wraps in training as it did here.
@@ -60,9 +60,12 @@ def write_traces(out: Path, choice: Choice, questions: Mapping[str, str]) -> Non
     Raises:
         UserError: nothing was kept.
     """
-    if not choice.kept:
-        told = ", ".join(f"{name} {count:,}" for name, count in choice.counts.items())
-        raise UserError(f"sample: no answer is left to train on ({told}). Draw more samples, or widen min_tokens and max_tokens")
+    if not selection.kept:
+        counts = ", ".join(f"{name} {count:,}" for name, count in selection.counts.items())
+        raise UserError(
+            f"sample: no answer is left to train on ({counts}). Fix: raise sample.samples, or widen sample.min_tokens and "
+            "sample.max_tokens"
+        )
     rows = [
         {
             "prompt": questions[record.problem],
@@ -70,10 +73,10 @@ def write_traces(out: Path, choice: Choice, questions: Mapping[str, str]) -> Non
             "id": f"{record.problem}/{record.sample}",
             "tokens": record.tokens,
         }
-        for record in choice.kept
+        for record in selection.kept
     ]
     write_text(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_json(out / "counts.json", dict(choice.counts))
+    write_json(out / "counts.json", dict(selection.counts))
 
 
 def _kept(found: Sequence[SampleRecord], keep: str) -> list[SampleRecord]:

@@ -296,12 +296,12 @@ def test_a_ratio_that_does_not_fit_the_model_is_refused_before_layers_are_scored
     assert not list((tmp_path / "tiny").glob("profile/*"))
 
 
-def test_right_answers_of_the_base_become_training_data(inputs, tmp_path):
+def test_correct_answers_of_the_base_become_training_data(inputs, tmp_path):
     part = f"sample={{benchmark: ledger, path: {inputs / 'problems.jsonl'}, samples: 2, temperature: 1.0, max_new_tokens: 120}}"
     printed = run_in_folder(load_recipe(inputs / "recipe.yaml", [part]), tmp_path, "sample")
     rows = [json.loads(line) for line in (tmp_path / "tiny/sample/base/ledger/traces.jsonl").read_text().splitlines()]
     assert 4 <= len(rows) <= 6 and {row["prompt"][:7] for row in rows} == {"Ledger:"}
-    assert "drawn 12" in printed and "data.format: prompt_response" in printed
+    assert "generated 12" in printed and "data.format: prompt_response" in printed
     assert not (tmp_path / "tiny/hybrid").exists()
 
 

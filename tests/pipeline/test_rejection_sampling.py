@@ -5,12 +5,12 @@ import pytest
 
 from lt_train.dataset.examples import load_examples
 from lt_train.evaluation.records import SampleRecord
-from lt_train.pipeline.rejection_sampling import choose_traces, write_traces
+from lt_train.pipeline.rejection_sampling import select_traces, write_traces
 from lt_train.recipe.schema import Data, Prompt, Sample
 from lt_train.runtime.errors import UserError
 
 
-def answer(problem: str, sample: int, tokens: int, text: str = "", right: bool = True, reason: str = "stop") -> SampleRecord:
+def answer(problem: str, sample: int, tokens: int, text: str = "", correct: bool = True, reason: str = "stop") -> SampleRecord:
     return SampleRecord(
         problem=problem,
         sample=sample,
@@ -22,8 +22,8 @@ def answer(problem: str, sample: int, tokens: int, text: str = "", right: bool =
         finish_reason=reason,
         extracted="1",
         extracted_from="boxed",
-        score=float(right),
-        correct=right,
+        score=float(correct),
+        correct=correct,
         grading_error=None,
         seconds=0.1,
     )
@@ -31,20 +31,20 @@ def answer(problem: str, sample: int, tokens: int, text: str = "", right: bool =
 
 def kept(records: list[SampleRecord], **settings) -> list[tuple[str, int]]:
     sample = Sample(benchmark="ledger", max_new_tokens=9, **settings)
-    return [record.key for record in choose_traces(records, sample).kept]
+    return [record.key for record in select_traces(records, sample).kept]
 
 
-def test_of_each_problem_the_shortest_right_answer_is_kept() -> None:
-    records = [answer("b", 0, 30), answer("a", 0, 9, right=False), answer("a", 1, 20), answer("a", 2, 10), answer("a", 3, 10)]
+def test_of_each_problem_the_shortest_correct_answer_is_kept() -> None:
+    records = [answer("b", 0, 30), answer("a", 0, 9, correct=False), answer("a", 1, 20), answer("a", 2, 10), answer("a", 3, 10)]
     assert kept(records) == [("a", 2), ("b", 0)]
 
 
-def test_all_right_answers_are_kept_but_twins_only_once() -> None:
+def test_all_correct_answers_are_kept_but_duplicates_only_once() -> None:
     records = [answer("a", 0, 5, "x"), answer("a", 1, 5, " x\n"), answer("a", 2, 7, "y"), answer("b", 0, 5, "x")]
     assert kept(records, keep="all") == [("a", 0), ("a", 2), ("b", 0)]
 
 
-def test_answers_that_were_cut_off_are_not_kept() -> None:
+def test_answers_that_are_truncated_are_not_kept() -> None:
     assert kept([answer("a", 0, 9, reason="length"), answer("b", 0, 9)]) == [("b", 0)]
 
 
@@ -65,13 +65,13 @@ def test_the_choice_does_not_depend_on_the_order_of_the_records() -> None:
 
 
 def test_counts_say_what_became_of_every_answer() -> None:
-    records = [answer("a", 0, 5, "x"), answer("a", 1, 5, "x"), answer("a", 2, 50), answer("b", 0, 5, right=False)]
-    counts = choose_traces(records, Sample(benchmark="ledger", max_new_tokens=9, max_tokens=9)).counts
+    records = [answer("a", 0, 5, "x"), answer("a", 1, 5, "x"), answer("a", 2, 50), answer("b", 0, 5, correct=False)]
+    counts = select_traces(records, Sample(benchmark="ledger", max_new_tokens=9, max_tokens=9)).counts
     assert counts == {
-        "drawn": 4,
-        "right": 3,
-        "of the asked length": 2,
-        "without twins": 1,
+        "generated": 4,
+        "correct": 3,
+        "of the requested length": 2,
+        "without duplicates": 1,
         "kept": 1,
         "problems": 2,
         "problems with a kept answer": 1,
@@ -84,8 +84,8 @@ def test_what_is_written_is_training_data_with_the_same_prompt_and_the_whole_ans
 
     tokenizer = AutoTokenizer.from_pretrained("data/tiny-reasoner")
     text = "1. a>b3=3\n\\boxed{3}"
-    choice = choose_traces([answer("p", 0, 9, text)], Sample(benchmark="ledger", max_new_tokens=9))
-    write_traces(tmp_path, choice, {"p": "Start at a."})
+    selection = select_traces([answer("p", 0, 9, text)], Sample(benchmark="ledger", max_new_tokens=9))
+    write_traces(tmp_path, selection, {"p": "Start at a."})
     data = Data(source=str(tmp_path / "traces.jsonl"), format="prompt_response", max_length=200)
     (example,) = load_examples(data, Prompt(), tokenizer, model_max_length=200, seed=0, eos_ids=[tokenizer.eos_token_id]).train
     assert tokenizer.decode(example.answer_ids) == text + tokenizer.eos_token
@@ -94,7 +94,7 @@ def test_what_is_written_is_training_data_with_the_same_prompt_and_the_whole_ans
 
 
 def test_nothing_to_keep_is_an_error_that_says_what_there_was(tmp_path: Path) -> None:
-    choice = choose_traces([answer("a", 0, 9, right=False)], Sample(benchmark="ledger", max_new_tokens=9))
-    with pytest.raises(UserError, match="drawn 1, right 0"):
-        write_traces(tmp_path, choice, {"a": "?"})
+    selection = select_traces([answer("a", 0, 9, correct=False)], Sample(benchmark="ledger", max_new_tokens=9))
+    with pytest.raises(UserError, match="generated 1, correct 0"):
+        write_traces(tmp_path, selection, {"a": "?"})
     assert not list(tmp_path.iterdir())

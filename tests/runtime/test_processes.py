@@ -73,7 +73,7 @@ def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, 
     assert not is_lost_connection(refused.value)
     monkeypatch.setenv("MASTER_PORT", str(port))
     assert cli._tell(refused.value, Process(0, 2, True)) == 2
-    assert f"port {port}, at which the processes meet, is taken" in capsys.readouterr().err
+    assert f"port {port}, at which the processes meet, is in use" in capsys.readouterr().err
 
 
 def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

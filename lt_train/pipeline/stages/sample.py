@@ -2,7 +2,7 @@
 
 from lt_train.evaluation.records import RecordFolder
 from lt_train.pipeline.context import RunContext
-from lt_train.pipeline.rejection_sampling import choose_traces, write_traces
+from lt_train.pipeline.rejection_sampling import select_traces, write_traces
 from lt_train.recipe.schema import BASE, CONVERTED, Sample
 from lt_train.runtime.errors import UserError
 
@@ -29,9 +29,9 @@ def run(context: RunContext) -> None:
     context.check_attention()
     context.report("sample", f"{variant}: {sample.samples} answers to each problem of {sample.benchmark}")
     out = context.paths.sample(variant, str(sample.name))
-    plan = context.evaluations.ask(sample, variant, context.variants.load(variant, context.dtype), out)
+    plan = context.evaluations.measure_answers(sample, variant, context.variants.load(variant, context.dtype), out)
     records = RecordFolder(out, plan.fingerprint).read()
-    choice = choose_traces([records[key] for key in plan.keys if key in records], sample)
-    write_traces(out, choice, {problem.id: problem.text for problem in plan.problems.problems})
-    context.report("sample", ", ".join(f"{name} {count:,}" for name, count in choice.counts.items()))
+    selection = select_traces([records[key] for key in plan.keys if key in records], sample)
+    write_traces(out, selection, {problem.id: problem.text for problem in plan.problems.problems})
+    context.report("sample", ", ".join(f"{name} {count:,}" for name, count in selection.counts.items()))
     context.report("sample", f"to train on them: data.source: {out / 'traces.jsonl'}, data.format: prompt_response")
