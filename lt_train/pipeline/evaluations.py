@@ -117,7 +117,7 @@ class Evaluations:
     def _backend(
         self, plan: EvaluationPlan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path
     ) -> Backend:
-        eval_config = plan.eval_config
+        eval_config = plan.entry
         if eval_config.backend == "hybrid":
             return engine_for(eval_config, model, self.tokenizer)
         questions = {problem.id: problem.text for problem in plan.problems.problems}

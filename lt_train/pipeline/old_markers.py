@@ -13,7 +13,7 @@ def bring_up_to_date(paths: RunPaths, begun: Recipe) -> None:
 
     An evaluation or an export that this recipe changes is thereby not done, as after a change in a run of today.
     """
-    made = {
+    made: dict[str, dict[str, Any]] = {
         "train": {"settings": training_notes(begun.train)} if begun.train else {},
         "eval": {"key": evaluation_key(begun)},
         "export": {"key": export_key(begun, paths)},

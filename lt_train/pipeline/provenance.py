@@ -16,7 +16,7 @@ def export_facts(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> Expo
         recipe=recipe.name,
         base=recipe.model.base,
         base_revision=recipe.model.revision,
-        selection=hybrid.strategy if hybrid.layers is None else "given in the recipe",
+        selection=str(hybrid.strategy) if hybrid.layers is None else "given in the recipe",
         data=recipe.data.source,
         data_format=recipe.data.format,
         data_counts=data_counts,
@@ -30,8 +30,8 @@ def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | No
     """The settings that shape a training, flat; those of its logging and saving are left out."""
     if recipe.train is None:
         return None
-    names = ("method", "learning_rate", "epochs", "max_steps", "batch_size", "batch_tokens")
-    names += ("lr_scheduler", "warmup_ratio", "weight_decay")
+    names = ["method", "learning_rate", "epochs", "max_steps", "batch_size", "batch_tokens"]
+    names += ["lr_scheduler", "warmup_ratio", "weight_decay"]
     settings = {name: getattr(recipe.train, name) for name in names if getattr(recipe.train, name) is not None}
     settings |= {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
     if recipe.train.parameters != "all":

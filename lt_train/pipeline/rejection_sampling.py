@@ -24,7 +24,9 @@ class Selection:
 
 
 def select_traces(records: Iterable[SampleRecord], sample: Sample) -> Selection:
-    """The answers to train on: correct, not truncated, of the requested length, without duplicates; the shortest of a problem, or all.
+    """The answers to train on: correct, not truncated, of the requested length, without duplicates.
+
+    Of each problem the shortest is kept, or all are.
 
     A token budget takes the problems with the shortest answers first, because they give most problems for it.
     """

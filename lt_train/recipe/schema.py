@@ -3,7 +3,7 @@
 Relative paths count from the working directory. loading.py reads a recipe, checks.py holds the checks that span several parts.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, model_validator
 from pydantic.fields import FieldInfo
@@ -14,7 +14,9 @@ from lt_train.recipe.reasoning_tags import THINK
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""
 
-BASE, CONVERTED, TRAINED = "base", "converted", "trained"
+BASE: Final = "base"
+CONVERTED: Final = "converted"
+TRAINED: Final = "trained"
 Variant = Literal["base", "converted", "trained"]
 """What an evaluation looks at: the base model, the hybrid before training, the hybrid after training."""
 

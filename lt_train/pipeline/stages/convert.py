@@ -6,7 +6,7 @@ from lt_train.recipe.schema import CONVERTED
 from lt_train.selection.picture import draw_profile
 
 NAME = "hybrid"
-NEEDS = ("profile",)
+NEEDS: tuple[str, ...] = ("profile",)
 
 
 def is_wanted(context: RunContext) -> bool:

@@ -9,7 +9,7 @@ from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_value
 from lt_train.runtime.errors import UserError
 
 NAME = "eval"
-NEEDS = ("train",)
+NEEDS: tuple[str, ...] = ("train",)
 
 
 def is_wanted(context: RunContext) -> bool:

@@ -12,7 +12,7 @@ from lt_train.pipeline.run_folder import set_aside
 from lt_train.recipe.schema import CONVERTED, TRAINED
 
 NAME = "export"
-NEEDS = ("eval",)
+NEEDS: tuple[str, ...] = ("eval",)
 
 
 def is_wanted(context: RunContext) -> bool:
@@ -52,5 +52,6 @@ def run(context: RunContext) -> None:
 
 def _dtype(context: RunContext) -> torch.dtype:
     if context.recipe.export.dtype == "auto":
-        return context.base_config.dtype or torch.float32
+        dtype = context.base_config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[context.recipe.export.dtype]

@@ -13,7 +13,7 @@ from lt_train.training import trainer
 from lt_train.training.launch import check_launch
 
 NAME = "train"
-NEEDS = ("hybrid", "teacher")
+NEEDS: tuple[str, ...] = ("hybrid", "teacher")
 
 
 def is_wanted(context: RunContext) -> bool:
