@@ -10,6 +10,7 @@ from lt_train.evaluation.prompting import prompt_ids, room_for_text
 from lt_train.evaluation.records import Fingerprint
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.recipe import schema as recipe
+from lt_train.recipe.evaluations import Recall
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
 
@@ -123,5 +124,5 @@ def _sampling_facts(sampling: Sampling) -> dict[str, str | int | float | None]:
     return {**facts, "stop": " ".join(map(repr, sampling.stop))}
 
 
-def _as_tuples(recall: recipe.Recall) -> dict[str, object]:
+def _as_tuples(recall: Recall) -> dict[str, object]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in recall.model_dump().items()}

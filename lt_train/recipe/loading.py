@@ -5,15 +5,16 @@ settings across parts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lt_train.recipe.checks import conflicts
+from lt_train.recipe.checks import all_conflicts
 from lt_train.recipe.messages import validate_all
 from lt_train.recipe.schema import Recipe
-from lt_train.recipe.yaml_text import RecipeText, dotted, read_recipe_text
+from lt_train.recipe.yaml_text import RecipeText, read_recipe_text
 from lt_train.runtime.errors import UserError
 
 
@@ -38,56 +39,18 @@ def resolved_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
 
 
-_STAND_INS = {
-    "name": "unnamed",
-    "model": {"base": "unknown"},
-    "model.base": "unknown",
-    "hybrid": {},
-    "data": {"source": "unknown", "format": "still", "max_length": 2},
-    "data.source": "unknown",
-    "data.format": "still",
-    "data.max_length": 2,
-    "train.method": "full",
-    "train.probes.steps": 1,
-    "train.probes.evals": [{"benchmark": "needle"}],
-    "train.probes.evals.*": {"benchmark": "needle"},
-    "train.probes.evals.*.benchmark": "needle",
-    "train.probes.evals.*.max_new_tokens": 1,
-    "train.learning_rate": 1.0,
-    "eval.*": {"benchmark": "heldout_loss"},
-    "eval.*.max_new_tokens": 1,
-}
-"""What stands for a faulty setting that has no default, so that the rest can be checked; no such recipe is returned."""
-
-_ADVICE = {
-    "data.max_length": "TRL would cut every sample to 1024 tokens. Set it to the longest trace you want to train on",
-    "model.base": "Name the full-attention model: a hub id or a local folder",
-    "data.source": "Name the training data: a hub id, a file or a folder",
-    "data.format": "The fields of a row: question, combined_text | prompt, response | messages",
-    "train.batch_size": "It counts samples (packs) per optimizer step over all processes",
-    "train.probes.evals": "It says what to ask of a checkpoint, such as [{benchmark: needle, recall: {lengths: [2048]}}]",
-    "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
-    "hybrid.lazy_layer_ratio": "It is the share of layers that stream: 0 is the base, 1 has no layer that sees far",
-    "hybrid.w_recent": "A window counts the query itself",
-}
-"""What to add to a complaint about one setting."""
-
-
 def _check(text: RecipeText, path: Path) -> Recipe:
-    found = [((), dotted(fault.path), fault.message) for fault in text.faults]  # these say by themselves where they are
+    faults = text.faults
     if isinstance(text.values, dict):
-        recipe, faults = validate_all(Recipe, _with_defaults_that_depend(text.values), _STAND_INS)
-        for fault in faults:
-            advice = _ADVICE.get(dotted(fault.path))
-            message = f"{fault.message}{'' if fault.message.endswith('?') else '.'} {advice}" if advice else fault.message
-            found.append((fault.path, dotted(fault.path), message))
-        faulty = {dotted(fault.path) for fault in faults}
-        for conflict in conflicts(recipe):
-            if not any(_overlap(setting, bad) for setting in conflict.settings for bad in faulty):
-                found.append((tuple(conflict.settings[0].split(".")), " + ".join(conflict.settings), conflict.message))
-    if found:
-        lines = [f"  {name + ': ' if name else ''}{message}{_origin(text, at)}" for at, name, message in found]
-        raise UserError("\n".join([f"{path} is no valid recipe:", *lines]))
+        recipe, faulty, replaced = validate_all(Recipe, _with_defaults_that_depend(text.values))
+        conflicting = [
+            conflict
+            for conflict in all_conflicts(recipe)
+            if not any(_overlap(setting, other) for setting in conflict.settings for other in replaced)
+        ]
+        faults += [replace(fault, origin=text.origin(fault.settings[0]) or "") for fault in (*faulty, *conflicting)]
+    if faults:
+        raise UserError("\n".join([f"{path}: not a valid recipe", *(f"  {fault}" for fault in faults)]))
     return recipe
 
 
@@ -109,8 +72,3 @@ def _overlap(setting: str, other: str) -> bool:
     """Whether one of two settings is the other or lies inside it."""
     shorter, longer = sorted((setting, other), key=len)
     return longer == shorter or longer.startswith(f"{shorter}.")
-
-
-def _origin(text: RecipeText, path: tuple[str | int, ...]) -> str:
-    origin = text.origin(tuple(int(part) if str(part).isdecimal() else part for part in path))
-    return f" ({origin})" if origin else ""

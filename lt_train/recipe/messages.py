@@ -1,163 +1,188 @@
-"""pydantic's complaints in a user's words, all at once: stand-ins take the place of what is faulty."""
+"""pydantic's errors as faults in a user's words, all at once: stand-ins take the place of what is faulty."""
 
-import difflib
 import typing
-from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lt_train.recipe.yaml_text import Fault, Path, dotted
+from lt_train.recipe.faults import Fault, did_you_mean
+from lt_train.recipe.part import COLLECTING, Part, parts_in
+from lt_train.recipe.yaml_text import Path, dotted
+from lt_train.runtime.errors import shown
 
-Schema = TypeVar("Schema", bound=BaseModel)
+Schema = TypeVar("Schema", bound=Part)
 
 KINDS = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text; put it in quotes",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping of names to values",
-    "model_type": "a mapping of settings",
-    "model_attributes_type": "a mapping of settings",
-    "finite_number": "a finite number",
+    "int_type": ("not a whole number", "write digits alone, such as 16"),
+    "float_type": ("not a number", "write a number, such as 0.5"),
+    "string_type": ("not text", "put it in quotes"),
+    "bool_type": ("neither true nor false", "write true or false"),
+    "list_type": ("not a list", "write a list, such as [a, b]"),
+    "dict_type": ("not a mapping", "write names and values, such as {{name: value}}"),
+    "model_type": ("not a mapping", "write settings by name, such as {{name: value}}"),
+    "model_attributes_type": ("not a mapping", "write settings by name, such as {{name: value}}"),
+    "finite_number": ("not a finite number", "write a finite number"),
+    "greater_than": ("not above {gt:g}", "set it above {gt:g}"),
+    "greater_than_equal": ("less than {ge:g}", "set it to {ge:g} or more"),
+    "less_than": ("not below {lt:g}", "set it below {lt:g}"),
+    "less_than_equal": ("more than {le:g}", "set it to {le:g} or less"),
+    "string_pattern_mismatch": (
+        "not usable as the name of a folder",
+        "start with a letter or digit, and continue with letters, digits, '.', '_' or '-'",
+    ),
+    "string_too_long": ("longer than {max_length} characters", "shorten it"),
+    "string_too_short": ("empty", "write at least {min_length} character"),
+    "byte_size": ("not a size in bytes", "write a number and a unit, such as 8GiB"),
+    "byte_size_unit": ("not a size in bytes", "write a number and a unit, such as 8GiB"),
+    "too_short": ("empty", "list at least {min_length} item"),
+    "too_long": ("more than {max_length} item", "keep {max_length}"),
 }
-BOUNDS = {
-    "greater_than": ("gt", "above"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"),
-}
+"""Type of pydantic's error -> the problem and the fix."""
 
+MISSING = {
+    "name": "name the run; its folder is runs/<name>/",
+    "model": "name the full-attention model: model.base, a hub id or a local folder",
+    "model.base": "name the full-attention model: a hub id or a local folder",
+    "hybrid": "choose the layers that stream, such as hybrid: {lazy_layer_ratio: 0.5}",
+    "data": "name the training data: data.source, data.format and data.max_length",
+    "data.source": "name the training data: a hub id, a file or a folder",
+    "data.format": "name the fields of a row, such as still, messages or prompt_response",
+    "data.max_length": "set it to the longest trace to train on, in tokens; TRL's own default truncates samples at 1024",
+    "train.method": "choose lora or full",
+    "train.learning_rate": "1e-5 is usual for full fine-tuning, 1e-4 for LoRA",
+    "train.probes.steps": "set the optimizer steps between two probes",
+    "train.probes.evals.*.benchmark": "name what is measured",
+    "sample.benchmark": "name the problems to answer",
+    "train.probes.evals": "list what to evaluate, such as [{benchmark: needle, recall: {lengths: [2048]}}]",
+}
+"""Required setting -> the fix where it is missing."""
+
+STAND_INS = {
+    "name": "unnamed",
+    "model": {"base": "unknown"},
+    "base": "unknown",
+    "hybrid": {},
+    "data": {"source": "unknown", "format": "still", "max_length": 2},
+    "source": "unknown",
+    "format": "still",
+    "max_length": 2,
+    "method": "full",
+    "learning_rate": 1.0,
+    "steps": 1,
+    "evals": [{"benchmark": "needle"}],
+    "evals.*": {"benchmark": "needle"},
+    "eval.*": {"benchmark": "heldout_loss"},
+    "benchmark": "needle",
+}
+"""What stands for a faulty setting without a default, by its own name, so that the rest is checked; no such recipe is returned."""
 
 MOST_LISTED = 8
 """Of more allowed values than these only the one that may have been meant is named."""
 
 
-def validate_all(schema: type[Schema], values: dict[str, Any], stand_ins: Mapping[str, Any]) -> tuple[Schema, list[Fault]]:
-    """An instance of `schema`, and every fault of `values`; at a fault the instance holds a stand-in or the default.
-
-    Args:
-        stand_ins: a valid value for each setting and part that has no default, by dotted path without list indices.
-    """
+def validate_all(schema: type[Schema], values: dict[str, Any]) -> tuple[Schema, list[Fault], list[str]]:
+    """An instance of `schema`, every fault of `values`, and the settings of which the instance holds a stand-in or the default."""
     faults: list[Fault] = []
     replaced: set[Path] = set()
     while True:
         try:
-            return schema.model_validate(values), faults
+            return schema.model_validate(values, context=COLLECTING), faults, [dotted(path) for path in replaced]
         except ValidationError as error:
-            found = [_fault(schema, details, values) for details in error.errors(include_url=False)]
-            if all(fault.path in replaced for fault in found):
+            found: dict[Path, Fault] = {}
+            parts: dict[Path, type[Part]] = {}
+            for details in error.errors(include_url=False):
+                path, parts[path] = _locate(schema, details["loc"])
+                found.setdefault(path, _fault(schema, details, path, parts[path]))
+            if replaced >= found.keys():
                 raise  # a stand-in is itself faulty: a bug here, not the user's mistake
-            faults += [fault for fault in found if not any(path[: len(fault.path)] == fault.path for path in replaced)]
-            for fault in reversed(found):  # from a list's end, where taking one entry out moves no other
-                values = _replaced(values, fault.path, stand_ins)
-            replaced |= {fault.path for fault in found}
+            faults += [fault for path, fault in found.items() if not any(known[: len(path)] == path for known in replaced)]
+            for path in reversed(found):  # from a list's end, where removing one item moves no other
+                values = _with_stand_in(values, path, parts[path])
+            replaced |= found.keys()
 
 
-def _replaced(values: Any, path: Path, stand_ins: Mapping[str, Any], above: Path = ()) -> Any:
-    """`values` with what lies at `path` replaced by its stand-in, or left out where the default serves."""
-    if not path:
-        return stand_ins[_pattern(above)]
-    head, rest = path[0], path[1:]
-    if isinstance(values, list):
-        if not rest and _pattern((*above, head)) not in stand_ins:
-            return values[:head] + values[head + 1 :]
-        return [_replaced(item, rest, stand_ins, (*above, head)) if at == head else item for at, item in enumerate(values)]
-    kept = {key: item for key, item in values.items() if key != head}
-    if rest:
-        return {**kept, head: _replaced(values[head], rest, stand_ins, (*above, head))}
-    return {**kept, head: stand_ins[_pattern((*above, head))]} if _pattern((*above, head)) in stand_ins else kept
+def _with_stand_in(values: Any, path: Path, part: type[Part], above: str | int = "") -> Any:
+    """`values` with a stand-in for what lies at `path`, whose part is given, or without it where the default serves."""
+    copied, name = values.copy(), path[0]
+    if len(path) > 1:
+        copied[name] = _with_stand_in(values[name], path[1:], part, name)
+    elif isinstance(name, int) and f"{above}.*" in STAND_INS:
+        copied[name] = STAND_INS[f"{above}.*"]
+    elif name in part.model_fields and part.model_fields[name].is_required():
+        copied[name] = STAND_INS[name]
+    else:
+        del copied[name]
+    return copied
+
+
+def _locate(schema: type[Part], loc: tuple[str | int, ...]) -> tuple[Path, type[Part]]:
+    """The path that pydantic's location means, and the part of the schema around it.
+
+    Where a list holds parts of several kinds, pydantic puts the kind, a benchmark's name, behind the index.
+    """
+    path: Path = ()
+    around, parts = schema, [schema]
+    for name in loc:
+        if isinstance(name, str) and len(parts) > 1:
+            parts = [part for part in parts if name in typing.get_args(part.model_fields["benchmark"].annotation)]
+            continue
+        path = (*path, name)
+        if isinstance(name, str):
+            around = parts[0]
+            parts = parts_in(around.model_fields[name].annotation) if name in around.model_fields else []
+    return path, around
+
+
+def _fault(schema: type[Part], details: ErrorDetails, path: Path, around: type[Part]) -> Fault:
+    setting, kind, given, context = dotted(path), details["type"], shown(details["input"]), details.get("ctx", {})
+    if kind == "extra_forbidden":
+        return Fault((setting,), *_unknown(schema, path, around))
+    if kind == "missing" or (details["input"] is None and _pattern(path) in MISSING):
+        return Fault((setting,), "missing", MISSING[_pattern(path)])
+    if kind == "union_tag_not_found":
+        return Fault((f"{setting}.benchmark",), "missing", "name what is measured")
+    if kind == "union_tag_invalid":
+        return Fault((f"{setting}.benchmark",), *_unknown_value(context["tag"], context["expected_tags"]))
+    if kind == "literal_error":
+        return Fault((setting,), *_unknown_value(details["input"], context["expected"]))
+    if kind == "fault":  # of the schema's own validators
+        return Fault((setting,), f"{given}: {context['problem']}", context["fix"])
+    problem, fix = KINDS.get(kind, (details["msg"], ""))
+    return Fault((setting,), f"{given}: {problem.format(**context)}", fix.format(**context))
+
+
+def _unknown_value(given: Any, expected: str) -> tuple[str, str]:
+    """The problem and the fix where none of the expected values is given."""
+    allowed = expected.replace("'", "").replace(" or ", ", ").split(", ")
+    close = did_you_mean(given, allowed) if len(allowed) > MOST_LISTED else ""
+    return f"{shown(given)}: unknown{close}", "" if close else f"use one of {', '.join(allowed)}"
+
+
+def _unknown(schema: type[Part], path: Path, part: type[Part]) -> tuple[str, str]:
+    """The problem and the fix of an unknown setting: a similar name of the same part may be meant, or the same name elsewhere."""
+    name, settings = str(path[-1]), all_settings(schema)
+    if _pattern(path) in settings:
+        return "unknown setting of this benchmark", f"remove it; there are {', '.join(part.model_fields)}"
+    if close := did_you_mean(name, part.model_fields):
+        return f"unknown setting{close}", ""
+    elsewhere = [setting for setting in settings if setting.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"unknown setting here; did you mean {min(elsewhere, key=lambda setting: setting.count('.'))}?", ""
+    return "unknown setting", f"use one of {', '.join(part.model_fields)}"
 
 
 def _pattern(path: Path) -> str:
     return dotted(tuple("*" if isinstance(part, int) else part for part in path))
 
 
-def _fault(schema: type[BaseModel], details: ErrorDetails, values: dict[str, Any]) -> Fault:
-    path = _path(details["loc"], values)
-    kind, given, context = details["type"], details["input"], details.get("ctx", {})
-    if kind == "extra_forbidden":
-        return Fault(path, _unknown(schema, path, values))
-    if kind == "invalid_key":
-        return Fault(path, "a setting's name must be text")
-    if kind == "missing":
-        return Fault(path, "missing")
-    if kind == "union_tag_not_found":
-        return Fault(path, "benchmark is missing; it says what is measured")
-    if kind in ("literal_error", "union_tag_invalid"):
-        tagged = kind == "union_tag_invalid"
-        allowed = context["expected_tags" if tagged else "expected"].replace("'", "")
-        given = context["tag"] if tagged else given
-        names = allowed.replace(" or ", ", ").split(", ")
-        close = did_you_mean(given, names)
-        message = f"{given!r} is unknown{close}" if close and len(names) > MOST_LISTED else f"{given!r} is none of {allowed}{close}"
-        return Fault(path, f"benchmark {message}" if tagged else message)
-    if kind in BOUNDS:
-        key, words = BOUNDS[kind]
-        return Fault(path, f"{given!r} must be {words} {context[key]}")
-    if kind == "string_pattern_mismatch":
-        return Fault(
-            path,
-            f"{given!r} becomes a folder's name: start with a letter or digit, go on with these, '.', '_' or '-'",
-        )
-    if kind in ("too_short", "string_too_short"):
-        return Fault(path, "must not be empty; leave it out for the default")
-    if kind in KINDS:
-        return Fault(path, f"{given!r} must be {KINDS[kind]}")
-    return Fault(path, f"{given!r}: {details['msg']}")
-
-
-def _path(loc: tuple[str | int, ...], values: dict[str, Any]) -> Path:
-    """pydantic's location without its additions: the benchmark's name after the index of an `eval` entry, "[key]"."""
-    path = tuple(part for part in loc if part != "[key]")
-    if len(path) > 2 and path[0] == "eval" and values["eval"][path[1]].get("benchmark") == path[2]:
-        return path[:2] + path[3:]
-    return path
-
-
-def did_you_mean(given: Any, names: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(given), list(names), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _unknown(schema: type[BaseModel], path: Path, values: dict[str, Any]) -> str:
-    """Say what may have been meant by an unknown setting: a name of the same part, or the same name in another part."""
-    around = _schemas_at(schema, path[:-1], values)
-    names = sorted({name for part in around for name in part.model_fields})
-    if _pattern(path) in _all_settings(schema):
-        return f"no setting of this benchmark; it has {', '.join(names)}"
-    if close := did_you_mean(path[-1], names):
-        return f"unknown setting{close}"
-    elsewhere = [name for name in _all_settings(schema) if name.rpartition(".")[2] == path[-1]]
-    return f"unknown setting here; did you mean {elsewhere[0]}?" if elsewhere else f"unknown; there are {', '.join(names)}"
-
-
-def _schemas_at(schema: type[BaseModel], path: Path, values: Any) -> list[type[BaseModel]]:
-    """The part of the schema at `path`; of an eval entry's two kinds the one that its benchmark picks, if it does."""
-    schemas = [schema]
-    for name in path:
-        values = values[name]
-        if isinstance(name, str):
-            schemas = [part for around in schemas for part in _parts_in(around.model_fields[name].annotation)]
-    tag = values.get("benchmark")
-    picked = [part for part in schemas if tag in typing.get_args(part.model_fields["benchmark"].annotation)] if tag else []
-    return picked or schemas
-
-
-def _parts_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every schema that an annotation such as `list[Annotated[A | B, …]] | None` mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [part for inner in typing.get_args(annotation) for part in _parts_in(inner)]
-
-
-def _all_settings(schema: type[BaseModel], above: str = "") -> list[str]:
+@cache
+def all_settings(schema: type[Part], above: str = "") -> tuple[str, ...]:
     """Every setting by its dotted path, "*" for the index in a list of parts."""
-    names = []
+    names: list[str] = []
     for name, field in schema.model_fields.items():
         index = "*." if typing.get_origin(field.annotation) is list else ""
-        inner = [setting for part in _parts_in(field.annotation) for setting in _all_settings(part, f"{above}{name}.{index}")]
+        inner = [setting for part in parts_in(field.annotation) for setting in all_settings(part, f"{above}{name}.{index}")]
         names += inner or [f"{above}{name}"]
-    return names
+    return tuple(names)

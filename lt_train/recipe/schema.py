@@ -1,15 +1,34 @@
 """A recipe: one YAML file that says everything about a run. This is its schema: strict, unknown names are errors.
 
-Relative paths count from the working directory. loading.py reads a recipe, checks.py holds the checks that span several parts.
+The docstring under a setting is its documentation: docs/recipes.md is made from them. Relative paths count from the working
+directory. part.py holds what the parts share, evaluations.py the parts that evaluate, checks.py the checks that span several parts.
 """
 
-from typing import Annotated, Any, Final, Literal, get_args
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, Field, model_validator
 
-from lt_train.benchmarks import BENCHMARKS
-from lt_train.recipe.reasoning_tags import THINK
+from lt_train.recipe.evaluations import Eval, HeldoutKL, HeldoutLoss, Sample
+from lt_train.recipe.faults import Fault, nearest_multiples
+from lt_train.recipe.part import (
+    ADDED,
+    MAY_CHANGE,
+    MOST,
+    Count,
+    EachOnce,
+    Fraction,
+    Name,
+    Natural,
+    Part,
+    Seed,
+    Text,
+    is_marked,
+    parts_in,
+    twice,
+    value_fault,
+)
 
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""
@@ -17,8 +36,6 @@ Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 BASE: Final = "base"
 CONVERTED: Final = "converted"
 TRAINED: Final = "trained"
-Variant = Literal["base", "converted", "trained"]
-"""What an evaluation looks at: the base model, the hybrid before training, the hybrid after training."""
 
 
 def converted_by(strategy: str) -> str:
@@ -29,307 +46,313 @@ def converted_by(strategy: str) -> str:
 EVAL_LOSS = "eval_loss"
 """The held-out loss of a training, as a metric of train.keep_best."""
 
-HELDOUT = ("heldout_loss", "heldout_kl")
-"""Evaluations that ask for no answers."""
-
 Precision = Literal["auto", "bf16", "fp32"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Text = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
-"""`json_schema_extra` of a setting that may change in a begun run; the stages redo what depends on it."""
-
-ADDED: dict[str, JsonValue] = {"added": True}
-"""`json_schema_extra` of a setting that runs of before do not have. At its default it enters no fingerprint, so they resume."""
 
 
 class Model(Part):
+    """The full-attention model that becomes a hybrid, and how it computes."""
+
     base: Text
     """Hub id or local folder of the full-attention model."""
     revision: Text | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub id. null: main."""
     dtype: Precision = "auto"
-    """auto: bf16 where the device computes in it, else fp32."""
+    """Dtype of matrix products. auto: bf16 where the device computes in it, else fp32."""
     attention: Literal["auto", "reference", "blocked", "flex", "flash"] = "auto"
-    """What computes attention; all ways give the same numbers. auto: the fastest that works here, the log says which and why.
-    flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. flex: FlexAttention, compiled for a
-    GPU. blocked: plain torch, on any device. reference: slow, to compare with."""
+    """Attention kernel. All kernels compute the same attention. auto: the fastest that works on the device; the log reports which
+    one and why. flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. flex: FlexAttention,
+    compiled for a GPU. blocked: plain torch on any device. reference: slow, to compare with."""
     trust_remote_code: bool = False
+    """Run the Python code that a hub repository brings with its tokenizer or config."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        if self.attention == "flash" and self.dtype == "fp32":
+            yield Fault(("attention", "dtype"), "flash attention computes in bf16 only", "set dtype to bf16, or attention to auto")
 
 
 class Calibration(Part):
-    samples: int = Field(64, ge=1)
-    max_length: int | None = Field(None, ge=2)
-    """Tokens of a sample that are looked at; null: data.max_length."""
-    w_last: int = Field(64, ge=1)
-    """Queries at the end of a sample over which lazy_ratio averages (paper, Eq. 1)."""
-    long_reach_share: float = Field(0.1, gt=0, le=1)
-    """Share of answer tokens, those whose loss rises most when every layer streams, over which reach measures."""
+    """The samples on which layers are scored."""
+
+    samples: Count = 64
+    """Number of training samples."""
+    max_length: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    """Tokens of a sample that are used, from its start. null: data.max_length."""
+    w_last: Count = 64
+    """Number of queries at the end of a sample over which lazy_ratio averages (LightTransfer, Eq. 1)."""
+    long_reach_share: float = Field(default=0.1, gt=0, le=1)
+    """Fraction of answer tokens that count as long-reach tokens: those whose loss rises most when every layer streams. The strategy
+    reach measures the loss on them."""
 
 
 class Hybrid(Part):
-    lazy_layer_ratio: Share | None = None
-    """Share of layers that stream. Either this or `layers`."""
+    """Which layers stream, and what a streaming layer sees."""
+
+    lazy_layer_ratio: Fraction | None = None
+    """Fraction of layers that stream. Set either this or `layers`."""
     strategy: Strategy | None = None
-    """How the layers are chosen; reach unless `layers` is given."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
-    """The layers that stream, by index from 0, instead of a choice."""
-    w_sink: int = Field(4, ge=0)
-    """First tokens of a sequence that a streaming layer always sees."""
-    w_recent: int = Field(1020, ge=1)
-    """Most recent tokens that a streaming layer sees, the query itself included."""
-    compare: list[Strategy] = []
-    """Further strategies to score, and to evaluate untrained beside the chosen one."""
+    """How the layers are chosen. reach: by the loss on long-reach tokens. nll: by the loss on all answer tokens. lazy_ratio: by
+    where attention goes (the paper's score). periodic: evenly spaced. Default: reach, or null where `layers` is set."""
+    layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = None
+    """Indices of the layers that stream, from 0, instead of a choice by strategy."""
+    w_sink: Natural = 4
+    """Number of first tokens of a sequence that a streaming layer always sees."""
+    w_recent: Count = 1020
+    """Number of most recent tokens that a streaming layer sees. The query itself counts."""
+    compare: Annotated[list[Strategy], EachOnce] = Field(default=[])
+    """Further strategies to score. Where converted is evaluated, the hybrid of each is evaluated too, untrained."""
     calibration: Calibration = Calibration()
 
     @model_validator(mode="before")
     @classmethod
-    def _strategy_unless_layers(cls, values: Any) -> Any:
+    def _reach_unless_layers(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("layers") is None and values.get("strategy") is None:
             return {**values, "strategy": "reach"}
         return values
 
+    def conflicts(self) -> Iterator[Fault]:
+        if self.layers is None and self.lazy_layer_ratio is None:
+            problem, fix = "neither is set, so no layer streams", "set lazy_layer_ratio (0.5 in the paper), or list the layers"
+            yield Fault(("lazy_layer_ratio", "layers"), problem, fix)
+        for name in ("lazy_layer_ratio", "strategy"):
+            if self.layers is not None and getattr(self, name) is not None:
+                yield Fault(("layers", name), "both choose the layers that stream", f"set layers or {name} to null")
+        if self.strategy in self.compare:
+            problem = f"{self.strategy} is the strategy of this recipe; compare lists others"
+            yield Fault(("compare", "strategy"), problem, f"remove {self.strategy} from compare")
+
 
 class Data(Part):
+    """The traces to train on."""
+
     source: Text
-    """Hub id, local .jsonl, .json or .parquet file, or a folder of them."""
+    """Hub id, local .jsonl, .json or .parquet file, or a folder of such files."""
     split: Text = "train"
-    """Which split of a hub data set, or of a folder with files such as train.jsonl and test.jsonl."""
+    """Split of a hub data set, or of a folder with files such as train.jsonl and test.jsonl."""
     subset: Text | None = None
-    """Which subset (configuration) of a hub data set, where it has several."""
+    """Subset (configuration) of a hub data set that has several."""
     format: Literal["still", "messages", "prompt_response"]
     """Fields of a row. still: question, combined_text. prompt_response: prompt, response. messages: messages, a list of
     {role, content} that ends with an answer."""
-    max_length: int = Field(ge=2)
+    max_length: int = Field(ge=2, le=MOST)
     """Tokens of the longest sample, prompt and answer together."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What becomes of longer samples. truncate cuts the end, and with it the token that would teach to stop."""
+    """What happens to longer samples. truncate removes the end, and with it the token that teaches the model to stop."""
     packing: bool = False
-    """Several samples in one row of max_length tokens; they do not see each other."""
-    heldout: int = Field(0, ge=0)
-    """Samples set aside for the evaluation loss; none of their questions is trained on."""
-    limit: int | None = Field(None, ge=1)
-    """Read only the first rows."""
+    """Put several samples into one row of max_length tokens. They do not see each other."""
+    heldout: Natural = 0
+    """Number of samples held out for the evaluation loss. None of their questions is trained on."""
+    limit: Count | None = None
+    """Number of rows to read, from the first. null: all."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        if self.limit is not None and self.heldout >= self.limit:
+            problem = f"{self.heldout} of {self.limit} rows are held out, so none is left to train on"
+            yield Fault(("heldout", "limit"), problem, "lower heldout, or raise limit")
 
 
 class Distill(Part):
-    """Learning from the model's own past self, the base with full attention in every layer. The loss of an answer token is
+    """Distillation from the base model, with full attention in every layer. The loss of an answer token is
     (1 - weight) x SFT + weight x (temperature² x KL(teacher || student) + hidden_weight x hidden states)."""
 
-    weight: float = Field(0.0, ge=0, le=1)
-    """0: no teacher is asked. 1: nothing is learned from the data's own tokens."""
-    temperature: float = Field(1.0, gt=0)
-    """Both distributions are softened by it; the square keeps the size of the gradients (arXiv 1503.02531)."""
-    hidden_weight: float = Field(0.0, ge=0)
-    """Of the squared difference between the outputs of streaming layers and the teacher's, relative to the teacher's square."""
+    weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the teacher. 0: SFT alone, without a teacher. 1: the teacher alone."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both distributions. Its square keeps the size of the gradients (arXiv 1503.02531)."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the squared difference between the outputs of streaming layers and the teacher's, relative to the teacher's
+    square."""
     teacher: Literal["auto", "copy", "top_k"] = "auto"
-    """auto: with LoRA the model itself, adapters off; with method full a frozen copy. copy: a frozen copy in memory.
-    top_k: log-probabilities written before training (lt-train teacher), so training holds no second model."""
-    top_k: int = Field(64, ge=1)
-    """Tokens kept for each answer token by teacher top_k; all others count together as one more. 8 bytes on disk for each."""
+    """auto: with LoRA the model itself, its adapters off; with method full a frozen copy. copy: a frozen copy in memory. top_k:
+    log-probabilities that `lt-train teacher` writes before training, so that training holds no second model."""
+    top_k: Count = 64
+    """Number of tokens that teacher top_k keeps for each answer token; 8 bytes on disk for each. All others count as one more."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        if self.weight > 0 and self.teacher == "top_k" and self.hidden_weight > 0:
+            problem, fix = "files of teacher top_k hold no hidden states", "set hidden_weight to 0, or teacher to auto"
+            yield Fault(("hidden_weight", "teacher"), problem, fix)
+        for name, field in type(self).model_fields.items():
+            if self.weight == 0 and getattr(self, name) != field.default:
+                yield Fault((name, "weight"), f"weight is 0, so {name} has no effect", f"set weight above 0, or remove {name}")
 
 
-class Train(Part):
-    method: Literal["lora", "full"]
-    parameters: Literal["all", "lazy_projections"] = "all"
-    """What method full trains. lazy_projections: q, k, v and o of the streaming layers alone; all else stays the base's."""
-    restore_query_key: bool = Field(False, json_schema_extra=MAY_CHANGE)
-    """After training, what makes queries and keys in the full-attention layers is the base's again (arXiv 2606.11052):
-    long-thought training damages recall there."""
-    learning_rate: float = Field(gt=0)
-    epochs: float | None = Field(None, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps. Either this or `epochs`."""
-    batch_size: int | None = Field(None, ge=1)
-    """Samples (packs, when packing) per optimizer step, over all processes. Either this or `batch_tokens`."""
-    batch_tokens: int | None = Field(None, ge=1)
-    """Tokens per optimizer step, over all processes: packs of data.max_length tokens, so it needs data.packing."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Samples (packs) in one forward pass of one process. Each process runs batch / (this x processes) of them a step."""
-    lr_scheduler: Text = "cosine"
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to this norm; 0: never."""
-    gradient_checkpointing: bool = False
-    save_steps: int = Field(100, ge=1, json_schema_extra=MAY_CHANGE)
-    eval_steps: int | None = Field(None, ge=1, json_schema_extra=MAY_CHANGE)
-    """Steps between evaluation losses on the held-out samples; null: only at the end."""
-    logging_steps: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE)
-    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=MAY_CHANGE)
-    """Of the newest ones. Each holds the weights and the optimizer's states."""
-    probes: "Probes | None" = Field(None, json_schema_extra=MAY_CHANGE)
-    keep_best: Text | None = Field(None, json_schema_extra=MAY_CHANGE)
-    """Metric whose best weights are kept besides, in train/best-<step>/: eval_loss, measured at every checkpoint, or the name of
-    a probe. null: none are."""
-    publish: Literal["last", "best"] = Field("last", json_schema_extra=MAY_CHANGE)
-    """Which weights are the trained model, to be evaluated and exported: those after the last step, or those of keep_best."""
-    sequence_parallel: int = Field(1, ge=1)
-    """So many processes share each sequence (Ulysses), for samples too long for one device; 1: none. Divides the model's heads."""
-    deepspeed: Text | None = Field(None, json_schema_extra=MAY_CHANGE)
-    """Path of a DeepSpeed configuration."""
-    distill: Distill = Distill()
-    trl: dict[str, Any] = {}
-    """Further arguments of TRL's SFTConfig, by their own names."""
-
-
-class Lora(Part):
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[Text] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
-    layers: Literal["lazy", "all"] = "lazy"
-    """lazy: adapters in the streaming layers alone."""
-    peft: dict[str, Any] = {}
-    """Further arguments of PEFT's LoraConfig, by their own names."""
-
-
-class Prompt(Part):
-    system: Text | None = None
-    """System turn; null: none, not even the one that a chat template would put in by itself."""
-    user: Text = "{question}"
-    """User turn; {question} is replaced, all other braces stay as they are."""
-    chat_template: Text | None = None
-    """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only such is
-    left out as stands by itself before the first user turn."""
-
-
-class _EvalEntry(Part):
-    batch_size: int = Field(16, ge=1)
-    limit: int | None = Field(None, ge=1)
-    """Only the first problems (held-out samples)."""
-    of: list[Variant] | None = Field(None, min_length=1)
-    """What is evaluated. load_recipe fills it in: [trained], or [converted] in a recipe without training."""
-    name: Name | None = None
-    """Folder of the results, unique in a recipe. Filled in with the benchmark's name."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_as_its_benchmark(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("benchmark"), str):
-            return {**values, "name": values["benchmark"]}
-        return values
-
-
-class Recall(Part):
-    """What problems of needle, passkey and copying are made: `repeats` of them for each length and depth."""
-
-    lengths: list[Annotated[int, Field(ge=1)]] = Field([2048, 4096, 8192], min_length=1)
-    """Tokens of the user's turn, in the model's own tokenizer."""
-    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
-    """Where what must be found stands, as shares of the text before it."""
-    repeats: int = Field(2, ge=1)
-    keys: int = Field(1, ge=1, le=64)
-    """needle: numbers hidden in the text, of which one is asked for."""
-    span: int = Field(128, ge=1)
-    """copying: tokens to copy."""
-
-
-class Eval(_EvalEntry):
-    """Problems solved by generation and graded."""
-
-    benchmark: Literal[tuple(BENCHMARKS)]
-    batch_size: int = Field(64, ge=1)
-    """Sequences at a time, at most; `kv_budget` may hold fewer."""
-    path: Text | None = None
-    """Local file or hub id instead of the benchmark's own source; of a generated benchmark a folder of texts to hide things in."""
-    samples: int = Field(1, ge=1)
-    """Answers drawn for each problem."""
-    temperature: float = Field(0.0, ge=0)
-    """0: greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """Keep so many most likely tokens; 0: all."""
-    min_p: float = Field(0.0, ge=0, lt=1)
-    """Keep tokens at least so likely as this share of the likeliest; 0: all."""
-    repetition_penalty: float = Field(1.0, gt=0)
-    """1: off."""
-    stop: list[Text] = []
-    """Strings that end an answer, besides the model's own stop tokens."""
-    max_new_tokens: int | None = Field(None, ge=1)
-    """null: the benchmark's own limit, where it has one."""
-    max_prompt_tokens: int | None = Field(None, ge=2)
-    """LongBench's texts are cut to it and lose their middle; null: what the model's context leaves."""
-    thinking_budget: int | None = Field(None, ge=1)
-    """Tokens after which a thought that goes on is closed with `thinking_close`."""
-    thinking_close: Text = f"{THINK.gap}{THINK.closing}\n\n"
-    recall: Recall | None = None
-    """Of needle, passkey and copying."""
-    seed: int | None = Field(None, ge=0, lt=2**32)
-    """null: the recipe's seed."""
-    backend: Literal["hybrid", "openai"] = "hybrid"
-    """hybrid: the built-in engine. openai: servers with an OpenAI-compatible API that serve the exported checkpoint."""
-    servers: list[Text] = []
-    """Addresses such as http://localhost:8000; all serve the same model."""
-    served_model: Text | None = None
-    """The name under which it is served; null: the only one there."""
-    concurrency: int = Field(64, ge=1)
-    """Requests in flight at each server."""
-    timeout: float = Field(7200, gt=0)
-    """Seconds for one answer of a server."""
-    stall: float = Field(600, gt=0)
-    """Seconds without a further token, once an answer has begun."""
-    kv_budget: ByteSize | None = None
-    """Memory for the KV cache, such as 8GiB; null: most of what is free. Sequences that do not fit wait."""
-    prefill_chunk: int = Field(2048, ge=1)
-    """Prompt tokens in one forward pass."""
-    allow_partial: bool = False
-    """Score what there is when samples are missing, and mark the score as partial."""
+def _device(name: str) -> str:
+    if not re.fullmatch(r"same|cpu|cuda:\d+(,\d+)*", name):
+        raise value_fault("not a device", "use same, cpu, or GPUs such as cuda:7 or cuda:6,7")
+    return name
 
 
 class Probes(Part):
-    """What is asked of a checkpoint while training goes on, by a process of its own; a curve and a table for each entry."""
+    """Evaluations of checkpoints during training, in a process beside it. Each gives a curve and a table."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps between probes. A checkpoint is saved at each; the one after the last step is probed, too. When a probe is
-    due before the former one ended, training waits for it."""
+    steps: Count
+    """Optimizer steps between two probes. A checkpoint is saved at each. The checkpoint after the last step is probed, too.
+    Training waits where the previous probe has not ended."""
     evals: list[Eval] = Field(min_length=1)
-    """Entries as of `eval`, without `of`. Keep them small: needle, copying, a few problems with `limit`."""
-    device: Text = "same"
-    """same: the main process's own GPU, beside the training: what is free there must hold the model and the KV cache (set
-    kv_budget). cuda:7 or cuda:6,7: GPUs that the training leaves free, by the machine's numbers. cpu."""
+    """Evaluations as in `eval`, without `of`. Keep them small: needle, copying, or a few problems with `limit`."""
+    device: Annotated[Text, AfterValidator(_device)] = "same"
+    """Where the probe runs. same: the GPU of the main process, beside the training; what is free there must hold the model and the
+    KV cache (set kv_budget). cuda:7 or cuda:6,7: GPUs that the training leaves free, by the machine's numbers. cpu."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from twice("evals", [probe.name for probe in self.evals])
+        for at, probe in enumerate(self.evals):
+            here = f"evals.{at}"
+            if probe.name == EVAL_LOSS:
+                yield Fault((f"{here}.name",), f"{EVAL_LOSS} is the name of the held-out loss", "give the probe another name")
+            if probe.of is not None:
+                yield Fault((f"{here}.of",), "a probe evaluates the checkpoint of a training", "remove it")
+            if probe.backend != "hybrid":
+                yield Fault((f"{here}.backend",), "no server holds the checkpoint of a training", "remove it")
 
 
-Train.model_rebuild()
+class Train(Part):
+    """The training of the hybrid."""
+
+    method: Literal["lora", "full"]
+    """lora: train adapters (part `lora`). full: train the weights themselves."""
+    parameters: Literal["all", "lazy_projections"] = "all"
+    """What method full trains. lazy_projections: the q, k, v and o projections of the streaming layers alone."""
+    restore_query_key: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
+    """After training, give W_Q and W_K of the full-attention layers the base's values again (arXiv 2606.11052). Training on long
+    reasoning damages recall there."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    epochs: float | None = Field(default=None, gt=0, le=MOST)
+    """Passes over the data. Set either this or `max_steps`."""
+    max_steps: Count | None = None
+    """Optimizer steps. Set either this or `epochs`."""
+    batch_size: Count | None = None
+    """Samples (with packing: rows) per optimizer step, over all processes. Set either this or `batch_tokens`."""
+    batch_tokens: Count | None = None
+    """Tokens per optimizer step, over all processes, in rows of data.max_length tokens. It needs data.packing."""
+    micro_batch_size: Count = 1
+    """Samples (with packing: rows) in one forward pass of one process. Gradient accumulation follows from it."""
+    lr_scheduler: Text = "cosine"
+    """Learning rate schedule, by its name in transformers."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the optimizer steps in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Norm to which larger gradients are scaled down. 0: never."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    save_steps: Count = Field(default=100, json_schema_extra=MAY_CHANGE)
+    """Optimizer steps between two checkpoints."""
+    eval_steps: Count | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """Optimizer steps between two evaluations of the held-out loss. null: only after the last step."""
+    logging_steps: Count = Field(default=1, json_schema_extra=MAY_CHANGE)
+    """Optimizer steps between two lines of the training log."""
+    keep_checkpoints: Count = Field(default=2, json_schema_extra=MAY_CHANGE)
+    """Number of checkpoints to keep, the newest ones. Each holds weights and optimizer states."""
+    probes: Probes | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """Evaluations of checkpoints during training. null: none."""
+    keep_best: Text | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """Metric whose best weights are kept in train/best-<step>/: eval_loss, measured at every checkpoint, or the name of a probe.
+    null: none are kept."""
+    publish: Literal["last", "best"] = Field(default="last", json_schema_extra=MAY_CHANGE)
+    """The weights of the trained model, which is evaluated and exported. last: those after the last step. best: those of
+    keep_best."""
+    sequence_parallel: Count = 1
+    """Number of processes that share each sequence (Ulysses), for samples too long for one device. It divides the number of
+    attention heads."""
+    deepspeed: Text | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """Path of a DeepSpeed configuration, such as launch/zero3.json. null: no DeepSpeed."""
+    distill: Distill = Distill()
+    trl: dict[str, Any] = Field(default={})
+    """Further arguments of TRL's SFTConfig, by their own names."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from self._length_and_batch()
+        if self.sequence_parallel > 1:
+            yield from self._sequence_parallel()
+        if self.parameters == "lazy_projections" and self.method == "lora":
+            problem = "with LoRA, lora.layers and lora.targets choose what is trained"
+            yield Fault(("parameters", "method"), problem, "remove parameters, or set method to full")
+        elif self.parameters == "lazy_projections" and self.restore_query_key:
+            problem = "the full-attention layers are not trained, so nothing is restored"
+            yield Fault(("restore_query_key", "parameters"), problem, "set restore_query_key to false, or parameters to all")
+        if self.distill.weight > 0 and self.trl.get("label_smoothing_factor"):
+            problem = "the teacher's distribution is soft already"
+            yield Fault(("distill.weight", "trl.label_smoothing_factor"), problem, "remove label_smoothing_factor")
+        if self.publish == "best" and self.keep_best is None:
+            problem, fix = "no metric defines the best weights", f"set keep_best to {EVAL_LOSS} or to the name of a probe"
+            yield Fault(("publish", "keep_best"), problem, fix)
+        measured = [EVAL_LOSS, *(probe.name or "" for probe in (self.probes.evals if self.probes else []))]
+        if self.keep_best is not None and self.keep_best not in measured:
+            problem, fix = f"{self.keep_best!r} is not measured", f"use one of {', '.join(measured)}"
+            yield Fault(("keep_best", "probes.evals"), problem, fix)
+
+    def _length_and_batch(self) -> Iterator[Fault]:
+        for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens")):
+            given = [getattr(self, name) is not None for name in (one, other)]
+            if not any(given):
+                yield Fault((one, other), "neither is set", "set one of them")
+            elif all(given):
+                yield Fault((one, other), "both are set", "keep one and set the other to null")
+        if self.batch_size is not None and self.batch_tokens is None and self.batch_size % self.micro_batch_size:
+            problem = f"{self.batch_size} is not a multiple of {self.micro_batch_size}"
+            fix = f"set batch_size to {nearest_multiples(self.batch_size, self.micro_batch_size)}"
+            yield Fault(("batch_size", "micro_batch_size"), problem, fix)
+
+    def _sequence_parallel(self) -> Iterator[Fault]:
+        if self.deepspeed is None:
+            fix = "name a configuration, such as launch/zero3.json"
+            yield Fault(("sequence_parallel", "deepspeed"), "sequence parallelism runs under DeepSpeed alone", fix)
+        if self.micro_batch_size > 1:
+            fix = f"set micro_batch_size to 1 instead of {self.micro_batch_size}"
+            yield Fault(("sequence_parallel", "micro_batch_size"), "processes that share sequences take one row at a time", fix)
+        if self.distill.weight > 0:
+            fix = "set sequence_parallel to 1, or distill.weight to 0"
+            yield Fault(("sequence_parallel", "distill.weight"), "a teacher reads whole sequences, not slices", fix)
+        if "pad_to_multiple_of" in self.trl:
+            problem = "rows are padded to slices of equal length already"
+            yield Fault(("sequence_parallel", "trl.pad_to_multiple_of"), problem, "remove pad_to_multiple_of")
 
 
-class Sample(Eval):
-    """Answers drawn to train on: settings as of an evaluation, of one variant."""
+class Lora(Part):
+    """LoRA adapters, for train.method: lora."""
 
-    of: list[Variant] = Field(["base"], min_length=1, max_length=1)
-    keep: Literal["shortest", "all"] = "shortest"
-    """Of the right answers to a problem."""
-    min_tokens: int = Field(1, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    """Longer answers are left out."""
-    token_budget: int | None = Field(None, ge=1)
-    """Tokens of all kept answers together, at most; problems with the shortest answers come first."""
-
-
-class HeldoutLoss(_EvalEntry):
-    """Loss on the answers of the held-out samples."""
-
-    benchmark: Literal["heldout_loss"]
+    rank: Count = 16
+    """Rank of the adapters."""
+    alpha: Count = 32
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    targets: Annotated[list[Text], Field(min_length=1), EachOnce] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Names of the linear modules that get an adapter."""
+    layers: Literal["lazy", "all"] = "lazy"
+    """Layers that get adapters. lazy: the streaming layers alone."""
+    peft: dict[str, Any] = Field(default={})
+    """Further arguments of PEFT's LoraConfig, by their own names."""
 
 
-class HeldoutKL(_EvalEntry):
-    """KL(base || model) on the answers of the held-out samples: how far the hybrid's next tokens are from the base's."""
+def _with_question(text: str) -> str:
+    if "{question}" not in text:
+        raise value_fault("no place for the question", "write {question} where it goes")
+    return text
 
-    benchmark: Literal["heldout_kl"]
 
+class Prompt(Part):
+    """The prompt of a question, the same in training and evaluation."""
 
-Evaluation = Eval | HeldoutLoss | HeldoutKL
+    system: Text | None = None
+    """System turn. null: none, not even the one that a chat template inserts by default."""
+    user: Annotated[Text, AfterValidator(_with_question)] = "{question}"
+    """User turn. {question} is replaced; all other braces stay as they are."""
+    chat_template: Text | None = None
+    """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only one that stands
+    by itself before the first user turn is left out."""
 
 
 class Track(Part):
+    """Where metrics are logged, besides the run folder."""
+
     wandb: Literal["online", "offline", "off"] = "off"
+    """Mode of Weights & Biases. offline: upload later with `wandb sync`."""
     project: Text = "lt-train"
+    """Project of Weights & Biases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -339,39 +362,49 @@ class Track(Part):
 
 
 class Export(Part):
+    """The exported checkpoint."""
+
     dtype: Precision = "auto"
-    """auto: the base's own."""
+    """Dtype of the exported weights. auto: the base's own."""
+
+
+Evaluation = Eval | HeldoutLoss | HeldoutKL
 
 
 class Recipe(Part):
+    """A run: from a base model to an evaluated, exported hybrid."""
+
     name: Name
-    """The run lies in runs/<name>/."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    """Name of the run. Its folder is runs/<name>/."""
+    seed: Seed = 0
+    """Seed of everything that is drawn."""
     model: Model
     hybrid: Hybrid
     data: Data
     train: Train | None = None
-    """Absent: a training-free hybrid."""
+    """null: no training; the hybrid is evaluated and exported as converted."""
     lora: Lora | None = None
-    """Only with train.method lora; filled in with the defaults there."""
+    """Only with train.method: lora, where its defaults hold if it is not set."""
     prompt: Prompt = Prompt()
-    eval: list[Annotated[Eval | HeldoutLoss | HeldoutKL, Field(discriminator="benchmark")]] = Field(
-        [], json_schema_extra=MAY_CHANGE
-    )
-    sample: Sample | None = Field(None, json_schema_extra=MAY_CHANGE)
-    """What `lt-train sample` draws, to be trained on by another recipe."""
-    track: Track = Field(Track(), json_schema_extra=MAY_CHANGE)
-    export: Export = Field(Export(), json_schema_extra=MAY_CHANGE)
+    eval: list[Annotated[Evaluation, Field(discriminator="benchmark")]] = Field(default=[], json_schema_extra=MAY_CHANGE)
+    """Evaluations. Each names a benchmark, heldout_loss or heldout_kl, and has the settings of that kind."""
+    sample: Sample | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    """Answers that `lt-train sample` draws as training data for another recipe."""
+    track: Track = Field(default=Track(), json_schema_extra=MAY_CHANGE)
+    export: Export = Field(default=Export(), json_schema_extra=MAY_CHANGE)
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from twice("eval", [evaluation.name for evaluation in self.eval])
 
 
 def settings_that_may_change(part: type[Part] = Recipe, above: str = "") -> frozenset[str]:
     """Dotted paths of the settings, or of the whole parts, that may change in a begun run."""
     found: set[str] = set()
     for name, field in part.model_fields.items():
-        if _is_marked(field, MAY_CHANGE):
+        if is_marked(field, MAY_CHANGE):
             found.add(f"{above}{name}")
         else:
-            for inner in _parts_in(field.annotation):
+            for inner in parts_in(field.annotation):
                 found |= settings_that_may_change(inner, f"{above}{name}.")
     return frozenset(found)
 
@@ -381,7 +414,7 @@ def identity_of(part: Part) -> dict[str, Any]:
     settings = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if not (_is_marked(field, ADDED) and value == field.get_default(call_default_factory=True)):
+        if not (is_marked(field, ADDED) and value == field.get_default(call_default_factory=True)):
             settings[name] = _identity_of_value(value)
     return settings
 
@@ -390,15 +423,3 @@ def _identity_of_value(value: Any) -> Any:
     if isinstance(value, Part):
         return identity_of(value)
     return [_identity_of_value(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_marked(field: FieldInfo, marker: dict[str, JsonValue]) -> bool:
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and marker.items() <= extra.items()
-
-
-def _parts_in(annotation: Any) -> list[type[Part]]:
-    """Every part that an annotation such as `Train | None` mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, Part):
-        return [annotation]
-    return [part for inner in get_args(annotation) for part in _parts_in(inner)]

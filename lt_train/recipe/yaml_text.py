@@ -1,122 +1,170 @@
-"""From the text of a recipe, and `--set` overrides, to plain values; faults found on the way are kept, none is raised.
+"""From the text of a recipe, and `--set` overrides, to plain values; faults are collected, none is raised.
 
-YAML as `yaml.safe_load` reads it, with two differences: `1e-5` is a number (YAML 1.1 takes it for text), and a key
-given twice is a fault.
+YAML as `yaml.safe_load` reads it, with these differences. Numbers are those of YAML 1.2: `1e-5` is a number, and `012` and `1:30`
+are text (YAML 1.1 reads 10 and 90). A key that is given twice, a key that is not text and an explicit tag are faults.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
+
+from lt_train.recipe.faults import Fault
+from lt_train.runtime.errors import shortened, shown
 
 Path = tuple[str | int, ...]
 """Where a setting is: ("eval", 0, "limit")."""
 
+MOST_VALUES = 10_000
+"""More values than this, counting what an alias repeats, are refused: a few lines of aliases can stand for millions."""
+
+MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+
+DEEPEST = 50
+"""Levels of nesting. A value that contains itself by an alias is deeper than any."""
+
 
 def dotted(path: Path) -> str:
-    return ".".join(str(part) for part in path)
-
-
-@dataclass(frozen=True)
-class Fault:
-    path: Path
-    message: str
+    return ".".join(map(str, path))
 
 
 @dataclass
 class RecipeText:
-    """Values as written, where each was written ("line 7", "--set …"), and what was wrong with the writing."""
+    """Values as written, where each was written ("line 7", "--set"), and what was wrong with the writing."""
 
-    values: Any
+    values: Any = None
     origins: dict[Path, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
-    def origin(self, path: Path) -> str | None:
-        """Where `path`, or the nearest part around it, was written."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return None
+    def origin(self, setting: str) -> str | None:
+        """Where the setting with this dotted path, or the nearest part around it, was written."""
+        path = tuple(int(name) if name.isdecimal() and len(name) < 10 else name for name in setting.split("."))
+        found = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
+        return next(found, None)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` and `1E5` as numbers."""
+    """SafeLoader with the numbers of YAML 1.2."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+for tag, pattern in (
+    ("int", r"[-+]?(0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F]{1,16})$"),
+    ("float", r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list("-+.0123456789"))
 
 
 def read_recipe_text(text: str, overrides: Sequence[str] = ()) -> RecipeText:
     """Parse the YAML, then lay the overrides over it in their order."""
-    recipe = _parse(text)
-    if isinstance(recipe.values, dict):
-        for override in overrides:
-            _lay_over(recipe, override)
-    return recipe
-
-
-def parse_yaml(text: str) -> Any:
-    """One YAML value.
-
-    Raises:
-        ValueError: not YAML, or a value that Python cannot hold, with a one-line reason.
-    """
-    return _construct(_compose(text))
-
-
-def _parse(text: str) -> RecipeText:
-    recipe = RecipeText(values=None)
+    recipe = RecipeText()
     try:
-        node = _compose(text)
-        keys = list(_keys(node, (), frozenset()))  # before constructing, which writes what `<<` merges into the nodes
-        recipe.values = _construct(node)
+        recipe.values = _read(text, recipe)
     except ValueError as error:
         recipe.faults.append(Fault((), str(error)))
         return recipe
     if not isinstance(recipe.values, dict):
         found = "is empty" if recipe.values is None else f"holds a {type(recipe.values).__name__}"
-        recipe.faults.append(Fault((), f"the file {found}; a recipe is a mapping that starts with `name:`"))
+        recipe.faults.append(Fault((), f"the file {found}", "write a mapping of settings that starts with `name:`"))
         return recipe
-    for path, key in keys:
-        line = key.start_mark.line + 1
-        if path in recipe.origins:
-            recipe.faults.append(Fault(path, f"given twice, first on {recipe.origins[path]}, then on line {line}; keep one"))
-        else:
-            recipe.origins[path] = f"line {line}"
+    for override in overrides:
+        _lay_over(recipe, override)
     return recipe
 
 
-def _compose(text: str) -> yaml.Node | None:
+def _read(text: str, recipe: RecipeText, at: Path = (), origin: str = "") -> Any:
+    """The value that `text` holds. What is found on the way goes into `recipe`.
+
+    Args:
+        at: where the value will stand in the recipe.
+        origin: where the text comes from; empty: from the file, whose lines are recorded.
+
+    Raises:
+        ValueError: not YAML, or a value that Python cannot hold, with a one-line reason.
+    """
     try:
-        return yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        for count, (path, inner) in enumerate(_nodes(node, at), start=1):
+            if count > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES:,} values, counting those that aliases repeat")
+            _check_tag(loader, inner, path, recipe, origin)
+            if isinstance(inner, yaml.MappingNode):
+                _check_names(inner, path, recipe, origin)
+            elif isinstance(inner, yaml.SequenceNode) and not origin:
+                recipe.origins |= {(*path, index): _line(item) for index, item in enumerate(inner.value)}
+        return _unshared(loader.construct_document(node))
     except yaml.YAMLError as error:
         raise ValueError(_reason(error)) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def _construct(node: yaml.Node | None) -> Any:
-    """Node -> value. Besides YAML's errors the constructors raise ValueError, for example on the date 2024-13-45."""
-    loader = _Loader("")
-    try:
-        return None if node is None else _unshared(loader.construct_document(node))
-    except yaml.YAMLError as error:
-        raise ValueError(_reason(error)) from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    finally:
-        loader.dispose()
+def _nodes(node: yaml.Node, path: Path) -> Iterator[tuple[Path, yaml.Node]]:
+    """Every value with its path, those that an alias repeats each time."""
+    if len(path) > DEEPEST:
+        raise ValueError("nested too deeply")
+    yield path, node
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _nodes(item, (*path, index))
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _nodes(value, (*path, _name(name)))
+
+
+def _check_tag(loader: _Loader, node: yaml.Node, path: Path, recipe: RecipeText, origin: str) -> None:
+    """Report an explicit tag, and read the value as if there were none."""
+    plain = getattr(node, "style", None) is None
+    expected = loader.resolve(type(node), node.value, (plain, not plain))
+    if node.tag != expected:
+        tag = shortened(node.tag.replace("tag:yaml.org,2002:", "!!"))
+        recipe.faults.append(
+            Fault((dotted(path),), f"tag {tag} is not read", "remove it, and put text in quotes", origin or _line(node))
+        )
+        node.tag = expected
+    if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+        raise ValueError(f"{dotted(path)}: {shown(node.value)}: half of a character (a lone surrogate)")
+
+
+def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin: str) -> None:
+    """Record where each setting is written; report and remove names that are not text."""
+    kept, seen = [], {}
+    for name, value in node.value:
+        here, where = dotted((*path, _name(name))), origin or _line(name)
+        if name.tag == MERGE:
+            kept.append((name, value))
+        elif name.tag != TEXT:
+            recipe.faults.append(Fault((here,), "the name of a setting is not text", "put it in quotes", where))
+        else:
+            kept.append((name, value))
+            if name.value in seen:
+                twice = Fault((here,), f"given twice, first on {seen[name.value]}", "keep one", where)
+                recipe.faults.append(twice)
+            seen.setdefault(name.value, where)
+            if not origin:
+                recipe.origins[(*path, name.value)] = where
+    node.value = kept
+
+
+def _name(node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else "?"
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 def _unshared(value: Any) -> Any:
-    """Copy what an alias repeats, so that an override changes one place and not its twins.
-
-    A value inside itself recurses too deeply.
-    """
+    """A copy in which what an alias repeats is written out, so that an override changes one place and not its duplicates."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -132,59 +180,37 @@ def _reason(error: yaml.YAMLError) -> str:
     return f"not YAML: {what}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
-def _keys(node: yaml.Node | None, path: Path, above: frozenset[int]) -> Iterator[tuple[Path, yaml.Node]]:
-    """Every key and list entry with its path. `above` are the nodes around this one: an alias may lead back to them."""
-    if node is None or id(node) in above:
-        return
-    above = above | {id(node)}
-    if isinstance(node, yaml.SequenceNode):
-        for index, entry in enumerate(node.value):
-            yield (*path, index), entry
-            yield from _keys(entry, (*path, index), above)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                yield (*path, key.value), key
-                yield from _keys(value, (*path, key.value), above)
-
-
 def _lay_over(recipe: RecipeText, override: str) -> None:
-    """Apply one `a.b.0.c=value`. Parts absent on the way are made; the schema says later whether they may be."""
-    dotted_path, equals, text = override.partition("=")
-    names = [name.strip() for name in dotted_path.split(".")]
+    """Apply one `a.b.0.c=value`. Parts absent on the way are made; the schema decides later whether they may be."""
+    setting, equals, text = override.partition("=")
+    names = [name.strip() for name in setting.split(".")]
+
+    def refuse(problem: str, fix: str = "", at: tuple[str, ...] = (".".join(names),)) -> None:
+        recipe.faults.append(Fault(at, problem, fix, "--set"))
+
     if not equals or not all(names):
-        recipe.faults.append(Fault((), f"--set {override}: write it as --set part.setting=value"))
-        return
-    try:
-        value = parse_yaml(text)
-    except ValueError as error:
-        recipe.faults.append(Fault(tuple(names), f"--set {override}: the value is {error}"))
-        return
-    at, path = recipe.values, ()
+        return refuse(f"{shown(override)}: not an override", "write it as --set part.setting=value", at=())
+    around: Any = recipe.values
+    path: Path = ()
     for depth, name in enumerate(names):
-        last = depth == len(names) - 1
-        if isinstance(at, list):
-            if not name.isdecimal() or int(name) >= len(at):
-                have = f"its entries are 0 to {len(at) - 1}" if at else "it is empty"
-                recipe.faults.append(Fault((*path, name), f"--set {override}: {dotted(path)} is a list and {have}"))
-                return
-            key: str | int = int(name)
-        elif isinstance(at, dict):
-            key = name
+        if isinstance(around, list):
+            index = next((at for at in range(len(around)) if str(at) == name), None)
+            if index is None:
+                have = f"has the items 0 to {len(around) - 1}" if around else "is empty"
+                return refuse(f"the list {dotted(path)} {have}", "name one of its items")
+            path = (*path, index)
+        elif isinstance(around, dict):
+            path = (*path, name)
         else:
-            recipe.faults.append(Fault(path, f"--set {override}: {dotted(path)} is {at!r}; it has no settings inside"))
-            return
-        path = (*path, key)
-        if last:
-            _forget_origins(recipe, path)
-            at[key] = value
-        else:
-            if isinstance(at, dict) and at.get(key) is None:
-                at[key] = {}
-            at = at[key]
-    recipe.origins[path] = "--set"
-
-
-def _forget_origins(recipe: RecipeText, path: Path) -> None:
-    for known in [known for known in recipe.origins if known[: len(path)] == path]:
-        del recipe.origins[known]
+            return refuse(f"{dotted(path)} is {shown(around)}, which has no settings inside", "set it as a whole")
+        if depth == len(names) - 1:
+            break
+        if isinstance(around, dict) and around.get(path[-1]) is None:
+            around[path[-1]] = {}
+        around = around[path[-1]]
+    try:
+        value = _read(text, recipe, path, "--set")
+    except ValueError as error:
+        return refuse(f"{shown(text)}: {error}")
+    around[path[-1]] = value
+    recipe.origins = {known: line for known, line in recipe.origins.items() if known[: len(path)] != path} | {path: "--set"}

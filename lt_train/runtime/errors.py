@@ -1,4 +1,10 @@
-"""Errors that are the user's to mend: shown without a traceback, exit code 2. Anything else is a bug and keeps its traceback."""
+"""Errors that a user can fix: shown without a traceback, exit code 2. Anything else is a bug and keeps its traceback."""
+
+import reprlib
+from datetime import date
+
+LONGEST = 60
+"""Characters of a name or value in a message."""
 
 
 class UserError(Exception):
@@ -6,3 +12,34 @@ class UserError(Exception):
 
     The message names the setting or file, the value, the reason and the fix.
     """
+
+
+class _Yaml(reprlib.Repr):
+    """Python's repr with an upper length, and YAML's words for its constants and dates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = LONGEST
+        self.maxlevel = 3
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+    def repr_date(self, value: date, level: int) -> str:
+        return str(value)
+
+    repr_datetime = repr_date
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+
+shown = _Yaml().repr
+"""A value as a message writes it."""
+
+
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """A name as a message writes it: its middle cut out, and escaped where it does not print."""
+    half = longest // 2
+    cut = name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+    return cut if cut.isprintable() else shown(cut)

@@ -1,13 +1,14 @@
 """Where a model or a data set comes from: a hub id, a local folder or a file, by one name in the recipe."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.files import read_json_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
@@ -24,15 +25,17 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: neither; it says where it looked.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = _local(name)
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UserError(f"{name}: this folder holds no model: there is no {(path / 'config.json').absolute()}")
         return str(path)
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{name}: {path.absolute()} is a file; name the folder that holds config.json and the weights")
     if not _may_be_hub_id(name):
-        raise UserError(f"{name}: there is no folder {path.absolute()}, and a hub id looks like owner/name")
+        raise UserError(
+            f"{shortened(name)}: there is no folder {shortened(str(path.absolute()))}, and a hub id looks like owner/name"
+        )
     return name
 
 
@@ -42,13 +45,14 @@ def resolve_data(name: str) -> Path | str:
     Raises:
         UserError: neither, or a file of a kind that is not read; it says where it looked.
     """
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix not in DATA_SUFFIXES:
+    path = _local(name)
+    if os.path.isfile(path) and path.suffix not in DATA_SUFFIXES:
         raise UserError(f"{name}: a data file ends in {', '.join(DATA_SUFFIXES)}, not in {path.suffix or 'nothing'}")
-    if path.exists():
+    if os.path.exists(path):
         return path
     if not _may_be_hub_id(name) or path.suffix in DATA_SUFFIXES:
-        raise UserError(f"{name}: there is no file or folder {path.absolute()}, and a hub id looks like owner/name")
+        where = shortened(str(path.absolute()), 300)
+        raise UserError(f"{shortened(name)}: there is no file or folder {where}, and a hub id looks like owner/name")
     return name
 
 
@@ -66,6 +70,11 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, subse
     resolved = resolve_data(source)
     rows = _local_rows(resolved, split) if isinstance(resolved, Path) else _hub_rows(resolved, split, subset)
     return islice(rows, limit)
+
+
+def _local(name: str) -> Path:
+    """`name` as a path. `~` of an unknown user stays as it is; os.path answers False for a name that no file can have."""
+    return Path(os.path.expanduser(name))
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -1,0 +1,196 @@
+"""The parts of a recipe that evaluate or sample a model."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from lt_train.benchmarks import BENCHMARKS, answer_tokens
+from lt_train.recipe.faults import Fault
+from lt_train.recipe.part import MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text
+from lt_train.recipe.reasoning_tags import THINK
+
+if TYPE_CHECKING:
+    BenchmarkName = str
+else:
+    BenchmarkName = Literal[tuple(BENCHMARKS)]
+
+Variant = Literal["base", "converted", "trained"]
+"""A model to evaluate: the base model, the hybrid before training, the hybrid after training."""
+
+HELDOUT = ("heldout_loss", "heldout_kl")
+"""Evaluations that generate no answers."""
+
+
+class EvalConfig(Part):
+    """What all evaluations have in common."""
+
+    batch_size: Count = 16
+    """Samples in one forward pass."""
+    limit: Count | None = None
+    """Number of problems (held-out samples), from the first. null: all."""
+    of: Annotated[list[Variant], Field(min_length=1), EachOnce] | None = None
+    """Models to evaluate. Default: [trained], or [converted] in a recipe without training."""
+    name: Name | None = None
+    """Folder of the results, unique in a recipe. Default: the benchmark's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_its_benchmark(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("benchmark"), str):
+            return {**values, "name": values["benchmark"]}
+        return values
+
+
+class Recall(Part):
+    """The problems of needle, passkey and copying."""
+
+    lengths: Annotated[list[Count], Field(min_length=1), EachOnce] = Field(default=[2048, 4096, 8192])
+    """Lengths of the user's turn, in tokens of the model's tokenizer."""
+    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), EachOnce] = Field(
+        default=[0.0, 0.25, 0.5, 0.75, 1.0]
+    )
+    """Positions of what must be found, as fractions of the text before it."""
+    repeats: Count = 2
+    """Number of problems for each length and depth."""
+    keys: int = Field(default=1, ge=1, le=64)
+    """needle: number of needles in the text. One of them is asked for."""
+    span: Count = 128
+    """copying: number of tokens to copy."""
+
+
+class Eval(EvalConfig):
+    """Problems that are solved by generation and graded."""
+
+    benchmark: BenchmarkName
+    """What is measured."""
+    batch_size: Count = 64
+    """Largest number of sequences that generate at a time. `kv_budget` may hold fewer."""
+    path: Text | None = None
+    """Local file or hub id to use instead of the benchmark's own source. For needle, passkey and copying: a folder of texts to hide
+    things in."""
+    samples: Count = 1
+    """Number of answers to each problem."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature. 0: greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the fewest most likely tokens whose probabilities reach this sum. 1: all."""
+    top_k: Natural = 0
+    """Sample from this number of most likely tokens. 0: all."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from tokens that have at least this fraction of the most likely token's probability. 0: all."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Penalty of tokens that the sequence holds already (arXiv 1909.05858). 1: none."""
+    stop: list[Text] = Field(default=[])
+    """Strings that end an answer, besides the model's own stop tokens."""
+    max_new_tokens: Count | None = None
+    """Tokens of an answer, at most. null: the benchmark's own limit, where it has one."""
+    max_prompt_tokens: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    """LongBench: tokens of a text, at most. Longer texts lose their middle. null: what the model's context leaves."""
+    thinking_budget: Count | None = None
+    """Tokens of reasoning, at most. Reasoning that is longer is closed with `thinking_close`. null: no limit."""
+    thinking_close: Text = f"{THINK.gap}{THINK.closing}\n\n"
+    """Text that closes the reasoning where `thinking_budget` ends it."""
+    recall: Recall | None = None
+    """The problems of needle, passkey and copying. null: the defaults of its settings."""
+    seed: Seed | None = None
+    """Seed of the sampling. null: the recipe's seed."""
+    backend: Literal["hybrid", "openai"] = "hybrid"
+    """What generates. hybrid: the built-in engine. openai: servers with an OpenAI-compatible API that serve the exported
+    checkpoint."""
+    servers: list[Text] = Field(default=[])
+    """Addresses of the servers, such as http://localhost:8000. All serve the same model."""
+    served_model: Text | None = None
+    """Name under which the servers serve the model. null: the only one there."""
+    concurrency: Count = 64
+    """Requests in flight at each server."""
+    timeout: float = Field(default=7200, gt=0, le=MOST)
+    """Seconds that one answer of a server may take."""
+    stall: float = Field(default=600, gt=0, le=MOST)
+    """Seconds without a further token after which an answer of a server counts as failed."""
+    kv_budget: Bytes | None = None
+    """Memory for the KV cache, such as 8GiB. Sequences that do not fit wait. null: most of what is free."""
+    prefill_chunk: Count = 2048
+    """Prompt tokens in one forward pass."""
+    allow_partial: bool = False
+    """Score the samples there are when some are missing, and mark the score as partial."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from self._benchmark()
+        yield from self._backend()
+        for name in ("top_p", "top_k", "min_p", "samples"):
+            value = getattr(self, name)
+            if self.temperature == 0 and value != type(self).model_fields[name].default:
+                problem = "greedy answers are all equal" if name == "samples" else f"greedy decoding ignores {name}"
+                fix = f"set samples to 1 instead of {value}" if name == "samples" else f"remove {name}"
+                yield Fault((name, "temperature"), problem, f"{fix}, or set temperature above 0")
+
+    def _benchmark(self) -> Iterator[Fault]:
+        """What a benchmark leaves to the recipe, and what it does not know."""
+        benchmark = BENCHMARKS[self.benchmark]
+        if not benchmark.generated and benchmark.source is None and self.path is None:
+            yield Fault(("path",), f"missing; {benchmark.name} has no data of its own", "name a file")
+        if self.recall is not None and not benchmark.generated:
+            yield Fault(("recall",), f"the problems of {benchmark.name} are read, not generated", "remove it")
+        elif self.recall is not None:
+            for name, field in Recall.model_fields.items():  # in a resolved recipe all are given
+                if name not in benchmark.recall_settings and getattr(self.recall, name) != field.default:
+                    yield Fault((f"recall.{name}",), f"unknown setting of {benchmark.name}", "remove it")
+        if self.max_prompt_tokens is not None and not benchmark.truncate_middle:
+            yield Fault(("max_prompt_tokens",), f"problems of {benchmark.name} are never truncated", "remove it")
+        if self.max_new_tokens is None and answer_tokens(benchmark) is None:
+            fix = "set the tokens of the longest answer"
+            yield Fault(("max_new_tokens",), f"missing; {benchmark.name} has no limit of its own", fix)
+        if None not in (self.thinking_budget, self.max_new_tokens) and self.thinking_budget >= self.max_new_tokens:
+            problem, fix = "no tokens are left for the answer behind the reasoning", "raise max_new_tokens above thinking_budget"
+            yield Fault(("thinking_budget", "max_new_tokens"), problem, fix)
+
+    def _backend(self) -> Iterator[Fault]:
+        if self.backend == "hybrid":
+            if self.servers:
+                yield Fault(("servers", "backend"), "the built-in engine queries no servers", "set backend to openai")
+            return
+        if not self.servers:
+            yield Fault(("servers", "backend"), "no server is named", "list them, such as [http://localhost:8000]")
+        if len(self.of or []) > 1:
+            yield Fault(("of", "backend"), "servers serve one model", "evaluate each variant in an item of its own")
+        if self.thinking_budget is not None:
+            yield Fault(("thinking_budget", "backend"), "a server cannot close the reasoning", "set backend to hybrid")
+
+
+class Sample(Eval):
+    """Answers that are drawn to train on: settings as of an evaluation, of one model."""
+
+    of: list[Variant] = Field(default=["base"], min_length=1, max_length=1)
+    """The model that answers."""
+    keep: Literal["shortest", "all"] = "shortest"
+    """Which of the correct answers to a problem are kept."""
+    min_tokens: Count = 1
+    """Tokens of an answer, at least. Shorter ones are left out."""
+    max_tokens: Count | None = None
+    """Tokens of an answer, at most. Longer ones are left out."""
+    token_budget: Count | None = None
+    """Tokens of all kept answers together, at most. Problems with the shortest answers come first."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            yield Fault(("max_tokens", "min_tokens"), "max_tokens is below min_tokens", "swap them")
+
+
+class HeldoutLoss(EvalConfig):
+    """Loss on the answers of the held-out samples."""
+
+    benchmark: Literal["heldout_loss"]
+    """What is measured."""
+
+
+class HeldoutKL(EvalConfig):
+    """KL(base || model) on the answers of the held-out samples: how far the hybrid's next tokens are from the base's."""
+
+    benchmark: Literal["heldout_kl"]
+    """What is measured."""
+
+    def conflicts(self) -> Iterator[Fault]:
+        if "base" in (self.of or []):
+            yield Fault(("of",), "heldout_kl compares with the base, whose divergence from itself is 0", "remove base")

@@ -1,0 +1,113 @@
+"""What all parts of a recipe share: strictness, bounded types, conflicts between settings and markers on them."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Self, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from lt_train.recipe.faults import Fault
+
+MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
+"""`json_schema_extra` of a setting that may change in a begun run; the stages redo what depends on it."""
+
+ADDED: dict[str, JsonValue] = {"added": True}
+"""`json_schema_extra` of a setting that runs of before do not have. At its default it enters no fingerprint, so they resume."""
+
+MOST = 10**12
+"""Upper bound of every count: more tokens, steps or samples are a slip of the keyboard."""
+
+Item = TypeVar("Item")
+
+
+def value_fault(problem: str, fix: str) -> PydanticCustomError:
+    """What a validator raises about one setting."""
+    return PydanticCustomError("fault", "{problem}. Fix: {fix}", {"problem": problem, "fix": fix})
+
+
+def _each_once(items: list[Item]) -> list[Item]:
+    repeated = [item for at, item in enumerate(items) if item in items[:at]]
+    if repeated:
+        raise value_fault(f"{repeated[0]} is listed twice", "list it once")
+    return items
+
+
+def _short(size: Any) -> Any:
+    """pydantic cannot parse a size of hundreds of digits."""
+    if len(str(size)) > 30:
+        raise value_fault("not a size in bytes", "write a number and a unit, such as 8GiB")
+    return size
+
+
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+"""A count that may be 0."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Bytes = Annotated[ByteSize, BeforeValidator(_short), Field(ge=1, le=MOST * 1024)]
+EachOnce = AfterValidator(_each_once)
+"""Refuses a list that holds an item twice."""
+
+COLLECTING = object()
+"""`context` of a validation whose caller collects the conflicts of all parts; without it the first one is raised."""
+
+
+class Part(BaseModel):
+    """One mapping of settings. Unknown names, wrong types and conflicts between its settings are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Settings of this part that contradict each other; their paths count from this part."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _without_conflicts(self, info: ValidationInfo) -> Self:
+        conflict = None if info.context is COLLECTING else next(self.conflicts(), None)
+        if conflict is not None:
+            raise value_fault(f"{' + '.join(conflict.settings)}: {conflict.problem}", conflict.fix)
+        return self
+
+
+def twice(where: str, names: list[str | None]) -> Iterator[Fault]:
+    """Two items of the list `where` that have one name."""
+    for at, name in enumerate(names):
+        if (first := names.index(name)) < at:
+            problem = f"two items are named {name}"
+            yield Fault((f"{where}.{at}.name", f"{where}.{first}.name"), problem, "give one of them another name")
+
+
+def is_marked(field: FieldInfo, marker: dict[str, JsonValue]) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and marker.items() <= extra.items()
+
+
+def parts_in(annotation: Any) -> list[type[Part]]:
+    """Every part that an annotation such as `list[Annotated[Eval | HeldoutLoss, …]] | None` mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return [annotation]
+    return [part for inner in get_args(annotation) for part in parts_in(inner)]
+
+
+def all_parts(value: Any, path: str = "") -> Iterator[tuple[str, Part]]:
+    """A part and those inside it, each with its dotted path from there."""
+    if isinstance(value, Part):
+        yield path, value
+        inner = ((name, getattr(value, name)) for name in type(value).model_fields)
+    else:
+        inner = enumerate(value) if isinstance(value, list) else ()
+    for name, item in inner:
+        yield from all_parts(item, f"{path}.{name}" if path else str(name))
