@@ -10,17 +10,18 @@ from .mask import streaming_visible
 
 
 def masked_attention(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, visible_BQK: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling * q k^T where visible) v, computed in the inputs' dtype with a float32 softmax. Returns out_BHQD.
+    """softmax(scaling * q k^T where visible) v, computed in fp32 or better. Returns out_BHQD in the inputs' dtype.
 
     `visible_BQK` may have batch 1. Each query must see at least one key.
     """
     groups = q_BHQD.shape[1] // k_BGKD.shape[1]
-    k_BHKD = k_BGKD.repeat_interleave(groups, dim=1)
-    v_BHKD = v_BGKD.repeat_interleave(groups, dim=1)
-    scores_BHQK = scaling * (q_BHQD @ k_BHKD.transpose(-1, -2))
-    scores_BHQK = scores_BHQK.masked_fill(~visible_BQK[:, None], float("-inf"))
-    accumulate = torch.promote_types(scores_BHQK.dtype, torch.float32)
-    return scores_BHQK.softmax(dim=-1, dtype=accumulate).to(v_BHKD.dtype) @ v_BHKD
+    precise = torch.promote_types(q_BHQD.dtype, torch.float32)
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        k_BHKD = k_BGKD.to(precise).repeat_interleave(groups, dim=1)
+        v_BHKD = v_BGKD.to(precise).repeat_interleave(groups, dim=1)
+        scores_BHQK = scaling * (q_BHQD.to(precise) @ k_BHKD.transpose(-1, -2))
+        scores_BHQK = scores_BHQK.masked_fill(~visible_BQK[:, None], float("-inf"))
+        return (scores_BHQK.softmax(dim=-1) @ v_BHKD).to(q_BHQD.dtype)
 
 
 def reference_streaming_attention(

@@ -41,10 +41,10 @@ class StepView(AttentionView):
         layer.values[indices.row_B, :, indices.entry_B] = v_BGD
         used = min(max(self.lengths) + 1, layer.keys.shape[2])
         k_BGWD, v_BGWD = layer.keys[:rows, :, :used], layer.values[:rows, :, :used]
-        weights_BGRW = scaling * (q_BGRD @ k_BGWD.transpose(-1, -2))
+        weights_BGRW = scaling * _product(q_BGRD, k_BGWD.transpose(-1, -2))
         if indices.empty_BW is not None:
             weights_BGRW = weights_BGRW.masked_fill(indices.empty_BW[:, None, None, :used], float("-inf"))
-        return weights_BGRW.softmax(-1, dtype=_precise(q_BGRD)).to(v_BGWD.dtype) @ v_BGWD
+        return _product(weights_BGRW.softmax(-1), v_BGWD).to(q_BGRD.dtype)
 
     def _paged(self, layer: PagedLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
         """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax."""
@@ -53,7 +53,7 @@ class StepView(AttentionView):
         layer.values[indices.newest_B, :, indices.offset_B] = v_BGD
         k_NGPD, v_NGPD = layer.keys[:pages], layer.values[:pages]
         q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[indices.owner_N]
-        logits_NGRP = scaling * (q_NGRD @ k_NGPD.transpose(-1, -2)).to(_precise(q_BGRD))
+        logits_NGRP = scaling * _product(q_NGRD, k_NGPD.transpose(-1, -2))
         logits_NGRP[indices.partial_M] = logits_NGRP[indices.partial_M].masked_fill(indices.empty_MP[:, None, None], float("-inf"))
         largest_NGR = logits_NGRP.amax(-1)
         shape = (rows + 1, *largest_NGR.shape[1:])
@@ -62,7 +62,7 @@ class StepView(AttentionView):
         largest_BGR[rows] = 0  # nobody's pages: whatever is finite
         weights_NGRP = (logits_NGRP - largest_BGR[indices.owner_N].unsqueeze(-1)).exp_()
         total_BGR = largest_NGR.new_zeros(shape).index_add(0, indices.owner_N, weights_NGRP.sum(-1))
-        part_NGRD = (weights_NGRP.to(v_NGPD.dtype) @ v_NGPD).to(_precise(q_BGRD))
+        part_NGRD = _product(weights_NGRP, v_NGPD)
         sum_BGRD = part_NGRD.new_zeros(*shape, part_NGRD.shape[-1]).index_add(0, indices.owner_N, part_NGRD)
         return (sum_BGRD[:rows] / total_BGR[:rows].unsqueeze(-1)).to(q_BGRD.dtype)
 
@@ -72,9 +72,14 @@ class StepView(AttentionView):
         return self._on_device[device]
 
 
-def _precise(x: Tensor) -> torch.dtype:
-    """In which numbers a softmax over `x` is made: fp32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
+    """The matrix product in fp32 or better, with b in bf16 and fp16 too: rounded to those, large scores would shift the softmax."""
+    if b_BGKC.dtype not in (torch.bfloat16, torch.float16):
+        return a_BGRK @ b_BGKC
+    if b_BGKC.is_cuda:
+        product_NRC = torch.bmm(a_BGRK.flatten(0, 1).to(b_BGKC.dtype), b_BGKC.flatten(0, 1), out_dtype=torch.float32)
+        return product_NRC.unflatten(0, a_BGRK.shape[:2])
+    return a_BGRK.float() @ b_BGKC.float()
 
 
 @dataclass

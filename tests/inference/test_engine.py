@@ -62,8 +62,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pages of 8 tokens: short sequences then have several."""
-    for module in ("store", "views"):
-        monkeypatch.setattr(f"lt_train.generation.{module}.PAGE", 8)
+    for module in ("kv_store", "views"):
+        monkeypatch.setattr(f"lt_train.inference.{module}.PAGE", 8)
     yield
 
 
