@@ -43,6 +43,7 @@ from lt_train.training.dataset import examples_fingerprint, training_dataset
 from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
+from lt_train.training.interruption import SaveOnSigterm
 from lt_train.training.log import LOG_FILE, read_log
 from lt_train.training.probes.launching import Probes, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe
@@ -91,6 +92,7 @@ def train(
 
     Raises:
         UserError: a setting TRL or PEFT refuses, a folder trained with other settings, a loss that is NaN.
+        Interrupted: SIGTERM came, and the checkpoint of the step in progress is saved or could not be.
     """
     assert recipe.train is not None, "the pipeline trains only recipes with a `train` part"
     config = sft_config(recipe, recipe.train, out)  # first: it starts the processes' communication
@@ -107,8 +109,10 @@ def train(
             if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
                 trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
                 trainer.distillation = _distillation(recipe, trainer, load_model, example_set, spec, teacher)
-                _add_callbacks(trainer, recipe, settings, best, probes, TrainingLog(out, tracker))
-                _run(trainer, checkpoint, report)
+                save_on_sigterm = SaveOnSigterm(out)
+                _add_callbacks(trainer, recipe, settings, best, probes, save_on_sigterm, TrainingLog(out, tracker))
+                with save_on_sigterm.handling():
+                    _run(trainer, checkpoint, report)
             if probes is not None:
                 probes.wait()
         finally:
@@ -170,6 +174,7 @@ def _add_callbacks(
     settings: Settings,
     best: Best | None,
     probes: Probes | None,
+    save_on_sigterm: SaveOnSigterm,
     log: TrainingLog,
 ) -> None:
     """In the order in which they must come."""
@@ -177,6 +182,7 @@ def _add_callbacks(
     keeps_best_loss = best is not None and best.metric == EVAL_LOSS
     trainer.add_callback(DueAfterStep(probes, evaluate_checkpoints=keeps_best_loss))
     trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
+    trainer.add_callback(save_on_sigterm)
     if keeps_best_loss:
         trainer.add_callback(KeepBestLoss(best))
     if probes is not None:

@@ -6,6 +6,7 @@ python -m tests.support.tiny_training FOLDER '{"train": {"max_steps": 3}}' [FOLD
 import argparse
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ class CutAt(NoTracker):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if step == self.step:
             raise Cut
+
+
+class SignalAt(NoTracker):
+    """Sends SIGTERM to this process while a step is logged."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step == self.step:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What two processes that train together do when one of them meets NaN, and while a checkpoint is probed."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from lt_train.training.checkpoints import fault_of
 from lt_train.training.probes.results import read_probes
 from tests.support.broken_training import BAD
 from tests.support.generated_text import generated
@@ -40,6 +42,41 @@ training.seconds = 2.0
 print(training(max_steps=4).steps, training.started)
 """
 
+PREEMPTED = """
+import sys
+from pathlib import Path
+from tests.support.tiny_training import SignalAt, train_in
+from lt_train.runtime.interruption import Interrupted
+from lt_train.runtime.processes import leave
+
+try:
+    train_in(Path(sys.argv[1]), {"train": {"max_steps": 6, "save_steps": 100}}, SignalAt(3))  # the first process alone logs
+except Interrupted as stop:
+    print(stop)
+    leave(stop.exit_code)
+"""
+IN_A_COLLECTIVE = """
+import hashlib, os, sys
+from pathlib import Path
+from tests.support.tiny_training import load_tiny, train_in
+from lt_train.runtime.tracking import NoTracker
+
+def load(dtype):
+    model, passes = load_tiny(dtype), []
+
+    def stop_in_the_third_pass(*given):
+        passes.append(given)
+        if len(passes) == 3:
+            if os.environ["RANK"] == "0":
+                os._exit(1)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as in a collective, no Python code runs in the main thread
+
+    model.register_forward_hook(stop_in_the_third_pass)
+    return model
+
+train_in(Path(sys.argv[1]), {}, NoTracker(), load=load)
+"""
+
 ZERO3 = """
 import sys
 from pathlib import Path
@@ -65,8 +102,7 @@ write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), 
 """
 
 
-def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
-    """Exit code and output of each."""
+def start_two_processes(program: str, *arguments: Path) -> list[subprocess.Popen[str]]:
     shared = {
         **ENVIRONMENT,
         "WORLD_SIZE": "2",
@@ -74,7 +110,7 @@ def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
             env={**shared, "RANK": rank, "LOCAL_RANK": rank},
@@ -84,6 +120,11 @@ def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
         )
         for rank in ("0", "1")
     ]
+
+
+def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
+    """Exit code and output of each."""
+    processes = start_two_processes(program, *arguments)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
@@ -94,6 +135,25 @@ def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Pat
     assert [code for code, _ in ended] == [2, 2], ended
     told = [output.strip().splitlines()[-1] for _, output in ended]
     assert told[0] == told[1] and f": the loss is nan, on {BAD.where}. " in told[0]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_one_checkpoint_of_both(tmp_path: Path) -> None:
+    ended = in_two_processes(PREEMPTED, tmp_path / "run")
+    assert [code for code, _ in ended] == [143, 143], ended
+    assert [output.strip().splitlines()[-1] for _, output in ended] == ["stopped by SIGTERM; the checkpoint of step 4 is saved"] * 2
+    assert fault_of(tmp_path / "run/checkpoint-4") is None
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_process_that_waits_in_a_collective_for_one_that_has_ended(tmp_path: Path) -> None:
+    first, second = start_two_processes(IN_A_COLLECTIVE, tmp_path / "run")
+    try:
+        assert first.wait(timeout=200) == 1
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(timeout=10) == 143, second.communicate()
+    finally:
+        second.kill()
 
 
 @pytest.mark.slow
