@@ -35,7 +35,7 @@ def test_a_missing_deepspeed_package_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_processes_that_cannot_share_the_batch_are_told_before_anything_begins() -> None:
-    with pytest.raises(UserError, match=r"3 processes with train\.micro_batch_size 2 take 6 at a time"):
+    with pytest.raises(UserError, match=r"the 6 that 3 processes with train\.micro_batch_size 2 take at a time"):
         check({}, Process(0, 3, launched=True))
 
 
