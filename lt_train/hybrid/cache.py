@@ -59,6 +59,24 @@ class Rows:
         self.after_B = self.before_B + real_BT.sum(dim=1)
         self.shortest, self.longest = int(self.after_B.min()), int(self.after_B.max())
 
+    def check_same_columns(self, real_BK: Tensor) -> None:
+        """
+        Args:
+            real_BK: which of the columns so far a later mask shows.
+
+        Raises:
+            HybridError: it hides cached tokens, or shows columns that were padding when they were cached.
+        """
+        column_K = torch.arange(self.columns, device=real_BK.device)
+        differs_BK = real_BK != (column_K >= self.padding_B[:, None].to(real_BK.device))
+        if bool(differs_BK.any()):
+            row, column = differs_BK.nonzero()[0].tolist()
+            what = "shows padding" if bool(real_BK[row, column]) else "hides a token"
+            raise HybridError(
+                f"attention_mask: it {what} at row {row}, column {column}, and the cache was filled under another mask. Fix: pass "
+                "that mask with ones for the new tokens, or pass all tokens again with use_cache=False"
+            )
+
     @property
     def new_positions_BT(self) -> Tensor:
         """[B, T] position of each new column in its row; negative on padding."""

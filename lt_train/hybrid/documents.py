@@ -121,8 +121,8 @@ def find_documents(
         starts = real & (position_ids == 0)
     spans = _spans(real, starts)
     counted = _positions(spans, batch, length, device)
-    if position_ids is None and len(spans) > int(real.any(dim=1).sum()):
-        raise HybridError("attention_mask has a hole inside a row: real tokens must be contiguous. Pack by position_ids instead")
+    if position_ids is None or not torch.equal(counted[real], position_ids[real]):
+        _refuse_holes(real)
     if position_ids is not None and not torch.equal(counted[real], position_ids[real]):
         raise HybridError(
             "position_ids must count 0, 1, 2, … from the first real token of every document: sinks are the tokens at positions "
@@ -140,6 +140,16 @@ def _real_tokens(batch: int, length: int, device: torch.device, attention_mask: 
             f"[{batch}, {length}] and makes the masks of its layers itself"
         )
     return attention_mask.to(device).bool()
+
+
+def _refuse_holes(real: Tensor) -> None:
+    """generate() makes its position_ids from the mask: they are wrong because the mask is."""
+    runs_B = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(dim=1)
+    if bool((runs_B > 1).any()):
+        raise HybridError(
+            f"attention_mask: it has a hole in row {int((runs_B > 1).nonzero()[0])}, and real tokens must be contiguous. Fix: hide "
+            "padding on one side only, or pack documents by position_ids that restart at 0"
+        )
 
 
 def _spans(real: Tensor, starts: Tensor) -> tuple[tuple[int, int, int], ...]:

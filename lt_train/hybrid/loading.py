@@ -62,6 +62,7 @@ _NOT_CARRIED_OVER = {
     "use_sliding_window",
     "max_window_layers",
     "use_cache",
+    "output_attentions",
 }
 
 

@@ -5,9 +5,10 @@ Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. At
 loaded side by side, and no process-wide setting can switch the sinks off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,13 +157,13 @@ class HybridBody(OwnAttention):
                 f"attention_mask of shape {tuple(attention_mask.shape)}: with {cache.rows.columns} cached columns and {new} new "
                 f"ones it must be [{batch}, {columns}]"
             )
+        if attention_mask is not None:
+            cache.rows.check_same_columns(attention_mask[:, :-new].bool())
         cache.rows.advance(None if attention_mask is None else _padding(attention_mask[:, -new:]), batch, new, device)
         positions = cache.rows.new_positions_BT
         real = positions >= 0
         if position_ids is not None and not torch.equal(positions[real], position_ids.expand(batch, new)[real]):
-            raise HybridError(
-                "position_ids do not go on where the cache ends: positions count from each row's first real token. Leave them out"
-            )
+            raise _wrong_positions(cache, positions, position_ids.to(device).expand(batch, new))
         full = CachedFullView(cache)
         return Views(full, full if self.attends_fully else CachedStreamingView(cache), positions.clamp(min=0))
 
@@ -194,6 +195,7 @@ class HybridBody(OwnAttention):
             )
         if cu_seq_lens_q is not None and position_ids is None:
             raise HybridError("cu_seq_lens without position_ids: pass position_ids that restart at 0 with each packed document")
+        refuse_what_no_kernel_gives(kwargs)
         if isinstance(attention_mask, dict):
             raise HybridError(
                 "attention_mask is a dict of masks: a hybrid makes its own. Pass a padding mask [batch, tokens], or none"
@@ -350,6 +352,28 @@ def _padding(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
+
+
+def refuse_what_no_kernel_gives(asked: Mapping[str, Any]) -> None:
+    """Raises HybridError for arguments of a forward pass that transformers' models take and a hybrid would pass over in silence."""
+    lacks = {"output_attentions": "holds attention probabilities", "head_mask": "masks single heads"}
+    for name, ability in lacks.items():
+        if asked.get(name) is not None and asked[name] is not False:
+            raise HybridError(f"{name}: no kernel of a hybrid {ability}. Fix: leave it out")
+    if asked.get("is_causal") is False:
+        raise HybridError("is_causal: False: a hybrid's attention is causal. Fix: leave it out")
+
+
+def _wrong_positions(cache: HybridCache, positions_BT: Tensor, given_BT: Tensor) -> HybridError:
+    """generate() makes its position_ids from the mask: the mask is the likelier cause."""
+    row, column = ((positions_BT >= 0) & (positions_BT != given_BT)).nonzero()[0].tolist()
+    if cache.rows.before_B is not None and int(cache.rows.before_B[row]) == 0:
+        return HybridError(f"attention_mask: it hides every token of row {row}. Fix: leave the row out, or show its tokens")
+    return HybridError(
+        f"position_ids: row {row} goes on at {int(given_BT[row, column])}, its cache ends before {int(positions_BT[row, column])}: "
+        "positions count from each row's first real token. Fix: leave position_ids out; to generate(), pass the attention_mask of "
+        "the earlier passes with ones for the new tokens"
+    )
 
 
 def _no_continuous_batching() -> HybridError:

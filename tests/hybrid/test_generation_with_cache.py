@@ -171,3 +171,59 @@ def test_kv_entries_of_the_spec_are_those_of_the_cache(qwen3_config):
     model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
     model(torch.randint(2, 96, (1, 50)), **{CACHE_ARGUMENT: cache})
     assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50) == 50 + 3 * 9
+
+
+def passes(model, *masks, call="forward"):
+    """Tokens in as many passes as there are masks, each over all columns so far."""
+    cache, column = HybridCache(model.config.spec), 0
+    ids = torch.randint(2, 96, (len(masks[-1]), len(masks[-1][0])))
+    for mask in masks:
+        mask_BT = torch.tensor(mask)
+        if call == "generate" and mask is masks[-1]:
+            given = {"attention_mask": mask_BT, CACHE_ARGUMENT: cache}
+            return model.generate(ids, max_new_tokens=3, do_sample=False, **given)
+        new = ids[:, column : mask_BT.shape[1]]
+        logits = model(new, attention_mask=mask_BT, **{CACHE_ARGUMENT: cache}).logits
+        column = mask_BT.shape[1]
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("later", "cause"),
+    [([0, 0, 1, 1, 1, 1], "hides a token at row 1, column 1"), ([0, 1, 1, 0, 1, 1], "hides a token at row 1, column 3")],
+)
+def test_a_mask_that_hides_cached_tokens_is_refused(qwen3_config, later, cause, call):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match=f"attention_mask: it {cause}"):
+        passes(model, [[1, 1, 1, 1], [0, 1, 1, 1]], [[1] * 6, later], call=call)
+
+
+@torch.no_grad()
+def test_a_mask_that_shows_cached_padding_is_refused(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match="attention_mask: it shows padding at row 1, column 0"):
+        passes(model, [[1, 1], [0, 1]], [[1, 1, 1], [1, 1, 1]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mask", "cause"),
+    [
+        ([[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]], "attention_mask: it has a hole in row 1"),
+        ([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], "padding after a row's first real token.*padding_side"),
+        ([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], "attention_mask: it hides every token of row 1"),
+    ],
+)
+def test_generate_names_the_mask_that_it_made_its_positions_from(qwen3_config, mask, cause):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match=cause):
+        model.generate(torch.randint(2, 96, (2, 5)), attention_mask=torch.tensor(mask), max_new_tokens=3, do_sample=False)
+
+
+@torch.no_grad()
+def test_generate_names_the_mask_that_does_not_fit_the_cache(qwen3_config):
+    model = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match=r"row 1 goes on at 4, its cache ends before 2.*pass the attention_mask"):
+        passes(model, [[1, 1, 1, 1], [0, 0, 1, 1]], [[1] * 6, [1] * 6], call="generate")

@@ -181,6 +181,25 @@ def test_masks_and_packing_that_cannot_be_right_are_refused(qwen3_config):
         hybrid(ids, cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
+@pytest.mark.parametrize(("name", "value"), [("output_attentions", True), ("head_mask", torch.ones(4, 4)), ("is_causal", False)])
+def test_what_no_kernel_gives_is_refused(qwen3_config, name, value):
+    hybrid = build_hybrid(qwen3_config, SPEC).eval()
+    for model in (hybrid, hybrid.model):
+        with pytest.raises(HybridError, match=f"{name}: .* Fix: leave it out"):
+            model(tokens(1, 4), **{name: value})
+
+
+def test_generation_with_attention_probabilities_is_refused(qwen3_config):
+    hybrid = build_hybrid(qwen3_config, SPEC).eval()
+    with pytest.raises(HybridError, match="output_attentions"):
+        hybrid.generate(tokens(1, 4), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_a_base_that_asks_for_attention_probabilities_becomes_a_hybrid_that_does_not(qwen3_config):
+    asks = type(qwen3_config)(**{**qwen3_config.to_dict(), "output_attentions": True})
+    assert hybrid_config(asks, SPEC).output_attentions is False
+
+
 def test_layers_run_past_the_hybrids_forward_are_refused(qwen3_config):
     hybrid = build_hybrid(qwen3_config, SPEC)
     hidden, positions = torch.zeros(1, 4, 48), torch.arange(4)[None]
