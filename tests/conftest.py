@@ -10,7 +10,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SHARED_DATA = Path(os.environ.get("LT_TRAIN_SHARED_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+TESTS = Path(__file__).parent
+SHARED_DATA = Path(os.environ.get("LT_TRAIN_SHARED_DATA", TESTS / "../../shared/data")).resolve()
+
+
+FAST = (
+    "benchmarks/",
+    "dataset/",
+    "evaluation/grading/",
+    "evaluation/test_sample_records.py",
+    "evaluation/test_score_statistics.py",
+    "evaluation/test_scores.py",
+    "hybrid/test_blocked.py",
+    "hybrid/test_documents.py",
+    "pipeline/test_rejection_sampling.py",
+    "pipeline/test_run_folder.py",
+    "recipe/",
+    "runtime/",
+    "test_layout.py",
+    "test_readme.py",
+)
+"""The fast tier, `pytest -m fast`: files whose tests build no model and train nothing; a test that is marked slow is not in it."""
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +43,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    import torch
-
-    torch.manual_seed(0)
+    """Every test that uses torch starts from one seed; the others do not wait for its import."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -43,6 +63,24 @@ def lt_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
+def is_fast(path: Path) -> bool:
+    return path.relative_to(TESTS).as_posix().startswith(FAST)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m fast` imports the fast files alone: what the others import takes longer than the fast tests do."""
+    if config.option.markexpr != "fast":
+        return None
+    if collection_path.is_dir():
+        folder = f"{collection_path.relative_to(TESTS).as_posix()}/"
+        return None if folder.startswith(("./", *FAST)) or any(name.startswith(folder) for name in FAST) else True
+    return None if is_fast(collection_path) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: two processes then end at about the same time."""
+    for item in items:
+        if is_fast(item.path) and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+    # The longest file first: two processes then end at about the same time.
     items.sort(key=lambda item: item.path.name != "test_whole_path.py")
