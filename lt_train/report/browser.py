@@ -1,4 +1,4 @@
-"""The samples as data of the page: an index of all of them that the browser reads at once, and texts that it reads when asked."""
+"""The samples as data of the page: an index of all of them that the browser parses at once, and texts that it parses when shown."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,14 @@ from typing import Any
 from markupsafe import Markup
 
 from lt_train.evaluation.records import SampleRecord
+from lt_train.recipe.schema import BASE
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured, Run
 from lt_train.report.problems import KnownProblems
 from lt_train.report.samples import character_limit, parts, shortened
 
 PROBLEM_CHARACTERS = 20_000
-"""Of one problem's text; the rest of a longer one is left out in its middle."""
+"""Of one problem's text; the middle of a longer one is left out."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,18 @@ class SampleBrowser:
     """
     Attributes:
         data: JSON by the id of its script element: "index", "texts-0", "problems-0", …
-        limit: characters of one trace that are shown. cut: how many traces are longer.
+        limit: characters of one trace that are shown. shortened: number of traces that are longer.
         notes: what cannot be shown, and why.
     """
 
     data: Mapping[str, Markup]
     runs: tuple[str, ...]
     evaluations: tuple[str, ...]
-    variants: Mapping[str, str]
-    """By label: the class of its colour."""
+    variants: tuple[str, ...]
+    """Their labels."""
     count: int
     limit: int
-    cut: int
+    shortened: int
     notes: tuple[str, ...]
 
 
@@ -55,10 +56,10 @@ def sample_browser(runs: Sequence[Run]) -> SampleBrowser:
         data={"index": embedded(index), **data},
         runs=tuple(dict.fromkeys(each.run for each in shown)),
         evaluations=tuple(dict.fromkeys(each.result.evaluation for each in shown)),
-        variants={each.result.label: colour(each.result.variant) for each in shown},
+        variants=tuple(dict.fromkeys(each.result.label for each in shown)),
         count=sum(len(each.samples) for each in shown),
         limit=limit,
-        cut=sum(len(record.text) > limit for each in shown for record in each.samples),
+        shortened=sum(len(record.text) > limit for each in shown for record in each.samples),
         notes=tuple(notes(runs)),
     )
 
@@ -68,7 +69,7 @@ def sample_set(each: Measured, problems: int) -> dict[str, Any]:
         "run": each.run,
         "evaluation": each.result.evaluation,
         "variant": each.result.label,
-        "base": each.result.variant == "base",
+        "base": each.result.variant == BASE,
         "colour": colour(each.result.variant),
         "problems": problems,
         "samples": [sample_row(record) for record in each.samples],

@@ -1,172 +1,140 @@
-"""The charts that compare variants: accuracy against tokens, and how long right, wrong and cut answers are."""
+"""The charts that compare variants: accuracy against tokens, and how long correct, incorrect and truncated answers are."""
 
-import bisect
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
+from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, percent
-from lt_train.report.svg import (
-    DASHES,
-    Plot,
-    binary_ticks,
-    element,
-    labelled,
-    linear_ticks,
-    marker,
-    padded,
-    plot,
-    steps,
-    tooltip,
-)
+from lt_train.report.formatting import percent
+from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, to_svg
 from lt_train.runtime.units import format_tokens
 
 BINS_PER_DOUBLING = 4
-OUTCOMES = ("right", "wrong", "cut off")
-COLOURED = ("base", "converted", "trained", *(f"converted-by-{name}" for name in ("reach", "nll", "lazy_ratio", "periodic")))
-"""Variants that the style sheet has a colour for."""
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    label: str
-    colour: str
-    """A class of the style sheet."""
-    swatch: Markup
+OUTCOMES = {"correct": "trained", "incorrect": "incorrect", "truncated": "base"}
+"""Outcome of a sample -> the name of its colour."""
+VARIANT_COLOURS = {
+    BASE: "base",
+    CONVERTED: "converted",
+    TRAINED: "trained",
+    **{converted_by(strategy): strategy for strategy in ("reach", "nll", "lazy_ratio", "periodic")},
+}
+MARKERS = "osD^"
+DASHES = ("-", "--", ":", "-.")
+"""Markers and dashes tell runs apart; colours tell variants apart."""
+HEIGHT = 210.0
 
 
 @dataclass(frozen=True)
 class Chart:
     title: str
     caption: str
-    svg: Markup
-    legend: tuple[LegendEntry, ...] = ()
-    wide: bool = False
-    """Keeps its size on a narrow screen and is scrolled there."""
+    figure: Figure
+
+    @property
+    def svg(self) -> Markup:
+        return Markup(to_svg(self.figure, self.title))
 
 
 def colour(variant: str) -> str:
-    return f"v-{variant}" if variant in COLOURED else "v-other"
+    """The name of a variant's colour in the palette."""
+    return VARIANT_COLOURS.get(variant, "lazy_ratio")
 
 
 def name(each: Measured, several_runs: bool) -> str:
     return f"{each.run}: {each.result.label}" if several_runs else each.result.label
 
 
-def bases_first(rows: Sequence[Measured]) -> list[Measured]:
-    """In the order in which to draw: what comes later lies on top."""
-    return sorted(rows, key=lambda each: each.result.variant != "base")
+def below(each: Measured) -> bool:
+    """Whether to draw it below the others, and larger: the base stays visible where a hybrid is as good."""
+    return each.result.variant == BASE
 
 
-def radius_of(each: Measured) -> float:
-    """The base's point is larger and its line broader: both lie below the others and stay visible where a hybrid is as good."""
-    return 7.5 if each.result.variant == "base" else 5.0
-
-
-def line_of(each: Measured) -> str:
-    return "line under" if each.result.variant == "base" else "line"
-
-
-def legend(rows: Sequence[Measured], several_runs: bool, lines: bool = False) -> tuple[LegendEntry, ...]:
-    return tuple(
-        LegendEntry(name(each, several_runs), colour(each.result.variant), swatch(each.run_number, lines)) for each in rows
-    )
-
-
-def swatch(run_number: int, line: bool) -> Markup:
-    stroke = element("line", class_="line", x1=0, x2=26, y1=7, y2=7, stroke_dasharray=DASHES[run_number % len(DASHES)])
-    return element(
-        "svg", stroke if line else marker(run_number, 13.0, 7.0), class_="swatch", viewBox="0 0 26 14", aria_hidden="true"
-    )
-
-
+@styled
 def accuracy_by_tokens(rows: Sequence[Measured], several_runs: bool) -> Chart:
     """One point a variant: accuracy with its 95 % interval over the mean number of tokens of an answer."""
-    every = [each.result.scores for each in rows]
-    bounds = [value for scores in every for value in (scores.accuracy, *ends(scores.interval))]
-    tokens = [scores.tokens_per_sample for scores in every]
-    low, high = padded(min(bounds), max(bounds), least=0.02)
-    y_ticks = linear_ticks(max(0.0, low), min(1.0, high))
-    x_ticks = linear_ticks(
-        *(max(0.0, end) for end in padded(min(tokens), max(tokens), least=0.2 * max(1.0, max(tokens)), share=0.15))
-    )
-    axes = plot((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
-    points = []
-    for each in bases_first(rows):
-        scores, span = each.result.scores, each.result.scores.interval
-        x, y = axes.x(scores.tokens_per_sample), axes.y(scores.accuracy)
-        inside = []
-        note = f"{name(each, several_runs)}: {percent(scores.accuracy)} % right, {scores.tokens_per_sample:,.1f} tokens per answer"
+    figure, (axes,) = new_figure([HEIGHT])
+    for each in rows:
+        scores, label = each.result.scores, name(each, several_runs)
+        if not isinstance(scores, AnswerScores):
+            continue
+        span = scores.interval
+        text = f"{label}: accuracy {percent(scores.accuracy)} %, {scores.tokens_per_sample:,.1f} tokens per answer"
         if span is not None:
-            note += f"; 95 % interval {percent(span.low)} to {percent(span.high)} %"
-            low_y, high_y = axes.y(span.low), axes.y(span.high)
-            inside = [
-                element("line", class_="whisker", x1=x, x2=x, y1=low_y, y2=high_y),
-                *(element("line", class_="whisker", x1=x - 5, x2=x + 5, y1=at, y2=at) for at in (low_y, high_y)),
-            ]
-        points.append(
-            element("g", *inside, marker(each.run_number, x, y, note, radius_of(each)), class_=colour(each.result.variant))
+            text += f"; 95 % interval {percent(span.low)} to {percent(span.high)} %"
+        point, *_ = axes.errorbar(
+            scores.tokens_per_sample,
+            100 * scores.accuracy,
+            yerr=None if span is None else [[100 * (scores.accuracy - span.low)], [100 * (span.high - scores.accuracy)]],
+            fmt=MARKERS[each.run_number % len(MARKERS)],
+            color=COLOURS[colour(each.result.variant)],
+            markersize=15 if below(each) else 10,
+            zorder=2 if below(each) else 3,
+            label=printable(label),
         )
-    drawn = axes.axes(
-        labelled(x_ticks, lambda value: f"{value:,.6g}"),
-        labelled(y_ticks, lambda value: f"{100 * value:.4g}"),
-        "tokens per answer (mean)",
-        "right, %",
-    )
-    return Chart(
-        "Accuracy against tokens per answer",
-        "Whiskers: 95 % interval over problems. The vertical axis need not start at 0.",
-        axes.document("Accuracy against mean tokens per answer", drawn, *points),
-        legend(rows, several_runs),
-    )
+        note(point, text)
+    axes.margins(x=0.2, y=0.08)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(0, low), high + (high - low < 1))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0, min(low, high - 2)), min(100, max(high, low + 2)))
+    axes.set_title("accuracy, %")
+    axes.set_xlabel("tokens per answer (mean)")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    add_legend(figure)
+    caption = "Whiskers: 95 % interval over problems. The vertical axis need not start at 0."
+    return Chart("Accuracy against tokens per answer", caption, figure)
 
 
+@styled
 def accuracy_within_budget(rows: Sequence[Measured], several_runs: bool) -> Chart:
-    """One line a variant: the share of samples that were right with at most so many tokens."""
-    tokens = [record.tokens for each in rows for record in each.samples]
-    low, high = token_range(tokens)
-    most = max(right_within(each.samples, high) for each in rows)
-    y_ticks = linear_ticks(0.0, max(most, 0.01))
-    axes = plot((low, high), (0.0, y_ticks[-1]), log_x=True)
-    lines = []
-    for each in bases_first(rows):
+    """One line a variant: the fraction of samples that are correct with at most that many tokens."""
+    low, high = token_range([record.tokens for each in rows for record in each.samples])
+    figure, (axes,) = new_figure([HEIGHT])
+    for each in rows:
         lengths = sorted(record.tokens for record in each.samples if record.correct)
-        shares = [(length, (done + 1) / len(each.samples)) for done, length in enumerate(lengths)]
-        points = [(axes.x(low), axes.y(0)), *((axes.x(max(length, low)), axes.y(share)) for length, share in thinned(shares))]
-        points.append((axes.x(high), axes.y(len(lengths) / len(each.samples))))
-        note = f"{name(each, several_runs)}: {percent(len(lengths) / len(each.samples))} % right in the end"
+        accuracy = [100 * done / len(each.samples) for done in range(len(lengths) + 1)]
+        label = name(each, several_runs)
+        text = f"{label}: {accuracy[-1]:.1f} % correct without a limit"
         if lengths:
-            note += f"; half of the right answers have at most {lengths[(len(lengths) - 1) // 2]:,} tokens"
-        dashes = DASHES[each.run_number % len(DASHES)]
-        line = element("path", tooltip(note), class_=line_of(each), d=steps(points), stroke_dasharray=dashes)
-        lines.append(element("g", line, class_=colour(each.result.variant)))
-    drawn = axes.axes(
-        labelled(binary_ticks(low, high), format_tokens),
-        labelled(y_ticks, lambda value: f"{100 * value:.4g}"),
-        "tokens an answer may have (log scale)",
-        "right, %",
-    )
-    return Chart(
-        "Accuracy within a budget of tokens",
-        "Share of samples that are right and have no more than so many tokens: what a smaller max_new_tokens would have cost.",
-        axes.document("Accuracy within a budget of tokens", drawn, *lines),
-        legend(rows, several_runs, lines=True),
-    )
+            text += f"; half of the correct answers have at most {lengths[(len(lengths) - 1) // 2]:,} tokens"
+        (line,) = axes.step(
+            [low, *(max(length, low) for length in lengths), high],
+            [*accuracy, accuracy[-1]],
+            where="post",
+            color=COLOURS[colour(each.result.variant)],
+            linestyle=DASHES[each.run_number % len(DASHES)],
+            linewidth=6 if below(each) else 2.4,
+            alpha=0.5 if below(each) else 1,
+            zorder=2 if below(each) else 3,
+            label=printable(label),
+        )
+        note(line, text)
+    draw_token_axis(axes, low, high, "tokens an answer may have (log scale)")
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+    axes.set_title("accuracy, %")
+    add_legend(figure)
+    caption = "Fraction of samples that are correct within that many tokens: what a smaller max_new_tokens would have cost."
+    return Chart("Accuracy within a budget of tokens", caption, figure)
 
 
-def right_within(samples: Sequence[SampleRecord], tokens: float) -> float:
-    return sum(record.correct and record.tokens <= tokens for record in samples) / len(samples)
-
-
-def thinned(shares: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """One point for each length, the last: several samples of one length make one step."""
-    return list(dict(shares).items())
+def draw_token_axis(axes: Axes, low: float, high: float, label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8) if high > 4 * low else MaxNLocator(5, integer=True))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
+    axes.set_xlabel(label)
 
 
 def token_range(tokens: Sequence[int]) -> tuple[float, float]:
@@ -180,79 +148,46 @@ def token_range(tokens: Sequence[int]) -> tuple[float, float]:
 
 def outcome(record: SampleRecord) -> str:
     if record.finish_reason == "length":
-        return "cut off"
-    return "right" if record.correct else "wrong"
+        return "truncated"
+    return "correct" if record.correct else "incorrect"
 
 
+@styled
 def trace_lengths(rows: Sequence[Measured], several_runs: bool) -> list[Chart]:
-    """A histogram for each variant, all with the same axes: samples by length, right, wrong and cut off stacked."""
+    """A histogram for each variant, all with the same axes: samples by length, outcomes stacked."""
     low, high = token_range([record.tokens for each in rows for record in each.samples])
-    edges = bin_edges(low, high)
-    counts = [count_lengths(each.samples, edges) for each in rows]
-    most = max(sum(each) for table in counts for each in zip(*table.values(), strict=True))
-    y_ticks = [value for value in linear_ticks(0, most, 4) if value == int(value)]
-    axes = plot((low, high), (0.0, max(y_ticks[-1], most)), log_x=True, width=340, height=230)
-    drawn = axes.axes(
-        labelled(binary_ticks(low, high, most=5), format_tokens),
-        labelled(y_ticks, lambda value: f"{value:,.0f}"),
-        "tokens of an answer (log scale)",
-        "samples",
-    )
+    bins = round(BINS_PER_DOUBLING * math.log2(high / low))
+    edges = [low * (high / low) ** (number / bins) for number in range(bins + 1)]
     charts = []
-    for each, table in zip(rows, counts, strict=True):
-        title = name(each, several_runs)
-        median = sorted(record.tokens for record in each.samples)[(len(each.samples) - 1) // 2]
-        said = ", ".join(f"{sum(table[kind]):,} {kind}" for kind in OUTCOMES if sum(table[kind]) or kind != "cut off")
-        svg = axes.document(f"Lengths of answers: {title}", drawn, *bars(axes, edges, table))
-        charts.append(Chart(title, f"{said}; median {median:,} tokens", svg))
+    for each in rows:
+        title, samples = name(each, several_runs), each.samples
+        counts = {kind: sum(outcome(record) == kind for record in samples) for kind in OUTCOMES}
+        median = sorted(record.tokens for record in samples)[(len(samples) - 1) // 2]
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count or kind != "truncated")
+        figure, (axes,) = new_figure([150.0], width=340, left=44)
+        draw_histogram(axes, samples, edges)
+        draw_token_axis(axes, low, high, "tokens of an answer (log scale)")
+        axes.set_title("samples")
+        add_legend(figure, [Patch(color=COLOURS[colour_name], label=kind) for kind, colour_name in OUTCOMES.items()], columns=3)
+        charts.append(Chart(title, f"{listed}; median {median:,} tokens", figure))
+    highest = max(chart.figure.axes[0].get_ylim()[1] for chart in charts)
+    for chart in charts:
+        chart.figure.axes[0].set_ylim(0, highest)
+        chart.figure.axes[0].yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return charts
 
 
-def bin_edges(low: float, high: float) -> list[float]:
-    bins = round(BINS_PER_DOUBLING * math.log2(high / low))
-    return [low * (high / low) ** (number / bins) for number in range(bins + 1)]
-
-
-def count_lengths(samples: Sequence[SampleRecord], edges: Sequence[float]) -> dict[str, list[int]]:
-    """Samples by outcome and bin; a bin holds its lower edge, not its upper one."""
-    table = {kind: [0] * (len(edges) - 1) for kind in OUTCOMES}
-    for record in samples:
-        number = bisect.bisect_right(edges, max(1, record.tokens) * (1 + 1e-9)) - 1
-        table[outcome(record)][min(max(number, 0), len(edges) - 2)] += 1
-    return table
-
-
-def bars(axes: Plot, edges: Sequence[float], table: dict[str, list[int]]) -> list[Markup]:
-    drawn = []
-    for number, (left, right) in enumerate(itertools.pairwise(edges)):
-        below = 0
-        for kind in OUTCOMES:
-            count = table[kind][number]
-            if count:
-                top, bottom = axes.y(below + count), axes.y(below)
-                first, last = math.ceil(left * (1 - 1e-9)), math.ceil(right * (1 - 1e-9)) - 1
-                span = f"{first:,} tokens" if first == last else f"{first:,} to {last:,} tokens"
-                drawn.append(
-                    element(
-                        "rect",
-                        tooltip(f"{count:,} {kind}, {span}"),
-                        class_=f"bar o-{kind.replace(' ', '-')}",
-                        x=axes.x(left) + 0.75,
-                        y=top,
-                        width=axes.x(right) - axes.x(left) - 1.5,
-                        height=bottom - top,
-                    )
-                )
-            below += count
-    return drawn
-
-
-def outcome_legend() -> tuple[LegendEntry, ...]:
-    box = element("rect", class_="bar", x=6, y=1, width=12, height=12, rx=2)
-    icon = element("svg", box, class_="swatch", viewBox="0 0 26 14", aria_hidden="true")
-    labels = {"right": "right", "wrong": "wrong", "cut off": "cut off at max_new_tokens"}
-    return tuple(LegendEntry(labels[kind], f"o-{kind.replace(' ', '-')}", icon) for kind in OUTCOMES)
-
-
-def is_answers(each: Measured) -> bool:
-    return isinstance(each.result.scores, AnswerScores)
+def draw_histogram(axes: Axes, samples: Sequence[SampleRecord], edges: Sequence[float]) -> None:
+    starts = [math.ceil(edge * (1 - 1e-9)) for edge in edges]
+    stacked = np.zeros(len(edges) - 1)
+    for kind, colour_name in OUTCOMES.items():
+        counts, _ = np.histogram([record.tokens for record in samples if outcome(record) == kind], starts)
+        bars = axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), stacked, align="edge", color=COLOURS[colour_name])
+        for bar, count, (start, end) in zip(bars, counts, itertools.pairwise(starts), strict=True):
+            note(
+                bar,
+                f"{count:,} {kind}, {f'{start:,} to ' if start < end - 1 else ''}{end - 1:,} tokens",
+            )
+            if not count:
+                bar.remove()
+        stacked += counts

@@ -1,4 +1,4 @@
-"""What a report tells, read from run folders."""
+"""The contents of a report, read from run folders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import yaml
 
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
+from lt_train.recipe.schema import BASE
 from lt_train.report.problems import KnownProblems, known_problems
 from lt_train.report.results import Result, read_results
 from lt_train.report.samples import read_samples
@@ -24,7 +25,7 @@ class Measured:
     """One variant of one run under one evaluation.
 
     Attributes:
-        run_number: from 0, in the order in which the runs were named.
+        run_number: from 0, in the order of the command line.
         base: the base's scores of the same run and evaluation; None: not measured.
         samples: all that the scores count; empty where there are none (a loss, or the files are gone).
     """
@@ -44,7 +45,7 @@ class Run:
         settings: its recipe, as it stands in recipe.yaml.
         config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
         profile: None where the recipe names the layers.
-        problems: what was asked, by evaluation.
+        problems: the problems of each evaluation.
         log: rows of train/log.jsonl; none without training. probes: of its checkpoints, in their order.
     """
 
@@ -66,10 +67,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         UserError: no folder, the same one twice, no run in one of them, a run without scores, or a damaged file.
     """
     if not folders:
-        raise UserError("no run to report on: name one or more run folders, such as runs/quickstart")
+        raise UserError("RUN: missing. Fix: name one or more run folders, such as runs/quickstart")
     for folder in folders:
         if [other.resolve() for other in folders].count(folder.resolve()) > 1:
-            raise UserError(f"{folder}: named twice; name every run once")
+            raise UserError(f"RUN: {folder}: named twice. Fix: name every run once")
     names = run_names(folders)
     return [read_run(folder, name, number) for number, (folder, name) in enumerate(zip(folders, names, strict=True))]
 
@@ -83,8 +84,8 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str, number: int) -> Run:
     results = read_results(folder)
     if not results:
-        raise UserError(f"{folder}: no scores yet, so nothing to report. Measure first: lt-train eval {folder / 'recipe.yaml'}")
-    settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # read_results has found it whole
+        raise UserError(f"RUN: {folder}: no scores yet. Fix: measure first, with lt-train eval {folder / 'recipe.yaml'}")
+    settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # read_results has found it valid
     measured = tuple(measure(folder, name, number, result, results) for result in results)
     profile_path = folder / "profile/profile.json"
     return Run(
@@ -94,7 +95,7 @@ def read_run(folder: Path, name: str, number: int) -> Run:
         config=read_json(folder / "hybrid/config.json", "hybrid config"),
         layers=read_json(folder / "hybrid/layers.json", "choice of layers"),
         measured=measured,
-        problems=asked(settings, measured),
+        problems=problems_by_evaluation(settings, measured),
         profile=LayerProfile.load(profile_path) if profile_path.exists() else None,
         log=tuple(read_training_log(folder / "train" / LOG_FILE)),
         probes=tuple(read_probes(folder / "train")),
@@ -102,16 +103,16 @@ def read_run(folder: Path, name: str, number: int) -> Run:
 
 
 def measure(folder: Path, name: str, number: int, result: Result, results: Sequence[Result]) -> Measured:
-    base = next((r.scores for r in results if (r.variant, r.evaluation) == ("base", result.evaluation)), None)
+    base = next((r.scores for r in results if (r.variant, r.evaluation) == (BASE, result.evaluation)), None)
     place = folder / "eval" / result.variant / result.evaluation
     samples = read_samples(place, result.scores) if isinstance(result.scores, AnswerScores) else ()
     return Measured(name, number, result, base, samples)
 
 
-def asked(settings: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str, KnownProblems]:
-    entries = {entry["name"]: entry for entry in settings["eval"]}
+def problems_by_evaluation(settings: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str, KnownProblems]:
+    eval_configs = {eval_config["name"]: eval_config for eval_config in settings["eval"]}
     scores = {each.result.evaluation: each.result.scores for each in measured if isinstance(each.result.scores, AnswerScores)}
-    return {evaluation: known_problems(entries[evaluation], found) for evaluation, found in scores.items()}
+    return {evaluation: known_problems(eval_configs[evaluation], found) for evaluation, found in scores.items()}
 
 
 def read_training_log(path: Path) -> list[dict[str, Any]]:
@@ -119,7 +120,7 @@ def read_training_log(path: Path) -> list[dict[str, Any]]:
         rows = read_log(path)
         damaged = next((row for row in rows if not isinstance(row.get("step"), int)), None)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a whole training log ({error}). Take the damaged row out") from error
+        raise UserError(f"{path}: not a valid training log ({error}). Fix: remove the damaged row") from error
     if damaged is not None:
-        raise UserError(f"{path}: not a whole training log (a row without its step: {damaged}). Take that row out")
+        raise UserError(f"{path}: not a valid training log (a row without a step: {damaged}). Fix: remove that row")
     return rows

@@ -1,4 +1,4 @@
-"""Everything in one page: templates filled in, styles and script inside, nothing fetched from elsewhere."""
+"""The page: templates filled in, styles and script inside, nothing fetched from elsewhere."""
 
 import base64
 import hashlib
@@ -10,12 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lt_train import __version__
+from lt_train.evaluation.scores import AnswerScores
+from lt_train.recipe.schema import CONVERTED
 from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import Measured, Run
 from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.tables import ResultTable, result_table
+from lt_train.runtime.drawing import PALETTE
 from lt_train.runtime.units import format_bytes
 
 
@@ -33,7 +36,6 @@ class RunPart:
     folder: str
     facts: tuple[tuple[str, str], ...]
     charts: tuple[Chart, ...]
-    profile: tuple[Chart, ...]
     notes: tuple[str, ...]
 
 
@@ -52,7 +54,7 @@ def render(runs: Sequence[Run]) -> str:
         evaluations=evaluation_parts(runs),
         runs=[run_part(run) for run in runs],
         browser=sample_browser(runs),
-        outcome_legend=charts.outcome_legend(),
+        palette=PALETTE,
         style=asset("style.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -70,14 +72,14 @@ def evaluation_parts(runs: Sequence[Run]) -> list[EvaluationPart]:
     by_name: dict[tuple[str, bool], list[Measured]] = {}
     for run in runs:
         for each in run.measured:
-            by_name.setdefault((each.result.evaluation, charts.is_answers(each)), []).append(each)
+            by_name.setdefault((each.result.evaluation, isinstance(each.result.scores, AnswerScores)), []).append(each)
     return [evaluation_part(name, rows, several) for (name, _), rows in by_name.items()]
 
 
 def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> EvaluationPart:
     table, drawn = result_table(rows, several), []
     with_samples = [each for each in rows if each.samples]
-    if charts.is_answers(rows[0]):
+    if isinstance(rows[0].result.scores, AnswerScores):
         drawn.append(charts.accuracy_by_tokens(rows, several))
     if with_samples and all(record.score in (0, 1) for each in with_samples for record in each.samples):
         drawn.append(charts.accuracy_within_budget(with_samples, several))
@@ -86,26 +88,26 @@ def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> Evalu
 
 
 def run_part(run: Run) -> RunPart:
-    loss = run_charts.loss_curve(run)
-    drawn = (run_charts.kv_growth(run), loss, run_charts.divergence_curve(run), run_charts.probe_curves(run))
+    training = run_charts.training_curves(run)
+    profile = None if run.profile is None else run_charts.layer_profile(run, run.profile)
+    drawn = (profile, training, run_charts.kv_growth(run), run_charts.divergence_curve(run), run_charts.probe_curves(run))
     notes = []
     if run.profile is None:
-        notes.append("No layer profile: the recipe names the layers, or its strategy does not look at the model.")
-    if loss is None:
+        notes.append("No layer profile: the recipe names the layers, or its strategy needs no scores.")
+    if training is None:
         notes.append("No losses: this hybrid was not trained." if not run.log else "No loss of the training is finite.")
     return RunPart(
         name=run.name,
         folder=str(run.folder),
         facts=tuple(facts(run)),
         charts=tuple(chart for chart in drawn if chart is not None),
-        profile=tuple(run_charts.layer_scores(run, run.profile)) if run.profile is not None else (),
         notes=tuple(notes),
     )
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What the run is, in a few words: base, layers, window, training, KV cache."""
-    chosen, total = run.layers["converted"], len(run.config["layer_types"])
+    """The run in short: base, layers, window, training, KV cache."""
+    chosen, total = run.layers[CONVERTED], len(run.config["layer_types"])
     found = [
         ("base", str(setting(run, "model", "base"))),
         ("streams", f"{len(chosen)} of {total} layers, chosen by {setting(run, 'hybrid', 'strategy') or 'the recipe'}"),

@@ -1,4 +1,4 @@
-"""What an evaluation asked, as far as its source can be read now."""
+"""The problems of an evaluation, as far as their source can be read now."""
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -18,25 +18,25 @@ class KnownProblems:
     unknown: str | None = None
 
 
-def known_problems(entry: Mapping[str, Any], scores: AnswerScores) -> KnownProblems:
+def known_problems(eval_config: Mapping[str, Any], scores: AnswerScores) -> KnownProblems:
     """The problems that `scores` count.
 
-    A source that is gone or has changed is no error: a report of what was found does not depend on it. But texts are shown only
-    when they are those that were asked.
+    A source that is gone or has changed is no error: scores do not depend on it any more. Texts are shown only when they are those
+    that the models were given.
 
     Args:
-        entry: the evaluation in the recipe's `eval` list.
+        eval_config: the evaluation in the recipe's `eval` list.
     """
     benchmark = BENCHMARKS.get(scores.benchmark)
     if benchmark is None:
         return KnownProblems({}, f"this version of lt_train has no benchmark {scores.benchmark}")
     if benchmark.generated:
-        return KnownProblems({}, "they were made to measure for the model's tokenizer; an id says length/depth/repeat")
+        return KnownProblems({}, "they were generated for the model's tokenizer; an id is length/depth/repeat")
     try:
-        problems = load_problems(benchmark, entry.get("path"), entry.get("limit")).all_problems
+        problems = load_problems(benchmark, eval_config.get("path"), eval_config.get("limit")).all_problems
     except UserError as error:
         return KnownProblems({}, str(error))
     if hash_of_json([astuple(problem) for problem in problems]) != scores.fingerprint.get("problems"):
-        source = entry.get("path") or benchmark.source
-        return KnownProblems({}, f"{source} now holds other problems than those that were asked, or holds them in another form")
+        source = eval_config.get("path") or benchmark.source
+        return KnownProblems({}, f"{source} now holds other problems than those of this evaluation, or holds them in another form")
     return KnownProblems({problem.id: problem for problem in problems if problem.id in scores.by_problem})

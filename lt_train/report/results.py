@@ -1,7 +1,9 @@
-"""What a run has found: its scores side by side, each with its doubt and its difference from the base."""
+"""The results of a run: its scores side by side, each with its uncertainty and its difference from the base."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.box import SIMPLE_HEAD
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
 from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.units import format_bytes
@@ -27,46 +30,46 @@ class Result:
     layers: tuple[int, ...]
     num_layers: int
     strategy: str | None
-    """What chose the layers of the hybrid that is trained; None: the recipe names them."""
+    """Chose the layers of the hybrid that is trained; None: the recipe names them."""
     kv_bytes: int
     """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
 
     @property
     def label(self) -> str:
-        """What tables and charts call the variant."""
-        if self.variant == "base":
+        """The variant's name in tables and charts."""
+        if self.variant == BASE:
             return "base"
-        chosen_by = self.strategy if self.variant in ("converted", "trained") else self.variant.removeprefix("converted-by-")
+        chosen_by = self.strategy if self.variant in (CONVERTED, TRAINED) else self.variant.removeprefix(converted_by(""))
         hybrid = f"hybrid by {chosen_by}" if chosen_by else "hybrid"
-        return f"{hybrid}, {'trained' if self.variant == 'trained' else 'untrained'}"
+        return f"{hybrid}, {'trained' if self.variant == TRAINED else 'untrained'}"
 
 
 def read_results(run: Path) -> list[Result]:
     """All scores of a run so far, in the order of the table.
 
     Raises:
-        UserError: no run there, or a file of it is damaged.
+        UserError: the folder is no run, or a file of it is damaged.
     """
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: no run: there is no {run / 'recipe.yaml'}. Start it with: lt-train run RECIPE")
+        raise UserError(f"RUN: {run}: no run: {run / 'recipe.yaml'} is missing. Fix: start it with lt-train run RECIPE")
     if not (run / "hybrid/config.json").is_file():
         return []
     layers = read_json(run / "hybrid/layers.json", "choice of layers")
     sizes = read_json(run / "hybrid/config.json", "hybrid config")
-    order = ["base", *[name for name in layers if name != "converted"], "converted", "trained"]
-    evaluations, strategy = _asked_for(run / "recipe.yaml")
+    order = [BASE, *[name for name in layers if name != CONVERTED], CONVERTED, TRAINED]
+    evaluations, strategy = _evaluations_and_strategy(run / "recipe.yaml")
     results = []
     for evaluation in evaluations:
         for variant in order:
             path = run / "eval" / variant / evaluation / "scores.json"
             if path.is_file():
-                lazy = () if variant == "base" else tuple(layers["converted" if variant == "trained" else variant])
+                lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
                 kv, num_layers = kv_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
                 results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
     return results
 
 
-def kv_bytes(config: dict, lazy_layers: int, tokens: int) -> int:
+def kv_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
     """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream."""
     window = min(tokens, config["w_sink"] + config["sliding_window"])
     itemsize = 4 if config.get("dtype") in (None, "float32") else 2
@@ -74,7 +77,7 @@ def kv_bytes(config: dict, lazy_layers: int, tokens: int) -> int:
 
 
 def show_results(run: Path, console: Console) -> None:
-    """Print a table for each evaluation, and where plots and checkpoints lie."""
+    """Print a table for each evaluation, and the paths of pictures and checkpoints."""
     results = read_results(run)
     if not results:
         console.print(f"{run}: no scores yet", markup=False, highlight=False, soft_wrap=True)
@@ -90,7 +93,7 @@ def show_results(run: Path, console: Console) -> None:
 
 
 def trained_weights(run: Path) -> str | None:
-    """Which of a training's weights the trained model has; None before there is one."""
+    """The step whose weights the trained model has, and why; None before there is one."""
     final = run / "train/final"
     if not (final / "manifest.json").is_file():
         return None
@@ -107,16 +110,16 @@ def results_table(results: list[Result]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("model")
     for name in (
-        "right, % [95 %]" if generated else "nats a token ± SE",
+        "accuracy, % [95 %]" if generated else "nats per token ± SE",
         "minus base [95 %]",
-        *(["cut off"] if generated else []),
+        *(["truncated"] if generated else []),
         f"KV at {KV_TOKENS // 1024}K",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    base = next((result.scores for result in results if result.variant == "base"), None)
+    base = next((result.scores for result in results if result.variant == BASE), None)
     for result in results:
         row = [result.label, _score(result.scores)]
-        row.append("" if result.variant == "base" or base is None else _difference(result.scores, base))
+        row.append("" if result.variant == BASE or base is None else _difference(result.scores, base))
         if isinstance(result.scores, AnswerScores):
             row.append(f"{100 * result.scores.truncated:.1f} %")
         table.add_row(*row, format_bytes(result.kv_bytes))
@@ -125,9 +128,9 @@ def results_table(results: list[Result]) -> Table:
 
 TRACKED_COLUMNS = [
     "model",
-    "right, % [95 %] | nats ± SE",
+    "accuracy, % [95 %] | nats ± SE",
     "minus base [95 %]",
-    "cut off",
+    "truncated",
     "tokens per answer",
     f"KV bytes at {KV_TOKENS}",
 ]
@@ -135,18 +138,18 @@ TRACKED_COLUMNS = [
 
 def tracked_rows(results: list[Result]) -> list[list[str | float | None]]:
     """One evaluation's variants as the rows of a table for tracking, with TRACKED_COLUMNS."""
-    base = next((result.scores for result in results if result.variant == "base"), None)
+    base = next((result.scores for result in results if result.variant == BASE), None)
     rows: list[list[str | float | None]] = []
     for result in results:
         scores = result.scores
         answers = [scores.truncated, scores.tokens_per_sample] if isinstance(scores, AnswerScores) else [None, None]
-        minus_base = None if result.variant == "base" or base is None else _difference(scores, base)
+        minus_base = None if result.variant == BASE or base is None else _difference(scores, base)
         rows.append([result.label, _score(scores), minus_base, *answers, result.kv_bytes])
     return rows
 
 
 def summary_values(results: list[Result]) -> dict[str, float]:
-    """The final figures by name, for tracking: "trained/ledger/accuracy" and the like."""
+    """The final scores by name, for tracking: "trained/ledger/accuracy" and the like."""
     values: dict[str, float] = {}
     for result in results:
         name, scores = f"{result.variant}/{result.evaluation}", result.scores
@@ -163,13 +166,13 @@ def summary_values(results: list[Result]) -> dict[str, float]:
     return values
 
 
-def _asked_for(recipe: Path) -> tuple[list[str], str | None]:
+def _evaluations_and_strategy(recipe: Path) -> tuple[list[str], str | None]:
     """Names of the evaluations, and the strategy that chose the layers, if one did."""
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        return [entry["name"] for entry in settings["eval"]], settings["hybrid"]["strategy"]
+        return [eval_config["name"] for eval_config in settings["eval"]], settings["hybrid"]["strategy"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{recipe}: not a whole recipe ({error}). Delete it and run again to make it anew") from error
+        raise UserError(f"{recipe}: not a valid recipe ({error}). Fix: delete it and run again, which writes it again") from error
 
 
 def _title(results: list[Result]) -> str:
@@ -196,7 +199,7 @@ def _score(scores: Scores) -> str:
 def _difference(scores: Scores, base: Scores) -> str:
     try:
         found = difference(scores, base)
-    except ValueError:  # the evaluation was changed, and not every variant is measured anew yet
+    except ValueError:  # the evaluation was changed, and not every variant is measured again yet
         return "not comparable"
     if isinstance(scores, LossScores):
         return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -1,223 +1,127 @@
-"""The charts of one run: KV cache against length, scores of layers, losses, probes."""
+"""The charts of one run: layer profile, KV cache against length, training, probes."""
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-from markupsafe import Markup
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
 from lt_train.evaluation.statistics import wilson
-from lt_train.report.charts import Chart, LegendEntry, swatch
+from lt_train.recipe.schema import CONVERTED
+from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
-from lt_train.report.figures import percent
+from lt_train.report.formatting import percent
 from lt_train.report.results import KV_TOKENS, kv_bytes
-from lt_train.report.svg import (
-    DASHES,
-    Plot,
-    Scale,
-    decimal_ticks,
-    element,
-    labelled,
-    linear_ticks,
-    marker,
-    padded,
-    path,
-    plot,
-    tooltip,
-)
-from lt_train.runtime.units import format_bytes, format_tokens
+from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
+from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
+from lt_train.selection.picture import profile_figure
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.probes.results import ProbeScore
 
-MEANINGS = {
-    "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
-    "nll": ("rise of the loss on all answer tokens when this layer alone streams", "nats per token"),
-    "lazy_ratio": ("attention of the last queries on sink and recent tokens; the more, the lazier", "share of attention"),
-}
 KV_STEPS = 64
 PROBES_APART = 8.0
 """Pixels between probes of one checkpoint."""
-PROBE_COLOURS = 4
-"""That the style sheet has."""
+PROBE_COLOURS = ("trained", "incorrect", "converted", "lazy_ratio")
+WIDE = 20
+"""Positive values that differ by more than this factor are drawn on a log scale: on another the small ones show nothing."""
 
 
+def layer_profile(run: Run, profile: LayerProfile) -> Chart:
+    """The picture of selection/, which the run folder has as profile/profile.png."""
+    caption = f"Scores by layer, mean and interquartile range over {len(profile.samples)} samples."
+    return Chart("Layer profile", caption, profile_figure(profile, run.layers[CONVERTED]))
+
+
+@styled
 def kv_growth(run: Run) -> Chart:
     """KV cache of one sequence as it grows, of the base and of every hybrid with another number of streaming layers."""
     total = len(run.config["layer_types"])
     longest = max(KV_TOKENS, min(131_072, run.config.get("max_position_embeddings") or 0))
-    lazy = {0: ("base", "v-base")}
+    unit, size = byte_unit(kv_bytes(run.config, 0, longest))
+    lazy = {0: ("base", "base")}
     for variant, layers in run.layers.items():
         lazy.setdefault(
-            len(layers), (f"{len(layers)} of {total} layers stream", "v-trained" if variant == "converted" else "v-other")
+            len(layers), (f"{len(layers)} of {total} layers stream", "trained" if variant == CONVERTED else "lazy_ratio")
         )
-    unit, one = next((unit, one) for unit, one in UNITS if kv_bytes(run.config, 0, longest) >= one)
-    y_ticks = linear_ticks(0, kv_bytes(run.config, 0, longest) / one)
-    x_ticks = [longest * quarter / 4 for quarter in range(5)]
-    axes = plot((0, longest), (0, y_ticks[-1]))
-    lines = []
-    for count, (label, css) in lazy.items():
-        window = run.config["w_sink"] + run.config["sliding_window"]
-        lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
-        points = [(axes.x(length), axes.y(kv_bytes(run.config, count, length) / one)) for length in lengths]
-        held = kv_bytes(run.config, count, KV_TOKENS)
-        note = f"{label}: {format_bytes(held)} at {format_tokens(KV_TOKENS)} tokens"
+    figure, (axes,) = new_figure([HEIGHT])
+    window = run.config["w_sink"] + run.config["sliding_window"]
+    lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
+    for count, (label, colour) in lazy.items():
+        at_32k = kv_bytes(run.config, count, KV_TOKENS)
+        text = f"{label}: {format_bytes(at_32k)} at {format_tokens(KV_TOKENS)} tokens"
         if count:
-            note += f", {held / kv_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
-        line = element("path", tooltip(note), class_="line", d=path(points))
-        dot = marker(0, axes.x(KV_TOKENS), axes.y(held / one), note)
-        lines.append(element("g", line, dot, class_=css))
-    drawn = axes.axes(
-        labelled(x_ticks, format_tokens),
-        labelled(y_ticks, lambda value: f"{value:.4g}"),
-        "tokens of the sequence",
-        f"KV cache, {unit}",
-    )
-    return Chart(
-        "KV cache against length",
+            text += f", {at_32k / kv_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
+        cache = [kv_bytes(run.config, count, length) / size for length in lengths]
+        (line,) = axes.plot(lengths, cache, color=COLOURS[colour], linewidth=2.4, label=label)
+        (point,) = axes.plot(KV_TOKENS, at_32k / size, "o", color=COLOURS[colour])
+        note(line, text)
+        note(point, text)
+    axes.set_xlim(0, longest)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([longest * quarter / 4 for quarter in range(5)])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
+    axes.set_xlabel("tokens of the sequence")
+    axes.set_title(f"KV cache, {unit}")
+    add_legend(figure)
+    caption = (
         f"One sequence, in the dtype of the base's weights. A streaming layer keeps {run.config['w_sink']} sink and "
-        f"{run.config['sliding_window']:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens.",
-        axes.document("KV cache against length", drawn, *lines),
-        tuple(LegendEntry(label, css, swatch(0, line=True)) for label, css in lazy.values()),
+        f"{run.config['sliding_window']:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens."
     )
+    return Chart("KV cache against length", caption, figure)
 
 
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
+@styled
+def training_curves(run: Run) -> Chart | None:
+    """Loss, gradient norm and learning rate at every logged step; None where no loss is finite.
 
-
-def layer_scores(run: Run, profile: LayerProfile) -> list[Chart]:
-    """A chart for each strategy that has scores: their mean and middle half over samples, for each layer."""
-    return [draw_layers(run, profile, strategy) for strategy in profile.strategies]
-
-
-def draw_layers(run: Run, profile: LayerProfile, strategy: str) -> Chart:
-    chosen = run.layers["converted"]
-    by_this = profile.choose(strategy, len(chosen))
-    spread = [summary(score_S) for score_S in zip(*profile.scores[strategy], strict=True)]
-    meaning, unit = MEANINGS[strategy]
-    rises = strategy != "lazy_ratio"
-    drawn = [value for each in spread for value in each] + ([0.0] if rises else [])  # a rise has a zero worth measuring from
-    y_ticks = linear_ticks(*padded(min(drawn), max(drawn), least=1e-6, share=0.0))
-    axes = layer_axes(profile.num_layers, y_ticks)
-    parts = [axes.axes(layer_ticks(profile.num_layers), labelled(y_ticks, lambda value: f"{value:.4g}"), "layer", unit)]
-    if y_ticks[0] < 0:
-        parts.append(element("line", class_="axis", x1=axes.x.start, x2=axes.x.end, y1=axes.y(0), y2=axes.y(0)))
-    half = (axes.x(1) - axes.x(0)) / 2 if profile.num_layers > 1 else 20.0
-    for layer, (lower, mean, upper) in enumerate(spread):
-        streams, x = layer in chosen, axes.x(layer)
-        note = (
-            f"layer {layer}: {mean:.4g} (middle half of {len(profile.samples)} samples {lower:.4g} to {upper:.4g}); "
-            f"{'streams' if streams else 'keeps full attention'} in this run"
-        )
-        inside = [
-            tooltip(note),
-            element("rect", class_="hit", x=x - half, y=axes.y.end, width=2 * half, height=axes.y.start - axes.y.end),
-        ]
-        if layer in by_this:
-            inside.append(
-                element("rect", class_="tint", x=x - half, y=axes.y.end, width=2 * half, height=axes.y.start - axes.y.end)
-            )
-        inside.append(element("rect", class_="chosen", x=x - half * 0.86, y=axes.y.end - 14, width=half * 1.72, height=8.0))
-        if rises:
-            inside.append(element("line", class_="stem", x1=x, x2=x, y1=axes.y(0), y2=axes.y(mean)))
-        inside.append(element("line", class_="spread", x1=x, x2=x, y1=axes.y(lower), y2=axes.y(upper)))
-        inside.append(marker(0, x, axes.y(mean), radius=4.5))
-        parts.append(element("g", *inside, class_="layer " + ("v-trained" if streams else "v-base")))
-    caption = f"{meaning[0].upper()}{meaning[1:]}. Points: mean over {len(profile.samples)} samples; bars: their middle half."
-    if rises:
-        every = fmean(sample.all_streaming[strategy] for sample in profile.samples)
-        caption += f" When every layer streams: {every:+.3g}."
-    return Chart(
-        f"Layer profile by {strategy}",
-        caption,
-        axes.document(f"Layer profile by {strategy}", *parts),
-        layer_legend(strategy),
-        wide=is_wide(profile.num_layers),
-    )
-
-
-def layer_axes(num_layers: int, y_ticks: Sequence[float]) -> Plot:
-    width = 80 + 26.0 * num_layers if is_wide(num_layers) else 460.0
-    return Plot(width, 290, Scale(-0.6, num_layers - 0.4, 58, width - 14), Scale(y_ticks[0], y_ticks[-1], 246, 46), headroom=24)
-
-
-def is_wide(num_layers: int) -> bool:
-    """Whether so many layers need more than a chart's usual width."""
-    return num_layers > 20
-
-
-def layer_ticks(num_layers: int) -> list[tuple[float, str]]:
-    every = 1 if num_layers <= 12 or is_wide(num_layers) else 2
-    return [(layer, str(layer)) for layer in range(0, num_layers, every)]
-
-
-def layer_legend(strategy: str) -> tuple[LegendEntry, ...]:
-    tint = element("rect", class_="tint", x=4, y=0, width=18, height=14)
-    icon = element("svg", tint, class_="swatch", viewBox="0 0 26 14", aria_hidden="true")
-    return (
-        LegendEntry("streams in this run", "v-trained", swatch(0, line=False)),
-        LegendEntry("keeps full attention", "v-base", swatch(0, line=False)),
-        LegendEntry(f"{strategy} would let it stream", "v-trained", icon),
-    )
-
-
-def summary(score_S: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, mean, upper quartile (numpy's default, linear, so as in profile.png)."""
-    ordered = sorted(score_S)
-    return quantile(ordered, 0.25), fmean(ordered), quantile(ordered, 0.75)
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    at = share * (len(ordered) - 1)
-    below = math.floor(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
-
-
-def loss_curve(run: Run) -> Chart | None:
-    """Training loss at every logged step and held-out loss; None where nothing finite was logged.
-
-    Of a distilled training it is the cross-entropy alone: the whole loss has another unit, and is nothing to hold held-out loss
-    against.
+    Of a distilled training the loss is the cross-entropy alone: the whole loss has another unit, and is nothing to compare with
+    held-out loss.
     """
     distilled = any("sft_loss" in row for row in run.log)
     key = "sft_loss" if distilled else "loss"
-    training, heldout = losses(run.log, key), losses(run.log, "eval_loss")
-    both = [*training, *heldout]
-    if not both:
+    training, heldout = finite(run.log, key), finite(run.log, "eval_loss")
+    if not training and not heldout:
         return None
-    y_ticks = linear_ticks(*padded(min(loss for _, loss in both), max(loss for _, loss in both), least=1e-3, share=0.02))
-    if y_ticks[0] < 0:
-        y_ticks = [value for value in y_ticks if value >= 0]
-    last = last_step(both)
-    axes = plot((0, last), (y_ticks[0], y_ticks[-1]))
-    parts = [draw_axes_over_steps(axes, last, labelled(y_ticks, lambda value: f"{value:.4g}"), "loss, nats per token")]
-    entries = []
-    if training:
-        parts.append(element("g", draw_training(axes, training, "training loss"), class_="v-base"))
-        entries.append(LegendEntry("training", "v-base", swatch(0, line=True)))
+    beside = {name: found for name in ("grad_norm", "learning_rate") if (found := finite(run.log, name))}
+    figure, (axes, *others) = new_figure([130.0, *[60.0] * len(beside)])
+    draw_curve(axes, training, "training loss", "base", label="training")
     if heldout:
-        parts.append(element("g", *draw_heldout(axes, heldout), class_="v-trained"))
-        entries.append(LegendEntry("held out", "v-trained", swatch(0, line=False)))
-    lost = sum(key in row or "eval_loss" in row for row in run.log) - len(both)
-    caption = f"{lost:,} logged losses are not finite and not drawn." if lost else "Mean over answer tokens."
+        axes.plot(*zip(*heldout, strict=True), color=COLOURS["trained"], linewidth=2.4)
+        for step, loss in heldout:
+            (point,) = axes.plot(step, loss, "o", color=COLOURS["trained"], label="held out" if step == heldout[0][0] else None)
+            note(point, f"held-out loss {loss:.4g} at step {step:,}")
+    set_scale(axes, "loss, nats per token", training + heldout)
+    for panel, (name, found) in zip(others, beside.items(), strict=True):
+        draw_curve(panel, found, name.replace("grad_norm", "gradient norm").replace("_", " "), "converted")
+        if name == "learning_rate":
+            panel.set_ylim(bottom=0)
+            panel.set_title("learning rate")
+        else:
+            set_scale(panel, "gradient norm", found)
+        panel.yaxis.set_major_formatter("{x:g}")
+    draw_steps(figure.axes[-1], training + heldout)
+    add_legend(figure, columns=2)
+    logged = sum(name in row for row in run.log for name in (key, "eval_loss", "grad_norm", "learning_rate"))
+    lost = logged - len(training) - len(heldout) - sum(map(len, beside.values()))
+    caption = f"{lost:,} logged values are not finite and not drawn." if lost else "Loss: mean over answer tokens."
     if distilled:
         caption += " Cross-entropy with the data; what the teacher adds to the loss has a chart of its own."
-    svg = axes.document("Losses of the training", Markup("").join(parts))
-    return Chart("Losses of the training", caption, svg, tuple(entries))
+    return Chart("Training", caption, figure)
 
 
+@styled
 def divergence_curve(run: Run) -> Chart | None:
     """How far a distilled training's batches are from its teacher, at every logged step; None where nothing was distilled."""
-    found = losses(run.log, "kl")
-    drawn = [(step, kl) for step, kl in found if kl > 0]
+    drawn = [(step, kl) for step, kl in finite(run.log, "kl") if kl > 0]
     if not drawn:
         return None
-    y_ticks = decimal_ticks(min(kl for _, kl in drawn), max(kl for _, kl in drawn))
-    last = last_step(drawn)
-    axes = plot((0, last), (y_ticks[0], y_ticks[-1]), log_y=True)
-    parts = [draw_axes_over_steps(axes, last, labelled(y_ticks, lambda value: f"{value:g}"), "KL, nats per token (log scale)")]
-    parts.append(element("g", draw_training(axes, drawn, "KL(teacher || model)"), class_="v-trained"))
+    figure, (axes,) = new_figure([HEIGHT])
+    draw_curve(axes, drawn, "KL(teacher || model)", "trained")
+    set_log(axes, "KL, nats per token (log scale)", [kl for _, kl in drawn])
+    draw_steps(axes, drawn)
     lost = sum("kl" in row for row in run.log) - len(drawn)
     temperature = run.settings["train"]["distill"]["temperature"]
     caption = (
@@ -226,9 +130,10 @@ def divergence_curve(run: Run) -> Chart | None:
     )
     if lost:
         caption += f" {lost:,} logged values are not above 0, or not finite, and not drawn."
-    return Chart("Divergence from the teacher", caption, axes.document("Divergence from the teacher", *parts))
+    return Chart("Divergence from the teacher", caption, figure)
 
 
+@styled
 def probe_curves(run: Run) -> Chart | None:
     """What each probe found at each probed step, with its interval; None without probes.
 
@@ -236,74 +141,79 @@ def probe_curves(run: Run) -> Chart | None:
     """
     if not run.probes:
         return None
-    last = max(result.step for result in run.probes)
     names = list(dict.fromkeys(score.probe for result in run.probes for score in result.scores))
-    axes = plot((0, last), (0, 1))
-    y_labels = labelled([0.0, 0.25, 0.5, 0.75, 1.0], lambda value: f"{100 * value:.4g}")
-    parts, entries = [draw_axes_over_steps(axes, last, y_labels, "right, %")], []
+    figure, (axes,) = new_figure([HEIGHT])
     for number, name in enumerate(names):
         found = [(result.step, score) for result in run.probes for score in result.scores if score.probe == name]
         aside = PROBES_APART * (number - (len(names) - 1) / 2)
-        parts.append(element("g", *draw_probe(axes, number, found, aside), class_=probe_colour(number)))
-        entries.append(LegendEntry(f"{name}: {asked_by(found)}", probe_colour(number), swatch(number, line=False)))
-    return Chart(
-        "Probes of the checkpoints",
-        "Share of answers that were right, by checkpoint. Bars: 95 % interval over problems (Wilson's).",
-        axes.document("Probes of the checkpoints", *parts),
-        tuple(entries),
-    )
+        draw_probe(axes, number, found, ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans))
+    axes.set_ylim(-2, 102)
+    axes.set_title("accuracy, %")
+    draw_steps(axes, [(result.step, 0.0) for result in run.probes])
+    add_legend(figure)
+    caption = "Accuracy by checkpoint. Bars: 95 % interval over problems (Wilson's)."
+    return Chart("Probes of the checkpoints", caption, figure)
 
 
-def last_step(rows: Sequence[tuple[int, float]]) -> int:
-    return max(1, *(step for step, _ in rows))
-
-
-def draw_axes_over_steps(axes: Plot, last: int, y_ticks: Sequence[tuple[float, str]], y_label: str) -> Markup:
-    steps = [step for step in linear_ticks(0, last) if axes.x.holds(step) and step == int(step)]
-    return axes.axes(labelled(steps, lambda step: f"{step:,.0f}"), y_ticks, "optimizer step", y_label)
-
-
-def probe_colour(number: int) -> str:
-    return f"p-{number % PROBE_COLOURS}"
-
-
-def asked_by(found: Sequence[tuple[int, ProbeScore]]) -> str:
+def draw_probe(axes: Axes, number: int, found: Sequence[tuple[int, ProbeScore]], offset: Transform) -> None:
     counts = sorted({score.problems for _, score in found})
-    return " or ".join(f"{count:,}" for count in counts) + f" problem{'s' * (counts != [1])}"
-
-
-def draw_probe(axes: Plot, number: int, found: Sequence[tuple[int, ProbeScore]], aside: float) -> list[Markup]:
-    """`aside`: pixels by which it is moved."""
-    points = [(axes.x(step) + aside, axes.y(score.accuracy)) for step, score in found]
-    drawn = [element("path", class_="line thin", d=path(points), stroke_dasharray=DASHES[number % len(DASHES)])]
-    for (x, y), (step, score) in zip(points, found, strict=True):
+    problems = " or ".join(f"{count:,}" for count in counts) + f" problem{'s' * (counts != [1])}"
+    moved = axes.transData + offset
+    colour = COLOURS[PROBE_COLOURS[number % len(PROBE_COLOURS)]]
+    dash = DASHES[number % len(DASHES)]
+    axes.plot([step for step, _ in found], [100 * score.accuracy for _, score in found], dash, color=colour, transform=moved)
+    for step, score in found:
         span = wilson(score.accuracy, score.problems)
-        drawn.append(element("line", class_="whisker", x1=x, x2=x, y1=axes.y(span.low), y2=axes.y(span.high)))
-        note = f"{score.probe}: {percent(score.accuracy)} % of {score.problems:,} problems at step {step:,}"
-        note += f"; 95 % interval {percent(span.low)} to {percent(span.high)} %"
+        point, *_ = axes.errorbar(
+            step,
+            100 * score.accuracy,
+            yerr=[[100 * (score.accuracy - span.low)], [100 * (span.high - score.accuracy)]],
+            fmt=MARKERS[number % len(MARKERS)],
+            color=colour,
+            transform=moved,
+            label=f"{score.probe}: {problems}" if step == found[0][0] else None,
+        )
+        text = f"{score.probe}: {percent(score.accuracy)} % of {score.problems:,} problems at step {step:,}"
+        text += f"; 95 % interval {percent(span.low)} to {percent(span.high)} %"
         if score.truncated:
-            note += f"; {percent(score.truncated)} % of the answers were cut off"
-        drawn.append(marker(number, x, y, note))
-    return drawn
+            text += f"; {percent(score.truncated)} % of the answers were truncated"
+        note(point, text)
 
 
-def losses(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+def finite(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     found = [(row["step"], row[key]) for row in log if isinstance(row.get(key), int | float)]
-    return [(step, loss) for step, loss in found if math.isfinite(loss)]
+    return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-def draw_training(axes: Plot, rows: Sequence[tuple[int, float]], what: str) -> Markup:
-    points = [(axes.x(step), axes.y(loss)) for step, loss in rows]
-    note = f"{what}: {rows[0][1]:.4g} at step {rows[0][0]:,}, {rows[-1][1]:.4g} at step {rows[-1][0]:,}"
-    if len(points) == 1:
-        return marker(0, *points[0], note)
-    return element("path", tooltip(note), class_="line thin", d=path(points))
+def draw_curve(axes: Axes, rows: Sequence[tuple[int, float]], what: str, colour: str, label: str | None = None) -> None:
+    if not rows:
+        return
+    steps, values = zip(*rows, strict=True)
+    (line,) = axes.plot(steps, values, "o" if len(rows) == 1 else "-", color=COLOURS[colour], label=label)
+    note(line, f"{what}: {values[0]:.4g} at step {steps[0]:,}, {values[-1]:.4g} at step {steps[-1]:,}")
 
 
-def draw_heldout(axes: Plot, rows: Sequence[tuple[int, float]]) -> list[Markup]:
-    points = [(axes.x(step), axes.y(loss)) for step, loss in rows]
-    line = element("path", class_="line", d=path(points))
-    dots = [
-        marker(0, x, y, f"held-out loss {loss:.4g} at step {step:,}") for (x, y), (step, loss) in zip(points, rows, strict=True)
-    ]
-    return [line, *dots]
+def set_scale(axes: Axes, title: str, rows: Sequence[tuple[int, float]]) -> None:
+    """Name the vertical axis, and make it logarithmic where a linear one would show the largest values alone."""
+    values = [value for _, value in rows]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        set_log(axes, f"{title} (log scale)", values)
+    else:
+        axes.set_title(title)
+
+
+def set_log(axes: Axes, title: str, values: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(10 ** np.floor(np.log10(min(values))), 10 ** np.ceil(np.log10(max(values)) + 1e-9))
+    axes.set_title(title)
+
+
+def draw_steps(axes: Axes, rows: Sequence[tuple[int, float]]) -> None:
+    last = max(1, *(step for step, _ in rows))
+    axes.set_xlim(0, 1.03 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("optimizer step")

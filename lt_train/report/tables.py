@@ -1,20 +1,26 @@
-"""The table of an evaluation: its variants, a row each, every score with its doubt."""
+"""The table of an evaluation: its variants, a row each, every score with its uncertainty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
 from lt_train.evaluation.statistics import Difference
+from lt_train.recipe.schema import BASE
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
-from lt_train.report.figures import ends, percent
+from lt_train.report.formatting import ends, percent
 from lt_train.report.results import KV_TOKENS
-from lt_train.report.svg import Scale, element, marker, tooltip
 from lt_train.runtime.units import format_bytes
 
-MINI_WIDTH, MINI_HEIGHT = 132, 18
+
+@dataclass(frozen=True)
+class IntervalDrawing:
+    """Score and interval on a scale that the table's rows share; places in per cent of its width."""
+
+    text: str
+    point: float
+    interval: tuple[float, float] | None
+    base: float | None
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,10 @@ class Row:
     colour: str
     score: str
     interval: str
-    mini: Markup
-    """Score and interval as a drawing, on a scale that the table's rows share."""
+    drawing: IntervalDrawing
     difference: str
     test: str
-    """The difference's p value in words; empty where no test was made."""
+    """The difference's p value; empty where no test was made."""
     tendency: str
     """better | worse: the interval of the difference lies on one side of 0; otherwise empty."""
     cells: tuple[str, ...]
@@ -36,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """What the columns mean is said once, in `columns`: name and explanation."""
+    """`columns`: name and explanation of each."""
 
     columns: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
@@ -62,8 +67,8 @@ def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
     generated = isinstance(scores, AnswerScores)
     if isinstance(scores, AnswerScores):
         first = (
-            "right, % ± SE",
-            "mean over problems and its standard error, which says nothing where all problems scored the same",
+            "accuracy, % ± SE",
+            "mean over problems and its standard error; none where all problems scored the same",
         )
     elif scores.is_divergence:
         first = ("nats per token ± SE", "KL(base || model) of the next token, mean over held-out answer tokens; 0: the base itself")
@@ -74,12 +79,12 @@ def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
         first,
         (
             "95 % interval",
-            "accuracy: Wilson's where every problem is right or wrong or all scored the same, else a bootstrap over problems; "
-            "loss: Student's t over samples",
+            "accuracy: Wilson's where every problem is correct or incorrect, or all scored the same, else a bootstrap over "
+            "problems; loss: Student's t over samples",
         ),
         (
             "minus base",
-            "difference from the base of the same run, paired by problem, with its 95 % interval; point at it for its p",
+            "difference from the base of the same run, paired by problem, with its 95 % interval; hover for its p value",
         ),
     )
     if not generated:
@@ -87,17 +92,17 @@ def columns(scores: Scores, votes: bool) -> tuple[tuple[str, str], ...]:
     return (
         *shared,
         *(VOTES if votes else ()),
-        ("cut off, %", "share of samples that reached max_new_tokens"),
-        ("no answer, %", "share of samples in which no answer was found"),
+        ("truncated, %", "fraction of samples that reached max_new_tokens"),
+        ("no answer, %", "fraction of samples in which no answer was found"),
         ("tokens per answer", "mean number of new tokens of a sample"),
-        ("tokens per s", "new tokens by the time spent generating; it depends on machine, batch size and length"),
+        ("tokens per s", "new tokens per second of generation; depends on machine, batch size and length"),
         kv,
     )
 
 
 VOTES = (
-    ("majority, %", "share of problems whose most frequent answer is right"),
-    ("pass@k, %", "share of problems that one of k samples gets right (arXiv 2107.03374); k is the number of samples"),
+    ("majority, %", "maj@k: fraction of problems whose most frequent answer is correct"),
+    ("pass@k, %", "fraction of problems with a correct answer among k samples (arXiv 2107.03374); k is the number of samples"),
 )
 
 
@@ -122,7 +127,7 @@ def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
         colour=colour(result.variant),
         score=score_text(scores),
         interval=interval_text(scores),
-        mini=mini(each, span),
+        drawing=interval_drawing(each, span),
         difference=text,
         test=test,
         tendency=tendency,
@@ -154,15 +159,15 @@ def interval_text(scores: Scores) -> str:
 
 
 def compared(each: Measured) -> tuple[str, str, str]:
-    """The difference from the base, its test, and which way it points beyond doubt."""
-    if each.result.variant == "base" or each.base is None:
+    """The difference from the base, its test, and its tendency where 0 lies outside the interval."""
+    if each.result.variant == BASE or each.base is None:
         return "–", "", ""
     try:
         found = difference(each.result.scores, each.base)
-    except ValueError:  # the evaluation was changed, and not every variant is measured anew yet
+    except ValueError:  # the evaluation was changed, and not every variant is measured again yet
         return "not comparable", "", ""
     loss = isinstance(each.result.scores, LossScores)
-    test = "" if found.p is None else f"p = {found.p:.2g} ({TESTS[found.test]}, {found.n:,} problems)"
+    test = "" if found.p is None or found.test is None else f"p = {found.p:.2g} ({TESTS[found.test]}, {found.n:,} problems)"
     return difference_text(found, loss), test, tendency(found, less_is_better=loss)
 
 
@@ -189,38 +194,31 @@ def shared_scale(rows: Sequence[Measured]) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def mini(each: Measured, span: tuple[float, float]) -> Markup:
-    scale = Scale(*span, 8, MINI_WIDTH - 8)
-    middle, found = MINI_HEIGHT / 2, each.result.scores.interval
-    parts = [tooltip(f"{score_text(each.result.scores)}, 95 % interval {interval_text(each.result.scores)}")]
-    if each.base is not None:
-        at = scale(each.base.mean.value)
-        parts.append(element("line", class_="reference", x1=at, x2=at, y1=0, y2=MINI_HEIGHT))
-    if found is not None:
-        parts.append(element("line", class_="whisker", x1=scale(found.low), x2=scale(found.high), y1=middle, y2=middle))
-    parts.append(marker(each.run_number, scale(each.result.scores.mean.value), middle, radius=4.5))
-    return element(
-        "svg",
-        *parts,
-        class_=f"mini {colour(each.result.variant)}",
-        viewBox=f"0 0 {MINI_WIDTH} {MINI_HEIGHT}",
-        width=MINI_WIDTH,
-        height=MINI_HEIGHT,
+def interval_drawing(each: Measured, scale: tuple[float, float]) -> IntervalDrawing:
+    def place(value: float) -> float:
+        return round(6 + 88 * (value - scale[0]) / (scale[1] - scale[0]), 2)
+
+    scores = each.result.scores
+    return IntervalDrawing(
+        text=f"{score_text(scores)}, 95 % interval {interval_text(scores)}",
+        point=place(scores.mean.value),
+        interval=None if scores.interval is None else (place(scores.interval.low), place(scores.interval.high)),
+        base=None if each.base is None else place(each.base.mean.value),
     )
 
 
 def notes(rows: Sequence[Measured], several_runs: bool) -> list[str]:
-    """What was asked, said once where all runs asked the same; and what a reader of the table must know."""
+    """Problems and sampling, once where all runs have the same; and the caveats of each row."""
     described = {each.run: describe(each.result.scores) for each in rows}
-    said = list(dict.fromkeys(described.values()))
-    if len(said) == 1:
-        found = [f"{said[0]}."]
+    texts = list(dict.fromkeys(described.values()))
+    if len(texts) == 1:
+        found = [f"{texts[0]}."]
     else:
         found = [f"{run}: {text}." for run, text in described.items()]
-        found.append("Not every row was asked the same in the same way: compare within a run.")
-    if several_runs and len(said) == 1 and len({each.result.scores.fingerprint.get("problems") for each in rows}) > 1:
-        found.append("The runs were asked different problems: compare within a run.")
-    found += [doubt for each in rows for doubt in doubts(each, several_runs)]
+        found.append("Problems or sampling differ between the runs: compare within a run.")
+    if several_runs and len(texts) == 1 and len({each.result.scores.fingerprint.get("problems") for each in rows}) > 1:
+        found.append("The runs have different problems: compare within a run.")
+    found += [caveat for each in rows for caveat in caveats(each, several_runs)]
     return found
 
 
@@ -233,17 +231,17 @@ def describe(scores: Scores) -> str:
     return f"{scores.benchmark}: {problems} problems, {how}" + (f", at most {most:,} new tokens" if isinstance(most, int) else "")
 
 
-def doubts(each: Measured, several_runs: bool) -> list[str]:
-    scores, said = each.result.scores, []
+def caveats(each: Measured, several_runs: bool) -> list[str]:
+    scores, found = each.result.scores, []
     if isinstance(scores, AnswerScores):
         who = f"{each.run}, {each.result.label}" if several_runs else each.result.label
         if scores.partial:
-            said.append(
-                f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score leans towards "
+            found.append(
+                f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score is biased towards "
                 "problems with short answers."
             )
         if scores.grading_errors:
-            said.append(f"{who}: {scores.grading_errors:,} answers could not be judged and count as wrong.")
+            found.append(f"{who}: {scores.grading_errors:,} answers could not be graded and count as incorrect.")
         if scores.ties:
-            said.append(f"{who}: {scores.ties:,} votes were tied; each counts as the share of right answers among the tied.")
-    return said
+            found.append(f"{who}: {scores.ties:,} votes were tied; each counts as the fraction of correct answers among the tied.")
+    return found

@@ -8,10 +8,13 @@ _SECONDS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 def format_bytes(count: float) -> str:
     """7.63 GiB, 1,020 MiB, 512 B."""
-    for unit, size in _BYTES:
-        if count >= size:
-            return f"{_three_digits(count / size)} {unit}"
-    return f"{count:.0f} B"
+    unit, size = byte_unit(count)
+    return f"{count:.0f} B" if size == 1 else f"{_three_digits(count / size)} {unit}"
+
+
+def byte_unit(count: float) -> tuple[str, int]:
+    """The largest unit of which `count` is at least one, and its bytes."""
+    return next(((unit, size) for unit, size in _BYTES if count >= size), ("B", 1))
 
 
 def format_duration(seconds: float) -> str:

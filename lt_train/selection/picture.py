@@ -1,112 +1,103 @@
-"""The layer profile as a picture: one panel a strategy, one point a layer, chosen layers marked."""
+"""The layer profile as a picture, the same on the report's page and in profile.png: a panel a strategy, a point a layer."""
 
+import textwrap
 from collections.abc import Collection
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from lt_train.runtime.files import replacing
+from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, write_png
 from lt_train.selection.profile import LayerProfile
 
-_STREAMS, _FULL, _TINT = "#159e87", "#76869b", "#dff3ef"
-_INK, _FAINT, _GRID = "#2b3440", "#a9b2bf", "#eceff3"
-_MEANINGS = {
-    "reach": "rise of the loss on long-reach tokens when this layer alone streams",
-    "nll": "rise of the loss on all answer tokens when this layer alone streams",
-    "lazy_ratio": "attention of the last queries on sink and recent tokens (the more, the lazier)",
+MEANINGS = {
+    "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
+    "nll": ("rise of the loss on all answer tokens when this layer alone streams", "nats per token"),
+    "lazy_ratio": ("attention of the last queries on sink and recent tokens; the more, the lazier", "fraction"),
 }
-_UNITS = {"reach": "nats per token", "nll": "nats per token", "lazy_ratio": "share of attention"}
-_PANEL_INCHES, _STRIP_INCHES, _FRAME_INCHES = 1.95, 0.26, 1.4
+"""Strategy -> what its score is, and its unit."""
+
+_STRIP, _PANEL = 16.0, 130.0
 
 
 def draw_profile(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
-    """Write a PNG of the profile's scores.
+    """Write `profile_figure` as a PNG."""
+    write_png(profile_figure(profile, chosen), path)
 
-    The strip on top shows `chosen`, the layers that stream in this run. Each panel marks the layers that its own strategy
-    would let stream, as many as `chosen` has. Points are means over samples, whiskers their middle half.
+
+@styled
+def profile_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
+    """Mean and interquartile range of each layer's scores over the samples.
+
+    Colours and the strip on top show `chosen`, the layers that stream in this run. The ground of each panel shows the layers that
+    its own strategy would let stream, as many as `chosen` has.
     """
-    panels = profile.strategies
-    size = (_width(profile.num_layers), _FRAME_INCHES + _PANEL_INCHES * len(panels))
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    heights = [_STRIP_INCHES] + [_PANEL_INCHES] * len(panels)
-    strip, *axes = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
-    figure.suptitle(_heading(profile, chosen), x=0.01, ha="left", fontsize=11, color=_INK)
+    figure, (strip, *panels) = new_figure([_STRIP, *[_PANEL] * len(profile.strategies)], left=72, title_lines=2)
+    sizes, name = profile.fingerprint.sizes, printable(Path(profile.fingerprint.model).name) or "model"
+    strip.set_title(
+        f"{name if len(name) < 32 else name[:30] + '…'}: {len(chosen)} of {profile.num_layers} layers stream\n"
+        f"w_sink {sizes.w_sink}, w_recent {sizes.w_recent}, {len(profile.samples)} samples"
+    )
     _draw_strip(strip, profile.num_layers, chosen)
-    for axis, strategy in zip(axes, panels, strict=True):
-        _draw_scores(axis, profile, strategy, profile.choose(strategy, len(chosen)))
-    _label_layers(axes[-1], profile.num_layers)
-    _draw_legend(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+    for axes, strategy in zip(panels, profile.strategies, strict=True):
+        _draw_scores(axes, profile, strategy, chosen)
+    panels[-1].set_xlabel("layer")
+    panels[-1].set_xlim(-0.6, profile.num_layers - 0.4)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(17, steps=[1, 2, 4, 8, 10], integer=True))
+    handles = [
+        Line2D([], [], color=COLOURS["trained"], marker="o", linestyle="", label="streams in this run"),
+        Line2D([], [], color=COLOURS["base"], marker="o", linestyle="", label="keeps full attention"),
+        Patch(color=COLOURS["tint"], label="would stream by this score"),
+        Line2D([], [], color=COLOURS["base"], linewidth=3, alpha=0.55, label="interquartile range"),
+    ]
+    add_legend(figure, handles, columns=2)
+    return figure
 
 
-def _width(num_layers: int) -> float:
-    return min(14.0, max(8.0, 3.0 + 0.17 * num_layers))
+def _draw_strip(axes: Axes, num_layers: int, chosen: Collection[int]) -> None:
+    bars = axes.bar(range(num_layers), 1.0, width=0.84, color=[_colour(layer, chosen) for layer in range(num_layers)])
+    for layer, bar in enumerate(bars):
+        note(bar, f"layer {layer} {_state(layer, chosen)}")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
 
 
-def _heading(profile: LayerProfile, chosen: Collection[int]) -> str:
-    sizes = profile.fingerprint.sizes
-    name = Path(profile.fingerprint.model).name or "model"
-    counts = f"{len(chosen)} of {profile.num_layers} layers stream"
-    return f"{name}: {counts}\nw_sink {sizes.w_sink}, w_recent {sizes.w_recent}, {len(profile.samples)} samples"
-
-
-def _draw_strip(axis: Axes, num_layers: int, chosen: Collection[int]) -> None:
-    colours = [_STREAMS if layer in chosen else _FULL for layer in range(num_layers)]
-    axis.bar(range(num_layers), 1.0, width=0.84, color=colours)
-    axis.set_ylim(0, 1)
-    axis.set_yticks([])
-    axis.set_ylabel("this run", rotation=0, ha="right", va="center", fontsize=9, color=_INK)
-    axis.tick_params(bottom=False)
-    axis.spines[:].set_visible(False)
-
-
-def _draw_scores(axis: Axes, profile: LayerProfile, strategy: str, chosen: Collection[int]) -> None:
+def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: Collection[int]) -> None:
     scores_SL = np.array(profile.scores[strategy])
     mean_L = scores_SL.mean(axis=0)
     low_L, high_L = np.quantile(scores_SL, [0.25, 0.75], axis=0)
-    layers = range(profile.num_layers)
-    colours = [_STREAMS if layer in chosen else _FULL for layer in layers]
-    for layer in chosen:
-        axis.axvspan(layer - 0.5, layer + 0.5, color=_TINT, linewidth=0, zorder=0)
-    axis.vlines(layers, low_L, high_L, color=colours, linewidth=2.2, alpha=0.55, zorder=2)
-    axis.scatter(layers, mean_L, s=30, color=colours, linewidth=0, zorder=3)
+    by_this, layers = profile.choose(strategy, len(chosen)), range(profile.num_layers)
+    for layer in layers:
+        ground = axes.axvspan(
+            layer - 0.5, layer + 0.5, color=COLOURS["tint" if layer in by_this else "card"], linewidth=0, zorder=0
+        )
+        note(
+            ground,
+            f"layer {layer}: {mean_L[layer]:.4g} (interquartile range over {len(profile.samples)} samples {low_L[layer]:.4g} to "
+            f"{high_L[layer]:.4g}); {_state(layer, chosen)} in this run",
+        )
+    colours, size = [_colour(layer, chosen) for layer in layers], min(8.0, 320 / profile.num_layers)
+    axes.vlines(layers, low_L, high_L, color=colours, linewidth=size / 3, alpha=0.55, zorder=2)
+    axes.scatter(layers, mean_L, s=size**2, color=colours, zorder=3)
     if strategy != "lazy_ratio":  # a rise has a zero worth measuring from
-        axis.vlines(layers, 0, mean_L, color=colours, linewidth=1.0, zorder=1)
-        axis.axhline(0, color=_FAINT, linewidth=0.9, zorder=1)
-    _label_panel(axis, profile, strategy)
+        axes.vlines(layers, 0, mean_L, color=colours, linewidth=1, zorder=1)
+        axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=1)
+    meaning, unit = MEANINGS[strategy]
+    if strategy in profile.samples[0].all_streaming:
+        meaning += f" (all layers: {fmean(sample.all_streaming[strategy] for sample in profile.samples):+.3g})"
+    axes.set_title(textwrap.fill(f"{strategy}: {meaning}", 58))
+    axes.set_ylabel(unit)
 
 
-def _label_panel(axis: Axes, profile: LayerProfile, strategy: str) -> None:
-    axis.set_title(f"{strategy}: {_MEANINGS[strategy]}", loc="left", fontsize=9.5, color=_INK)
-    if strategy != "lazy_ratio":
-        every_layer = np.mean([sample.all_streaming[strategy] for sample in profile.samples])
-        axis.set_title(f"all layers streaming: {every_layer:+.2g}", loc="right", fontsize=8.5, color=_FULL)
-    axis.set_ylabel(_UNITS[strategy], fontsize=8.5, color=_INK)
-    axis.tick_params(labelsize=8, colors=_INK)
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(_FAINT)
+def _colour(layer: int, chosen: Collection[int]) -> str:
+    return COLOURS["trained" if layer in chosen else "base"]
 
 
-def _label_layers(axis: Axes, num_layers: int) -> None:
-    axis.set_xticks(range(0, num_layers, 1 if num_layers <= 40 else 2))
-    axis.set_xlim(-0.6, num_layers - 0.4)
-    axis.set_xlabel("layer", fontsize=9, color=_INK)
-
-
-def _draw_legend(figure: Figure) -> None:
-    handles = [
-        Patch(color=_STREAMS, label="streams (in panels: by this score)"),
-        Patch(color=_FULL, label="keeps full attention"),
-        Line2D([], [], color=_INK, marker="o", markersize=5, linestyle="", label="mean over samples"),
-        Line2D([], [], color=_INK, linewidth=2.2, alpha=0.55, label="middle half of samples"),
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, columnspacing=1.4)
+def _state(layer: int, chosen: Collection[int]) -> str:
+    return "streams" if layer in chosen else "keeps full attention"

@@ -52,7 +52,7 @@ def page_of(*runs: Path) -> Page:
 def test_the_page_shows_scores_charts_and_every_sample(run):
     page = page_of(run)
     for text in ("75.0 ± 25.0", "hybrid by reach, trained", "1.200 ± 0.115", "KV cache against length",
-                 "Layer profile by lazy_ratio", "Losses of the training",
+                 "Layer profile", "lazy_ratio: attention of the last queries", "gradient norm",
                  "Accuracy within a budget of tokens", "4 problems, greedy"):  # fmt: skip
         assert text in page.visible, text
     sets = page.data["index"]
@@ -65,7 +65,7 @@ def test_the_page_shows_scores_charts_and_every_sample(run):
     assert page.data["problems-0"] == {key: [text, [answer]] for key, text, answer in PROBLEMS}
 
 
-def test_problems_that_several_models_were_asked_are_in_the_page_once(run):
+def test_problems_of_several_models_are_in_the_page_once(run):
     page = page_of(run)
     assert {each["problems"] for each in page.data["index"]} == {0}
     assert [key for key in page.data if key.startswith("problems")] == ["problems-0"]
@@ -102,7 +102,7 @@ def test_a_long_trace_is_shortened_and_the_page_says_to_what(tmp_path, monkeypat
     monkeypatch.setattr(samples.character_limit, "__defaults__", (1000, samples.MAX_TOTAL_CHARACTERS))
     records = [record("p0", text="<think>" + "a" * 30_000 + "</think>end"), *ANSWERS["base"][1:]]
     page = page_of(made_run(tmp_path, answers={"base": records}))
-    assert "Traces of up to 1,000 characters are here whole. 1 of 4 are longer" in page.visible
+    assert "Traces of up to 1,000 characters are complete. 1 of 4 are longer" in page.visible
     thought, answer = page.data["texts-0"][0]
     assert "characters left out" in thought and answer == "end"
 
@@ -119,7 +119,7 @@ def test_six_thousand_samples_take_little_more_room_than_their_texts(tmp_path):
 def test_several_runs_stand_side_by_side(tmp_path):
     page = page_of(made_run(tmp_path, "one"), made_run(tmp_path, "two"))
     assert {each["run"] for each in page.data["index"]} == {"one", "two"}
-    assert page.visible.count("Losses of the training") == 2
+    assert page.visible.count("optimizer step") == 2
 
 
 def test_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
@@ -135,11 +135,11 @@ def test_a_source_that_is_gone_leaves_the_ids_and_is_named(run):
     assert page.data["index"][0]["samples"][0][0] == "p0"
 
 
-def test_other_problems_than_were_asked_are_not_shown_as_if_they_were(run):
+def test_other_problems_than_those_of_the_scores_are_not_shown(run):
     path = run.parent / "tiny-problems.jsonl"
     path.write_text(path.read_text().replace("What is 1+1?", "What is 1+0?"))
     page = page_of(run)
-    assert "now holds other problems than those that were asked" in page.visible
+    assert "now holds other problems than those of this evaluation" in page.visible
     assert page.data["problems-0"] == {}
 
 
@@ -181,14 +181,14 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("eval/base/ledger/scores.json", "{", r"scores\.json: not a whole scores\.json"),
+        ("eval/base/ledger/scores.json", "{", r"scores\.json: not a (whole|valid) scores\.json"),
         ("eval/base/ledger/samples.jsonl", "{}\n", r"samples\.jsonl:1: not a sample of this version"),
         ("eval/base/ledger/meta.json", "{}", r"meta\.json: does not say how"),
         ("profile/profile.json", "[]", r"profile\.json: not a whole layer profile"),
-        ("train/log.jsonl", '{"loss": 1.0}\n', r"log\.jsonl: not a whole training log"),
+        ("train/log.jsonl", '{"loss": 1.0}\n', r"log\.jsonl: not a valid training log"),
         ("train/log.jsonl", '{"step": 1', r"log\.jsonl:1: not JSON"),
-        ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a whole training log"),
-        ("recipe.yaml", "name: [", r"recipe\.yaml: not a whole recipe"),
+        ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a valid training log"),
+        ("recipe.yaml", "name: [", r"recipe\.yaml: not a valid recipe"),
         ("hybrid/layers.json", "{", r"layers\.json: not a whole"),
     ],
 )
@@ -202,11 +202,11 @@ def test_a_damaged_file_is_an_error_that_names_it(run, path, content, message):
 def test_no_run_no_scores_and_no_place_for_the_page_are_errors_that_say_what_to_do(run, tmp_path):
     with pytest.raises(UserError, match="name one or more run folders"):
         write_report([], tmp_path / "report.html")
-    with pytest.raises(UserError, match=r"no run: there is no .*recipe\.yaml"):
+    with pytest.raises(UserError, match=r"no run: .*recipe\.yaml is missing\. Fix: start it"):
         write_report([tmp_path], tmp_path / "report.html")
     with pytest.raises(UserError, match="named twice"):
         write_report([run, run / "../tiny"], tmp_path / "report.html")
-    with pytest.raises(UserError, match="is a folder; name the file"):
+    with pytest.raises(UserError, match=r"a folder\. Fix: name the file"):
         write_report([run], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the report cannot be written"):

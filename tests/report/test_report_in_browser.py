@@ -90,22 +90,52 @@ def test_a_table_with_long_names_and_numbers_fits_a_laptop(browser, tmp_path):
 def test_charts_have_colours_and_their_texts_can_be_read_on_a_phone(tab, report):
     tab.look(400)
     tab.open(report)
-    assert tab.run("getComputedStyle(document.querySelector('.v-trained .point')).fill") == "rgb(21, 158, 135)"
+    trained = """[...document.querySelectorAll('.drawing path')].map((path) => getComputedStyle(path).stroke)"""
+    assert "rgb(21, 158, 135)" in tab.run(trained)
+    tab.run("document.documentElement.dataset.theme = 'dark'")
+    assert "rgb(45, 194, 167)" in tab.run(trained) and "rgb(21, 158, 135)" not in tab.run(trained)
     smallest = tab.run(
-        """Math.min(...[...document.querySelectorAll('.drawing svg')].map((svg) =>
-        12.5 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width))"""
+        """Math.min(...[...document.querySelectorAll('.drawing text')].map((text) => parseFloat(getComputedStyle(text).fontSize)
+        * text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width))"""
     )
     assert smallest >= 9
 
 
+def test_texts_of_charts_stay_inside_and_are_in_the_font_of_the_page(tab, report):
+    for width in (400, 1280):
+        tab.look(width)
+        tab.open(report)
+        beyond = tab.run(
+            """[...document.querySelectorAll('.drawing text')].filter((text) => {
+            const box = text.getBoundingClientRect(), svg = text.ownerSVGElement.getBoundingClientRect();
+            return box.left < svg.left - 1 || box.right > svg.right + 1 || box.top < svg.top - 1 || box.bottom > svg.bottom + 1;
+            }).map((text) => text.textContent)"""
+        )
+        assert beyond == []
+    fonts = tab.run("[...document.querySelectorAll('.drawing text')].map((text) => getComputedStyle(text).fontFamily)")
+    assert set(fonts) == {tab.run("getComputedStyle(document.body).fontFamily")}
+
+
+def test_a_point_shows_its_tooltip_and_the_layer_under_a_point_its_own(tab):
+    hovered = """(find) => { const target = find(); target.scrollIntoView({block: 'center'});
+        const box = target.getBoundingClientRect();
+        let hit = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+        while (hit && !hit.querySelector(':scope > title')) hit = hit.parentElement;
+        return hit && hit.querySelector('title').textContent; }"""
+    accuracy = "[...document.querySelectorAll('title')].find((title) => title.textContent.includes('accuracy 75')).parentElement"
+    assert tab.run(f"({hovered})(() => {accuracy}.querySelector('use'))").startswith("base: accuracy 75.0 %")
+    layer = "[...document.querySelectorAll('title')].find((title) => title.textContent.startsWith('layer 1: ')).parentElement"
+    assert "keeps full attention in this run" in tab.run(f"({hovered})(() => {layer}.querySelector('path'))")
+
+
 def test_filters_find_evaluation_model_verdict_and_text(tab):
     assert count(tab) == "12 of 12 samples"
-    choose(tab, "verdict", "wrong")
+    choose(tab, "verdict", "incorrect")
     assert count(tab) == "5 of 12 samples"
     choose(tab, "variant", "hybrid by reach, untrained")
     assert count(tab) == "3 of 12 samples"
-    choose(tab, "verdict", "cut")
-    assert [row.split()[:4] for row in listed(tab)] == [["✂", "cut", "off", "p1"]]
+    choose(tab, "verdict", "truncated")
+    assert [row.split()[:3] for row in listed(tab)] == [["✂", "truncated", "p1"]]
     choose(tab, "verdict", "lost")
     assert count(tab) == "2 of 12 samples"
     choose(tab, "variant", "")
@@ -122,13 +152,13 @@ def test_filters_find_evaluation_model_verdict_and_text(tab):
 
 
 def test_filters_come_back_with_the_address(tab, report):
-    choose(tab, "verdict", "wrong")
+    choose(tab, "verdict", "incorrect")
     fragment = tab.run("location.hash")
     tab.open(report, fragment)
-    assert fragment == "#samples?verdict=wrong" and count(tab) == "5 of 12 samples"
+    assert fragment == "#samples?verdict=incorrect" and count(tab) == "5 of 12 samples"
 
 
-def test_a_sample_opens_to_problem_folded_thought_and_both_answers(tab):
+def test_a_sample_opens_to_problem_folded_reasoning_and_both_answers(tab):
     choose(tab, "text", "so on and so on")
     choose(tab, "text", "")
     choose(tab, "variant", "hybrid by reach, trained")
@@ -136,11 +166,11 @@ def test_a_sample_opens_to_problem_folded_thought_and_both_answers(tab):
     tab.wait_for("document.querySelector('.sample .body')")
     shown = tab.run("document.querySelector('.sample .body').innerText")
     assert "What is 1+1?" in shown and "It is \\boxed{2}" in shown and "gulls" not in shown
-    assert tab.run("[...document.querySelectorAll('.answers p')].map((p) => p.innerText)")[:3] == ["2", "2", "✓ right"]
+    assert tab.run("[...document.querySelectorAll('.answers p')].map((p) => p.innerText)")[:3] == ["2", "2", "✓ correct"]
     tab.run("document.querySelector('.body summary').click()")
     tab.wait_for("document.querySelector('.body details pre')")
-    thought = tab.run("document.querySelector('.body details pre').textContent")
-    assert thought == LONG[: LONG.index("</think>") + len("</think>")]
+    reasoning = tab.run("document.querySelector('.body details pre').textContent")
+    assert reasoning == LONG[: LONG.index("</think>") + len("</think>")]
     tab.run("[...document.querySelectorAll('.chips button')].find((chip) => chip.innerText.includes('untrained')).click()")
     assert tab.run("document.querySelector('.chips [aria-pressed=true]').innerText").startswith("hybrid by reach, untrained")
 

@@ -180,8 +180,8 @@ def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
     score(run, "trained", losses(11.0, 13.0, 15.0))
     lines = shown(run)
     assert "heldout_loss: 3 samples, 30 answer tokens; hybrids stream 2 of 4 layers" in lines
-    assert any("nats a token ± SE" in line for line in lines)
-    assert not any("cut off" in line for line in lines)
+    assert any("nats per token ± SE" in line for line in lines)
+    assert not any("truncated" in line for line in lines)
     assert "1.200 ± 0.115" in row(run, "base")
     assert "1.300 ± 0.115" in row(run, "hybrid by reach, trained") and "+0.100 [+0.100, +0.100]" in row(
         run, "hybrid by reach, trained"
@@ -244,7 +244,7 @@ def test_damaged_scores_are_an_error_that_says_what_to_do(run, damage):
 @pytest.mark.parametrize("damage", ["{", "name: [", "\x00", "", "[]", "name: tiny"])
 def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(run, damage):
     (run / "recipe.yaml").write_text(damage)
-    with pytest.raises(UserError, match=r"recipe\.yaml: not a whole recipe"):
+    with pytest.raises(UserError, match=r"recipe\.yaml: not a valid recipe"):
         read_results(run)
 
 

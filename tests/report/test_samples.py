@@ -93,7 +93,7 @@ def test_a_damaged_line_is_an_error_with_its_number(run, damage, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "thought", "answer"),
+    ("text", "reasoning", "answer"),
     [
         ("<think>a</think>b", "<think>a</think>", "b"),
         ("<|begin_of_thought|>a<|end_of_thought|>b", "<|begin_of_thought|>a<|end_of_thought|>", "b"),
@@ -104,9 +104,9 @@ def test_a_damaged_line_is_an_error_with_its_number(run, damage, message):
         ("", "", ""),
     ],
 )
-def test_a_trace_folds_up_to_where_the_thought_ends(text, thought, answer):
+def test_a_trace_folds_up_to_where_the_reasoning_ends(text, reasoning, answer):
     trace = split_trace(text)
-    assert (trace.thought, trace.answer) == (thought, answer)
+    assert (trace.reasoning, trace.answer) == (reasoning, answer)
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(1, 2000))
@@ -130,8 +130,8 @@ def test_what_is_left_out_is_said_and_the_rest_is_whole(text, limit):
         assert short.endswith(text[len(text) - limit // 2 :])
 
 
-def test_of_a_long_sample_the_thought_gives_way_and_the_answer_stays():
+def test_of_a_long_sample_the_reasoning_is_shortened_and_the_answer_stays():
     long = record("p0", text="<think>" + "x" * 5000 + "</think>The answer is 2")
-    thought, answer = parts(long, 1000)
+    reasoning, answer = parts(long, 1000)
     assert answer == "The answer is 2"
-    assert "characters left out" in thought and len(thought) < 1100
+    assert "characters left out" in reasoning and len(reasoning) < 1100

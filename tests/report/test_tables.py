@@ -15,7 +15,7 @@ def table_of(*folders, evaluation="ledger"):
     return result_table(rows, several_runs=len(folders) > 1)
 
 
-def test_every_variant_has_its_scores_with_their_doubt(run):
+def test_every_variant_has_its_scores_with_their_uncertainty(run):
     table = table_of(run)
     base, converted, trained = table.rows
     assert [row.label for row in table.rows] == ["base", "hybrid by reach, untrained", "hybrid by reach, trained"]
@@ -33,11 +33,11 @@ def test_where_all_problems_scored_the_same_there_is_an_interval_and_no_standard
     assert (trained.score, trained.interval) == ("0.0", "0.0 to 49.0")  # Wilson's of 0 of 4: z² / (n + z²)
 
 
-def test_cut_off_unanswered_tokens_speed_and_memory_stand_in_their_columns(run):
+def test_truncated_unanswered_tokens_speed_and_memory_stand_in_their_columns(run):
     table = table_of(run)
     named = dict(zip([name for name, _ in table.columns[3:]], table.rows[1].cells, strict=True))
     assert named == {
-        "cut off, %": "25.0",
+        "truncated, %": "25.0",
         "no answer, %": "25.0",
         "tokens per answer": "240",  # (70 + 512 + 300 + 80) / 4
         "tokens per s": "50",
@@ -87,16 +87,16 @@ def test_a_divergence_from_the_base_says_what_it_is_and_is_not_compared_with_the
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"partial": True, "missing": 7}, "base: 7 samples are missing"),
-    ({"grading_errors": 2}, "base: 2 answers could not be judged"),
+    ({"grading_errors": 2}, "base: 2 answers could not be graded"),
     ({"ties": 3}, "base: 3 votes were tied"),
 ])  # fmt: skip
-def test_what_makes_a_score_doubtful_is_said(run, changes, said):
+def test_a_score_with_caveats_has_a_note_for_each(run, changes, said):
     path = run / "eval/base/ledger/scores.json"
     write_scores(path, replace(read_scores(path), **changes))
     assert any(note.startswith(said) for note in table_of(run).notes)
 
 
-def test_what_was_asked_is_said_once_or_by_run(tmp_path):
+def test_problems_and_sampling_are_named_once_or_by_run(tmp_path):
     one, two = made_run(tmp_path, "one"), made_run(tmp_path, "two")
     assert table_of(one, two).notes == ("ledger: 4 problems, greedy, at most 512 new tokens.",)
     for variant in ("base", "converted", "trained"):
@@ -105,4 +105,4 @@ def test_what_was_asked_is_said_once_or_by_run(tmp_path):
         write_scores(path, replace(scores, fingerprint={**scores.fingerprint, "temperature": 0.6}))
         meta = path.with_name("meta.json")
         meta.write_text(meta.read_text().replace('"temperature": 0.0', '"temperature": 0.6'))
-    assert table_of(one, two).notes[-1] == "Not every row was asked the same in the same way: compare within a run."
+    assert table_of(one, two).notes[-1] == "Problems or sampling differ between the runs: compare within a run."

@@ -33,10 +33,10 @@ PROBLEMS = [("p0", "What is 1+1?", "2"), ("p1", "What is 2+2?", "4"), ("p2", "Wh
 REACH = ((0.1, 0.9, 0.2, 0.8), (0.3, 0.7, 0.0, 1.0))
 LAZY_RATIO = ((0.9, 0.8, 0.2, 0.1), (0.7, 0.8, 0.4, 0.1))
 LOG = (
-    {"step": 1, "loss": 2.0},
-    {"step": 2, "loss": 1.5},
+    {"step": 1, "loss": 2.0, "grad_norm": 4.0, "learning_rate": 1e-3},
+    {"step": 2, "loss": 1.5, "grad_norm": 3.0, "learning_rate": 5e-4},
     {"step": 2, "eval_loss": 1.75, "eval_tokens": 40},
-    {"step": 3, "loss": 1.0},
+    {"step": 3, "loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.0},
 )
 
 

@@ -5,7 +5,7 @@ const root = document.documentElement;
 const THEMES = ["", "dark", "light"];
 
 function stored(value) {
-  try { // a page from a file may be denied storage
+  try { // a browser may deny storage to a page from a file
     if (value === undefined) return localStorage.getItem("lt-train-theme") || "";
     localStorage.setItem("lt-train-theme", value);
   } catch { /* then the choice lasts as long as the page */ }
@@ -25,7 +25,7 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 
 const parsed = new Map();
-function embedded(id) { // parsed when first asked for: texts of thousands of traces are not needed to list them
+function embedded(id) { // parsed when first used: texts of thousands of traces are not needed to list them
   if (!parsed.has(id)) parsed.set(id, JSON.parse(document.getElementById(id).textContent));
   return parsed.get(id);
 }
@@ -41,27 +41,27 @@ const PAGE = 40;
 function browseSamples(form) {
   const sets = embedded("index");
   const samples = sets.flatMap((set, number) => set.samples.map((row, at) => {
-    const [problem, sample, right, cut, score, tokens, thinking, extracted, extractedFrom, gradingError, characters] = row;
-    return { set, number, at, problem, sample, right, cut, score, tokens, thinking, extracted, extractedFrom, gradingError, characters };
+    const [problem, sample, correct, truncated, score, tokens, reasoning, extracted, extractedFrom, gradingError, characters] = row;
+    return { set, number, at, problem, sample, correct, truncated, score, tokens, reasoning, extracted, extractedFrom, gradingError, characters };
   }));
-  const asked = new Map(); // the same problem and sample by every model of its run
+  const counterparts = new Map(); // the same problem and sample by every model of its run
   const keyOf = (s) => JSON.stringify([s.set.run, s.set.evaluation, s.problem, s.sample]);
   for (const sample of samples) {
     const key = keyOf(sample);
-    if (!asked.has(key)) asked.set(key, []);
-    asked.get(key).push(sample);
+    if (!counterparts.has(key)) counterparts.set(key, []);
+    counterparts.get(key).push(sample);
   }
-  const baseOf = (s) => asked.get(keyOf(s)).find((other) => other.set.base);
+  const baseOf = (s) => counterparts.get(keyOf(s)).find((other) => other.set.base);
   const texts = (s) => embedded(`texts-${s.number}`)[s.at];
   const problemOf = (s) => embedded(`problems-${s.set.problems}`)[s.problem];
 
   const VERDICTS = {
     "": () => true,
-    right: (s) => s.right,
-    wrong: (s) => !s.right,
-    cut: (s) => s.cut,
-    lost: (s) => !s.right && !s.set.base && baseOf(s)?.right,
-    won: (s) => s.right && !s.set.base && baseOf(s) && !baseOf(s).right,
+    correct: (s) => s.correct,
+    incorrect: (s) => !s.correct,
+    truncated: (s) => s.truncated,
+    lost: (s) => !s.correct && !s.set.base && baseOf(s)?.correct,
+    won: (s) => s.correct && !s.set.base && baseOf(s) && !baseOf(s).correct,
   };
   const ORDERS = { longest: (a, b) => b.tokens - a.tokens, shortest: (a, b) => a.tokens - b.tokens };
 
@@ -88,8 +88,8 @@ function browseSamples(form) {
     rows.replaceChildren();
     shown = 0;
     showMore();
-    const said = new URLSearchParams(Object.entries(filter).filter(([, value]) => value)).toString();
-    if (said || location.hash.startsWith("#samples?")) history.replaceState(null, "", said ? `#samples?${said}` : "#samples");
+    const query = new URLSearchParams(Object.entries(filter).filter(([, value]) => value)).toString();
+    if (query || location.hash.startsWith("#samples?")) history.replaceState(null, "", query ? `#samples?${query}` : "#samples");
   }
 
   function showMore() {
@@ -99,12 +99,12 @@ function browseSamples(form) {
 
   function outcome(s) {
     const graded = s.score > 0 && s.score < 1 ? ` ${(100 * s.score).toFixed(0)} %` : "";
-    if (s.right) return ["o-right", `✓ right${graded}`];
-    return s.cut ? ["o-cut-off", `✂ cut off${graded}`] : ["o-wrong", `✗ wrong${graded}`];
+    if (s.correct) return ["c-trained", `✓ correct${graded}`];
+    return s.truncated ? ["c-base", `✂ truncated${graded}`] : ["c-incorrect", `✗ incorrect${graded}`];
   }
 
   function model(s) {
-    return make("span", { className: `model ${s.set.colour}` }, make("i", { className: "dot" }), s.set.variant);
+    return make("span", { className: `model c-${s.set.colour}` }, make("i", { className: "dot" }), s.set.variant);
   }
 
   function row(s) {
@@ -131,8 +131,8 @@ function browseSamples(form) {
 
   function fill(box, s) {
     const problem = problemOf(s);
-    const [thought, answer] = texts(s);
-    const others = asked.get(keyOf(s));
+    const [reasoning, answer] = texts(s);
+    const others = counterparts.get(keyOf(s));
     box.replaceChildren();
     if (others.length > 1) {
       box.append(make("h4", {}, "The same problem by"), make("div", { className: "chips" }, ...others.map((other) => {
@@ -149,10 +149,10 @@ function browseSamples(form) {
     box.append(make("div", { className: "answers" },
       fact(s.extractedFrom ? `Extracted answer (${s.extractedFrom})` : "Extracted answer", found),
       fact("True answer", problem ? problem[1].join("  or  ") : "not known here"),
-      fact("Verdict", make("span", { className: `verdict ${css}` }, words), s.gradingError ? `: could not be judged (${s.gradingError})` : s.right && s.cut ? ", cut off" : ""),
-      fact("Length", `${s.tokens.toLocaleString("en")} tokens${s.thinking === null ? "" : `, ${s.thinking.toLocaleString("en")} of them thought`}, ${s.characters.toLocaleString("en")} characters`)));
-    if (thought) box.append(folded(`Chain of thought, ${thought.length.toLocaleString("en")} characters`, thought));
-    box.append(make("h4", {}, thought ? "After the thought" : "Answer"), answer ? text(answer) : make("p", { className: "note" }, "Nothing."));
+      fact("Verdict", make("span", { className: `verdict ${css}` }, words), s.gradingError ? `: could not be graded (${s.gradingError})` : s.correct && s.truncated ? ", truncated" : ""),
+      fact("Length", `${s.tokens.toLocaleString("en")} tokens${s.reasoning === null ? "" : `, ${s.reasoning.toLocaleString("en")} of them reasoning`}, ${s.characters.toLocaleString("en")} characters`)));
+    if (reasoning) box.append(folded(`Reasoning, ${reasoning.length.toLocaleString("en")} characters`, reasoning));
+    box.append(make("h4", {}, reasoning ? "After the reasoning" : "Answer"), answer ? text(answer) : make("p", { className: "note" }, "Nothing."));
   }
 
   function fact(name, ...value) {
@@ -166,7 +166,7 @@ function browseSamples(form) {
     return details;
   }
 
-  function text(content) { // what was searched for is marked, at most so many times that a page stays quick
+  function text(content) { // every hit of the search is marked, up to a number at which the page stays quick
     const box = make("pre", {});
     const words = (filter.text || "").toLowerCase();
     const low = content.toLowerCase();

@@ -1,4 +1,4 @@
-"""Numbers in words: shares, sizes, counts."""
+"""Numbers as text: percentages and ends of intervals."""
 
 from lt_train.evaluation.statistics import Interval
 
@@ -7,5 +7,5 @@ def ends(span: Interval | None) -> tuple[float, ...]:
     return () if span is None else (span.low, span.high)
 
 
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}"
+def percent(fraction: float, digits: int = 1) -> str:
+    return f"{100 * fraction:.{digits}f}"
