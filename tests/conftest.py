@@ -41,6 +41,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Small inputs that failed once, and are not part of the project."""
+    cases = Path(os.environ.get("LT_TRAIN_SHARED_CASES", SHARED_DATA.parent / "cases")).resolve()
+    if not cases.is_dir():
+        pytest.skip(f"no cases at {cases}: set LT_TRAIN_SHARED_CASES to the folder that holds rows/")
+    return cases
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test that uses torch starts from one seed; the others do not wait for its import."""

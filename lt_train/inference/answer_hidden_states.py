@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from lt_train.dataset.examples import Example
+from lt_train.dataset.examples import Example, longest_first
 from lt_train.runtime.errors import UserError
 
 
@@ -22,10 +22,10 @@ def answer_states(
         UserError: an example exceeds the model's context.
     """
     model.eval()
-    longest_first = sorted(examples, key=lambda example: -len(example))
-    check_fits_context(model, longest_first)
-    for start in range(0, len(longest_first), batch_size):
-        batch = longest_first[start : start + batch_size]
+    longest = longest_first(examples)
+    check_fits_context(model, longest[0])
+    for start in range(0, len(longest), batch_size):
+        batch = list(longest[start : start + batch_size])
         input_ids_BL, attention_mask_BL = right_padded(batch, model.device)
         with torch.inference_mode():
             output = model.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
@@ -45,11 +45,11 @@ def right_padded(batch: Sequence[Example], device: torch.device) -> tuple[torch.
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def check_fits_context(model: PreTrainedModel, longest_first: Sequence[Example]) -> None:
+def check_fits_context(model: PreTrainedModel, longest: Example) -> None:
     context = model.config.max_position_embeddings
-    if len(longest_first[0]) > context:
+    if len(longest) > context:
         raise UserError(
-            f"{longest_first[0].where}: a sample of {len(longest_first[0])} tokens exceeds the model's context of "
+            f"{longest.where}: a sample of {len(longest)} tokens exceeds the model's context of "
             f"{context} tokens "
             f"(max_position_embeddings); set data.max_length to at most {context}"
         )

@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.dataset.examples import ExampleSet, load_examples
+from lt_train.dataset.examples import ExampleSet
+from lt_train.dataset.loading import load_examples
 from lt_train.inference.loading import attention_choice, check_vocabulary, eos_ids, load_base_config, load_tokenizer
 from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
@@ -58,14 +59,20 @@ class RunContext:
     @cached_property
     def examples(self) -> ExampleSet:
         check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
-        return load_examples(
+        examples = load_examples(
             self.recipe.data,
             self.recipe.prompt,
             self.tokenizer,
             model_max_length=self.base_config.max_position_embeddings,
             seed=self.recipe.seed,
             eos_ids=eos_ids(self.recipe.model),
+            folder=self.paths.data,
+            progress=self.process.speaks,
         )
+        self.report("data", examples.format)
+        for warning in examples.warnings:
+            self.report("data", f"warning: {warning}")
+        return examples
 
     @cached_property
     def variants(self) -> Variants:

@@ -100,8 +100,9 @@ class RunFolder:
     def _is_begun(self) -> bool:
         """Whether a stage has left anything. A run that was refused before that may start again with a corrected recipe."""
         root = self.paths.root
-        made = [path.relative_to(root) for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")]
-        return bool({str(path) for path in made} - {self.paths.recipe.name, self.paths.inputs.name})
+        made = {path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")}
+        before_any_stage = {self.paths.recipe, self.paths.inputs, *self.paths.data.rglob("*")}
+        return bool(made - before_any_stage)
 
     def _check_recipe(self) -> None:
         if not self.paths.recipe.exists():

@@ -112,7 +112,8 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
     folder = Path(resolve_model(recipe.model.base))
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         return None
-    from lt_train.dataset.examples import load_examples
+    from lt_train.dataset.examples import lengths
+    from lt_train.dataset.loading import load_examples
     from lt_train.inference.loading import eos_ids, load_tokenizer
 
     examples = load_examples(
@@ -123,4 +124,4 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
         seed=recipe.seed,
         eos_ids=eos_ids(recipe.model),
     )
-    return Samples([len(example) for example in examples.train], f"counted in {recipe.data.source}")
+    return Samples(lengths(examples.train).tolist(), f"counted in {recipe.data.source}")

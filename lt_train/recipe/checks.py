@@ -44,8 +44,8 @@ def _sources(recipe: Recipe) -> Iterator[Fault]:
             yield Fault((setting,), str(error))
     if model.revision is not None and "model.base" in local and local["model.base"].is_dir():
         yield Fault(("model.revision", "model.base"), "a local folder has no revisions", "set model.revision to null")
-    if data.subset is not None and "data.source" in local and local["data.source"].exists():
-        yield Fault(("data.subset", "data.source"), "local data has no subsets", "set data.subset to null")
+    if data.subset is not None and "data.source" in local and local["data.source"].is_file():
+        yield Fault(("data.subset", "data.source"), "a file has no subsets", "set data.subset to null")
     if data.split != "train" and "data.source" in local and local["data.source"].is_file():
         yield Fault(("data.split", "data.source"), "a file has no splits", "remove data.split")
 

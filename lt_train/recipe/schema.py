@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from lt_train.recipe.columns import Columns
 from lt_train.recipe.evaluations import Eval, HeldoutKL, HeldoutLoss, Sample
 from lt_train.recipe.faults import Fault, nearest_multiples
 from lt_train.recipe.part import (
@@ -125,14 +126,26 @@ class Data(Part):
     """The traces to train on."""
 
     source: Text
-    """Hub id, local .jsonl, .json or .parquet file, or a folder of such files."""
+    """Hub id; local .jsonl, .ndjson, .json, .csv, .tsv (all of these also with .gz), .parquet or .arrow file; folder of such files;
+    or folder of save_to_disk."""
     split: Text = "train"
     """Split of a hub data set, or of a folder with files such as train.jsonl and test.jsonl."""
     subset: Text | None = None
-    """Subset (configuration) of a hub data set that has several."""
-    format: Literal["still", "messages", "prompt_response"]
-    """Fields of a row. still: question, combined_text. prompt_response: prompt, response. messages: messages, a list of
-    {role, content} that ends with an answer."""
+    """Subset (configuration) of a hub data set or a downloaded one that has several."""
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "prompt_response", "alpaca", "still"] = "auto"
+    """Fields of a row. messages: messages, a list of {role, content} that ends with an answer. sharegpt: conversations, a list of
+    {from, value}. prompt_completion: prompt, completion, each text or a list of messages (TRL). prompt_response: prompt, response.
+    alpaca: instruction, input, output. still: question, combined_text. auto: as the first row shows; the run reports which."""
+    columns: Columns | None = None
+    """The fields of a row that has others, instead of a format."""
+    reasoning_tags: Literal["convert", "keep"] | None = None
+    """What happens to answers whose reasoning is not enclosed as the base encloses it. null: an error that counts them. convert:
+    their tags become the base's. keep: they are trained on as they are."""
+    reasoning_tag_pair: Annotated[list[Text], Field(min_length=2, max_length=2), EachOnce] | None = None
+    """[opening, closing]: tags of the data that are none of the usual ones; or the tags of a base that shows none in its chat
+    template and tokenizer."""
+    faulty: Literal["error", "drop"] = "error"
+    """What happens where rows cannot be trained on. They are counted by kind, with their first places."""
     max_length: int = Field(ge=2, le=MOST)
     """Tokens of the longest sample, prompt and answer together."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
@@ -145,6 +158,8 @@ class Data(Part):
     """Number of rows to read, from the first. null: all."""
 
     def conflicts(self) -> Iterator[Fault]:
+        if self.columns is not None and self.format != "auto":
+            yield Fault(("format", "columns"), "both name the fields of a row", "remove one of them")
         if self.limit is not None and self.heldout >= self.limit:
             problem = f"{self.heldout} of {self.limit} rows are held out, so none is left to train on"
             yield Fault(("heldout", "limit"), problem, "lower heldout, or raise limit")

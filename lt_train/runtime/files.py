@@ -82,19 +82,31 @@ def read_json_lines(path: Path, *, being_written: bool = False) -> Iterator[tupl
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip() and (line.endswith(b"\n") or not being_written):
-                    yield f"{path}:{number}", _row(line, f"{path}:{number}")
+                    yield f"{path}:{number}", _checked_row(line, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _checked_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return json_row(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def json_row(line: bytes) -> dict[str, Any]:
+    """One line of a JSON Lines file.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON or not an object; its text says which.
+    """
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error})") from error
-    except ValueError as error:
+        raise ValueError(f"not UTF-8 text ({error})") from error
+    except (ValueError, RecursionError) as error:
         cut = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
-        raise UserError(f"{where}: not JSON ({error}){cut}. Mend the line, or take it out") from error
+        raise ValueError(f"not JSON ({error}){cut}. Fix: correct the line, or remove it") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
+        raise ValueError(f"a row must be a JSON object, this is a {type(row).__name__}")
     return row

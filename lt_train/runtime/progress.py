@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """Made by `show_progress`. Time left follows from the rate since it was shown, so work done before does not count."""
 
-    def __init__(self, description: str, done: int, total: int, shown: bool) -> None:
+    def __init__(self, description: str, done: int, total: int | None, shown: bool) -> None:
         console = Console(stderr=True)
         self._description = description
         self._done = self._done_before = done
@@ -41,14 +41,17 @@ class Bar:
         now = time.perf_counter()
         if self._last_line is not None and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
             self._last_line = now
-            self._progress.console.print(f"{self._description} {done:,}/{self._total:,}  {rest}", highlight=False, soft_wrap=True)
+            of_total = "" if self._total is None else f"/{self._total:,}"
+            self._progress.console.print(f"{self._description} {done:,}{of_total}  {rest}", highlight=False, soft_wrap=True)
 
     def advance(self, figures: str = "") -> None:
         self.update(self._done + 1, figures)
 
     def _left(self) -> str:
         here = self._done - self._done_before
-        return f"{timedelta(seconds=round(self.seconds / here * (self._total - self._done)))} left" if here > 0 else ""
+        if here <= 0 or self._total is None:
+            return ""
+        return f"{timedelta(seconds=round(self.seconds / here * (self._total - self._done)))} left"
 
     def start(self) -> None:
         self._started = time.perf_counter()
@@ -60,7 +63,8 @@ class Bar:
 
 
 @contextmanager
-def show_progress(description: str, *, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+def show_progress(description: str, *, total: int | None = None, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    """`total`: None where it is unknown."""
     bar = Bar(description, done, total, shown)
     bar.start()
     try:

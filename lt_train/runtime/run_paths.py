@@ -46,6 +46,11 @@ class RunPaths:
         return self.root / "stages" / f"{stage}.json"
 
     @property
+    def data(self) -> Path:
+        """The tokenized examples: made again from the data where they are missing or of other settings."""
+        return self.root / "data"
+
+    @property
     def profile(self) -> Path:
         return self.stage("profile")
 

@@ -1,16 +1,14 @@
 """Training examples as the rows TRL's trainer takes: token ids, labels (-100 where no loss is), and packs of whole documents."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import datasets
+import numpy as np
 from trl import pack_dataset
 
-from lt_train.dataset.examples import Example
+from lt_train.dataset.examples import Example, lengths, prompt_lengths, token_rows
 from lt_train.runtime.errors import UserError
-
-IGNORED = -100  # the label that torch's cross entropy and TRL leave out of the loss
 
 
 def training_dataset(examples: Sequence[Example], *, max_length: int, packing: bool) -> datasets.Dataset:
@@ -22,9 +20,7 @@ def training_dataset(examples: Sequence[Example], *, max_length: int, packing: b
         UserError: there is no example, one is longer than `max_length`, or one has no token to learn from.
     """
     check_examples(examples, max_length)
-    rows = datasets.Dataset.from_dict(
-        {"input_ids": [list(e.input_ids) for e in examples], "labels": [list(e.labels) for e in examples]}
-    )
+    rows = token_rows(examples)
     if not packing:
         return rows
     with _quiet_datasets():
@@ -35,28 +31,20 @@ def check_examples(examples: Sequence[Example], max_length: int) -> None:
     """Stop before TRL would cut a sample in silence or train on one that teaches nothing."""
     if not examples:
         raise UserError("data: no example is left to train on. See the counts above: raise data.max_length or give other data")
-    too_long = [e for e in examples if len(e) > max_length]
-    if too_long:
-        longest = max(too_long, key=len)
+    whole, prompts = lengths(examples), prompt_lengths(examples)
+    if whole.max() > max_length:
+        longest = examples[int(whole.argmax())]
         raise UserError(
-            f"data.max_length: {len(too_long)} examples are longer than {max_length} tokens "
+            f"data.max_length: {(whole > max_length).sum()} examples are longer than {max_length} tokens "
             f"(the longest, {longest.where}, has {len(longest)}). Set data.overlong to drop or truncate, or raise data.max_length"
         )
     # A causal model predicts from the second token on, so a label on the first teaches nothing.
-    unlabelled = [e for e in examples if all(label == IGNORED for label in e.labels[1:])]
+    unlabelled = np.flatnonzero(whole <= np.maximum(prompts, 1)).tolist()
     if unlabelled:
         raise UserError(
             f"data: {len(unlabelled)} of {len(examples)} examples have no answer token to learn from "
-            f"(the first: {unlabelled[0].where}). Drop them or raise data.max_length"
+            f"(the first: {examples[unlabelled[0]].where}). Drop them or raise data.max_length"
         )
-
-
-def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over every token and label in order: equal if and only if training sees the same data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((list(example.input_ids), list(example.labels))).encode())
-    return digest.hexdigest()
 
 
 @contextmanager

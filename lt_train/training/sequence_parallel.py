@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
+from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.sequence_parallel import attend_gathered
 from lt_train.runtime.errors import UserError
-from lt_train.training.dataset import IGNORED
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 

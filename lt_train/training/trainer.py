@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
-from lt_train.dataset.examples import ExampleSet
+from lt_train.dataset.examples import ExampleSet, examples_fingerprint
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.trained_weights import LoadModel
 from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
@@ -39,7 +39,7 @@ from lt_train.training.checkpoints import (
     whole_final,
     written_or_told,
 )
-from lt_train.training.dataset import examples_fingerprint, training_dataset
+from lt_train.training.dataset import training_dataset
 from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.dataset.prompts import encode, prompt_ids, render_messages, render_prompt, turn_end
+from lt_train.dataset.prompts import prompt_ids, render_messages, render_prompt, turn_end
+from lt_train.dataset.special_tokens import encode
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.support.chat_templates import CHATML_TURNS, FAMILIES, GLM, LLAMA2_DEFAULT, byte_tokenizer, family_tokenizer

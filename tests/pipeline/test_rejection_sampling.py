@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.dataset.examples import load_examples
+from lt_train.dataset.loading import load_examples
 from lt_train.evaluation.records import SampleRecord
 from lt_train.pipeline.rejection_sampling import select_traces, write_traces
 from lt_train.recipe.schema import Data, Prompt, Sample

@@ -56,9 +56,9 @@ def test_data_that_are_neither_a_file_nor_a_hub_id_are_told_with_where_they_were
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").touch()
-    with pytest.raises(UserError, match=r"a data file ends in \.jsonl, \.json, \.parquet, not in \.csv"):
-        resolve_data(str(tmp_path / "data.csv"))
+    (tmp_path / "data.xlsx").touch()
+    with pytest.raises(UserError, match=r"a data file ends in \.jsonl, .*\.parquet, .*not in \.xlsx"):
+        resolve_data(str(tmp_path / "data.xlsx"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

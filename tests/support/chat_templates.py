@@ -57,6 +57,26 @@ LLAMA2_DEFAULT = (
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
+QWEN3_REASONING = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% else %}{% set c = m.content %}{% set r = '' %}"
+    "{% if m.reasoning_content is defined and m.reasoning_content is not none %}{% set r = m.reasoning_content %}"
+    "{% elif '</think>' in c %}{% set r = c.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if loop.last %}{{ '<|im_start|>assistant\\n<think>\\n' + r.strip('\\n') + '\\n</think>\\n\\n' + c.lstrip('\\n') }}"
+    "{% else %}{{ '<|im_start|>assistant\\n' + c }}{% endif %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""As Qwen3's own for conversations without tools: it reads reasoning_content, and keeps the reasoning of the last answer."""
+
+QWEN3_THINKING = QWEN3_REASONING.replace(
+    "{{ '<|im_start|>assistant\\n' }}{% endif %}", "{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+"""As Qwen3's thinking models: the generation prompt opens the reasoning, too."""
+
+NEWLINE_FIRST = LLAMA3_TURNS.replace("m.content | trim", "('\\n' if m.role == 'assistant' else '') + m.content | trim")
+"""Writes a newline before an answer that the generation prompt has not written."""
+
 FAMILIES: dict[str, tuple[str, str | None, str]] = {
     "qwen2.5": (CHATML_DEFAULT, None, "<|im_end|>"),
     "smollm2": (CHATML_DEFAULT, "<|im_start|>", "<|im_end|>"),
@@ -67,6 +87,15 @@ FAMILIES: dict[str, tuple[str, str | None, str]] = {
     "r1": (R1, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
 }
 """Family -> template, bos, eos."""
+
+REASONING_FAMILIES = {
+    **FAMILIES,
+    "qwen3-reasoning": (QWEN3_REASONING, None, "<|im_end|>"),
+    "qwen3-thinking": (QWEN3_THINKING, None, "<|im_end|>"),
+    "still": (CHATML_TURNS + "{# keeps <|begin_of_thought|> … <|end_of_thought|> #}", None, "<|im_end|>"),
+    "newline": ("{{ bos_token }}" + NEWLINE_FIRST, "<|begin_of_text|>", "<|eot_id|>"),
+}
+"""FAMILIES, and templates that keep reasoning."""
 
 SPECIAL = (  # noqa: SIM905
     "<|im_start|> <|im_end|> <|endoftext|> <|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|> <s> </s> "
@@ -88,4 +117,4 @@ def byte_tokenizer(
 
 
 def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    return byte_tokenizer(*FAMILIES[family])
+    return byte_tokenizer(*REASONING_FAMILIES[family])

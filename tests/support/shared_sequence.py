@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
+from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.training.dataset import IGNORED
 from lt_train.training.sequence_parallel import share_sequences, slice_of
 
 SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=2, w_recent=5)

@@ -15,14 +15,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from lt_train.dataset.examples import Example, ExampleSet
+from lt_train.dataset.examples import Example, ExampleSet, examples_fingerprint
 from lt_train.hybrid.loading import build_hybrid, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave
 from lt_train.runtime.tracking import NoTracker, Tracker
-from lt_train.training.dataset import examples_fingerprint
 from lt_train.training.distillation.top_k import write_top_k
 from lt_train.training.settings import teacher_facts
 from lt_train.training.trainer import LoadModel, TrainResult, train

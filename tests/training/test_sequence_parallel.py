@@ -12,9 +12,9 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Qwen3ForCausalLM
 
+from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
-from lt_train.training.dataset import IGNORED
 from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
 from tests.support import shared_sequence, tiny_training
 from tests.support.launched_training import train_in_two_processes

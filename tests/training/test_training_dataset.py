@@ -2,9 +2,9 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lt_train.dataset.examples import Example
+from lt_train.dataset.examples import IGNORED, Example, examples_fingerprint
 from lt_train.runtime.errors import UserError
-from lt_train.training.dataset import IGNORED, examples_fingerprint, training_dataset
+from lt_train.training.dataset import training_dataset
 from tests.support.tiny_training import EOS, PAD, tiny_examples
 
 

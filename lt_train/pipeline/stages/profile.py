@@ -41,8 +41,8 @@ def run(context: RunContext) -> None:
 
 def _score_layers(context: RunContext, strategies: list[str]) -> LayerProfile:
     recipe = context.recipe
+    calibration = calibration_examples(context.examples, recipe.hybrid.calibration, recipe.seed)  # before the model is loaded
     model = load_for_inference(recipe.model, context.variants.spec(BASE), context.dtype, others_wait=True)
-    calibration = calibration_examples(context.examples, recipe.hybrid.calibration, recipe.seed)
     return profile_layers(model, calibration, recipe.hybrid, strategies, out=context.paths.profile)
 
 

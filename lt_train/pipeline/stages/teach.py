@@ -1,10 +1,10 @@
 """Write what a training with `train.distill.teacher: top_k` learns from: the base's likeliest next tokens on the training data."""
 
+from lt_train.dataset.examples import examples_fingerprint
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.schema import BASE
 from lt_train.runtime.devices import release_memory
-from lt_train.training.dataset import examples_fingerprint
 from lt_train.training.distillation.top_k import write_top_k
 from lt_train.training.settings import teacher_facts
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.recipe.schema import Distill
-from lt_train.training.dataset import IGNORED
 from lt_train.training.distillation.teacher import Targets, Teacher, recorded
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from lt_train.dataset.examples import IGNORED, Example
+from lt_train.dataset.examples import IGNORED, Example, lengths, longest_first, prompt_lengths
 from lt_train.hybrid.documents import find_documents
 from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
@@ -178,13 +178,13 @@ def write_top_k(
         raise UserError(f"train.distill.top_k: {k} is more than the vocabulary of {len(weight_VH)} tokens")
     facts = {**facts, "k": k, "temperature": temperature}
     done = _examples_done(folder, facts)
-    longest_first = sorted(examples, key=lambda example: -len(example))
+    longest = longest_first(examples)
     if done == len(examples):
         return
-    tables = _tables(folder, _rows(longest_first), k, new=done == 0)
-    at = _rows(longest_first[:done])
+    tables = _tables(folder, _rows(longest), k, new=done == 0)
+    at = _rows(longest[:done])
     with show_progress("teacher", total=len(examples), done=done, shown=progress) as bar:
-        for batch, hidden_AH in answer_states(teacher, longest_first[done:], batch_size):
+        for batch, hidden_AH in answer_states(teacher, longest[done:], batch_size):
             for table, values in zip(tables, top_k_of(hidden_AH, weight_VH, k, temperature), strict=True):
                 table[at : at + len(hidden_AH)] = values.numpy()
                 table.flush()
@@ -204,9 +204,9 @@ def open_top_k(folder: Path, examples: Sequence[Example], k: int, temperature: f
             f"{folder}: the teacher's log-probabilities are written for {done:,} of {len(examples):,} examples. "
             "Write the others with lt-train teacher RECIPE, which goes on where it stopped"
         )
-    longest_first = sorted(examples, key=lambda example: -len(example))
+    longest = longest_first(examples)
     rows, at = {}, 0
-    for example in longest_first:
+    for example in longest:
         end = at + len(example.answer_ids)
         rows[_digest(np.array(example.input_ids), np.array(example.labels))] = slice(at, end)
         at = end
@@ -246,7 +246,7 @@ def _tables(folder: Path, rows: int, k: int, new: bool) -> tuple[np.memmap, np.m
 
 
 def _rows(examples: Sequence[Example]) -> int:
-    return sum(len(example.answer_ids) for example in examples)
+    return int((lengths(examples) - prompt_lengths(examples)).sum())
 
 
 def _digest(ids_T: np.ndarray, labels_T: np.ndarray) -> bytes:
