@@ -136,15 +136,17 @@ class Data(Part):
     """Fields of a row. messages: messages, a list of {role, content} that ends with an answer. sharegpt: conversations, a list of
     {from, value}. prompt_completion: prompt, completion, each text or a list of messages (TRL). prompt_response: prompt, response.
     alpaca: instruction, input, output. still: question, combined_text. auto: as the first row shows; the run reports which."""
-    columns: Columns | None = None
+    columns: Columns | None = Field(default=None, json_schema_extra=ADDED)
     """The fields of a row that has others, instead of a format."""
-    reasoning_tags: Literal["convert", "keep"] | None = None
+    reasoning_tags: Literal["convert", "keep"] | None = Field(default=None, json_schema_extra=ADDED)
     """What happens to answers whose reasoning is not enclosed as the base encloses it. null: an error that counts them. convert:
     their tags become the base's. keep: they are trained on as they are."""
-    reasoning_tag_pair: Annotated[list[Text], Field(min_length=2, max_length=2), EachOnce] | None = None
+    reasoning_tag_pair: Annotated[list[Text], Field(min_length=2, max_length=2), EachOnce] | None = Field(
+        default=None, json_schema_extra=ADDED
+    )
     """[opening, closing]: tags of the data that are none of the usual ones; or the tags of a base that shows none in its chat
     template and tokenizer."""
-    faulty: Literal["error", "drop"] = "error"
+    faulty: Literal["error", "drop"] = Field(default="error", json_schema_extra=ADDED)
     """What happens where rows cannot be trained on. They are counted by kind, with their first places."""
     max_length: int = Field(ge=2, le=MOST)
     """Tokens of the longest sample, prompt and answer together."""
