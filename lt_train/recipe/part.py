@@ -68,7 +68,9 @@ COLLECTING = object()
 class Part(BaseModel):
     """One mapping of settings. Unknown names, wrong types and conflicts between its settings are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
 
     def conflicts(self) -> Iterator[Fault]:
         """Settings of this part that contradict each other; their paths count from this part."""
