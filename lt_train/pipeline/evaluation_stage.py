@@ -102,7 +102,7 @@ class EvaluationStage:
         """Draw and score an entry's samples; returns what they are."""
         stop_ids = stop_tokens(model, self.tokenizer)
         plan = self.plan(entry).for_model(self.variants.fingerprint(variant), stop_ids)
-        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.ranks)
+        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, world_size=self.ranks)
         return plan
 
     def plan(self, entry: Eval) -> EvaluationPlan:
@@ -116,10 +116,8 @@ class EvaluationStage:
     def _backend(
         self, plan: EvaluationPlan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path
     ) -> Backend:
-        entry = plan.entry
+        entry = plan.eval_config
         if entry.backend == "hybrid":
             return engine_for(entry, model, self.tokenizer)
-        questions = {problem.id: problem.text for problem in plan.problems.problems}
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.folder.stage("export")
-        prompt = self.recipe.prompt
-        return servers_for(entry, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)
+        return servers_for(entry, model, served, self.tokenizer, plan.prompt, plan.questions, stop_ids, out, self.report)

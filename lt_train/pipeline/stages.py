@@ -219,7 +219,7 @@ class Pipeline:
         plan = self.evaluation.ask(sample, variant, self.variants.load(variant, self.dtype), out)
         records = RecordFolder(out, plan.fingerprint).read()
         choice = choose_traces([records[key] for key in plan.keys if key in records], sample)
-        write_traces(out, choice, {problem.id: problem.text for problem in plan.problems.problems})
+        write_traces(out, choice, plan.questions)
         self.say("sample", ", ".join(f"{name} {count:,}" for name, count in choice.counts.items()))
         self.say("sample", f"to train on them: data.source: {out / 'traces.jsonl'}, data.format: prompt_response")
 

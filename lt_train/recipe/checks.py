@@ -329,6 +329,8 @@ def _benchmark(here: str, entry: Eval) -> Iterator[Conflict]:
             yield Conflict((f"{here}.recall.{unused[0]}",), f"{benchmark.name} has no such setting; take it out")
     if entry.max_prompt_tokens is not None and not benchmark.truncate_middle:
         yield Conflict((f"{here}.max_prompt_tokens",), f"problems of {benchmark.name} are never cut; take it out")
+    if entry.instruction and benchmark.prompt_style != "as_recipe":
+        yield Conflict((f"{here}.instruction",), f"{benchmark.name} has a prompt of its own; take it out")
     if entry.max_new_tokens is None and answer_tokens(benchmark) is None:
         yield Conflict((f"{here}.max_new_tokens",), f"missing; {benchmark.name} does not say how long an answer may be")
     if entry.thinking_budget is not None and entry.max_new_tokens is not None and entry.thinking_budget >= entry.max_new_tokens:

@@ -3,6 +3,7 @@
 Relative paths count from the working directory. loading.py reads a recipe, checks.py holds the checks that span several parts.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
@@ -34,8 +35,18 @@ Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+class AddedLater:
+    """Marks a setting that older run folders lack: at its default it is not part of a recipe's fingerprints."""
+
+
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            field = type(self).model_fields[name or ""]
+            if value != field.default or not any(isinstance(mark, AddedLater) for mark in field.metadata):
+                yield name, value
 
 
 class Model(Part):
@@ -249,6 +260,12 @@ class Eval(_EvalEntry):
     """null: the benchmark's own limit, where it has one."""
     max_prompt_tokens: int | None = Field(None, ge=2)
     """LongBench's texts are cut to it and lose their middle; null: what the model's context leaves."""
+    truncated: Annotated[Literal["incorrect", "graded"], AddedLater()] = "incorrect"
+    """How an answer to maths or multiple choice counts that reaches max_new_tokens. incorrect: whatever it says. graded: by its
+    text, as in most other harnesses; compare with their scores only so. Both accuracies stand in scores.json and in the report."""
+    instruction: Annotated[str | None, AddedLater()] = None
+    """What follows each question. null: the benchmark's own, such as to box the answer, where prompt.user is the bare question. "":
+    nothing."""
     thinking_budget: int | None = Field(None, ge=1)
     """Tokens after which a thought that goes on is closed with `thinking_close`."""
     thinking_close: Text = "\n</think>\n\n"
