@@ -1,8 +1,8 @@
-"""What is asked: a benchmark is one small declaration, and its problems are read (or made) and counted before anything runs.
+"""Benchmarks: each is one small declaration, and its problems are read (or generated) and counted before anything runs.
 
-declaration.py says what a benchmark is; short_answers.py, longbench.py and RECALL below declare them; reading.py and recall.py make
-their problems; prompting.py turns a problem into tokens, scoring.py grades what comes back. Importing this package needs none
-of the large libraries.
+declaration.py defines what a benchmark is; short_answers.py, longbench.py and RECALL below declare them; reading.py and recall.py
+make their problems; evaluation/prompting.py turns a problem into tokens, evaluation/grading/ grades the answers. Importing this
+package needs none of the large libraries.
 """
 
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def load_problems(
     Args:
         path: a local file, a folder or a hub id that takes the place of the benchmark's own source; of a generated benchmark a
             folder of texts to hide things in.
-        limit: how many problems to ask; None: all.
+        limit: how many problems to evaluate; None: all.
         recall, tokenizer, seed: decide the problems of a generated benchmark.
 
     Raises:
@@ -65,5 +65,5 @@ def answer_tokens(benchmark: Benchmark, recall: RecallSettings | None = None) ->
     """`max_new_tokens` where the recipe sets none; None: the benchmark does not say, so the recipe must."""
     if benchmark.grader == "copying":
         span = (recall or RecallSettings()).span
-        return span + span // 4 + 32  # a copy may run on a little: one that does is not what was asked for, but no less of a copy
+        return span + span // 4 + 32  # room for a copy with a few words around it
     return benchmark.max_new_tokens

@@ -23,12 +23,12 @@ Grader = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to ask.
+    """One question with its reference answers.
 
     Attributes:
         id: unique in its benchmark. Of generated problems: "length/depth/repeat".
         text: the user's turn; where the benchmark has no chat template, the whole prompt.
-        answers: right ones; the best match counts.
+        answers: reference answers; the best match counts.
         classes: all labels, where the answer is one of them.
     """
 
@@ -44,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """`problems` are the ones to ask, the first `limit` of the `available` ones; `all_problems` identify the benchmark."""
+    """`problems` are the ones to evaluate, the first `limit` of the `available` ones; `all_problems` identify the benchmark."""
 
     all_problems: tuple[Problem, ...]
     problems: tuple[Problem, ...]
@@ -56,12 +56,12 @@ class ProblemSet:
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """What problems lt_train makes to measure recall: `repeats` of them for each length and depth.
+    """The problems that lt_train generates to measure recall: `repeats` of them for each length and depth.
 
     Attributes:
-        lengths: of the user's turn, in tokens of the model's tokenizer; a problem has at most so many, less than a sentence short.
-        depths: where what must be found stands, as shares of the text before it: 0 at its start, 1 at its end.
-        keys: needles in the text. One is asked for; the others, elsewhere, must not be mistaken for it.
+        lengths: of the user's turn, in tokens of the model's tokenizer; a problem lacks less than a sentence to this.
+        depths: where what must be found stands, as fractions of the text before it: 0 at its start, 1 at its end.
+        keys: needles in the text. One is queried; the others, elsewhere, must not be mistaken for it.
         span: tokens to copy.
     """
 
@@ -81,10 +81,12 @@ class RecallSettings:
         ):
             limits = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
             if not values or len(set(values)) < len(values):
-                raise UserError(f"{name}: {list(values)}: give at least one value, and each once")
+                raise UserError(
+                    f"{name}: {list(values)}: empty or with repeated values. Fix: give at least one value, and each once"
+                )
             for value in values:
                 if value < lowest or (highest is not None and value > highest):
-                    raise UserError(f"{name}: {value} is not {limits}")
+                    raise UserError(f"{name}: {value} is not {limits}. Fix: give a value in this range")
 
 
 MOST_KEYS = 64
@@ -102,12 +104,13 @@ class Benchmark:
         id_fields: fields that may name a row, in the order of preference. A row with none is named by its number, from 0.
         rows: how a row becomes a problem.
         fields: what a row needs, in the order in which its reader takes them.
-        template: the prompt with {context} and {input}, where the benchmark has its own.
+        template: the prompt with {context} and {input}, of benchmarks with a prompt of their own.
         answer_after: the answer is what follows the last such marker in the answer field; None: the whole field.
         prompt_style: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the whole
             user turn; without_chat: no chat template.
-        truncate_middle: too long a text loses its middle; False: it is an error.
+        truncate_middle: too long a text loses its middle; False: too long a text is an error.
         max_new_tokens: how long an answer may be, where the benchmark says so.
+        instruction: what follows each question where the recipe's user turn is the bare question; empty: nothing.
         recall_settings: which of RecallSettings decide the problems; empty where they are read.
     """
 
@@ -122,10 +125,11 @@ class Benchmark:
     rows: Literal["short_answer", "choice", "longbench"] = "short_answer"
     fields: tuple[str, ...] = ("problem", "answer")
     answer_after: str | None = None
-    template: str | None = None
+    template: str = ""
     prompt_style: Literal["as_recipe", "as_is", "without_chat"] = "as_recipe"
     truncate_middle: bool = False
     max_new_tokens: int | None = None
+    instruction: str = ""
     recall_settings: tuple[str, ...] = ()
 
     @property
@@ -134,7 +138,7 @@ class Benchmark:
 
     @property
     def truncated_is_incorrect(self) -> bool:
-        """Whether an answer that reaches max_new_tokens is wrong whatever it says; not where the benchmark sets the limit."""
+        """Whether an answer that reaches max_new_tokens is by default incorrect; not where the benchmark sets the limit."""
         return self.grader in ("math", "choice")
 
     @property

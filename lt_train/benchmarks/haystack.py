@@ -1,4 +1,4 @@
-"""Text in which something is hidden: sentences of essays, of a generator, or of one paragraph over and over."""
+"""Text in which something is hidden: sentences of essays, of a generator, or of one paragraph repeated."""
 
 # ruff: noqa: SIM905 (lists of words would take a line a word)
 
@@ -44,7 +44,9 @@ def essay_sentences(folder: str) -> list[str]:
     """
     files = sorted(Path(folder).expanduser().glob("*.txt"))
     if not files:
-        raise UserError(f"{folder}: no .txt file lies in {Path(folder).expanduser().absolute()}; `path` names a folder of texts")
+        raise UserError(
+            f"path: {folder}: no .txt file lies in {Path(folder).expanduser().absolute()}. Fix: name a folder of .txt files"
+        )
     sentences: list[str] = []
     for file in files:
         try:
@@ -53,23 +55,23 @@ def essay_sentences(folder: str) -> list[str]:
             raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
         sentences += [found.strip() for found in SENTENCE.findall(text)]
     if not sentences:
-        raise UserError(f"{folder}: its {len(files)} .txt files are empty")
+        raise UserError(f"path: {folder}: its {len(files)} .txt files are empty. Fix: name a folder of texts")
     return sentences
 
 
-def endless(sentences: list[str] | None, chance: random.Random) -> Iterator[str]:
-    """The given sentences from a random one on, round and round; without any, made ones."""
+def endless(sentences: list[str] | None, rng: random.Random) -> Iterator[str]:
+    """The given sentences from a random one on, repeated; without any, generated ones."""
     if sentences is None:
         while True:
-            yield made_sentence(chance)
-    start = chance.randrange(len(sentences))
+            yield made_sentence(rng)
+    start = rng.randrange(len(sentences))
     yield from cycle(sentences[start:] + sentences[:start])
 
 
-def made_sentence(chance: random.Random) -> str:
-    person, noun, other = chance.choice(PEOPLE), chance.choice(NOUNS), chance.choice(NOUNS)
-    adjective, verb, place = chance.choice(ADJECTIVES), chance.choice(VERBS), chance.choice(PLACES)
-    return chance.choice(
+def made_sentence(rng: random.Random) -> str:
+    person, noun, other = rng.choice(PEOPLE), rng.choice(NOUNS), rng.choice(NOUNS)
+    adjective, verb, place = rng.choice(ADJECTIVES), rng.choice(VERBS), rng.choice(PLACES)
+    return rng.choice(
         (
             f"The {adjective} {person} {verb} the {noun} {place}.",
             f"{place.capitalize()}, the {person} {verb} a {noun} and an old {other}.",

@@ -1,4 +1,4 @@
-"""Rows of a file or hub data set as problems: each with its fields, and so many as the benchmark has."""
+"""Rows of a file or hub data set as problems: each with its fields, and as many as the benchmark has."""
 
 import hashlib
 import json
@@ -22,27 +22,28 @@ def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]
     source = path or benchmark.source
     if source is None:
         raise UserError(
-            f"{benchmark.name}: set `path` to the file of your problems: one JSON object a line, with problem and answer"
+            f"{benchmark.name}: path: missing. Fix: set `path` to the file of your problems: one JSON object a line, with problem "
+            "and answer"
         )
     problems: dict[str, Problem] = {}
-    for number, (where, row) in enumerate(load_rows(benchmark, path)):
+    for number, (where, row) in enumerate(load_rows(benchmark, source)):
         problem = read_problem(benchmark, row, number, where)
         if problem.id in problems:
-            raise UserError(f"{where}: a second problem with the id {problem.id!r}; every problem needs an id of its own")
+            raise UserError(f"{where}: a second problem with the id {problem.id!r}. Fix: give every problem an id of its own")
         problems[problem.id] = problem
     check_count(benchmark, source, len(problems))
     return tuple(problems.values())
 
 
-def load_rows(benchmark: Benchmark, path: str | None) -> Iterator[sources.Row]:
-    if path is None or path == benchmark.source:
+def load_rows(benchmark: Benchmark, source: str) -> Iterator[sources.Row]:
+    if source == benchmark.source:
         if benchmark.archive is not None:
-            return archived_rows(benchmark.source, *benchmark.archive)
-        return sources.load_rows(benchmark.source, benchmark.split, subset=benchmark.subset)
-    own_file = Path(path).expanduser() / f"{benchmark.subset}.jsonl"  # a folder with a file for each part of a benchmark
+            return archived_rows(source, *benchmark.archive)
+        return sources.load_rows(source, benchmark.split, subset=benchmark.subset)
+    own_file = Path(source).expanduser() / f"{benchmark.subset}.jsonl"  # a folder with a file for each part of a benchmark
     if benchmark.subset is not None and own_file.is_file():
-        path = str(own_file)
-    return sources.load_rows(path, benchmark.split)  # another source has subsets of its own, or none
+        source = str(own_file)
+    return sources.load_rows(source, benchmark.split)  # another source has subsets of its own, or none
 
 
 def archived_rows(source: str, archive: str, member: str) -> Iterator[sources.Row]:
@@ -57,18 +58,18 @@ def archived_rows(source: str, archive: str, member: str) -> Iterator[sources.Ro
     try:
         zipped = zipfile.ZipFile(hf_hub_download(source, archive, repo_type="dataset"))
         content = zipped.read(member)
-    except Exception as error:  # offline, gated, unknown, cut off: the hub's clients raise dozens of kinds
+    except Exception as error:  # offline, gated, unknown, truncated: the hub's clients raise dozens of kinds
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(
-            f"{place} cannot be read: {type(error).__name__}: {reason}. Fetch {archive} where there is a network, unpack it, and "
-            f"set `path` to the folder that holds {Path(member).name}"
+            f"{place}: cannot be read: {type(error).__name__}: {reason}. Fix: download {archive} where there is a network, unpack "
+            f"it, and set `path` to the folder that holds {Path(member).name}"
         ) from error
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 yield f"{place}:{number}", json.loads(line)
             except ValueError as error:
-                raise UserError(f"{place}:{number}: not JSON ({error}); fetch {archive} again") from error
+                raise UserError(f"{place}:{number}: not JSON ({error}). Fix: download {archive} again") from error
 
 
 def read_problem(benchmark: Benchmark, row: Mapping[str, Any], number: int, where: str) -> Problem:
@@ -84,7 +85,7 @@ def read_short_answer(benchmark: Benchmark, row: Mapping[str, Any], problem_id: 
 
 
 def read_choice(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, where: str) -> Problem:
-    """A question and its options, the right one first. They are shown in an order that depends on the problem's id only, so
+    """A question and its options, the correct one first. They are shown in an order that depends on the problem's id only, so
     that every model and every run sees the same.
     """
     question, *options = (read_text(benchmark, row, field, where).strip() for field in benchmark.fields)
@@ -105,7 +106,8 @@ def read_longbench(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str
         raise wrong_field(benchmark, row, "answers", where)
     if benchmark.grader == "classification" and not is_texts(classes):
         raise wrong_field(benchmark, row, "all_classes", where)
-    return Problem(problem_id, benchmark.template.format(context=context, input=given), tuple(answers), tuple(classes or ()))
+    text = benchmark.template.format(context=context, input=given)
+    return Problem(problem_id, text, tuple(answers or ()), tuple(classes or ()))
 
 
 def is_texts(value: object) -> bool:
@@ -119,14 +121,14 @@ def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: s
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with one fraction in it makes 27 a 27.0
     if not str(value).strip():
-        raise UserError(f"{where}: field '{field}' is empty")
+        raise UserError(f"{where}: field '{field}' is empty. Fix: fill it in, or take the row out")
     return str(value)
 
 
 def wrong_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> UserError:
     there = f"is {row[field]!r}"[:200] if field in row else f"is missing; the row has {', '.join(sorted(map(str, row)))}"
     needed = ", ".join(f"'{name}'" for name in benchmark.fields)
-    return UserError(f"{where}: field '{field}' {there}. The benchmark {benchmark.name} needs rows with {needed}")
+    return UserError(f"{where}: field '{field}' {there}. Fix: give {benchmark.name} rows with {needed}")
 
 
 def final_answer(benchmark: Benchmark, answer: str, where: str) -> str:
@@ -141,8 +143,8 @@ def final_answer(benchmark: Benchmark, answer: str, where: str) -> str:
 def check_count(benchmark: Benchmark, source: str, found: int) -> None:
     if benchmark.count is not None and found != benchmark.count:
         raise UserError(
-            f"{source}: {found} problems, but {benchmark.name} has {benchmark.count}. A score over another number of problems is "
-            "another benchmark: name the whole set, and use `limit` to ask only its first problems"
+            f"{source}: {found} problems, but {benchmark.name} has {benchmark.count}: a score over another number of problems is "
+            "another benchmark. Fix: name the complete set, and set `limit` for its first problems"
         )
     if found == 0:
-        raise UserError(f"{source}: no problems in it; the benchmark {benchmark.name} needs at least one")
+        raise UserError(f"{source}: no problems in it. Fix: give {benchmark.name} at least one")

@@ -1,4 +1,4 @@
-"""Long-context recall, which streaming layers lose first: needles and a passkey to find, a passage to copy word for word.
+"""Long-context recall, which streaming layers lose first: needles and a passkey to find, a passage to copy verbatim.
 
 Every problem follows from the evaluation's seed, its length, its depth and its number; texts are measured by the model's
 tokenizer.
@@ -19,18 +19,18 @@ NEEDLE_DIGITS, PASSKEY_DIGITS = 7, 5
 Build = Callable[[Sequence[str]], str]
 """Makes a problem's text around the given sentences."""
 
-Parts = tuple[Build, str, list[str] | None]
+ProblemParts = tuple[Build, str, list[str] | None]
 """How the text is made, what the answer is, and the sentences it is hidden among; None: generated ones."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One problem to make. `chance` is its own; `essays`: sentences to hide things in, None: none are given."""
+class ProblemSpec:
+    """One problem to generate. `rng` is its own; `essays`: sentences to hide things in, None: none are given."""
 
     settings: RecallSettings
     depth: float
     tokenizer: PreTrainedTokenizerBase
-    chance: random.Random
+    rng: random.Random
     essays: list[str] | None
 
 
@@ -51,21 +51,19 @@ def make_problems(
         for depth in settings.depths:
             for repeat in range(settings.repeats):
                 problem_id = f"{length}/{float(depth)}/{repeat}"
-                chance = random.Random(f"{seed}/{benchmark.name}/{problem_id}")
-                build, answer, haystack = make(Wanted(settings, depth, tokenizer, chance, essays))
-                text = fill(build, endless(haystack, chance), length, tokenizer, benchmark)
+                rng = random.Random(f"{seed}/{benchmark.name}/{problem_id}")
+                build, answer, haystack = make(ProblemSpec(settings, depth, tokenizer, rng, essays))
+                text = fill(build, endless(haystack, rng), length, tokenizer, benchmark)
                 problems.append(Problem(problem_id, text, (answer,)))
     return tuple(problems)
 
 
-def needle_problem(wanted: Wanted) -> Parts:
+def needle_problem(spec: ProblemSpec) -> ProblemParts:
     """Needles and question in the words of RULER (arXiv 2404.06654)."""
-    names = wanted.chance.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], wanted.settings.keys)
-    values = [
-        str(value) for value in wanted.chance.sample(range(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS), wanted.settings.keys)
-    ]
+    names = spec.rng.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], spec.settings.keys)
+    values = [str(value) for value in spec.rng.sample(range(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS), spec.settings.keys)]
     needles = [f"One of the special magic numbers for {name} is: {value}." for name, value in zip(names, values, strict=True)]
-    depths = [wanted.depth, *(wanted.chance.random() for _ in needles[1:])]
+    depths = [spec.depth, *(spec.rng.random() for _ in needles[1:])]
 
     def build(sentences: Sequence[str]) -> str:
         return (
@@ -74,39 +72,39 @@ def needle_problem(wanted: Wanted) -> Parts:
             f"What is the special magic number for {names[0]} mentioned in the provided text?"
         )
 
-    return build, values[0], wanted.essays
+    return build, values[0], spec.essays
 
 
-def passkey_problem(wanted: Wanted) -> Parts:
+def passkey_problem(spec: ProblemSpec) -> ProblemParts:
     """The passkey task of arXiv 2305.16300."""
-    key = str(wanted.chance.randrange(10 ** (PASSKEY_DIGITS - 1), 10**PASSKEY_DIGITS))
+    key = str(spec.rng.randrange(10 ** (PASSKEY_DIGITS - 1), 10**PASSKEY_DIGITS))
 
     def build(sentences: Sequence[str]) -> str:
         return (
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
             f"the important information there.\n"
-            f"{hidden(sentences, [wanted.depth], [f'The pass key is {key}. Remember it. {key} is the pass key.'])}\n"
+            f"{hidden(sentences, [spec.depth], [f'The pass key is {key}. Remember it. {key} is the pass key.'])}\n"
             "What is the pass key? The pass key is"
         )
 
-    return build, key, list(NOISE) if wanted.essays is None else wanted.essays
+    return build, key, list(NOISE) if spec.essays is None else spec.essays
 
 
-def copying_problem(wanted: Wanted) -> Parts:
+def copying_problem(spec: ProblemSpec) -> ProblemParts:
     """A passage of words in no order that could be guessed, so that each word has to be looked up."""
     words: list[str] = []
-    while count_tokens(wanted.tokenizer, " ".join(words)) < wanted.settings.span:
-        words.append(wanted.chance.choice(wanted.chance.choice((ADJECTIVES, NOUNS))))
+    while count_tokens(spec.tokenizer, " ".join(words)) < spec.settings.span:
+        words.append(spec.rng.choice(spec.rng.choice((ADJECTIVES, NOUNS))))
     passage = " ".join(words)
 
     def build(sentences: Sequence[str]) -> str:
         return (
             "A secret phrase is hidden within the following text. Make sure to memorize it. I will quiz you about the phrase "
-            f"afterwards.\n{hidden(sentences, [wanted.depth], [f'The secret phrase is: {passage}.'])}\n"
+            f"afterwards.\n{hidden(sentences, [spec.depth], [f'The secret phrase is: {passage}.'])}\n"
             "What is the secret phrase mentioned in the provided text? Repeat it word for word."
         )
 
-    return build, passage, wanted.essays
+    return build, passage, spec.essays
 
 
 def hidden(sentences: Sequence[str], depths: Sequence[float], needles: Sequence[str]) -> str:
@@ -129,7 +127,8 @@ def fill(build: Build, haystack: Iterator[str], length: int, tokenizer: PreTrain
     room = length - count_tokens(tokenizer, build([]))
     if room < 0:
         raise UserError(
-            f"{benchmark.name}: lengths: {length} tokens have no room for the question, which takes {length - room} of its own"
+            f"{benchmark.name}: lengths: {length} tokens have no room for the question, which takes {length - room} of its own. "
+            f"Fix: give lengths above {length - room}"
         )
     taken: list[str] = []
     while room > 0:

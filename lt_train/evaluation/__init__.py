@@ -1,1 +1,1 @@
-"""Benchmarks, generation, grading and statistics: what a model can do, with how much doubt."""
+"""Benchmarks, generation, grading and statistics: what a model can do, with its uncertainty."""

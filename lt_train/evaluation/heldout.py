@@ -20,7 +20,7 @@ from lt_train.runtime.progress import show_progress
 def evaluate_heldout_loss(
     model: PreTrainedModel,
     examples: Sequence[Example],
-    entry: recipe.HeldoutLoss,
+    eval_config: recipe.HeldoutLoss,
     out: Path,
     *,
     model_fingerprint: str,
@@ -31,15 +31,17 @@ def evaluate_heldout_loss(
     Raises:
         UserError: there are no examples, or `out` holds scores of something else.
     """
-    facts = {"model": model_fingerprint}
-    return _evaluate(lambda chosen: answer_losses(model, chosen, entry.batch_size), examples, entry, out, facts, progress)
+    identity = {"model": model_fingerprint}
+    return _evaluate(
+        lambda chosen: answer_losses(model, chosen, eval_config.batch_size), examples, eval_config, out, identity, progress
+    )
 
 
 def evaluate_heldout_kl(
     model: PreTrainedModel,
     base: Callable[[], BaseAnswers],
     examples: Sequence[Example],
-    entry: recipe.HeldoutKL,
+    eval_config: recipe.HeldoutKL,
     out: Path,
     *,
     model_fingerprint: str,
@@ -49,40 +51,40 @@ def evaluate_heldout_kl(
     """Mean KL(base || model) per answer token over the first `limit` examples; `out` gets scores.json.
 
     Args:
-        base: gives what the base says on those examples; not called where the scores are there already.
+        base: returns the base's states on those examples; not called where the scores are there already.
 
     Raises:
         UserError: there are no examples, or `out` holds scores of something else.
     """
 
     def divergences(chosen: Sequence[Example]) -> Iterator[tuple[Example, TokenLoss]]:
-        return answer_divergences(model, base(), chosen, entry.batch_size)
+        return answer_divergences(model, base(), chosen, eval_config.batch_size)
 
-    return _evaluate(divergences, examples, entry, out, {"model": model_fingerprint, "base": base_fingerprint}, progress)
+    return _evaluate(divergences, examples, eval_config, out, {"model": model_fingerprint, "base": base_fingerprint}, progress)
 
 
 def _evaluate(
     measure: Callable[[Sequence[Example]], Iterator[tuple[Example, TokenLoss]]],
     examples: Sequence[Example],
-    entry: recipe.HeldoutLoss | recipe.HeldoutKL,
+    eval_config: recipe.HeldoutLoss | recipe.HeldoutKL,
     out: Path,
-    facts: Fingerprint,
+    identity: Fingerprint,
     progress: bool,
 ) -> LossScores:
-    chosen = examples[: entry.limit]
-    check_heldout(chosen, entry.benchmark)
-    fingerprint = {**facts, "benchmark": entry.benchmark, "examples": hash_examples(chosen)}
+    chosen = examples[: eval_config.limit]
+    check_heldout(chosen, eval_config.benchmark)
+    fingerprint = {**identity, "benchmark": eval_config.benchmark, "examples": hash_examples(chosen)}
     done = finished_scores(out / "scores.json", fingerprint)
     if isinstance(done, LossScores):
         return done
     losses: dict[str, TokenLoss] = {}
-    with show_progress(f"evaluating {entry.name}", total=len(chosen), shown=progress) as bar:
+    with show_progress(f"evaluating {eval_config.name}", total=len(chosen), shown=progress) as bar:
         for example, loss in measure(chosen):
             losses[example.id] = loss
             bar.advance()
     mean = mean_loss([losses[example.id] for example in chosen])
     scores = LossScores(
-        benchmark=entry.benchmark,
+        benchmark=eval_config.benchmark,
         samples=mean.n,
         tokens=sum(loss.tokens for loss in losses.values()),
         loss=mean.value,
@@ -96,9 +98,9 @@ def _evaluate(
 
 def check_heldout(examples: Sequence[Example], benchmark: str) -> None:
     if not examples:
-        raise UserError(f"{benchmark}: no samples are held out; set data.heldout to the number of samples to set aside")
+        raise UserError(f"{benchmark}: no samples are held out. Fix: set data.heldout to the number of samples to set aside")
     if len({example.id for example in examples}) != len(examples):
-        raise UserError(f"{benchmark}: two held-out samples have one id, so their losses could not be told apart")
+        raise UserError(f"{benchmark}: two held-out samples have one id. Fix: give every row of the data an id of its own")
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

@@ -1,5 +1,5 @@
-"""Loss on the answers of held-out samples, and how far from the base's the next tokens are there: what a hybrid loses, with far
-less noise than graded answers have.
+"""Loss on the answers of held-out samples, and the divergence of the next tokens from the base's there: what a hybrid loses, with
+far less noise than graded answers have.
 
 Logits are made for answer positions alone, a chunk at a time: a row of 32K tokens never has its 32K x 152K matrix of
 them. Legend: B rows of a batch, L longest sample, H hidden size, A answer tokens of a batch, V vocabulary.
@@ -67,7 +67,7 @@ def _by_example(
         yield from zip(batch, [TokenLoss(nats.sum().item(), len(nats)) for nats in nats_A.split(lengths)], strict=True)
 
 
-def token_nll(lm_head: torch.nn.Module, hidden_AH: torch.Tensor, targets_A: torch.Tensor) -> torch.Tensor:
+def token_nll(lm_head: torch.nn.Linear, hidden_AH: torch.Tensor, targets_A: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (nats) of each target, in fp64 to be summed; logits in chunks, their softmax in fp32."""
     chunk = max(1, LOGITS_AT_ONCE // lm_head.out_features)
     losses = [

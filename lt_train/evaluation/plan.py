@@ -1,12 +1,12 @@
-"""All samples that an evaluation consists of, and what decides what they say: settled before a model is asked anything."""
+"""All samples that an evaluation consists of, and what decides their content: settled before any model generates."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.benchmarks import BENCHMARKS, Benchmark, ProblemSet, RecallSettings, answer_tokens, load_problems
-from lt_train.evaluation.prompting import prompt_ids, room_for_text
+from lt_train.evaluation.prompting import instruction_for, prompt_for, prompt_ids, question_text, room_for_text
 from lt_train.evaluation.records import Fingerprint
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.recipe import schema as recipe
@@ -17,11 +17,17 @@ from lt_train.runtime.fingerprints import hash_of_json
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """`fingerprint` tells samples of one model, prompt and sampling from all others; of which model, `for_model` adds."""
+    """
+    Attributes:
+        prompt: wraps every question. questions: problem id -> its text with the instruction, as `prompt` wraps it.
+        fingerprint: identifies the samples of one model, prompt and sampling; `for_model` adds the model.
+    """
 
-    entry: recipe.Eval
+    eval_config: recipe.Eval
     benchmark: Benchmark
     problems: ProblemSet
+    prompt: recipe.Prompt
+    questions: Mapping[str, str]
     requests: tuple[Request, ...]
     sampling: Sampling
     fingerprint: Fingerprint
@@ -31,17 +37,17 @@ class EvaluationPlan:
         return {(request.problem, request.sample) for request in self.requests}
 
     def for_model(self, model_fingerprint: str, stop_ids: tuple[int, ...]) -> "EvaluationPlan":
-        """This plan, answered by one model.
+        """This plan with one model's fingerprint.
 
         Args:
-            model_fingerprint: says which weights and which hybrid will answer. stop_ids: at which tokens.
+            model_fingerprint: identifies weights and hybrid. stop_ids: tokens at which it stops.
         """
         model = {"model": model_fingerprint, "stop_tokens": " ".join(map(str, stop_ids))}
         return replace(self, fingerprint={**self.fingerprint, **model})
 
 
 def make_plan(
-    entry: recipe.Eval,
+    eval_config: recipe.Eval,
     prompt: recipe.Prompt,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -50,79 +56,90 @@ def make_plan(
 ) -> EvaluationPlan:
     """
     Args:
-        context: tokens that the model was made for (max_position_embeddings).
-        seed: the recipe's; the entry's own goes before it.
+        context: tokens that the model supports (max_position_embeddings).
+        seed: the recipe's; the evaluation's own takes precedence.
 
     Raises:
         UserError: the benchmark cannot be read, or a prompt leaves no room for max_new_tokens.
     """
-    benchmark, seed = BENCHMARKS[entry.benchmark], seed if entry.seed is None else entry.seed
-    recall = None if entry.recall is None else RecallSettings(**_as_tuples(entry.recall))
-    problems = load_problems(benchmark, entry.path, entry.limit, recall=recall, tokenizer=tokenizer, seed=seed)
-    sampling = sampling_of(entry, benchmark, recall)
+    benchmark, seed = BENCHMARKS[eval_config.benchmark], seed if eval_config.seed is None else eval_config.seed
+    recall = None if eval_config.recall is None else _recall_settings(eval_config.recall)
+    problems = load_problems(benchmark, eval_config.path, eval_config.limit, recall=recall, tokenizer=tokenizer, seed=seed)
+    sampling = sampling_for(eval_config, benchmark, recall)
     room = room_for_text(tokenizer, prompt, benchmark, context, sampling.max_new_tokens)
-    longest = room if entry.max_prompt_tokens is None else entry.max_prompt_tokens
+    longest = room if eval_config.max_prompt_tokens is None else eval_config.max_prompt_tokens
     if longest > room:
         raise UserError(
-            f"max_prompt_tokens={longest}: the model's context of {context} tokens leaves {room} for a text beside "
-            f"{sampling.max_new_tokens} new tokens and the chat template"
+            f"max_prompt_tokens: {longest}: the model's context of {context} tokens leaves {room} for a text beside "
+            f"{sampling.max_new_tokens} new tokens and the chat template. Fix: set it to at most {room}"
         )
-    ids = partial(prompt_ids, tokenizer, prompt, benchmark, max_prompt_tokens=longest)
+    instruction = instruction_for(benchmark, prompt, eval_config.instruction)
     requests = []
     for problem in problems.problems:
-        asked = ids(problem)
-        requests += [Request(problem.id, sample, sample_seed(seed, problem.id, sample), asked) for sample in range(entry.samples)]
+        ids = prompt_ids(tokenizer, prompt, benchmark, problem, longest, instruction)
+        samples = range(eval_config.samples)
+        requests += [Request(problem.id, sample, sample_seed(seed, problem.id, sample), ids) for sample in samples]
     check_fits_context(context, requests, sampling.max_new_tokens)
-    fingerprint = {
-        "benchmark": entry.benchmark,
+    fingerprint: Fingerprint = {
+        "benchmark": eval_config.benchmark,
         "problems": hash_of_json([astuple(problem) for problem in problems.all_problems]),
+        **({"instruction": instruction} if instruction else {}),
         "prompt": hash_of_json(requests[0].prompt_ids),
         "max_prompt_tokens": longest if benchmark.truncate_middle else None,
-        "backend": entry.backend,  # each kind draws its own random numbers
-        **_sampling_facts(sampling),
+        "backend": eval_config.backend,  # each kind draws its own random numbers
+        **_sampling_metadata(sampling),
         "seed": None if sampling.greedy else seed,
     }
-    return EvaluationPlan(entry, benchmark, problems, tuple(requests), sampling, fingerprint)
+    questions = {each.id: question_text(tokenizer, prompt, benchmark, each, longest, instruction) for each in problems.problems}
+    wrapped = prompt_for(benchmark, prompt)
+    return EvaluationPlan(eval_config, benchmark, problems, wrapped, questions, tuple(requests), sampling, fingerprint)
 
 
-def sampling_of(entry: recipe.Eval, benchmark: Benchmark, recall: RecallSettings | None) -> Sampling:
-    """The recipe's settings, and the benchmark's own limit where the recipe sets none."""
+def sampling_for(eval_config: recipe.Eval, benchmark: Benchmark, recall: RecallSettings | None) -> Sampling:
+    """The recipe's settings, and the benchmark's own limit where the recipe sets none.
+
+    Raises:
+        UserError: neither sets a limit.
+    """
+    max_new_tokens = eval_config.max_new_tokens or answer_tokens(benchmark, recall)
+    if max_new_tokens is None:
+        raise UserError(f"max_new_tokens: missing: {benchmark.name} sets no limit of its own. Fix: set max_new_tokens")
     return Sampling(
-        temperature=entry.temperature,
-        top_p=entry.top_p,
-        max_new_tokens=entry.max_new_tokens or answer_tokens(benchmark, recall),
-        top_k=entry.top_k,
-        min_p=entry.min_p,
-        repetition_penalty=entry.repetition_penalty,
-        stop=tuple(entry.stop),
-        thinking_budget=entry.thinking_budget,
-        thinking_close=entry.thinking_close,
+        temperature=eval_config.temperature,
+        top_p=eval_config.top_p,
+        max_new_tokens=max_new_tokens,
+        top_k=eval_config.top_k,
+        min_p=eval_config.min_p,
+        repetition_penalty=eval_config.repetition_penalty,
+        stop=tuple(eval_config.stop),
+        thinking_budget=eval_config.thinking_budget,
+        thinking_close=eval_config.thinking_close,
     )
 
 
 def check_fits_context(context: int, requests: list[Request], max_new_tokens: int) -> None:
     """
     Raises:
-        UserError: the longest prompt and max_new_tokens together exceed the positions the model was made for.
+        UserError: the longest prompt and max_new_tokens together exceed the positions that the model supports.
     """
     longest = max(requests, key=lambda request: len(request.prompt_ids))
     if len(longest.prompt_ids) + max_new_tokens > context:
         room = context - len(longest.prompt_ids)
-        fix = f"set max_new_tokens to at most {room}" if room > 0 else "this model cannot be asked this problem"
+        fix = f"set max_new_tokens to at most {room}" if room > 0 else "use a model with a longer context"
         raise UserError(
-            f"max_new_tokens={max_new_tokens}: with the {len(longest.prompt_ids)} tokens of the longest prompt (problem "
-            f"{longest.problem}) that is more than the model's context of {context} tokens (max_position_embeddings); {fix}"
+            f"max_new_tokens: {max_new_tokens}: with the {len(longest.prompt_ids)} tokens of the longest prompt (problem "
+            f"{longest.problem}) that is more than the model's context of {context} tokens (max_position_embeddings). Fix: {fix}"
         )
 
 
-def _sampling_facts(sampling: Sampling) -> dict[str, str | int | float | None]:
-    facts = asdict(sampling)
+def _sampling_metadata(sampling: Sampling) -> dict[str, str | int | float | None]:
+    metadata = asdict(sampling)
     if sampling.greedy:
-        facts |= dict.fromkeys(("top_p", "top_k", "min_p"))
+        metadata |= dict.fromkeys(("top_p", "top_k", "min_p"))
     if sampling.thinking_budget is None:
-        facts["thinking_close"] = None
-    return {**facts, "stop": " ".join(map(repr, sampling.stop))}
+        metadata["thinking_close"] = None
+    return {**metadata, "stop": " ".join(map(repr, sampling.stop))}
 
 
-def _as_tuples(recall: Recall) -> dict[str, object]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in recall.model_dump().items()}
+def _recall_settings(recall: Recall) -> RecallSettings:
+    return RecallSettings(tuple(recall.lengths), tuple(recall.depths), recall.repeats, recall.keys, recall.span)

@@ -1,4 +1,4 @@
-"""A problem as the tokens that a model answers to."""
+"""A problem as the tokens of a model's prompt."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,26 +8,65 @@ from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 
 SPARE_TOKENS = 16
-"""Left free where a text is cut to fit: its two halves may have a few tokens more once they are put together."""
+"""Left free where a text is truncated: its two halves may have a few tokens more once they are put together."""
+
+BARE_QUESTION = "{question}"
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, benchmark: Benchmark, problem: Problem, max_prompt_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    benchmark: Benchmark,
+    problem: Problem,
+    max_prompt_tokens: int,
+    instruction: str | None = None,
 ) -> tuple[int, ...]:
     """
     Args:
-        prompt: the recipe's. Its user turn wraps problems with a short answer; benchmarks with a prompt of their own only
-            take its system turn and chat template.
-        max_prompt_tokens: what a benchmark that is cut to fit may have before it is put into the chat template (LongBench's
-            max_length); other problems are never cut.
+        prompt: the recipe's. Its user turn wraps problems with a short answer; see `prompt_for`.
+        max_prompt_tokens, instruction: see `question_text`.
 
     Raises:
-        UserError: the chat template cannot say this prompt.
+        UserError: the chat template cannot express this prompt.
     """
-    text = cut_middle(tokenizer, problem.text, max_prompt_tokens) if benchmark.truncate_middle else problem.text
+    question = question_text(tokenizer, prompt, benchmark, problem, max_prompt_tokens, instruction)
     if benchmark.prompt_style == "without_chat":
-        return tuple(tokenizer(text)["input_ids"])
-    return tuple(prompts.prompt_ids(tokenizer, wrapping(prompt, benchmark), {"question": text}))
+        return tuple(tokenizer(question)["input_ids"])
+    return tuple(prompts.prompt_ids(tokenizer, prompt_for(benchmark, prompt), {"question": question}))
+
+
+def question_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    benchmark: Benchmark,
+    problem: Problem,
+    max_prompt_tokens: int,
+    instruction: str | None = None,
+) -> str:
+    """The problem with its instruction, as the recipe's user turn wraps it.
+
+    Args:
+        max_prompt_tokens: limit of a text that is truncated in the middle, before it is put into the chat template (LongBench's
+            max_length); other problems are never truncated.
+        instruction: see `instruction_for`.
+    """
+    text = truncate_middle(tokenizer, problem.text, max_prompt_tokens) if benchmark.truncate_middle else problem.text
+    follows = instruction_for(benchmark, prompt, instruction)
+    return f"{text}\n\n{follows}" if follows else text
+
+
+def instruction_for(benchmark: Benchmark, prompt: Prompt, instruction: str | None) -> str:
+    """What follows each question: the evaluation's own `instruction`, else the benchmark's where the recipe's user turn is the bare
+    question; empty: nothing.
+    """
+    if instruction is not None:
+        return instruction
+    return benchmark.instruction if prompt.user == BARE_QUESTION else ""
+
+
+def prompt_for(benchmark: Benchmark, prompt: Prompt) -> Prompt:
+    """The recipe's prompt; of it, benchmarks with a prompt of their own take the system turn and the chat template alone."""
+    return prompt if benchmark.prompt_style == "as_recipe" else prompt.model_copy(update={"user": BARE_QUESTION})
 
 
 def room_for_text(
@@ -40,17 +79,17 @@ def room_for_text(
     """
     around = 0
     if benchmark.prompt_style != "without_chat":
-        around = len(prompts.prompt_ids(tokenizer, wrapping(prompt, benchmark), {"question": ""}))
+        around = len(prompts.prompt_ids(tokenizer, prompt_for(benchmark, prompt), {"question": ""}))
     room = context - max_new_tokens - around - SPARE_TOKENS
     if benchmark.truncate_middle and room < 2:
         raise UserError(
-            f"{benchmark.name}: a context of {context} tokens has no room for a text beside an answer of {max_new_tokens} "
-            f"(max_new_tokens) and {around} tokens of the chat template"
+            f"{benchmark.name}: max_new_tokens: {max_new_tokens}: a context of {context} tokens has no room for a text beside the "
+            f"answer and {around} tokens of the chat template. Fix: reduce max_new_tokens, or use a model with a longer context"
         )
     return room
 
 
-def cut_middle(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> str:
+def truncate_middle(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> str:
     """As LongBench's pred.py: the first and the last max_tokens // 2 tokens of too long a text, the tokenizer's own special
     tokens counted; the instructions stand at both ends.
     """
@@ -59,8 +98,4 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -
         return text
     half = max_tokens // 2
     kept = ids[:half], ids[len(ids) - half :]
-    return "".join(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in kept)
-
-
-def wrapping(prompt: Prompt, benchmark: Benchmark) -> Prompt:
-    return prompt if benchmark.prompt_style == "as_recipe" else prompt.model_copy(update={"user": "{question}"})
+    return "".join(str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for part in kept)

@@ -1,15 +1,14 @@
-"""Samples on disk: one JSON line a sample, appended as it is made, beside a meta.json that says with what they were
-made.
+"""Samples on disk: one JSON line a sample, appended as it is made, beside a meta.json that identifies how they were made.
 
-A folder holds samples of one model, prompt and sampling. Whoever comes back with the same goes on where it stopped;
-whoever comes with another is turned away, and nothing is overwritten. Several processes may fill one folder: each
-appends to a file of its own, and whoever reads reads all of them.
+A folder holds samples of one model, prompt and sampling. An evaluation with the same fingerprint resumes; opening the folder with
+another fingerprint raises UserError, and nothing is overwritten. Several processes may fill one folder: each appends to a file of
+its own, and every process reads all files. verdicts.jsonl holds later verdicts on samples, which replace those in their lines.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,22 +17,46 @@ from pydantic import TypeAdapter, ValidationError
 from lt_train.evaluation.grading.extraction import ExtractedFrom
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import differences
 
 Fingerprint = Mapping[str, str | int | float | None]
 """What decides the content of a sample, by name: the model, the prompt, the sampling, …"""
 
+GRADER_VERSION = 2
+"""Of extraction and verdicts. Raise it where the same text may get another verdict; samples of an evaluation that is not scored yet
+are then judged again."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The grader's result for one sample.
+
+    Attributes:
+        extracted: the answer found in the text; None: there is none. extracted_from: where; None also where the whole text is
+            the answer.
+        score: from 0 (incorrect) to 1 (correct); 0 of a truncated answer to a benchmark whose truncated answers are incorrect.
+            correct: whether the score is 1.
+        grading_error: why an answer could not be judged (it counts as incorrect).
+        graded_score: the score of the text, truncated or not; None: unknown, in records of grader version 1.
+        grader: the GRADER_VERSION that made it.
+    """
+
+    extracted: str | None
+    extracted_from: ExtractedFrom | None
+    score: float
+    correct: bool
+    grading_error: str | None
+    graded_score: float | None
+    grader: int
+
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One answer to one problem.
+    """One answer to one problem, and its `Verdict`.
 
     Attributes:
         seed: the sample's own; None when greedy.
-        tokens: new tokens, the stop token included. thinking_tokens: those before the thought was closed; None: none was.
-        extracted: the answer found in the text; None: there is none. extracted_from: where; None also where the whole text is
-            the answer.
-        score: from 0 (wrong) to 1 (right). correct: whether it counts as right, where only that is counted.
-        grading_error: why an answer could not be judged (it counts as wrong).
+        tokens: new tokens, the stop token included. thinking_tokens: those before the reasoning was closed; None: none was.
         seconds: its share of the time in which it shared the model with others.
     """
 
@@ -51,50 +74,82 @@ class SampleRecord:
     correct: bool
     grading_error: str | None
     seconds: float
+    graded_score: float | None = None
+    grader: int = 1
 
     @property
     def key(self) -> tuple[str, int]:
         return self.problem, self.sample
 
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
 
-_AS_DECLARED = TypeAdapter(SampleRecord)
+    @property
+    def text_score(self) -> float:
+        """The score of the text, truncated or not, as far as it is known."""
+        return self.score if self.graded_score is None else self.graded_score
+
+    def with_verdict(self, verdict: Verdict) -> "SampleRecord":
+        return replace(self, **asdict(verdict))
+
+
+VERDICTS = "verdicts.jsonl"
+ADDED_FIELDS = {"graded_score", "grader"}
+"""Fields that records of grader version 1 lack."""
+
+_RECORD, _VERDICT = TypeAdapter(SampleRecord), TypeAdapter(Verdict)
 
 
 class RecordFolder:
     """The samples of one evaluation."""
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, folder: Path, fingerprint: Fingerprint, rank: int = 0, world_size: int = 1) -> None:
         """Open a folder, or make it.
 
         Args:
-            rank: this process's number among the `ranks` that fill the folder together.
+            rank: this process's number among the `world_size` processes that fill the folder together.
 
         Raises:
             UserError: it holds results made with another fingerprint, or its meta.json cannot be read.
         """
         self.folder = folder
         self.fingerprint = fingerprint
-        self.samples_path = folder / ("samples.jsonl" if ranks == 1 else f"samples-{rank}.jsonl")
-        """Where this process appends; nobody else does."""
+        self.samples_path = folder / ("samples.jsonl" if world_size == 1 else f"samples-{rank}.jsonl")
+        """Where this process, and no other, appends."""
         claim_folder(folder, fingerprint)
         files.drop_cut_line(self.samples_path)
 
     def read(self) -> dict[tuple[str, int], SampleRecord]:
-        """All samples so far, see `read_records`. It fails where somebody else has meanwhile taken the folder for another model."""
+        """All samples so far, see `read_records`. It fails where another process has claimed the folder for another model since."""
         return read_records(self.folder, self.fingerprint)
 
     def append(self, record: SampleRecord) -> None:
-        """Add a sample, and hand it to the operating system, so that it survives the death of this process.
+        """Add a sample, and pass it to the operating system, so that it survives the death of this process.
 
         Raises:
-            UserError: it cannot be written, such as for a full disk; the samples before it are whole.
+            UserError: it cannot be written, such as on a full disk; the samples before it are complete.
         """
+        self._append(self.samples_path, asdict(record), f"sample {record.sample} of problem {record.problem}")
+
+    def append_verdict(self, record: SampleRecord, verdict: Verdict) -> SampleRecord:
+        """Replace the verdict on a sample; call it in one process only. Returns the record with the new verdict.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        row = {"problem": record.problem, "sample": record.sample, **asdict(verdict)}
+        files.drop_cut_line(self.folder / VERDICTS)
+        self._append(self.folder / VERDICTS, row, f"the verdict on sample {record.sample} of problem {record.problem}")
+        return record.with_verdict(verdict)
+
+    def _append(self, path: Path, row: dict[str, Any], what: str) -> None:
         try:
-            append_whole_line(self.samples_path, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            append_whole_line(path, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         except OSError as error:
             raise UserError(
-                f"{self.samples_path}: cannot take sample {record.sample} of problem {record.problem}: {error.strerror}. The "
-                f"samples before it are safe: make room (or let this process write there) and give the same command again to go on"
+                f"{path}: cannot take {what}: {error.strerror}. The samples before it are safe. Fix: make room (or let this "
+                f"process write there) and give the same command again to resume"
             ) from error
 
 
@@ -106,26 +161,26 @@ class NamesSample(Protocol):
     def sample(self) -> int: ...
 
 
-Asked = TypeVar("Asked", bound=NamesSample)
+Requested = TypeVar("Requested", bound=NamesSample)
 
 
-def shard_of(requests: Sequence[Asked], rank: int, ranks: int) -> tuple[Asked, ...]:
-    """What one of several processes is to draw: every sample belongs to one of them, and no two shares differ by more than one.
+def shard_of(requests: Sequence[Requested], rank: int, world_size: int) -> tuple[Requested, ...]:
+    """The requests that one of several processes answers: each belongs to one process, and shard sizes differ by at most one.
 
-    It follows from the set of (problem, sample) alone, not from the order of the requests. So give all ranks the same set: the
+    Shards follow from the set of (problem, sample) alone, not from the order of the requests. So give all ranks the same set: the
     whole plan, and leave out afterwards what is there already; ranks that look at the folder at different moments find
     different samples missing. A problem's samples go to different ranks, since they tend to be of similar length.
 
     Raises:
         ValueError: no such rank, or a request is there twice.
     """
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank} of {ranks}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
     in_order = sorted((request.problem, request.sample) for request in requests)
     numbers = {key: number for number, key in enumerate(in_order)}
     if len(numbers) < len(requests):
-        raise ValueError("the same sample of a problem is asked for twice")
-    return tuple(request for request in requests if numbers[request.problem, request.sample] % ranks == rank)
+        raise ValueError("the same sample of a problem is requested twice")
+    return tuple(request for request in requests if numbers[request.problem, request.sample] % world_size == rank)
 
 
 def sample_files(folder: Path) -> list[Path]:
@@ -133,13 +188,12 @@ def sample_files(folder: Path) -> list[Path]:
 
 
 def read_records(folder: Path, fingerprint: Fingerprint) -> dict[tuple[str, int], SampleRecord]:
-    """All samples of a folder by (problem, sample), whoever made them. What a process is just writing is not among them.
+    """All samples of a folder by (problem, sample), of all processes. A line that is still being written is not among them.
 
     Reads only: the folder may belong to an evaluation that is running.
 
     Raises:
-        UserError: a line is not a sample, two lines tell different things of one sample, or the samples were made with another
-            fingerprint.
+        UserError: a line is not a sample, two lines differ on one sample, or the samples were made with another fingerprint.
     """
     records: dict[tuple[str, int], SampleRecord] = {}
     places: dict[tuple[str, int], str] = {}
@@ -154,24 +208,44 @@ def read_records(folder: Path, fingerprint: Fingerprint) -> dict[tuple[str, int]
             if before is not record and content(before) != content(record):
                 raise UserError(
                     f"{where}: a second, different sample {record.sample} of problem {record.problem}; the first is {place}. "
-                    f"Two processes drew it, or a file was edited: remove one of the two lines, or delete the folder to make "
-                    f"all samples anew"
+                    f"Two processes drew it, or a file was edited. Fix: remove one of the two lines, or delete the folder to draw "
+                    f"all samples again"
                 )
+    for key, verdict in read_verdicts(folder / VERDICTS):
+        if key in records:
+            records[key] = records[key].with_verdict(verdict)
     return records
+
+
+def read_verdicts(path: Path) -> list[tuple[tuple[str, int], Verdict]]:
+    """
+    Raises:
+        UserError: a line is not a verdict.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for where, row in files.read_json_lines(path, being_written=True):
+        try:
+            key = str(row.pop("problem")), int(row.pop("sample"))
+            found.append((key, _VERDICT.validate_python(row)))
+        except (KeyError, TypeError, ValueError) as error:  # a ValidationError is a ValueError
+            raise UserError(f"{where}: not a complete verdict. Fix: delete {path} to judge its samples again") from error
+    return found
 
 
 def append_whole_line(path: Path, line: bytes) -> None:
     """Append all of a line or nothing.
 
     Raises:
-        OSError: as the operating system says; the file is as it was.
+        OSError: as the operating system reports it; the file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             written = 0
-            while written < len(line):  # a disk that is nearly full takes a part, and says so at the next write
+            while written < len(line):  # a disk that is nearly full takes a part, and reports it at the next write
                 written += file.write(line[written:])
         except BaseException:
             file.truncate(size)
@@ -187,8 +261,8 @@ def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
         check_same_fingerprint(meta_path, "samples", fingerprint)
     else:
         raise UserError(
-            f"{there[0]}: samples without the meta.json that says which model made them. Move this folder away, or "
-            f"delete it to make the samples anew"
+            f"{there[0]}: samples without the meta.json that identifies their model. Fix: move this folder away, or delete it to "
+            f"draw the samples again"
         )
 
 
@@ -205,35 +279,36 @@ def recorded_model(folder: Path) -> str | None:
 def check_same_fingerprint(path: Path, what: str, fingerprint: Fingerprint) -> None:
     """
     Raises:
-        UserError: the JSON file at `path` was made with another fingerprint; the message says in what they differ.
+        UserError: the JSON file at `path` was made with another fingerprint; the message lists the differences.
     """
     found = files.read_json(path, f"record of how {what} were made")
     there = found.get("fingerprint") if isinstance(found, dict) else None
     if not isinstance(there, dict):
-        raise UserError(f"{path}: does not say how the {what} were made. Delete this folder to make them anew")
-    names = [*fingerprint, *(name for name in there if name not in fingerprint)]
-    differing = [name for name in names if there.get(name) != fingerprint.get(name)]
-    if differing:
-        listed = "\n".join(f"  {name}: {there.get(name)!r} there, {fingerprint.get(name)!r} now" for name in differing)
+        raise UserError(f"{path}: lacks the fingerprint of its {what}. Fix: delete this folder to make them again")
+    if differing := differences(there, fingerprint):
+        fix = "give this evaluation another `name`, or move the folder away"
+        if there.get("instruction") != fingerprint.get("instruction"):
+            fix += "; or set `instruction` to the one there ('' for none)"
+        listed = "\n  ".join(differing)
         raise UserError(
-            f"{path.parent}: holds {what} made in another way:\n{listed}\n  Give this evaluation another `name`, or "
-            f"move the folder "
-            f"away; nothing in it was changed"
+            f"{path.parent}: holds {what} made in another way (there, now):\n  {listed}\n  Fix: {fix}. Nothing was changed"
         )
 
 
 def parse_record(row: dict[str, Any], where: str) -> SampleRecord:
     names = {field.name for field in fields(SampleRecord)}
-    if row.keys() != names:
-        wrong = ", ".join(sorted(row.keys() ^ names))
-        raise UserError(f"{where}: not a sample of this version of lt_train (missing or unknown: {wrong}). Move the folder away")
-    try:
-        return _AS_DECLARED.validate_python(row)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"]))
+    if faulty := (row.keys() ^ names) - (ADDED_FIELDS - row.keys()):
+        listed = ", ".join(sorted(faulty))
         raise UserError(
-            f"{where}: not a whole sample ({name}: {fault['msg']}). Remove the line and run again to make it anew"
+            f"{where}: not a sample of this version of lt_train (missing or unknown: {listed}). Fix: move the folder away"
+        )
+    try:
+        return _RECORD.validate_python(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{where}: not a complete sample ({name}: {first['msg']}). Fix: remove the line and run again to draw it again"
         ) from error
 
 

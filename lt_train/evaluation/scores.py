@@ -1,12 +1,12 @@
-"""What an evaluation says: the two kinds of scores.json, made of records or losses, written and read back, and the difference
+"""Results of an evaluation: the two kinds of scores.json, made of records or losses, written and read back, and the difference
 between two of a kind.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
 from lt_train.evaluation.statistics import (
@@ -28,8 +28,18 @@ from lt_train.evaluation.statistics import (
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 
-VERSION = 3
+VERSION = 4
 """Of scores.json. Raise it with every change of what a field means or is called."""
+
+READABLE_VERSIONS = (3, VERSION)
+
+RENAMED_SINCE_3 = {"lengths_right": "lengths_correct", "lengths_wrong": "lengths_incorrect"}
+
+ADDED_SINCE_3: dict[str, Any] = {"truncated_as": "incorrect", "accuracy_by_truncated_as": {}, "from_last": 0.0}
+"""Fields that files of version 3 lack, and their defaults."""
+
+TruncatedAs = Literal["incorrect", "graded"]
+"""How answers that reach max_new_tokens count: as incorrect whatever they say, or by their text."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +47,24 @@ class AnswerScores:
     """Graded answers: `samples` to each of `problems`, the first of the `available` ones.
 
     Attributes:
-        accuracy: avg@n, the mean score of the samples, which is the share of right ones where an answer is right or wrong.
+        accuracy: avg@n, the mean score of the samples: the fraction of correct ones where an answer is correct or incorrect.
             Standard errors are over problems (None for a single problem).
-        majority: maj@n, the score of the most frequent answer. ties: problems whose vote was tied, each counting as the mean of
-            the tied answers.
-        truncated: share of samples that reached max_new_tokens. unanswered: share that gave no answer. grading_errors: samples
-            whose answer could not be judged, and counts as wrong.
+        majority: maj@n, the score of the most frequent answer, whether samples that gave it were truncated or not. ties: problems
+            whose vote was tied, each counting as the mean of the tied answers.
+        truncated: fraction of samples that reached max_new_tokens. unanswered: fraction that gave no answer.
+        grading_errors: samples whose answer could not be judged, and counts as incorrect.
         tokens_per_second: new tokens by the time spent on them, over all samples.
         by_problem: mean score of each problem's samples.
         interval: 95 % interval of the accuracy, over problems; None for a single problem.
-        pass_at: pass@k by k, for k = 1, 2, 4, … and n; a sample counts as right where its record says so.
-        from_phrase: share of samples whose answer stood in no box but after words like "the answer is".
-        lengths_right, lengths_wrong: tokens of the right and the wrong samples. thinking: tokens before the thought was closed, of
-            the samples that closed one. None: there are no such samples.
-        partial: the scores are of fewer samples than were asked for; `missing` so many. Short answers are done first, so such
-            scores lean towards problems with short answers. Problems without any sample are not among `problems`.
+        pass_at: pass@k by k, for k = 1, 2, 4, … and n.
+        from_phrase: fraction of samples whose answer stood in no box but after words like "the answer is". from_last: fraction
+            whose answer nothing names, so that the last formula or number was taken.
+        lengths_correct, lengths_incorrect: tokens of the correct and the incorrect samples. thinking: tokens before the reasoning
+            was closed, of the samples that closed it. None: there are no such samples.
+        partial: some of the requested samples are `missing`. Short answers are done first, so such scores are biased towards
+            problems with short answers. Problems without any sample are not among `problems`.
+        truncated_as: how truncated answers count in accuracy, pass_at and by_problem.
+        accuracy_by_truncated_as: the accuracy both ways; empty in files of version 3.
     """
 
     kind: ClassVar[str] = "answers"
@@ -76,15 +89,27 @@ class AnswerScores:
     interval: Interval | None = None
     pass_at: dict[int, Mean] = field(default_factory=dict)
     from_phrase: float = 0.0
-    lengths_right: Lengths | None = None
-    lengths_wrong: Lengths | None = None
+    lengths_correct: Lengths | None = None
+    lengths_incorrect: Lengths | None = None
     thinking: Lengths | None = None
     partial: bool = False
     missing: int = 0
+    truncated_as: TruncatedAs = "incorrect"
+    accuracy_by_truncated_as: dict[TruncatedAs, Mean] = field(default_factory=dict)
+    from_last: float = 0.0
 
     @property
     def mean(self) -> Mean:
         return Mean(self.accuracy, self.standard_error, self.problems)
+
+    def __repr__(self) -> str:
+        """As of version 3 where no newer field is set: run folders recognise their export by a hash of this."""
+        older = {new: old for old, new in RENAMED_SINCE_3.items()}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown = (
+            f"{older.get(name, name)}={value!r}" for name, value in values.items() if value != ADDED_SINCE_3.get(name, MISSING)
+        )
+        return f"AnswerScores({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -142,26 +167,27 @@ def answer_scores(
     fingerprint: Fingerprint,
     equivalent: Callable[[str, str], bool],
     allow_partial: bool = False,
+    truncated_as: TruncatedAs = "incorrect",
 ) -> AnswerScores:
     """The scores over exactly `samples` samples (0, 1, …) of each of `problems` (ids); more records may be there.
 
     Args:
-        equivalent: whether two extracted answers say the same, for the majority vote.
+        equivalent: whether two extracted answers are equal, for the majority vote.
         allow_partial: score what is there, and mark it.
 
     Raises:
-        UserError: a sample is missing, so the score would be of another set than was asked for; or there is none at all.
+        UserError: a sample is missing, so the score would be of another set than was requested; or there is none at all.
     """
-    asked = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
-    missing = [key for keys in asked.values() for key in keys if key not in records]
+    wanted = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
+    missing = [key for keys in wanted.values() for key in keys if key not in records]
     if missing and (not allow_partial or len(missing) == samples * len(problems)):
         problem, sample = missing[0]
         raise UserError(
             f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
-            f"{problem}. Run the evaluation again to draw them"
+            f"{problem}. Fix: run the evaluation again to draw them"
             + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
         )
-    there = {problem: [records[key] for key in keys if key in records] for problem, keys in asked.items()}
+    there = {problem: [records[key] for key in keys if key in records] for problem, keys in wanted.items()}
     return scores_of(
         {problem: found for problem, found in there.items() if found},
         samples,
@@ -170,6 +196,7 @@ def answer_scores(
         fingerprint,
         equivalent,
         len(missing),
+        truncated_as,
     )
 
 
@@ -181,12 +208,14 @@ def scores_of(
     fingerprint: Fingerprint,
     equivalent: Callable[[str, str], bool],
     missing: int,
+    truncated_as: TruncatedAs,
 ) -> AnswerScores:
     records = [record for found in by_problem.values() for record in found]
-    shares = {problem: fmean(record.score for record in found) for problem, found in by_problem.items()}
-    counts = [(sum(record.correct for record in found), len(found)) for found in by_problem.values()]
+    means = {way: {problem: fmean(score(each, way) for each in found) for problem, found in by_problem.items()} for way in WAYS}
+    accuracies = {way: mean_over_problems(list(of_problems.values())) for way, of_problems in means.items()}
+    counts = [(sum(score(each, truncated_as) == 1 for each in found), len(found)) for found in by_problem.values()]
     votes = [vote(found, equivalent) for found in by_problem.values()]
-    accuracy, majority = mean_over_problems(list(shares.values())), mean_over_problems([vote.right for vote in votes])
+    accuracy, majority = accuracies[truncated_as], mean_over_problems([vote.score for vote in votes])
     tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
     return AnswerScores(
         benchmark=benchmark,
@@ -198,40 +227,52 @@ def scores_of(
         majority=majority.value,
         majority_standard_error=majority.standard_error,
         ties=sum(vote.tie for vote in votes),
-        truncated=share(record.finish_reason == "length" for record in records),
-        unanswered=share(record.extracted is None for record in records),
+        truncated=fraction(record.truncated for record in records),
+        unanswered=fraction(record.extracted is None for record in records),
         grading_errors=sum(record.grading_error is not None for record in records),
         tokens=tokens,
         tokens_per_sample=tokens / len(records),
         tokens_per_second=tokens / seconds if seconds else 0.0,
         fingerprint=fingerprint,
-        by_problem=shares,
-        interval=accuracy_interval(list(shares.values())),
+        by_problem=means[truncated_as],
+        interval=accuracy_interval(list(means[truncated_as].values())),
         pass_at={k: mean_pass_at_k(counts, k) for k in ks_up_to(min(n for _, n in counts))},
-        from_phrase=share(record.extracted_from == "phrase" for record in records),
-        lengths_right=lengths_of([record.tokens for record in records if record.correct]),
-        lengths_wrong=lengths_of([record.tokens for record in records if not record.correct]),
+        from_phrase=fraction(record.extracted_from == "phrase" for record in records),
+        lengths_correct=lengths_of([record.tokens for record in records if score(record, truncated_as) == 1]),
+        lengths_incorrect=lengths_of([record.tokens for record in records if score(record, truncated_as) != 1]),
         thinking=lengths_of([record.thinking_tokens for record in records if record.thinking_tokens is not None]),
         partial=missing > 0,
         missing=missing,
+        truncated_as=truncated_as,
+        accuracy_by_truncated_as=accuracies,
+        from_last=fraction(record.extracted_from == "last" for record in records),
     )
 
 
+WAYS: tuple[TruncatedAs, ...] = ("incorrect", "graded")
+
+
+def score(record: SampleRecord, truncated_as: TruncatedAs) -> float:
+    return record.text_score if truncated_as == "graded" else record.score
+
+
 def vote(records: Sequence[SampleRecord], equivalent: Callable[[str, str], bool]) -> Vote:
-    """The vote of one problem's samples. An answer that could not be judged is not compared again: it equals its like only."""
-    hopeless = {record.extracted for record in records if record.grading_error is not None}
+    """The vote of one problem's samples. Truncated samples vote, too, and an answer counts by its text. An answer that could not be
+    judged is not compared again: it equals its like only.
+    """
+    unjudged = {record.extracted for record in records if record.grading_error is not None}
 
     def same(first: str, second: str) -> bool:
-        return first not in hopeless and second not in hopeless and equivalent(first, second)
+        return first not in unjudged and second not in unjudged and equivalent(first, second)
 
-    return majority_vote([(record.extracted, record.score) for record in records], same)
+    return majority_vote([(record.extracted, record.text_score) for record in records], same)
 
 
 def ks_up_to(n: int) -> list[int]:
     return sorted({n, *(2**power for power in range(n.bit_length()))})
 
 
-def share(flags: Iterable[bool]) -> float:
+def fraction(flags: Iterable[bool]) -> float:
     return fmean(map(float, flags))
 
 
@@ -239,11 +280,13 @@ def difference(first: Scores, second: Scores) -> Difference:
     """first - second with a 95 % interval, paired by problem or sample.
 
     Raises:
-        ValueError: they are of different kinds, benchmarks or problems.
+        ValueError: they are of different kinds, benchmarks or problems, or count truncated answers differently.
     """
     if first.benchmark != second.benchmark:
         raise ValueError(f"cannot compare scores of {first.benchmark} and {second.benchmark}")
     if isinstance(first, AnswerScores) and isinstance(second, AnswerScores):
+        if first.truncated_as != second.truncated_as:
+            raise ValueError(f"cannot compare truncated: {first.truncated_as} with truncated: {second.truncated_as}")
         return paired_difference(first.by_problem, second.by_problem)
     if isinstance(first, LossScores) and isinstance(second, LossScores):
         return paired_loss_difference(first.by_sample, second.by_sample)
@@ -257,22 +300,27 @@ def write_scores(path: Path, scores: Scores) -> None:
 def read_scores(path: Path) -> Scores:
     """
     Raises:
-        UserError: the file cannot be read, is cut, or is not a scores.json of this version.
+        UserError: the file cannot be read, is incomplete, or is not a scores.json of a version that this one reads.
     """
     found = files.read_json(path, "scores.json")
-    kinds = {kind.kind: kind for kind in (AnswerScores, LossScores)}
+    kinds: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
     kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
-    if kind is not None and (version := found.pop("version", 1)) != VERSION:
+    if kind is None:
+        raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
+    if (version := found.pop("version", 1)) not in READABLE_VERSIONS or isinstance(version, bool):
         raise UserError(
             f"{path}: not a scores.json of this version of lt_train: the file is of version {version}, this is {VERSION}. "
-            f"Delete it and run again to make it anew"
+            f"Fix: delete it and run again"
         )
-    if kind is None or found.keys() != {field.name for field in fields(kind)}:
-        raise UserError(f"{path}: not a scores.json of this version of lt_train. Delete it and run again to make it anew")
+    if version == 3:
+        found = {RENAMED_SINCE_3.get(name, name): value for name, value in found.items()}
+    names = {each.name for each in fields(kind)}
+    if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3.keys() <= found.keys() <= names:
+        raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     try:
-        return kind(**{name: PARTS.get(name, as_it_is)(value) for name, value in found.items()})
+        return kind(**{name: PARSERS.get(name, as_it_is)(value) for name, value in found.items()})
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole scores.json ({error}). Delete it and run again to make it anew") from error
+        raise UserError(f"{path}: not a complete scores.json ({error}). Fix: delete it and run again") from error
 
 
 def as_it_is(value: Any) -> Any:
@@ -283,15 +331,16 @@ def lengths_from(found: dict[str, Any] | None) -> Lengths | None:
     return None if found is None else Lengths(**found)
 
 
-PARTS: dict[str, Callable[[Any], Any]] = {
+PARSERS: dict[str, Callable[[Any], Any]] = {
     "by_sample": lambda losses: {sample: TokenLoss(**loss) for sample, loss in losses.items()},
     "interval": lambda found: None if found is None else Interval(**found),
     "pass_at": lambda means: {int(k): Mean(**mean) for k, mean in means.items()},
-    "lengths_right": lengths_from,
-    "lengths_wrong": lengths_from,
+    "lengths_correct": lengths_from,
+    "lengths_incorrect": lengths_from,
     "thinking": lengths_from,
+    "accuracy_by_truncated_as": lambda means: {way: Mean(**mean) for way, mean in means.items()},
 }
-"""How what JSON gives for a field becomes the field."""
+"""From the JSON value of a field to the field."""
 
 
 def finished_scores(path: Path, fingerprint: Fingerprint) -> Scores | None:

@@ -1,8 +1,9 @@
-"""Numbers with their doubt: means over problems, pass@k, majority votes, lengths, and differences between two models asked
-the same problems.
+"""Numbers with their uncertainty: means over problems, pass@k, majority votes, lengths, and differences between two models on the
+same problems.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
@@ -13,10 +14,10 @@ import numpy as np
 CONFIDENCE = 0.95
 
 RESAMPLES = 10_000
-"""Of a bootstrap: the ends of a 95 % interval then waver by about a hundredth of its width."""
+"""Of a bootstrap: the ends of a 95 % interval then vary by about a hundredth of its width."""
 
 SIGN_FLIPS = 20_000
-"""Of a permutation test, where there are too many to try all: a p of 0.05 then wavers by 0.0015."""
+"""Of a permutation test, where there are too many to try all: a p of 0.05 then varies by 0.0015."""
 
 ALL_FLIPS_UP_TO = 16
 """Differences whose 2^n signs are all tried."""
@@ -27,7 +28,7 @@ AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Mean:
-    """`standard_error` is None for a single value, which says nothing of its own spread."""
+    """`standard_error` is None for a single value, which has no spread."""
 
     value: float
     standard_error: float | None
@@ -38,8 +39,8 @@ class Mean:
 class Difference:
     """first - second, with a 95 % interval from `low` to `high`.
 
-    `p`: how often a difference at least so large, in either direction, would come about between equal models; None where no test
-    was made. `test`: how it was found.
+    `p`: probability of a difference at least this large, in either direction, between equal models; None where no test was made.
+    `test`: the test.
     """
 
     value: float
@@ -61,17 +62,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class Vote:
-    """`right`: the score of the most frequent answer, 1 if right and 0 if wrong; between tied answers their mean.
+    """`score`: that of the most frequent answer, 1 if correct and 0 if incorrect; between tied answers their mean.
     `tie`: there was one.
     """
 
-    right: float
+    score: float
     tie: bool
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long answers are, in tokens: mean, deciles and quartiles, longest, of so many `samples`."""
+    """Tokens per answer over `samples` answers: mean, deciles and quartiles, longest."""
 
     samples: int
     mean: float
@@ -94,7 +95,7 @@ class TokenLoss:
 def mean_over_problems(values: Sequence[float]) -> Mean:
     """Mean and its standard error, from the spread between problems (ddof 1).
 
-    With values that are shares of right samples this is avg@n: n samples of one problem are not independent of each
+    With values that are fractions of correct samples this is avg@n: n samples of one problem are not independent of each
     other, problems are. With one sample a problem it is sqrt(p (1 - p) / (N - 1)).
     """
     n = len(values)
@@ -104,10 +105,10 @@ def mean_over_problems(values: Sequence[float]) -> Mean:
 def accuracy_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
     """95 % interval of a mean score over problems, values in [0, 1]; None for fewer than two problems.
 
-    Wilson's where every problem was simply right or wrong: recommended for few problems, and as good as any for many (Brown, Cai
-    and DasGupta 2001, doi 10.1214/ss/1009213286). It keeps a width where none or all are right, and where one is right does not
-    reach down to 0, both of which a bootstrap gets wrong. Wilson's also where all problems scored the same share: no score in
-    [0, 1] has a larger variance than a yes-or-no one of the same mean, so it is at least wide enough. The bootstrap for others.
+    Wilson's where every problem is either correct or incorrect: recommended for few problems, and as good as any for many (Brown,
+    Cai and DasGupta 2001, doi 10.1214/ss/1009213286). It keeps a width where none or all are correct, and excludes 0 where one is;
+    a bootstrap does neither. Wilson's also where all problems have the same score: no score in [0, 1] has a larger variance than a
+    binary one of the same mean, so it is at least wide enough. The bootstrap for others.
     """
     if len(values) < 2:
         return None
@@ -116,19 +117,19 @@ def accuracy_interval(values: Sequence[float], seed: int = 0) -> Interval | None
     return bootstrap_interval(values, seed)
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson(fraction: float, n: int) -> Interval:
     """Interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends it touches 0 and 1 exactly, but for rounding.
-    return Interval(0.0 if share == 0 else centre - reach, 1.0 if share == 1 else centre + reach)
+    centre = (fraction + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
+    # Its ends are exactly 0 and 1 there, but for rounding.
+    return Interval(0.0 if fraction == 0 else centre - reach, 1.0 if fraction == 1 else centre + reach)
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean over problems (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3).
 
-    Where all values are equal it has no width, which says more of the method than of the model.
+    Where all values are equal it has no width, and is no estimate of the uncertainty.
     """
     n = len(values)
     generator = np.random.default_rng(seed)
@@ -140,21 +141,21 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(low), float(high))
 
 
-def pass_at_k(right: int, n: int, k: int) -> float:
-    """Chance that at least one of k samples is right, of n samples of which `right` are: the unbiased estimator
-    1 - C(n - right, k) / C(n, k) of arXiv 2107.03374, exact.
+def pass_at_k(correct: int, n: int, k: int) -> float:
+    """Probability that at least one of k samples is correct, from n samples of which `correct` are: the unbiased estimator
+    1 - C(n - correct, k) / C(n, k) of arXiv 2107.03374, exact.
 
     Raises:
-        ValueError: k is larger than n, which nothing is known of, or below 1.
+        ValueError: k is larger than n, so that there is no estimate, or below 1.
     """
-    if not 0 <= right <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} samples, {right} right: k must be from 1 to the number of samples")
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
+    if not 0 <= correct <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} samples, {correct} correct: k must be from 1 to the number of samples")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Mean:
-    """pass@k over problems, each (right samples, all samples)."""
-    return mean_over_problems([pass_at_k(right, n, k) for right, n in counts])
+    """pass@k over problems, each (correct samples, all samples)."""
+    return mean_over_problems([pass_at_k(correct, n, k) for correct, n in counts])
 
 
 def lengths_of(tokens: Sequence[int]) -> Lengths | None:
@@ -167,23 +168,22 @@ def lengths_of(tokens: Sequence[int]) -> Lengths | None:
 
 
 def majority_vote(answers: Sequence[tuple[str | None, float]], equivalent: Callable[[str, str], bool]) -> Vote:
-    """Vote over answers of one problem, each (extracted, score), in the order of their samples.
+    """Vote over answers of one problem, each (extracted, score of the answer); their order does not matter.
 
-    Equivalent answers (1/2, 0.5) are one candidate, which has the score of its first answer. No answer, no vote; if none
-    voted the problem is wrong.
+    Equivalent answers (1/2, 0.5) are one candidate, which has the score of its most frequent spelling, the best that any sample
+    with this spelling got. No answer, no vote; if none voted the problem is incorrect.
     """
-    candidates: list[tuple[str, float, int]] = []  # first answer, its score, votes
-    for answer, score in answers:
-        if answer is None:
-            continue
-        for index, (first, first_score, votes) in enumerate(candidates):
-            if answer == first or equivalent(first, answer):
-                candidates[index] = (first, first_score, votes + 1)
+    spellings = Counter(answer for answer, _ in answers if answer is not None)
+    candidates: list[tuple[str, int]] = []  # most frequent spelling, votes
+    for spelling, count in sorted(spellings.items(), key=lambda item: (-item[1], item[0])):
+        for index, (first, votes) in enumerate(candidates):
+            if equivalent(first, spelling):
+                candidates[index] = (first, votes + count)
                 break
         else:
-            candidates.append((answer, score, 1))
-    most = max((votes for _, _, votes in candidates), default=0)
-    winners = [score for _, score, votes in candidates if votes == most]
+            candidates.append((spelling, count))
+    most = max((votes for _, votes in candidates), default=0)
+    winners = [max(score for answer, score in answers if answer == first) for first, votes in candidates if votes == most]
     return Vote(fmean(winners) if winners else 0.0, tie=len(winners) > 1)
 
 
@@ -191,37 +191,36 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float], s
     """Difference of two mean scores (first - second) over the same problems, values in [0, 1] by problem.
 
     `value` and `standard_error` are the plain ones. The interval is Bonett and Price's (2012, doi
-    10.3102/1076998611411915), taken over from paired yes-or-no answers to shares: two further problems are imagined,
-    one won and one lost by the first model. So it keeps a width where both models agree on every problem and the
-    standard error is 0.
+    10.3102/1076998611411915), extended from paired binary answers to scores: two further problems are assumed, one won and one
+    lost by the first model. So it keeps a width where both models agree on every problem and the standard error is 0.
 
-    `p` is McNemar's exact one where every problem was simply right or wrong, else that of a paired permutation test.
+    `p` is McNemar's exact one where every problem is either correct or incorrect, else that of a paired permutation test.
 
     Args:
         seed: of the permutations.
 
     Raises:
-        ValueError: the two were not asked the same problems.
+        ValueError: the two are not of the same problems.
     """
     differences = paired(first, second)
     plain = mean_over_problems(differences)
     widened = mean_over_problems([*differences, 1.0, -1.0])
     spread = math.sqrt(fmean((d - widened.value) ** 2 for d in [*differences, 1.0, -1.0]) / widened.n)
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
-    yes_or_no = {*first.values(), *second.values()} <= {0, 1}
+    binary = {*first.values(), *second.values()} <= {0, 1}
     return Difference(
         plain.value,
         plain.standard_error,
         low=max(-1.0, widened.value - reach),
         high=min(1.0, widened.value + reach),
         n=plain.n,
-        p=mcnemar_p(differences.count(1), differences.count(-1)) if yes_or_no else sign_flip_p(differences, seed),
-        test="mcnemar" if yes_or_no else "permutation",
+        p=mcnemar_p(differences.count(1), differences.count(-1)) if binary else sign_flip_p(differences, seed),
+        test="mcnemar" if binary else "permutation",
     )
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Exact two-sided p of McNemar's test: the binomial test of the problems that one model alone got right."""
+    """Exact two-sided p of McNemar's test: the binomial test of the problems that one model alone solved."""
     n, fewer = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, wins) for wins in range(fewer + 1)) / 2**n)
 
@@ -229,10 +228,10 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
     """Two-sided p of a paired permutation test: between equal models each difference is as likely as its opposite.
 
-    Exact for up to 16 differences other than 0. Beyond, from random signs, counting the found ones among them (Phipson and
+    Exact for up to 16 differences other than 0. Beyond, from random signs, counting the observed ones among them (Phipson and
     Smyth 2010, doi 10.2202/1544-6115.1585), so that it is never 0.
     """
-    sizes = np.sort(np.abs([difference for difference in differences if difference != 0]))  # sorted: the order has no say
+    sizes = np.sort(np.abs([difference for difference in differences if difference != 0]))  # sorted: the order must not matter
     found = abs(math.fsum(differences)) - 1e-9  # sums that differ in their last bits only are equal
     n = len(sizes)
     if n <= ALL_FLIPS_UP_TO:
@@ -262,7 +261,7 @@ def mean_loss(losses: Sequence[TokenLoss]) -> Mean:
 
 
 def student_interval(mean: Mean) -> Interval | None:
-    """95 % interval of a mean by Student's t; None where a single value tells nothing of the spread."""
+    """95 % interval of a mean by Student's t; None for a single value, which has no spread."""
     if mean.standard_error is None:
         return None
     reach = student_t(mean.n - 1) * mean.standard_error

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from lt_train.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe.faults import Fault
-from lt_train.recipe.part import MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text
+from lt_train.recipe.part import ADDED, MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text
 from lt_train.recipe.reasoning_tags import THINK
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class Eval(EvalConfig):
     """Prompt tokens in one forward pass."""
     allow_partial: bool = False
     """Score the samples there are when some are missing, and mark the score as partial."""
+    truncated: Literal["incorrect", "graded"] = Field(default="incorrect", json_schema_extra=ADDED)
+    """How an answer to maths or multiple choice counts that reaches max_new_tokens. incorrect: whatever it says. graded: by its
+    text, as in most other harnesses; compare with their scores only so. Both accuracies stand in scores.json and in the report."""
+    instruction: str | None = Field(default=None, json_schema_extra=ADDED)
+    """What follows each question. null: the benchmark's own, such as to box the answer, where prompt.user is the bare question. "":
+    nothing."""
 
     def conflicts(self) -> Iterator[Fault]:
         yield from self._benchmark()
@@ -138,6 +144,8 @@ class Eval(EvalConfig):
                     yield Fault((f"recall.{name}",), f"unknown setting of {benchmark.name}", "remove it")
         if self.max_prompt_tokens is not None and not benchmark.truncate_middle:
             yield Fault(("max_prompt_tokens",), f"problems of {benchmark.name} are never truncated", "remove it")
+        if self.instruction and benchmark.prompt_style != "as_recipe":
+            yield Fault(("instruction",), f"{benchmark.name} has a prompt of its own", "remove it")
         if self.max_new_tokens is None and answer_tokens(benchmark) is None:
             fix = "set the tokens of the longest answer"
             yield Fault(("max_new_tokens",), f"missing; {benchmark.name} has no limit of its own", fix)

@@ -147,7 +147,7 @@ def test_a_file_of_ones_own_needs_only_problems_and_answers(tmp_path: Path) -> N
 
 
 def test_a_file_of_ones_own_must_be_named() -> None:
-    with pytest.raises(UserError, match="custom: set `path`"):
+    with pytest.raises(UserError, match=r"custom: path: missing\. Fix: set `path`"):
         load_problems(CUSTOM, None, limit=None)
 
 

@@ -13,7 +13,7 @@ import pytest
 from lt_train.benchmarks import BENCHMARKS, Benchmark, Problem, load_problems
 from lt_train.benchmarks.longbench import LONGBENCH
 from lt_train.evaluation.grading.scoring import score_answer
-from lt_train.evaluation.prompting import cut_middle, prompt_ids, room_for_text
+from lt_train.evaluation.prompting import prompt_ids, room_for_text, truncate_middle
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.support.chat_templates import byte_tokenizer, family_tokenizer
@@ -150,7 +150,7 @@ def test_few_shot_answers_end_with_their_first_line() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("hotpotqa", {"answers": "Ada"}, r"field 'answers' is 'Ada'\. The benchmark longbench_hotpotqa needs"),
+        ("hotpotqa", {"answers": "Ada"}, r"field 'answers' is 'Ada'\. Fix: give longbench_hotpotqa rows with"),
         ("hotpotqa", {"answers": []}, r"field 'answers' is \[\]"),
         ("hotpotqa", {"context": None}, "field 'context' is None"),
         ("hotpotqa", {"input": 3}, "field 'input' is 3"),
@@ -184,7 +184,7 @@ def test_without_a_path_the_rows_come_out_of_the_hub_archive(tmp_path: Path, mon
     assert load_problems(task("trec"), None, limit=1).problems[0].classes == ("Date",)
     assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
     with pytest.raises(
-        UserError, match=r"THUDM/LongBench/data.zip/data/lcc.jsonl cannot be read: KeyError.*set `path` to the folder"
+        UserError, match=r"THUDM/LongBench/data.zip/data/lcc.jsonl: cannot be read: KeyError.*set `path` to the folder"
     ):
         load_problems(task("lcc"), None, limit=1)
 
@@ -201,9 +201,9 @@ def test_a_damaged_line_in_the_archive_is_named(tmp_path: Path, monkeypatch: pyt
 
 def test_too_long_a_text_loses_its_middle() -> None:
     tokenizer = byte_tokenizer(None, None, "<|im_end|>")
-    assert cut_middle(tokenizer, "abcdefghij", 10) == "abcdefghij"
-    assert cut_middle(tokenizer, "abcdefghij", 6) == "abchij"
-    assert cut_middle(tokenizer, "abcdefghij", 7) == "abchij"  # int(7 / 2) from each end
+    assert truncate_middle(tokenizer, "abcdefghij", 10) == "abcdefghij"
+    assert truncate_middle(tokenizer, "abcdefghij", 6) == "abchij"
+    assert truncate_middle(tokenizer, "abcdefghij", 7) == "abchij"  # int(7 / 2) from each end
 
 
 def test_chat_tasks_use_the_template_but_not_the_recipe_s_own_words() -> None:
@@ -212,6 +212,22 @@ def test_chat_tasks_use_the_template_but_not_the_recipe_s_own_words() -> None:
     assert tokenizer.decode(ids) == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     aime = prompt_ids(tokenizer, PROMPT, BENCHMARKS["aime24"], Problem("0", "Who?", ("Ada",)), max_prompt_tokens=2)
     assert tokenizer.decode(aime) == "<|im_start|>user\nThink.\nWho?\nBox it.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_maths_benchmarks_ask_for_a_box_unless_the_recipe_has_a_user_turn_of_its_own() -> None:
+    tokenizer, problem = family_tokenizer("qwen2.5"), Problem("0", "Who?", ("Ada",))
+    boxing = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def rendered(name: str, prompt: Prompt, instruction: str | None = None) -> str:
+        return tokenizer.decode(prompt_ids(tokenizer, prompt, BENCHMARKS[name], problem, 100, instruction))
+
+    for name in ("aime24", "aime25", "amc23", "math500", "gsm8k"):
+        assert rendered(name, Prompt()) == f"<|im_start|>user\nWho?\n\n{boxing}<|im_end|>\n<|im_start|>assistant\n"
+        assert boxing not in rendered(name, Prompt(user="Think. {question}"))
+        assert "user\nWho?<|im_end|>" in rendered(name, Prompt(), instruction="")
+        assert "user\nWho?\n\nBe brief.<|im_end|>" in rendered(name, Prompt(), instruction="Be brief.")
+    for name in ("ledger", "custom", "gpqa_diamond", "longbench_hotpotqa", "needle"):
+        assert "user\nWho?<|im_end|>" in rendered(name, Prompt())
 
 
 def test_few_shot_and_code_go_without_a_chat_template() -> None:

@@ -156,7 +156,7 @@ def test_a_copy_is_right_only_where_the_whole_passage_stands_in_it(passage: list
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lengths": ()}, r"lengths: \[\]: give at least one value"),
+        ({"lengths": ()}, r"lengths: \[\]: .*give at least one value"),
         ({"lengths": (512, 512)}, "each once"),
         ({"lengths": (0,)}, "lengths: 0 is not at least 1"),
         ({"depths": (0.5, 1.5)}, "depths: 1.5 is not between 0 and 1"),

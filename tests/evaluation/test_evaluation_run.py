@@ -1,13 +1,16 @@
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lt_train.evaluation.grading.grader_process import SECONDS, Grader
+from lt_train.evaluation.grading.math_answers import Grade
 from lt_train.evaluation.plan import make_plan
+from lt_train.evaluation.records import read_records
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -31,22 +34,24 @@ def problems(tmp_path: Path) -> str:
 
 @pytest.fixture
 def evaluation(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: str):
-    """Evaluate into a folder, with some settings of the entry changed."""
+    """Evaluate into a folder, with some settings of the evaluation changed."""
 
     def call(
-        out: Path, model_fingerprint: str = "m", system: str | None = None, rank: int = 0, ranks: int = 1, **changed: Any
-    ) -> AnswerScores:
+        out: Path, model_fingerprint: str = "m", system: str | None = None, rank: int = 0, world_size: int = 1, **changed: Any
+    ):
         settings = dict(benchmark="ledger", path=problems, samples=3, temperature=2.5, max_new_tokens=12, batch_size=4, seed=5)
-        entry = recipe.Eval(**{**settings, **changed})
-        engine = Engine(model, tokenizer, max_slots=entry.batch_size)
+        eval_config = recipe.Eval(**{**settings, **changed})
+        engine = Engine(model, tokenizer, max_slots=eval_config.batch_size)
         plan = make_plan(
-            entry,
+            eval_config,
             recipe.Prompt(system=system),
             tokenizer,
             context=model.config.max_position_embeddings,
             seed=3,
         )
-        return evaluate(plan.for_model(model_fingerprint, engine.stop_ids), engine, out, rank=rank, ranks=ranks, progress=False)
+        return evaluate(
+            plan.for_model(model_fingerprint, engine.stop_ids), engine, out, rank=rank, world_size=world_size, progress=False
+        )
 
     return call
 
@@ -111,7 +116,7 @@ def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:
     rows = samples(tmp_path / "out").values()
     assert len(rows) == 180
     assert scores.accuracy == pytest.approx(sum(row["correct"] for row in rows) / 180)
-    assert 0 < scores.accuracy < 1, "this test needs a model that is right now and then"
+    assert 0 < scores.accuracy < 1, "this test needs a model that is correct now and then"
     assert scores.truncated == pytest.approx(sum(row["finish_reason"] == "length" for row in rows) / 180)
     assert scores.unanswered == pytest.approx(sum(row["extracted"] is None for row in rows) / 180)
     assert scores.tokens == sum(row["tokens"] for row in rows)
@@ -127,8 +132,9 @@ def test_records_say_what_was_asked_and_what_came(evaluation, tokenizer: PreTrai
         tokens = len(tokenizer(row["text"]).input_ids)
         assert row["tokens"] == tokens + (row["finish_reason"] == "stop")
         assert "<eos>" not in row["text"]
-        right = row["extracted"] == str(int(row["problem"][1:]) % 4)
-        assert row["correct"] == (right and row["finish_reason"] == "stop")
+        correct = row["extracted"] == str(int(row["problem"][1:]) % 4)
+        assert row["correct"] == (correct and row["finish_reason"] == "stop")
+        assert row["graded_score"] == float(correct)
         assert row["seed"] is not None
 
 
@@ -173,22 +179,22 @@ def test_a_limited_score_says_of_how_many_problems_it_is(evaluation, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "reported"),
     [
-        ({"model_fingerprint": "n"}, "model: 'm' there, 'n' now"),
-        ({"temperature": 0.7}, "temperature: 2.5 there, 0.7 now"),
-        ({"temperature": 0.0}, "seed: 5 there, None now"),
-        ({"max_new_tokens": 11}, "max_new_tokens: 12 there, 11 now"),
-        ({"seed": 6}, "seed: 5 there, 6 now"),
+        ({"model_fingerprint": "n"}, "model: 'm', 'n'"),
+        ({"temperature": 0.7}, "temperature: 2.5, 0.7"),
+        ({"temperature": 0.0}, "seed: 5, None"),
+        ({"max_new_tokens": 11}, "max_new_tokens: 12, 11"),
+        ({"seed": 6}, "seed: 5, 6"),
         ({"system": "be brief"}, "prompt: "),
     ],
 )
 def test_results_made_in_another_way_are_neither_taken_nor_overwritten(
-    evaluation, tmp_path: Path, changed: dict[str, Any], said: str
+    evaluation, tmp_path: Path, changed: dict[str, Any], reported: str
 ) -> None:
     evaluation(tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=reported):
         evaluation(tmp_path / "out", **changed)
     assert contents(tmp_path / "out") == before
 
@@ -200,7 +206,7 @@ def test_a_changed_benchmark_file_is_another_evaluation(evaluation, problems: st
         evaluation(tmp_path / "out")
 
 
-def test_the_seed_of_the_recipe_counts_only_where_the_entry_has_none(evaluation, tmp_path: Path) -> None:
+def test_the_seed_of_the_recipe_counts_only_where_the_evaluation_has_none(evaluation, tmp_path: Path) -> None:
     evaluation(tmp_path / "of_the_recipe", seed=None)
     evaluation(tmp_path / "three", seed=3)
     evaluation(tmp_path / "zero", seed=0)
@@ -220,7 +226,7 @@ def test_a_score_over_missing_samples_is_refused(evaluation, tmp_path: Path, mon
 def test_a_corrupt_scores_file_is_a_clear_error_and_stays(evaluation, tmp_path: Path, content: str) -> None:
     evaluation(tmp_path / "out")
     (tmp_path / "out" / "scores.json").write_text(content)
-    with pytest.raises(UserError, match=r"scores\.json: .*Delete it"):
+    with pytest.raises(UserError, match=r"scores\.json: .*[Dd]elete it"):
         evaluation(tmp_path / "out")
     assert (tmp_path / "out" / "scores.json").read_text() == content
 
@@ -238,17 +244,88 @@ def test_an_answer_that_does_not_fit_the_context_is_refused_before_anything_is_d
 def test_what_would_stop_an_evaluation_is_found_without_a_model(
     tokenizer: PreTrainedTokenizerFast, problems: str, changed: dict[str, Any], reason: str
 ) -> None:
-    entry = recipe.Eval(**{"benchmark": "ledger", "path": problems, "max_new_tokens": 12, **changed})
+    eval_config = recipe.Eval(**{"benchmark": "ledger", "path": problems, "max_new_tokens": 12, **changed})
     with pytest.raises(UserError, match=reason):
-        make_plan(entry, recipe.Prompt(), tokenizer, context=128, seed=0)
+        make_plan(eval_config, recipe.Prompt(), tokenizer, context=128, seed=0)
 
 
-def test_an_answer_that_was_cut_off_is_wrong_whatever_it_says(evaluation, tmp_path: Path) -> None:
+def test_a_truncated_answer_is_incorrect_whatever_it_says(evaluation, tmp_path: Path) -> None:
     evaluation(tmp_path / "out", samples=12)
-    cut_off = [row for row in samples(tmp_path / "out").values() if row["finish_reason"] == "length"]
-    assert not any(row["correct"] or row["score"] for row in cut_off)
-    right = [row for row in cut_off if row["extracted"] == str(int(row["problem"][1:]) % 4)]
-    assert right, "this test needs a right answer that did not end"
+    truncated = [row for row in samples(tmp_path / "out").values() if row["finish_reason"] == "length"]
+    assert not any(row["correct"] or row["score"] for row in truncated)
+    correct = [row for row in truncated if row["extracted"] == str(int(row["problem"][1:]) % 4)]
+    assert correct, "this test needs a correct answer that did not end"
+
+
+def test_truncated_answers_are_graded_on_request_without_drawing_again(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = evaluation(tmp_path / "out", samples=12)
+    monkeypatch.setattr(Engine, "answers", lambda engine, requests, *_: pytest.fail("drew again") if requests else iter(()))
+    graded = evaluation(tmp_path / "out", samples=12, truncated="graded")
+    rows = samples(tmp_path / "out").values()
+    assert graded.accuracy == pytest.approx(sum(row["graded_score"] for row in rows) / 72)
+    assert graded.accuracy > strict.accuracy
+    assert graded.accuracy_by_truncated_as == strict.accuracy_by_truncated_as
+    assert graded.accuracy_by_truncated_as["incorrect"].value == strict.accuracy
+    assert graded.majority == strict.majority
+    assert read_scores(tmp_path / "out/scores.json").truncated_as == "graded"
+    assert without_times(evaluation(tmp_path / "out", samples=12)) == without_times(strict)
+
+
+def test_samples_of_an_older_grader_are_judged_again_when_they_are_scored(evaluation, tmp_path: Path) -> None:
+    expected = evaluation(tmp_path / "out", samples=12)
+    drawn = (tmp_path / "out/samples.jsonl").read_text()
+    older = [json.loads(line) for line in drawn.splitlines()]
+    for row in older:
+        del row["graded_score"], row["grader"]
+        row |= {"extracted": None, "extracted_from": None, "score": 0.0, "correct": False}
+    (tmp_path / "out/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
+    (tmp_path / "out/scores.json").unlink()
+    assert without_times(evaluation(tmp_path / "out", samples=12)) == without_times(expected)
+    verdicts = (tmp_path / "out/verdicts.jsonl").read_text()
+    (tmp_path / "out/scores.json").unlink()
+    assert without_times(evaluation(tmp_path / "out", samples=12)) == without_times(expected)
+    assert (tmp_path / "out/verdicts.jsonl").read_text() == verdicts  # judged once
+
+
+def test_an_answer_that_timed_out_beside_the_model_is_judged_again_alone(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluation(tmp_path / "undisturbed", truncated="graded")
+    original = Grader.grade
+
+    def busy(grader: Grader, text: str, reference: str, **options: Any) -> Grade:
+        verdict = original(grader, text, reference, **options)
+        failure = replace(verdict, correct=False, error="Timeout: no verdict within 5 seconds")
+        return verdict if grader.seconds > SECONDS else failure
+
+    monkeypatch.setattr(Grader, "grade", busy)
+    found = evaluation(tmp_path / "out", truncated="graded")
+    assert without_times(found) == without_times(expected)
+    assert found.grading_errors == 0 < found.accuracy
+    records = read_records(tmp_path / "out", found.fingerprint)
+    assert not any(record.grading_error for record in records.values())
+
+
+def test_an_answer_that_times_out_alone_counts_as_a_failure_of_the_grader(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grader, "grade", lambda *_, **__: Grade("9!!!", False, "Timeout: no verdict within 5 seconds", "boxed"))
+    found = evaluation(tmp_path / "out", samples=1)
+    assert found.grading_errors == found.problems == 6
+    verdicts = (tmp_path / "out/verdicts.jsonl").read_text().splitlines()
+    assert len(verdicts) == 6 and "Judged alone: Timeout" in verdicts[0]
+    (tmp_path / "out/scores.json").unlink()
+    evaluation(tmp_path / "out", samples=1)
+    assert (tmp_path / "out/verdicts.jsonl").read_text().splitlines() == verdicts  # not once more
+
+
+def test_samples_without_the_instruction_are_refused_with_the_way_to_keep_them(evaluation, tmp_path: Path) -> None:
+    evaluation(tmp_path / "out")
+    with pytest.raises(UserError, match=r"instruction: None, 'box it'(?s:.*)set `instruction` to the one there"):
+        evaluation(tmp_path / "out", instruction="box it")
+    assert evaluation(tmp_path / "out", instruction="") == read_scores(tmp_path / "out/scores.json")
 
 
 def test_a_partial_score_is_marked_and_completed_later(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,8 +340,8 @@ def test_a_partial_score_is_marked_and_completed_later(evaluation, tmp_path: Pat
 
 def test_processes_share_the_samples_and_the_first_scores_them_all(evaluation, tmp_path: Path) -> None:
     for rank in (2, 1):
-        assert evaluation(tmp_path / "out", rank=rank, ranks=3) is None
-    shared = evaluation(tmp_path / "out", rank=0, ranks=3)
+        assert evaluation(tmp_path / "out", rank=rank, world_size=3) is None
+    shared = evaluation(tmp_path / "out", rank=0, world_size=3)
     assert {path.name for path in (tmp_path / "out").glob("samples*")} == {f"samples-{rank}.jsonl" for rank in range(3)}
     assert without_times(shared) == without_times(evaluation(tmp_path / "alone"))
 
@@ -272,7 +349,7 @@ def test_processes_share_the_samples_and_the_first_scores_them_all(evaluation, t
 def test_a_lost_process_loses_no_finished_sample(evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         interrupt_after(patched, 3)
-        evaluation(tmp_path / "out", rank=1, ranks=2)
+        evaluation(tmp_path / "out", rank=1, world_size=2)
     three = (tmp_path / "out" / "samples-1.jsonl").read_text()
     assert len(three.splitlines()) == 3
     scores = evaluation(tmp_path / "out")  # one process goes on with the rest

@@ -81,7 +81,7 @@ def test_scores_of_another_model_or_other_samples_are_not_taken_or_overwritten(m
     examples = examples_of_many_lengths()
     evaluate_heldout_loss(model, examples, ENTRY, tmp_path, model_fingerprint="m", progress=False)
     before = (tmp_path / "scores.json").read_bytes()
-    with pytest.raises(UserError, match="model: 'm' there, 'n' now"):
+    with pytest.raises(UserError, match="model: 'm', 'n'"):
         evaluate_heldout_loss(model, examples, ENTRY, tmp_path, model_fingerprint="n", progress=False)
     with pytest.raises(UserError, match="examples: "):
         evaluate_heldout_loss(model, examples[1:], ENTRY, tmp_path, model_fingerprint="m", progress=False)

@@ -63,7 +63,7 @@ def test_asking_the_same_problems_four_times_over_halves_the_error_and_keeps_the
 
 
 @pytest.mark.parametrize(
-    ("answers", "right", "tie"),
+    ("answers", "score", "tie"),
     [
         ([("5", True), ("6", False), ("5", True)], 1.0, False),
         ([("6", False), ("6", False), ("5", True)], 0.0, False),
@@ -76,11 +76,18 @@ def test_asking_the_same_problems_four_times_over_halves_the_error_and_keeps_the
     ],
 )
 def test_the_majority_of_equivalent_answers_decides_and_ties_are_shared(
-    answers: list[tuple[str | None, bool]], right: float, tie: bool
+    answers: list[tuple[str | None, bool]], score: float, tie: bool
 ) -> None:
     vote = majority_vote(answers, equal_fractions)
-    assert vote.right == pytest.approx(right)
+    assert vote.score == pytest.approx(score)
     assert vote.tie is tie
+
+
+@given(st.permutations([("1/2", 1.0), ("2/4", 1.0), ("1/2", 0.0), ("6", 0.0), ("6", 0.0), ("7", 0.0), (None, 0.0)]))
+def test_a_vote_does_not_depend_on_the_order_of_the_answers(answers: list[tuple[str | None, float]]) -> None:
+    """One sample that gave 1/2 was not judged: what is correct does not depend on which sample gave it."""
+    vote = majority_vote(answers, equal_fractions)
+    assert (vote.score, vote.tie) == (1.0, False)
 
 
 def test_the_paired_interval_is_that_of_bonett_and_price() -> None:
@@ -283,9 +290,9 @@ def test_lengths_are_told_by_their_quantiles() -> None:
 
 def test_a_vote_over_graded_answers_has_the_score_of_the_winner() -> None:
     vote = majority_vote([("a", 0.25), ("b", 1.0), ("a", 0.25), (None, 0.0)], str.__eq__)
-    assert (vote.right, vote.tie) == (0.25, False)
+    assert (vote.score, vote.tie) == (0.25, False)
     vote = majority_vote([("a", 0.25), ("b", 1.0)], str.__eq__)
-    assert (vote.right, vote.tie) == (0.625, True)
+    assert (vote.score, vote.tie) == (0.625, True)
 
 
 @given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=12))

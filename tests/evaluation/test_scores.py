@@ -1,3 +1,4 @@
+import itertools
 import json
 from dataclasses import replace
 from fractions import Fraction
@@ -27,13 +28,13 @@ RECORD = SampleRecord(
     grading_error=None,
     seconds=0.5,
 )
-WRONG = {"extracted": "7", "score": 0.0, "correct": False}
+INCORRECT = {"extracted": "7", "score": 0.0, "correct": False}
 
 Records = dict[tuple[str, int], SampleRecord]
 
 
 def records(**changed_by_problem: list[dict[str, Any]]) -> Records:
-    """A right sample for each dict, with its changes."""
+    """A correct sample for each dict, with its changes."""
     return {
         (problem, sample): replace(RECORD, problem=problem, sample=sample, **changes)
         for problem, samples in changed_by_problem.items()
@@ -55,11 +56,11 @@ def scores(there: Records, problems: str = "ab", samples: int = 4, **options: An
 
 
 EIGHT = records(
-    a=[{"tokens": 20, "thinking_tokens": 15}, {"extracted": "2/4", "thinking_tokens": 5}, WRONG, WRONG],
+    a=[{"tokens": 20, "thinking_tokens": 15}, {"extracted": "2/4", "thinking_tokens": 5}, INCORRECT, INCORRECT],
     b=[
-        {**WRONG, "finish_reason": "length", "extracted": None, "extracted_from": None, "tokens": 50},
-        {**WRONG, "grading_error": "Timeout"},
-        {**WRONG, "extracted_from": "phrase"},
+        {**INCORRECT, "finish_reason": "length", "extracted": None, "extracted_from": None, "tokens": 50},
+        {**INCORRECT, "grading_error": "Timeout"},
+        {**INCORRECT, "extracted_from": "phrase"},
         {"tokens": 40},
     ],
 )
@@ -83,19 +84,19 @@ def test_every_figure_follows_from_the_records() -> None:
         2: Mean(pytest.approx((5 / 6 + 1 / 2) / 2), pytest.approx(1 / 6), 2),
         4: Mean(1.0, 0.0, 2),
     }
-    assert found.lengths_right.samples == 3 and found.lengths_right.mean == pytest.approx(70 / 3)
-    assert found.lengths_wrong.samples == 5 and found.lengths_wrong.longest == 50
+    assert found.lengths_correct.samples == 3 and found.lengths_correct.mean == pytest.approx(70 / 3)
+    assert found.lengths_incorrect.samples == 5 and found.lengths_incorrect.longest == 50
     assert (found.thinking.samples, found.thinking.mean) == (2, 10)
     assert (found.partial, found.missing) == (False, 0)
 
 
-def test_where_none_or_all_are_right_the_interval_still_has_a_width() -> None:
-    none, every = scores(records(a=[WRONG], b=[WRONG]), samples=1), scores(records(a=[{}], b=[{}]), samples=1)
+def test_where_none_or_all_are_correct_the_interval_still_has_a_width() -> None:
+    none, every = scores(records(a=[INCORRECT], b=[INCORRECT]), samples=1), scores(records(a=[{}], b=[{}]), samples=1)
     assert none.interval == Interval(0.0, pytest.approx(0.6576, abs=1e-4))  # Wilson's of 0 of 2: z² / (n + z²)
     assert every.interval == Interval(pytest.approx(0.3424, abs=1e-4), 1.0)
 
 
-def test_samples_and_problems_that_were_not_asked_for_have_no_say() -> None:
+def test_samples_and_problems_that_were_not_requested_do_not_count() -> None:
     more = {**EIGHT, **records(c=[{"tokens": 10**6}] * 4), ("a", 4): replace(RECORD, sample=4, tokens=10**6)}
     assert scores(more) == scores(EIGHT)
 
@@ -105,25 +106,60 @@ def test_pass_at_k_stops_at_the_number_of_samples() -> None:
     assert list(scores(EIGHT, samples=1).pass_at) == [1]
 
 
-def test_graded_scores_are_averaged_and_only_full_ones_count_as_right() -> None:
+def test_graded_scores_are_averaged_and_only_full_ones_count_as_correct() -> None:
     graded = records(
-        a=[{"score": 0.25, "correct": False}, {}], b=[{"score": 0.5, "correct": False}, {"score": 0.0, "correct": False}]
+        a=[{"score": 0.25, "correct": False}, {"extracted": "7"}],
+        b=[{"score": 0.5, "correct": False}, {"extracted": "7", "score": 0.0, "correct": False}],
     )
     found = scores(graded, samples=2)
     assert found.by_problem == {"a": 0.625, "b": 0.25}
     assert found.accuracy == pytest.approx(0.4375)
     assert found.pass_at[1].value == pytest.approx(0.25)
-    assert found.majority == pytest.approx((0.25 + 0.5) / 2)
+    assert found.majority == pytest.approx((0.625 + 0.25) / 2)
     assert difference(found, replace(found, by_problem={"a": 0.5, "b": 0.25})).test == "permutation"
 
 
 def test_answers_that_could_not_be_judged_are_not_compared_again() -> None:
-    bad = {**WRONG, "extracted": "10^{10^{10}}", "grading_error": "Timeout"}
+    bad = {**INCORRECT, "extracted": "10^{10^{10}}", "grading_error": "Timeout"}
     found = scores(records(a=[bad, {}, bad, {}, bad]), problems="a", samples=5)  # Fraction() would fail on it
     assert (found.majority, found.ties) == (0.0, 0)
 
 
-def test_a_missing_sample_is_an_error_that_names_it_and_the_way_out() -> None:
+TRUNCATED = {"finish_reason": "length", "score": 0.0, "correct": False, "graded_score": 1.0}
+
+
+def test_truncated_answers_count_as_requested_and_both_accuracies_are_kept() -> None:
+    there = records(a=[TRUNCATED, {}], b=[{**TRUNCATED, "graded_score": 0.0, "extracted": "7"}, INCORRECT])
+    strict, graded = scores(there, samples=2), scores(there, samples=2, truncated_as="graded")
+    assert (strict.accuracy, strict.by_problem, strict.truncated_as) == (0.25, {"a": 0.5, "b": 0.0}, "incorrect")
+    assert (graded.accuracy, graded.by_problem, graded.truncated_as) == (0.5, {"a": 1.0, "b": 0.0}, "graded")
+    assert strict.accuracy_by_truncated_as == graded.accuracy_by_truncated_as == {"incorrect": strict.mean, "graded": graded.mean}
+    assert (strict.pass_at[1].value, graded.pass_at[1].value) == (0.25, 0.5)
+    assert graded.lengths_correct.samples == 2 and strict.lengths_correct.samples == 1
+    with pytest.raises(ValueError, match="truncated: incorrect with truncated: graded"):
+        difference(strict, graded)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_a_vote_depends_neither_on_the_order_of_samples_nor_on_truncation(order: tuple[int, ...]) -> None:
+    correct, incorrect = {"extracted": "34"}, {**INCORRECT, "extracted": "7"}
+    samples = [{**TRUNCATED, "extracted": "34"}, correct, correct, incorrect]
+    assert scores(records(a=[samples[place] for place in order]), problems="a").majority == 1.0
+    truncated = [{**TRUNCATED, "extracted": "34"}] * 3 + [incorrect]
+    assert scores(records(a=[truncated[place] for place in order]), problems="a").majority == 1.0
+
+
+def test_a_majority_of_incorrect_answers_is_incorrect_though_truncated_ones_voted_for_it() -> None:
+    truncated = {**TRUNCATED, "extracted": "7", "graded_score": 0.0}
+    assert scores(records(a=[truncated, truncated, truncated, {}]), problems="a").majority == 0.0
+
+
+def test_answers_that_nothing_names_are_counted() -> None:
+    found = scores(records(a=[{"extracted_from": "last"}, {}, {}, {"extracted_from": "phrase"}]), problems="a")
+    assert (found.from_last, found.from_phrase) == (0.25, 0.25)
+
+
+def test_a_missing_sample_is_an_error_that_names_it_and_the_fix() -> None:
     there = {key: record for key, record in EIGHT.items() if key != ("b", 2)}
     with pytest.raises(UserError, match=r"1 of 8 samples are missing, such as sample 2 of problem b\. .*allow_partial: true"):
         scores(there)
@@ -148,6 +184,18 @@ def test_no_time_recorded_gives_no_speed() -> None:
     assert scores({key: replace(record, seconds=0.0) for key, record in EIGHT.items()}).tokens_per_second == 0
 
 
+def test_scores_of_version_3_are_read_and_keep_the_text_by_which_a_run_recognises_its_export(tmp_path: Path) -> None:
+    path = Path(__file__).parents[1] / "fixtures/run_before_the_folders/finished/old/eval/trained/ledger/scores.json"
+    written = json.loads(path.read_text())
+    assert written["version"] == 3
+    found = read_scores(path)
+    assert isinstance(found, AnswerScores)
+    assert found.lengths_incorrect.samples == written["lengths_wrong"]["samples"]
+    assert (found.truncated_as, found.accuracy_by_truncated_as, found.from_last) == ("incorrect", {}, 0.0)
+    assert "lengths_wrong=Lengths(" in repr(found) and "from_last" not in repr(found) and "truncated_as" not in repr(found)
+    assert "from_last=0.5" in repr(replace(found, from_last=0.5)) != repr(found)
+
+
 LOSS = LossScores("heldout_loss", 1, 10, 1.5, None, {"model": "m"}, {"a": TokenLoss(15.0, 10)})
 
 
@@ -158,26 +206,26 @@ def test_scores_are_read_back_as_they_were_written(tmp_path: Path, written: Answ
     assert found == written
     if isinstance(found, AnswerScores):
         assert isinstance(found.pass_at[1], Mean)
-        assert isinstance(found.lengths_right, Lengths)
+        assert isinstance(found.lengths_correct, Lengths)
         assert found.interval is None or isinstance(found.interval, Interval)
 
 
-@pytest.mark.parametrize("version", [None, 2, 4, "3"])
+@pytest.mark.parametrize("version", [None, 2, 5, "3"])
 def test_scores_of_another_version_are_named_as_such(tmp_path: Path, version: object) -> None:
     write_scores(tmp_path / "scores.json", scores(EIGHT))
     found = json.loads((tmp_path / "scores.json").read_text())
     del found["version"]
     (tmp_path / "scores.json").write_text(json.dumps(found if version is None else {**found, "version": version}))
-    with pytest.raises(UserError, match=rf"scores\.json: .*of version {version or 1}, this is 3\. Delete it"):
+    with pytest.raises(UserError, match=rf"scores\.json: .*of version {version or 1}, this is 4\. Fix: delete it"):
         read_scores(tmp_path / "scores.json")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("pass_at", {"x": {}}), ("interval", 5), ("lengths_right", {"mean": 1}), ("pass_at", None)]
+    ("name", "value"), [("pass_at", {"x": {}}), ("interval", 5), ("lengths_correct", {"mean": 1}), ("pass_at", None)]
 )
 def test_scores_with_a_damaged_part_are_a_clear_error(tmp_path: Path, name: str, value: object) -> None:
     write_scores(tmp_path / "scores.json", scores(EIGHT))
     found = json.loads((tmp_path / "scores.json").read_text())
     (tmp_path / "scores.json").write_text(json.dumps({**found, name: value}))
-    with pytest.raises(UserError, match=r"scores\.json: not a whole scores\.json .*Delete it"):
+    with pytest.raises(UserError, match=r"scores\.json: not a complete scores\.json .*Fix: delete it"):
         read_scores(tmp_path / "scores.json")

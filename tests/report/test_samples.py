@@ -71,7 +71,7 @@ def test_partial_scores_have_the_samples_that_are_there(run):
 
 def test_samples_of_another_model_than_the_scores_are_an_error(run):
     (run / "eval/base/ledger/meta.json").write_text('{"fingerprint": {"model": "another"}}')
-    with pytest.raises(UserError, match=r"model: 'another' there, 'base' now"):
+    with pytest.raises(UserError, match=r"model: 'another', 'base'"):
         samples_of(run)
 
 

@@ -29,7 +29,10 @@ SECONDS = 5
 """Of computing, for one answer. Real ones take milliseconds."""
 
 PATIENCE = 6
-"""How many times as long by the clock, for machines that are busy with the model: a verdict should not hang on what else runs."""
+"""Times as long by the clock, for machines that are busy with the model: a verdict should not depend on what else runs."""
+
+TIMED_OUT = "Timeout:"
+"""How the error of an answer begins that took too long."""
 
 SECONDS_TO_START = 300.0
 """For a Python that imports sympy from a slow network disk."""
@@ -39,8 +42,8 @@ BYTES = 2 * 2**30
 
 READY = b"ready"
 
-# Not multiprocessing's spawn: it imports the parent's main module anew, which starts a user's script again if that has no
-# `if __name__ == "__main__"`, and it refuses to work in daemonic processes.
+# Neither multiprocessing's spawn nor a pool built on it: it imports the parent's main module again, which starts a user's script
+# again if that has no `if __name__ == "__main__"`, and it refuses to work in daemonic processes.
 PROGRAM = """
 import sys
 sys.path[:] = sys.argv[2:]
@@ -50,7 +53,7 @@ serve(int(sys.argv[1]))
 
 
 class CallFailed(Exception):
-    """A call came to no result; the message says why."""
+    """A call has no result; the message is the reason."""
 
 
 class Grader:
@@ -62,12 +65,13 @@ class Grader:
     The child starts with the first call or on entering the block, and ends with the block, or with this process.
     """
 
-    def __init__(self, seconds: int = SECONDS) -> None:
+    def __init__(self, seconds: int = SECONDS, patience: int = PATIENCE) -> None:
         """
         Args:
-            seconds: of processor time that one answer may take, and six times as many by the clock.
+            seconds: of processor time that one answer may take, and `patience` times as many by the clock.
         """
         self.seconds = seconds
+        self.patience = patience
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -87,31 +91,37 @@ class Grader:
         with self._lock:
             self._end()
 
-    def grade(self, text: str, answer: str, kind: Kind = "math") -> Grade:
-        """Judge a generated text by the true answer (LaTeX without its box, or plain text; a letter for a choice).
+    def grade(self, text: str, reference: str, kind: Kind = "math", *, ended: bool = True) -> Grade:
+        """Judge a generated text by the reference answer (LaTeX without its box, or plain text; a letter for a choice).
 
-        An answer that takes too long or that math-verify cannot read is wrong, and `error` says why.
+        An answer that takes too long or that math-verify cannot read is incorrect, and `error` is the reason.
+
+        Args:
+            ended: False: the text was truncated.
 
         Raises:
-            ValueError: the true answer to a choice is no letter from A to J.
+            ValueError: the reference answer to a choice is no letter from A to J.
             RuntimeError: no child can be started.
         """
-        if kind == "choice" and choice_letter(answer) is None:
-            raise ValueError(f"the true answer to a multiple choice must be a letter from A to J, not {answer[:50]!r}")
-        found = extract(text, kind)
+        if kind == "choice" and choice_letter(reference) is None:
+            raise ValueError(f"the reference answer to a multiple choice must be a letter from A to J, not {reference[:50]!r}")
+        try:
+            found = self.call(extract, text, kind, ended)
+        except CallFailed as failure:
+            return Grade(None, False, str(failure))
         if found is None:
             return Grade(None, False)
         try:
-            return Grade(found.answer, self.call(is_correct, answer, found.answer, kind), None, found.extracted_from)
+            return Grade(found.answer, self.call(is_correct, reference, found.answer, kind), None, found.extracted_from)
         except CallFailed as failure:
             return Grade(found.answer, False, str(failure), found.extracted_from)
 
     def equivalent(self, first: str, second: str) -> bool:
-        """Whether two extracted answers say the same; where that cannot be judged, whether they read the same."""
+        """Whether two extracted answers are equal; where that cannot be judged, whether their texts are."""
         if first.strip() == second.strip():
             return True
         try:
-            return self.call(is_correct, first, second)
+            return bool(self.call(is_correct, first, second))
         except CallFailed:
             return False
 
@@ -124,7 +134,7 @@ class Grader:
         """
         request = pickle.dumps((function, arguments, self.seconds))
         with self._lock:
-            # A child may have been killed from outside, as by a kernel that needs its memory. So a second one is asked.
+            # A child may have been killed from outside, as by a kernel that needs its memory. So a second one tries.
             for _ in range(2):
                 try:
                     succeeded, result = self._ask(request)
@@ -132,7 +142,7 @@ class Grader:
                     code = self._end()
                     if code == -signal.SIGXCPU:
                         self._start()  # now, so that it gets ready while the model generates
-                        raise CallFailed(f"Timeout: no verdict within {self.seconds} seconds of computing") from None
+                        raise CallFailed(f"{TIMED_OUT} no verdict within {self.seconds} seconds of computing") from None
                     continue
                 if succeeded:
                     return result
@@ -148,15 +158,16 @@ class Grader:
         connection = self._ready_connection()
         try:
             connection.send_bytes(request)
-            if connection.poll(PATIENCE * self.seconds):
-                return pickle.loads(connection.recv_bytes())
+            if connection.poll(self.patience * self.seconds):
+                succeeded, result = pickle.loads(connection.recv_bytes())
+                return succeeded, result
         except (EOFError, OSError):
             raise
         except BaseException:
             self._end()  # whatever it would still send is the reply to this request, not to the next
             raise
         self._end()
-        raise CallFailed(f"Timeout: no verdict within {PATIENCE * self.seconds} seconds")
+        raise CallFailed(f"{TIMED_OUT} no verdict within {self.patience * self.seconds} seconds")
 
     def _ready_connection(self) -> Connection:
         if self._process is None or self._process.poll() is not None:
@@ -172,7 +183,7 @@ class Grader:
                 self._end()
                 raise
             if not self._is_ready:
-                raise RuntimeError(f"the grading process did not start ({describe_exit(self._end())}); what it said is on stderr")
+                raise RuntimeError(f"the grading process did not start ({describe_exit(self._end())}); its error is on stderr")
         return self._connection
 
     def _start(self) -> None:
@@ -207,7 +218,7 @@ def describe_exit(code: int | None) -> str:
 def serve(descriptor: int) -> None:
     """Answer the requests that come over a socket until its other end is closed: the child's main function."""
     connection = Connection(descriptor)
-    logging.disable(logging.CRITICAL)  # math-verify warns that nobody limits its time
+    logging.disable(logging.CRITICAL)  # math-verify warns that its time has no limit
     limit_memory()
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # SIGXCPU would leave one
@@ -230,7 +241,7 @@ def reply_to(request: bytes) -> bytes:
 
 
 def limit_computing(seconds: int) -> None:
-    """Let the kernel end this process after so many more seconds of computing, whether its parent lives or not."""
+    """Let the kernel end this process after `seconds` more of computing, whether its parent lives or not."""
     used = math.ceil(time.process_time())
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard == resource.RLIM_INFINITY or used + seconds < hard:
@@ -239,5 +250,5 @@ def limit_computing(seconds: int) -> None:
 
 def limit_memory() -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    with contextlib.suppress(ValueError, OSError):  # systems that know no such limit
+    with contextlib.suppress(ValueError, OSError):  # systems without this limit
         resource.setrlimit(resource.RLIMIT_AS, (BYTES if hard == resource.RLIM_INFINITY else min(BYTES, hard), hard))

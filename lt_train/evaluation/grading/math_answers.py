@@ -1,36 +1,41 @@
-r"""Is an answer right: what a text gives as its answer, held against the true answer by math-verify.
+"""Whether an answer is correct: what a text gives as its answer, compared with the reference answer by math-verify.
 
-`is_correct` takes whatever time it needs, so an evaluation calls it through `Grader`, in a process that can be killed. `grade` and
-`equivalent` judge boxed answers in this process, as far as an alarm in the main thread can limit their time.
+`is_correct` takes whatever time it needs, so an evaluation calls it through `Grader`, in a process that can be killed.
 """
 
-import threading
+import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from math_verify.errors import TimeoutException
+from sympy import Basic, Expr, Float
 
-from lt_train.evaluation.grading.extraction import ExtractedFrom, Kind, choice_letter, last_boxed
+from lt_train.evaluation.grading.extraction import ExtractedFrom, Kind, choice_letter, extract
 from lt_train.evaluation.grading.quantities import same_number
-
-SECONDS = 5
-"""Time limit for reading an answer, and again for comparing two. Real answers take milliseconds."""
+from lt_train.evaluation.grading.spelling import one_spelling
 
 LONGEST_ANSWER = 10_000
-"""Characters of an answer that are still looked into; a longer one is right only where it is the true answer letter by letter."""
+"""Characters of an answer that are still looked into; a longer one is correct only where it is the reference answer verbatim."""
 
 AS_BOXED_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 
-FAILURES = (Exception, TimeoutException)
-"""What math-verify may raise. Its TimeoutException is a BaseException, which `except Exception` lets through."""
+FLOAT_DECIMALS, NUMERIC_DIGITS = 6, 15
+"""math-verify's defaults: decimals to which it rounds, and digits in which it computes."""
+
+LEAST_DIGITS = 3
+"""Of the smallest number of a reference answer that a comparison looks at, whatever its size."""
+
+WITH_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]+)\s*_\s*(?:\{(?P<braced>[^{}]*(?:\{[^{}]*\})?)\}|(?P<digit>\d))")
+IN_BRACES = re.compile(r"\\(?:left\\)?\{.*\\(?:right\\)?\}", re.DOTALL)
+IN_PARENTHESES = re.compile(r"(?:\\left)?\(.*(?:\\right)?\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Grade:
-    """`extracted` is None where there is no answer. `error` says why an answer could not be judged; it then counts as
-    wrong.
+    """`extracted` is None where there is no answer. `error` is the reason why an answer could not be judged; it then counts as
+    incorrect.
     """
 
     extracted: str | None
@@ -39,65 +44,92 @@ class Grade:
     extracted_from: ExtractedFrom | None = None
 
 
-def grade(text: str, answer: str) -> Grade:
-    """Judge a generated text by the true answer (LaTeX without its box, or plain text).
+def grade(text: str, reference: str, *, ended: bool = True) -> Grade:
+    """Judge a generated text by the reference answer (LaTeX without its box, or plain text). Nothing limits the time that it takes:
+    see `Grader`.
 
-    Raises:
-        RuntimeError: called outside the main thread, where math-verify's time limit (SIGALRM) cannot work.
+    Args:
+        ended: False: the text was truncated.
     """
-    require_main_thread()
-    extracted = last_boxed(text)
+    extracted = extract(text, "math", ended)
     if extracted is None:
         return Grade(None, False)
     try:
-        return Grade(extracted, matches(answer, extracted, SECONDS), extracted_from="boxed")
-    except FAILURES as failure:
-        return Grade(extracted, False, describe(failure), "boxed")
+        return Grade(extracted.answer, is_correct(reference, extracted.answer), None, extracted.extracted_from)
+    except Exception as failure:
+        return Grade(extracted.answer, False, describe(failure), extracted.extracted_from)
 
 
-def equivalent(first: str, second: str) -> bool:
-    """Whether two extracted answers say the same; False where math-verify fails on one of them."""
-    require_main_thread()
-    try:
-        return matches(first, second, SECONDS)
-    except FAILURES:
-        return False
-
-
-def is_correct(answer: str, extracted: str, kind: Kind = "math") -> bool:
-    """Whether an extracted answer says the same as the true one. Nothing limits the time that it takes: see `Grader`.
+def is_correct(reference: str, extracted: str, kind: Kind = "math") -> bool:
+    """Whether an extracted answer equals the reference answer. Nothing limits the time that it takes: see `Grader`.
 
     Raises:
-        ValueError: the true answer to a choice is no letter, or the extracted answer is too long to be judged.
+        ValueError: the reference answer to a choice is no letter, or the extracted answer is too long to be judged.
         Exception: what math-verify raises on an answer that it cannot read.
     """
     if kind == "choice":
-        letter = choice_letter(answer)
+        letter = choice_letter(reference)
         if letter is None:
-            raise ValueError(f"the true answer to a multiple choice must be a letter from A to J, not {answer[:50]!r}")
+            raise ValueError(f"the reference answer to a multiple choice must be a letter from A to J, not {reference[:50]!r}")
         return choice_letter(extracted) == letter
-    if len(extracted) > LONGEST_ANSWER and extracted.strip() != answer.strip():
+    if len(extracted) > LONGEST_ANSWER and extracted.strip() != reference.strip():
         raise ValueError(f"the answer has {len(extracted):,} characters; more than {LONGEST_ANSWER:,} are not looked into")
-    return matches(answer, extracted, seconds=None)
+    return matches(reference, extracted)
 
 
-def matches(gold: str, answer: str, seconds: int | None) -> bool:
+def matches(reference: str, answer: str) -> bool:
     """math-verify's verdict, after what can be seen without it; not symmetric where one side is an equation."""
-    if gold.strip() == answer.strip() or same_number(gold, answer):
+    if reference.strip() == answer.strip():
         return True
-    gold_readings, answer_readings = read(gold, seconds), read(answer, seconds)
-    if set(texts(gold_readings)) & set(texts(answer_readings)):
+    reference, answer = one_spelling(reference), one_spelling(answer)
+    if reference == answer or same_number(reference, answer):
+        return True
+    if in_different_bases(reference, answer) or is_set_and_tuple(reference, answer):
+        return False  # math-verify drops the base, and reads (1, 2) as an interval, which it takes for the set {1, 2}
+    references, answers = read(reference), read(answer)
+    if set(texts(references)) & set(texts(answers)):
         return True  # equal as text: spares the comparison, which may fail where the texts are equal all the same
-    return verify(gold_readings, answer_readings, timeout_seconds=seconds, raise_on_error=True)
+    extra = extra_digits(references)
+    return verify(
+        references,
+        answers,
+        float_rounding=FLOAT_DECIMALS + extra,
+        numeric_precision=NUMERIC_DIGITS + extra,
+        timeout_seconds=None,
+        raise_on_error=True,
+    )
+
+
+def in_different_bases(first: str, second: str) -> bool:
+    found = [WITH_BASE.fullmatch(answer.strip().strip("$").strip()) for answer in (first, second)]
+    if found[0] is None or found[1] is None:
+        return False
+    bases = [re.sub(r"\\text|[{}\s]", "", each["braced"] or each["digit"]) for each in found if each]
+    return bases[0] != bases[1]
+
+
+def is_set_and_tuple(first: str, second: str) -> bool:
+    return any(IN_BRACES.fullmatch(one) and IN_PARENTHESES.fullmatch(other) for one, other in ((first, second), (second, first)))
+
+
+def extra_digits(readings: list[Any]) -> int:
+    """Digits that a comparison needs besides math-verify's defaults, by which 2e-7 and 4e-7 are equal."""
+    smallest = min((size for reading in readings if isinstance(reading, Basic) for size in sizes(reading)), default=1.0)
+    return max(0, math.ceil(-math.log10(smallest)) + LEAST_DIGITS - FLOAT_DECIMALS)
+
+
+def sizes(expression: Basic) -> list[float]:
+    """Absolute values other than 0 of the numbers that an expression, or one of its elements, evaluates to."""
+    parts = (expression, *expression.args, *expression.atoms(Float))
+    values = [abs(part.evalf()) for part in parts if isinstance(part, Expr) and part.is_number]
+    return [float(value) for value in values if value.is_Float and float(value) > 0]
 
 
 @lru_cache(maxsize=4096)
-def read(answer: str, seconds: int | None) -> list[Any]:
-    """math-verify's readings of an answer: a sympy expression and the normalised text. The full stop of a sentence is
-    dropped.
-    """
+def read(answer: str) -> list[Any]:
+    """math-verify's readings of an answer: a sympy expression and the normalised text. The full stop of a sentence is dropped."""
     boxed = rf"\boxed{{{answer.rstrip(' .')}}}"
-    return parse(boxed, AS_BOXED_LATEX, parsing_timeout=seconds, raise_on_error=True)
+    return parse(boxed, AS_BOXED_LATEX, parsing_timeout=None, raise_on_error=True)
 
 
 def texts(readings: list[Any]) -> list[str]:
@@ -107,8 +139,3 @@ def texts(readings: list[Any]) -> list[str]:
 def describe(failure: BaseException) -> str:
     # Only the start of the message: math-verify puts the whole answer into it.
     return f"{type(failure).__name__}: {failure}"[:200]
-
-
-def require_main_thread() -> None:
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("grading works in the main thread only: math-verify limits its time by SIGALRM")

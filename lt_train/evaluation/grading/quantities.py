@@ -3,7 +3,9 @@ r"""Numbers as people write them: "1,234", "\$5", "30\%", "12 cm", "5 million"."
 import re
 from fractions import Fraction
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
+from lt_train.evaluation.grading.spelling import one_spelling
+
+NUMBER = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
 
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
@@ -68,13 +70,12 @@ def values(text: str) -> set[Fraction]:
     plain = re.sub(r"^([-+]?)\s*(?:\\?[$]|[€£¥])\s*([-+]?)", r"\1\2", plain)
     found = NUMBER.match(plain)
     number = to_number(found.group()) if found else None
-    if number is None:
+    if found is None or number is None:
         return set()
     unit = plain[found.end() :].strip()
     scale = re.match(r"([a-z]+)\b", unit, re.IGNORECASE)
-    factor = SCALES.get(scale[1].lower()) if scale else None
-    if factor is not None and is_unit(unit[scale.end() :]):
-        return {number, number * factor}
+    if scale and scale[1].lower() in SCALES and is_unit(unit[scale.end() :]):
+        return {number, number * SCALES[scale[1].lower()]}
     return {number} if is_unit(unit) else set()
 
 
@@ -94,12 +95,11 @@ def is_unit(text: str) -> bool:
 
 
 def without_spacing(text: str) -> str:
-    """Without mathematics' dollars around it, LaTeX spaces, and braces around a comma."""
-    plain = text.strip().rstrip(".").replace("{,}", ",").replace("−", "-")
+    """In one spelling, without mathematics' dollars around it and LaTeX spaces."""
+    plain = text.strip().rstrip(".")
     if len(plain) > 1 and plain[0] == plain[-1] == "$":
         plain = plain.strip("$")
-    plain = re.sub(r"(?<=\d)\\[,!; ](?=\d{3}(?!\d))", "", plain)
-    return re.sub(r"\\[,!;: ]|~", " ", plain).strip()
+    return re.sub(r"\\[,;!: ]|~", " ", one_spelling(plain)).strip()
 
 
 def to_number(text: str) -> Fraction | None:

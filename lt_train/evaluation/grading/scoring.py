@@ -1,15 +1,14 @@
-"""How right an answer is, by the grader that its benchmark names."""
+"""The score of an answer, by the grader that its benchmark names."""
 
 import difflib
 import re
 import string
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from lt_train.benchmarks.declaration import Benchmark, Problem
 from lt_train.benchmarks.longbench import FIRST_LINE_ONLY
-from lt_train.evaluation.grading import longbench_metrics
-from lt_train.evaluation.grading import math_answers as grading
+from lt_train.evaluation.grading import longbench_metrics, math_answers
 from lt_train.evaluation.grading.extraction import ExtractedFrom, extract
 from lt_train.recipe.reasoning_tags import REASONING_ENDS
 
@@ -23,8 +22,9 @@ METRICS = {
     "code_similarity": longbench_metrics.code_similarity,
 }
 
-JudgeMath = Callable[[str, str], grading.Grade]
-"""(text, true answer) -> verdict."""
+
+class JudgeMath(Protocol):
+    def __call__(self, text: str, reference: str, *, ended: bool) -> math_answers.Grade: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AnswerScore:
     """
     Attributes:
         extracted: what was scored; None: there is no answer.
-        score: from 0 (wrong) to 1 (right).
+        score: from 0 (incorrect) to 1 (correct).
         error: why it could not be judged; it then scores 0.
         extracted_from: how a short answer was found.
     """
@@ -47,21 +47,21 @@ class AnswerScore:
         return self.score == 1.0
 
 
-def score_answer(benchmark: Benchmark, problem: Problem, text: str, judge_math: JudgeMath = grading.grade) -> AnswerScore:
+def score_answer(
+    benchmark: Benchmark, problem: Problem, text: str, judge_math: JudgeMath = math_answers.grade, *, ended: bool = True
+) -> AnswerScore:
     """Score a generated text, without the stop token at its end.
 
     Args:
         judge_math: judges answers to mathematics, which may need any amount of time.
-
-    Raises:
-        RuntimeError: `grading.grade` is called outside the main thread.
+        ended: False: the text was truncated.
     """
     if benchmark.grader == "math":
-        grade = judge_math(text, problem.answer)
+        grade = judge_math(text, problem.answer, ended=ended)
         return AnswerScore(grade.extracted, float(grade.correct), grade.error, grade.extracted_from)
     if benchmark.grader == "choice":
         return chosen_letter(problem, text)
-    answer = without_reasoning(text)
+    answer = after_reasoning(text)
     if benchmark.grader == "needle":
         return number_found(problem, answer)
     if benchmark.grader == "copying":
@@ -76,23 +76,23 @@ def chosen_letter(problem: Problem, text: str) -> AnswerScore:
     return AnswerScore(found.answer, float(found.answer == problem.answer), extracted_from=found.extracted_from)
 
 
-def without_reasoning(text: str) -> str:
-    """What follows the thought, where one was closed."""
+def after_reasoning(text: str) -> str:
+    """What follows the reasoning, where it was closed."""
     for end in REASONING_ENDS:
         text = text.rpartition(end)[2]
     return text
 
 
 def number_found(problem: Problem, answer: str) -> AnswerScore:
-    """The first number with as many digits as the right one decides: a list of all that was seen is no answer."""
+    """The first number with as many digits as the reference decides: a list of all numbers seen is no answer."""
     digits = len(problem.answer)
     found = re.search(rf"(?<!\d)\d{{{digits}}}(?!\d)", re.sub(r"(?<=\d),(?=\d{3})", "", answer))
     return AnswerScore(found[0], float(found[0] == problem.answer)) if found else AnswerScore(None, 0.0)
 
 
 def passage_copied(problem: Problem, answer: str) -> AnswerScore:
-    """The longest run of the passage's words that stands in the answer, as a share of the passage. The passage has no punctuation,
-    so that around an answer's words does not count.
+    """The longest run of the passage's words that stands in the answer, as a fraction of the passage. The passage has no
+    punctuation, so punctuation around an answer's words does not count.
     """
     passage = problem.answer.split()
     words = [bare for word in answer.split() if (bare := word.strip(string.punctuation))]
@@ -102,11 +102,11 @@ def passage_copied(problem: Problem, answer: str) -> AnswerScore:
 
 
 def longbench_score(benchmark: Benchmark, problem: Problem, answer: str) -> AnswerScore:
-    """The best match with any of the right answers (eval.py)."""
+    """The best match with any of the reference answers (eval.py)."""
     if benchmark.name in FIRST_LINE_ONLY:
         answer = answer.lstrip("\n").split("\n")[0]
     if benchmark.grader == "classification":
-        scores = [longbench_metrics.classification(answer, right, problem.classes) for right in problem.answers]
+        scores = [longbench_metrics.classification(answer, reference, problem.classes) for reference in problem.answers]
     else:
-        scores = [METRICS[benchmark.grader](answer, right) for right in problem.answers]
+        scores = [METRICS[benchmark.grader](answer, reference) for reference in problem.answers]
     return AnswerScore(answer.strip() or None, max(scores))

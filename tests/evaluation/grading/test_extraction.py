@@ -31,17 +31,80 @@ from lt_train.evaluation.grading.extraction import Extracted, extract, last_boxe
         ("答案:5", "5"),
         ("the answer is not 5", None),
         (r"the answer is \boxed{\frac{1}{", None),
-        ("I answered 5", None),
-        ("There are 5 of them.", None),
+        ("I answered", None),
+        ("There are some of them.", None),
         ("the answer is", None),
         ("", None),
-        ("the answer is 5\n" + "a line that says nothing more of it\n" * 100, None),
+        ("the answer is 5\n" + "a line that adds nothing to it\n" * 100, None),
         ("<think>the answer is 5, or is it? </think> It cannot be known.", None),
         ("<think>the answer is 5</think>the answer is 6", "6"),
     ],
 )
 def test_without_a_box_the_last_phrase_at_the_end_names_the_answer(text: str, answer: str | None) -> None:
     assert extract(text) == (None if answer is None else Extracted(answer, "phrase"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("9 * 2 = $<<9*2=18>>18 every day.\n#### 18", "18"),
+        ("Thus, it takes 3 bolts in total. #### 3", "3"),
+        ("### Final Answer\n18", "18"),
+        ("## Final Answer\n\nThe total is 18 dollars.", "18"),
+        ("**Final Answer**\n\n\\[\n\\frac{1}{2}\n\\]", r"\frac{1}{2}"),
+        ("### Final Answer\nThe largest number divisible by 12 and 18 is:\n\n\\[\n9900\n\\]", "9900"),
+        ("Q: How many?\nA: 33", "33"),
+        ("Q: How many?\nA: She has 33 apples.", "33"),
+        ("<answer>33</answer>", "33"),
+        ("<answer>\n$x = 3$\n</answer>", "x = 3"),
+        ("<answer>Evelyn</answer>", "Evelyn"),
+        ("The answer is $\\$18.90$.", r"\$18.90"),
+        ("The final answer is\n$$\n5\n$$", "5"),
+        ("#### 1. Sum up\n#### Answer: 5", "5"),
+    ],
+)
+def test_marks_of_an_answer_name_it(text: str, answer: str) -> None:
+    assert extract(text) == Extracted(answer, "phrase")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("There are 5 of them.", "5"),
+        ("So it is **33**.", "33"),
+        ("So it is **33 apples** in total, which is all", "33"),
+        ("So it is **p - q**.", "p - q"),
+        (r"It costs **\$18.90**.", "18.90"),
+        ("Thus $x = 7$.", "x = 7"),
+        ("So\n\\[\nx=\\frac{3}{38}\n\\]\n\nI hope this helps!", r"x=\frac{3}{38}"),
+        ("There are 4 of one kind and 3 of the other.\n\nThus 1,234 people.", "1234"),
+        ("<think>7, or 8?</think>It is 3/4 of the cake.", "3/4"),
+        ("#### 1. Add 3 and 4\nWe get 7", "7"),
+    ],
+)
+def test_where_nothing_names_the_answer_the_last_formula_or_number_is_taken_and_marked(text: str, answer: str) -> None:
+    assert extract(text) == Extracted(answer, "last")
+    assert extract(text, ended=False) is None
+
+
+@pytest.mark.parametrize("text", ["<think>so it is 5", "<|begin_of_thought|>\n\n$5$", "<think>5</think>It cannot be known."])
+def test_the_last_number_of_a_line_of_reasoning_is_no_answer(text: str) -> None:
+    assert extract(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<think>\boxed{5}</think>The answer is 6.", Extracted("6", "phrase")),
+        (r"<think>\boxed{5}</think>So $x = 6$.", Extracted("x = 6", "last")),
+        (r"<|begin_of_thought|>\boxed{5}<|end_of_thought|>\boxed{6}<|end_of_solution|>", Extracted("6", "boxed")),
+        (r"<think>\boxed{5}</think>That was all.", Extracted("5", "boxed")),
+        (r"<think>\boxed{5}</think>", Extracted("5", "boxed")),
+        (r"<think>\boxed{5}", Extracted("5", "boxed")),
+    ],
+)
+def test_what_follows_the_reasoning_counts_before_a_box_in_it(text: str, answer: Extracted) -> None:
+    assert extract(text) == answer
 
 
 @pytest.mark.parametrize("text", [r"\boxed{5} The answer is 6.", r"The answer is 6. \boxed{5}", r"the answer is \boxed{5}"])
@@ -96,6 +159,11 @@ def test_the_letter_in_a_box_is_the_choice(text: str, letter: str) -> None:
         ("I choose option C.", "C"),
         ("Option A is wrong. The answer is C. Option B is not right.", "C"),
         ("Option C is right, for option A is not.", "C"),
+        ("Therefore option A is correct.", "A"),
+        ("The answer is A because it floats", "A"),
+        ("The answer is I since it floats", "I"),
+        ("Option A is correct. Option B is incorrect.", "A"),
+        (r"<think>\boxed{B}</think>The answer is A.", "A"),
         ("Option C fits. Option B is incorrect.", "C"),
         ("The answer is C. Option B came close.", "C"),
         ("答案是 B", "B"),

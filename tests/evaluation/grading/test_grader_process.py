@@ -1,4 +1,5 @@
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -51,14 +52,15 @@ def ends_within(process: int, seconds: float) -> bool:
         (r"so \boxed{\frac{2}{3}}", "0.5", Grade(r"\frac{2}{3}", False, None, "boxed")),
         ("The answer is 1/2.", r"\frac{1}{2}", Grade("1/2", True, None, "phrase")),
         ("The answer is 12 cm.", "12", Grade("12 cm", True, None, "phrase")),
+        ("It is 12 cm.", "12", Grade("12", True, None, "last")),
         ("It cannot be known.", "12", Grade(None, False, None, None)),
     ],
 )
-def test_an_answer_is_judged_and_where_it_stood_is_said(grader: Grader, text: str, answer: str, expected: Grade) -> None:
+def test_an_answer_is_judged_and_where_it_stood_is_reported(grader: Grader, text: str, answer: str, expected: Grade) -> None:
     assert grader.grade(text, answer) == expected
 
 
-def test_a_choice_is_right_by_its_letter(grader: Grader) -> None:
+def test_a_choice_is_correct_by_its_letter(grader: Grader) -> None:
     assert grader.grade(r"\boxed{\text{(b)}}", "B", "choice") == Grade("B", True, None, "boxed")
     assert grader.grade("The answer is C.", "B", "choice") == Grade("C", False, None, "phrase")
     with pytest.raises(ValueError, match="must be a letter from A to J, not '42'"):
@@ -92,7 +94,7 @@ NESTED = r"\sqrt{2+" * 300 + "1" + "}" * 300
     "answer",
     [r"10^{10^{10}}", "{" * 400 + "5" + "}" * 400, "100000000!", NESTED, "(" * 3000 + "5" + ")" * 3000],
 )
-def test_an_answer_that_takes_too_long_is_wrong_with_the_reason_and_the_next_is_judged(hasty: Grader, answer: str) -> None:
+def test_an_answer_that_takes_too_long_is_incorrect_with_the_reason_and_the_next_is_judged(hasty: Grader, answer: str) -> None:
     hasty.call(int)  # up and running
     verdict = hasty.grade(rf"\boxed{{{answer}}}", "5")
     # on a machine that is busy with something else the clock may end it first
@@ -119,13 +121,13 @@ def test_what_ignores_every_signal_but_the_last_is_killed(hasty: Grader) -> None
 
 
 @pytest.mark.slow
-def test_what_does_not_even_compute_is_killed_by_the_clock(hasty: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grader_process, "PATIENCE", 2)
-    child = hasty.call(os.getpid)
-    with pytest.raises(CallFailed, match="no verdict within 2 seconds"):
-        hasty.call(time.sleep, 600)
-    assert not is_alive(child)
-    assert hasty.call(abs, -5) == 5
+def test_what_does_not_even_compute_is_killed_by_the_clock() -> None:
+    with Grader(seconds=1, patience=2) as hasty:
+        child = hasty.call(os.getpid)
+        with pytest.raises(CallFailed, match="no verdict within 2 seconds"):
+            hasty.call(time.sleep, 600)
+        assert not is_alive(child)
+        assert hasty.call(abs, -5) == 5
 
 
 @pytest.mark.slow
@@ -153,7 +155,7 @@ def test_an_answer_that_fills_the_memory_fails_in_the_child(grader: Grader) -> N
 
 
 @pytest.mark.slow
-def test_an_answer_that_its_process_dies_of_is_wrong_with_the_reason(grader: Grader) -> None:
+def test_an_answer_that_its_process_dies_of_is_incorrect_with_the_reason(grader: Grader) -> None:
     with pytest.raises(CallFailed, match=r"died of this answer, twice \(exit status 3\)"):
         grader.call(os._exit, 3)
     with pytest.raises(CallFailed, match=r"died of this answer, twice \(signal 9\)"):
@@ -203,6 +205,24 @@ def test_the_child_has_no_torch_and_no_modules_of_the_model(grader: Grader) -> N
     loaded = grader.call(eval, "sorted(__import__('sys').modules)")
     assert {"math_verify", "lt_train.evaluation.grading.math_answers"} <= set(loaded)
     assert not {"torch", "transformers", "numpy", "pydantic"} & set(loaded)
+
+
+@pytest.mark.slow
+def test_a_daemonic_process_can_grade() -> None:
+    """Such as a worker of multiprocessing.Pool, which may have no children by multiprocessing."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its workers are daemonic
+        assert pool.apply(grade_in_this_process, (r"so \boxed{\frac{2}{4}}", "0.5")) == (True, True)
+
+
+def grade_in_this_process(text: str, reference: str) -> tuple[bool, bool]:
+    with Grader() as grader:
+        return multiprocessing.current_process().daemon, grader.grade(text, reference).correct
+
+
+def test_a_text_that_cannot_be_searched_is_an_error_of_its_own(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grader_process, "extract", divmod)  # fails in the child
+    verdict = grader.grade("It is 12 cm.", "12")
+    assert (verdict.extracted, verdict.correct) == (None, False) and "TypeError" in verdict.error
 
 
 @pytest.mark.slow

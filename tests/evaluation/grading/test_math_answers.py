@@ -1,12 +1,11 @@
-import gc
-import threading
+import json
 from pathlib import Path
 
 import pytest
 
 from lt_train.benchmarks import BENCHMARKS, load_problems
-from lt_train.evaluation.grading import math_answers as grading
-from lt_train.evaluation.grading.math_answers import equivalent, grade, last_boxed
+from lt_train.evaluation.grading.extraction import balanced_boxes, last_boxed
+from lt_train.evaluation.grading.math_answers import Grade, grade, is_correct
 
 REAL_FILES = [("aime24", "aime24.jsonl"), ("math500", "math500.jsonl"), ("gsm8k", "gsm8k_test.jsonl")]
 
@@ -56,12 +55,40 @@ def test_whole_numbers_are_right_in_other_spellings(shared_data: Path) -> None:
         (r"\boxed{ open, yet \boxed{4} inside", "4"),
         (r"} stray { braces \boxed{8} }", "8"),
         (r"\boxed{5} and after it \boxed{}", None),
-        (r"\fbox{5} \box{6}", None),
+        (r"\fbox{5} \box{6}", "5"),
+        (r"\fbox{204}", "204"),
+        (r"\boxed 204", "204"),
+        (r"so $\boxed 204$.", "204"),
+        (r"\boxed{1}, then \fbox{\boxed{2}}", r"\boxed{2}"),
         ("\\boxed{1 +\n2}", "1 +\n2"),
     ],
 )
 def test_the_last_balanced_box_is_the_answer(text: str, extracted: str | None) -> None:
     assert last_boxed(text) == extracted
+
+
+@pytest.mark.parametrize(
+    ("text", "extracted"),
+    [
+        (r"\boxed{-2} and \boxed{1}", "-2, 1"),
+        (r"so $\boxed{-2}$ or $\boxed{1}$.", "-2, 1"),
+        (r"$x=\boxed{-2}$ and $x=\boxed{1}$", "-2, 1"),
+        (r"\boxed{6}, \boxed{7}, \boxed{8}, and \boxed{9}", "6, 7, 8, 9"),
+        (r"\[\boxed{6}\text{ and }\boxed{7}\]", "6, 7"),
+        (r"\boxed{5} and \boxed{5}", "5"),
+        (r"first \boxed{1}, no: \boxed{2} and \boxed{3}.", "2, 3"),
+        (r"\boxed{1} is too small, and \boxed{2} it is", "2"),
+        (r"\boxed{1} \boxed{2}", "2"),
+    ],
+)
+def test_boxes_that_and_or_or_a_comma_joins_are_one_answer(text: str, extracted: str) -> None:
+    assert last_boxed(text) == extracted
+
+
+def test_joined_boxes_are_correct_where_the_reference_lists_them() -> None:
+    assert grade(r"$\boxed{-2}$ and $\boxed{1}$", "-2, 1").correct
+    assert grade(r"$\boxed{1}$ and $\boxed{-2}$", "-2, 1").correct
+    assert not grade(r"$\boxed{-2}$ and $\boxed{2}$", "-2, 1").correct
 
 
 @pytest.mark.parametrize(
@@ -89,44 +116,135 @@ def test_equal_answers_are_right_and_others_wrong(answer: str, given: str, corre
     assert grade(rf"\boxed{{{given}}}", answer).correct is correct
 
 
-def test_no_answer_is_wrong_and_said_to_be_none() -> None:
-    assert grade("I do not know.", "5") == grading.Grade(extracted=None, correct=False, error=None)
-
-
-@pytest.mark.parametrize("answer", [r"10^{10^{10}}", "{" * 400 + "5" + "}" * 400, r"100000000!"])
-def test_an_answer_the_grader_cannot_judge_is_wrong_with_the_reason(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(grading, "SECONDS", 1)
-    gc.disable()  # hypothesis hooks it, and Python drops an exception that a signal raises inside such a hook
-    try:
-        verdict = grade(rf"\boxed{{{answer}}}", "5")
-    finally:
-        gc.enable()
-    assert not verdict.correct
-    assert verdict.extracted == answer
-    assert "Timeout" in verdict.error
-    assert len(verdict.error) <= 200
+def test_no_answer_is_incorrect_and_reported_as_none() -> None:
+    assert grade("I do not know.", "5") == Grade(extracted=None, correct=False, error=None)
 
 
 def test_a_hundred_thousand_open_boxes_take_no_time() -> None:
     assert last_boxed(r"\boxed{" * 100_000 + "5}") == "5"
 
 
-def test_equivalent_answers_are_seen_as_one() -> None:
-    assert equivalent("0.5", r"\frac12")
-    assert not equivalent("0.5", "0.6")
-    assert not equivalent("0.5", r"\frac{")
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("1234567", "1 234 567"),
+        ("1234567", "1\u2009234\u2009567"),  # thin spaces
+        ("1234567", "1\u00a0234\u00a0567"),  # hard spaces
+        ("1234567", "1\u202f234\u202f567"),
+        ("12345.5", "12 345.5"),
+        ("-5", "\uff0d5"),  # full-width minus
+        ("x-5", "x\uff0d5"),
+        (r"\emptyset", r"\varnothing"),
+        ("34", r"\approx 34"),
+        ("34", "\u2248 34"),
+        ("0.5", "0{,}5"),
+        ("0.125", "0{,}125"),
+        ("1234", "1{,}234"),
+        (r"\frac{1+\sqrt{5}}{2}, \frac{1-\sqrt{5}}{2}", r"\frac{1 \pm \sqrt{5}}{2}"),
+        (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1-\sqrt{5}}{2}, \frac{1+\sqrt{5}}{2}"),
+        (r"\sqrt{2+\sqrt{3}}, \sqrt{2-\sqrt{3}}", r"\sqrt{2\pm\sqrt{3}}"),
+        ("1, 3", r"2 \pm 1"),
+        ("0, 2, -2", r"0, \pm 2"),
+        (r"\{1, 3\}", r"\{2 \pm 1\}"),
+        ("18.90", r"$\$18.90$"),
+        (r"1.5\times 10^{-7}", "1.5e-7"),
+        (r"1.5\times 10^{-7}", "0.00000015"),
+        (r"\sqrt{2}", "\u221a2"),
+        ("1010_2", "1010_{2}"),
+        (r"\frac{1}{3}", "0.333333"),
+        ("(1,2)", "(1, 2)"),
+        (r"\{1,2\}", "2, 1"),
+        ("June 20", r"\text{June 20}"),
+    ],
+)
+def test_the_same_answer_in_another_spelling_is_correct(reference: str, answer: str) -> None:
+    assert is_correct(reference, answer)
 
 
-def test_grading_outside_the_main_thread_is_refused_because_its_time_limit_would_not_work() -> None:
-    raised = []
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("1010_3", "1010_2"),
+        ("1010_{3}", "1010_{2}"),
+        (r"1010_{\text{three}}", r"1010_{\text{two}}"),
+        ("(1,2)", r"\{1,2\}"),
+        (r"\left(1,2\right)", r"\left\{1,2\right\}"),
+        ("0.0000002", "0.0000004"),
+        ("2e-7", "4e-7"),
+        (r"2\times 10^{-20}", r"10^{-20}"),
+        (r"\frac{1}{10^{20}}", r"\frac{2}{10^{20}}"),
+        ("(0.0000002, 1)", "(0.0000004, 1)"),
+        (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1 + \sqrt{5}}{2}"),
+        ("3", r"2 \pm 1"),
+        ("1, 234", "1234"),
+        ("1 2", "12"),
+        ("125", "0{,}125"),
+        ("125", "0,125"),
+        ("34", r"\approx 35"),
+        ("18.90", r"$\$18.91$"),
+        ("-5", "\uff0d6"),
+    ],
+)
+def test_answers_that_look_alike_are_incorrect_both_ways(first: str, second: str) -> None:
+    assert not is_correct(first, second)
+    assert not is_correct(second, first)
 
-    def call() -> None:
-        try:
-            grade(r"\boxed{5}", "5")
-        except RuntimeError as error:
-            raised.append(str(error))
 
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert raised and "main thread" in raised[0]
+def test_gsm8ks_reference_solutions_are_all_correct(shared_data: Path) -> None:
+    problems = load_problems(BENCHMARKS["gsm8k"], str(shared_data / "gsm8k_test.jsonl"), None).problems
+    with open(shared_data / "gsm8k_test.jsonl", encoding="utf-8") as file:
+        solutions = [json.loads(line)["answer"] for line in file]
+    verdicts = [grade(solution, problem.answer) for solution, problem in zip(solutions, problems, strict=True)]
+    assert len(verdicts) == 1319 and all(verdict.correct for verdict in verdicts)
+    assert {verdict.extracted_from for verdict in verdicts} == {"phrase"}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Thus, the value is $ANSWER$.",
+        "We get\n\\[\nANSWER\n\\]\n\nI hope this helps!",
+        "### Final Answer\nANSWER",
+        "**Final Answer**\n\nThe value that we look for is:\n\n\\[\nANSWER\n\\]",
+        "<answer>ANSWER</answer>",
+        "#### ANSWER",
+        "A: ANSWER",
+        "So it equals **ANSWER**.",
+        "\\fbox{ANSWER}",
+    ],
+)
+def test_the_true_answers_of_math500_are_found_without_a_box_and_no_others(shared_data: Path, template: str) -> None:
+    """Every tenth problem; each solution computes something else first, and is held against the next problem's answer, too."""
+    answers = gold_answers(shared_data, "math500", "math500.jsonl")[::10]
+    texts = [f"<think>\\boxed{{7}}?</think>We need $x + 7 = 3$.\n\n{template.replace('ANSWER', answer)}" for answer in answers]
+    missed = [answer for text, answer in zip(texts, answers, strict=True) if not grade(text, answer).correct]
+    assert missed == []
+    others = answers[1:] + answers[:1]
+    taken = [
+        (text, other)
+        for text, other, own in zip(texts, others, answers, strict=True)
+        if other != own and grade(text, other).correct
+    ]
+    assert taken == []
+
+
+def test_real_solutions_whose_boxes_were_taken_off_give_their_answer(shared_data: Path) -> None:
+    """Of 110 solutions with a box among STILL's traces. What is missed are words, and lists whose box held a part only."""
+    solutions = [text for text in still_solutions(shared_data) if last_boxed(text)]
+    answers = [last_boxed(text) or "" for text in solutions]
+    verdicts = [grade(without_boxes(text), answer) for text, answer in zip(solutions, answers, strict=True)]
+    assert len(solutions) == 110
+    assert sum(verdict.extracted is None for verdict in verdicts) == 0
+    assert sum(verdict.correct for verdict in verdicts) >= 105
+
+
+def still_solutions(shared_data: Path) -> list[str]:
+    with open(shared_data / "reasoning_traces_still.jsonl", encoding="utf-8") as file:
+        return [json.loads(line)["combined_text"].rpartition("<|end_of_thought|>")[2] for line in file]
+
+
+def without_boxes(text: str) -> str:
+    while boxes := balanced_boxes(text):
+        start, content, end = boxes[-1]
+        text = text[:start] + text[content:end] + text[end + 1 :]
+    return text

@@ -27,15 +27,15 @@ def test_the_true_answers_of_real_problems_are_right_and_those_of_their_neighbou
 
 
 def test_mathematics_may_be_judged_elsewhere() -> None:
-    asked = []
+    judged = []
 
-    def judge(text: str, answer: str) -> Grade:
-        asked.append((text, answer))
+    def judge(text: str, reference: str, *, ended: bool) -> Grade:
+        judged.append((text, reference, ended))
         return Grade("7", False, "took too long")
 
-    score = score_answer(BENCHMARKS["custom"], Problem("0", "3 + 4?", ("7",)), "It is 7.", judge)
+    score = score_answer(BENCHMARKS["custom"], Problem("0", "3 + 4?", ("7",)), "It is 7.", judge, ended=False)
     assert score == AnswerScore("7", 0.0, "took too long")
-    assert asked == [("It is 7.", "7")]
+    assert judged == [("It is 7.", "7", False)]
 
 
 @pytest.mark.parametrize(
