@@ -1,9 +1,14 @@
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Small tensors on few cores: threads would cost more than they bring, and tests run beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +53,21 @@ def shared_cases() -> Path:
     if not cases.is_dir():
         pytest.skip(f"no cases at {cases}: set LT_TRAIN_SHARED_CASES to the folder that holds rows/")
     return cases
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(pytestconfig: pytest.Config) -> "PreTrainedTokenizerBase":
+    """The real one, fetched once by a script that is not part of the project."""
+    script = Path(os.environ.get("LT_TRAIN_SHARED_TOOLS", SHARED_DATA.parent / "tools")) / "get_qwen3_tokenizer.sh"
+    folder = pytestconfig.cache.mkdir("qwen3-tokenizer")
+    there = (folder / "tokenizer.json").exists()
+    if not there and (
+        not script.is_file() or subprocess.run(["bash", script, folder], capture_output=True, timeout=120).returncode
+    ):
+        pytest.skip(f"no Qwen3 tokenizer: {script} is missing, or cannot fetch it")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

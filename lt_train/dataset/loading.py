@@ -70,7 +70,7 @@ def fingerprint(inputs: Inputs) -> str:
         inputs.prompt.model_dump(),
         Path(template).read_bytes() if template else tokenizer.chat_template,
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
-        tokenizer.eos_token_id,
+        tokenizer.special_tokens_map,
         inputs.eos_ids,
         inputs.seed,
     )

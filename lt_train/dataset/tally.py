@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lt_train.dataset.faults import FaultyRows, RowFault
-from lt_train.dataset.row_tokenizer import ROWS_WITHOUT_WORKERS, TokenizedAnswer, TokenizedRow
+from lt_train.dataset.row_tokenizer import TokenizedAnswer, TokenizedRow
 from lt_train.recipe.schema import Data
 from lt_train.runtime.errors import UserError
 
 MUCH = 0.2
 """More than this fraction of the rows dropped is a warning."""
+
+ENOUGH = 512
+"""Where so many first rows are all faulty, the others are not read: their fields are others than the recipe names."""
 
 
 class Tally:
@@ -30,8 +33,8 @@ class Tally:
         """
         if row.fault is not None:
             self.add_fault(row.where, row.fault)
-            if self.data.faulty == "error" and self.faulty.count == self.counts["rows"] == ROWS_WITHOUT_WORKERS:
-                raise self.error(f"the first {ROWS_WITHOUT_WORKERS} rows")
+            if self.data.faulty == "error" and self.faulty.count == self.counts["rows"] == ENOUGH:
+                raise self.error(f"the first {ENOUGH} rows")
             return
         self.counts["rows"] += 1
         if not row.answers:
