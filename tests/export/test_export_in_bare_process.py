@@ -210,7 +210,7 @@ def test_an_export_needs_no_flash_attention_and_chooses_its_attention_itself(exp
 sys.modules["flash_attn"] = sys.modules["flash_attn_interface"] = None
 model = load({str(folder)!r}, trust_remote_code=True)
 assert model.model.attention_kernel == "auto"
-kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".kernels"]
+kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".attention_kernels"]
 choice = kernels.choose("auto", kernels.Use(torch.device("cpu"), torch.float32, head_size=16, trains=False))
 assert choice.name == "blocked", choice
 by_auto = logits(model)
