@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
-from lt_train.hybrid.kernels import KERNELS, Use, choose
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import entry_bytes
@@ -17,35 +17,35 @@ from lt_train.runtime.units import format_bytes
 KV_TOKENS = 32768
 
 
-def model_card(facts: ExportFacts, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:
+def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:
     """The whole README.md. Depends on nothing but its arguments."""
     sections = [
-        _title(facts, config),
-        _layers(facts, config),
+        _title(metadata, config),
+        _layers(metadata, config),
         _how_to_load(own_code),
         _kv_cache(config, dtype),
-        _data(facts),
-        _training(facts),
-        _scores(facts.scores),
+        _data(metadata),
+        _training(metadata),
+        _scores(metadata.scores),
         _limits(config, own_code),
         _check(check),
-        _versions(facts),
+        _versions(metadata),
     ]
-    front_matter = yaml.safe_dump(card_metadata(facts, own_code=own_code), sort_keys=False, allow_unicode=True)
-    return f"---\n{front_matter}---\n\n" + "\n\n".join(sections) + "\n"
+    header = yaml.safe_dump(front_matter(metadata, own_code=own_code), sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def card_metadata(facts: ExportFacts, *, own_code: bool) -> dict[str, Any]:
+def front_matter(metadata: ExportMetadata, *, own_code: bool) -> dict[str, Any]:
     """Front matter. Names only what exists on the hub; the licence is the base's, which is not known here."""
-    metadata: dict[str, Any] = {}
-    if is_hub_id(facts.base):
-        metadata["base_model"] = facts.base
-        if facts.training is not None:
-            metadata["base_model_relation"] = "finetune"
-    if is_hub_id(facts.data):
-        metadata["datasets"] = [facts.data]
+    found: dict[str, Any] = {}
+    if is_hub_id(metadata.base):
+        found["base_model"] = metadata.base
+        if metadata.training is not None:
+            found["base_model_relation"] = "finetune"
+    if is_hub_id(metadata.data):
+        found["datasets"] = [metadata.data]
     tags = ["lt-train", "hybrid-attention", "streaming-attention", *(["custom_code"] if own_code else [])]
-    return metadata | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    return found | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
 
 
 def is_hub_id(name: str) -> bool:
@@ -58,27 +58,31 @@ def kv_bytes(config: HybridConfig, dtype: torch.dtype, cached_tokens: int) -> in
     return cached_tokens * entry_bytes(config.to_dict(), dtype.itemsize)
 
 
-def _title(facts: ExportFacts, config: HybridConfig) -> str:
+def _title(metadata: ExportMetadata, config: HybridConfig) -> str:
     spec = config.spec
-    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if is_hub_id(facts.base) else f"`{Path(facts.base).name}`"
-    revision = f" (revision `{facts.base_revision}`)" if facts.base_revision else ""
-    trained = "fine-tuned as such" if facts.training is not None else "without any training"
+    base = (
+        f"[{metadata.base}](https://huggingface.co/{metadata.base})"
+        if is_hub_id(metadata.base)
+        else f"`{Path(metadata.base).name}`"
+    )
+    revision = f" (revision `{metadata.base_revision}`)" if metadata.base_revision else ""
+    trained = "fine-tuned as such" if metadata.training is not None else "without any training"
     return (
-        f"# {facts.recipe}\n\n"
+        f"# {metadata.recipe}\n\n"
         f"{base}{revision} as a hybrid: {len(spec.lazy_layers)} of its {spec.num_layers} layers use streaming attention, the "
         f"others keep full attention; {trained}. Made with lt_train, after LightTransfer "
         "([arXiv 2410.13846](https://arxiv.org/abs/2410.13846))."
     )
 
 
-def _layers(facts: ExportFacts, config: HybridConfig) -> str:
+def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
     spec = config.spec
     layers = ", ".join(map(str, spec.lazy_layers)) or "none"
     sinks = f"the first `w_sink` = {spec.w_sink} tokens and " if spec.w_sink else ""
     plain = "" if spec.w_sink else " (`w_sink` = 0: a plain sliding window)"
     return (
         "## Layers\n\n"
-        f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {facts.selection})\n"
+        f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})\n"
         f"- a query in these layers sees {sinks}the latest `w_recent` = {spec.w_recent} tokens of its own sequence, itself "
         f"included{plain}"
     )
@@ -122,20 +126,20 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
     )
 
 
-def _data(facts: ExportFacts) -> str:
-    source = facts.data if is_hub_id(facts.data) else Path(facts.data).name
-    counts = "".join(f"\n- {name.replace('_', ' ')}: {count:,}" for name, count in facts.data_counts.items())
-    return f"## Data\n\n`{source}`, format `{facts.data_format}`\n{counts}".rstrip()
+def _data(metadata: ExportMetadata) -> str:
+    source = metadata.data if is_hub_id(metadata.data) else Path(metadata.data).name
+    counts = "".join(f"\n- {name.replace('_', ' ')}: {count:,}" for name, count in metadata.data_counts.items())
+    return f"## Data\n\n`{source}`, format `{metadata.data_format}`\n{counts}".rstrip()
 
 
-def _training(facts: ExportFacts) -> str:
-    if facts.training is None:
+def _training(metadata: ExportMetadata) -> str:
+    if metadata.training is None:
         return "## Training\n\nNone: the base's weights as they are."
-    rows = "".join(f"\n| {name} | {_value(value)} |" for name, value in facts.training.items())
+    rows = "".join(f"\n| {name} | {_value(value)} |" for name, value in metadata.training.items())
     return f"## Training\n\n| setting | value |\n|---|---|{rows}"
 
 
-def _scores(scores: tuple[ScoreFact, ...]) -> str:
+def _scores(scores: tuple[ReportedScore, ...]) -> str:
     if not scores:
         return "## Scores\n\nNot evaluated."
     return (
@@ -146,7 +150,7 @@ def _scores(scores: tuple[ScoreFact, ...]) -> str:
     )
 
 
-def _score_row(score: ScoreFact) -> str:
+def _score_row(score: ReportedScore) -> str:
     error = "–" if score.standard_error is None else f"± {score.standard_error:.2g}"
     span = "–" if score.interval is None else f"{score.interval[0]:.4g} to {score.interval[1]:.4g}"
     return f"| {score.evaluation} | {score.variant} | {score.metric} | {score.value:.4g} | {error} | {span} | {score.n:,} |"
@@ -181,8 +185,8 @@ def _check(check: Check) -> str:
     )
 
 
-def _versions(facts: ExportFacts) -> str:
-    rows = "".join(f"\n- {name} {version}" for name, version in facts.versions.items())
+def _versions(metadata: ExportMetadata) -> str:
+    rows = "".join(f"\n- {name} {version}" for name, version in metadata.versions.items())
     return f"## Versions\n\n- hybrid code {HYBRID_VERSION}{rows}"
 
 

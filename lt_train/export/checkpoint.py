@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lt_train.export.card import model_card
 from lt_train.export.code_files import hybrid_code_files
 from lt_train.export.configs import exported_config, exported_generation_config, needs_own_code
-from lt_train.export.facts import ExportFacts
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
+from lt_train.export.metadata import ExportMetadata
 from lt_train.export.verify import check_export
 from lt_train.hybrid.modeling import HybridForCausalLM
 
@@ -26,7 +26,7 @@ def export_hybrid(
     model: HybridForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
-    facts: ExportFacts,
+    metadata: ExportMetadata,
     *,
     dtype: torch.dtype,
     chat_template: str | None = None,
@@ -52,7 +52,7 @@ def export_hybrid(
     with _partial_folder(out) as partial:
         _describe(partial, model, tokenizer, generation, dtype)
         report("comparing with what is exported already" if out.exists() else "taking the fingerprint of the weights")
-        content = content_fingerprint(partial, model, facts)
+        content = content_fingerprint(partial, model, metadata)
         if is_exported(out, content):
             report(f"{out} holds this export already")
             return out
@@ -60,7 +60,7 @@ def export_hybrid(
         _write_weights(partial, model)
         report("checking the export in a process without lt_train")
         check = check_export(partial, model, tokenizer, generation, dtype)
-        card = model_card(facts, model.config, dtype, check, own_code=needs_own_code(model.config))
+        card = model_card(metadata, model.config, dtype, check, own_code=needs_own_code(model.config))
         (partial / CARD).write_text(card, encoding="utf-8")
         make_manifest(partial, content, check).write(partial)
         _sync(partial)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lt_train.export.facts import ExportFacts
+from lt_train.export.metadata import ExportMetadata
 from lt_train.export.verify import Check
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
@@ -51,15 +51,15 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(found["content"], found["files"], Check(**found["check"]))
 
 
-def content_fingerprint(described: Path, model: nn.Module, facts: ExportFacts) -> str:
-    """SHA-256 of what goes into an export: the small files in `described`, the weights, the facts of the card."""
+def content_fingerprint(described: Path, model: nn.Module, metadata: ExportMetadata) -> str:
+    """SHA-256 of what goes into an export: the small files in `described`, the weights, the metadata of the card."""
     digest = hashlib.sha256()
     for path in sorted(described.iterdir()):
         digest.update(f"{path.name}\0{_described(path)['sha256']}\0".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps(asdict(facts), sort_keys=True).encode())
+    digest.update(json.dumps(asdict(metadata), sort_keys=True).encode())
     return digest.hexdigest()
 
 

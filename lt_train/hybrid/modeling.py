@@ -19,10 +19,10 @@ from transformers.models.ministral.modeling_ministral import MinistralForCausalL
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
+from .attention_kernels import AUTO, KERNELS
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import Documents, find_documents
-from .kernels import AUTO, KERNELS
 from .sequence_parallel import Exchange, shared_views
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
@@ -257,7 +257,7 @@ class HybridCausalLM(OwnAttention):
     def set_attention_kernel(self, name: str) -> None:
         """Choose what computes attention: `auto` or one of KERNELS. The result is the same, the cost is not.
 
-        Whether it can is seen when it is to compute: then are the device and the dtype known (kernels.py, `choose`).
+        Whether it can is seen when it is to compute: then are the device and the dtype known (attention_kernels.py, `choose`).
         """
         if name not in (AUTO, *KERNELS):
             raise HybridError(f"attention kernel {name!r}: there are {', '.join([AUTO, *KERNELS])}")

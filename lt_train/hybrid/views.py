@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .attention_kernels import AUTO, computed_in, kernel_for
 from .cache import HybridCache, slot_positions
 from .documents import Documents
-from .kernels import AUTO, computed_in, kernel_for
 from .mask import at_least_one, full_visible, streaming_visible
 from .spec import HybridError, HybridSpec
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.hybrid.kernels import AUTO, Choice, Use, choose
+from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec

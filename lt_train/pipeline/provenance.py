@@ -4,15 +4,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.schema import Recipe
 from lt_train.report.results import Result, read_results
 
 
-def export_facts(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> ExportFacts:
+def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> ExportMetadata:
     hybrid = recipe.hybrid
-    return ExportFacts(
+    return ExportMetadata(
         recipe=recipe.name,
         base=recipe.model.base,
         base_revision=recipe.model.revision,
@@ -46,11 +46,11 @@ def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | No
     return settings
 
 
-def _score(result: Result) -> ScoreFact:
+def _score(result: Result) -> ReportedScore:
     scores = result.scores
     if isinstance(scores, AnswerScores):
         metric, value, n = f"avg@{scores.samples}", scores.accuracy, scores.problems
     else:
         metric, value, n = "KL to base" if scores.is_divergence else "loss", scores.loss, scores.samples
     span = None if scores.interval is None else (scores.interval.low, scores.interval.high)
-    return ScoreFact(result.variant, result.evaluation, metric, value, scores.standard_error, span, n)
+    return ReportedScore(result.variant, result.evaluation, metric, value, scores.standard_error, span, n)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lt_train.bench import attention
 from lt_train.bench.attention import ON_CPU, Timing, attention_table, bench_attention, time_length
-from lt_train.hybrid.kernels import KERNELS, Use
+from lt_train.hybrid.attention_kernels import KERNELS, Use
 from lt_train.hybrid.mask import streaming_visible
 
 CPU = Use(torch.device("cpu"), torch.float32, 16, trains=True)

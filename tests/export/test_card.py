@@ -7,13 +7,13 @@ from huggingface_hub import ModelCard
 
 from lt_train.export.card import is_hub_id, kv_bytes, model_card
 from lt_train.export.verify import Check
-from tests.support.tiny_exports import facts, tiny_hybrid
+from tests.support.tiny_exports import metadata, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 2e-7, 12.5, 1e-5, 48, 0)
 
 
 def card(*, w_sink=3, **changed):
-    return model_card(facts(**changed), tiny_hybrid(w_sink=w_sink).config, torch.float32, CHECK, own_code=w_sink > 0)
+    return model_card(metadata(**changed), tiny_hybrid(w_sink=w_sink).config, torch.float32, CHECK, own_code=w_sink > 0)
 
 
 def test_the_hub_reads_the_front_matter():

@@ -17,7 +17,7 @@ from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES
-from tests.support.tiny_exports import END, TEMPLATE, facts, tiny_hybrid, tiny_tokenizer
+from tests.support.tiny_exports import END, TEMPLATE, metadata, tiny_hybrid, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def logits(model):
 
 def export(model, out, **kwargs):
     return export_hybrid(
-        model, tiny_tokenizer(), out, kwargs.pop("facts", facts()), dtype=kwargs.pop("dtype", torch.float32), **kwargs
+        model, tiny_tokenizer(), out, kwargs.pop("metadata", metadata()), dtype=kwargs.pop("dtype", torch.float32), **kwargs
     )
 
 
@@ -210,7 +210,7 @@ def test_an_export_needs_no_flash_attention_and_chooses_its_attention_itself(exp
 sys.modules["flash_attn"] = sys.modules["flash_attn_interface"] = None
 model = load({str(folder)!r}, trust_remote_code=True)
 assert model.model.attention_kernel == "auto"
-kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".kernels"]
+kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".attention_kernels"]
 choice = kernels.choose("auto", kernels.Use(torch.device("cpu"), torch.float32, head_size=16, trains=False))
 assert choice.name == "blocked", choice
 by_auto = logits(model)
@@ -238,7 +238,7 @@ def test_the_same_export_is_recognised_and_another_is_refused(exported):
     assert export(model, folder, report=said.append) == folder
     assert any("already" in line for line in said) and not any("writing" in line for line in said)
     with pytest.raises(UserError, match="another export"):
-        export(model, folder, facts=facts(recipe="other"))
+        export(model, folder, metadata=metadata(recipe="other"))
     with pytest.raises(UserError, match="another export"):
         export(tiny_hybrid(w_recent=9), folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written

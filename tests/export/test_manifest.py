@@ -4,7 +4,7 @@ import torch
 from lt_train.export.manifest import MANIFEST, content_fingerprint, is_exported, make_manifest, read_manifest
 from lt_train.export.verify import Check
 from lt_train.runtime.errors import UserError
-from tests.support.tiny_exports import facts, tiny_hybrid
+from tests.support.tiny_exports import metadata, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 0.0, 12.5, 1e-5, 48, 0)
 
@@ -58,11 +58,11 @@ def test_a_cut_or_foreign_manifest_is_an_error(folder, text):
 def test_the_fingerprint_follows_weights_files_and_facts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     model = tiny_hybrid()
-    seen = [content_fingerprint(tmp_path, model, facts()), content_fingerprint(tmp_path, model, facts(recipe="other"))]
-    assert content_fingerprint(tmp_path, model, facts()) == seen[0]
+    seen = [content_fingerprint(tmp_path, model, metadata()), content_fingerprint(tmp_path, model, metadata(recipe="other"))]
+    assert content_fingerprint(tmp_path, model, metadata()) == seen[0]
     with torch.no_grad():
         model.lm_head.weight[3, 5] += 1e-3
-    seen.append(content_fingerprint(tmp_path, model, facts()))
+    seen.append(content_fingerprint(tmp_path, model, metadata()))
     (tmp_path / "config.json").write_text("{ }")
-    seen.append(content_fingerprint(tmp_path, model, facts()))
+    seen.append(content_fingerprint(tmp_path, model, metadata()))
     assert len(set(seen)) == 4

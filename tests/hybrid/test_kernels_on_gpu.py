@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
 
+from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.hybrid.flash import attend_by_parts, streaming_parts
 from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
-from lt_train.hybrid.kernels import KERNELS, Use, choose
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from tests.support.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lt_train.hybrid.attention_kernels import KERNELS
 from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.documents import find_documents
-from lt_train.hybrid.kernels import KERNELS
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import reference_streaming_attention
 from tests.support.dense_flash import DenseFlash
@@ -43,7 +43,7 @@ def test_padding_and_empty_slots_are_never_seen():
 @pytest.fixture
 def flash_on_a_cpu(monkeypatch):
     """A dense stand-in for the flash kernels, which need a GPU."""
-    monkeypatch.setattr("lt_train.hybrid.kernels._flash_on", lambda device: DenseFlash())
+    monkeypatch.setattr("lt_train.hybrid.attention_kernels._flash_on", lambda device: DenseFlash())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

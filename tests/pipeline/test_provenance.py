@@ -5,10 +5,10 @@ import pytest
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, write_scores
 from lt_train.evaluation.statistics import Interval, TokenLoss
-from lt_train.export.facts import ScoreFact
+from lt_train.export.metadata import ReportedScore
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.pipeline.provenance import export_facts
+from lt_train.pipeline.provenance import export_metadata
 from lt_train.pipeline.run_folder import PACKAGES
 from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe
@@ -45,19 +45,19 @@ def run(tmp_path) -> Path:
 
 
 def test_an_export_names_base_data_and_how_the_layers_were_chosen(tmp_path, run):
-    facts = export_facts(recipe_with(tmp_path), run, {"rows": 9})
-    assert (facts.recipe, facts.base, facts.base_revision, facts.selection) == ("tiny", "nobody/nothing", "v2", "reach")
-    assert (facts.data, facts.data_format, facts.data_counts) == ("nobody/traces", "messages", {"rows": 9})
-    assert facts.versions.keys() == set(PACKAGES)
+    metadata = export_metadata(recipe_with(tmp_path), run, {"rows": 9})
+    assert (metadata.recipe, metadata.base, metadata.base_revision, metadata.selection) == ("tiny", "nobody/nothing", "v2", "reach")
+    assert (metadata.data, metadata.data_format, metadata.data_counts) == ("nobody/traces", "messages", {"rows": 9})
+    assert metadata.versions.keys() == set(PACKAGES)
 
 
 def test_layers_of_the_recipe_are_said_to_be_given_there(tmp_path, run):
     given = recipe_with(tmp_path, "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null", "hybrid.layers=[0, 2]")
-    assert export_facts(given, run, {}).selection == "given in the recipe"
+    assert export_metadata(given, run, {}).selection == "given in the recipe"
 
 
 def test_an_export_names_the_settings_that_shaped_its_training_and_no_others(tmp_path, run):
-    assert export_facts(recipe_with(tmp_path), run, {}).training == {
+    assert export_metadata(recipe_with(tmp_path), run, {}).training == {
         "method": "lora",
         "learning_rate": 1e-3,
         "max_steps": 7,
@@ -74,19 +74,19 @@ def test_an_export_names_the_settings_that_shaped_its_training_and_no_others(tmp
 
 
 def test_full_training_has_no_settings_of_lora_and_a_training_free_hybrid_has_none_at_all(tmp_path, run):
-    full = export_facts(recipe_with(tmp_path, "train.method=full", "lora=null"), run, {}).training
+    full = export_metadata(recipe_with(tmp_path, "train.method=full", "lora=null"), run, {}).training
     assert full["method"] == "full" and not any(name.startswith("lora") for name in full)
     free = recipe_with(tmp_path, "train=null", "lora=null", "eval=[]")
-    assert export_facts(free, run, {}).training is None
+    assert export_metadata(free, run, {}).training is None
 
 
 def test_the_card_says_what_was_distilled_trained_and_put_back(tmp_path, run):
     distilled = recipe_with(tmp_path, "train.distill.weight=0.5", "train.restore_query_key=true")
-    facts = export_facts(distilled, run, {}).training
-    assert facts["distill_weight"] == 0.5 and facts["distill_teacher"] == "auto" and "distill_top_k" not in facts
-    assert "put back" in facts["queries and keys of full-attention layers"]
+    metadata = export_metadata(distilled, run, {}).training
+    assert metadata["distill_weight"] == 0.5 and metadata["distill_teacher"] == "auto" and "distill_top_k" not in metadata
+    assert "put back" in metadata["queries and keys of full-attention layers"]
     part = recipe_with(tmp_path, "train.method=full", "lora=null", "train.parameters=lazy_projections")
-    assert export_facts(part, run, {}).training["parameters"] == "lazy_projections"
+    assert export_metadata(part, run, {}).training["parameters"] == "lazy_projections"
 
 
 def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(tmp_path, run):
@@ -96,8 +96,8 @@ def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(t
     write_scores(run / "eval/base/ledger/scores.json", answers)
     write_scores(run / "eval/trained/heldout_loss/scores.json", losses)
     write_scores(run / "eval/trained/heldout_kl/scores.json", replace(losses, benchmark="heldout_kl", loss=0.25))
-    assert export_facts(recipe_with(tmp_path), run, {}).scores == (
-        ScoreFact("base", "ledger", "avg@4", 0.5, 0.25, (0.1, 0.9), 2),
-        ScoreFact("trained", "heldout_loss", "loss", 1.5, None, None, 1),
-        ScoreFact("trained", "heldout_kl", "KL to base", 0.25, None, None, 1),
+    assert export_metadata(recipe_with(tmp_path), run, {}).scores == (
+        ReportedScore("base", "ledger", "avg@4", 0.5, 0.25, (0.1, 0.9), 2),
+        ReportedScore("trained", "heldout_loss", "loss", 1.5, None, None, 1),
+        ReportedScore("trained", "heldout_kl", "KL to base", 0.25, None, None, 1),
     )

@@ -1,4 +1,4 @@
-"""Small models, a small tokenizer and made-up facts to export."""
+"""Small models, a small tokenizer and made-up metadata to export."""
 
 import string
 
@@ -6,7 +6,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.export.facts import ExportFacts, ScoreFact
+from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -35,7 +35,7 @@ def tiny_hybrid(family: str = "qwen3", *, w_sink: int = 3, w_recent: int = 7, la
     return model
 
 
-def facts(**changed) -> ExportFacts:
+def metadata(**changed) -> ExportMetadata:
     values = dict(
         recipe="tiny",
         base="maker/tiny-base",
@@ -46,9 +46,9 @@ def facts(**changed) -> ExportFacts:
         data_counts={"rows_read": 1200, "trained_on": 1000},
         training={"method": "lora", "learning_rate": 1e-4},
         scores=(
-            ScoreFact("base", "aime24", "avg@16", 0.5331, 0.0712, (0.39, 0.67), 30),
-            ScoreFact("trained", "heldout_loss", "loss", 1.5, None, None, 1),
+            ReportedScore("base", "aime24", "avg@16", 0.5331, 0.0712, (0.39, 0.67), 30),
+            ReportedScore("trained", "heldout_loss", "loss", 1.5, None, None, 1),
         ),
         versions={"lt_train": "0.1.0", "torch": "2.13.0"},
     )
-    return ExportFacts(**values | changed)
+    return ExportMetadata(**values | changed)

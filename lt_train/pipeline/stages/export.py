@@ -7,7 +7,7 @@ import torch
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import export_key
-from lt_train.pipeline.provenance import export_facts
+from lt_train.pipeline.provenance import export_metadata
 from lt_train.pipeline.run_folder import set_aside
 from lt_train.recipe.schema import CONVERTED, TRAINED
 
@@ -43,7 +43,7 @@ def run(context: RunContext) -> None:
             context.variants.load(exported, torch.float32),
             context.tokenizer,
             out,
-            export_facts(recipe, context.paths.root, context.examples.counts),
+            export_metadata(recipe, context.paths.root, context.examples.counts),
             dtype=_dtype(context),
             chat_template=Path(template).read_text(encoding="utf-8") if template else None,
             report=lambda line: context.report(NAME, line),

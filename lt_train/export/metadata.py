@@ -1,11 +1,11 @@
-"""What a run tells its export: plain values that end up in the model card."""
+"""Where an export comes from: plain values that its model card shows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ScoreFact:
-    """One figure of an evaluation.
+class ReportedScore:
+    """One score of an evaluation.
 
     Attributes:
         variant: "base", "converted" or "trained". evaluation: name of the evaluation, such as "aime24".
@@ -23,8 +23,8 @@ class ScoreFact:
 
 
 @dataclass(frozen=True)
-class ExportFacts:
-    """Where a hybrid comes from. Equal facts give an equal card, so there is no date or duration among them.
+class ExportMetadata:
+    """The origin of a hybrid. Equal metadata give an equal card, so there is no date or duration among them.
 
     Attributes:
         recipe: the recipe's name.
@@ -32,7 +32,7 @@ class ExportFacts:
         selection: how the lazy layers were chosen: a strategy's name, or "given in the recipe".
         data: source of the examples (hub id, file or folder); they calibrate the choice of layers even without training.
         data_format: as in the recipe. data_counts: examples read, dropped, trained on, …
-        training: settings that a reader would want to know, by name; None for a hybrid that was not trained.
+        training: settings that shape a training, by name; None for a hybrid that was not trained.
         scores: of all variants that were evaluated.
         versions: of the packages that made it.
     """
@@ -45,5 +45,5 @@ class ExportFacts:
     data_format: str
     data_counts: dict[str, int]
     training: dict[str, str | int | float | bool | None] | None
-    scores: tuple[ScoreFact, ...]
+    scores: tuple[ReportedScore, ...]
     versions: dict[str, str]

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from lt_train.hybrid import kernels
-from lt_train.hybrid.kernels import KERNELS, Choice, Use, choose, computed_in
+from lt_train.hybrid import attention_kernels
+from lt_train.hybrid.attention_kernels import KERNELS, Choice, Use, choose, computed_in
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash
@@ -20,17 +20,17 @@ SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 def on_a_gpu(monkeypatch):
     """As on a GPU of compute capability 9.0 on which flash attention and FlexAttention run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: DenseFlash())
-    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
-    monkeypatch.setattr(kernels, "_fails", lambda name, use: None)
+    monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: DenseFlash())
+    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention_kernels, "_fails", lambda name, use: None)
 
 
 @pytest.fixture
 def flash_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(kernels, "_flash_on", lambda device: DenseFlash())
+    monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: DenseFlash())
     monkeypatch.setitem(KERNELS, "flash", dataclasses.replace(KERNELS["flash"], obstacle=lambda use: None))
     yield
-    kernels._chosen.cache_clear()
+    attention_kernels._chosen.cache_clear()
 
 
 def without(use, **changes):
@@ -47,10 +47,10 @@ def test_auto_takes_flash_on_a_gpu_and_says_which(on_a_gpu):
 
 def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
     assert choose("auto", without(GPU, dtype=torch.float32)).name == "blocked"
-    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: None)
+    monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: None)
     choice = choose("auto", GPU)
     assert choice.name == "flex" and "not flash: neither the flash-attn package" in choice.reason
-    monkeypatch.setattr(kernels, "_fails", lambda name, use: "it is broken")
+    monkeypatch.setattr(attention_kernels, "_fails", lambda name, use: "it is broken")
     choice = choose("auto", GPU)
     assert choice.name == "blocked" and "not flex: it is broken" in choice.reason
 
@@ -68,14 +68,14 @@ def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch)
 
 
 def test_a_missing_or_broken_flash_package_is_named(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(kernels, "flash_kernel", lambda capability: None)
+    monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: None)
     with pytest.raises(HybridError, match=r"capability 9\.0.*pip install 'lt-train\[flash\]'"):
         choose("flash", GPU)
 
     def undefined_symbol(capability):
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(kernels, "flash_kernel", undefined_symbol)
+    monkeypatch.setattr(attention_kernels, "flash_kernel", undefined_symbol)
     with pytest.raises(HybridError, match=r"installed but cannot be loaded \(undefined symbol: _ZN3c10\)"):
         choose("flash", GPU)
 
@@ -88,7 +88,7 @@ def test_what_flex_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
         choose("flex", without(GPU, head_size=8))
     with pytest.raises(HybridError, match="bf16, fp16 or fp32"):
         choose("flex", without(GPU, dtype=torch.float64))
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: None)
     with pytest.raises(HybridError, match="compiled by triton, which is not here"):
         choose("flex", GPU)
 
@@ -99,7 +99,7 @@ def test_an_unknown_kernel_is_refused():
 
 
 def test_a_kernel_that_works_passes_its_trial(flash_on_a_cpu):
-    assert kernels._fails("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
+    assert attention_kernels._fails("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
 
 
 class OffByOne(DenseFlash):
@@ -128,13 +128,13 @@ class Unbuilt(DenseFlash):
     ("broken", "said"), [(OffByOne, "other numbers"), (WrongGradient, "other numbers"), (Unbuilt, "no kernel image is available")]
 )
 def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, said, monkeypatch):
-    monkeypatch.setattr(kernels, "_flash_on", lambda device: broken())
-    assert said in kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: broken())
+    assert said in attention_kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
 
 
 def test_a_trial_draws_no_random_numbers_of_the_run(flash_on_a_cpu):
     before = torch.get_rng_state()
-    kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    attention_kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
     assert torch.equal(torch.get_rng_state(), before)
 
 
