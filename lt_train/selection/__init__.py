@@ -1,1 +1,1 @@
-"""Which layers lose least by streaming: strategies (one file each), the choice, the layer profile and its picture."""
+"""The layers that lose least by streaming: strategies (one file each), the choice, the layer profile and its picture."""

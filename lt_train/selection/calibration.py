@@ -1,4 +1,4 @@
-"""Which calibration samples can tell lazy layers from others: those longer than the window."""
+"""The calibration samples that distinguish lazy layers from others: those longer than the window."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,8 +8,8 @@ from lt_train.runtime.errors import UserError
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example
 
-USABLE_SHARE = 0.5
-"""With a smaller share of usable samples the ranking would rest on much less than the recipe asked for: an error."""
+USABLE_FRACTION = 0.5
+"""With a smaller fraction of usable samples the ranking would rest on far fewer than the recipe requests: an error."""
 
 
 def samples_beyond_window(examples: Sequence["Example"], w_sink: int, w_recent: int) -> tuple[list["Example"], list["Example"]]:
@@ -23,34 +23,34 @@ def samples_beyond_window(examples: Sequence["Example"], w_sink: int, w_recent: 
     """
     if not examples:
         raise UserError(
-            "hybrid.calibration: no training sample is left to score layers on. See data.limit, and data.overlong: "
-            "with drop, samples longer than data.max_length go"
+            "hybrid.calibration: no training sample is left to score layers on. Fix: raise data.limit or data.max_length "
+            "(data.overlong: drop leaves out longer samples)"
         )
     shortest_usable = w_sink + w_recent + 2
     usable = [example for example in examples if len(example) >= shortest_usable]
     fitting = [example for example in examples if len(example) < shortest_usable]
-    if len(usable) < USABLE_SHARE * len(examples):
+    if len(usable) < USABLE_FRACTION * len(examples):
         raise UserError(_window_too_large(sorted(map(len, examples)), len(fitting), w_sink, w_recent))
     return usable, fitting
 
 
 def _window_too_large(lengths: list[int], fitting: int, w_sink: int, w_recent: int) -> str:
-    middle = lengths[len(lengths) // 2]
+    median = lengths[len(lengths) // 2]
     window = w_sink + w_recent
     return (
-        f"hybrid.w_recent: {fitting} of {len(lengths)} calibration samples fit inside the window of {window} tokens "
-        f"(w_sink {w_sink} + w_recent {w_recent}); to them every layer looks lazy. "
-        f"With prompt and answer all have {lengths[0]} to {lengths[-1]} tokens, median {middle}.\n"
-        f"  {_sizes_that_would_do(lengths, middle, w_sink)}.\n"
+        f"hybrid.w_recent: {w_recent}: {fitting} of {len(lengths)} calibration samples fit inside the window of {window} tokens "
+        f"(w_sink {w_sink} + w_recent {w_recent}), where every layer looks lazy. "
+        f"Prompt and answer together have {lengths[0]} to {lengths[-1]} tokens, median {median}.\n"
+        f"  Fix: {_smaller_window(lengths, median, w_sink)}.\n"
         f"  Or score on samples of at least {window + 2} tokens: raise data.max_length or "
-        "hybrid.calibration.max_length where they cut, or choose other data"
+        "hybrid.calibration.max_length where they truncate, or choose other data"
     )
 
 
-def _sizes_that_would_do(lengths: list[int], middle: int, w_sink: int) -> str:
-    half, all_of_them = middle - w_sink - 2, lengths[0] - w_sink - 2
+def _smaller_window(lengths: list[int], median: int, w_sink: int) -> str:
+    half, all_of_them = median - w_sink - 2, lengths[0] - w_sink - 2
     if half < 1:
-        return f"No hybrid.w_recent would do: the samples are hardly longer than w_sink {w_sink}"
+        return f"no hybrid.w_recent is small enough: the samples are hardly longer than w_sink {w_sink}"
     if all_of_them < 1:
-        return f"Sizes that would do: hybrid.w_recent up to {half} (half of the samples reach further)"
-    return f"Sizes that would do: hybrid.w_recent up to {all_of_them} (all samples reach further), or up to {half} (half of them)"
+        return f"lower hybrid.w_recent to at most {half} (half of the samples are longer)"
+    return f"lower hybrid.w_recent to at most {all_of_them} (all samples are longer), or to at most {half} (half of them)"

@@ -10,7 +10,7 @@ from lt_train.selection.profile import LayerProfile
 
 
 def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
-    """The layers, ascending, that the recipe's hybrid part asks for.
+    """The layers, ascending, that the recipe's hybrid part requests.
 
     `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers and `periodic`.
 
@@ -19,9 +19,11 @@ def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None 
     """
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
+    assert hybrid.lazy_layer_ratio is not None and hybrid.strategy is not None, "the schema has one of layers and ratio"
     n_layers = number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
     if hybrid.strategy == "periodic":
         return periodic_layers(n_layers, num_layers)
+    assert profile is not None, f"{hybrid.strategy} needs scores"
     return profile.choose(hybrid.strategy, n_layers)
 
 
@@ -36,11 +38,14 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     if 0 < count < num_layers:
         return count
     if num_layers < 2:
-        raise UserError("hybrid.lazy_layer_ratio: this model has one layer; a hybrid needs one that streams and one that does not")
+        raise UserError(
+            f"hybrid.lazy_layer_ratio: {ratio:g}: this model has one layer; a hybrid needs one that streams and one that does not. "
+            "Fix: choose another model.base"
+        )
     which = "no layer" if count == 0 else "every layer"
     raise UserError(
-        f"hybrid.lazy_layer_ratio: {ratio:g} of {num_layers} layers rounds to {count}, {which} would stream. "
-        f"Ratios that would do: {1 / num_layers:.3g} (1 layer) to {1 - 1 / num_layers:.3g} ({num_layers - 1} layers)"
+        f"hybrid.lazy_layer_ratio: {ratio:g}: of {num_layers} layers {count} would stream, {which}. "
+        f"Fix: set it from {1 / num_layers:.3g} (1 layer) to {1 - 1 / num_layers:.3g} ({num_layers - 1} layers)"
     )
 
 
@@ -51,15 +56,15 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
         UserError: empty, every layer, a layer twice, or one the model does not have (layers count from 0).
     """
     if not layers:
-        raise UserError("hybrid.layers: empty, nothing would stream. Name at least one layer, or set hybrid.lazy_layer_ratio")
-    strangers = sorted({layer for layer in layers if not 0 <= layer < num_layers})
-    if strangers:
-        raise UserError(f"hybrid.layers: {_listed(strangers)} not in this model, whose layers are 0 to {num_layers - 1}")
+        raise UserError("hybrid.layers: []: nothing would stream. Fix: name at least one layer, or set hybrid.lazy_layer_ratio")
+    unknown = sorted({layer for layer in layers if not 0 <= layer < num_layers})
+    if unknown:
+        raise UserError(f"hybrid.layers: {_listed(unknown)} not in this model. Fix: name layers from 0 to {num_layers - 1}")
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
-        raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Name each layer once")
+        raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Fix: name each layer once")
     if len(layers) == num_layers:
-        raise UserError("hybrid.layers: every layer would stream, and nothing could reach beyond the window. Leave one out")
+        raise UserError("hybrid.layers: every layer would stream, and nothing could reach beyond the window. Fix: leave one out")
     return tuple(sorted(layers))
 
 

@@ -1,9 +1,9 @@
-"""What a layer profile was made from: scores of two makings are never mixed, and a reader can tell whose they are."""
+"""What a layer profile was made from: model, data, sizes, versions. Scores of different fingerprints are never mixed."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -12,13 +12,14 @@ import torch
 
 from lt_train import __version__
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.runtime.fingerprints import differences
 
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example
 
 _LIBRARIES = ("torch", "transformers")
 _VALUES_PER_WEIGHT = 64
-# Facts of a config that change without the model changing: where it was loaded from, by whom, in what dtype, and which
+# Settings of a config that differ between equal models: where it was loaded from, by which version, the dtype, and which
 # layers stream.
 _NOT_THE_MODEL = {
     "_name_or_path",
@@ -33,7 +34,7 @@ _NOT_THE_MODEL = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The settings of the recipe's hybrid part that scores depend on; sizes in tokens."""
+    """The settings of the recipe's hybrid part on which scores depend; sizes in tokens."""
 
     w_sink: int
     w_recent: int
@@ -50,7 +51,7 @@ class Fingerprint:
     config: str
     """Hash of the model's configuration."""
     weights: str
-    """Hash of name, shape and 64 values of each weight: a base trained on under the same name is another base."""
+    """Hash of name, shape and 64 values of each weight: it differs for a base of the same name that was trained further."""
     dtype: str
     data: str
     """Hash of the ids and tokens of the calibration samples, in order."""
@@ -59,16 +60,14 @@ class Fingerprint:
     versions: dict[str, str]
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """One line for each fact that is not the same: its name, this value, the other's."""
-        mine, others = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
-        names = sorted(mine.keys() | others.keys())
-        return [f"{name}: {mine.get(name)}, {others.get(name)}" for name in names if mine.get(name) != others.get(name)]
+        """One line for each value that is not the same: its name, this value, the other's."""
+        return differences(dataclasses.asdict(self), dataclasses.asdict(other))
 
 
 def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
     return Fingerprint(
-        model=model.config.name_or_path,
+        model=str(model.config.name_or_path),
         config=_hash(config),
         weights=_hash_of_weights(model),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -84,20 +83,10 @@ def _hash(value: object) -> str:
 
 
 def _hash_of_weights(model: HybridForCausalLM) -> str:
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.flatten()
         picked = flat[:: max(1, flat.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
-        seen.update(f"{name}{tuple(weight.shape)}".encode())
-        seen.update(picked.to("cpu", torch.float64).numpy().tobytes())
-    return seen.hexdigest()[:16]
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(picked.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]

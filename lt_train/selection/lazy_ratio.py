@@ -42,23 +42,23 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
 
 
 def most_often_lazy(ratios: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
-    """LightTransfer-Train's choice: each sample calls its `n_layers` laziest layers lazy; those most often called win.
+    """LightTransfer-Train's choice: each sample votes for its `n_layers` laziest layers; those with the most votes are chosen.
 
     `ratios[sample][layer]`. Equal counts are ordered by the mean ratio, then by index; within a sample the lower of two
-    equal layers is called first. The sums are exact (`math.fsum`), so the order of the samples cannot matter.
+    equal layers comes first. The sums are exact (`math.fsum`), so the order of the samples cannot matter.
     """
     layers = range(len(ratios[0]))
-    verdicts: Counter[int] = Counter()
+    votes: Counter[int] = Counter()
     for ratio_L in ratios:
-        verdicts.update(sorted(layers, key=lambda layer, ratio_L=ratio_L: (-ratio_L[layer], layer))[:n_layers])
+        votes.update(sorted(layers, key=[-ratio for ratio in ratio_L].__getitem__)[:n_layers])  # stable: of equals the lower
     total_L = [math.fsum(column) for column in zip(*ratios, strict=True)]
-    ranked = sorted(layers, key=lambda layer: (-verdicts[layer], -total_L[layer], layer))
+    ranked = sorted(layers, key=lambda layer: (-votes[layer], -total_L[layer], layer))
     return tuple(sorted(ranked[:n_layers]))
 
 
 @dataclass
 class ObservedView(FullView):
-    """Full attention as it is, that notes the lazy ratio of the layer it passes through."""
+    """Full attention that also computes the lazy ratio of the layer."""
 
     sizes: Sizes = field(kw_only=True)
     lazy_ratio: float = math.nan

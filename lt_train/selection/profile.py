@@ -1,7 +1,7 @@
-"""The layer profile: one score per layer, strategy and sample, with where it came from; how it is made, kept and read.
+"""The layer profile: one score per layer, strategy and sample, with its fingerprint; how it is computed, saved and loaded.
 
-profile.json     the whole profile
-samples.jsonl    its making: a header, then one row a sample, so that a killed run goes on at the next sample
+profile.json     the finished profile
+samples.jsonl    a header, then one row a sample as it is scored: a killed run resumes at the next sample
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ class SampleScores:
     """Prompt and answer."""
     scores: dict[str, tuple[float, ...]]
     all_streaming: dict[str, float]
-    """`nll` and `reach`: the rise when every layer streams, to hold a single layer's rise against."""
+    """`nll` and `reach`: the rise when every layer streams, to compare a single layer's rise with."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What `samples.jsonl` starts with."""
+    """The first row of `samples.jsonl`."""
 
     fingerprint: Fingerprint
     num_layers: int
@@ -60,13 +60,13 @@ class Header:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Scores of every layer on every sample that reaches beyond the window."""
+    """Scores of every layer on every sample that is longer than the window."""
 
     fingerprint: Fingerprint
     num_layers: int
     samples: tuple[SampleScores, ...]
     fitting: tuple[str, ...]
-    """Ids of calibration samples passed over because they fit inside the window."""
+    """Ids of calibration samples skipped because they fit inside the window."""
     started: str
     """UTC, ISO 8601."""
 
@@ -89,8 +89,8 @@ class LayerProfile:
             return periodic_layers(n_layers, self.num_layers)
         if strategy not in self.strategies:
             raise UserError(
-                f"hybrid.strategy: {strategy} is not in this layer profile, which has {', '.join(self.strategies)}. "
-                "Make the profile anew with it"
+                f"hybrid.strategy: {strategy}: not in this layer profile, which has {', '.join(self.strategies)}. "
+                "Fix: score the layers again with it"
             )
         rank = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
         return rank(self.scores[strategy], n_layers)
@@ -102,13 +102,13 @@ class LayerProfile:
     def load(cls, path: Path) -> "LayerProfile":
         """
         Raises:
-            UserError: the file cannot be read, or is not a whole layer profile.
+            UserError: the file cannot be read, or is not a valid layer profile.
         """
         profile = _validated(cls, read_json(path, "layer profile"), str(path))
         for sample in profile.samples:
             _check_sample(sample, profile.fingerprint.strategies, profile.num_layers, str(path))
         if not profile.samples:
-            raise _not_whole(str(path), "it has no samples")
+            raise _invalid(str(path), "it has no samples")
         return profile
 
 
@@ -125,9 +125,9 @@ def profile_layers(
 
     Args:
         model: a hybrid with any spec of the recipe's `w_sink` and `w_recent`; put into evaluation mode. hybrid: the
-        recipe's hybrid part. strategies: names; `periodic` needs no scores and is passed over. out: folder for
-        `profile.json` and `samples.jsonl`. A run that was cut off there goes on; a finished one is read back. progress:
-        show samples done, rate and time left on stderr.
+        recipe's hybrid part. strategies: names; `periodic` needs no scores and is skipped. out: folder for
+        `profile.json` and `samples.jsonl`. An interrupted run resumes there; a finished one is loaded. progress: show
+        samples done, rate and time left on stderr.
 
     Raises:
         UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
@@ -147,7 +147,7 @@ def profile_layers(
     )
     samples: list[SampleScores] = []
     if out is not None:
-        header, samples = _begin_or_go_on(out / "samples.jsonl", header)
+        header, samples = _begin_or_resume(out / "samples.jsonl", header)
     with show_progress("scoring layers", done=len(samples), total=len(usable), shown=progress) as bar:
         for example in usable[len(samples) :]:
             samples.append(_score_sample(model, example, sizes, scored))
@@ -174,14 +174,14 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
     for strategy, score_L in scores.items():
         if not all(map(math.isfinite, score_L)):
             raise UserError(
-                f"model.base: {strategy} of sample {example.id} is not finite in {model.dtype}, so no ranking. "
-                "Set model.dtype to fp32; if that does not help, the base's weights are damaged"
+                f"model.base: {strategy} of sample {example.id} is not finite in {model.dtype}, so layers cannot be ranked. "
+                "Fix: set model.dtype to fp32; if that does not help, the base's weights are damaged"
             )
     return SampleScores(example.id, len(example), {name: tuple(score_L) for name, score_L in scores.items()}, all_streaming)
 
 
-def _begin_or_go_on(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:
-    """Write the header into a new file, or read header and rows of one that was begun.
+def _begin_or_resume(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:
+    """Write the header into a new file, or read header and rows of an existing one.
 
     Raises:
         UserError: the file was begun with another model, data or settings, or has a damaged row.
@@ -197,8 +197,8 @@ def _begin_or_go_on(path: Path, header: Header) -> tuple[Header, list[SampleScor
     if differences:
         listed = "\n  ".join(differences)
         raise UserError(
-            f"{path}: these scores were made from something else (there, here):\n  {listed}\n"
-            "Give this run another name, or delete that folder to score anew"
+            f"{path}: these scores have another fingerprint (there, here):\n  {listed}\n"
+            "Fix: give this run another name, or delete that folder to score again"
         )
     samples = [_validated(SampleScores, row, where) for where, row in rows[1:]]
     for (where, _), sample in zip(rows[1:], samples, strict=True):
@@ -211,15 +211,16 @@ def _validated(kind: type[_FromFile], values: object, where: str) -> _FromFile:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise _not_whole(where, f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        raise _invalid(where, f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
 def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: int, where: str) -> None:
     for strategy in strategies:
         score_L = sample.scores.get(strategy, ())
         if len(score_L) != num_layers or not all(map(math.isfinite, score_L)):
-            raise _not_whole(where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers")
+            raise _invalid(where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers")
 
 
-def _not_whole(where: str, fault: str) -> UserError:
-    return UserError(f"{where}: not a whole layer profile ({fault}). Delete its folder and run again to make it anew")
+def _invalid(where: str, fault: str) -> UserError:
+    fix = "delete its folder and run again, which scores the layers again"
+    return UserError(f"{where}: not a valid layer profile ({fault}). Fix: {fix}")

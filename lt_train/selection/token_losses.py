@@ -1,8 +1,8 @@
 """The loss of every answer token when all layers are full, when one of them streams, and when all of them stream.
 
-`nll` and `reach` are two readings of this one table. L layers would cost L forward passes; but below the layer that
-streams nothing differs from the full model, so its hidden states there are computed once: a single sweep through the
-layers carries the full model and every variant born so far, about L/2 forward passes in all.
+`nll` and `reach` are both computed from this one table. L layers would cost L forward passes; but below the layer that
+streams nothing differs from the full model, so its hidden states there are computed once: a single pass through the
+layers carries the full model and every variant that has begun to differ, about L/2 forward passes in all.
 
 Shape legend: V variants of the model, T tokens of one sample, A answer tokens, D hidden size, L layers.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lt_train.hybrid.modeling import HybridForCausalLM
 
 # Variants run through a layer together as long as they have no more tokens than this: enough to fill a device with
-# short samples, while a long sample goes one variant at a time and its activations stay those of one forward pass.
+# short samples, while a long sample runs one variant at a time and its activations stay those of one forward pass.
 TOKENS_PER_CALL = 4096
 # Logits held at once (positions x vocabulary), 64 MiB in fp32: 20,000 tokens must not make 20,000 x 152,000 numbers.
 LOGITS_PER_CALL = 2**24
@@ -62,7 +62,7 @@ def _variants_after_last_layer(model: HybridForCausalLM, input_ids_1T: Tensor) -
 
 
 def _groups(count: int, tokens: int) -> list[slice]:
-    """Cut `count` variants of `tokens` tokens each into slices that keep to `TOKENS_PER_CALL`, or of one variant."""
+    """Split `count` variants of `tokens` tokens each into slices of at most `TOKENS_PER_CALL` tokens, or of one variant."""
     size = max(1, TOKENS_PER_CALL // tokens)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 

@@ -24,18 +24,18 @@ def test_the_number_is_near_the_ratio_or_the_ratio_is_refused(ratio, num_layers)
 
 
 @pytest.mark.parametrize(("ratio", "fault"), [(0.05, "no layer"), (0.95, "every layer")])
-def test_no_layer_or_every_layer_is_refused_with_ratios_that_would_do(ratio, fault):
+def test_no_layer_or_every_layer_is_refused_with_ratios_that_work(ratio, fault):
     with pytest.raises(UserError, match=rf"lazy_layer_ratio.*{ratio}.*{fault}.*0\.125 \(1 layer\) to 0\.875 \(7 layers\)"):
         number_of_lazy_layers(ratio, 8)
 
 
 @given(st.integers(2, 200))
-def test_the_ratios_that_an_error_offers_do(num_layers):
+def test_the_ratios_that_an_error_offers_work(num_layers):
     with pytest.raises(UserError) as refused:
         number_of_lazy_layers(0.0, num_layers)
-    words = str(refused.value).split()
-    assert number_of_lazy_layers(float(words[words.index("do:") + 1]), num_layers) == 1
-    assert number_of_lazy_layers(float(words[words.index("to", words.index("do:")) + 1]), num_layers) == num_layers - 1
+    words = str(refused.value).partition("Fix: ")[2].split()
+    assert number_of_lazy_layers(float(words[words.index("from") + 1]), num_layers) == 1
+    assert number_of_lazy_layers(float(words[words.index("to") + 1]), num_layers) == num_layers - 1
 
 
 def test_layers_that_need_no_scores_are_chosen_without_a_profile():
@@ -57,6 +57,6 @@ def test_explicit_layers_are_put_in_order():
         (list(range(8)), "every layer would stream"),
     ],
 )
-def test_explicit_layers_that_cannot_be_are_refused(layers, fault):
+def test_invalid_explicit_layers_are_refused(layers, fault):
     with pytest.raises(UserError, match=rf"hybrid\.layers: .*{fault}"):
         explicit_layers(layers, 8)

@@ -85,11 +85,11 @@ def test_periodic_needs_no_scores(make):
 
 
 def test_a_strategy_that_was_not_scored_cannot_choose(make):
-    with pytest.raises(UserError, match="lazy_ratio is not in this layer profile, which has nll"):
+    with pytest.raises(UserError, match="lazy_ratio: not in this layer profile, which has nll"):
         make(strategies=["nll"]).choose("lazy_ratio", 2)
 
 
-def test_samples_within_the_window_are_counted_and_passed_over(make, examples, example_of):
+def test_samples_within_the_window_are_counted_and_skipped(make, examples, example_of):
     profile = make(examples=[example_of(9, tokens=8), *examples])
     assert profile.fitting == ("sample-9",)
     assert len(profile.samples) == len(examples)
@@ -100,7 +100,7 @@ def test_a_profile_read_back_is_the_one_that_was_saved(make, tmp_path):
     assert LayerProfile.load(tmp_path / "profile.json") == profile
 
 
-def test_a_profile_says_where_its_scores_came_from(make, tmp_path):
+def test_a_profile_has_its_fingerprint(make, tmp_path):
     make(tmp_path)
     made_from = json.loads((tmp_path / "profile.json").read_text())["fingerprint"]
     assert made_from["sizes"] == {"w_sink": 2, "w_recent": 6, "w_last": 8, "long_reach_share": 0.1}
@@ -109,17 +109,17 @@ def test_a_profile_says_where_its_scores_came_from(make, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_run_cut_off_goes_on_and_ends_equal_to_an_uninterrupted_one(make, tmp_path, monkeypatch, seed):
+def test_an_interrupted_run_resumes_and_ends_equal_to_an_uninterrupted_one(make, tmp_path, monkeypatch, seed):
     moment = random.Random(seed)
     samples_done, scored, score = moment.randrange(5), [], module._score_sample
 
-    def score_until_cut_off(model, example, sizes, strategies):
+    def score_until_interrupted(model, example, sizes, strategies):
         if len(scored) == samples_done:
             raise KeyboardInterrupt
         scored.append(example.id)
         return score(model, example, sizes, strategies)
 
-    monkeypatch.setattr(module, "_score_sample", score_until_cut_off)
+    monkeypatch.setattr(module, "_score_sample", score_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path)
     assert not (tmp_path / "profile.json").exists()
@@ -149,7 +149,7 @@ def test_scores_of_another_model_data_or_window_are_not_mixed_in(make, tmp_path,
         make(tmp_path, model=trained)
     with pytest.raises(UserError, match="data: "):
         make(tmp_path, examples=examples[:-1])
-    wider = Hybrid(w_sink=2, w_recent=7, calibration=Calibration(w_last=8))
+    wider = Hybrid(lazy_layer_ratio=0.5, w_sink=2, w_recent=7, calibration=Calibration(w_last=8))
     with pytest.raises(UserError, match=r"sizes\.w_recent: 6, 7"):
         make(tmp_path, hybrid=wider, model=hybrid_of((), 2, 7))
     with pytest.raises(UserError, match="strategies: "):
@@ -212,7 +212,7 @@ def test_a_profile_with_wrong_content_is_refused(make, tmp_path, how):
     make(tmp_path, strategies=["nll"])
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(damaged(json.loads(path.read_text()), how)))
-    with pytest.raises(UserError, match=r"profile\.json: not a whole layer profile"):
+    with pytest.raises(UserError, match=r"profile\.json: not a valid layer profile"):
         LayerProfile.load(path)
 
 
@@ -221,5 +221,5 @@ def test_a_damaged_row_in_the_middle_stops_a_resumed_run(make, tmp_path):
     path = tmp_path / "samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], '{"id": "sample-1"}\n', *lines[3:]]))
-    with pytest.raises(UserError, match=r"samples\.jsonl:3: not a whole layer profile"):
+    with pytest.raises(UserError, match=r"samples\.jsonl:3: not a valid layer profile"):
         make(tmp_path, strategies=["nll"])

@@ -17,7 +17,7 @@ def test_reach_looks_at_the_tokens_that_suffer_most_when_every_layer_streams():
     all_streaming = [0.0] * 18 + [5.0, 4.0]
     harmless = [0.5] * 18 + [0.0, 0.0]
     look_up = [0.0] * 18 + [3.0, 1.0]
-    rise_L, rise_of_all = reach_rise(losses_with(all_streaming, harmless, look_up), share=0.1)
+    rise_L, rise_of_all = reach_rise(losses_with(all_streaming, harmless, look_up), fraction=0.1)
     assert rise_L == pytest.approx([0.0, 2.0], abs=1e-6)
     assert rise_of_all == pytest.approx(4.5)
 
