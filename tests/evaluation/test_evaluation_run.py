@@ -177,7 +177,7 @@ def test_a_limited_score_says_of_how_many_problems_it_is(evaluation, tmp_path: P
     [
         ({"model_fingerprint": "n"}, "model: 'm' there, 'n' now"),
         ({"temperature": 0.7}, "temperature: 2.5 there, 0.7 now"),
-        ({"temperature": 0.0}, "seed: 5 there, None now"),
+        ({"temperature": 0.0, "samples": 1}, "seed: 5 there, None now"),
         ({"max_new_tokens": 11}, "max_new_tokens: 12 there, 11 now"),
         ({"seed": 6}, "seed: 5 there, 6 now"),
         ({"system": "be brief"}, "prompt: "),

@@ -149,7 +149,7 @@ def test_scores_of_another_model_data_or_window_are_not_mixed_in(make, tmp_path,
         make(tmp_path, model=trained)
     with pytest.raises(UserError, match="data: "):
         make(tmp_path, examples=examples[:-1])
-    wider = Hybrid(w_sink=2, w_recent=7, calibration=Calibration(w_last=8))
+    wider = Hybrid(lazy_layer_ratio=0.5, w_sink=2, w_recent=7, calibration=Calibration(w_last=8))
     with pytest.raises(UserError, match=r"sizes\.w_recent: 6, 7"):
         make(tmp_path, hybrid=wider, model=hybrid_of((), 2, 7))
     with pytest.raises(UserError, match="strategies: "):
