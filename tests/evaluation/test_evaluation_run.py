@@ -183,7 +183,7 @@ def test_a_limited_score_says_of_how_many_problems_it_is(evaluation, tmp_path: P
     [
         ({"model_fingerprint": "n"}, "model: 'm', 'n'"),
         ({"temperature": 0.7}, "temperature: 2.5, 0.7"),
-        ({"temperature": 0.0}, "seed: 5, None"),
+        ({"temperature": 0.0, "samples": 1}, "seed: 5, None"),
         ({"max_new_tokens": 11}, "max_new_tokens: 12, 11"),
         ({"seed": 6}, "seed: 5, 6"),
         ({"system": "be brief"}, "prompt: "),
