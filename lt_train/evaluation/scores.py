@@ -3,7 +3,7 @@ between two of a kind.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -35,8 +35,7 @@ READABLE_VERSIONS = (3, VERSION)
 
 RENAMED_SINCE_3 = {"lengths_right": "lengths_correct", "lengths_wrong": "lengths_incorrect"}
 
-ADDED_SINCE_3: dict[str, Any] = {"truncated_as": "incorrect", "accuracy_by_truncated_as": {}, "from_last": 0.0}
-"""Fields that files of version 3 lack, and their defaults."""
+ADDED_SINCE_3 = {"truncated_as", "accuracy_by_truncated_as", "from_last"}
 
 TruncatedAs = Literal["incorrect", "graded"]
 """How answers that reach max_new_tokens count: as incorrect whatever they say, or by their text."""
@@ -101,15 +100,6 @@ class AnswerScores:
     @property
     def mean(self) -> Mean:
         return Mean(self.accuracy, self.standard_error, self.problems)
-
-    def __repr__(self) -> str:
-        """As of version 3 where no newer field is set: run folders recognise their export by a hash of this."""
-        older = {new: old for old, new in RENAMED_SINCE_3.items()}
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        shown = (
-            f"{older.get(name, name)}={value!r}" for name, value in values.items() if value != ADDED_SINCE_3.get(name, MISSING)
-        )
-        return f"AnswerScores({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -315,7 +305,7 @@ def read_scores(path: Path) -> Scores:
     if version == 3:
         found = {RENAMED_SINCE_3.get(name, name): value for name, value in found.items()}
     names = {each.name for each in fields(kind)}
-    if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3.keys() <= found.keys() <= names:
+    if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3 <= found.keys() <= names:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     try:
         return kind(**{name: PARSERS.get(name, as_it_is)(value) for name, value in found.items()})

@@ -103,7 +103,7 @@ class Evaluations:
         """Generate and score the samples of an evaluation; returns its plan."""
         stop_ids = stop_tokens(model, self.tokenizer)
         plan = self.plan(eval_config).for_model(self.variants.fingerprint(variant), stop_ids)
-        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, ranks=self.world_size)
+        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, world_size=self.world_size)
         return plan
 
     def plan(self, eval_config: Eval) -> EvaluationPlan:
@@ -117,10 +117,9 @@ class Evaluations:
     def _backend(
         self, plan: EvaluationPlan, variant: str, model: HybridForCausalLM, stop_ids: tuple[int, ...], out: Path
     ) -> Backend:
-        eval_config = plan.entry
+        eval_config = plan.eval_config
         if eval_config.backend == "hybrid":
             return engine_for(eval_config, model, self.tokenizer)
-        questions = {problem.id: problem.text for problem in plan.problems.problems}
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
-        prompt = self.recipe.prompt
+        prompt, questions = plan.prompt, plan.questions
         return servers_for(eval_config, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)

@@ -184,7 +184,7 @@ def test_no_time_recorded_gives_no_speed() -> None:
     assert scores({key: replace(record, seconds=0.0) for key, record in EIGHT.items()}).tokens_per_second == 0
 
 
-def test_scores_of_version_3_are_read_and_keep_the_text_by_which_a_run_recognises_its_export(tmp_path: Path) -> None:
+def test_scores_of_version_3_are_read(tmp_path: Path) -> None:
     path = Path(__file__).parents[1] / "fixtures/run_before_the_folders/finished/old/eval/trained/ledger/scores.json"
     written = json.loads(path.read_text())
     assert written["version"] == 3
@@ -192,8 +192,6 @@ def test_scores_of_version_3_are_read_and_keep_the_text_by_which_a_run_recognise
     assert isinstance(found, AnswerScores)
     assert found.lengths_incorrect.samples == written["lengths_wrong"]["samples"]
     assert (found.truncated_as, found.accuracy_by_truncated_as, found.from_last) == ("incorrect", {}, 0.0)
-    assert "lengths_wrong=Lengths(" in repr(found) and "from_last" not in repr(found) and "truncated_as" not in repr(found)
-    assert "from_last=0.5" in repr(replace(found, from_last=0.5)) != repr(found)
 
 
 LOSS = LossScores("heldout_loss", 1, 10, 1.5, None, {"model": "m"}, {"a": TokenLoss(15.0, 10)})

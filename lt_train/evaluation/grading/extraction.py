@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lt_train.evaluation.grading.quantities import values
-from lt_train.recipe.reasoning_tags import REASONING_ENDS
+from lt_train.recipe.reasoning_tags import REASONING_ENDS, REASONING_TAGS
 
 Kind = Literal["math", "choice"]
 """math: numbers, expressions, words. choice: one letter from A to J names the answer."""
@@ -25,7 +25,7 @@ class Extracted:
     extracted_from: ExtractedFrom
 
 
-REASONING_STARTS = ("<think>", "<|begin_of_thought|>")
+REASONING_STARTS = tuple(tags.opening for tags in REASONING_TAGS)
 
 END_CHARACTERS = 2000
 """Phrases and formulas are searched in the last characters: further up, "the answer is" opens a line of reasoning more often than
@@ -150,8 +150,13 @@ def split_reasoning(text: str) -> tuple[str, str]:
     """The text up to the end of its reasoning, which is empty where no reasoning was ended, and the text after it without special
     tokens.
     """
-    end = max((at + len(mark) for mark in REASONING_ENDS if (at := text.rfind(mark)) >= 0), default=0)
+    end = end_of_reasoning(text)
     return text[:end], SPECIAL_TOKEN.sub("", text[end:])
+
+
+def end_of_reasoning(text: str) -> int:
+    """Where the text begins that follows the reasoning; 0 where no reasoning was ended."""
+    return max((at + len(mark) for mark in REASONING_ENDS if (at := text.rfind(mark)) >= 0), default=0)
 
 
 def boxed(text: str, kind: Kind) -> Extracted | None:

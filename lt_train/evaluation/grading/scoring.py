@@ -9,8 +9,7 @@ from typing import Protocol
 from lt_train.benchmarks.declaration import Benchmark, Problem
 from lt_train.benchmarks.longbench import FIRST_LINE_ONLY
 from lt_train.evaluation.grading import longbench_metrics, math_answers
-from lt_train.evaluation.grading.extraction import ExtractedFrom, extract
-from lt_train.recipe.reasoning_tags import REASONING_ENDS
+from lt_train.evaluation.grading.extraction import ExtractedFrom, end_of_reasoning, extract
 
 METRICS = {
     "qa_f1": longbench_metrics.qa_f1,
@@ -61,7 +60,7 @@ def score_answer(
         return AnswerScore(grade.extracted, float(grade.correct), grade.error, grade.extracted_from)
     if benchmark.grader == "choice":
         return chosen_letter(problem, text)
-    answer = after_reasoning(text)
+    answer = text[end_of_reasoning(text) :]
     if benchmark.grader == "needle":
         return number_found(problem, answer)
     if benchmark.grader == "copying":
@@ -74,13 +73,6 @@ def chosen_letter(problem: Problem, text: str) -> AnswerScore:
     if found is None:
         return AnswerScore(None, 0.0)
     return AnswerScore(found.answer, float(found.answer == problem.answer), extracted_from=found.extracted_from)
-
-
-def after_reasoning(text: str) -> str:
-    """What follows the reasoning, where it was closed."""
-    for end in REASONING_ENDS:
-        text = text.rpartition(end)[2]
-    return text
 
 
 def number_found(problem: Problem, answer: str) -> AnswerScore:

@@ -32,6 +32,6 @@ def run(context: RunContext) -> None:
     plan = context.evaluations.measure_answers(sample, variant, context.variants.load(variant, context.dtype), out)
     records = RecordFolder(out, plan.fingerprint).read()
     selection = select_traces([records[key] for key in plan.keys if key in records], sample)
-    write_traces(out, selection, {problem.id: problem.text for problem in plan.problems.problems})
+    write_traces(out, selection, plan.questions)
     context.report("sample", ", ".join(f"{name} {count:,}" for name, count in selection.counts.items()))
     context.report("sample", f"to train on them: data.source: {out / 'traces.jsonl'}, data.format: prompt_response")
