@@ -24,6 +24,7 @@ from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.loading import load_recipe
 from tests.support.repository import REPOSITORY
+from tests.support.training_log import GOLDEN, evaluations
 
 QUICKSTART = "recipes/quickstart.yaml"
 # The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
@@ -83,6 +84,14 @@ def test_the_quickstart_loses_by_conversion_what_training_brings_back(quickstart
     assert base.accuracy >= 0.97
     assert difference(converted, base).value <= -0.10
     assert difference(trained, base).low >= -0.03
+
+
+def test_the_quickstart_trains_along_its_golden_losses(quickstart: tuple[Path, str]) -> None:
+    """Each row is the mean of ten steps, computed by as many threads as there are."""
+    means = [sum(GOLDEN["losses"][end - 10 : end]) / 10 for end in range(10, 61, 10)]
+    assert list(losses(quickstart[0]).values()) == pytest.approx(means, rel=1e-2)
+    (held_out,) = evaluations(quickstart[0] / "train").values()
+    assert held_out == pytest.approx(GOLDEN["eval_loss"], rel=1e-2)
 
 
 def test_layers_chosen_by_reach_score_above_those_of_the_papers_lazy_ratio(quickstart: tuple[Path, str]) -> None:

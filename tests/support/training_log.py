@@ -1,5 +1,6 @@
 """What a training logged, and whether two trainings logged the same."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import pytest
 
 from lt_train.training.log import read_log
+from tests.support.repository import REPOSITORY
+
+GOLDEN: dict[str, Any] = json.loads((REPOSITORY / "tests/golden/quickstart_losses.json").read_text())
+"""Losses and norms of the gradient of the quickstart's 60 steps, and the held-out loss after them."""
 
 
 def losses(folder: Path) -> list[float]:
