@@ -20,7 +20,7 @@ ALLOWED = {
     "training": "benchmarks dataset hybrid inference recipe runtime",
     "evaluation": "benchmarks dataset hybrid inference recipe runtime",
     "export": "benchmarks dataset hybrid inference recipe runtime",
-    "report": "benchmarks evaluation hybrid inference recipe runtime selection training",
+    "report": "benchmarks evaluation hybrid recipe runtime selection training",
     "planning": "benchmarks dataset hybrid inference recipe runtime selection training",
     "pipeline": "benchmarks dataset evaluation export hybrid inference recipe report runtime selection training",
     "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
@@ -30,7 +30,6 @@ ALLOWED = {
 
 ONLY_FILE_FORMATS = {
     ("report", "training"): ("training.log", "training.probes.results"),
-    ("report", "inference"): ("inference.requests",),
 }
 """Arrows that are allowed to the named modules alone: report/ reads what a training writes, and trains nothing."""
 

@@ -13,10 +13,12 @@ from lt_train.recipe.schema import BASE
 from lt_train.report.problems import KnownProblems, known_problems
 from lt_train.report.results import Result, read_results
 from lt_train.report.samples import read_samples
+from lt_train.report.stages import FinishedStage, described, finished_stages, missing
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
+from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.profile import LayerProfile
-from lt_train.training.log import LOG_FILE, read_log
+from lt_train.training.log import read_log
 from lt_train.training.probes.results import ProbeResult, read_probes
 
 
@@ -42,16 +44,18 @@ class Run:
     """A run folder's contents.
 
     Attributes:
-        settings: its recipe, as it stands in recipe.yaml.
+        settings, recipe: its recipe, as values and as the text of recipe.yaml.
         config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
         profile: None where the recipe names the layers.
         problems: the problems of each evaluation.
         log: rows of train/log.jsonl; none without training. probes: of its checkpoints, in their order.
+        stages: those that are done. missing: the others that the recipe requests; none: the run is finished.
     """
 
     name: str
     folder: Path
     settings: Mapping[str, Any]
+    recipe: str
     config: Mapping[str, Any]
     layers: Mapping[str, Sequence[int]]
     measured: tuple[Measured, ...]
@@ -59,6 +63,17 @@ class Run:
     profile: LayerProfile | None
     log: tuple[Mapping[str, Any], ...]
     probes: tuple[ProbeResult, ...]
+    stages: tuple[FinishedStage, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is done and what is missing of an unfinished run, in one sentence; None: it is finished."""
+        return described(self.folder, self.stages, self.missing) if self.missing else None
+
+    def setting(self, part: str, name: str) -> Any:
+        """A setting of the recipe; None where the recipe has no such part."""
+        return (self.settings.get(part) or {}).get(name)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -82,29 +97,34 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str, number: int) -> Run:
-    results = read_results(folder)
+    paths, results = RunPaths(folder), read_results(folder)
+    recipe = paths.recipe.read_text(encoding="utf-8")  # read_results has found it valid
+    settings, log, stages = yaml.safe_load(recipe), read_training_log(paths.training_log), finished_stages(paths)
+    absent = missing(settings, stages, results, logged_steps=max((row["step"] for row in log), default=0))
     if not results:
-        raise UserError(f"RUN: {folder}: no scores yet. Fix: measure first, with lt-train eval {folder / 'recipe.yaml'}")
-    settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # read_results has found it valid
-    measured = tuple(measure(folder, name, number, result, results) for result in results)
-    profile_path = folder / "profile/profile.json"
+        state = described(folder, stages, absent)
+        raise UserError(f"RUN: {folder}: no scores yet: {state}. Fix: measure first, with lt-train eval {paths.recipe}")
+    measured = tuple(measure(paths, name, number, result, results) for result in results)
     return Run(
         name=name,
         folder=folder,
         settings=settings,
-        config=read_json(folder / "hybrid/config.json", "hybrid config"),
-        layers=read_json(folder / "hybrid/layers.json", "choice of layers"),
+        recipe=recipe,
+        config=read_json(paths.hybrid_config, "hybrid config"),
+        layers=read_json(paths.layers, "choice of layers"),
         measured=measured,
         problems=problems_by_evaluation(settings, measured),
-        profile=LayerProfile.load(profile_path) if profile_path.exists() else None,
-        log=tuple(read_training_log(folder / "train" / LOG_FILE)),
-        probes=tuple(read_probes(folder / "train")),
+        profile=LayerProfile.load(paths.layer_profile) if paths.layer_profile.exists() else None,
+        log=tuple(log),
+        probes=tuple(read_probes(paths.train)),
+        stages=stages,
+        missing=absent,
     )
 
 
-def measure(folder: Path, name: str, number: int, result: Result, results: Sequence[Result]) -> Measured:
+def measure(paths: RunPaths, name: str, number: int, result: Result, results: Sequence[Result]) -> Measured:
     base = next((r.scores for r in results if (r.variant, r.evaluation) == (BASE, result.evaluation)), None)
-    place = folder / "eval" / result.variant / result.evaluation
+    place = paths.evaluation(result.variant, result.evaluation)
     samples = read_samples(place, result.scores) if isinstance(result.scores, AnswerScores) else ()
     return Measured(name, number, result, base, samples)
 

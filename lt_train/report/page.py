@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -16,6 +16,7 @@ from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import Measured, Run
+from lt_train.report.provenance import provenance, stage_times
 from lt_train.report.results import KV_TOKENS, kv_bytes
 from lt_train.report.tables import ResultTable, result_table
 from lt_train.runtime.drawing import PALETTE
@@ -34,9 +35,13 @@ class EvaluationPart:
 class RunPart:
     name: str
     folder: str
-    facts: tuple[tuple[str, str], ...]
+    unfinished: str | None
+    summary: tuple[tuple[str, str], ...]
     charts: tuple[Chart, ...]
     notes: tuple[str, ...]
+    provenance: tuple[tuple[str, str], ...]
+    stages: tuple[tuple[str, str, str], ...]
+    recipe: str
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -95,26 +100,31 @@ def run_part(run: Run) -> RunPart:
     if run.profile is None:
         notes.append("No layer profile: the recipe names the layers, or its strategy needs no scores.")
     if training is None:
-        notes.append("No losses: this hybrid was not trained." if not run.log else "No loss of the training is finite.")
+        untrained = f"No losses: this hybrid was not trained{' yet' * (run.settings.get('train') is not None)}."
+        notes.append("No loss of the training is finite." if run.log else untrained)
     return RunPart(
         name=run.name,
         folder=str(run.folder),
-        facts=tuple(facts(run)),
+        unfinished=run.unfinished,
+        summary=tuple(summary(run)),
         charts=tuple(chart for chart in drawn if chart is not None),
         notes=tuple(notes),
+        provenance=tuple(provenance(run)),
+        stages=tuple(stage_times(run)),
+        recipe=run.recipe,
     )
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def summary(run: Run) -> list[tuple[str, str]]:
     """The run in short: base, layers, window, training, KV cache."""
     chosen, total = run.layers[CONVERTED], len(run.config["layer_types"])
     found = [
-        ("base", str(setting(run, "model", "base"))),
-        ("streams", f"{len(chosen)} of {total} layers, chosen by {setting(run, 'hybrid', 'strategy') or 'the recipe'}"),
+        ("base", str(run.setting("model", "base"))),
+        ("streams", f"{len(chosen)} of {total} layers, chosen by {run.setting('hybrid', 'strategy') or 'the recipe'}"),
         ("a streaming layer sees", f"{run.config['w_sink']} sink and {run.config['sliding_window']:,} recent tokens"),
     ]
     steps = max((row["step"] for row in run.log), default=0)
-    training = f"{setting(run, 'train', 'method')}, {steps:,} steps, on {setting(run, 'data', 'source')}" if steps else "none"
+    training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
     hybrid, base = (kv_bytes(run.config, lazy, KV_TOKENS) for lazy in (len(chosen), 0))
     return [
         *found,
@@ -124,8 +134,3 @@ def facts(run: Run) -> list[tuple[str, str]]:
             f"{format_bytes(hybrid)} instead of {format_bytes(base)}, {100 * hybrid / base:.0f} %",
         ),
     ]
-
-
-def setting(run: Run, part: str, name: str) -> object:
-    settings = run.settings.get(part)
-    return settings.get(name) if isinstance(settings, Mapping) else None

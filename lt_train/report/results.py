@@ -15,6 +15,7 @@ from lt_train.hybrid.kv_size import entry_bytes
 from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
+from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.units import format_bytes
 
 KV_TOKENS = 32_768
@@ -50,18 +51,19 @@ def read_results(run: Path) -> list[Result]:
     Raises:
         UserError: the folder is no run, or a file of it is damaged.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"RUN: {run}: no run: {run / 'recipe.yaml'} is missing. Fix: start it with lt-train run RECIPE")
-    if not (run / "hybrid/config.json").is_file():
+    paths = RunPaths(run)
+    if not paths.recipe.is_file():
+        raise UserError(f"RUN: {run}: no run: {paths.recipe} is missing. Fix: start it with lt-train run RECIPE")
+    if not paths.hybrid_config.is_file():
         return []
-    layers = read_json(run / "hybrid/layers.json", "choice of layers")
-    sizes = read_json(run / "hybrid/config.json", "hybrid config")
+    layers = read_json(paths.layers, "choice of layers")
+    sizes = read_json(paths.hybrid_config, "hybrid config")
     order = [BASE, *[name for name in layers if name != CONVERTED], CONVERTED, TRAINED]
-    evaluations, strategy = _evaluations_and_strategy(run / "recipe.yaml")
+    evaluations, strategy = _evaluations_and_strategy(paths.recipe)
     results = []
     for evaluation in evaluations:
         for variant in order:
-            path = run / "eval" / variant / evaluation / "scores.json"
+            path = paths.scores(variant, evaluation)
             if path.is_file():
                 lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
                 kv, num_layers = kv_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
@@ -87,14 +89,16 @@ def show_results(run: Path, console: Console) -> None:
         console.print(results_table(rows))
     if line := trained_weights(run):
         console.print(f"{'trained model':<14}{line}", markup=False, highlight=False, soft_wrap=True)
-    for label, path in (("layer profile", "profile/profile.png"), ("training log", "train/log.jsonl"), ("checkpoint", "export")):
-        if (run / path).exists():
-            console.print(f"{label:<14}{run / path}", markup=False, highlight=False, soft_wrap=True)
+    paths = RunPaths(run)
+    made = (("layer profile", paths.profile_picture), ("training log", paths.training_log), ("checkpoint", paths.export))
+    for label, path in made:
+        if path.exists():
+            console.print(f"{label:<14}{path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def trained_weights(run: Path) -> str | None:
     """The step whose weights the trained model has, and why; None before there is one."""
-    final = run / "train/final"
+    final = RunPaths(run).trained
     if not (final / "manifest.json").is_file():
         return None
     step = read_json(final / "manifest.json", "checkpoint manifest")["step"]

@@ -61,6 +61,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlepad": 9,
     "axes.titlesize": 12.5,
+    "axes.titley": 1.0,
     "errorbar.capsize": 4,
     "figure.facecolor": COLOURS["card"],
     "figure.titlesize": 12.5,
@@ -105,7 +106,8 @@ def new_figure(
     """
     title = 10 + _LINE * title_lines
     height = sum(heights) + title * len(heights) + _BELOW
-    figure, panels, top = Figure(figsize=(width / 72, height / 72), dpi=72), [], height
+    figure, top = Figure(figsize=(width / 72, height / 72), dpi=72), height
+    panels: list[Axes] = []
     for each in heights:
         top -= title + each
         place = (left / width, top / height, 1 - (left + _RIGHT) / width, each / height)

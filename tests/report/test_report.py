@@ -49,8 +49,13 @@ def page_of(*runs: Path) -> Page:
     return Page(write_report(runs, runs[0].parent / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_shows_scores_charts_and_every_sample(run):
-    page = page_of(run)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    """Of an unchanged run."""
+    return page_of(made_run(tmp_path_factory.mktemp("runs")))
+
+
+def test_the_page_shows_scores_charts_and_every_sample(page):
     for text in ("75.0 ± 25.0", "hybrid by reach, trained", "1.200 ± 0.115", "KV cache against length",
                  "Layer profile", "lazy_ratio: attention of the last queries", "gradient norm",
                  "Accuracy within a budget of tokens", "4 problems, greedy"):  # fmt: skip
@@ -65,14 +70,13 @@ def test_the_page_shows_scores_charts_and_every_sample(run):
     assert page.data["problems-0"] == {key: [text, [answer]] for key, text, answer in PROBLEMS}
 
 
-def test_problems_of_several_models_are_in_the_page_once(run):
-    page = page_of(run)
+def test_problems_of_several_models_are_in_the_page_once(page):
     assert {each["problems"] for each in page.data["index"]} == {0}
     assert [key for key in page.data if key.startswith("problems")] == ["problems-0"]
 
 
-def test_nothing_of_the_data_becomes_markup(tmp_path):
-    plain = page_of(made_run(tmp_path, "plain"))
+def test_nothing_of_the_data_becomes_markup(page, tmp_path):
+    plain = page
     records = [record("p0", tokens=64, text=NASTY + "</think>" + NASTY), *ANSWERS["base"][1:]]
     problems = [("p0", NASTY, "2"), *PROBLEMS[1:]]
     run = made_run(tmp_path, "nasty", {**ANSWERS, "base": records}, problems)
@@ -88,8 +92,7 @@ def test_nothing_of_the_data_becomes_markup(tmp_path):
     assert "<script>alert(2)</script>" in page.visible
 
 
-def test_the_page_asks_nothing_of_a_network_and_allows_its_own_script_alone(run):
-    page = page_of(run)
+def test_the_page_needs_no_network_and_allows_its_own_script_alone(page):
     addresses = [value for name, value in page.attributes if name in ("src", "href", "action", "srcset")]
     assert all(address.startswith(("#", "data:")) for address in addresses), addresses
     assert "url(" not in page.source and "@import" not in page.source
@@ -184,7 +187,7 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
         ("eval/base/ledger/scores.json", "{", r"scores\.json: not a (whole|valid) scores\.json"),
         ("eval/base/ledger/samples.jsonl", "{}\n", r"samples\.jsonl:1: not a sample of this version"),
         ("eval/base/ledger/meta.json", "{}", r"meta\.json: does not say how"),
-        ("profile/profile.json", "[]", r"profile\.json: not a whole layer profile"),
+        ("profile/profile.json", "[]", r"profile\.json: not a (whole|valid) layer profile"),
         ("train/log.jsonl", '{"loss": 1.0}\n', r"log\.jsonl: not a valid training log"),
         ("train/log.jsonl", '{"step": 1', r"log\.jsonl:1: not JSON"),
         ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a valid training log"),

@@ -21,7 +21,7 @@ from tests.support.families import BASES
 RECIPE = """
 name: NAME
 model: {base: nobody/nothing}
-hybrid: {lazy_layer_ratio: 0.5, strategy: reach, compare: [lazy_ratio], w_sink: 2, w_recent: 6}
+hybrid: {lazy_layer_ratio: 0.5, strategy: reach, w_sink: 2, w_recent: 6}
 data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
 train: {method: full, learning_rate: 1.0e-3, max_steps: 3, batch_size: 1}
 eval:
@@ -78,7 +78,7 @@ def made_run(
     answers: Mapping[str, Sequence[SampleRecord]] = ANSWERS,
     problems: Sequence[tuple[str, str, str]] = PROBLEMS,
 ) -> Path:
-    """A run folder with scores, samples, a layer profile of four layers and a training log."""
+    """A finished run: scores, samples, a layer profile of four layers, a training log, and the markers of its stages."""
     folder, source = runs / name, runs / f"{name}-problems.jsonl"
     runs.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps({"id": key, "problem": text, "answer": answer}) + "\n" for key, text, answer in problems))
@@ -94,6 +94,10 @@ def made_run(
     profile().save(folder / "profile/profile.json")
     for row in LOG:
         append_json_line(folder / "train/log.jsonl", row)
+    write_json(folder / "export/config.json", {})
+    for stage, seconds in (("profile", 40.0), ("hybrid", 0.5), ("train", 5400.0), ("eval", 90.0), ("export", 8.0)):
+        notes = {"samples": COUNTS} if stage in ("profile", "train") else {}
+        finish_stage(folder, stage, seconds, **notes)
     return folder
 
 
@@ -135,3 +139,15 @@ def profile() -> LayerProfile:
     sizes = Sizes(w_sink=2, w_recent=6, w_last=64, long_reach_share=0.1)
     made_from = Fingerprint("nobody/nothing", "c", "w", "float32", "d", sizes, ("reach", "lazy_ratio"), {})
     return LayerProfile(made_from, 4, samples, (), "2026-01-01T00:00:00+00:00")
+
+
+VERSIONS = {"lt-train": "0.1.0", "torch": "2.13.0"}
+COUNTS = {"rows": 12, "too_long": 3, "dropped": 3, "truncated": 0, "train": 5, "heldout": 4}
+
+
+def finish_stage(folder: Path, stage: str, seconds: float, **notes: object) -> None:
+    """A stage's marker, as the pipeline writes it: all files of the stage's folder are what it left."""
+    files = sorted(str(path.relative_to(folder)) for path in (folder / stage).rglob("*") if path.is_file())
+    marker = {"format": 2, "stage": stage, "key": "", **notes, "files": files, "seconds": seconds}
+    marker |= {"finished": "2026-01-02T03:04:05+00:00", "machine": "x86_64, 2 cores", "versions": VERSIONS}
+    write_json(folder / "stages" / f"{stage}.json", marker)

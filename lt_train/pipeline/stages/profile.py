@@ -32,7 +32,7 @@ def check(context: RunContext) -> None:
 def run(context: RunContext) -> None:
     strategies = _strategies(context)
     context.report(NAME, f"scoring the layers of {context.recipe.model.base} by {', '.join(strategies)}")
-    with context.folder.doing(NAME):
+    with context.folder.doing(NAME, samples=context.examples.counts):
         profile = _score_layers(context, strategies)
         release_memory()  # before the other ranks, which wait for the hybrid, load theirs
     if profile.fitting:

@@ -45,7 +45,7 @@ def run(context: RunContext) -> None:
     context.report(NAME, f"samples: {counts}")
     if context.layer_profile is not None:
         context.tracker.image("layer profile", context.paths.profile_picture)
-    with context.folder.doing(NAME, settings=training_notes(_settings(context))):
+    with context.folder.doing(NAME, settings=training_notes(_settings(context)), samples=context.examples.counts):
         _train(context, context.tracker, lambda line: context.report(NAME, line))
 
 
