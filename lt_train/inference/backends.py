@@ -11,9 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Backend
-from lt_train.inference.servers.backend import OpenAIBackend
-from lt_train.inference.servers.check import chat_messages, check_server
-from lt_train.inference.servers.pool import ServerSettings
 from lt_train.recipe.schema import Eval, Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json
@@ -43,6 +40,10 @@ def servers_for(
     Raises:
         UserError: no checkpoint to serve yet, or a server that cannot be used (see `check_server`).
     """
+    from lt_train.inference.servers.backend import OpenAIBackend  # openai takes a second to import
+    from lt_train.inference.servers.check import chat_messages, check_server
+    from lt_train.inference.servers.pool import ServerSettings
+
     if not checkpoint.is_dir():
         raise UserError(
             f"backend: openai: {checkpoint} is not there, so what the servers should serve cannot be told. Export first (with this "

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset.examples import ExampleSet
@@ -112,7 +113,7 @@ class RunContext:
     def report(self, stage: str, line: str) -> None:
         """Print a line of a stage; only the first process prints."""
         if self.process.speaks:
-            self.console.print(f"[bold]{stage:<9}[/bold] {line}", highlight=False, soft_wrap=True)
+            self.console.print(f"[bold]{stage:<9}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Finish what outlives a stage. Call it in any case."""

@@ -1,20 +1,19 @@
 """Answers from OpenAI-compatible servers: many requests in flight, over several servers, whatever they do.
 
-A request whose server fails goes back in line and to whichever server is free; the server rests, longer each time, and is tried
-with a request of one token before it gets more. One thread runs the event loop; the caller's generator reads what it delivers.
+A request whose server fails goes back in line and to whichever server is free; the server rests, longer each time, and is probed
+with a request of one token before it gets more.
 """
 
 import asyncio
-import queue
-import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lt_train.inference.requests import Answer, Request, Sampling
+from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.servers.client import MakeMessages, ServerClient
-from lt_train.inference.servers.completions_api import Abilities, Completion
-from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
+from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.pool import Health, ServerFailure, ServerSettings
 from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
 from lt_train.recipe.reasoning_tags import THINK
 from lt_train.runtime.errors import UserError
@@ -29,8 +28,8 @@ class OpenAIBackend:
     """Servers that answer.
 
     Args:
-        tokenizer: of the checkpoint that they serve. stop_ids: the tokens that end its answers (`text.special_tokens`).
-        messages: gives a request's conversation, for servers that take nothing but messages.
+        tokenizer: of the checkpoint that they serve. stop_ids: the tokens that end its answers (`text.stop_tokens`).
+        messages: makes a request's conversation, for servers that take nothing but messages.
         report: called with a line when a server fails.
     """
 
@@ -49,21 +48,20 @@ class OpenAIBackend:
         self.messages = messages
         self.report = report
 
-    def answers(
-        self, requests: Sequence[Request], sampling: Sampling, watch: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[Answer]:
+    def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done. What is in flight when the caller stops reading is dropped.
 
         Args:
             watch: called with the tokens of each answer before it is yielded.
 
         Raises:
-            UserError: the servers are gone for good, refuse a request, or would answer something else than was asked. All that was
-                finished has been yielded before.
+            UserError: every server failed for good, one refuses a request, or one answers another prompt. All finished answers have
+                been yielded before.
         """
         if sampling.thinking_budget is not None:
             raise UserError(
-                "thinking_budget: a server cannot close a thought in the middle. Use the built-in engine (backend: hybrid)"
+                "eval.thinking_budget: a server cannot close the reasoning in the middle. Fix: leave it out, or set eval.backend "
+                "to hybrid (the built-in engine)"
             )
         for request, completion, seconds in self.completions(requests, sampling):
             answer = read_answer(self.tokenizer, self.stop_ids, request, completion, sampling, seconds)
@@ -71,195 +69,167 @@ class OpenAIBackend:
             yield answer
 
     def completions(self, requests: Sequence[Request], sampling: Sampling, *, logprobs: bool = False) -> Iterator[Delivered]:
-        """What the servers sent for each request, and the request's share of the time in seconds. Raises as `answers`."""
+        """The servers' completion of each request, and the request's share of the time in seconds. Raises as `answers`.
+
+        The event loop runs while the caller waits for the next one; meanwhile sockets keep what servers send.
+        """
         if not requests:
             return
-        run = _Run(self, requests, sampling, logprobs)
-        run.thread.start()
-        try:
-            while (item := run.outbox.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            run.stop()
+        with asyncio.Runner() as runner:
+            in_flight = _InFlight(self, requests, sampling, logprobs)
+            try:
+                runner.run(in_flight.start())
+                for _ in requests:
+                    delivered = runner.run(in_flight.next())
+                    if delivered is not None:
+                        yield delivered
+                if in_flight.given_up:
+                    raise in_flight.given_up_error()
+            finally:
+                runner.run(in_flight.stop())
 
 
-class _Run:
-    """The requests of one call, on their way."""
+class _InFlight:
+    """The requests of one call on their way, each known by its index."""
 
     def __init__(self, backend: OpenAIBackend, requests: Sequence[Request], sampling: Sampling, logprobs: bool) -> None:
+        self.backend = backend
         self.settings = backend.settings
-        self.report = backend.report
-        self.client = ServerClient(backend.tokenizer, backend.stop_ids, backend.settings, backend.messages)
         self.requests = requests
         self.sampling = sampling
         self.logprobs = logprobs
-        self.outbox: queue.SimpleQueue[Delivered | BaseException | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._in_thread, name="openai backend", daemon=True)
-        self.loop = asyncio.new_event_loop()
-        self.main = self.loop.create_task(self._answer_all())
-        self.servers = [Server(url) for url in self.settings.urls]
-        self.abilities: dict[str, Abilities] = {}
-        self.attempts = [0] * len(requests)
-        self.unanswered = len(requests)
+        self.attempts: Counter[int] = Counter()
         self.given_up: dict[int, str] = {}
         self.given_up_in_a_row = 0
-        self.clock = SharedClock()
+        self.workers: list[asyncio.Task[None]] = []
 
-    def stop(self) -> None:
-        """End whatever is still in flight, and the thread."""
-        self.loop.call_soon_threadsafe(self.main.cancel)
-        self.thread.join()
-        self.loop.close()
-
-    def _in_thread(self) -> None:
-        try:
-            self.loop.run_until_complete(self.main)
-            self.outbox.put(None)
-        except BaseException as error:  # goes up in the caller's thread
-            self.outbox.put(error)
-        finally:
-            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-
-    async def _answer_all(self) -> None:
-        self.settled: asyncio.Future[None] = self.loop.create_future()
+    async def start(self) -> None:
+        backend, settings = self.backend, self.settings
+        self.loop = asyncio.get_running_loop()
+        self.shared_time = SharedTime(self.loop.time)
+        self.outbox: asyncio.Queue[Delivered | Exception | None] = asyncio.Queue()
         self.waiting: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
-        for number in range(len(self.requests)):
-            self.waiting.put_nowait(number)
-        self.reviving = {server.url: asyncio.Lock() for server in self.servers}
-        async with self.client:
-            workers = [
-                self.loop.create_task(self._work(server, lane))
-                for lane in range(min(self.settings.concurrency, len(self.requests)))
-                for server in self.servers
-            ]
-            try:
-                await self.settled
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+        for index in range(len(self.requests)):
+            self.waiting.put_nowait(index)
+        self.clients = [ServerClient(url, backend.tokenizer, backend.stop_ids, settings, backend.messages) for url in settings.urls]
+        self.health = [Health() for _ in self.clients]
+        for client, health in zip(self.clients, self.health, strict=True):
+            reviving = asyncio.Lock()
+            for lane in range(min(settings.concurrency, len(self.requests))):
+                self.workers.append(self.loop.create_task(self._work(client, health, reviving, lane)))
 
-    async def _work(self, server: Server, lane: int) -> None:
-        """One lane to one server: take a request, ask, deliver; until all is settled."""
+    async def next(self) -> Delivered | None:
+        """The next completion; None for a request that is given up."""
+        item = await self.outbox.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def stop(self) -> None:
+        """End whatever is still in flight."""
+        for worker in self.workers:
+            worker.cancel()
+        await asyncio.gather(*self.workers, return_exceptions=True)
+        for client in self.clients:
+            await client.close()
+
+    async def _work(self, client: ServerClient, health: Health, reviving: asyncio.Lock, lane: int) -> None:
+        """One lane to one server: take a request, send it, deliver."""
         try:
             while True:
-                if not server.ready:
-                    async with self.reviving[server.url]:
-                        await self._revive(server)
-                if lane > 0 and self.abilities[server.url].one_at_a_time:
+                async with reviving:
+                    while not health.ready:
+                        await self._revive(client, health)
+                if lane > 0 and client.abilities is not None and client.abilities.one_at_a_time:
                     return
-                number = await self.waiting.get()
-                if server.ready:
-                    await self._ask(server, self.abilities[server.url], number)
-                else:
-                    self.waiting.put_nowait(number)
+                index = await self.waiting.get()
+                if health.ready:
+                    await self._answer(client, health, index)
+                else:  # it failed meanwhile
+                    self.waiting.put_nowait(index)
         except Exception as error:
-            if not self.settled.done():
-                self.settled.set_exception(error)
+            self.outbox.put_nowait(error)
 
-    async def _revive(self, server: Server) -> None:
-        """Wait until the server has rested and answers a request of one token."""
-        while not server.ready:
-            await asyncio.sleep(server.resting_until - self.loop.time())
-            asked_at = self.loop.time()
-            try:
-                self.abilities[server.url] = await self.client.learn(server.url, self.requests[0], self.sampling)
-            except ServerFailure as failure:
-                self._strike(server, failure, asked_at)
-            else:
-                server.ready = True
+    async def _revive(self, client: ServerClient, health: Health) -> None:
+        """Let the server rest, then see whether it answers a request of one token."""
+        await asyncio.sleep(health.resting_until - self.loop.time())
+        sent_at = self.loop.time()
+        try:
+            await client.probe(self.requests[0], self.sampling)
+        except ServerFailure as failure:
+            self._failed(client, health, failure, sent_at)
+        else:
+            health.ready = True
 
-    async def _ask(self, server: Server, abilities: Abilities, number: int) -> None:
-        asked_at = self.loop.time()
-        request = self.requests[number]
-        with self.clock.share(asked_at, self.loop.time) as share:
-            try:
-                completion = await self.client.complete(
-                    server.url,
-                    abilities,
-                    request,
-                    self.sampling,
-                    logprobs=self.logprobs,
-                    on_begin=lambda: server.gave_sign_of_life(asked_at),
-                )
-                check_finished(server.url, completion, self.sampling)
-            except ServerFailure as failure:
-                self._strike(server, failure, asked_at)
-                self._put_back(number, server, failure)
-                return
-        server.gave_sign_of_life(asked_at)
-        self.given_up_in_a_row = 0
-        self.outbox.put((request, completion, share.seconds))
-        self._settle_one()
-
-    def _strike(self, server: Server, failure: ServerFailure, asked_at: float) -> None:
-        server.strike(failure, asked_at, self.loop.time(), self.settings.backoff)
-        rest = max(0.0, server.resting_until - self.loop.time())
-        self.report(f"{server.url}: {failure}; it is asked again in {rest:.0f} s")
-        if all(server.strikes >= self.settings.failures for server in self.servers):
-            lines = [f"  {server.url}: {server.last_failure}" for server in self.servers]
-            self._stop(
-                UserError(
-                    "\n".join(
-                        [
-                            f"no server answers any more; each failed {self.settings.failures} times in a row, at last so:",
-                            *lines,
-                            "Start them again (launch/ has the lines) and run the same command: it goes on with the answers that "
-                            "are missing",
-                        ]
-                    )
-                )
-            )
-
-    def _put_back(self, number: int, server: Server, failure: ServerFailure) -> None:
-        self.attempts[number] += failure.blames_request
-        if self.attempts[number] < self.settings.attempts:
-            self.waiting.put_nowait(number)
+    async def _answer(self, client: ServerClient, health: Health, index: int) -> None:
+        sent_at, entered = self.loop.time(), self.shared_time.enter()
+        seconds = 0.0
+        try:
+            completion = await client.complete(self.requests[index], self.sampling, logprobs=self.logprobs)
+            check_not_truncated(client.url, completion, self.sampling)
+        except ServerFailure as failure:
+            self._failed(client, health, failure, sent_at)
+            self._put_back(client, index, failure)
             return
-        self.given_up[number] = f"{server.url}: {failure}"
+        finally:
+            seconds = self.shared_time.leave(entered)
+        health.succeeded()
+        self.given_up_in_a_row = 0
+        self.outbox.put_nowait((self.requests[index], completion, seconds))
+
+    def _failed(self, client: ServerClient, health: Health, failure: ServerFailure, sent_at: float) -> None:
+        if not health.failed(failure, sent_at, self.loop.time(), self.settings.backoff):
+            return
+        rest = health.resting_until - self.loop.time()
+        self.backend.report(f"{client.url}: {failure}. Next attempt in {rest:.0f} s")
+        if all(health.consecutive_failures >= self.settings.failures for health in self.health):
+            lines = [f"  {url}: {health.last_failure}" for url, health in zip(self.settings.urls, self.health, strict=True)]
+            heading = f"eval.servers: no server answers any more; each failed {self.settings.failures} times in a row, at last:"
+            raise UserError("\n".join([heading, *lines, f"Fix: start them again (launch/ has the lines), then {_RESUME}"]))
+
+    def _put_back(self, client: ServerClient, index: int, failure: ServerFailure) -> None:
+        self.attempts[index] += failure.blames_request
+        if self.attempts[index] < self.settings.attempts:
+            self.waiting.put_nowait(index)
+            return
+        self.given_up[index] = f"{client.url}: {failure}"
         self.given_up_in_a_row += 1
         if self.given_up_in_a_row >= GIVEN_UP_IN_A_ROW:
-            self._stop(self._given_up_error())
-        else:
-            self._settle_one()
+            raise self.given_up_error()
+        self.outbox.put_nowait(None)
 
-    def _settle_one(self) -> None:
-        self.unanswered -= 1
-        if self.unanswered == 0:
-            if self.given_up:
-                self._stop(self._given_up_error())
-            elif not self.settled.done():
-                self.settled.set_result(None)
-
-    def _stop(self, error: UserError) -> None:
-        if not self.settled.done():
-            self.settled.set_exception(error)
-
-    def _given_up_error(self) -> UserError:
-        number, reason = next(iter(self.given_up.items()))
-        request = self.requests[number]
+    def given_up_error(self) -> UserError:
+        index, reason = next(iter(self.given_up.items()))
+        request = self.requests[index]
         return UserError(
-            f"{len(self.given_up)} of {len(self.requests)} requests failed {self.settings.attempts} times each, such as sample "
-            f"{request.sample} of problem {request.problem}, at last so:\n  {reason}\nSee the server's log, then run the same "
-            "command: it goes on with the answers that are missing"
+            f"eval.servers: {len(self.given_up)} of {len(self.requests)} requests failed {self.settings.attempts} times each, such "
+            f"as sample {request.sample} of problem {request.problem}, at last:\n  {reason}\nFix: see the server's log, then "
+            f"{_RESUME}"
         )
 
 
-class SharedClock:
-    """Divides the time among those who share it: the shares of all add up to the time in which there were any."""
+_RESUME = "run the same command: it resumes with the answers that are missing"
 
-    def __init__(self) -> None:
+
+class SharedTime:
+    """Divides the time among the requests in flight: the shares of all add up to the time in which there were any."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._sharing = 0
-        self._each = 0.0  # seconds that one who was there all the time would have got
+        self._each = 0.0  # seconds that a request in flight from the start would have got
         self._until = 0.0
 
-    def share(self, now: float, clock: Callable[[], float]) -> "_Share":
-        return _Share(self, now, clock)
+    def enter(self) -> float:
+        """A mark to `leave` with."""
+        return self._change(1)
 
-    def change(self, now: float, by: int) -> float:
-        """Somebody comes (1) or goes (-1)."""
+    def leave(self, entered: float) -> float:
+        """The share, in seconds."""
+        return self._change(-1) - entered
+
+    def _change(self, by: int) -> float:
+        now = self._clock()
         if self._sharing:
             self._each += (now - self._until) / self._sharing
         self._until = now
@@ -267,31 +237,16 @@ class SharedClock:
         return self._each
 
 
-class _Share:
-    def __init__(self, shared: SharedClock, now: float, clock: Callable[[], float]) -> None:
-        self._shared, self._now, self._clock = shared, now, clock
-        self.seconds = 0.0
-
-    def __enter__(self) -> "_Share":
-        self._begin = self._shared.change(self._now, 1)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds = self._shared.change(self._clock(), -1) - self._begin
-
-
-def check_finished(url: str, completion: Completion, sampling: Sampling) -> None:
+def check_not_truncated(url: str, completion: Completion, sampling: Sampling) -> None:
     """
     Raises:
-        ServerFailure: the server broke the answer off. UserError: it cut the answer earlier than asked.
+        UserError: the server truncated the answer before max_new_tokens.
     """
-    if completion.finish_reason not in ("stop", "length"):
-        raise ServerFailure(f"it ended the answer with finish_reason {completion.finish_reason!r}")
     counted = completion.completion_tokens
     if completion.finish_reason == "length" and counted is not None and counted < sampling.max_new_tokens:
         raise UserError(
-            f"{url} cut an answer off at {counted} tokens, not at max_new_tokens={sampling.max_new_tokens}: its context is too "
-            "short. Start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
+            f"eval.max_new_tokens: {sampling.max_new_tokens}: {url} truncated an answer at {counted} tokens: its context is too "
+            "short. Fix: start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
         )
 
 
@@ -305,36 +260,35 @@ def read_answer(
 ) -> Answer:
     """A server's completion as an answer like the built-in engine's.
 
-    Where the server tells token ids, they are what is read. Otherwise its text is, which may lack special tokens, and the thought's
-    tokens are counted by tokenizing it.
+    Token ids are read where the server sends them. Otherwise its text is, which may lack special tokens, and the tokens of the
+    reasoning are counted by tokenizing it.
     """
     stopped = completion.finish_reason == "stop"
-    if completion.token_ids is not None:
-        ids = completion.token_ids
+    ids: Sequence[int] = completion.token_ids
+    if ids:
         text = decode(tokenizer, ids[:-1] if stopped and ids[-1] in stop_ids else ids)
         tokens = len(ids)
     else:
-        text = _whole_text(tokenizer, request, completion)
+        text = _text_with_reasoning(tokenizer, request, completion)
         for stop_id in stop_ids if stopped else ():
             text = text.removesuffix(tokenizer.convert_ids_to_tokens(stop_id))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = completion.completion_tokens if completion.completion_tokens is not None else len(ids) + stopped
-    cut = cut_at_stop_string(text, sampling.stop)
+    before_stop = cut_at_stop_string(text, sampling.stop)
     return Answer(
         request=request,
-        text=text if cut is None else cut,
+        text=text if before_stop is None else before_stop,
         tokens=tokens,
         thinking_tokens=thinking_tokens(tokenizer, ids),
-        finish_reason="stop" if stopped or cut is not None else "length",
+        finish_reason="stop" if stopped or before_stop is not None else "length",
         seconds=seconds,
     )
 
 
-def _whole_text(tokenizer: PreTrainedTokenizerBase, request: Request, completion: Completion) -> str:
-    """The text with the thought before it, as the model wrote it: parsers split off only what lies between the tags."""
-    if completion.reasoning is None:
+def _text_with_reasoning(tokenizer: PreTrainedTokenizerBase, request: Request, completion: Completion) -> str:
+    """The text with the reasoning before it, as the model wrote it: parsers split off only what lies between the tags."""
+    if not completion.reasoning:
         return completion.text
-    begin, end = THINK.opening, THINK.closing
-    opened_by_prompt = decode(tokenizer, request.prompt_ids).rstrip().endswith(begin)
+    opened_by_prompt = decode(tokenizer, request.prompt_ids).rstrip().endswith(THINK.opening)
     closed = completion.text or completion.finish_reason == "stop"
-    return f"{'' if opened_by_prompt else begin}{completion.reasoning}{end if closed else ''}{completion.text}"
+    return f"{'' if opened_by_prompt else THINK.opening}{completion.reasoning}{THINK.closing if closed else ''}{completion.text}"

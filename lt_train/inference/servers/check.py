@@ -7,6 +7,7 @@ mistakes that engines make (every layer full, sinks ignored): prompts are added 
 Shapes: T prompt tokens, N new tokens, V vocabulary.
 """
 
+import asyncio
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +26,9 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.servers.backend import OpenAIBackend
-from lt_train.inference.servers.client import Message
+from lt_train.inference.servers.client import Message, ServerClient
 from lt_train.inference.servers.completions_api import Completion
-from lt_train.inference.servers.pool import ServerSettings
+from lt_train.inference.servers.pool import ServerFailure, ServerSettings
 from lt_train.inference.text import decode
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
@@ -85,8 +85,8 @@ def check_server(
     Raises:
         UserError: a server runs another config, or writes something else; the message says what differs.
     """
-    for url in settings.urls:
-        check_served_config(url, settings, folder)
+    for client in [ServerClient(url, tokenizer, stop_ids, settings, None) for url in settings.urls]:
+        asyncio.run(check_served_config(client, folder))
     texts, wanted, not_told_apart = telling_prompts(reference, tokenizer, prompt, stop_ids)
     requests = [Request(text, 0, 0, one.prompt_ids) for text, one in zip(texts, wanted, strict=True)]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
@@ -110,16 +110,18 @@ def chat_messages(prompt: Prompt, question: str) -> list[Message]:
     return [*system, {"role": "user", "content": prompt.user.replace("{question}", question)}]
 
 
-def check_served_config(url: str, settings: ServerSettings, folder: Path) -> None:
-    """Compare with the config of the folder that a server says it serves, where that is a folder here."""
+async def check_served_config(client: ServerClient, folder: Path) -> None:
+    """Compare with the config of the folder that a server lists as its model, where that is a folder here."""
     try:
-        entries = httpx.get(f"{url}/v1/models", timeout=30).json()["data"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return  # the servers are asked in earnest soon, and say then what is wrong with them
-    for entry in entries:
-        if len(entries) == 1 or entry.get("id") == settings.model:
-            for name in (entry.get("root"), entry.get("id")):
-                compare_config(url, folder, name)
+        models = await client.served_models()
+    except (ServerFailure, UserError):
+        return  # requests follow, and report what is wrong with the server
+    finally:
+        await client.close()
+    for model in models:
+        if len(models) == 1 or model.id == client.settings.model:
+            for name in (model.root, model.id):
+                compare_config(client.url, folder, name)
 
 
 def compare_config(url: str, folder: Path, served: str | None) -> None:
@@ -128,7 +130,10 @@ def compare_config(url: str, folder: Path, served: str | None) -> None:
         served: what a server says that it serves; looked at where it is a local folder (`transformers serve` adds @main).
     """
     path = Path((served or "").removesuffix("@main")) / "config.json"
-    if not served or not path.is_file():
+    try:
+        if not served or not path.is_file():
+            return
+    except OSError:  # no name of a file
         return
     theirs, ours = _mathematics(path), _mathematics(folder / "config.json")
     differences = [f"  {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
@@ -241,7 +246,7 @@ def compare_continuations(
     Raises:
         UserError: a token, or a probability, that rounding does not explain.
     """
-    if completion.token_ids is None:
+    if not completion.token_ids:
         return compare_text(tokenizer, right, completion, url), 0
     step = parting(right, completion.token_ids)
     if step is not None:
@@ -249,7 +254,7 @@ def compare_continuations(
     agreed = 0
     while agreed < min(len(right.token_ids), len(completion.token_ids)) and right.token_ids[agreed] == completion.token_ids[agreed]:
         agreed += 1
-    compared = completion.logprobs[:agreed] if completion.logprobs is not None else ()
+    compared = completion.logprobs[:agreed]
     mine_NV = right.logits_NV.log_softmax(-1)
     for step, theirs in enumerate(compared):
         mine = mine_NV[step, right.token_ids[step]].item()

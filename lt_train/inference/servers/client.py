@@ -1,12 +1,14 @@
-"""Requests to one server: learning what it takes, and asking for one completion. All of it in an event loop."""
+"""Requests to one server: probing what it takes, and one completion at a time. HTTP, retries and streams are left to openai."""
 
 import asyncio
-import email.utils
-import time
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
-import httpx
+import httpx2
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream, OpenAIError, RequestOptions, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.inference.requests import Request, Sampling
@@ -14,8 +16,9 @@ from lt_train.inference.servers.completions_api import (
     NEUTRAL,
     Abilities,
     Completion,
-    CompletionReader,
-    PromptWay,
+    ModelList,
+    PromptFormat,
+    ServedModel,
     request_body,
     unknown_settings,
 )
@@ -26,197 +29,252 @@ from lt_train.runtime.errors import UserError
 Message = Mapping[str, str]
 MakeMessages = Callable[[Request], Sequence[Message]]
 
-RETRIED = {408, 409, 425, 429}
-"""HTTP states below 500 that asking again may mend."""
+RETRIES = 2
+"""Further tries of a request on the same server, by the openai package: after refused connections, rate limits and states of 500
+and above, with waits of at most two minutes where the server sends Retry-After, else of seconds."""
 
-LATER = {429, 502, 503, 504}
+OVERLOADED = {429, 502, 503, 504}
 """HTTP states that say nothing about the request itself."""
 
+TRANSIENT = {408, 409, 425, *OVERLOADED}
+"""HTTP states after which another attempt may succeed, as after all from 500 on."""
+
 CONNECT_SECONDS = 15.0
+LOOK_UP: RequestOptions = {"max_retries": 0, "timeout": 60.0}
 EXCERPT = 500  # characters of a server's own words
+SHORTEST_KEY = 8  # characters; an answer may hold a shorter one, such as the placeholder EMPTY, by itself
+ONE_TOKEN = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
 
 
 class ServerClient:
-    """Talks to the servers of `settings`. Use as `async with`."""
+    """One server, addressed by `url`.
+
+    Attributes:
+        abilities: what it takes; None before `probe`.
+    """
 
     def __init__(
         self,
+        url: str,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         settings: ServerSettings,
         messages: MakeMessages | None,
     ) -> None:
+        self.url = url
         self.tokenizer = tokenizer
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.stop_ids = stop_ids
         self.settings = settings
         self.messages = messages
-
-    async def __aenter__(self) -> "ServerClient":
-        headers = {"Authorization": f"Bearer {self.settings.api_key}"} if self.settings.api_key else {}
-        self._http = httpx.AsyncClient(
-            headers=headers, limits=httpx.Limits(max_connections=None), timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+        self.abilities: Abilities | None = None
+        # Servers without keys take any; the waits for a reply are limited in `_attempt`.
+        self._openai = AsyncOpenAI(
+            base_url=f"{url}/v1",
+            api_key=settings.api_key or "EMPTY",
+            max_retries=RETRIES,
+            timeout=Timeout(None, connect=CONNECT_SECONDS),
         )
-        return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self._http.aclose()
+    async def close(self) -> None:
+        await self._openai.close()
 
-    async def learn(self, url: str, example: Request, sampling: Sampling) -> Abilities:
-        """Find out, with requests of one token, how a server takes prompts and which settings it knows.
+    async def probe(self, example: Request, sampling: Sampling) -> None:
+        """Find out, with requests of one token, how the server takes prompts and which settings it knows.
 
         Raises:
-            ServerFailure: it is not there, or breaks.
-            UserError: it takes no prompts from us, or would sample otherwise than asked.
+            ServerFailure: it is not there, or breaks. UserError: it takes none of our prompts, or would sample by other settings.
         """
-        async with _limit(self.settings.timeout, "it gave no first token"):
-            transformers_serve = await self._is_transformers_serve(url)
-            model = self.settings.model
-            if model is None and not transformers_serve:  # that one lists what lies in the hub cache, not what it serves
-                model = await self._only_model(url)
-            way = await self._prompt_way(url, example, model)
-            fields = frozenset() if transformers_serve else await self._known_fields(url, example, way, model)
-        abilities = Abilities(way, model, fields, generation_config=transformers_serve)
-        unknown = unknown_settings(abilities, sampling)
+        async with self._attempt("it sent no first token"):
+            abilities = await self._abilities(example)
+        unknown = " and ".join(unknown_settings(abilities, sampling))
         if unknown:
             raise UserError(
-                f"{url} does not know {' and '.join(unknown)}: its answers would be sampled otherwise than the recipe says. Leave "
-                f"{' and '.join(unknown)} out of the evaluation, or use a server that knows them, such as vLLM"
+                f"eval.servers: {self.url} does not know {unknown}: its answers would be sampled by other settings than the "
+                f"recipe's. Fix: leave {unknown} out of the evaluation, or use a server that knows them, such as vLLM"
             )
-        return abilities
+        self.abilities = abilities
 
-    async def complete(
-        self,
-        url: str,
-        abilities: Abilities,
-        request: Request,
-        sampling: Sampling,
-        *,
-        logprobs: bool = False,
-        on_begin: Callable[[], None] = lambda: None,
-    ) -> Completion:
-        """Ask for one completion.
-
-        Args:
-            on_begin: called with the first sign that the answer is being written.
-
-        Raises:
-            ServerFailure: asking again may help. UserError: it would not.
+    async def complete(self, request: Request, sampling: Sampling, *, logprobs: bool = False) -> Completion:
         """
-        prompt = self._prompt(abilities.way, request)
-        body = request_body(abilities, prompt, sampling, request.seed, self.stop_ids, logprobs=logprobs)
-        async with _limit(self.settings.timeout, "it took longer than the time limit for one answer (timeout)"):
-            completion = await self._ask(url + abilities.path, body, on_begin)
-        check_prompt_tokens(url, abilities.way, request, completion)
+        Raises:
+            ServerFailure: another attempt may help. UserError: it would not.
+        """
+        assert self.abilities is not None
+        prompt = self._prompt(self.abilities.prompt_format, request)
+        body = request_body(self.abilities, prompt, sampling, request.seed, self.stop_ids, logprobs=logprobs)
+        async with self._attempt("it took longer than the time limit for one answer (timeout)") as limit:
+            completion = await self._send(self.abilities.path, body, limit)
+            tokens = max(completion.completion_tokens or 0, len(completion.token_ids))
+            if tokens > sampling.max_new_tokens + 1:  # some count a stop token on top
+                raise ValueError(f"it has {tokens} tokens, more than max_new_tokens={sampling.max_new_tokens}")
+            answer = completion.text + completion.reasoning
+            if len(self.settings.api_key or "") >= SHORTEST_KEY and any(form in answer for form in self.settings.forms_of_key):
+                raise ValueError("it holds the API key")
+        check_prompt_tokens(self.url, self.abilities.prompt_format, request, completion)
         return completion
 
-    async def _ask(self, address: str, body: Mapping[str, Any], on_begin: Callable[[], None]) -> Completion:
-        reader = CompletionReader()
+    async def served_models(self) -> list[ServedModel]:
+        """What the server lists; empty where it lists nothing that can be read. Raises ServerFailure."""
+        async with self._attempt("it did not list its models"):
+            try:
+                listed = await self._openai.get("/models", cast_to=object, options=LOOK_UP)
+                return ModelList.model_validate(listed).data
+            except APIStatusError as error:
+                if error.status_code in TRANSIENT:
+                    raise
+            except (ValueError, RecursionError):
+                pass
+            return []
+
+    def excerpt(self, text: str) -> str:
+        """A server's own words in one line that prints, without the key, which some echo."""
+        for form in self.settings.forms_of_key:
+            text = text.replace(form, "***")
+        printable = "".join(c if c.isprintable() else " " for c in text[: 10 * EXCERPT])
+        return " ".join(printable.split())[:EXCERPT]
+
+    async def _send(self, path: str, body: Mapping[str, Any], limit: asyncio.Timeout | None = None) -> Completion:
+        """
+        Args:
+            limit: moved with every chunk, so that it expires after `stall` seconds without one. None: a probe, not retried.
+        """
+        completion = Completion()
+        deadline = limit and limit.when()
+        async with await self._openai.post(
+            path,
+            body=dict(body),
+            cast_to=object,
+            options={} if limit else {"max_retries": 0},
+            stream=True,
+            stream_cls=AsyncStream[object],
+        ) as chunks:
+            if "text/event-stream" not in chunks.response.headers.get("content-type", ""):  # a server that does not stream
+                completion.add(json.loads(await chunks.response.aread()))
+                return completion.finish(self.vocab_size)
+            async for chunk in chunks:
+                completion.add(chunk)
+                if deadline and completion.begun:
+                    limit.reschedule(min(deadline, asyncio.get_running_loop().time() + self.settings.stall))
+        return completion.finish(self.vocab_size)
+
+    @asynccontextmanager
+    async def _attempt(self, overdue: str) -> AsyncIterator[asyncio.Timeout]:
+        """Turn what the openai package raises into a ServerFailure, or a UserError where another attempt cannot help.
+
+        Args:
+            overdue: the reason when it takes longer than `timeout`.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
         try:
-            async with self._http.stream("POST", address, json=body) as response:
-                if not response.is_success:
-                    await response.aread()
-                    raise refused(response)
-                if "text/event-stream" in response.headers.get("content-type", ""):
-                    await self._read_stream(response, reader, on_begin)
-                else:
-                    reader.add((await response.aread()).decode("utf-8", errors="replace"))
-        except httpx.HTTPError as error:
-            raise _connection_failure(error) from error
-        return reader.completion()
+            async with asyncio.timeout_at(deadline) as limit:
+                yield limit
+        except TimeoutError as error:
+            stalled = f"it sent nothing more for {self.settings.stall:g} s in the middle of an answer (stall)"
+            raise ServerFailure(stalled if limit.when() < deadline else overdue) from error
+        except APIStatusError as error:
+            raise self._refusal(error) from error
+        except (APIConnectionError, httpx2.HTTPError) as error:
+            cause = error.__cause__ or error
+            refused = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise ServerFailure(self.excerpt(f"{type(cause).__name__}: {cause}"), blames_request=not refused) from error
+        except (OpenAIError, ValueError, RecursionError) as error:
+            raise ServerFailure(self.excerpt(f"its reply is unusable: {type(error).__name__}: {error}")) from error
 
-    async def _read_stream(self, response: httpx.Response, reader: CompletionReader, on_begin: Callable[[], None]) -> None:
-        lines = response.aiter_lines()
-        while True:
-            stall = self.settings.stall if reader.choices else None
-            async with _limit(stall, f"it sent nothing more for {self.settings.stall:g} s in the middle of an answer (stall)"):
-                line = await anext(lines, None)
-            if line is None:
-                return
-            reader.add_line(line)
-            if reader.choices:
-                on_begin()
+    def _refusal(self, error: APIStatusError) -> ServerFailure | UserError:
+        status = error.status_code
+        reply = f"HTTP {status}: {self.excerpt(error.response.text)}"
+        if status in TRANSIENT or status >= 500:
+            return ServerFailure(reply, blames_request=status not in OVERLOADED)
+        fix = "set the environment variable OPENAI_API_KEY to a key that it takes" if status in (401, 403) else "see its log"
+        return UserError(f"eval.servers: {self.url}: it refuses the request: {reply}. Fix: {fix}")
 
-    def _prompt(self, way: PromptWay, request: Request) -> Any:
-        if way == "tokens":
+    def _prompt(self, prompt_format: PromptFormat, request: Request) -> Any:
+        if prompt_format == "tokens":
             return list(request.prompt_ids)
-        if way == "text":
+        if prompt_format == "text":
             text = text_of_prompt(self.tokenizer, request.prompt_ids)
             if text is None:
                 raise UserError(
-                    f"problem {request.problem}: its prompt, written as text, is tokenized to other tokens, and this server takes "
-                    "no token ids. Use a server that takes them, such as vLLM"
+                    f"eval.servers: {self.url} takes no token ids, and the prompt of problem {request.problem}, written as text, "
+                    "is tokenized to other tokens. Fix: use a server that takes token ids, such as vLLM"
                 )
             return text
         assert self.messages is not None
         return [dict(message) for message in self.messages(request)]
 
-    async def _is_transformers_serve(self, url: str) -> bool:
-        try:
-            response = await self._http.get(f"{url}/openapi.json")
-        except httpx.HTTPError as error:
-            raise _connection_failure(error) from error
-        try:
-            return {"/load_model", "/reset", "/v1/completions"} <= set(response.json()["paths"])
-        except (ValueError, KeyError, TypeError):
-            return False
+    # Probing
 
-    async def _only_model(self, url: str) -> str | None:
-        """The one model that the server lists; None where it lists nothing we can read."""
+    async def _abilities(self, example: Request) -> Abilities:
+        serves_transformers = await self._is_transformers_serve()
+        model = self.settings.model
+        if model is None and not serves_transformers:  # that one lists what lies in the hub cache, not what it serves
+            model = await self._only_model()
+        abilities = Abilities(await self._prompt_format(example, model), model, generation_config=serves_transformers)
+        if not serves_transformers:
+            known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
+            abilities = replace(abilities, fields=frozenset(known))
+        return abilities
+
+    async def _is_transformers_serve(self) -> bool:
         try:
-            response = await self._http.get(f"{url}/v1/models")
-        except httpx.HTTPError as error:
-            raise _connection_failure(error) from error
-        if response.status_code in RETRIED or response.status_code in LATER:
-            raise refused(response)
-        try:
-            names = [entry["id"] for entry in response.json()["data"]]
-        except (ValueError, KeyError, TypeError):
-            return None
+            described = await self._openai.get(f"{self.url}/openapi.json", cast_to=object, options=LOOK_UP)
+        except (APIStatusError, ValueError, RecursionError):
+            return False
+        paths = described.get("paths") if isinstance(described, dict) else None
+        return isinstance(paths, dict) and {"/load_model", "/reset", "/v1/completions"} <= paths.keys()
+
+    async def _only_model(self) -> str | None:
+        """The one model that the server lists; None where it lists none."""
+        names = [model.id for model in await self.served_models()]
         if len(names) > 1:
-            raise UserError(f"{url} serves several models: {', '.join(names[:8])}. Say which one: served_model")
+            listed = self.excerpt(", ".join(names[:8]))
+            raise UserError(f"eval.served_model: missing, and {self.url} serves several: {listed}. Fix: set it to one of them")
         return names[0] if names else None
 
-    async def _prompt_way(self, url: str, example: Request, model: str | None) -> PromptWay:
-        refusals = []
-        ways: list[PromptWay] = ["tokens"]
+    async def _prompt_format(self, example: Request, model: str | None) -> PromptFormat:
+        formats: list[PromptFormat] = ["tokens"]
         if text_of_prompt(self.tokenizer, example.prompt_ids) is not None:
-            ways.append("text")
+            formats.append("text")
         if self.messages is not None:
-            ways.append("messages")
-        for way in ways:
+            formats.append("messages")
+        refusals = []
+        for prompt_format in formats:
             try:
-                await self._try(url, example, way, model)
-                return way
+                await self._probe(example, Abilities(prompt_format, model))
+                return prompt_format
+            except APIStatusError as error:
+                refusal = self._refusal(error)
             except UserError as error:
-                refusals.append(f"  {way}: {error}")
-        raise UserError("\n".join([f"{url} takes no prompt from us:", *refusals, _MODEL_HINT]))
+                refusal = error
+            if isinstance(refusal, ServerFailure):
+                raise refusal
+            refusals.append(f"  {prompt_format}: {refusal}")
+        fix = "Fix: check that it is an OpenAI-compatible server, and that eval.served_model is a model that it serves"
+        raise UserError("\n".join([f"eval.servers: {self.url} takes none of our prompts:", *refusals, fix]))
 
-    async def _known_fields(self, url: str, example: Request, way: PromptWay, model: str | None) -> frozenset[str]:
-        """A server knows a field if it takes a right value and refuses a wrong one; one that ignores it takes both."""
-        known = []
-        for name, value in NEUTRAL.items():
-            try:
-                await self._try(url, example, way, model, {name: {"not": "a value"}})
-            except (UserError, ServerFailure):
-                try:
-                    await self._try(url, example, way, model, {name: value})
-                    known.append(name)
-                except UserError:
-                    continue
-        return frozenset(known)
+    async def _knows(self, field: str, example: Request, abilities: Abilities) -> bool:
+        """Whether it takes a valid value and refuses an invalid one; a server that ignores the field takes both."""
+        try:
+            await self._probe(example, abilities, {field: {"not": "a value"}})
+            return False
+        except APIStatusError as error:
+            if error.status_code in OVERLOADED:
+                raise
+        except (UserError, ValueError):
+            pass
+        try:
+            await self._probe(example, abilities, {field: NEUTRAL[field]})
+            return True
+        except APIStatusError as error:
+            if isinstance(self._refusal(error), ServerFailure):
+                raise
+            return False
 
-    async def _try(
-        self, url: str, example: Request, way: PromptWay, model: str | None, more: Mapping[str, object] | None = None
-    ) -> None:
-        abilities = Abilities(way, model, frozenset(), generation_config=False)
-        body = request_body(abilities, self._prompt(way, example), _ONE_TOKEN, 0, ()) | {"stream": False}
-        del body["stream_options"]
-        completion = await self._ask(url + abilities.path, body | dict(more or {}), lambda: None)
-        check_prompt_tokens(url, way, example, completion)
-
-
-_ONE_TOKEN = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
-_MODEL_HINT = "Is it an OpenAI-compatible server, and is served_model the name of a model that it serves?"
+    async def _probe(self, example: Request, abilities: Abilities, more: Mapping[str, object] | None = None) -> None:
+        body = request_body(abilities, self._prompt(abilities.prompt_format, example), ONE_TOKEN, 0, (), stream=False)
+        completion = await self._send(abilities.path, body | dict(more or {}))
+        check_prompt_tokens(self.url, abilities.prompt_format, example, completion)
 
 
 def text_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str | None:
@@ -231,72 +289,26 @@ def text_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
     return None
 
 
-def check_prompt_tokens(url: str, way: PromptWay, request: Request, completion: Completion) -> None:
+def check_prompt_tokens(url: str, prompt_format: PromptFormat, request: Request, completion: Completion) -> None:
     """
     Raises:
-        UserError: the server read another number of prompt tokens than we sent, or does not say how many where it tokenizes.
+        UserError: the server read another number of prompt tokens than the prompt has, or reports none where it tokenizes.
     """
     if completion.prompt_tokens is None:
-        if way == "tokens":
+        if prompt_format == "tokens":
             return
         raise UserError(
-            f"{url} does not report usage.prompt_tokens, so whether it reads the same prompt as the model was trained with cannot "
-            "be told. Use a server that takes prompts as token ids, such as vLLM"
+            f"eval.servers: {url} does not report usage.prompt_tokens, so whether it reads the prompt of the training is unknown. "
+            "Fix: use a server that takes prompts as token ids, such as vLLM"
         )
     if completion.prompt_tokens != len(request.prompt_ids):
         reason = {
-            "tokens": "it adds or drops tokens of a prompt given as token ids",
-            "text": "its tokenizer differs from the checkpoint's, or adds special tokens",
-            "messages": "its chat template is another one, or it puts in a system turn or thinking tags of its own; start the "
-            "server with the chat template of the checkpoint or of the recipe (prompt.chat_template)",
-        }[way]
+            "tokens": "it adds or drops tokens of a prompt given as token ids. Fix: use another server, such as vLLM",
+            "text": "its tokenizer differs from the checkpoint's, or adds special tokens. Fix: serve the folder export/ itself",
+            "messages": "its chat template is another one, or it adds a system turn or reasoning tags of its own. Fix: start it "
+            "with the chat template of the checkpoint or of the recipe (prompt.chat_template)",
+        }[prompt_format]
         raise UserError(
-            f"{url} read {completion.prompt_tokens} prompt tokens for problem {request.problem}, the recipe's prompt has "
-            f"{len(request.prompt_ids)}: {reason}"
+            f"eval.servers: {url} read {completion.prompt_tokens} prompt tokens for problem {request.problem}, the recipe's prompt "
+            f"has {len(request.prompt_ids)}: {reason}"
         )
-
-
-def refused(response: httpx.Response) -> Exception:
-    """What an HTTP state means: try again, or stop."""
-    said = f"HTTP {response.status_code}: {' '.join(response.text.split())[:EXCERPT]}"
-    state = response.status_code
-    if state in RETRIED or state >= 500:
-        return ServerFailure(said, retry_after=_retry_after(response), blames_request=state not in LATER)
-    if state in (401, 403):
-        said += ". Set the environment variable OPENAI_API_KEY to a key that it takes"
-    return UserError(f"{response.url} refuses the request: {said}")
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds: the header holds them, or a date (RFC 9110, 10.2.3)."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
-
-
-def _connection_failure(error: httpx.HTTPError) -> ServerFailure:
-    refused_outright = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-    return ServerFailure(f"{type(error).__name__}: {error or 'no reason given'}", blames_request=not refused_outright)
-
-
-class _limit:
-    """`async with _limit(seconds, reason)`: a ServerFailure with the reason when it takes longer; None: no limit."""
-
-    def __init__(self, seconds: float | None, reason: str) -> None:
-        self._timeout = asyncio.timeout(seconds)
-        self._reason = reason
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *error: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*error)
-        except TimeoutError as late:
-            raise ServerFailure(self._reason) from late

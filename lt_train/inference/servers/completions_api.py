@@ -1,14 +1,15 @@
-"""The OpenAI completions protocol: what is sent for a request, and what is read from the answer, streamed or whole."""
+"""The OpenAI completions protocol: the body of a request, and what a reply holds, streamed or whole."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from lt_train.inference.requests import Sampling
-from lt_train.inference.servers.pool import ServerFailure
 
-PromptWay = Literal["tokens", "text", "messages"]
+PromptFormat = Literal["tokens", "text", "messages"]
 """How a server takes prompts: /v1/completions with token ids, or with text that it tokenizes to the same ids, or
 /v1/chat/completions with messages that its template turns into the same ids."""
 
@@ -29,15 +30,15 @@ class Abilities:
     """What a server takes.
 
     Attributes:
-        model: the name to ask for; None: none is sent.
+        model: the name to send; None: none is sent.
         fields: those of NEUTRAL that it knows.
         generation_config: takes all sampling settings as one JSON text (`transformers serve`).
     """
 
-    way: PromptWay
+    prompt_format: PromptFormat
     model: str | None
-    fields: frozenset[str]
-    generation_config: bool
+    fields: frozenset[str] = frozenset()
+    generation_config: bool = False
 
     @property
     def one_at_a_time(self) -> bool:
@@ -46,28 +47,7 @@ class Abilities:
 
     @property
     def path(self) -> str:
-        return "/v1/chat/completions" if self.way == "messages" else "/v1/completions"
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a server sent for one request.
-
-    Attributes:
-        reasoning: the thought, where the server splits it off the text.
-        token_ids: of the new tokens, where the server tells them. logprobs: natural, of the same tokens, where asked and told.
-        prompt_tokens, completion_tokens: the server's count, where told.
-        model: what it says that it served.
-    """
-
-    text: str
-    reasoning: str | None
-    token_ids: tuple[int, ...] | None
-    logprobs: tuple[float, ...] | None
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    model: str | None
+        return "/chat/completions" if self.prompt_format == "messages" else "/completions"
 
 
 def request_body(
@@ -77,13 +57,14 @@ def request_body(
     seed: int,
     stop_ids: Sequence[int],
     *,
+    stream: bool = True,
     logprobs: bool = False,
 ) -> dict[str, Any]:
     """The JSON of a request. Every setting is sent, not only those that differ from a default: the server's may be others."""
     body: dict[str, Any] = {
-        "messages" if abilities.way == "messages" else "prompt": prompt,
+        "messages" if abilities.prompt_format == "messages" else "prompt": prompt,
         "max_tokens": sampling.max_new_tokens,
-        "stream": True,
+        "stream": stream,
         "temperature": sampling.temperature,
         "top_p": 1.0 if sampling.greedy else sampling.top_p,
     }
@@ -99,8 +80,9 @@ def request_body(
     if not sampling.greedy:
         chosen |= {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
     body |= {name: value for name, value in chosen.items() if name in abilities.fields}
-    body["stream_options"] = {"include_usage": True}
-    if logprobs and abilities.way != "messages":
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    if logprobs and abilities.prompt_format != "messages":
         body["logprobs"] = 1
     return body
 
@@ -128,77 +110,112 @@ def _generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str,
     return config
 
 
-@dataclass
-class CompletionReader:
-    """Puts a completion together from the chunks of a stream, or from one whole answer.
+# Replies
 
-    Raises ServerFailure for what is no such chunk.
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Reply(BaseModel):
+    """Strict, because what a server sends decides scores; fields that nobody reads are free."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Message(_Reply):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Logprobs(_Reply):
+    token_logprobs: list[FiniteFloat] | None = None
+
+
+class _Choice(_Reply):
+    text: str | None = None
+    delta: _Message | None = None
+    message: _Message | None = None
+    token_ids: list[Count] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(_Reply):
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+
+
+class Chunk(_Reply):
+    """A piece of a streamed reply, or a whole one."""
+
+    choices: list[_Choice] = Field(max_length=1)
+    usage: _Usage | None = None
+    model: str | None = None
+
+
+class ServedModel(_Reply):
+    id: str
+    root: str | None = None
+
+
+class ModelList(_Reply):
+    """The reply of /v1/models."""
+
+    data: list[ServedModel]
+
+
+@dataclass
+class Completion:
+    """A server's reply to one request, joined from its chunks.
+
+    Attributes:
+        reasoning: where the server splits it off the text.
+        token_ids: of the new tokens, where the server sends them. logprobs: natural, of the same tokens, where requested and sent.
+        usage: the server's counts of tokens, where sent.
+        model: the name of what it served.
     """
 
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
+    text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     model: str | None = None
-    choices: int = 0
+    _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
 
-    def add_line(self, line: str) -> None:
-        """One line of a server-sent event stream."""
-        if line.startswith("data:"):
-            data = line.removeprefix("data:").strip()
-            if data != "[DONE]":
-                self.add(data)
+    @property
+    def begun(self) -> bool:
+        return bool(self._text)
 
-    def add(self, text: str) -> None:
-        """One JSON object: a chunk, or a whole answer."""
-        try:
-            chunk = json.loads(text)
-        except ValueError as error:
-            raise ServerFailure(f"it sent no JSON ({error}): {text[:200]!r}") from error
-        if not isinstance(chunk, dict):
-            raise ServerFailure(f"it sent no object: {text[:200]!r}")
-        if chunk.get("error"):
-            raise ServerFailure(f"it sent an error: {json.dumps(chunk['error'])[:500]}")
-        try:
-            self._add_chunk(chunk)
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ServerFailure(f"it sent something else than a completion ({error!r}): {text[:200]!r}") from error
+    def add(self, reply: object) -> None:
+        """Raises ValueError: this is no chunk of a completion."""
+        if isinstance(reply, dict) and reply.get("error"):
+            raise ValueError(f"it reports an error: {reply['error']}")
+        chunk = Chunk.model_validate(reply)
+        self.model = chunk.model or self.model
+        if chunk.usage is not None:
+            self.prompt_tokens, self.completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            message = choice.delta or choice.message or _Message(content=choice.text)
+            self._text.append(message.content or "")
+            self._reasoning.append(message.reasoning_content or message.reasoning or "")
+            self.token_ids += choice.token_ids or ()
+            self.logprobs += (choice.logprobs and choice.logprobs.token_logprobs) or ()
+            self.finish_reason = choice.finish_reason or self.finish_reason
 
-    def _add_chunk(self, chunk: dict[str, Any]) -> None:
-        self.model = chunk.get("model") or self.model
-        counts = {name: (chunk.get("usage") or {}).get(name) for name in ("prompt_tokens", "completion_tokens")}
-        self.usage |= {name: int(count) for name, count in counts.items() if count is not None}
-        for choice in chunk["choices"]:
-            self.choices += 1
-            part = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
-            if not isinstance(part.get("content") or "", str):
-                raise ValueError("the content is no text")
-            self.text.append(part.get("content") or "")
-            self.reasoning.append(part.get("reasoning_content") or part.get("reasoning") or "")
-            self.token_ids.extend(map(int, choice.get("token_ids") or ()))
-            self.logprobs.extend(map(float, (choice.get("logprobs") or {}).get("token_logprobs") or ()))
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-
-    def completion(self) -> Completion:
-        """
-        Raises:
-            ServerFailure: the answer has no choice, or ends without a finish_reason.
-        """
-        if not self.choices:
-            raise ServerFailure("its answer holds no choices")
-        if self.finish_reason is None:
-            raise ServerFailure("its answer was cut off: it ends without a finish_reason")
-        counted = self.usage.get("completion_tokens")
-        whole = self.token_ids and (counted is None or counted == len(self.token_ids))
-        return Completion(
-            text="".join(self.text),
-            reasoning="".join(self.reasoning) or None,
-            token_ids=tuple(self.token_ids) if whole else None,
-            logprobs=tuple(self.logprobs) or None,
-            finish_reason=self.finish_reason,
-            prompt_tokens=self.usage.get("prompt_tokens"),
-            completion_tokens=counted,
-            model=self.model,
-        )
+    def finish(self, vocab_size: int) -> "Completion":
+        """Raises ValueError: it is truncated, or holds other tokens than the `vocab_size` that there are."""
+        if not self.begun:
+            raise ValueError("it holds no choices")
+        if self.finish_reason not in ("stop", "length"):
+            raise ValueError(f"it ends with finish_reason {self.finish_reason!r}")
+        if max(self.token_ids, default=0) >= vocab_size:
+            raise ValueError(f"it holds token {max(self.token_ids)}, and there are {vocab_size}")
+        if self.completion_tokens not in (None, len(self.token_ids)):
+            self.token_ids = []  # not of all tokens
+        self.text, self.reasoning = "".join(self._text), "".join(self._reasoning)
+        f"{self.text}{self.reasoning}".encode()  # lone surrogates, which JSON can hold and no file, are a ValueError
+        return self

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from functools import partial
 
 import pytest
 from hypothesis import given
@@ -10,9 +9,9 @@ from hypothesis import strategies as st
 
 from data.tiny_tokenizer import build_tokenizer
 from lt_train.inference.requests import Request, Sampling, sample_seed
-from lt_train.inference.servers.backend import OpenAIBackend, SharedClock, read_answer
+from lt_train.inference.servers.backend import OpenAIBackend, SharedTime, read_answer
 from lt_train.inference.servers.completions_api import Completion
-from lt_train.inference.servers.pool import Server, ServerFailure, ServerSettings
+from lt_train.inference.servers.pool import Health, ServerFailure, ServerSettings
 from lt_train.runtime.errors import UserError
 from tests.support.misbehaving_server import (
     MisbehavingServer,
@@ -69,7 +68,8 @@ def right(requests):
 
 
 def no_thread_left():
-    return not [thread for thread in threading.enumerate() if thread.name == "openai backend"]
+    """Of the servers' own threads apart."""
+    return not [thread for thread in threading.enumerate() if thread.name.startswith(("openai", "asyncio"))]
 
 
 def test_every_request_is_answered_once_by_its_own_answer(server):
@@ -301,7 +301,7 @@ def test_an_answer_cut_before_the_limit_is_refused(server):
     server.misbehave = lambda handler, body: (
         handler.send_json(200, {"choices": [{"text": "x", "finish_reason": "length"}], "usage": usage}) or True
     )
-    with pytest.raises(UserError, match="cut an answer off at 5 tokens, not at max_new_tokens=64"):
+    with pytest.raises(UserError, match=r"max_new_tokens: 64: .* truncated an answer at 5 tokens"):
         list(backend(server).answers(requests_for(1), GREEDY))
 
 
@@ -328,17 +328,7 @@ def test_a_thinking_budget_is_refused(server):
 
 
 def completion(**given):
-    values = dict(
-        text="",
-        reasoning=None,
-        token_ids=None,
-        logprobs=None,
-        finish_reason="stop",
-        prompt_tokens=3,
-        completion_tokens=None,
-        model=None,
-    )
-    return Completion(**values | given)
+    return Completion(**dict(finish_reason="stop", prompt_tokens=3) | given)
 
 
 def read(sampling=GREEDY, tokenizer=TOKENIZER, **given):
@@ -377,34 +367,33 @@ def test_a_thought_that_the_prompt_opened_is_not_opened_again():
 
 
 @given(st.integers(1, 40), st.floats(0.01, 10))
-def test_a_server_rests_longer_with_each_failure_in_a_row_up_to_a_minute(failures, backoff):
-    server = Server("http://x")
+def test_a_server_rests_longer_with_each_consecutive_failure_up_to_a_minute(failures, backoff):
+    health = Health()
     for number in range(failures):
         now = 1000.0 * number
-        server.strike(ServerFailure("no"), now, now, backoff)
-        rest = server.resting_until - now
+        assert health.failed(ServerFailure("no"), now, now, backoff)
+        rest = health.resting_until - now
         longest = min(60.0, backoff * 2**number)
         assert longest / 2 <= rest <= longest
-    server.gave_sign_of_life(1000.0 * failures)
-    assert server.strikes == 0
+    health.succeeded()
+    assert health.consecutive_failures == 0
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=12))
 def test_the_shares_of_time_add_up_to_the_time_in_which_something_was_in_flight(spans):
     spans = [(min(span), max(span)) for span in spans]
     now = 0.0
-    shares = [None] * len(spans)
-    clock = SharedClock()
+    marks, seconds = [0.0] * len(spans), 0.0
+    shared_time = SharedTime(lambda: now)
     events = sorted([(begin, 0, n) for n, (begin, _) in enumerate(spans)] + [(end, 1, n) for n, (_, end) in enumerate(spans)])
     busy, active = 0.0, 0
     for at, kind, n in events:
         busy += (at - now) if active else 0.0
         now = at
         if kind == 0:
-            shares[n] = clock.share(at, partial(lambda n: spans[n][1], n))
-            shares[n].__enter__()
+            marks[n] = shared_time.enter()
             active += 1
         else:
-            shares[n].__exit__()
+            seconds += shared_time.leave(marks[n])
             active -= 1
-    assert sum(share.seconds for share in shares) == pytest.approx(busy, abs=1e-6)
+    assert seconds == pytest.approx(busy, abs=1e-6)

@@ -46,8 +46,7 @@ def continuation(hybrid):
 
 
 def completion(**given):
-    values = dict(text="", reasoning=None, token_ids=None, logprobs=None, finish_reason="length", prompt_tokens=None)
-    return Completion(**values | dict(completion_tokens=None, model=None) | given)
+    return Completion(**dict(finish_reason="length") | given)
 
 
 def logprobs_of(continuation):

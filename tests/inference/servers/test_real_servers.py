@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,8 +81,8 @@ def running(command, log, ready_path, seconds=180):
 
 def answers(address):
     try:
-        return httpx.get(address, timeout=5).is_success
-    except httpx.HTTPError:
+        return httpx2.get(address, timeout=5).is_success
+    except httpx2.HTTPError:
         return False
 
 
