@@ -2,7 +2,7 @@
 
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
-from lt_train.recipe.schema import BASE
+from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
 from lt_train.training.dataset import examples_fingerprint
 from lt_train.training.distillation.top_k import write_top_k
