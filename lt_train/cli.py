@@ -57,10 +57,10 @@ def _before_commands(
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe: every fault at once, nothing loaded."""
-    from lt_train.recipe.loading import load_recipe
+    from lt_train.recipe.loading import load_recipe_and_remarks
 
-    checked = load_recipe(recipe, overrides or ())
-    typer.echo(f"{recipe}: a valid recipe for run {checked.name!r}")
+    checked, remarks = load_recipe_and_remarks(recipe, overrides or ())
+    typer.echo("\n".join([f"{recipe}: a valid recipe for run {checked.name!r}", *(f"  {remark}" for remark in remarks)]))
 
 
 @app.command()

@@ -37,7 +37,7 @@ SMALL = {
     "train.logging_steps": 1,
     "eval.0.limit": 60,
     "eval.0.batch_size": 10,
-    "eval.0.of": "[base, trained]",
+    "eval.0.variants": "[base, trained]",
     "hybrid.compare": "[]",
 }
 

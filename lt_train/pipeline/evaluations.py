@@ -21,7 +21,8 @@ from lt_train.inference.backends import engine_for, servers_for
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens
 from lt_train.pipeline.variants import Variants
-from lt_train.recipe.schema import BASE, Eval, HeldoutKL, HeldoutLoss, Recipe
+from lt_train.recipe.evaluations import BASE
+from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.runtime.fingerprints import hash_of
 from lt_train.runtime.run_paths import SCORES, RunPaths
 from lt_train.runtime.sources import resolve_model

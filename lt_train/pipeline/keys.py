@@ -36,4 +36,4 @@ def as_trained(paths: RunPaths, train: Train) -> dict[str, Any]:
 def _published(train: Train | None) -> tuple[Any, ...] | None:
     if train is None:
         return None
-    return train.publish, train.keep_best if train.publish == "best" else None, train.restore_query_key
+    return train.final_weights, train.keep_best if train.final_weights == "best" else None, train.restore_query_key

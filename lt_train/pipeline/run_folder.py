@@ -12,11 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from lt_train.pipeline.old_markers import bring_up_to_date
-from lt_train.recipe.loading import resolved_yaml
+from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json, write_text
@@ -121,8 +118,8 @@ class RunFolder:
     def _begun_recipe(self) -> Recipe:
         path = self.paths.recipe
         try:
-            return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+            return recorded_recipe(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{path}: not the record of a run ({reason}). Fix: move {self.paths.root} away, or give this run another name"

@@ -13,18 +13,8 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.trained_weights import load_trained
 from lt_train.pipeline.keys import as_trained
-from lt_train.recipe.schema import (
-    BASE,
-    CONVERTED,
-    TRAINED,
-    Eval,
-    HeldoutKL,
-    HeldoutLoss,
-    Recipe,
-    converted_by,
-    identity_of,
-    settings_that_may_change,
-)
+from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
+from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe, converted_by, identity_of, settings_that_may_change
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import hash_of
@@ -32,7 +22,7 @@ from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
 
-PUBLISHING = ("keep_best", "publish", "restore_query_key", "deepspeed")
+PUBLISHING = ("keep_best", "final_weights", "restore_query_key", "deepspeed")
 """Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""
 
 
@@ -99,7 +89,7 @@ class Variants:
             (settings[part] if inner and settings[part] else settings).pop(inner or part, None)
         if self.recipe.train is not None:
             unchanged = as_trained(self.paths, self.recipe.train)
-            if self.recipe.train.publish == "best":
+            if self.recipe.train.final_weights == "best":
                 unchanged.pop("keep_best")
             settings["train"] |= unchanged
         return settings
@@ -119,7 +109,7 @@ class Variants:
 
     def of(self, entry: Eval | HeldoutLoss | HeldoutKL) -> list[str]:
         """The variants that `entry` asks for; with `converted` come the hybrids of `hybrid.compare`."""
-        return [*entry.of, *(self._compared() if CONVERTED in entry.of else [])]
+        return [*entry.variants, *(self._compared() if CONVERTED in entry.variants else [])]
 
     def _compared(self) -> list[str]:
         return [converted_by(strategy) for strategy in self.recipe.hybrid.compare]

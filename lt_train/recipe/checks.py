@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.recipe.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.recipe.evaluations import HELDOUT, Eval
+from lt_train.recipe.evaluations import HELDOUT, TRAINED, Eval
 from lt_train.recipe.faults import Fault, nearest_multiples
 from lt_train.recipe.part import all_parts
-from lt_train.recipe.schema import EVAL_LOSS, TRAINED, Lora, Recipe, Train
+from lt_train.recipe.schema import EVAL_LOSS, Evaluation, Lora, Recipe, Train
 from lt_train.recipe.upstream import peft_faults, trl_faults, unknown_scheduler
 from lt_train.runtime.errors import UserError, shortened, shown
 from lt_train.runtime.sources import resolve_data, resolve_model
@@ -67,15 +67,17 @@ def _files(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _evaluations(recipe: Recipe) -> Iterator[Fault]:
-    evaluations = [(f"eval.{at}", evaluation) for at, evaluation in enumerate(recipe.eval)]
+    evaluations: list[tuple[str, Evaluation]] = [(f"eval.{at}", evaluation) for at, evaluation in enumerate(recipe.eval)]
     for path, evaluation in evaluations:
         if evaluation.benchmark in HELDOUT and recipe.data.heldout == 0:
             problem = f"no samples are held out for {evaluation.benchmark}"
             yield Fault((f"{path}.benchmark", "data.heldout"), problem, "set data.heldout above 0")
-    for path, evaluation in evaluations + ([("sample", recipe.sample)] if recipe.sample else []):
-        if recipe.train is None and TRAINED in (evaluation.of or []):
+    if recipe.sample is not None:
+        evaluations.append(("sample", recipe.sample))
+    for path, evaluation in evaluations:
+        if recipe.train is None and TRAINED in (evaluation.variants or []):
             problem, fix = "this recipe trains nothing", "evaluate converted instead of trained, or add a train part"
-            yield Fault((f"{path}.of", "train"), problem, fix)
+            yield Fault((f"{path}.variants", "train"), problem, fix)
 
 
 def _training(recipe: Recipe, train: Train) -> Iterator[Fault]:
@@ -92,8 +94,8 @@ def _training(recipe: Recipe, train: Train) -> Iterator[Fault]:
         if measures and data.heldout == 0:
             fix = f"set data.heldout above 0, or {setting} to null"
             yield Fault((f"train.{setting}", "data.heldout"), "no samples are held out to measure the loss on", fix)
-    if problem := unknown_scheduler(train.lr_scheduler):
-        yield Fault(("train.lr_scheduler",), f"{shown(train.lr_scheduler)}: {problem}")
+    if unknown := unknown_scheduler(train.lr_scheduler):
+        yield Fault(("train.lr_scheduler",), f"{shown(train.lr_scheduler)}: {unknown}")
     yield from trl_faults(train.trl)
 
 

@@ -1,13 +1,13 @@
 """The parts of a recipe that evaluate or sample a model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from lt_train.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe.faults import Fault
-from lt_train.recipe.part import ADDED, MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text
+from lt_train.recipe.part import ADDED, MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text, formerly
 from lt_train.recipe.reasoning_tags import THINK
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 else:
     BenchmarkName = Literal[tuple(BENCHMARKS)]
 
+BASE: Final = "base"
+CONVERTED: Final = "converted"
+TRAINED: Final = "trained"
 Variant = Literal["base", "converted", "trained"]
 """A model to evaluate: the base model, the hybrid before training, the hybrid after training."""
 
@@ -29,7 +32,7 @@ class EvalConfig(Part):
     """Samples in one forward pass."""
     limit: Count | None = None
     """Number of problems (held-out samples), from the first. null: all."""
-    of: Annotated[list[Variant], Field(min_length=1), EachOnce] | None = None
+    variants: Annotated[list[Variant], Field(min_length=1), EachOnce] | None = Field(default=None, json_schema_extra=formerly("of"))
     """Models to evaluate. Default: [trained], or [converted] in a recipe without training."""
     name: Name | None = None
     """Folder of the results, unique in a recipe. Default: the benchmark's name."""
@@ -149,7 +152,8 @@ class Eval(EvalConfig):
         if self.max_new_tokens is None and answer_tokens(benchmark) is None:
             fix = "set the tokens of the longest answer"
             yield Fault(("max_new_tokens",), f"missing; {benchmark.name} has no limit of its own", fix)
-        if None not in (self.thinking_budget, self.max_new_tokens) and self.thinking_budget >= self.max_new_tokens:
+        budget, longest = self.thinking_budget, self.max_new_tokens
+        if budget is not None and longest is not None and budget >= longest:
             problem, fix = "no tokens are left for the answer behind the reasoning", "raise max_new_tokens above thinking_budget"
             yield Fault(("thinking_budget", "max_new_tokens"), problem, fix)
 
@@ -160,16 +164,19 @@ class Eval(EvalConfig):
             return
         if not self.servers:
             yield Fault(("servers", "backend"), "no server is named", "list them, such as [http://localhost:8000]")
-        if len(self.of or []) > 1:
-            yield Fault(("of", "backend"), "servers serve one model", "evaluate each variant in an item of its own")
+        if len(self.variants or []) > 1:
+            yield Fault(("variants", "backend"), "servers serve one model", "evaluate each variant in an item of its own")
         if self.thinking_budget is not None:
             yield Fault(("thinking_budget", "backend"), "a server cannot close the reasoning", "set backend to hybrid")
+
+
+_BASE_ALONE: list[Variant] = [BASE]
 
 
 class Sample(Eval):
     """Answers that are drawn to train on: settings as of an evaluation, of one model."""
 
-    of: list[Variant] = Field(default=["base"], min_length=1, max_length=1)
+    variants: list[Variant] | None = Field(default=_BASE_ALONE, min_length=1, max_length=1, json_schema_extra=formerly("of"))
     """The model that answers."""
     keep: Literal["shortest", "all"] = "shortest"
     """Which of the correct answers to a problem are kept."""
@@ -200,5 +207,5 @@ class HeldoutKL(EvalConfig):
     """What is measured."""
 
     def conflicts(self) -> Iterator[Fault]:
-        if "base" in (self.of or []):
-            yield Fault(("of",), "heldout_kl compares with the base, whose divergence from itself is 0", "remove base")
+        if BASE in (self.variants or []):
+            yield Fault(("variants",), "heldout_kl compares with the base, whose divergence from itself is 0", "remove base")

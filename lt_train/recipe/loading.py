@@ -1,20 +1,19 @@
 """From a YAML file and `--set` overrides to a checked recipe, and back to YAML.
 
-yaml_text.py reads the text, schema.py says what may stand in it, messages.py words pydantic's complaints, checks.py compares
+yaml_text.py reads the text, schema.py declares the settings, messages.py turns pydantic's errors into faults, checks.py compares
 settings across parts.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lt_train.recipe.checks import all_conflicts
+from lt_train.recipe.faults import Fault
 from lt_train.recipe.messages import validate_all
+from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Recipe
-from lt_train.recipe.yaml_text import RecipeText, read_recipe_text
+from lt_train.recipe.yaml_text import read_recipe_text, to_yaml
 from lt_train.runtime.errors import UserError
 
 
@@ -24,25 +23,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one error that lists every fault of the file and of the overrides.
     """
+    return load_recipe_and_remarks(path, overrides)[0]
+
+
+def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Fault]]:
+    """As `load_recipe`; also what works, but should be changed."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {path}: cannot be read: {error.strerror} (looked at {path.absolute()})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: not UTF-8 text ({error})") from error
-    return _check(read_recipe_text(text, overrides), path)
-
-
-def resolved_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out; load_recipe reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _check(text: RecipeText, path: Path) -> Recipe:
+    text = read_recipe_text(content, overrides, former_names(Recipe))
     faults = text.faults
     if isinstance(text.values, dict):
-        recipe, faulty, replaced = validate_all(Recipe, _with_defaults_that_depend(text.values))
+        recipe, faulty, replaced = validate_all(Recipe, text.values)
         conflicting = [
             conflict
             for conflict in all_conflicts(recipe)
@@ -51,21 +47,21 @@ def _check(text: RecipeText, path: Path) -> Recipe:
         faults += [replace(fault, origin=text.origin(fault.settings[0]) or "") for fault in (*faulty, *conflicting)]
     if faults:
         raise UserError("\n".join([f"{path}: not a valid recipe", *(f"  {fault}" for fault in faults)]))
-    return recipe
+    return recipe, text.remarks
 
 
-def _with_defaults_that_depend(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what depends on another part: a lora part where the method is lora, and what each evaluation looks at."""
-    train, entries = values.get("train"), values.get("eval")
-    filled = dict(values)
-    if isinstance(train, dict) and train.get("method") == "lora" and values.get("lora") is None:
-        filled["lora"] = {}
-    if isinstance(entries, list):
-        default = ["converted"] if train is None else ["trained"]
-        filled["eval"] = [
-            {**entry, "of": default} if isinstance(entry, dict) and entry.get("of") is None else entry for entry in entries
-        ]
-    return filled
+def recorded_recipe(text: str) -> Recipe:
+    """The recipe that a run folder records, with today's names of its settings. No file that it names need exist.
+
+    Raises:
+        ValueError: not a recipe.
+    """
+    return Recipe.model_validate(read_recipe_text(text, former_names=former_names(Recipe)).values)
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; load_recipe reads it back to an equal recipe."""
+    return to_yaml(recipe.model_dump())
 
 
 def _overlap(setting: str, other: str) -> bool:

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from lt_train.recipe.faults import Fault, did_you_mean
 from lt_train.recipe.part import COLLECTING, Part, parts_in
-from lt_train.recipe.yaml_text import Path, dotted
+from lt_train.recipe.yaml_text import Path, dotted, pattern
 from lt_train.runtime.errors import shown
 
 Schema = TypeVar("Schema", bound=Part)
@@ -139,8 +139,8 @@ def _fault(schema: type[Part], details: ErrorDetails, path: Path, around: type[P
     setting, kind, given, context = dotted(path), details["type"], shown(details["input"]), details.get("ctx", {})
     if kind == "extra_forbidden":
         return Fault((setting,), *_unknown(schema, path, around))
-    if kind == "missing" or (details["input"] is None and _pattern(path) in MISSING):
-        return Fault((setting,), "missing", MISSING[_pattern(path)])
+    if kind == "missing" or (details["input"] is None and pattern(path) in MISSING):
+        return Fault((setting,), "missing", MISSING[pattern(path)])
     if kind == "union_tag_not_found":
         return Fault((f"{setting}.benchmark",), "missing", "name what is measured")
     if kind == "union_tag_invalid":
@@ -163,7 +163,7 @@ def _unknown_value(given: Any, expected: str) -> tuple[str, str]:
 def _unknown(schema: type[Part], path: Path, part: type[Part]) -> tuple[str, str]:
     """The problem and the fix of an unknown setting: a similar name of the same part may be meant, or the same name elsewhere."""
     name, settings = str(path[-1]), all_settings(schema)
-    if _pattern(path) in settings:
+    if pattern(path) in settings:
         return "unknown setting of this benchmark", f"remove it; there are {', '.join(part.model_fields)}"
     if close := did_you_mean(name, part.model_fields):
         return f"unknown setting{close}", ""
@@ -171,10 +171,6 @@ def _unknown(schema: type[Part], path: Path, part: type[Part]) -> tuple[str, str
     if elsewhere:
         return f"unknown setting here; did you mean {min(elsewhere, key=lambda setting: setting.count('.'))}?", ""
     return "unknown setting", f"use one of {', '.join(part.model_fields)}"
-
-
-def _pattern(path: Path) -> str:
-    return dotted(tuple("*" if isinstance(part, int) else part for part in path))
 
 
 @cache

@@ -1,7 +1,7 @@
 """What all parts of a recipe share: strictness, bounded types, conflicts between settings and markers on them."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,12 @@ MAY_CHANGE: dict[str, JsonValue] = {"may_change": True}
 
 ADDED: dict[str, JsonValue] = {"added": True}
 """`json_schema_extra` of a setting that runs of before do not have. At its default it enters no fingerprint, so they resume."""
+
+
+def formerly(name: str) -> dict[str, JsonValue]:
+    """`json_schema_extra` of a setting that recipes may still give under a former name."""
+    return {"formerly": name}
+
 
 MOST = 10**12
 """Upper bound of every count: more tokens, steps or samples are a slip of the keyboard."""
@@ -104,12 +110,25 @@ def parts_in(annotation: Any) -> list[type[Part]]:
     return [part for inner in get_args(annotation) for part in parts_in(inner)]
 
 
+def former_names(part: type[Part], above: str = "") -> dict[str, str]:
+    """Dotted path of each setting under its former name, "*" for an index -> its name today."""
+    found: dict[str, str] = {}
+    for name, field in part.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and "formerly" in extra:
+            found[f"{above}{extra['formerly']}"] = name
+        index = "*." if get_origin(field.annotation) is list else ""
+        for inner in parts_in(field.annotation):
+            found |= former_names(inner, f"{above}{name}.{index}")
+    return found
+
+
 def all_parts(value: Any, path: str = "") -> Iterator[tuple[str, Part]]:
     """A part and those inside it, each with its dotted path from there."""
     if isinstance(value, Part):
         yield path, value
-        inner = ((name, getattr(value, name)) for name in type(value).model_fields)
+        inner = [(name, getattr(value, name)) for name in type(value).model_fields]
     else:
-        inner = enumerate(value) if isinstance(value, list) else ()
+        inner = [(str(at), item) for at, item in enumerate(value)] if isinstance(value, list) else []
     for name, item in inner:
-        yield from all_parts(item, f"{path}.{name}" if path else str(name))
+        yield from all_parts(item, f"{path}.{name}" if path else name)

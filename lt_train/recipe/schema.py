@@ -6,12 +6,12 @@ directory. part.py holds what the parts share, evaluations.py the parts that eva
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from lt_train.recipe.columns import Columns
-from lt_train.recipe.evaluations import Eval, HeldoutKL, HeldoutLoss, Sample
+from lt_train.recipe.evaluations import CONVERTED, TRAINED, Eval, HeldoutKL, HeldoutLoss, Sample
 from lt_train.recipe.faults import Fault, nearest_multiples
 from lt_train.recipe.part import (
     ADDED,
@@ -25,6 +25,7 @@ from lt_train.recipe.part import (
     Part,
     Seed,
     Text,
+    formerly,
     is_marked,
     parts_in,
     twice,
@@ -33,10 +34,6 @@ from lt_train.recipe.part import (
 
 Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""
-
-BASE: Final = "base"
-CONVERTED: Final = "converted"
-TRAINED: Final = "trained"
 
 
 def converted_by(strategy: str) -> str:
@@ -80,7 +77,7 @@ class Calibration(Part):
     """Tokens of a sample that are used, from its start. null: data.max_length."""
     w_last: Count = 64
     """Number of queries at the end of a sample over which lazy_ratio averages (LightTransfer, Eq. 1)."""
-    long_reach_share: float = Field(default=0.1, gt=0, le=1)
+    long_reach_fraction: float = Field(default=0.1, gt=0, le=1, json_schema_extra=formerly("long_reach_share"))
     """Fraction of answer tokens that count as long-reach tokens: those whose loss rises most when every layer streams. The strategy
     reach measures the loss on them."""
 
@@ -206,7 +203,7 @@ class Probes(Part):
     """Optimizer steps between two probes. A checkpoint is saved at each. The checkpoint after the last step is probed, too.
     Training waits where the previous probe has not ended."""
     evals: list[Eval] = Field(min_length=1)
-    """Evaluations as in `eval`, without `of`. Keep them small: needle, copying, or a few problems with `limit`."""
+    """Evaluations as in `eval`, without `variants`. Keep them small: needle, copying, or a few problems with `limit`."""
     device: Annotated[Text, AfterValidator(_device)] = "same"
     """Where the probe runs. same: the GPU of the main process, beside the training; what is free there must hold the model and the
     KV cache (set kv_budget). cuda:7 or cuda:6,7: GPUs that the training leaves free, by the machine's numbers. cpu."""
@@ -217,8 +214,8 @@ class Probes(Part):
             here = f"evals.{at}"
             if probe.name == EVAL_LOSS:
                 yield Fault((f"{here}.name",), f"{EVAL_LOSS} is the name of the held-out loss", "give the probe another name")
-            if probe.of is not None:
-                yield Fault((f"{here}.of",), "a probe evaluates the checkpoint of a training", "remove it")
+            if probe.variants is not None:
+                yield Fault((f"{here}.variants",), "a probe evaluates the checkpoint of a training", "remove it")
             if probe.backend != "hybrid":
                 yield Fault((f"{here}.backend",), "no server holds the checkpoint of a training", "remove it")
 
@@ -268,7 +265,7 @@ class Train(Part):
     keep_best: Text | None = Field(default=None, json_schema_extra=MAY_CHANGE)
     """Metric whose best weights are kept in train/best-<step>/: eval_loss, measured at every checkpoint, or the name of a probe.
     null: none are kept."""
-    publish: Literal["last", "best"] = Field(default="last", json_schema_extra=MAY_CHANGE)
+    final_weights: Literal["last", "best"] = Field(default="last", json_schema_extra=MAY_CHANGE | formerly("publish"))
     """The weights of the trained model, which is evaluated and exported. last: those after the last step. best: those of
     keep_best."""
     sequence_parallel: Count = 1
@@ -293,9 +290,9 @@ class Train(Part):
         if self.distill.weight > 0 and self.trl.get("label_smoothing_factor"):
             problem = "the teacher's distribution is soft already"
             yield Fault(("distill.weight", "trl.label_smoothing_factor"), problem, "remove label_smoothing_factor")
-        if self.publish == "best" and self.keep_best is None:
+        if self.final_weights == "best" and self.keep_best is None:
             problem, fix = "no metric defines the best weights", f"set keep_best to {EVAL_LOSS} or to the name of a probe"
-            yield Fault(("publish", "keep_best"), problem, fix)
+            yield Fault(("final_weights", "keep_best"), problem, fix)
         measured = [EVAL_LOSS, *(probe.name or "" for probe in (self.probes.evals if self.probes else []))]
         if self.keep_best is not None and self.keep_best not in measured:
             problem, fix = f"{self.keep_best!r} is not measured", f"use one of {', '.join(measured)}"
@@ -409,6 +406,24 @@ class Recipe(Part):
     """Answers that `lt-train sample` draws as training data for another recipe."""
     track: Track = Field(default=Track(), json_schema_extra=MAY_CHANGE)
     export: Export = Field(default=Export(), json_schema_extra=MAY_CHANGE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_that_depend(cls, values: Any) -> Any:
+        """A lora part where the method is lora, and the models that each evaluation measures."""
+        if not isinstance(values, dict):
+            return values
+        train, evaluations = values.get("train"), values.get("eval")
+        filled = dict(values)
+        if isinstance(train, dict) and train.get("method") == "lora" and values.get("lora") is None:
+            filled["lora"] = {}
+        if isinstance(evaluations, list):
+            default = [CONVERTED if train is None else TRAINED]
+            filled["eval"] = [
+                {**item, "variants": default} if isinstance(item, dict) and item.get("variants") is None else item
+                for item in evaluations
+            ]
+        return filled
 
     def conflicts(self) -> Iterator[Fault]:
         yield from twice("eval", [evaluation.name for evaluation in self.eval])

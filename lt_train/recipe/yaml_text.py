@@ -5,7 +5,7 @@ are text (YAML 1.1 reads 10 and 90). A key that is given twice, a key that is no
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,19 +30,42 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def pattern(path: Path) -> str:
+    """A dotted path with "*" for each index."""
+    return dotted(tuple("*" if isinstance(name, int) else name for name in path))
+
+
 @dataclass
 class RecipeText:
-    """Values as written, where each was written ("line 7", "--set"), and what was wrong with the writing."""
+    """What a recipe's text holds.
+
+    Attributes:
+        values: as written, under the names that settings have today.
+        origins: where each was written: "line 7", "--set".
+        faults: what is wrong with the writing.
+        remarks: former names of settings that were found.
+        former_names: dotted path under the former name, "*" for an index -> name today.
+    """
 
     values: Any = None
     origins: dict[Path, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    remarks: list[Fault] = field(default_factory=list)
+    former_names: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, setting: str) -> str | None:
         """Where the setting with this dotted path, or the nearest part around it, was written."""
         path = tuple(int(name) if name.isdecimal() and len(name) < 10 else name for name in setting.split("."))
         found = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
         return next(found, None)
+
+    def today(self, path: Path, origin: str) -> str:
+        """The last name of a path as it is called today. A former name is remarked on."""
+        name = self.former_names.get(pattern(path))
+        if name is None:
+            return str(path[-1])
+        self.remarks.append(Fault((dotted(path),), "former name of a setting", f"write {name}", origin))
+        return name
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,16 +77,30 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-for tag, pattern in (
+for tag, expression in (
     ("int", r"[-+]?(0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F]{1,16})$"),
     ("float", r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list("-+.0123456789"))
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(expression), list("-+.0123456789"))
 
 
-def read_recipe_text(text: str, overrides: Sequence[str] = ()) -> RecipeText:
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes what _Loader alone reads as a number: the text "1e5"."""
+
+
+for first, resolvers in _Loader.yaml_implicit_resolvers.items():
+    for tag, regular_expression in resolvers:
+        _Dumper.add_implicit_resolver(tag, regular_expression, [first])
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values as YAML that this module, and any reader of YAML 1.1, reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_recipe_text(text: str, overrides: Sequence[str] = (), former_names: Mapping[str, str] | None = None) -> RecipeText:
     """Parse the YAML, then lay the overrides over it in their order."""
-    recipe = RecipeText()
+    recipe = RecipeText(former_names=former_names or {})
     try:
         recipe.values = _read(text, recipe)
     except ValueError as error:
@@ -137,7 +174,8 @@ def _check_tag(loader: _Loader, node: yaml.Node, path: Path, recipe: RecipeText,
 
 def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin: str) -> None:
     """Record where each setting is written; report and remove names that are not text."""
-    kept, seen = [], {}
+    kept: list[tuple[yaml.Node, yaml.Node]] = []
+    seen: dict[str, str] = {}
     for name, value in node.value:
         here, where = dotted((*path, _name(name))), origin or _line(name)
         if name.tag == MERGE:
@@ -146,6 +184,7 @@ def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin:
             recipe.faults.append(Fault((here,), "the name of a setting is not text", "put it in quotes", where))
         else:
             kept.append((name, value))
+            name.value = recipe.today((*path, name.value), where)
             if name.value in seen:
                 twice = Fault((here,), f"given twice, first on {seen[name.value]}", "keep one", where)
                 recipe.faults.append(twice)
@@ -200,7 +239,7 @@ def _lay_over(recipe: RecipeText, override: str) -> None:
                 return refuse(f"the list {dotted(path)} {have}", "name one of its items")
             path = (*path, index)
         elif isinstance(around, dict):
-            path = (*path, name)
+            path = (*path, recipe.today((*path, name), "--set"))
         else:
             return refuse(f"{dotted(path)} is {shown(around)}, which has no settings inside", "set it as a whole")
         if depth == len(names) - 1:

@@ -133,7 +133,7 @@ def profile_layers(
         UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
         data's scores.
     """
-    sizes = Sizes(hybrid.w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_share)
+    sizes = Sizes(hybrid.w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_fraction)
     scored = tuple(strategy for strategy in SCORED if strategy in strategies)
     if (model.spec.w_sink, model.spec.w_recent) != (sizes.w_sink, sizes.w_recent):
         raise ValueError(f"the model streams with {model.spec}, the recipe's sizes are {sizes}")

@@ -59,7 +59,7 @@ FINAL = "final"
 @dataclass(frozen=True)
 class TrainResult:
     folder: Path  # full: a hybrid checkpoint; LoRA: the adapter. load_trained reads either
-    steps: int  # that its weights have seen: with train.publish best fewer than were taken, and so for all that follows
+    steps: int  # that its weights have seen: with train.final_weights best fewer than were taken, and so for all that follows
     train_loss: float | None  # at the last logged step
     eval_loss: float | None  # at the last evaluation, per held-out answer token; None without held-out examples
     num_tokens: int | None  # seen in all these steps, by all processes, over all resumes
@@ -124,16 +124,16 @@ def train(
 
 
 def is_published(final: Path, train: Train) -> bool:
-    """Whether the weights in `final` are those that train.publish asks for: the last, or the best by train.keep_best."""
+    """Whether the weights in `final` are those that train.final_weights asks for: the last, or the best by train.keep_best."""
     measured = final / MEASURED
     if not measured.is_file():
-        return train.publish == "last"
+        return train.final_weights == "last"
     metric = read_json(measured, "record of what was measured")["metric"]
-    return train.publish == "best" and metric == train.keep_best
+    return train.final_weights == "best" and metric == train.keep_best
 
 
 def _to_publish(out: Path, train: Train) -> Best | None:
-    return Best(out, train.keep_best) if train.publish == "best" and train.keep_best is not None else None
+    return Best(out, train.keep_best) if train.final_weights == "best" and train.keep_best is not None else None
 
 
 def _probes(
@@ -288,8 +288,8 @@ def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], 
         found = best.found()
         if found is None:
             raise UserError(
-                f"train.publish: best: nothing was measured by {best.metric} that is still whole. See {out / 'probes'} for probes "
-                "that failed, change train.probes, and give the same command again: probes without a result are made anew"
+                f"train.final_weights: best: nothing was measured by {best.metric} that is still whole. See {out / 'probes'} for "
+                "probes that failed, change train.probes, and give the same command again: probes without a result are made anew"
             )
         chosen, measured = found
         why = f"the best by {measured.metric} ({measured.value:.4g})"

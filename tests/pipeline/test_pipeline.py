@@ -205,7 +205,7 @@ def test_what_is_asked_is_settled_once_for_all_models(inputs, tmp_path, monkeypa
         return make_plan(entry, *args, **kwargs)
 
     monkeypatch.setattr(evaluations, "make_plan", counted)
-    compared = (*TRAINING_FREE, "eval.0.of=[base, converted]", "eval.1.of=[base]")
+    compared = (*TRAINING_FREE, "eval.0.variants=[base, converted]", "eval.1.variants=[base]")
     run_in_folder(load_recipe(inputs / "recipe.yaml", compared), tmp_path, "eval")
     assert made == ["ledger"]
     scores = [read_scores(tmp_path / f"tiny/eval/{variant}/ledger/scores.json") for variant in ("base", "converted")]
@@ -405,7 +405,7 @@ def test_a_setting_that_shapes_no_weights_may_change_after_training_and_nothing_
 @pytest.mark.slow
 def test_the_best_weights_are_published_after_training_without_training_again(inputs, tmp_path):
     kept = ("train.keep_best=eval_loss", "train.save_steps=1", "train.learning_rate=0.5", *PERIODIC)  # the first step is the best
-    last, best = (load_recipe(inputs / "recipe.yaml", [*kept, f"train.publish={which}"]) for which in ("last", "best"))
+    last, best = (load_recipe(inputs / "recipe.yaml", [*kept, f"train.final_weights={which}"]) for which in ("last", "best"))
     run_in_folder(last, tmp_path)
     run = tmp_path / "tiny"
     before = contents(run)

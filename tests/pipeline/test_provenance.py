@@ -23,7 +23,7 @@ data: {source: nobody/traces, format: messages, max_length: 64, heldout: 4, pack
 train: {method: lora, learning_rate: 1.0e-3, max_steps: 7, batch_size: 2}
 lora: {rank: 8, layers: all}
 eval:
-  - {benchmark: ledger, samples: 4, temperature: 0.6, max_new_tokens: 8, of: [base, trained]}
+  - {benchmark: ledger, samples: 4, temperature: 0.6, max_new_tokens: 8, variants: [base, trained]}
   - {benchmark: heldout_loss}
   - {benchmark: heldout_kl}
 """

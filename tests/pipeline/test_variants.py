@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
+from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
+from lt_train.recipe.schema import converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
@@ -99,7 +100,7 @@ def test_layers_that_the_model_lacks_are_refused(variants):
 
 
 def test_with_the_untrained_hybrid_come_those_it_is_compared_with(variants):
-    made = variants("eval.0.of=[base, converted]")
+    made = variants("eval.0.variants=[base, converted]")
     compared = [converted_by("periodic"), converted_by("lazy_ratio")]
     assert made.of(made.recipe.eval[0]) == [BASE, CONVERTED, *compared]
     assert made.to_evaluate() == [BASE, *compared, CONVERTED]

@@ -93,7 +93,7 @@ def test_unknown_tokens_are_said_to_be_unknown(plan):
 
 
 def test_a_recipe_without_training_has_a_plan_too(plan):
-    no_training = ("--set", "train=null", "--set", "lora=null", "--set", "eval.0.of=[converted]")
+    no_training = ("--set", "train=null", "--set", "lora=null", "--set", "eval.0.variants=[converted]")
     code, said = plan("recipes/quickstart.yaml", *no_training)
     assert (code, "nothing is trained" in said, "KV cache" in said) == (0, True, True)
 

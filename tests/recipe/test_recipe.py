@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_train.recipe.loading import load_recipe, resolved_yaml
+from lt_train.recipe.loading import load_recipe, load_recipe_and_remarks, recorded_recipe, resolved_yaml
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.runtime.errors import UserError
 
@@ -62,13 +62,13 @@ def test_defaults_are_filled_in_where_they_depend_on_other_parts(recipe_file: Pa
     recipe = load_recipe(recipe_file)
     assert recipe.lora is not None and recipe.lora.rank == 16
     assert recipe.hybrid.strategy == "reach"
-    assert [(evaluation.name, evaluation.of) for evaluation in recipe.eval] == [
+    assert [(evaluation.name, evaluation.variants) for evaluation in recipe.eval] == [
         ("aime24", ["trained"]),
         ("heldout_loss", ["trained"]),
     ]
     untrained = load_recipe(recipe_file, ["train=null"])
     assert untrained.lora is None
-    assert {tuple(evaluation.of) for evaluation in untrained.eval} == {("converted",)}
+    assert {tuple(evaluation.variants) for evaluation in untrained.eval} == {("converted",)}
     assert load_recipe(recipe_file, ["hybrid={layers: [1, 3]}"]).hybrid.strategy is None
 
 
@@ -79,7 +79,7 @@ def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tm
         ["train=null"],
         ["hybrid={layers: [0, 2]}"],
         ["track.wandb=off", "train.learning_rate=1e-5"],
-        [f"eval=[{needle}]", f"train.probes={{steps: 5, evals: [{needle}]}}", "train.keep_best=needle", "train.publish=best"],
+        [f"eval=[{needle}]", f"train.probes={{steps: 5, evals: [{needle}]}}", "train.keep_best=needle", "train.final_weights=best"],
     ):
         recipe = load_recipe(recipe_file, overrides)
         resolved = tmp_path / "resolved.yaml"
@@ -99,6 +99,50 @@ def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tm
 )
 def test_distillation_and_restored_queries_and_keys_can_be_set(recipe_file: Path, overrides: list[str]) -> None:
     assert load_recipe(recipe_file, overrides).train is not None
+
+
+FORMER_NAMES = [
+    ("hybrid.calibration.long_reach_share=0.2", "hybrid.calibration.long_reach_share", "long_reach_fraction"),
+    ("eval.0.of=[base]", "eval.0.of", "variants"),
+    ("sample={benchmark: aime24, max_new_tokens: 5, of: [trained]}", "sample.of", "variants"),
+    ("train={method: full, learning_rate: 1, epochs: 1, batch_size: 1, publish: last}", "train.publish", "final_weights"),
+]
+
+
+@pytest.mark.parametrize(("override", "former", "name"), FORMER_NAMES)
+def test_a_former_name_of_a_setting_is_accepted_with_a_remark(recipe_file: Path, override: str, former: str, name: str) -> None:
+    recipe, remarks = load_recipe_and_remarks(recipe_file, [override])
+    assert [str(remark) for remark in remarks] == [f"{former}: former name of a setting. Fix: write {name} (--set)"]
+    assert (recipe, []) == load_recipe_and_remarks(recipe_file, [override.replace(former.rpartition(".")[2], name)])
+
+
+def test_an_override_under_a_former_name_takes_the_place_of_the_setting_in_the_file(tmp_path: Path) -> None:
+    text = yaml.safe_dump(COMPLETE).replace("max_new_tokens: 512", "max_new_tokens: 512\n  variants: [trained]")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert load_recipe(path, ["eval.0.of=[base]"]).eval[0].variants == ["base"]
+
+
+def test_a_setting_given_under_both_of_its_names_is_reported(recipe_file: Path) -> None:
+    reported = faults(recipe_file, "eval.0={benchmark: aime24, max_new_tokens: 5, of: [base], variants: [trained]}")
+    assert "eval.0.variants: given twice" in reported
+
+
+def test_the_record_of_a_run_is_read_without_the_files_that_it_names(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    moved = resolved_yaml(recipe).replace("owner/data", "gone.jsonl").replace("variants:", "of:")
+    assert recorded_recipe(moved) == recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": "gone.jsonl"})})
+    for text in ("name: [", "- a", "name: mine"):
+        with pytest.raises(ValueError):
+            recorded_recipe(text)
+
+
+def test_a_name_that_looks_like_a_number_survives_the_resolved_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["name='1e5'", "prompt.system='012'", "track.project='1:30'"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(resolved_yaml(recipe))
+    assert load_recipe(resolved) == recipe
+    assert yaml.safe_load(resolved_yaml(recipe)) == recipe.model_dump()
 
 
 def test_a_recipe_cannot_be_changed_after_loading(recipe_file: Path) -> None:
@@ -166,7 +210,7 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
         ("hybrid.calibration.sample=3", "hybrid.calibration.sample: unknown setting; did you mean samples?"),
         (
             "eval.1.samples=3",
-            "eval.1.samples: unknown setting of this benchmark. Fix: remove it; there are batch_size, limit, of, name, benchmark",
+            "eval.1.samples: unknown setting of this benchmark. Fix: remove it; there are batch_size, limit, variants, name",
         ),
         ("eval.0.benchmark=aime42", "eval.0.benchmark: 'aime42': unknown; did you mean aime25?"),
         ("eval.0={max_new_tokens: 3}", "eval.0.benchmark: missing. Fix: name what is measured"),
@@ -213,8 +257,8 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "eval.1.benchmark + data.heldout: no samples are held out for heldout_loss. Fix: set data.heldout above 0",
         ),
         (
-            "eval.1={benchmark: heldout_kl, of: [base, trained]}",
-            "eval.1.of: heldout_kl compares with the base, whose divergence from itself is 0. Fix: remove base",
+            "eval.1={benchmark: heldout_kl, variants: [base, trained]}",
+            "eval.1.variants: heldout_kl compares with the base, whose divergence from itself is 0. Fix: remove base",
         ),
         ("train.learning_rate=.nan", "train.learning_rate: nan: not a finite number. Fix: write a finite number"),
         ("train.learning_rate=.inf", "train.learning_rate: inf: not a finite number. Fix: write a finite number"),
@@ -265,8 +309,8 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "eval.0.top_p=0.9",
             "eval.0.top_p + eval.0.temperature: greedy decoding ignores top_p. Fix: remove top_p, or set temperature above 0",
         ),
-        ("eval.0.of=[]", "eval.0.of: []: empty. Fix: list at least 1 item"),
-        ("eval.0.of=[base, base]", "eval.0.of: ['base', 'base']: base is listed twice. Fix: list it once"),
+        ("eval.0.variants=[]", "eval.0.variants: []: empty. Fix: list at least 1 item"),
+        ("eval.0.variants=[base, base]", "eval.0.variants: ['base', 'base']: base is listed twice. Fix: list it once"),
         ("eval.1.name=aime24", "eval.1.name + eval.0.name: two items are named aime24. Fix: give one of them another name"),
         (
             "eval.0.name=a/b",
@@ -376,8 +420,8 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
             "train.probes.evals.1.name + train.probes.evals.0.name: two items are named needle. Fix: give one of them another name",
         ),
         (
-            ["train.probes={steps: 2, evals: [{benchmark: needle, of: [base]}]}"],
-            "train.probes.evals.0.of: a probe evaluates the checkpoint of a training. Fix: remove it",
+            ["train.probes={steps: 2, evals: [{benchmark: needle, variants: [base]}]}"],
+            "train.probes.evals.0.variants: a probe evaluates the checkpoint of a training. Fix: remove it",
         ),
         (
             ["train.probes={steps: 2, evals: [{benchmark: needle, backend: openai, servers: [a]}]}"],
@@ -402,8 +446,8 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
             "train.keep_best + train.probes.evals: 'nedle' is not measured. Fix: use one of eval_loss, needle",
         ),
         (
-            ["train.publish=best"],
-            "train.publish + train.keep_best: no metric defines the best weights. Fix: set keep_best to eval_loss or to the",
+            ["train.final_weights=best"],
+            "train.final_weights + train.keep_best: no metric defines the best weights. Fix: set keep_best to eval_loss or to the",
         ),
         (["train.restore_query_key=true"], "train.restore_query_key + lora.layers: the full-attention layers have no adapters"),
         (
@@ -435,8 +479,8 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
             "eval.0.servers + eval.0.backend: the built-in engine queries no servers. Fix: set backend to openai",
         ),
         (
-            ["eval.0.backend=openai", "eval.0.servers=[http://a:1]", "eval.0.of=[base, converted]"],
-            "eval.0.of + eval.0.backend: servers serve one model. Fix: evaluate each variant in an item of its own",
+            ["eval.0.backend=openai", "eval.0.servers=[http://a:1]", "eval.0.variants=[base, converted]"],
+            "eval.0.variants + eval.0.backend: servers serve one model. Fix: evaluate each variant in an item of its own",
         ),
         (
             ["eval.0.backend=openai", "eval.0.servers=[http://a:1]", "eval.0.thinking_budget=5"],
@@ -451,11 +495,11 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
             ["sample={benchmark: aime24, max_new_tokens: 5, min_tokens: 5, max_tokens: 4}"],
             "sample.max_tokens + sample.min_tokens: max_tokens is below min_tokens. Fix: swap them",
         ),
-        (["sample={benchmark: aime24, max_new_tokens: 5, of: [base, trained]}"], "sample.of"),
+        (["sample={benchmark: aime24, max_new_tokens: 5, variants: [base, trained]}"], "sample.variants"),
         (["eval.0.kv_budget=8GXB"], "eval.0.kv_budget: '8GXB': not a size in bytes. Fix: write a number and a unit, such as 8GiB"),
         (
-            ["train=null", "eval.0.of=[trained]"],
-            "eval.0.of + train: this recipe trains nothing. Fix: evaluate converted instead of trained, or add a train part",
+            ["train=null", "eval.0.variants=[trained]"],
+            "eval.0.variants + train: this recipe trains nothing. Fix: evaluate converted instead of trained, or add a train part",
         ),
         (
             ["data.heldout=0", "eval.1.benchmark=gsm8k", "eval.1.max_new_tokens=4", "train.eval_steps=5"],

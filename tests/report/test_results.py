@@ -25,8 +25,8 @@ hybrid: {lazy_layer_ratio: 0.5, strategy: reach, compare: [periodic], w_sink: 2,
 data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
 train: {method: full, learning_rate: 1.0e-3, max_steps: 1, batch_size: 1}
 eval:
-  - {benchmark: ledger, max_new_tokens: 8, of: [base, converted, trained]}
-  - {benchmark: heldout_loss, of: [base, converted, trained]}
+  - {benchmark: ledger, max_new_tokens: 8, variants: [base, converted, trained]}
+  - {benchmark: heldout_loss, variants: [base, converted, trained]}
 """
 LAYERS = {"converted": [0, 2], "converted-by-periodic": [0, 1]}
 

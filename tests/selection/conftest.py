@@ -81,4 +81,4 @@ def example_of() -> Callable[..., Example]:
 @pytest.fixture
 def hybrid_part() -> Hybrid:
     """What the recipe's hybrid part says, in the sizes of `hybrid_of`."""
-    return Hybrid(lazy_layer_ratio=0.5, w_sink=2, w_recent=6, calibration=Calibration(w_last=8, long_reach_share=0.1))
+    return Hybrid(lazy_layer_ratio=0.5, w_sink=2, w_recent=6, calibration=Calibration(w_last=8, long_reach_fraction=0.1))

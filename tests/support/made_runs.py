@@ -25,8 +25,8 @@ hybrid: {lazy_layer_ratio: 0.5, strategy: reach, w_sink: 2, w_recent: 6}
 data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
 train: {method: full, learning_rate: 1.0e-3, max_steps: 3, batch_size: 1}
 eval:
-  - {benchmark: ledger, path: PROBLEMS, max_new_tokens: 512, of: [base, converted, trained]}
-  - {benchmark: heldout_loss, of: [base, trained]}
+  - {benchmark: ledger, path: PROBLEMS, max_new_tokens: 512, variants: [base, converted, trained]}
+  - {benchmark: heldout_loss, variants: [base, trained]}
 """
 LAYERS = {"converted": [0, 2], "converted-by-lazy_ratio": [0, 1]}
 PROBLEMS = [("p0", "What is 1+1?", "2"), ("p1", "What is 2+2?", "4"), ("p2", "What is 3+3?", "6"), ("p3", "What is 4+4?", "8")]

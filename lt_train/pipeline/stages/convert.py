@@ -2,7 +2,7 @@
 
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.pipeline.context import RunContext
-from lt_train.recipe.schema import CONVERTED
+from lt_train.recipe.evaluations import CONVERTED
 from lt_train.selection.picture import draw_profile
 
 NAME = "hybrid"

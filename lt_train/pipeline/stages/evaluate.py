@@ -4,7 +4,7 @@ from lt_train.evaluation.records import recorded_model
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import evaluation_key
 from lt_train.pipeline.run_folder import set_aside
-from lt_train.recipe.schema import TRAINED
+from lt_train.recipe.evaluations import TRAINED
 from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 
@@ -47,7 +47,7 @@ def follow(context: RunContext) -> None:
 
 
 def _set_former_scores_aside(context: RunContext) -> None:
-    """Scores of trained weights that are no longer the trained model, as after a change of `train.publish`."""
+    """Scores of trained weights that are no longer the trained model, as after a change of `train.final_weights`."""
     folder = context.paths.stage(NAME) / TRAINED
     if folder.is_dir():
         now = context.variants.fingerprint(TRAINED)

@@ -9,7 +9,7 @@ from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
 from lt_train.pipeline.run_folder import set_aside
-from lt_train.recipe.schema import CONVERTED, TRAINED
+from lt_train.recipe.evaluations import CONVERTED, TRAINED
 
 NAME = "export"
 NEEDS: tuple[str, ...] = ("eval",)

@@ -3,7 +3,7 @@
 from lt_train.dataset.examples import calibration_examples
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
-from lt_train.recipe.schema import BASE
+from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 

@@ -3,13 +3,14 @@
 from lt_train.evaluation.records import RecordFolder
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.rejection_sampling import select_traces, write_traces
-from lt_train.recipe.schema import BASE, CONVERTED, Sample
+from lt_train.recipe.evaluations import BASE, CONVERTED
+from lt_train.recipe.schema import Sample
 from lt_train.runtime.errors import UserError
 
 
 def needs(sample: Sample) -> str | None:
     """The stage that leaves the variant to draw from; None: the base needs none."""
-    (variant,) = sample.of or [BASE]
+    (variant,) = sample.variants or [BASE]
     return {BASE: None, CONVERTED: "hybrid"}.get(variant, "train")
 
 
@@ -25,7 +26,7 @@ def settings(context: RunContext) -> Sample:
 
 def run(context: RunContext) -> None:
     sample = settings(context)
-    (variant,) = sample.of or [BASE]
+    (variant,) = sample.variants or [BASE]
     context.check_attention()
     context.report("sample", f"{variant}: {sample.samples} answers to each problem of {sample.benchmark}")
     out = context.paths.sample(variant, str(sample.name))

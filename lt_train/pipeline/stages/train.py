@@ -7,7 +7,8 @@ from collections.abc import Callable
 from lt_train.inference.loading import load_weights
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import training_notes
-from lt_train.recipe.schema import TRAINED, Train
+from lt_train.recipe.evaluations import TRAINED
+from lt_train.recipe.schema import Train
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training import trainer
 from lt_train.training.launch import check_launch
@@ -21,7 +22,7 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    """Whether the training is finished and the trained weights are those that `train.publish` asks for."""
+    """Whether the training is finished and the trained weights are those that `train.final_weights` asks for."""
     return context.folder.is_done(NAME) and trainer.is_published(context.paths.trained, _settings(context))
 
 

@@ -135,7 +135,7 @@ def test_a_training_killed_after_its_last_step_finishes_its_probe_before_it_publ
 
 def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_piles_up(training: Training) -> None:
     training.scores = {2: 0.25, 4: 0.75, 6: 0.75, 8: 0.5}
-    result = training(keep_best="needle", publish="best", max_steps=8, save_steps=1)
+    result = training(keep_best="needle", final_weights="best", max_steps=8, save_steps=1)
     assert training.folders() == ["best-4", "checkpoint-8", "final", "probes"]
     assert result.steps == 4 and fault_of(training.out / "best-4") is None
     assert json.loads((result.folder / "measured.json").read_text()) == {"metric": "needle", "value": 0.75, "step": 4}
@@ -146,7 +146,7 @@ def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_piles_up(tra
 
 def test_the_best_by_held_out_loss_is_the_lowest_of_all_checkpoints(training: Training) -> None:
     how = {"max_steps": 8, "save_steps": 2, "learning_rate": 0.1, "lr_scheduler": "constant"}  # so high that it gets worse
-    result = training(heldout=5, probes=None, keep_best="eval_loss", publish="best", **how)
+    result = training(heldout=5, probes=None, keep_best="eval_loss", final_weights="best", **how)
     rows = [json.loads(line) for line in (training.out / "log.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     assert list(losses) == [2, 4, 6, 8]
@@ -174,11 +174,11 @@ def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_made_good(train
 
 def test_a_best_that_nothing_measured_is_an_error_and_the_probes_are_made_anew(training: Training) -> None:
     training.scores = dict.fromkeys((2, 4, 5), -1.0)
-    with pytest.raises(UserError, match=r"train\.publish: best: nothing was measured by needle.*change train\.probes"):
-        training(keep_best="needle", publish="best")
+    with pytest.raises(UserError, match=r"train\.final_weights: best: nothing was measured by needle.*change train\.probes"):
+        training(keep_best="needle", final_weights="best")
     assert "final" not in training.folders()
     training.scores = {}
-    assert training(keep_best="needle", publish="best").steps == 5
+    assert training(keep_best="needle", final_weights="best").steps == 5
 
 
 def test_a_probing_process_is_alone_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
