@@ -98,6 +98,13 @@ def twice(where: str, names: list[str | None]) -> Iterator[Fault]:
             yield Fault((f"{where}.{at}.name", f"{where}.{first}.name"), problem, "give one of them another name")
 
 
+def former_name(field: FieldInfo) -> str | None:
+    """The name under which runs of before know a setting; None: it was never renamed."""
+    extra = field.json_schema_extra
+    name = extra.get("formerly") if isinstance(extra, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def is_marked(field: FieldInfo, marker: dict[str, JsonValue]) -> bool:
     extra = field.json_schema_extra
     return isinstance(extra, dict) and marker.items() <= extra.items()

@@ -5,7 +5,7 @@ directory. part.py holds what the parts share, evaluations.py the parts that eva
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -25,6 +25,7 @@ from lt_train.recipe.part import (
     Part,
     Seed,
     Text,
+    former_name,
     formerly,
     is_marked,
     parts_in,
@@ -441,13 +442,18 @@ def settings_that_may_change(part: type[Part] = Recipe, above: str = "") -> froz
     return frozenset(found)
 
 
-def identity_of(part: Part) -> dict[str, Any]:
-    """The settings of a part for a fingerprint: all but those added to lt_train later, where they are at their defaults."""
+def identity_of(part: Part, without: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a part for a fingerprint, which runs of before must keep: by their former names, and without those that were
+    added to lt_train later, where they are at their defaults.
+
+    Args:
+        without: settings of this part to leave out, by their names of today.
+    """
     settings = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if not (is_marked(field, ADDED) and value == field.get_default(call_default_factory=True)):
-            settings[name] = _identity_of_value(value)
+        if name not in without and not (is_marked(field, ADDED) and value == field.get_default(call_default_factory=True)):
+            settings[former_name(field) or name] = _identity_of_value(value)
     return settings
 
 

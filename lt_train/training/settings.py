@@ -133,7 +133,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "train.deepspeed (content)": read_deepspeed_file(Path(train.deepspeed)) if train.deepspeed else None,
     }
     settings |= _processes_that_matter(recipe, train, num_processes)
-    settings |= {f"train.{k}": v for k, v in identity_of(train).items() if k not in may_change}
+    settings |= {f"train.{k}": v for k, v in identity_of(train, without=may_change).items()}
     settings |= {f"lora.{k}": v for k, v in (identity_of(recipe.lora) if recipe.lora else {}).items()}
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
 
