@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lt_train.evaluation.records import SampleRecord
-from lt_train.recipe.schema import BASE
+from lt_train.recipe.evaluations import BASE
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured, Run
 from lt_train.report.problems import KnownProblems

@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
+from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
+from lt_train.recipe.schema import converted_by
 from lt_train.report.contents import Measured
 from lt_train.report.formatting import percent
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, to_svg

@@ -9,7 +9,7 @@ import yaml
 
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
-from lt_train.recipe.schema import BASE
+from lt_train.recipe.evaluations import BASE
 from lt_train.report.problems import KnownProblems, known_problems
 from lt_train.report.results import Result, read_results
 from lt_train.report.samples import read_samples

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lt_train import __version__
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.recipe.schema import CONVERTED
+from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from lt_train.recipe.schema import CONVERTED, converted_by
+from lt_train.recipe.evaluations import CONVERTED
+from lt_train.recipe.schema import converted_by
 from lt_train.report.contents import Run
 from lt_train.runtime.units import format_duration
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
 from lt_train.hybrid.kv_size import entry_bytes
-from lt_train.recipe.schema import BASE, CONVERTED, TRAINED, converted_by
+from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
+from lt_train.recipe.schema import converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import RunPaths

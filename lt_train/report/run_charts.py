@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from lt_train.evaluation.statistics import wilson
-from lt_train.recipe.schema import CONVERTED
+from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
 from lt_train.report.formatting import percent

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lt_train.recipe.schema import CONVERTED, converted_by
+from lt_train.recipe.evaluations import CONVERTED
+from lt_train.recipe.schema import converted_by
 from lt_train.report.results import Result
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json

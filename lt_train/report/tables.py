@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
 from lt_train.evaluation.statistics import Difference
-from lt_train.recipe.schema import BASE
+from lt_train.recipe.evaluations import BASE
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
 from lt_train.report.formatting import ends, percent
