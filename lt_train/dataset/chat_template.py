@@ -75,7 +75,7 @@ class ChatTemplate:
             raise UserError(
                 "the tokenizer has no eos token: a trained model could not stop; set eos_token in tokenizer_config.json"
             )
-        return {self.tokenizer.convert_ids_to_tokens(stop): stop for stop in sorted(stops)}
+        return {str(self.tokenizer.convert_ids_to_tokens(stop)): stop for stop in sorted(stops)}
 
     @cached_property
     def before_answer(self) -> str:

@@ -16,7 +16,7 @@ from lt_train.dataset.messages import (
     read_messages,
     text_of,
 )
-from lt_train.recipe.schema import Columns
+from lt_train.recipe.columns import Columns
 from lt_train.runtime.columns import value_at
 
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lt_train.dataset.faults import RowFault
-from lt_train.recipe.schema import Columns, Data
+from lt_train.recipe.columns import Columns
+from lt_train.recipe.schema import Data
 
 FORMATS = {
     "messages": Columns(messages="messages"),

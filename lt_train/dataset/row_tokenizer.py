@@ -16,7 +16,8 @@ from lt_train.dataset.answers import AnswerWriter
 from lt_train.dataset.conversations import Conversation, Row, read_conversations
 from lt_train.dataset.faults import RowFault
 from lt_train.dataset.special_tokens import encode, unquoted
-from lt_train.recipe.schema import Columns, Data, Prompt
+from lt_train.recipe.columns import Columns
+from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
 
 ROWS_AT_ONCE = 128
@@ -121,7 +122,8 @@ class RowTokenizer:
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and ids.count(unknown) > text.count(str(self.tokenizer.unk_token)):
             return False
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # As an array: of a list transformers checks every token.
+        decoded = str(self.tokenizer.decode(np.array(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return decoded.lstrip(" ") == text.lstrip(" ") or encode(self.tokenizer, decoded) == encode(self.tokenizer, text)
 
 

@@ -47,7 +47,8 @@ def unquoted(text: str) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = False) -> list[int]:
     """Token ids of a text, without special tokens that the tokenizer would add by itself."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+    return ids
 
 
 def _quoted(token: str) -> str:

@@ -120,9 +120,9 @@ def _opened(inputs: Inputs) -> tuple[Iterator[PlacedRow], RowTokenizer, list[str
     if not before:
         raise UserError(f"{data.source}: there are no rows in it")
     tally = Tally(data)
-    for where, fault in before:
-        assert isinstance(fault, RowFault)
-        tally.add_fault(where, fault)
+    for where, row in before:
+        if isinstance(row, RowFault):
+            tally.add_fault(where, row)
     raise tally.error()
 
 

@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import json_row
@@ -55,8 +55,8 @@ def file_rows(path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+def _opened(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb"))
 
 
 def _json_lines(path: Path) -> Iterator[PlacedRow]:
