@@ -1,9 +1,5 @@
-"""Logits and gradients of sequences that two processes share: started by a test.
+"""Logits and gradients of sequences that two processes share, and those of one process."""
 
-torchrun --standalone --nproc-per-node 2 -m tests.support.shared_sequence OUT
-"""
-
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +57,8 @@ def logits_and_gradients(model: HybridForCausalLM, batch: dict[str, Tensor]) -> 
     return {"logits": logits.detach()} | gradients
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+def compute_together(out: Path) -> None:
+    """The work of each process of a launch of two: `out` holds the results by case."""
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     results = {}
@@ -81,7 +75,3 @@ def main() -> None:
     if dist.get_rank() == 0:
         torch.save(results, out)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

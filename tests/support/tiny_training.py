@@ -1,6 +1,6 @@
-"""Trains a tiny hybrid on made-up data: imported by tests, and started by them as a process of its own.
+"""Trains a tiny hybrid on made-up data, in the process of a test or in others.
 
-python -m tests.support.tiny_training FOLDER '{"train": {"max_steps": 3}}' [FOLDER SETTINGS …]
+deepspeed --num_accelerators 2 tests/support/tiny_training.py FOLDER '{"train": {"max_steps": 3}}' [FOLDER SETTINGS …]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lt_train.hybrid.loading import build_hybrid, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
-from lt_train.runtime.processes import leave
+from lt_train.runtime.processes import leave, this_process
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training.distillation.top_k import write_top_k
 from lt_train.training.settings import teacher_facts
@@ -141,19 +141,25 @@ class SignalAt(NoTracker):
             signal.raise_signal(signal.SIGTERM)
 
 
+def train_each(trainings: dict[Path, dict[str, Any]], base: Path | None = None, examples: int = 22) -> None:
+    """Train in each folder with its settings, one after the other; the whole work of a process."""
+    torch.set_num_threads(1)
+    load = load_tiny if base is None else hybrid_from(base)
+    for folder, settings in trainings.items():
+        print(train_in(folder, settings, NoTracker(), examples=examples, load=load))
+    if this_process().launched:
+        leave(0)  # as the commands do
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("trainings", nargs="+", metavar="FOLDER SETTINGS")  # one after the other, in the same processes
+    parser.add_argument("trainings", nargs="+", metavar="FOLDER SETTINGS")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--examples", type=int, default=22)
     parser.add_argument("--local_rank", type=int)  # what the deepspeed launcher adds
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    load = load_tiny if given.base is None else hybrid_from(given.base)
-    for folder, settings in zip(given.trainings[::2], given.trainings[1::2], strict=True):
-        print(train_in(Path(folder), json.loads(settings), NoTracker(), examples=given.examples, load=load))
-    if given.local_rank is not None:
-        leave(0)  # as the commands do
+    pairs = zip(given.trainings[::2], given.trainings[1::2], strict=True)
+    train_each({Path(folder): json.loads(settings) for folder, settings in pairs}, given.base, given.examples)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Two real processes share sequences: they compute and train what one process does."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
 from tests.support import shared_sequence, tiny_training
-from tests.support.launched_training import train_in_two_processes
-from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.launched_training import train_in_ranks
+from tests.support.processes import call_in_ranks
+from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, evaluations, steps
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64
@@ -27,13 +26,10 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """case -> logits and gradients that two processes computed together."""
-    out = tmp_path_factory.mktemp("shared") / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, shared_sequence.__file__, str(out)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(out)
+    folder = tmp_path_factory.mktemp("shared")
+    ended = call_in_ranks(shared_sequence.compute_together, folder / "results.pt", outputs=folder)
+    assert [code for code, _ in ended] == [0, 0], ended
+    return torch.load(folder / "results.pt")
 
 
 @pytest.mark.slow
@@ -78,13 +74,13 @@ def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_go
     }
     one, two = tmp_path / "one", tmp_path / "two"
     on_one_process(one, settings, base)
-    train_in_two_processes({two: sharing(settings, "zero3.json")}, base)
+    train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed")
     assert_same_training(two, one)
 
     last = len(steps(one))
     for folder in [two / "final", *(two / f"checkpoint-{step}" for step in (last - 1, last))]:
         shutil.rmtree(folder)
-    train_in_two_processes({two: sharing(settings, "zero3.json")}, base)
+    train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed")
     assert_same_training(two, one)
 
 
@@ -93,7 +89,7 @@ def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: P
     train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
-    train_in_two_processes({tmp_path / "two": sharing(settings, "zero3.json")}, base)
+    train_in_ranks({tmp_path / "two": sharing(settings, "zero3.json")}, base, tmp_path / "printed")
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 

@@ -1,4 +1,4 @@
-"""Training in processes of its own: killed at any moment, and under DeepSpeed."""
+"""Training in processes of its own: killed at any moment, and distilled by two."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from tests.support import tiny_training
-from tests.support.launched_training import SCRIPT, train_in_two_processes
+from tests.support.launched_training import SCRIPT, train_in_ranks
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.training_log import assert_same_course, steps
 
@@ -69,7 +69,7 @@ def distilled_settings(mode: str, *, launched: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the base, and of one training of each mode by two processes of one launch: <mode>/two."""
+    """The folder of the base, and of one training of each mode by two processes: <mode>/two."""
     folder = tmp_path_factory.mktemp("distilled")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for two, settings in trainings.items():
         if settings["train"]["distill"] is STORED:
             tiny_training.write_teacher(settings, two.with_name("teacher"), load)
-    train_in_two_processes(trainings, folder / "base")
+    train_in_ranks(trainings, folder / "base", folder / "printed")
     return folder
 
 

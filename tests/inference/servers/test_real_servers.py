@@ -27,7 +27,7 @@ from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.support.runs import run_in_folder
-from tests.support.tiny_exports import facts
+from tests.support.tiny_exports import metadata
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def exports(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("exports")
     for w_sink in (0, 4):
         model = load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28))
-        export_hybrid(model, tokenizer, folder / f"sinks{w_sink}", facts(), dtype=torch.float32)
+        export_hybrid(model, tokenizer, folder / f"sinks{w_sink}", metadata(), dtype=torch.float32)
     return {w_sink: folder / f"sinks{w_sink}" for w_sink in (0, 4)}
 
 
