@@ -204,7 +204,7 @@ def set_scale(axes: Axes, title: str, rows: Sequence[tuple[int, float]]) -> None
 
 def set_log(axes: Axes, title: str, values: Sequence[float]) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_locator(LogLocator(numticks=max(2, int(axes.bbox.height / 25))))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(10 ** np.floor(np.log10(min(values))), 10 ** np.ceil(np.log10(max(values)) + 1e-9))

@@ -32,6 +32,7 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
     hidden_1TD = model.model.embed_tokens(input_ids_1T)
     position_embeddings = model.model.rotary_emb(hidden_1TD, views.position_ids)
     ratios = []
+    assert isinstance(views.full, FullView), "without a cache every layer sees the documents of the input"
     for layer in model.model.layers:
         view = ObservedView(views.full.documents, views.full.kernel, sizes=sizes)
         hidden_1TD = layer(

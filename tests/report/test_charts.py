@@ -100,6 +100,7 @@ def test_a_budget_of_tokens_has_the_answers_that_are_correct_within_it(rows):
         for budget in (62, 68, 95, 105, 150, 205, 400, 520):
             shown = next((y for x, y in reversed(points(line)) if x <= budget), 0.0)
             assert shown == pytest.approx(100 * sum(r.correct and r.tokens <= budget for r in records) / len(records))
+        assert points(line)[-1] == (axes.get_xlim()[1], pytest.approx(100 * sum(r.correct for r in records) / len(records)))
 
 
 def test_histograms_count_every_sample_once_by_length_and_outcome(rows):

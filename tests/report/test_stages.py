@@ -110,17 +110,17 @@ def test_a_page_shows_how_its_run_was_made(run):
     }
     page = write_report([run], run.parent / "report.html").read_text()
     assert "How it was made" in page and "lazy_layer_ratio: 0.5" in page
-    for value in (*made.values(), "90 minutes", "2026-01-02T03:04:05 UTC"):
+    for value in (*made.values(), "90 minutes", "2026-01-02 03:04:05 UTC"):
         assert value in page
 
 
 def test_every_finished_stage_has_its_time(run):
     assert stage_times(read_runs([run])[0]) == [
-        ("profile", "40 seconds", "2026-01-02T03:04:05 UTC"),
-        ("convert", "0.5 seconds", "2026-01-02T03:04:05 UTC"),
-        ("train", "90 minutes", "2026-01-02T03:04:05 UTC"),
-        ("eval", "90 seconds", "2026-01-02T03:04:05 UTC"),
-        ("export", "8 seconds", "2026-01-02T03:04:05 UTC"),
+        ("profile", "40 seconds", "2026-01-02 03:04:05 UTC"),
+        ("convert", "0.5 seconds", "2026-01-02 03:04:05 UTC"),
+        ("train", "90 minutes", "2026-01-02 03:04:05 UTC"),
+        ("eval", "90 seconds", "2026-01-02 03:04:05 UTC"),
+        ("export", "8 seconds", "2026-01-02 03:04:05 UTC"),
     ]
 
 
