@@ -15,7 +15,7 @@ from lt_train.evaluation.grading.grader_process import TIMED_OUT, Grader
 from lt_train.evaluation.grading.scoring import score_answer
 from lt_train.evaluation.plan import EvaluationPlan
 from lt_train.evaluation.records import GRADER_VERSION, RecordFolder, SampleRecord, Verdict, shard_of
-from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, write_scores
+from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_scores, truncated_as_for, write_scores
 from lt_train.inference.requests import Answer, Backend
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
@@ -74,7 +74,7 @@ def evaluate(
             fingerprint=plan.fingerprint,
             equivalent=grader.equivalent if plan.benchmark.grader == "math" else operator.eq,
             allow_partial=plan.eval_config.allow_partial,
-            truncated_as=plan.eval_config.truncated,
+            truncated_as=truncated_as_for(plan.benchmark, plan.eval_config.truncated),
         )
     write_scores(out / "scores.json", scores)
     return scores
@@ -161,5 +161,6 @@ def check_same_prompts(plan: EvaluationPlan, there: Mapping[tuple[str, int], Sam
 
 def _matches(done: AnswerScores, plan: EvaluationPlan) -> bool:
     """Whether finished scores are of all samples that are requested now, and count truncated ones as requested."""
-    wanted = (len(plan.problems.problems), plan.eval_config.samples, plan.eval_config.truncated)
+    truncated_as = truncated_as_for(plan.benchmark, plan.eval_config.truncated)
+    wanted = (len(plan.problems.problems), plan.eval_config.samples, truncated_as)
     return not done.partial and (done.problems, done.samples, done.truncated_as) == wanted

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+from lt_train.benchmarks import BENCHMARKS, Benchmark
 from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
 from lt_train.evaluation.statistics import (
     Difference,
@@ -62,7 +63,8 @@ class AnswerScores:
             was closed, of the samples that closed it. None: there are no such samples.
         partial: some of the requested samples are `missing`. Short answers are done first, so such scores are biased towards
             problems with short answers. Problems without any sample are not among `problems`.
-        truncated_as: how truncated answers count in accuracy, pass_at and by_problem.
+        truncated_as: how truncated answers count in accuracy, pass_at and by_problem; always graded by their text where the
+            benchmark itself limits their length.
         accuracy_by_truncated_as: the accuracy both ways; empty in files of version 3.
     """
 
@@ -100,6 +102,11 @@ class AnswerScores:
     @property
     def mean(self) -> Mean:
         return Mean(self.accuracy, self.standard_error, self.problems)
+
+    @property
+    def truncated_text(self) -> str:
+        how = "count as incorrect" if self.truncated_as == "incorrect" else "are graded by their text"
+        return f"truncated answers {how}"
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,11 @@ def scores_of(
 WAYS: tuple[TruncatedAs, ...] = ("incorrect", "graded")
 
 
+def truncated_as_for(benchmark: Benchmark, requested: TruncatedAs) -> TruncatedAs:
+    """How truncated answers count: as requested, or by their text where the benchmark itself limits their length."""
+    return requested if benchmark.truncated_is_incorrect else "graded"
+
+
 def score(record: SampleRecord, truncated_as: TruncatedAs) -> float:
     return record.text_score if truncated_as == "graded" else record.score
 
@@ -304,6 +316,8 @@ def read_scores(path: Path) -> Scores:
         )
     if version == 3:
         found = {RENAMED_SINCE_3.get(name, name): value for name, value in found.items()}
+        if kind is AnswerScores and found.get("benchmark") in BENCHMARKS:
+            found["truncated_as"] = truncated_as_for(BENCHMARKS[found["benchmark"]], "incorrect")
     names = {each.name for each in fields(kind)}
     if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3 <= found.keys() <= names:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")

@@ -112,12 +112,14 @@ def trained_weights(run: Path) -> str | None:
 def results_table(results: list[Result]) -> Table:
     """One evaluation's variants, a row each."""
     generated = isinstance(results[0].scores, AnswerScores)
+    failures = any(isinstance(result.scores, AnswerScores) and result.scores.grading_errors for result in results)
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("model")
     for name in (
         "accuracy, % [95 %]" if generated else "nats per token ± SE",
         "minus base [95 %]",
-        *(["truncated"] if generated else []),
+        *(["truncated", "unanswered"] if generated else []),
+        *(["not graded"] if failures else []),
         f"KV at {KV_TOKENS // 1024}K",
     ):
         table.add_column(name, justify="right", no_wrap=True)
@@ -126,7 +128,8 @@ def results_table(results: list[Result]) -> Table:
         row = [result.label, _score(result.scores)]
         row.append("" if result.variant == BASE or base is None else _difference(result.scores, base))
         if isinstance(result.scores, AnswerScores):
-            row.append(f"{100 * result.scores.truncated:.1f} %")
+            row += [f"{100 * result.scores.truncated:.1f} %", f"{100 * result.scores.unanswered:.1f} %"]
+            row += [f"{result.scores.grading_errors:,}"] if failures else []
         table.add_row(*row, format_bytes(result.kv_bytes))
     return table
 
@@ -137,6 +140,8 @@ TRACKED_COLUMNS = [
     "minus base [95 %]",
     "truncated",
     "tokens per answer",
+    "unanswered",
+    "not graded",
     f"KV bytes at {KV_TOKENS}",
 ]
 
@@ -147,7 +152,9 @@ def tracked_rows(results: list[Result]) -> list[list[str | float | None]]:
     rows: list[list[str | float | None]] = []
     for result in results:
         scores = result.scores
-        answers = [scores.truncated, scores.tokens_per_sample] if isinstance(scores, AnswerScores) else [None, None]
+        answers: list[float | None] = [None] * 4
+        if isinstance(scores, AnswerScores):
+            answers = [scores.truncated, scores.tokens_per_sample, scores.unanswered, scores.grading_errors]
         minus_base = None if result.variant == BASE or base is None else _difference(scores, base)
         rows.append([result.label, _score(scores), minus_base, *answers, result.kv_bytes])
     return rows
@@ -165,6 +172,7 @@ def summary_values(results: list[Result]) -> dict[str, float]:
             values[f"{name}/accuracy"] = scores.accuracy
             values[f"{name}/majority"] = scores.majority
             values[f"{name}/truncated"] = scores.truncated
+            values[f"{name}/unanswered"] = scores.unanswered
             values[f"{name}/tokens_per_second"] = scores.tokens_per_second
         else:
             values[f"{name}/{'kl' if scores.is_divergence else 'loss'}"] = scores.loss
@@ -189,7 +197,12 @@ def _title(results: list[Result]) -> str:
     problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
     temperature = scores.fingerprint["temperature"]
     how = "greedy" if temperature == 0 else f"{scores.samples} answers each at temperature {temperature} (avg@n, maj@n)"
-    return f"{first.evaluation}: {problems} problems, {how}{streaming}"
+    truncated = f"; {scores.truncated_text}" if any(_is_truncated(result.scores) for result in results) else ""
+    return f"{first.evaluation}: {problems} problems, {how}{streaming}{truncated}"
+
+
+def _is_truncated(scores: Scores) -> bool:
+    return isinstance(scores, AnswerScores) and scores.truncated > 0
 
 
 def _score(scores: Scores) -> str:

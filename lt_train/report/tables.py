@@ -228,7 +228,8 @@ def describe(scores: Scores) -> str:
     problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
     temperature, most = scores.fingerprint.get("temperature"), scores.fingerprint.get("max_new_tokens")
     how = "greedy" if temperature == 0 else f"{scores.samples} answer{'s' * (scores.samples > 1)} each at temperature {temperature}"
-    return f"{scores.benchmark}: {problems} problems, {how}" + (f", at most {most:,} new tokens" if isinstance(most, int) else "")
+    limit = f", at most {most:,} new tokens" if isinstance(most, int) else ""
+    return f"{scores.benchmark}: {problems} problems, {how}{limit}; {scores.truncated_text}"
 
 
 def caveats(each: Measured, several_runs: bool) -> list[str]:
@@ -240,6 +241,10 @@ def caveats(each: Measured, several_runs: bool) -> list[str]:
                 f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score is biased towards "
                 "problems with short answers."
             )
+        ways = scores.accuracy_by_truncated_as
+        if len({mean.value for mean in ways.values()}) > 1:
+            listed = ", ".join(f"{percent(mean.value)} % with truncated answers {way}" for way, mean in ways.items())
+            found.append(f"{who}: accuracy {listed}.")
         if scores.grading_errors:
             found.append(f"{who}: {scores.grading_errors:,} answers could not be graded and count as incorrect.")
         if scores.ties:

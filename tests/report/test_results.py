@@ -118,16 +118,27 @@ def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
     score(run, "base", base)
     score(run, "trained", trained)
     paired = paired_difference(trained.by_problem, base.by_problem)
-    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "32", "MiB"]
+    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "0.0", "%", "32", "MiB"]
     line = row(run, "hybrid by reach, trained")
     assert "50.0 [15.0, 85.0]" in line
     assert f"-25.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]" in line
 
 
+def test_unanswered_and_ungraded_answers_are_counted_and_how_truncated_ones_count_is_named(run):
+    score(run, "base", replace(answers([1.0, 0.0], truncated=0.25), unanswered=0.5))
+    assert "truncated answers count as incorrect" in shown(run)[0]
+    assert "25.0 % 50.0 %" in " ".join(row(run, "base").split()) and not any("not graded" in line for line in shown(run))
+    score(run, "trained", replace(answers([1.0, 0.0]), grading_errors=3, truncated_as="graded"))
+    assert "not graded" in shown(run)[1]
+    assert row(run, "hybrid by reach, trained").split()[-3:] == ["3", "16", "MiB"]
+    score(run, "base", replace(answers([1.0, 0.0], truncated=0.25), truncated_as="graded"))
+    assert "truncated answers are graded by their text" in shown(run)[0]
+
+
 def test_without_a_measured_base_there_is_no_difference(run):
     score(run, "trained", answers([1.0, 0.0]))
     figures = row(run, "hybrid by reach, trained").removeprefix("hybrid by reach, trained").split()
-    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "16", "MiB"]
+    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "0.0", "%", "16", "MiB"]
 
 
 def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
@@ -237,7 +248,7 @@ def test_a_run_whose_hybrid_is_not_decided_on_has_no_scores_yet(run):
 def test_damaged_scores_are_an_error_that_says_what_to_do(run, damage):
     score(run, "base", answers([1.0, 0.0]))
     (run / "eval/base/ledger/scores.json").write_text(damage)
-    with pytest.raises(UserError, match=r"eval/base/ledger/scores\.json: not a .*Delete it and run again"):
+    with pytest.raises(UserError, match=r"eval/base/ledger/scores\.json: not a .*[Dd]elete it and run again"):
         read_results(run)
 
 
@@ -265,6 +276,7 @@ def test_tracking_gets_every_final_figure_by_variant_and_evaluation(run):
         "base/ledger/standard_error": pytest.approx(0.5),
         "base/ledger/majority": 0.75,
         "base/ledger/truncated": 0.0,
+        "base/ledger/unanswered": 0.0,
         "base/ledger/tokens_per_second": 20.0,
         "base/kv_bytes_at_32768": 4 * 256 * 32768,
         "trained/heldout_loss/loss": pytest.approx(1.2),
@@ -280,7 +292,7 @@ def test_the_tables_go_to_tracking_as_well(run):
     assert len(base) == len(trained) == len(TRACKED_COLUMNS)
     assert base[:4] == ["base", "75.0 [30.1, 95.4]", None, 0.25]
     assert trained[0].endswith(", trained") and trained[2].startswith("-25.0 [")
-    assert base[4] == 8.0 and base[5] > trained[5] > 0
+    assert base[4:7] == [8.0, 0.0, 0] and base[-1] > trained[-1] > 0
 
 
 def test_tracking_gets_no_error_where_there_is_none(run):

@@ -81,7 +81,7 @@ def test_samples_of_another_model_than_the_scores_are_an_error(run):
         ("{", r"samples\.jsonl:5: not JSON"),
         ("[]", r"samples\.jsonl:5: a row must be a JSON object"),
         ('{"problem": "p0"}', r"samples\.jsonl:5: not a sample of this version"),
-        (json.dumps({**asdict(record("p0")), "tokens": "many"}), r"samples\.jsonl:5: not a whole sample \(tokens"),
+        (json.dumps({**asdict(record("p0")), "tokens": "many"}), r"samples\.jsonl:5: not a complete sample \(tokens"),
         (json.dumps({**asdict(record("p0")), "text": "another"}), r"samples\.jsonl:5: a second, different sample 0 of problem p0"),
     ],
 )

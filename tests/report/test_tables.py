@@ -98,7 +98,9 @@ def test_a_score_with_caveats_has_a_note_for_each(run, changes, said):
 
 def test_problems_and_sampling_are_named_once_or_by_run(tmp_path):
     one, two = made_run(tmp_path, "one"), made_run(tmp_path, "two")
-    assert table_of(one, two).notes == ("ledger: 4 problems, greedy, at most 512 new tokens.",)
+    assert table_of(one, two).notes == (
+        "ledger: 4 problems, greedy, at most 512 new tokens; truncated answers count as incorrect.",
+    )
     for variant in ("base", "converted", "trained"):
         path = two / "eval" / variant / "ledger/scores.json"
         scores = read_scores(path)
