@@ -55,7 +55,10 @@ def by_stage(values: Mapping[str, str]) -> str:
 
 def stage_times(run: Run) -> list[tuple[str, str, str]]:
     """Command, duration and end of each finished stage."""
-    return [(stage.command, format_duration(stage.seconds), stage.finished.replace("T", " ").replace("+00:00", " UTC")) for stage in run.stages]
+    return [
+        (stage.command, format_duration(stage.seconds), stage.finished.replace("T", " ").replace("+00:00", " UTC"))
+        for stage in run.stages
+    ]
 
 
 def numbers(layers: Sequence[int]) -> str:
