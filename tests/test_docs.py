@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from lt_train.recipe.reference import reference
 from tests.support.code_tree import PAGE, page_with_tree
 from tests.support.repository import REPOSITORY
 
@@ -17,6 +18,11 @@ def test_readme_fits_into_130_lines():
 def test_the_tree_of_the_code_is_up_to_date():
     page = PAGE.read_text(encoding="utf-8")
     assert page == page_with_tree(page), "run: python -m tests.support.code_tree"
+
+
+def test_the_page_of_all_settings_is_up_to_date():
+    page = (REPOSITORY / "docs/recipes.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python -m lt_train.recipe.reference > docs/recipes.md"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
