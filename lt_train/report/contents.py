@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
 from lt_train.recipe.evaluations import BASE
+from lt_train.recipe.part import former_names
+from lt_train.recipe.schema import Recipe
+from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.report.problems import KnownProblems, known_problems
 from lt_train.report.results import Result, read_results
 from lt_train.report.samples import read_samples
@@ -44,7 +45,7 @@ class Run:
     """A run folder's contents.
 
     Attributes:
-        settings, recipe: its recipe, as values and as the text of recipe.yaml.
+        settings: of its recipe, under the names of today. recipe: the text of recipe.yaml.
         config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
         profile: None where the recipe names the layers.
         problems: the problems of each evaluation.
@@ -99,7 +100,8 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str, number: int) -> Run:
     paths, results = RunPaths(folder), read_results(folder)
     recipe = paths.recipe.read_text(encoding="utf-8")  # read_results has found it valid
-    settings, log, stages = yaml.safe_load(recipe), read_training_log(paths.training_log), finished_stages(paths)
+    settings = read_recipe_text(recipe, former_names=former_names(Recipe)).values
+    log, stages = read_training_log(paths.training_log), finished_stages(paths)
     absent = missing(settings, stages, results, logged_steps=max((row["step"] for row in log), default=0))
     if not results:
         state = described(folder, stages, absent)

@@ -93,7 +93,7 @@ def without_scores(settings: Mapping[str, Any], results: Sequence[Result]) -> li
     return [
         f"{eval_config['name']} of {variant}"
         for eval_config in settings["eval"]
-        for variant in (*eval_config.get("of", ()), *(compared if CONVERTED in eval_config.get("of", ()) else ()))
+        for variant in (*eval_config["variants"], *(compared if CONVERTED in eval_config["variants"] else ()))
         if (eval_config["name"], variant) not in scored
     ]
 

@@ -78,12 +78,12 @@ def test_a_stage_whose_files_are_gone_is_missing(run, stage, file):
 
 
 def test_an_evaluation_that_the_recipe_has_since_the_stage_was_finished_is_missing(run):
-    change(run, eval=[*evaluations(run), evaluations(run, name="harder", of=["trained"])[0]])
+    change(run, eval=[*evaluations(run), evaluations(run, name="harder", variants=["trained"])[0]])
     assert missing_of(run) == ("eval (harder of trained)",)
 
 
 def test_what_the_recipe_does_not_request_is_not_missing(run):
-    change(run, train=None, hybrid={"strategy": "periodic"}, eval=evaluations(run, of=["base"]))
+    change(run, train=None, hybrid={"strategy": "periodic"}, eval=evaluations(run, variants=["base"]))
     undo(run, "profile", "train")
     assert missing_of(run) == ()
 
