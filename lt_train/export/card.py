@@ -88,21 +88,21 @@ def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
     )
 
 
-def _how_to_load(own_code: bool) -> str:
-    code = ", trust_remote_code=True" if own_code else ""
-    return f"## How to load\n\n```python\n{_EXAMPLE.replace('CODE', code)}```\n\n{_OWN_CODE if own_code else _STOCK}"
+def loading_code(*, own_code: bool) -> str:
+    """Python that loads the export and answers a question. The export's check runs just this."""
+    return _LOADING_CODE.replace("TRUST", ", trust_remote_code=True" if own_code else "")
 
 
-_EXAMPLE = """\
+_LOADING_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "FOLDER"  # this folder, or its hub id
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"CODE)
+folder = "."  # this folder, if Python was started in it; else its path, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(folderTRUST)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"TRUST)
 
 turns = [{"role": "user", "content": "What is 7 * 8?"}]
 inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = model.generate(**inputs, max_new_tokens=256)
+answer = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))
 """
 _OWN_CODE = (
@@ -113,6 +113,10 @@ _STOCK = (
     "An ordinary checkpoint: no code of its own. In vLLM: `vllm serve FOLDER --model-impl transformers` (vLLM's own classes of "
     "this architecture do not take mixed layer types)."
 )
+
+
+def _how_to_load(own_code: bool) -> str:
+    return f"## How to load\n\n```python\n{loading_code(own_code=own_code)}```\n\n{_OWN_CODE if own_code else _STOCK}"
 
 
 def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
@@ -177,11 +181,13 @@ _LIMITS_OF_OWN_CODE = [
 
 def _check(check: Check) -> str:
     ties = f", but for {check.ties} rows that part between equally likely tokens" if check.ties else ""
+    rounding = "" if check.rounding is None else f"; rounding changes one by {check.rounding:.1e}"
+    faults = "".join(f", {fault} by {change:.1e}" for fault, change in check.faults.items())
     return (
-        f"## Check\n\nA process without lt_train loaded this folder (class `{check.model_class}`, {check.dtype}) and was "
-        f"compared with the model in memory: logits differ by at most {check.logits_difference:.1e} (allowed "
-        f"{check.tolerance:.1e}, largest logit {check.largest_logit:.1f}); {check.tokens} tokens generated greedily are the "
-        f"same{ties}."
+        f"## Check\n\nA process without lt_train ran the code above in this folder (class `{check.model_class}`, {check.dtype}). "
+        "Its model was compared with the model in memory, both computing in fp32: logits differ by at most "
+        f"{check.logits_difference:.1e} (allowed {check.tolerance:.1e}; largest logit {check.largest_logit:.1f}{rounding}"
+        f"{faults}); {check.tokens} tokens generated greedily are the same{ties}."
     )
 
 

@@ -11,13 +11,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lt_train.export.card import model_card
+from lt_train.export.card import loading_code, model_card
 from lt_train.export.code_files import hybrid_code_files
 from lt_train.export.configs import exported_config, exported_generation_config, needs_own_code
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
 from lt_train.export.metadata import ExportMetadata
 from lt_train.export.verify import check_export
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.runtime.errors import UserError
 
 CARD = "README.md"
 
@@ -43,13 +44,14 @@ def export_hybrid(
 
     Raises:
         UserError: something else lies at `out`; no token ends an answer; the export does not load in a process without lt_train, or
-            computes something else there (see `check_export`). Nothing is left behind then.
+            computes something else there (see `check_export`). Then what was written lies beside `out`, to look at.
     """
     out = Path(out)
+    own_code = needs_own_code(model.config)
     model.to(dtype).eval()
     tokenizer = exported_tokenizer(tokenizer, chat_template)
     generation = exported_generation_config(model, tokenizer)
-    with _partial_folder(out) as partial:
+    with _empty_folder(out, "partial") as partial, _empty_folder(out, "check") as scratch:
         _describe(partial, model, tokenizer, generation, dtype)
         report("comparing with what is exported already" if out.exists() else "taking the fingerprint of the weights")
         content = content_fingerprint(partial, model, metadata)
@@ -59,8 +61,9 @@ def export_hybrid(
         report("writing weights")
         _write_weights(partial, model)
         report("checking the export in a process without lt_train")
-        check = check_export(partial, model, tokenizer, generation, dtype)
-        card = model_card(metadata, model.config, dtype, check, own_code=needs_own_code(model.config))
+        with _kept_if_refused(partial, out):
+            check = check_export(partial, loading_code(own_code=own_code), model, tokenizer, generation, dtype, scratch)
+        card = model_card(metadata, model.config, dtype, check, own_code=own_code)
         (partial / CARD).write_text(card, encoding="utf-8")
         make_manifest(partial, content, check).write(partial)
         _sync(partial)
@@ -78,15 +81,27 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | 
 
 
 @contextmanager
-def _partial_folder(out: Path) -> Iterator[Path]:
+def _empty_folder(out: Path, name: str) -> Iterator[Path]:
     """An empty folder beside `out`, gone afterwards unless it was renamed. One that a killed export left is cleared away."""
-    partial = out.absolute().with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder = out.absolute().with_name(f".{out.name}.{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        yield partial
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _kept_if_refused(partial: Path, out: Path) -> Iterator[None]:
+    """Keep an export that its check refuses beside `out`, in place of one that was refused before, and say where."""
+    try:
+        yield
+    except UserError as error:
+        refused = out.with_name(f"{out.name}-refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        os.rename(partial, refused)
+        raise UserError(f"{error}\nNothing was exported; what was refused lies in {refused}") from error
 
 
 def _describe(
@@ -105,6 +120,8 @@ def _write_weights(folder: Path, model: HybridForCausalLM) -> None:
     """Not by model.save_pretrained, which writes its dtype and class into the config of the model in memory."""
     tied = list(model._tied_weights_keys or ())
     save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=tied)
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)  # safetensors makes files that their owner alone can read
 
 
 def _sync(folder: Path) -> None:

@@ -1,48 +1,52 @@
-"""Does an export compute what the model in memory computes? Asked of a fresh process that cannot import lt_train.
+"""Whether an export computes what the model in memory computes, found by a fresh process that runs the model card's own code.
+
+Both compute in fp32, whatever the export's dtype, so that a window that is off by one shows.
 
 The process loads a copy of its own, so an export needs room for the weights twice in host memory. A model on an accelerator waits
 in host memory meanwhile, so that the accelerator holds one copy at a time.
 
-Shapes: B rows, T columns, N new tokens, V vocabulary.
+Shapes: B rows, T columns, N new tokens, V vocab_size.
 """
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lt_train.export import bare_process
-from lt_train.export.bare_process import KEPT_COLUMNS, NEW_TOKENS, Observation, Request, observe, probe_ids
-from lt_train.export.configs import needs_own_code
+from lt_train.export.bare_process import (
+    COMPUTED_IN,
+    KEPT_COLUMNS,
+    NEW_TOKENS,
+    Observation,
+    Request,
+    computing_in,
+    observe,
+    probe_ids,
+)
+from lt_train.export.tolerance import Batch, Measured, any_kernel, check_batches, measure
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
-BEYOND_WINDOW = 64  # columns
-LARGEST_WINDOW_IN_A_BATCH = 192  # tokens; a longer prompt goes alone, for its logits' sake
 STDERR_LINES = 12
-
-Batch = tuple[Tensor, Tensor]
-"""(input_ids, attention_mask), both [B, T]."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far the loaded export is from the model in memory.
+    """How far the loaded export is from the model in memory. Manifests of earlier versions lack what has a default.
 
     Attributes:
         logits_difference: largest absolute difference of a logit; largest_logit: for scale. tolerance: what was allowed.
         tokens: generated greedily and compared. ties: rows that part where the model in memory has two next tokens within the
             tolerance of each other; what follows such a parting is not compared.
+        rounding, faults: see Measured; only faults that would have been noticed.
     """
 
     model_class: str
@@ -52,59 +56,49 @@ class Check:
     tolerance: float
     tokens: int
     ties: int
+    rounding: float | None = None
+    faults: dict[str, float] = field(default_factory=dict)
 
 
 def check_export(
-    folder: Path, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, dtype: torch.dtype
+    folder: Path,
+    code: str,
+    model: HybridForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+    dtype: torch.dtype,
+    scratch: Path,
 ) -> Check:
-    """Load `folder` in a bare process, and compare logits, greedily generated tokens and tokenizer with those in memory.
+    """Run the model card's code in a bare process, and compare what it computes with the model in memory.
 
     Args:
+        code: Python that loads what lies in its working directory, and leaves a `model` and a `tokenizer`.
         model: in `dtype`, as exported. generation: as exported.
+        scratch: an empty folder for the files that the two processes exchange.
 
     Raises:
         UserError: it does not load there, or gives something else.
     """
     batches = check_batches(model.spec, model.config.vocab_size, model.config.max_position_embeddings)
-    wanted = [observe(model, *batch, generation) for batch in batches]
+    with any_kernel(model):
+        with computing_in(COMPUTED_IN, model):
+            wanted = [observe(model, *batch, generation) for batch in batches]
+        measured = measure(model, batches[-1], wanted[-1].logits_BKV)
     device = model.device
     model.to("cpu")
     try:
-        found, facts = _observe_in_a_bare_process(folder, batches, device, needs_own_code(model.config))
+        found, metadata = _observe_in_a_bare_process(folder, code, batches, device, scratch)
     finally:
         model.to(device)
-    if facts["dtype"] != str(dtype).removeprefix("torch."):
-        raise UserError(f"{folder}: the export loads in {facts['dtype']}, not in {dtype}")
-    if json.loads(facts["probe_ids"]) != probe_ids(tokenizer):
+    if metadata["dtype"] != str(dtype).removeprefix("torch."):
+        raise UserError(f"{folder}: {metadata['dtype']}: the export loads in this dtype, not in {dtype}")
+    if json.loads(metadata["probe_ids"]) != probe_ids(tokenizer):
         raise UserError(
-            f"{folder}: the exported tokenizer, loaded as {facts['tokenizer_class']}, reads a text otherwise than the "
-            f"{type(tokenizer).__name__} in memory. AutoTokenizer overrules the saved class for some model types (qwen2). Nothing "
-            "was exported. Use the tokenizer that AutoTokenizer loads from the base"
+            f"{folder}: the exported tokenizer, loaded as {metadata['tokenizer_class']}, gives other tokens than the "
+            f"{type(tokenizer).__name__} in memory. AutoTokenizer overrules the saved class for some model types (qwen2). "
+            "Fix: use the tokenizer that AutoTokenizer loads from the base"
         )
-    return compare(folder, batches, wanted, found, dtype, facts["model_class"], needs_own_code(model.config))
-
-
-def check_batches(spec: HybridSpec, vocab_size: int, max_positions: int) -> list[Batch]:
-    """Seeded random tokens: rows padded on the left, shorter than the sinks, than the window, and longer than both if it can be."""
-    longest = max(min(spec.window + BEYOND_WINDOW, max_positions - NEW_TOKENS), 1)
-    if spec.window <= LARGEST_WINDOW_IN_A_BATCH:
-        lengths = [[1, min(spec.window, longest), longest]]
-    else:
-        lengths = [[1, 17, min(64, longest)], [longest]]
-    generator = torch.Generator().manual_seed(0)
-    return [_left_padded(rows, vocab_size, generator) for rows in lengths]
-
-
-def tolerance(dtype: torch.dtype, largest_logit: float, own_code: bool) -> float:
-    """Largest difference of a logit that rounding explains.
-
-    The hybrid's code computes the same twice: 1e-5 in fp32, one rounding step of the largest logit in bf16. A stock class computes
-    the same by other kernels, so that the error grows with the logits: 1e-5 of the largest in fp32, 2^-5 in bf16 (its step is
-    2^-8, and every layer rounds).
-    """
-    if dtype == torch.float32:
-        return 1e-5 if own_code else 1e-5 * max(1.0, largest_logit)
-    return (2**-8 if own_code else 2**-5) * largest_logit
+    return compare(folder, batches, wanted, found, measured, metadata)
 
 
 def compare(
@@ -112,9 +106,8 @@ def compare(
     batches: list[Batch],
     wanted: list[Observation],
     found: list[Observation],
-    dtype: torch.dtype,
-    model_class: str,
-    own_code: bool,
+    measured: Measured,
+    metadata: dict[str, str],
 ) -> Check:
     """
     Raises:
@@ -122,31 +115,34 @@ def compare(
     """
     real = [mask[:, -KEPT_COLUMNS:].bool() for _, mask in batches]
     largest = max(seen.logits_BKV[mask].abs().max().item() for seen, mask in zip(wanted, real, strict=True))
-    allowed = tolerance(dtype, largest, own_code)
+    allowed = measured.tolerance
     difference = max(
         (there.logits_BKV - here.logits_BKV)[mask].abs().max().item() for here, there, mask in zip(wanted, found, real, strict=True)
     )
     if not difference <= allowed:  # a NaN fails as well
+        faults = "".join(f", {fault} {change:.1e}" for fault, change in measured.faults.items())
         raise UserError(
-            f"{folder}: loaded by itself, the export gives other logits than the model in memory: they differ by {difference:.2e}, "
-            f"rounding explains {allowed:.2e} (largest logit {largest:.1f}). Nothing was exported. See whether the model was "
-            "changed in memory after loading in a way that its config does not say"
+            f"{folder}: loaded by itself, the export gives other logits than the model in memory: they differ by up to "
+            f"{difference:.1e}, allowed are {allowed:.1e} (largest logit {largest:.1f}; rounding makes {measured.rounding:.1e}"
+            f"{faults}). Fix: see whether the model was changed in memory after loading in a way that its config does not say"
         )
     partings = [_partings(folder, here, there, allowed) for here, there in zip(wanted, found, strict=True)]
     return Check(
-        model_class=model_class,
-        dtype=str(dtype).removeprefix("torch."),
+        model_class=metadata["model_class"],
+        dtype=metadata["dtype"],
         logits_difference=difference,
         largest_logit=largest,
         tolerance=allowed,
         tokens=sum(step for rows in partings for step in rows),
         ties=sum(step < NEW_TOKENS for rows in partings for step in rows),
+        rounding=measured.rounding,
+        faults=measured.noticed,
     )
 
 
 def _partings(folder: Path, wanted: Observation, found: Observation, allowed: float) -> list[int]:
-    """For each row how many tokens agree; NEW_TOKENS where all do."""
-    agreed = []
+    """For each row how many tokens are equal; NEW_TOKENS where all are."""
+    equal = []
     for row, differs_N in enumerate(wanted.sequences_BN != found.sequences_BN):
         step = int(differs_N.nonzero()[0]) if differs_N.any() else NEW_TOKENS
         if step < NEW_TOKENS:
@@ -156,57 +152,55 @@ def _partings(folder: Path, wanted: Observation, found: Observation, allowed: fl
             if not gap <= 2 * allowed:  # each of the two may be off by what is allowed
                 raise UserError(
                     f"{folder}: loaded by itself, the export generates other tokens than the model in memory: token {step} "
-                    f"of row {row} is {theirs}, not {mine}, whose logit is higher by {gap:.2e}. Nothing was exported"
+                    f"of row {row} is {theirs}, not {mine}, whose logit is higher by {gap:.2e}. Fix: compare its code and config "
+                    "with those in memory"
                 )
-        agreed.append(step)
-    return agreed
-
-
-def _left_padded(lengths: list[int], vocab_size: int, generator: torch.Generator) -> Batch:
-    columns = torch.arange(max(lengths))
-    mask = (columns[None] >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-    return torch.randint(vocab_size, mask.shape, generator=generator) * mask, mask
+        equal.append(step)
+    return equal
 
 
 def _observe_in_a_bare_process(
-    folder: Path, batches: list[Batch], device: torch.device, own_code: bool
+    folder: Path, code: str, batches: list[Batch], device: torch.device, scratch: Path
 ) -> tuple[list[Observation], dict[str, str]]:
-    with tempfile.TemporaryDirectory(prefix="lt_train_export_check_") as name:
-        scratch = Path(name)
-        request = Request(
-            folder=str(folder.absolute()),
-            prompts=str(scratch / "prompts.safetensors"),
-            answers=str(scratch / "answers.safetensors"),
-            device=str(device),
-            threads=torch.get_num_threads(),
-            own_code=own_code,
-        )
-        tensors = {f"input_ids.{number}": ids for number, (ids, _) in enumerate(batches)}
-        tensors |= {f"attention_mask.{number}": mask for number, (_, mask) in enumerate(batches)}
-        save_file(tensors, request.prompts)
-        (scratch / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-        _run_bare(scratch, folder)
-        return _read_answers(Path(request.answers), len(batches))
+    scratch = scratch.absolute()
+    request = Request(
+        code=code,
+        prompts=str(scratch / "prompts.safetensors"),
+        answers=str(scratch / "answers.safetensors"),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        parent=os.getpid(),
+    )
+    tensors = {f"input_ids.{number}": ids for number, (ids, _) in enumerate(batches)}
+    tensors |= {f"attention_mask.{number}": mask for number, (_, mask) in enumerate(batches)}
+    save_file(tensors, request.prompts)
+    (scratch / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
+    _run_bare(scratch, folder)
+    return _read_answers(Path(request.answers), len(batches))
 
 
 def _run_bare(scratch: Path, folder: Path) -> None:
-    """-P and the scratch folder as working directory keep source trees off sys.path; the script itself bars lt_train."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    """Run the script in `folder`, as its model card says; -P keeps the script's own folder off sys.path."""
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     script = Path(bare_process.__file__).absolute()
     run = subprocess.run(
         [sys.executable, "-P", str(script), str(scratch / "request.json")],
-        cwd=scratch,
+        cwd=folder,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
     )
     if run.returncode != 0:
         last = "\n  ".join(run.stderr.strip().splitlines()[-STDERR_LINES:])
-        ended = f"killed by signal {-run.returncode}; is there memory for the weights twice?" if run.returncode < 0 else "it said"
-        raise UserError(
-            f"{folder}: the export does not load in a process without lt_train, so nothing was exported. {ended}:\n  {last}"
-        )
+        fix = "see its output" if run.returncode > 0 else f"signal {-run.returncode} ended it; give it memory for the weights twice"
+        raise UserError(f"{folder}: the code of its model card fails without lt_train. Fix: {fix}:\n  {last}")
 
 
 def _read_answers(path: Path, batches: int) -> tuple[list[Observation], dict[str, str]]:

@@ -6,17 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lt_train.export.card import loading_code
 from lt_train.export.checkpoint import CARD, export_hybrid
+from lt_train.export.configs import exported_config
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES
+from tests.support.repository import ENVIRONMENT
 from tests.support.tiny_exports import END, TEMPLATE, metadata, tiny_hybrid, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -76,6 +81,7 @@ def test_an_export_with_sinks_gives_the_same_logits_and_tokens_in_a_bare_process
     folder = export(tiny_hybrid(family), tmp_path / "export")
     check = read_manifest(folder).check
     assert check.logits_difference <= 1e-5 and check.ties == 0 and check.tokens > 0
+    assert check.tolerance < min(check.faults.values()) and len(check.faults) == 3
     assert check.model_class.startswith("Hybrid")
     assert json.loads((folder / "config.json").read_text())["model_type"].startswith("lt_hybrid_")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -130,14 +136,73 @@ def test_the_manifest_names_every_other_file(dressed):
 def test_a_tokenizer_that_would_come_back_as_another_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="loaded as Qwen2Tokenizer"):  # what AutoTokenizer makes of any tokenizer beside a qwen2
         export(tiny_hybrid("qwen2", w_sink=0), tmp_path / "export")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["export-refused"]
 
 
-def test_the_example_of_the_model_card_runs(exported, tmp_path):
+def test_the_code_of_the_model_card_runs_as_pasted_and_asks_nothing(exported, tmp_path):
+    """In a Python that was started in the export, whose files then lie on its path."""
     _, folder = exported
     (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD).read_text(), re.DOTALL)
-    run = run_bare(code.replace("FOLDER", str(folder)), tmp_path)
-    assert run.returncode == 0, run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['lt_train'] = None\n{code}"],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and run.stdout.strip(), run.stderr
+    assert "[y/N]" not in run.stdout + run.stderr
+
+
+def test_a_card_whose_code_asks_a_question_is_refused(tmp_path, monkeypatch):
+    asks = loading_code(own_code=True).replace("AutoTokenizer.from_pretrained(folder, trust_remote_code=True)", "input('Run it?')")
+    monkeypatch.setattr("lt_train.export.checkpoint.loading_code", lambda own_code: asks)
+    with pytest.raises(UserError, match=r"asks a question: Run it\?"):
+        export(tiny_hybrid(), tmp_path / "export")
+
+
+def test_files_have_the_mode_that_the_users_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = export(tiny_hybrid(), tmp_path / "export")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.stat().st_mode & 0o777 != 0o640} == {}
+
+
+def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leaves_nothing_in_the_temporary_folder(tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    program = (
+        "from tests.export.test_export_in_bare_process import export\n"
+        "from lt_train.export import checkpoint\n"
+        "from pathlib import Path\n"
+        "from tests.support.tiny_exports import tiny_hybrid\n"
+        'slow = \'import os, time; print(os.getpid(), file=open("../process", "w"), flush=True); time.sleep(600)\'\n'
+        "checkpoint.loading_code = lambda own_code: slow\n"
+        f"export(tiny_hybrid(), Path({str(tmp_path / 'export')!r}))\n"
+    )
+    exporting = subprocess.Popen([sys.executable, "-c", program], env={**ENVIRONMENT, "TMPDIR": str(temporary)})
+    try:
+        checking = int(waited_for(tmp_path / "process"))
+    finally:
+        exporting.kill()
+        exporting.wait()
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(checking) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(checking)
+    assert not list(temporary.iterdir())
+
+
+def waited_for(path):
+    """The text of a file that another process is about to write."""
+    deadline = time.monotonic() + 200
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.1)
+    return path.read_text()
 
 
 def test_a_loader_that_does_not_trust_the_code_gets_an_error_and_not_a_model_without_sinks(exported, tmp_path):
@@ -248,6 +313,20 @@ def test_the_same_export_is_recognised_and_another_is_refused(exported):
 def test_a_model_changed_in_memory_alone_is_not_exported(tmp_path):
     model = tiny_hybrid()
     model.model.layers[1].self_attn.scaling *= 1.5
-    with pytest.raises(UserError, match="other logits"):
+    with pytest.raises(UserError, match="other logits") as refused:
         export(model, tmp_path / "export")
-    assert not list(tmp_path.iterdir())
+    kept = tmp_path / "export-refused"
+    assert str(kept) in str(refused.value) and [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert (kept / "model.safetensors").is_file() and not (kept / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("dtype", "name", "value"), [(torch.bfloat16, "sliding_window", 8), (torch.float32, "w_sink", 2)])
+def test_an_export_whose_window_or_sinks_are_off_by_one_is_refused(dtype, name, value, tmp_path, monkeypatch):
+    def wrong(model, dtype):
+        config = exported_config(model, dtype)
+        setattr(config, name, value)
+        return config
+
+    monkeypatch.setattr("lt_train.export.checkpoint.exported_config", wrong)
+    with pytest.raises(UserError, match="other logits"):
+        export(tiny_hybrid(w_recent=7), tmp_path / "export", dtype=dtype)

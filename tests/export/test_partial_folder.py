@@ -1,25 +1,25 @@
 import pytest
 
-from lt_train.export.checkpoint import _partial_folder
+from lt_train.export.checkpoint import _empty_folder
 
 
 def test_what_a_killed_export_left_is_cleared_away(tmp_path):
     leftover = tmp_path / ".export.partial"
     leftover.mkdir()
     (leftover / "stale.py").write_text("half")
-    with _partial_folder(tmp_path / "export") as partial:
+    with _empty_folder(tmp_path / "export", "partial") as partial:
         assert partial == leftover and not list(partial.iterdir())
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), _partial_folder(tmp_path / "runs/export") as partial:
+    with pytest.raises(RuntimeError), _empty_folder(tmp_path / "runs/export", "partial") as partial:
         (partial / "model.safetensors").write_bytes(b"half")
         raise RuntimeError
     assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_renamed_folder_stays(tmp_path):
-    with _partial_folder(tmp_path / "export") as partial:
+    with _empty_folder(tmp_path / "export", "partial") as partial:
         (partial / "weights").write_bytes(b"whole")
         partial.rename(tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lt_train.export.bare_process import NEW_TOKENS, Observation
-from lt_train.export.verify import check_batches, compare, tolerance
-from lt_train.hybrid.spec import HybridSpec
+from lt_train.export.tolerance import Measured
+from lt_train.export.verify import compare
 from lt_train.runtime.errors import UserError
 
 MASK = torch.tensor([[0, 0, 1], [1, 1, 1]])
@@ -17,13 +17,12 @@ def observation():
     return Observation(torch.randn(2, 3, 5), scores.argmax(dim=-1), scores)
 
 
-def compared(found, dtype=torch.float32):
-    return compare(Path("out"), [(MASK, MASK)], [observation()], [found], dtype, "Class", own_code=True)
+METADATA = {"model_class": "Class", "dtype": "float32"}
+MEASURED = Measured(rounding=1e-6, faults={"no sinks": 0.5})
 
 
-def test_equal_observations_pass():
-    check = compared(observation())
-    assert (check.logits_difference, check.tokens, check.ties) == (0.0, 2 * NEW_TOKENS, 0)
+def compared(found, wanted=None):
+    return compare(Path("out"), [(MASK, MASK)], [wanted or observation()], [found], MEASURED, METADATA)
 
 
 @pytest.mark.parametrize("wrong", [1e-4, float("nan")])
@@ -53,24 +52,5 @@ def test_a_tie_is_told_from_another_token():
     theirs = (mine + 1) % 5
     wanted.scores_BNV[1, 4, theirs] = wanted.scores_BNV[1, 4, mine] - 1e-6
     found.sequences_BN[1, 4:] = theirs
-    check = compare(Path("out"), [(MASK, MASK)], [wanted], [found], torch.float32, "Class", own_code=True)
+    check = compared(found, wanted)
     assert (check.tokens, check.ties) == (NEW_TOKENS + 4, 1)
-
-
-def test_the_project_s_own_code_is_held_to_1e_5_in_fp32():
-    assert tolerance(torch.float32, 40.0, own_code=True) == 1e-5
-    assert tolerance(torch.float32, 40.0, own_code=False) == pytest.approx(4e-4)
-
-
-@pytest.mark.parametrize(("w_sink", "w_recent"), [(0, 1), (4, 7), (4, 124), (4, 1020)])
-def test_batches_hold_rows_shorter_than_the_sinks_and_longer_than_the_window(w_sink, w_recent):
-    batches = check_batches(HybridSpec(4, (1,), w_sink, w_recent), 96, 4096)
-    lengths = [length for _, mask in batches for length in mask.sum(dim=1).tolist()]
-    assert min(lengths) == 1 and max(lengths) > w_sink + w_recent
-    assert all(bool(mask[:, -1].all()) for _, mask in batches), "padded on the left"
-    assert max(mask.numel() for _, mask in batches) < 2048, "a wide vocabulary must not make the check's logits huge"
-
-
-def test_a_short_context_bounds_the_batches():
-    (_, mask), (_, alone) = check_batches(HybridSpec(4, (1,), 4, 1020), 96, 64)
-    assert mask.shape[1] == alone.shape[1] == 64 - NEW_TOKENS
