@@ -9,7 +9,6 @@ Shapes: B rows, T columns, K the last columns of a row (at most KEPT_COLUMNS), N
 """
 
 import builtins
-import copy
 import json
 import os
 import sys
@@ -147,16 +146,22 @@ def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 def observe(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, generation: GenerationConfig) -> Observation:
     """Args: input_ids, attention_mask: [B, T], padded on the left. generation: the export's own defaults."""
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    greedy = copy.deepcopy(generation)
-    greedy.update(
+    greedy = GenerationConfig(
         do_sample=False,
+        eos_token_id=generation.eos_token_id,
+        pad_token_id=generation.pad_token_id,
         num_beams=1,
         min_new_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,
         return_dict_in_generate=True,
         output_scores=True,
     )
-    made = model.generate(**batch, generation_config=greedy)
+    # generate() fills what is left open from the model's own, and warns of settings that only sampling reads
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        made = model.generate(**batch, generation_config=greedy)
+    finally:
+        model.generation_config = own
     sequences_BN, scores_BNV = made.sequences[:, input_ids.shape[1] :], torch.stack(made.scores, dim=1)
     return Observation(logits_of(model, input_ids, attention_mask), sequences_BN.cpu(), scores_BNV.float().cpu())
 

@@ -32,6 +32,7 @@ from lt_train.export.bare_process import (
     probe_ids,
 )
 from lt_train.export.tolerance import Batch, Measured, any_kernel, check_batches, measure
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.errors import UserError
 
@@ -79,7 +80,7 @@ def check_export(
     Raises:
         UserError: it does not load there, or gives something else.
     """
-    batches = check_batches(model.spec, model.config.vocab_size, model.config.max_position_embeddings)
+    batches = check_batches(model.spec, model.config.vocab_size, context_length(model.config.to_dict()))
     with any_kernel(model):
         with computing_in(COMPUTED_IN, model):
             wanted = [observe(model, *batch, generation) for batch in batches]
