@@ -93,7 +93,8 @@ def lt_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def is_fast(path: Path) -> bool:
-    return path.relative_to(TESTS).as_posix().startswith(FAST)
+    name = path.relative_to(TESTS).as_posix()
+    return name.startswith(FAST) and name != "runtime/test_drawing.py"  # it imports matplotlib
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 
-HEAVY = ("transformers.modeling_utils", "trl", "peft", "datasets", "deepspeed", "matplotlib", "wandb")
+HEAVY = ("transformers.modeling_utils", "trl", "peft", "deepspeed", "matplotlib", "wandb")  # datasets reads rows
 COLLECT = f"""
 import sys
 import pytest

@@ -31,9 +31,8 @@ def resolve_model(name: str) -> str:
     if os.path.exists(path):
         raise UserError(f"{name}: {path.absolute()} is a file; name the folder that holds config.json and the weights")
     if not _may_be_hub_id(name):
-        raise UserError(
-            f"{shortened(name)}: there is no folder {shortened(str(path.absolute()))}, and a hub id looks like owner/name"
-        )
+        where = shortened(str(path.absolute()), 300)
+        raise UserError(f"{shortened(name)}: there is no folder {where}, and a hub id looks like owner/name")
     return name
 
 

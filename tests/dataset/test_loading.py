@@ -14,7 +14,6 @@ from lt_train.dataset.loading import load_examples
 from lt_train.dataset.tally import ENOUGH
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
-from lt_train.training.dataset import training_dataset
 from tests.support.chat_templates import family_tokenizer
 
 GOOD = {"prompt": "6 x 7?", "response": "42"}
@@ -220,6 +219,8 @@ def test_stored_examples_are_a_sequence_like_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", [False, True])
 def test_stored_examples_are_trained_on_as_listed_ones_are(tmp_path: Path, packing: bool) -> None:
     stored, listed = stored_and_listed(tmp_path)
+    from lt_train.training.dataset import training_dataset  # imports TRL
+
     one, other = (training_dataset(examples, max_length=256, packing=packing) for examples in (stored, listed))
     assert one.column_names == other.column_names and one.to_list() == other.to_list()
 

@@ -254,10 +254,10 @@ def damaged_row(inputs: Path, file: str, number: int, **fields: str | None) -> N
         (("traces.jsonl", 3, {"combined_text": None}), (), r"traces\.jsonl:3: no field 'combined_text'"),
         (("traces.jsonl", 16, {"combined_text": " "}), (), r"traces\.jsonl:16: the answer is empty"),
         (("problems.jsonl", 6, {"answer": None}), (), r"problems\.jsonl:6: field 'answer' is missing"),
-        (None, ("hybrid.w_recent=1020",), r"hybrid\.w_recent: 2 of 2 calibration samples fit inside the window"),
+        (None, ("hybrid.w_recent=1020",), r"hybrid\.w_recent: 1020: 2 of 2 calibration samples fit inside the window"),
         (None, ("data.heldout=16",), r"data\.heldout: 16 samples cannot be set aside"),
-        (None, ("hybrid.lazy_layer_ratio=0.01", *PERIODIC), r"0\.01 of 8 layers rounds to 0"),
-        (None, ("hybrid.lazy_layer_ratio=0.99", *PERIODIC), r"0\.99 of 8 layers rounds to 8"),
+        (None, ("hybrid.lazy_layer_ratio=0.01", *PERIODIC), r"hybrid\.lazy_layer_ratio: 0\.01: of 8 layers 0 would stream"),
+        (None, ("hybrid.lazy_layer_ratio=0.99", *PERIODIC), r"hybrid\.lazy_layer_ratio: 0\.99: of 8 layers 8 would stream"),
         (None, ("hybrid.layers=[8]", "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null"), r"hybrid\.layers: layer 8"),
         (None, ("eval.0.max_new_tokens=65536",), r"65536"),
     ],
@@ -291,7 +291,7 @@ def test_an_export_with_other_settings_is_written_beside_the_former_one(inputs, 
 
 def test_a_ratio_that_does_not_fit_the_model_is_refused_before_layers_are_scored(inputs, tmp_path):
     recipe = load_recipe(inputs / "recipe.yaml", ["hybrid.lazy_layer_ratio=0.01"])
-    with pytest.raises(UserError, match="rounds to 0"):
+    with pytest.raises(UserError, match="of 8 layers 0 would stream"):
         run_in_folder(recipe, tmp_path, "profile")
     assert not list((tmp_path / "tiny").glob("profile/*"))
 
