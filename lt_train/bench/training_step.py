@@ -100,7 +100,11 @@ def step_recipe(
 def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
     """Each trains one step to warm up, then `runs` in turns."""
     assert recipe.train is not None
-    config, tokenizer, tokens = load_base_config(recipe.model), load_tokenizer(recipe.model), recipe.data.max_length
+    config, tokenizer, tokens = (
+        load_base_config(recipe.model),
+        load_tokenizer(recipe.model, recipe.prompt.stop_token),
+        recipe.data.max_length,
+    )
     layers = config.num_hidden_layers
     lazy = periodic_layers(number_of_lazy_layers(recipe.hybrid.lazy_layer_ratio, layers), layers)
     spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)

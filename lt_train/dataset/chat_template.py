@@ -62,8 +62,8 @@ class ChatTemplate:
         if not found or after[: min(found)[0]].strip():
             raise UserError(
                 f"the final eos would get no label: the chat template ends an assistant turn with {after!r}, generation stops at "
-                f"{', '.join(names)}. Make one of these end the turn: in eos_token_id of the base's generation_config.json, in the "
-                "tokenizer's eos_token, or in a template of your own (prompt.chat_template)"
+                f"{', '.join(names)}. Fix: set prompt.stop_token to the token that ends the turn, or give a template that ends it "
+                "with one of these (prompt.chat_template)"
             )
         start, name = min(found)
         return TurnEnd(after[: start + len(name)], names[name])

@@ -7,7 +7,6 @@ It imports torch, transformers and safetensors only. verify.py runs `observe` on
 Shapes: B rows, T columns, K the last columns of a row (at most KEPT_COLUMNS), N new tokens, V vocabulary.
 """
 
-import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -85,9 +84,10 @@ def observe(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, g
     """Args: input_ids, attention_mask: [B, T], padded on the left. generation: the export's own defaults."""
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
     logits_BKV = model(**batch, use_cache=False, logits_to_keep=KEPT_COLUMNS).logits
-    greedy = copy.deepcopy(generation)
-    greedy.update(
+    greedy = GenerationConfig(  # its own settings alone: transformers warns of those that only sampling reads
         do_sample=False,
+        eos_token_id=generation.eos_token_id,
+        pad_token_id=generation.pad_token_id,
         num_beams=1,
         min_new_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS,

@@ -11,6 +11,7 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from lt_train.hybrid.configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.modeling import __name__ as MODELING
+from lt_train.inference.generation_config import consistent, listed
 from lt_train.runtime.errors import UserError
 
 STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
@@ -53,15 +54,9 @@ def exported_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToke
     Raises:
         UserError: nothing says where an answer ends, or the base's settings contradict each other.
     """
-    config = copy.deepcopy(model.generation_config)
-    named = (
-        []
-        if config.eos_token_id is None
-        else [config.eos_token_id]
-        if isinstance(config.eos_token_id, int)
-        else config.eos_token_id
-    )
-    stops = list(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *named]))
+    config = GenerationConfig.from_dict(consistent(model.generation_config.to_dict()))
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stops = list(dict.fromkeys([*of_tokenizer, *listed(config.eos_token_id)]))
     if not stops:
         raise UserError(
             "neither the tokenizer nor the generation config names an end-of-sequence token: the exported model would never stop. "
@@ -69,8 +64,11 @@ def exported_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToke
         )
     config.eos_token_id = stops
     config.pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config._from_model_config = False
-    return _consistent(config)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(f"model.base: its generation_config.json contradicts itself: {error}. Fix: correct it there") from error
+    return config
 
 
 def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
@@ -82,17 +80,4 @@ def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
         "AutoConfig": f"{module}.{type(config).__name__}",
         "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
     }
-    return config
-
-
-def _consistent(config: GenerationConfig) -> GenerationConfig:
-    """transformers saves no generation config with sampling settings but do_sample off, though it loads (and publishes) such."""
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-        try:
-            config.validate(strict=True)
-        except ValueError as error:
-            raise UserError(f"the base's generation config contradicts itself, so it cannot be exported: {error}") from error
     return config

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lt_train.export import bare_process
 from lt_train.export.bare_process import KEPT_COLUMNS, NEW_TOKENS, Observation, Request, observe, probe_ids
 from lt_train.export.configs import needs_own_code
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
@@ -65,7 +66,7 @@ def check_export(
     Raises:
         UserError: it does not load there, or gives something else.
     """
-    batches = check_batches(model.spec, model.config.vocab_size, model.config.max_position_embeddings)
+    batches = check_batches(model.spec, model.config.vocab_size, context_length(model.config.to_dict()))
     wanted = [observe(model, *batch, generation) for batch in batches]
     device = model.device
     model.to("cpu")

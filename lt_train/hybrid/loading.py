@@ -102,6 +102,7 @@ def load_hybrid(
     spec: HybridSpec,
     *,
     dtype: torch.dtype = torch.float32,
+    config: PreTrainedConfig | None = None,
     revision: str | None = None,
     attention_kernel: str = "auto",
     **from_pretrained: Any,
@@ -110,12 +111,13 @@ def load_hybrid(
 
     Args:
         base: folder or hub id of the base model. spec: an empty `lazy_layers` gives the base itself.
+        config: the base's, where it is to be another than that in its folder.
         from_pretrained: passed on, for example `device_map`.
 
     Raises:
         HybridError: see `hybrid_config`; weights that are missing, left over or of other shapes.
     """
-    base_config = AutoConfig.from_pretrained(base, revision=revision)
+    base_config = AutoConfig.from_pretrained(base, revision=revision) if config is None else config
     model = _load(base, hybrid_config(base_config, spec), dtype=dtype, revision=revision, **from_pretrained)
     model.set_attention_kernel(attention_kernel)
     return model
@@ -152,7 +154,9 @@ def _refuse_what_the_hybrid_class_lacks(config: PreTrainedConfig, family: Family
     values = config.to_dict()
     if not is_hybrid(config) and _slides(config, values):
         raise HybridError(
-            "the base slides already: its config sets a sliding window. lt_train starts from full attention in every layer"
+            "the base slides already: its config sets a sliding window, and a hybrid starts from full attention in every layer. "
+            "Fix: name a base without a window, or the model that this hybrid was made from; if no sequence is longer than "
+            "the window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
         )
     if family is MINISTRAL:
         biases = [name for name in ("attention_bias", "mlp_bias") if values.get(name)]

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lt_train.dataset.examples import Example, longest_first
+from lt_train.hybrid.context_length import context_length
 from lt_train.runtime.errors import UserError
 
 
@@ -46,7 +47,7 @@ def right_padded(batch: Sequence[Example], device: torch.device) -> tuple[torch.
 
 
 def check_fits_context(model: PreTrainedModel, longest: Example) -> None:
-    context = model.config.max_position_embeddings
+    context = context_length(model.config.to_dict())
     if len(longest) > context:
         raise UserError(
             f"{longest.where}: a sample of {len(longest)} tokens exceeds the model's context of "

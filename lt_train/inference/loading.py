@@ -1,28 +1,34 @@
 """The recipe's base model: its config, its tokenizer, its weights in the hybrid classes. Every failure says what was named."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from json import JSONDecodeError
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from lt_train.recipe.schema import Model
+from lt_train.inference.generation_config import consistent, listed
+from lt_train.inference.text import check_stop_tokens
+from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.sources import resolve_model
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _LONG_LOAD_BYTES = 2 * 2**30
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError)
 """What transformers raises at weights that are missing, cut, or of another model; anything else is a bug in the hybrid classes."""
@@ -39,25 +45,58 @@ def load_base_config(model: Model) -> PreTrainedConfig:
         )
     with _failures_named(model, "config", _UNLOADABLE):
         family_of(config)  # first, because a config of another kind need not count its layers
+        config = with_rope_scaling(config, model.rope_scaling)
         hybrid_config(config, HybridSpec(config.num_hidden_layers, lazy_layers=()))
     return config
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> PreTrainedConfig:
+    """A config whose rotary embeddings are scaled as the recipe says (`model.rope_scaling`)."""
+    if scaling is None:
+        return config
+    rope = {"rope_theta": config.rope_parameters["rope_theta"], **scaling.model_dump(exclude_none=True)}
+    changes: dict[str, Any] = {"rope_parameters": rope}
+    if scaling.rope_type == "yarn":  # transformers warns of a config whose two statements about its context differ
+        rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        changes["max_position_embeddings"] = int(rope["original_max_position_embeddings"] * scaling.factor)
+    return type(config)(**{**config.to_dict(), **changes})
+
+
+def load_tokenizer(model: Model, stop_token: str | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding on the left as generation needs it.
 
+    Args:
+        stop_token: the recipe's prompt.stop_token, which becomes the tokenizer's eos token.
+
     Raises:
-        UserError: none there, or one without any text, or without a padding token and without an eos to stand in.
+        UserError: none there, or one without any text, without the stop token, or without a padding token and without an eos to
+            stand in.
     """
     with _failures_named(model, "tokenizer"):
+        folder = Path(resolve_model(model.base))
+        if folder.is_dir() and not model.trust_remote_code and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError("there is no tokenizer.json. Fix: download the base again, with all its files")
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code, padding_side="left"
         )
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen without the files
-        raise UserError(f"model.base: {model.base}: its tokenizer knows no text: tokenizer.json is missing or empty")
+        raise UserError(
+            f"model.base: {model.base}: its tokenizer has no tokens of text: tokenizer.json is missing or empty. Fix: download the "
+            "base again, with all its files"
+        )
+    if stop_token is not None:
+        if stop_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"prompt.stop_token: {stop_token}: the tokenizer of {model.base} has no such token. Fix: set it to the token that "
+                "ends a turn in the chat template"
+            )
+        tokenizer.eos_token = stop_token
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.base: {model.base}: its tokenizer has neither a padding nor an eos token. Give it an eos_token")
+            raise UserError(
+                f"model.base: {model.base}: its tokenizer has neither a padding nor an eos token. Fix: set eos_token in its "
+                "tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -65,12 +104,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def check_vocabulary(model: Model, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Raises:
-        UserError: the tokenizer knows tokens that the model has no embedding for.
+        UserError: the tokenizer has tokens that the model has no embedding for, or lacks one that ends answers.
     """
+    check_stop_tokens(eos_ids(model), tokenizer, model.base)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"model.base: {model.base}: its tokenizer has {len(tokenizer):,} tokens, the model embeds {config.vocab_size:,}. They "
-            "do not belong together: see which tokens were added to the tokenizer, or resize the model's embeddings"
+            f"model.base: {model.base}: its tokenizer has {len(tokenizer):,} tokens, the model embeds {config.vocab_size:,}. Fix: "
+            "remove the tokens that were added to the tokenizer, or resize the model's embeddings"
         )
 
 
@@ -81,17 +121,21 @@ def eos_ids(model: Model) -> list[int]:
         UserError: it has one that cannot be read.
     """
     with _failures_named(model, "generation config"):
-        try:
-            generation = GenerationConfig.from_pretrained(resolve_model(model.base), revision=model.revision)
-        except OSError as error:
-            if isinstance(error.__context__, JSONDecodeError | UnicodeDecodeError):
-                raise
-            return []  # a base need not have one
-        found = generation.eos_token_id
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(isinstance(token, int) for token in ids):
-            raise ValueError(f"eos_token_id is {found!r}, neither a token id nor a list of them")
-        return ids
+        return listed(_generation_settings(model).get("eos_token_id"))
+
+
+def _generation_settings(model: Model) -> dict[str, Any]:
+    """Of the base's generation_config.json; empty where it has none, as a base need not."""
+    try:
+        file = cached_file(resolve_model(model.base), GENERATION_CONFIG_NAME, revision=model.revision)
+    except OSError:
+        file = None
+    if file is None:
+        return {}
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"it holds a {type(settings).__name__}, not settings")
+    return consistent(settings)
 
 
 def attention_choice(model: Model, config: PreTrainedConfig, trains: bool) -> Choice:
@@ -113,11 +157,17 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
     Raises:
         UserError: a base that cannot become a hybrid, no weights, or files that are cut or do not fit.
     """
+    config = load_base_config(model)
+    with _failures_named(model, "generation config"):
+        settings = _generation_settings(model)
+        if settings:  # checked by transformers, too
+            from_pretrained = {"generation_config": GenerationConfig.from_dict(settings), **from_pretrained}
     with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
         return load_hybrid(
             resolve_model(model.base),
             spec,
             dtype=dtype,
+            config=config,
             revision=model.revision,
             attention_kernel=model.attention,
             **from_pretrained,
@@ -154,6 +204,7 @@ def bar_if_it_takes_long(model: Model) -> AbstractContextManager[None]:
 def _failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
     """Turn what other libraries raise at a faulty model into an error of one line that names the setting."""
     try:
+        _check_hub(model)
         yield
     except UserError:
         raise
@@ -162,8 +213,29 @@ def _failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type
     except kinds as error:
         at = f" at revision {model.revision}" if model.revision else ""
         folder = Path(model.base).expanduser()
-        where = "its" if folder.is_dir() else f"there is no folder {folder.absolute()}, and of the hub model the"
+        where = "its" if folder.is_dir() else f"{_no_folder(folder)}, and of the hub model the"
         raise UserError(f"model.base: {model.base}{at}: {where} {what} cannot be loaded: {_in_one_line(error)}") from error
+
+
+class _NotOnHub(OSError):
+    """The hub has no such model, or is out of reach."""
+
+
+def _check_hub(model: Model) -> None:
+    """Query the hub once: transformers tries five times for each file, half a minute for a folder whose name is mistyped."""
+    name = resolve_model(model.base)
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json", revision=model.revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=model.revision))
+    except Exception as error:  # no such model, gated, no network, switched off: dozens of kinds
+        raise _NotOnHub(_in_one_line(error)) from error
+
+
+def _no_folder(folder: Path) -> str:
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    near = get_close_matches(folder.name, siblings, n=1)
+    return f"there is no folder {folder.absolute()}" + (f" (did you mean {folder.parent / near[0]}?)" if near else "")
 
 
 def _in_one_line(error: Exception) -> str:

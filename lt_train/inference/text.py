@@ -1,10 +1,11 @@
 """When an answer ends, and what of its tokens is text: stop tokens, stop strings, the end of the thought."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lt_train.inference.generation_config import listed
 from lt_train.recipe.reasoning_tags import REASONING_ENDS
 from lt_train.runtime.errors import UserError
 
@@ -13,18 +14,30 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     """The tokenizer's eos and those that the checkpoint's generation config names (chat models often have two), ascending.
 
     Raises:
-        UserError: neither names one.
+        UserError: neither names one, or one is no token of the tokenizer.
     """
-    own = model.generation_config.eos_token_id
-    named = [] if own is None else [own] if isinstance(own, int) else list(own)
     of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stop_ids = tuple(sorted({*named, *of_tokenizer}))
+    stop_ids = tuple(sorted({*listed(model.generation_config.eos_token_id), *of_tokenizer}))
     if not stop_ids:
         raise UserError(
-            "neither the tokenizer nor the generation config of this model names an end-of-sequence token, so no answer would ever "
-            "end: set eos_token in its tokenizer_config.json"
+            "model.base: neither the tokenizer nor the generation config names an eos token, so no answer would end. Fix: set "
+            "eos_token in its tokenizer_config.json, or prompt.stop_token"
         )
+    check_stop_tokens(stop_ids, tokenizer, model.config._name_or_path)
     return stop_ids
+
+
+def check_stop_tokens(stop_ids: Collection[int], tokenizer: PreTrainedTokenizerBase, base: str) -> None:
+    """
+    Raises:
+        UserError: one of them is no token of the tokenizer.
+    """
+    unknown = sorted(set(stop_ids) - set(tokenizer.get_vocab().values()))
+    if unknown:
+        raise UserError(
+            f"model.base: {base}: eos_token_id {', '.join(map(str, unknown))} of its generation_config.json is no token of its "
+            "tokenizer. Fix: correct it there, or download the base again"
+        )
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset.examples import ExampleSet
 from lt_train.dataset.loading import load_examples
+from lt_train.hybrid.context_length import context_length
 from lt_train.inference.loading import attention_choice, check_vocabulary, eos_ids, load_base_config, load_tokenizer
 from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
@@ -55,7 +56,7 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model)
+        return load_tokenizer(self.recipe.model, self.recipe.prompt.stop_token)
 
     @cached_property
     def examples(self) -> ExampleSet:
@@ -64,7 +65,7 @@ class RunContext:
             self.recipe.data,
             self.recipe.prompt,
             self.tokenizer,
-            model_max_length=self.base_config.max_position_embeddings,
+            model_max_length=context_length(self.base_config.to_dict()),
             seed=self.recipe.seed,
             eos_ids=eos_ids(self.recipe.model),
             folder=self.paths.data,

@@ -16,6 +16,7 @@ from lt_train.evaluation.base_answers import BaseAnswers, base_answers
 from lt_train.evaluation.heldout import evaluate_heldout_kl, evaluate_heldout_loss
 from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.run import evaluate
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
 from lt_train.inference.requests import Backend
@@ -111,7 +112,7 @@ class Evaluations:
         """The samples of an evaluation, for whichever model; made once."""
         key = hash_of(eval_config)
         if key not in self._plans:
-            context = self.base_config.max_position_embeddings
+            context = context_length(self.base_config.to_dict())
             self._plans[key] = make_plan(eval_config, self.recipe.prompt, self.tokenizer, context=context, seed=self.recipe.seed)
         return self._plans[key]
 

@@ -12,6 +12,7 @@ from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.records import RecordFolder
 from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores
+from lt_train.hybrid.context_length import context_length
 from lt_train.inference.backends import engine_for
 from lt_train.inference.loading import load_base_config, load_tokenizer
 from lt_train.inference.text import stop_tokens
@@ -45,13 +46,14 @@ def probe_checkpoint(run: Path, step: int) -> None:
         raise UserError(
             f"{place}: holds no weights to probe. A training with train.probes leaves them there and starts this itself"
         )
-    base_config, tokenizer = load_base_config(recipe.model), load_tokenizer(recipe.model)
+    base_config, tokenizer = load_base_config(recipe.model), load_tokenizer(recipe.model, recipe.prompt.stop_token)
     variants = Variants(recipe, paths, base_config)
     model = variants.load_from(place / WEIGHTS, compute_dtype(recipe.model.dtype))
     fingerprint, stop_ids = variants.fingerprint_of(place / WEIGHTS), stop_tokens(model, tokenizer)
     scores, samples = [], []
     for eval_config in recipe.train.probes.evals:
-        plan = make_plan(eval_config, recipe.prompt, tokenizer, context=base_config.max_position_embeddings, seed=recipe.seed)
+        context = context_length(base_config.to_dict())
+        plan = make_plan(eval_config, recipe.prompt, tokenizer, context=context, seed=recipe.seed)
         plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / eval_config.name
         found = evaluate(plan, engine_for(eval_config, model, tokenizer), out, progress=False)
         assert found is not None, "a process that is alone gets the scores"

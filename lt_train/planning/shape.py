@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -150,7 +151,7 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         query_key_norm=hasattr(attention, "q_norm"),
         head_trained=_trains(head),
         embedding_trained=_trains(embedding),
-        context=config.max_position_embeddings,
+        context=context_length(config.to_dict()),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.context_length import context_length
 from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
@@ -119,8 +120,8 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
     examples = load_examples(
         recipe.data,
         recipe.prompt,
-        load_tokenizer(recipe.model),
-        model_max_length=base_config.max_position_embeddings,
+        load_tokenizer(recipe.model, recipe.prompt.stop_token),
+        model_max_length=context_length(base_config.to_dict()),
         seed=recipe.seed,
         eos_ids=eos_ids(recipe.model),
     )

@@ -48,6 +48,17 @@ EVAL_LOSS = "eval_loss"
 Precision = Literal["auto", "bf16", "fp32"]
 
 
+class RopeScaling(Part):
+    """Scaling of the rotary embeddings, for contexts longer than the base was trained on. Names and meaning are transformers'."""
+
+    rope_type: Literal["yarn", "linear"]
+    """yarn: arXiv 2309.00071, as Qwen's model cards ask for. linear: positions are divided by `factor`."""
+    factor: float = Field(gt=1, le=1000)
+    """The context becomes this many times the original one."""
+    original_max_position_embeddings: Count | None = None
+    """Context of the base, in tokens. null: its config's max_position_embeddings."""
+
+
 class Model(Part):
     """The full-attention model that becomes a hybrid, and how it computes."""
 
@@ -63,6 +74,8 @@ class Model(Part):
     compiled for a GPU. blocked: plain torch on any device. reference: slow, to compare with."""
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings with its tokenizer or config."""
+    rope_scaling: RopeScaling | None = Field(None, json_schema_extra=ADDED)
+    """A longer context than the base's config gives; the export has it, too. null: as the base's config says."""
 
     def conflicts(self) -> Iterator[Fault]:
         if self.attention == "flash" and self.dtype == "fp32":
@@ -359,6 +372,9 @@ class Prompt(Part):
     chat_template: Text | None = None
     """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only one that stands
     by itself before the first user turn is left out."""
+    stop_token: Text | None = Field(None, json_schema_extra=ADDED)
+    """Token that ends an answer, in training, evaluation and export, for a base whose eos token is not the one that ends a turn in
+    the chat template. null: the tokenizer's eos token and those of generation_config.json."""
 
 
 class Track(Part):

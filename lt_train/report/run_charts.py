@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from lt_train.evaluation.statistics import wilson
+from lt_train.hybrid.context_length import context_length
 from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
@@ -39,7 +40,7 @@ def layer_profile(run: Run, profile: LayerProfile) -> Chart:
 def kv_growth(run: Run) -> Chart:
     """KV cache of one sequence as it grows, of the base and of every hybrid with another number of streaming layers."""
     total = len(run.config["layer_types"])
-    longest = max(KV_TOKENS, min(131_072, run.config.get("max_position_embeddings") or 0))
+    longest = max(KV_TOKENS, min(131_072, context_length({"max_position_embeddings": 0, **run.config})))
     unit, size = byte_unit(kv_bytes(run.config, 0, longest))
     lazy = {0: ("base", "base")}
     for variant, layers in run.layers.items():

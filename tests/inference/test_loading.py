@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+from lt_train.export.bare_process import observe
+from lt_train.export.configs import exported_config, exported_generation_config
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.generation_config import SAMPLING
 from lt_train.inference.loading import (
     attention_choice,
     check_vocabulary,
@@ -17,7 +21,8 @@ from lt_train.inference.loading import (
     load_tokenizer,
     load_weights,
 )
-from lt_train.recipe.schema import Model
+from lt_train.inference.text import stop_tokens
+from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES, SIZES
 
@@ -259,3 +264,116 @@ def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_oth
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     found = load_for_inference(Model(base="anything"), HybridSpec(4, (1,)), torch.float32, others_wait=others_wait)
     assert found == placed
+
+
+# Faults of a base, each an error of one line
+
+
+def test_an_eos_id_that_is_no_token_is_refused(base):
+    change(base / "generation_config.json", eos_token_id=[3, 4000])
+    model = Model(base=str(base))
+    tokenizer = load_tokenizer(model)
+    told = rf"model\.base: {base}: eos_token_id 4000 of its generation_config\.json is no token"
+    with pytest.raises(UserError, match=told):
+        check_vocabulary(model, load_base_config(model), tokenizer)
+    with pytest.raises(UserError, match="eos_token_id 4000"):
+        stop_tokens(load_weights(model, SPEC, torch.float32), tokenizer)
+
+
+def test_half_a_download_is_refused(base):
+    """A shard of two, as a download that was stopped leaves them."""
+    weights = load_file(base / "model.safetensors")
+    first = dict(list(weights.items())[: len(weights) // 2])
+    save_file(first, base / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    (base / "model.safetensors").unlink()
+    assert "no file named" in refused(LOADS["weights"], Model(base=str(base)))
+    shards = {name: f"model-0000{1 if name in first else 2}-of-00002.safetensors" for name in weights}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert "its weights cannot be loaded" in refused(LOADS["weights"], Model(base=str(base)))
+
+
+def test_a_folder_without_tokenizer_json_is_refused_with_the_fix(base):
+    (base / "tokenizer.json").unlink()
+    assert "there is no tokenizer.json. Fix: download" in refused(load_tokenizer, Model(base=str(base)))
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_mistyped_folder_is_told_at_once_with_its_neighbour(load, tmp_path, monkeypatch):
+    """A name with one slash may be a hub model's: the hub is queried once, not five times for each file."""
+    (tmp_path / "models/tiny-reasoner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    queries = []
+
+    def unreachable(url, **_):
+        queries.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("lt_train.inference.loading.get_hf_file_metadata", unreachable)
+    message = refused(load, Model(base="models/tiny-reasonr"))
+    assert f"there is no folder {tmp_path}/models/tiny-reasonr (did you mean models/tiny-reasoner?)" in message
+    assert "no network" in message and len(queries) == 1
+
+
+def test_a_base_that_slides_already_is_refused_with_the_way_out(tmp_path):
+    MistralConfig(**SIZES, sliding_window=64).save_pretrained(tmp_path)
+    assert "Fix: name a base without a window" in refused(load_base_config, Model(base=str(tmp_path)))
+
+
+# What a recipe may change about a base
+
+
+YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+
+def test_rope_scaling_of_the_recipe_reaches_the_weights_and_the_saved_config(base, tmp_path):
+    model = Model(base=str(base), rope_scaling=YARN)
+    hybrid = load_weights(model, SPEC, torch.float32)
+    plain = load_weights(Model(base=str(base)), SPEC, torch.float32)
+    assert not torch.equal(hybrid.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    hybrid.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/config.json").read_text())["rope_parameters"]
+    assert (saved["rope_type"], saved["factor"], saved["original_max_position_embeddings"]) == ("yarn", 4.0, 32)
+    assert saved["rope_theta"] == plain.config.rope_parameters["rope_theta"]
+    assert exported_config(hybrid, torch.float32).rope_parameters == hybrid.config.rope_parameters
+
+
+def test_rope_scaling_is_that_of_the_stock_class(base, tmp_path):
+    change(base / "config.json", rope_parameters={"rope_theta": 10_000.0, **YARN.model_dump()})
+    stock = AutoModelForCausalLM.from_pretrained(base).eval()
+    change(base / "config.json", rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"})
+    hybrid = load_weights(Model(base=str(base), rope_scaling=YARN), HybridSpec(4, ()), torch.float32)
+    ids = torch.randint(2, 96, (1, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(hybrid(ids).logits, stock(ids).logits)
+
+
+def test_the_stop_token_of_the_recipe_ends_answers(base):
+    tokenizer = load_tokenizer(Model(base=str(base)), stop_token="<|pad|>")
+    assert tokenizer.eos_token == "<|pad|>"
+    model = load_weights(Model(base=str(base)), SPEC, torch.float32)
+    model.generation_config.eos_token_id = 3
+    assert set(stop_tokens(model, tokenizer)) == {3, tokenizer.convert_tokens_to_ids("<|pad|>")}
+    assert exported_generation_config(model, tokenizer).eos_token_id == [tokenizer.eos_token_id, 3]
+    with pytest.raises(UserError, match=r"prompt\.stop_token: <nowhere>: the tokenizer of .* has no such token\. Fix"):
+        load_tokenizer(Model(base=str(base)), stop_token="<nowhere>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "exported"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"do_sample": False}),
+        ({"temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
+        ({"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+        ({"temperature": 1.0}, {}),
+    ],
+)
+def test_sampling_of_the_base_is_exported_as_it_is_meant_and_without_a_warning(base, settings, exported, capfd):
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, **settings}))
+    model = Model(base=str(base))
+    hybrid, tokenizer = load_weights(model, SPEC, torch.float32), load_tokenizer(model)
+    assert eos_ids(model) == [3]
+    generation = exported_generation_config(hybrid, tokenizer)
+    observe(hybrid, torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), generation)
+    written = generation.to_diff_dict()
+    assert {name: written.get(name) for name in ("do_sample", *SAMPLING) if written.get(name) not in (None, 1.0)} == exported
+    assert "generation flags" not in capfd.readouterr().err

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.dataset import prompts
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.requests import Request, Sampling
@@ -161,7 +162,7 @@ def telling_prompts(
     """Seeded questions whose prompts are longer than the window, what the reference writes after them, and the mistakes that not
     even MOST_PROMPTS of them show."""
     generator = random.Random(0)
-    length = min(reference.spec.window + BEYOND_WINDOW, reference.config.max_position_embeddings - NEW_TOKENS)
+    length = min(reference.spec.window + BEYOND_WINDOW, context_length(reference.config.to_dict()) - NEW_TOKENS)
     mistakes = mistaken_specs(reference.spec)
     texts: list[str] = []
     wanted: list[Continuation] = []

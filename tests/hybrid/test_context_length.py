@@ -1,0 +1,27 @@
+"""How many tokens a model supports, as its config says."""
+
+import pytest
+
+from lt_train.hybrid.context_length import context_length
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        (None, 40_960),
+        ({"rope_type": "default"}, 40_960),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),  # Qwen's model cards
+        ({"rope_type": "yarn", "factor": 4.0}, 163_840),
+        ({"rope_type": "linear", "factor": 2.0}, 81_920),
+        ({"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 32_768}, 40_960),
+    ],
+)
+def test_scaled_rotary_embeddings_reach_beyond_max_position_embeddings(rope, tokens):
+    for name in ("rope_parameters", "rope_scaling"):
+        assert context_length({"max_position_embeddings": 40_960, name: rope}) == tokens
+
+
+def test_a_config_that_names_the_scaled_context_keeps_it():
+    """Llama 3.1."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    assert context_length({"max_position_embeddings": 131_072, "rope_parameters": rope}) == 131_072
