@@ -84,7 +84,7 @@ def observe(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, g
     """Args: input_ids, attention_mask: [B, T], padded on the left. generation: the export's own defaults."""
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
     logits_BKV = model(**batch, use_cache=False, logits_to_keep=KEPT_COLUMNS).logits
-    greedy = GenerationConfig(  # its own settings alone: transformers warns of those that only sampling reads
+    greedy = GenerationConfig(
         do_sample=False,
         eos_token_id=generation.eos_token_id,
         pad_token_id=generation.pad_token_id,
@@ -94,7 +94,12 @@ def observe(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, g
         return_dict_in_generate=True,
         output_scores=True,
     )
-    made = model.generate(**batch, generation_config=greedy)
+    # generate() fills what is left open from the model's own, and warns of settings that only sampling reads
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        made = model.generate(**batch, generation_config=greedy)
+    finally:
+        model.generation_config = own
     return Observation(
         logits_BKV.float().cpu(), made.sequences[:, input_ids.shape[1] :].cpu(), torch.stack(made.scores, dim=1).float().cpu()
     )
