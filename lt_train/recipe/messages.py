@@ -42,6 +42,8 @@ KINDS = {
 """Type of pydantic's error -> the problem and the fix."""
 
 MISSING = {
+    "model.rope_scaling.rope_type": "set it to yarn, as Qwen's model cards do, or to linear",
+    "model.rope_scaling.factor": "set it to the longest context over the base's own, such as 4.0",
     "name": "name the run; its folder is runs/<name>/",
     "model": "name the full-attention model: model.base, a hub id or a local folder",
     "model.base": "name the full-attention model: a hub id or a local folder",
@@ -75,6 +77,8 @@ STAND_INS = {
     "evals.*": {"benchmark": "needle"},
     "eval.*": {"benchmark": "heldout_loss"},
     "benchmark": "needle",
+    "rope_type": "yarn",
+    "factor": 2.0,
 }
 """What stands for a faulty setting without a default, by its own name, so that the rest is checked; no such recipe is returned."""
 
