@@ -228,7 +228,9 @@ def main() -> None:
         code = stop.exit_code
         if process.speaks:
             Console(stderr=True).print(f"{stop}; the same command resumes", highlight=False, soft_wrap=True)
-    (sys.exit if process.count == 1 else leave)(code)
+    if process.count > 1:
+        leave(code)
+    sys.exit(code)
 
 
 def _report(error: Exception, process: Process) -> int:

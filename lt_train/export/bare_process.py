@@ -73,7 +73,7 @@ def main() -> None:
     model_class, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
     model = model.eval().to(request.device)
     prompts = load_file(request.prompts)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number in range(len(prompts) // 2):
         batch = prompts[f"input_ids.{number}"], prompts[f"attention_mask.{number}"]
         with computing_in(COMPUTED_IN, model):

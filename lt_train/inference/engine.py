@@ -211,7 +211,9 @@ class _Run:
         if sequence.ids[-1] in self.engine.stop_ids:
             return self._answer(sequence, decode(tokenizer, sequence.new_ids[:-1]), "stop")
         if stop and cut_at_stop_string(decode(tokenizer, sequence.ids[-min(self._stop_tokens, sequence.new) :]), stop) is not None:
-            return self._answer(sequence, cut_at_stop_string(decode(tokenizer, sequence.new_ids), stop), "stop")
+            text = decode(tokenizer, sequence.new_ids)
+            cut = cut_at_stop_string(text, stop)
+            return self._answer(sequence, text if cut is None else cut, "stop")
         if sequence.new == limit(sequence.request, self.sampling):
             return self._answer(sequence, decode(tokenizer, sequence.new_ids), "length")
         return None

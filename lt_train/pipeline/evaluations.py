@@ -73,8 +73,8 @@ class Evaluations:
         """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
         eval_configs = [eval_config for eval_config in self.recipe.eval if variant in self.variants.of(eval_config)]
         if self.rank == 0:
-            self.report(f"{variant}: {', '.join(eval_config.name for eval_config in eval_configs)}")
-        outs = {eval_config.name: self.paths.evaluation(variant, eval_config.name) for eval_config in eval_configs}
+            self.report(f"{variant}: {', '.join(str(eval_config.name) for eval_config in eval_configs)}")
+        outs = {eval_config.name: self.paths.evaluation(variant, str(eval_config.name)) for eval_config in eval_configs}
         for eval_config in eval_configs:
             if isinstance(eval_config, HeldoutKL) and self.rank == 0 and not (outs[eval_config.name] / SCORES).exists():
                 self.base_answers(eval_config)  # before this variant takes the memory

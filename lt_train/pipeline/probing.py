@@ -54,11 +54,12 @@ def probe_checkpoint(run: Path, step: int) -> None:
     for eval_config in recipe.train.probes.evals:
         context = context_length(base_config.to_dict())
         plan = make_plan(eval_config, recipe.prompt, tokenizer, context=context, seed=recipe.seed)
-        plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / eval_config.name
+        name = str(eval_config.name)
+        plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / name
         found = evaluate(plan, engine_for(eval_config, model, tokenizer), out, progress=False)
         assert found is not None, "a process that is alone gets the scores"
-        scores.append(_score(eval_config.name, found))
-        samples += _shown(eval_config.name, plan, out)
+        scores.append(_score(name, found))
+        samples += _shown(name, plan, out)
     write_result(train, ProbeResult(step, tuple(scores), tuple(samples)))
 
 

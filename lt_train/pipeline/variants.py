@@ -40,10 +40,10 @@ class Variants:
             UserError: the recipe's ratio or layers do not fit this model.
         """
         hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
-        if hybrid.layers is None:
-            number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
-        else:
+        if hybrid.layers is not None:
             explicit_layers(hybrid.layers, num_layers)
+        elif hybrid.lazy_layer_ratio is not None:
+            number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on the layers of every hybrid and write them down."""
@@ -104,12 +104,13 @@ class Variants:
 
     def to_evaluate(self) -> list[str]:
         """Every variant that an evaluation asks for, in the order of the results table."""
-        asked = {variant for entry in self.recipe.eval for variant in self.of(entry)}
-        return [variant for variant in (BASE, *self._compared(), CONVERTED, TRAINED) if variant in asked]
+        wanted = {variant for eval_config in self.recipe.eval for variant in self.of(eval_config)}
+        return [variant for variant in (BASE, *self._compared(), CONVERTED, TRAINED) if variant in wanted]
 
-    def of(self, entry: Eval | HeldoutLoss | HeldoutKL) -> list[str]:
-        """The variants that `entry` asks for; with `converted` come the hybrids of `hybrid.compare`."""
-        return [*entry.variants, *(self._compared() if CONVERTED in entry.variants else [])]
+    def of(self, eval_config: Eval | HeldoutLoss | HeldoutKL) -> list[str]:
+        """The variants that an evaluation asks for; with `converted` come the hybrids of `hybrid.compare`."""
+        variants = eval_config.variants or []
+        return [*variants, *(self._compared() if CONVERTED in variants else [])]
 
     def _compared(self) -> list[str]:
         return [converted_by(strategy) for strategy in self.recipe.hybrid.compare]

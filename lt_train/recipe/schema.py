@@ -74,7 +74,7 @@ class Model(Part):
     compiled for a GPU. blocked: plain torch on any device. reference: slow, to compare with."""
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings with its tokenizer or config."""
-    rope_scaling: RopeScaling | None = Field(None, json_schema_extra=ADDED)
+    rope_scaling: RopeScaling | None = Field(default=None, json_schema_extra=ADDED)
     """A longer context than the base's config gives; the export has it, too. null: as the base's config says."""
 
     def conflicts(self) -> Iterator[Fault]:
@@ -372,7 +372,7 @@ class Prompt(Part):
     chat_template: Text | None = None
     """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only one that stands
     by itself before the first user turn is left out."""
-    stop_token: Text | None = Field(None, json_schema_extra=ADDED)
+    stop_token: Text | None = Field(default=None, json_schema_extra=ADDED)
     """Token that ends an answer, in training, evaluation and export, for a base whose eos token is not the one that ends a turn in
     the chat template. null: the tokenizer's eos token and those of generation_config.json."""
 

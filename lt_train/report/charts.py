@@ -183,7 +183,8 @@ def draw_histogram(axes: Axes, samples: Sequence[SampleRecord], edges: Sequence[
     stacked = np.zeros(len(edges) - 1)
     for kind, colour_name in OUTCOMES.items():
         counts, _ = np.histogram([record.tokens for record in samples if outcome(record) == kind], starts)
-        bars = axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), stacked, align="edge", color=COLOURS[colour_name])
+        widths = [0.94 * (right - left) for left, right in itertools.pairwise(edges)]
+        bars = axes.bar(edges[:-1], counts, widths, stacked, align="edge", color=COLOURS[colour_name])
         for bar, count, (start, end) in zip(bars, counts, itertools.pairwise(starts), strict=True):
             note(
                 bar,

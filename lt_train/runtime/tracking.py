@@ -6,7 +6,7 @@ step 0 in a folder of its own, so the id and the last step that is safely in a f
 
 import secrets
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
@@ -51,7 +51,7 @@ class NoTracker:
     def finish(self) -> None: ...
 
 
-def open_tracker(mode: str, project: str, run_folder: Path, config: dict[str, Any]) -> Tracker:
+def open_tracker(mode: Literal["online", "offline", "off"], project: str, run_folder: Path, config: dict[str, Any]) -> Tracker:
     """Start tracking, or go on with the wandb run that `run_folder` has begun.
 
     Args:
@@ -67,7 +67,7 @@ def open_tracker(mode: str, project: str, run_folder: Path, config: dict[str, An
 
 
 class WandbTracker:
-    def __init__(self, mode: str, project: str, run_folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, mode: Literal["online", "offline"], project: str, run_folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
         self._wandb = wandb

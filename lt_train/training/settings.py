@@ -138,7 +138,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
 
 
-def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str]:
+def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
     """What decides what a teacher says on the training data."""
     return {
         "model.base": recipe.model.base,

@@ -213,7 +213,9 @@ def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator:
 @torch.inference_mode()
 def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], stop_ids: Sequence[int]) -> Continuation:
     ids_1T = torch.tensor([prompt_ids], device=model.device)
-    cache, tokens, logits = HybridCache(model.spec), [], []
+    cache = HybridCache(model.spec)
+    tokens: list[int] = []
+    logits: list[torch.Tensor] = []
     while len(tokens) < NEW_TOKENS and not (tokens and tokens[-1] in stop_ids):
         out = model(ids_1T, **{CACHE_ARGUMENT: cache})
         logits.append(out.logits[0, -1].float().cpu())
