@@ -20,8 +20,8 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     stop_ids = tuple(sorted({*listed(model.generation_config.eos_token_id), *of_tokenizer}))
     if not stop_ids:
         raise UserError(
-            "model.base: neither the tokenizer nor the generation config names an eos token, so no answer would end. Fix: set "
-            "eos_token in its tokenizer_config.json, or prompt.stop_token"
+            "model.base: neither the tokenizer nor the generation config names an end-of-sequence token, so no answer ends. Fix: "
+            "set eos_token in its tokenizer_config.json, or prompt.stop_token"
         )
     check_stop_tokens(stop_ids, tokenizer, model.config._name_or_path)
     return stop_ids
