@@ -73,6 +73,12 @@ class OwnAttention:
 class HybridBody(OwnAttention):
     """The decoder stack: finds the documents, builds the cache, and hands each layer the view of its kind."""
 
+    # What the family's stock class brings
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+
     def __init__(self, config) -> None:
         self.attention_kernel = AUTO
         self.attends_fully = False

@@ -1,11 +1,10 @@
-"""Who answers an evaluation: the model in this process, or servers that have proved to compute what the checkpoint does."""
+"""What answers an evaluation: the model in this process, or servers whose answers were compared with the checkpoint's."""
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -16,12 +15,14 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json
 
 
-def engine_for(entry: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    return Engine(model, tokenizer, kv_budget=entry.kv_budget, max_slots=entry.batch_size, prefill_chunk=entry.prefill_chunk)
+def engine_for(eval_config: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return Engine(
+        model, tokenizer, kv_budget=eval_config.kv_budget, max_slots=eval_config.batch_size, prefill_chunk=eval_config.prefill_chunk
+    )
 
 
 def servers_for(
-    entry: Eval,
+    eval_config: Eval,
     model: HybridForCausalLM,
     checkpoint: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ def servers_for(
     out: Path,
     report: Callable[[str], None],
 ) -> Backend:
-    """The entry's servers, after each was found to answer as `model` does; what was compared goes into out/servers.json.
+    """The servers of `eval_config`, after each was found to compute what `model` does; out/servers.json records the comparison.
 
     Args:
         model: what the servers should serve, from the folder `checkpoint`. It is cast to fp32, the measure for the comparison.
@@ -46,19 +47,19 @@ def servers_for(
 
     if not checkpoint.is_dir():
         raise UserError(
-            f"backend: openai: {checkpoint} is not there, so what the servers should serve cannot be told. Export first (with this "
-            "evaluation left out), serve that folder, then evaluate"
+            f"eval.backend: openai: {checkpoint} is missing, so there is nothing to serve. Fix: Export first (with this evaluation "
+            "left out), serve that folder, then evaluate"
         )
     settings = ServerSettings(
-        tuple(entry.servers),
-        entry.served_model,
-        entry.concurrency,
-        entry.timeout,
-        entry.stall,
+        tuple(eval_config.servers),
+        eval_config.served_model,
+        eval_config.concurrency,
+        eval_config.timeout,
+        eval_config.stall,
         api_key=os.environ.get("OPENAI_API_KEY"),
     )
     report(f"comparing the answers of {', '.join(settings.urls)} with the checkpoint's")
-    checked = check_server(settings, model.to(torch.float32), checkpoint, tokenizer, prompt, stop_ids)
+    checked = check_server(settings, model.float(), checkpoint, tokenizer, prompt, stop_ids)
     write_json(out / "servers.json", {"servers": list(settings.urls), **asdict(checked)})
     return OpenAIBackend(
         tokenizer,

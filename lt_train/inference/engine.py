@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -23,13 +23,13 @@ from lt_train.inference.sampler import choose_tokens, penalise_repetition
 from lt_train.inference.text import cut_at_stop_string, decode, stop_tokens, thinking_tokens
 from lt_train.runtime.errors import UserError
 
-SHARE_OF_FREE_MEMORY = 0.8
+FRACTION_OF_FREE_MEMORY = 0.8
 """What of the free memory the KV cache may take where no budget is given; activations need the rest."""
 
 
 @dataclass
 class Running:
-    """One request on its way. `ids` are prompt and new tokens; `forced` come next whatever the model says."""
+    """One request on its way. `ids` are prompt and new tokens; `forced` come next, whatever the logits are."""
 
     request: Request
     ids: list[int]
@@ -86,7 +86,7 @@ class Engine:
 
         Sequences seldom reach the limit together; where they do, the youngest waits.
         """
-        budget = self.kv_budget if self.kv_budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(self.model.device))
+        budget = self.kv_budget if self.kv_budget is not None else int(FRACTION_OF_FREE_MEMORY * free_memory(self.model.device))
         sizes = kv_sizes(self.model)
         needed = sizes.sequence(longest)
         if budget < needed:
@@ -136,7 +136,7 @@ class _Run:
                 yield from self._step()
 
     def _admit(self, waiting: deque[Running]) -> Iterator[Answer]:
-        """Fill free slots as long as there are pages for what waits, and one for each running sequence to go on."""
+        """Fill free slots as long as there are pages for what waits, and one for the next token of each running sequence."""
         fresh: list[Running] = []
         while waiting and len(self.running) < self.store.slots:
             pages = pages_for(len(waiting[0].ids) + 1)
@@ -172,17 +172,17 @@ class _Run:
     def _read(self, fresh: Sequence[Running]) -> Iterator[Answer]:
         started = time.perf_counter()
         logits_NV = self.runner.read([(self._slot(sequence), sequence.ids) for sequence in fresh])
-        self._share_time(fresh, started)
+        self._divide_time(fresh, started)
         yield from self._take(fresh, logits_NV)
 
     def _step(self) -> Iterator[Answer]:
         started = time.perf_counter()
         sequences = list(self.running)
         logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
-        self._share_time(sequences, started)
+        self._divide_time(sequences, started)
         yield from self._take(sequences, logits_BV)
 
-    def _share_time(self, sequences: Sequence[Running], started: float) -> None:
+    def _divide_time(self, sequences: Sequence[Running], started: float) -> None:
         for sequence in sequences:
             sequence.seconds += (time.perf_counter() - started) / len(sequences)
 
@@ -196,13 +196,13 @@ class _Run:
         for sequence, chosen in zip(sequences, choose_tokens(logits_BV, self.sampling, seeds, positions), strict=True):
             sequence.ids.append(sequence.forced.popleft() if sequence.forced else chosen)
             if sequence.new == self.sampling.thinking_budget:
-                self._close_thought(sequence)
+                self._close_reasoning(sequence)
             answer = self._finished(sequence)
             if answer is not None:
                 self._remove(sequence)
                 yield answer
 
-    def _close_thought(self, sequence: Running) -> None:
+    def _close_reasoning(self, sequence: Running) -> None:
         if thinking_tokens(self.engine.tokenizer, sequence.new_ids) is None and sequence.ids[-1] not in self.engine.stop_ids:
             sequence.forced.extend(self.thinking_close)
 
@@ -212,8 +212,8 @@ class _Run:
             return self._answer(sequence, decode(tokenizer, sequence.new_ids[:-1]), "stop")
         if stop and cut_at_stop_string(decode(tokenizer, sequence.ids[-min(self._stop_tokens, sequence.new) :]), stop) is not None:
             text = decode(tokenizer, sequence.new_ids)
-            cut = cut_at_stop_string(text, stop)
-            return self._answer(sequence, text if cut is None else cut, "stop")
+            before_stop = cut_at_stop_string(text, stop)
+            return self._answer(sequence, text if before_stop is None else before_stop, "stop")
         if sequence.new == limit(sequence.request, self.sampling):
             return self._answer(sequence, decode(tokenizer, sequence.new_ids), "length")
         return None

@@ -34,8 +34,7 @@ def listed(eos_token_id: object) -> list[int]:
     Raises:
         ValueError: neither a token id nor a list of them.
     """
-    given = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
-    ids = [token for token in given if isinstance(token, int) and not isinstance(token, bool)]
-    if len(ids) < len(given):
+    ids: list[Any] = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"eos_token_id is {eos_token_id!r}, neither a token id nor a list of them")
     return ids

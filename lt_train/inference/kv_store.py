@@ -4,7 +4,7 @@ one ring a slot.
 A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values where they lie: a step copies
 none of them. Pages are handed out lowest first, so those in use stay together.
 
-Shapes: S slots, B running sequences, N pages, P tokens of a page, W entries of a ring, H query heads, G key/value heads,
+Shapes: S slots, B running sequences, N pages, P tokens of a page, W tokens of a ring, H query heads, G key/value heads,
 R = H / G, T new tokens of one sequence, D head size.
 """
 
@@ -34,14 +34,14 @@ class Sizes:
     """One ring in all streaming layers."""
 
     def sequence(self, tokens: int) -> int:
-        """One sequence of so many tokens."""
+        """One sequence of `tokens` tokens."""
         return self.slot + pages_for(tokens) * self.page
 
 
 def kv_sizes(model: HybridForCausalLM) -> Sizes:
-    spec, entry = model.spec, entry_bytes(model.config.to_dict(), model.dtype.itemsize)
+    spec, token = model.spec, entry_bytes(model.config.to_dict(), model.dtype.itemsize)
     lazy = len(spec.lazy_layers)
-    return Sizes(page=(spec.num_layers - lazy) * PAGE * entry, slot=lazy * spec.window * entry)
+    return Sizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
 
 
 def pages_for(tokens: int) -> int:
@@ -62,21 +62,21 @@ class KVStore:
         self.lengths: list[int] = []
         self.pages: list[list[int]] = []
         self._free = list(range(pages))  # a heap: the lowest page first
-        heads, size = model.config.num_key_value_heads, head_size(model.config.to_dict())
+        heads = model.config.num_key_value_heads or model.config.num_attention_heads
+        size = head_size(model.config.to_dict())
         self.layers: list[PagedLayer | RingLayer] = []
         for index, layer in enumerate(model.model.layers):
-            where = {"dtype": model.dtype, "device": next(layer.parameters()).device}
-            if self.spec.is_lazy(index):
-                self.layers.append(RingLayer(torch.zeros(2, slots, heads, self.spec.window, size, **where), self.spec))
-            else:
-                self.layers.append(PagedLayer(torch.zeros(2, pages, heads, PAGE, size, **where)))
+            streams = self.spec.is_lazy(index)
+            shape = (2, slots, heads, self.spec.window, size) if streams else (2, pages, heads, PAGE, size)
+            kv = torch.zeros(shape, dtype=model.dtype, device=next(layer.parameters()).device)
+            self.layers.append(RingLayer(kv, self.spec) if streams else PagedLayer(kv))
 
     @property
     def free_pages(self) -> int:
         return len(self._free)
 
     def admit(self, tokens: int) -> int:
-        """A slot, and pages for so many tokens. The caller has seen that there are enough."""
+        """A slot, and pages for `tokens` tokens. The caller checks that there are enough."""
         self.lengths.append(0)
         self.pages.append([])
         slot = len(self.lengths) - 1
@@ -154,7 +154,7 @@ class PagedLayer:
 class RingLayer:
     """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
 
-    Which position lies in which entry is the rule of the hybrid's own cache (`slot_of`).
+    `slot_of`, the rule of the hybrid's own cache, says which position lies where in the ring.
     """
 
     def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
@@ -170,6 +170,6 @@ class RingLayer:
         """Put new tokens of one sequence in its ring, from position `first` on: those that the window still holds after them."""
         position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
         kept_T = (position_T < self.spec.w_sink) | (position_T >= first + k_GTD.shape[1] - self.spec.w_recent)
-        entry_K = slot_of(position_T[kept_T], self.spec.w_sink, self.spec.w_recent)
-        self.keys[slot, :, entry_K] = k_GTD[:, kept_T]
-        self.values[slot, :, entry_K] = v_GTD[:, kept_T]
+        place_K = slot_of(position_T[kept_T], self.spec.w_sink, self.spec.w_recent)
+        self.keys[slot, :, place_K] = k_GTD[:, kept_T]
+        self.values[slot, :, place_K] = v_GTD[:, kept_T]

@@ -1,4 +1,4 @@
-"""The recipe's base model: its config, its tokenizer, its weights in the hybrid classes. Every failure says what was named."""
+"""The recipe's base model: its config, its tokenizer, its weights in the hybrid classes. Every failure names the setting."""
 
 import json
 import os

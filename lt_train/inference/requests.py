@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back, whoever answers."""
+"""Requests to a model and its answers, the same for every backend."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
-"""stop: a stop token or stop string ended the answer; length: it was cut off at max_new_tokens."""
+"""stop: a stop token or stop string ended the answer; length: it was truncated at max_new_tokens."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Sampling:
 
     Attributes:
         top_p: keep the fewest most likely tokens that together reach it (arXiv 1904.09751); 1: all.
-        top_k: keep so many most likely tokens; 0: all.
-        min_p: keep tokens at least so likely as this share of the likeliest (arXiv 2407.01082); 0: all.
+        top_k: keep this number of most likely tokens; 0: all.
+        min_p: keep tokens at least as likely as this fraction of the likeliest (arXiv 2407.01082); 0: all.
         repetition_penalty: logits of tokens seen before (prompt included) are divided by it where positive and multiplied where
             negative (arXiv 1909.05858); 1: off.
         stop: strings that end an answer; neither they nor what follows is part of it.
-        thinking_budget: tokens after which an answer that still thinks is made to go on with `thinking_close`.
+        thinking_budget: tokens after which reasoning that is still open is closed with `thinking_close`.
     """
 
     temperature: float
@@ -58,8 +58,8 @@ class Answer:
     Attributes:
         text: without the stop token or string at its end; special tokens are shown.
         tokens: number of new tokens, the stop token included.
-        thinking_tokens: how many of them came before the thought was closed; None where none was closed.
-        seconds: its share of the time in which it shared the model with others.
+        thinking_tokens: number of them until the reasoning was closed; None where it never was.
+        seconds: the time of the model, divided among the requests that were in progress together.
     """
 
     request: Request

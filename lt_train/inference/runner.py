@@ -57,7 +57,9 @@ class ModelRunner:
 
     def _read_together(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """First chunks in one packed row, then what is left of each. Returns the logits [V] of what follows each."""
-        spans, ids, positions = [], [], []
+        spans: list[tuple[int, int, int]] = []
+        ids: list[int] = []
+        positions: list[int] = []
         for slot, prompt in prompts:
             tokens = min(len(prompt), self.prefill_chunk)
             spans.append((slot, len(ids), tokens))

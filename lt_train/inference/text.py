@@ -1,4 +1,4 @@
-"""When an answer ends, and what of its tokens is text: stop tokens, stop strings, the end of the thought."""
+"""When an answer ends, and what of its tokens is text: stop tokens, stop strings, the end of the reasoning."""
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
@@ -20,8 +20,8 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     stop_ids = tuple(sorted({*listed(model.generation_config.eos_token_id), *of_tokenizer}))
     if not stop_ids:
         raise UserError(
-            "model.base: neither the tokenizer nor the generation config names an eos token, so no answer would end. Fix: set "
-            "eos_token in its tokenizer_config.json, or prompt.stop_token"
+            "model.base: neither the tokenizer nor the generation config names an end-of-sequence token, so no answer ends. Fix: "
+            "set eos_token in its tokenizer_config.json, or prompt.stop_token"
         )
     check_stop_tokens(stop_ids, tokenizer, model.config._name_or_path)
     return stop_ids
@@ -41,11 +41,11 @@ def check_stop_tokens(stop_ids: Collection[int], tokenizer: PreTrainedTokenizerB
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def thinking_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> int | None:
-    """How many tokens it took until the thought was closed; None where it never was."""
+    """Number of tokens until the reasoning was closed; None where it never was."""
 
     def closed(token_ids: Sequence[int]) -> bool:
         text = decode(tokenizer, token_ids)

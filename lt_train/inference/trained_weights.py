@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -107,7 +108,7 @@ def load_with_query_key_of_base(folder: Path, load_base: LoadModel, dtype: torch
 
 def adapter_without_query_key(folder: Path, spec: HybridSpec) -> PeftConfig:
     """The configuration of the adapter in `folder`, less the adapters of queries and keys in full-attention layers."""
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(str(folder))
     config.exclude_modules = rf".*{attention_modules(_full_layers(spec), ('q_proj', 'k_proj'))}"
     config.inference_mode = True
     return config
@@ -123,7 +124,7 @@ def _full_layers(spec: HybridSpec) -> list[int]:
 
 
 @torch.no_grad()
-def _probe_logits(model: nn.Module) -> Tensor:
+def _probe_logits(model: PreTrainedModel | PeftModel) -> Tensor:
     """Logits on the same seeded token ids each time. Returns fp32 (1, PROBE_TOKENS, vocab_size)."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)

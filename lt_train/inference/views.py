@@ -37,8 +37,8 @@ class StepView(AttentionView):
 
     def _ring(self, layer: RingLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
         rows = q_BGRD.shape[0]
-        layer.keys[indices.row_B, :, indices.entry_B] = k_BGD
-        layer.values[indices.row_B, :, indices.entry_B] = v_BGD
+        layer.keys[indices.row_B, :, indices.place_B] = k_BGD
+        layer.values[indices.row_B, :, indices.place_B] = v_BGD
         used = min(max(self.lengths) + 1, layer.keys.shape[2])
         k_BGWD, v_BGWD = layer.keys[:rows, :, :used], layer.values[:rows, :, :used]
         weights_BGRW = scaling * _product(q_BGRD, k_BGWD.transpose(-1, -2))
@@ -84,14 +84,14 @@ def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
 
 @dataclass
 class StepIndices:
-    """What a step needs to find its entries, on one device; all layers share it.
+    """Where a step finds its cached tokens, on one device; all layers share it.
 
-    partial_M are the pages that are not full, empty_MP their entries that hold nothing yet; empty_BW the like for rings, None where
+    partial_M are the pages that are not full, empty_MP their places that hold no token yet; empty_BW the like for rings, None where
     all are full.
     """
 
     row_B: Tensor
-    entry_B: Tensor
+    place_B: Tensor
     empty_BW: Tensor | None
     owner_N: Tensor
     newest_B: Tensor
@@ -110,7 +110,7 @@ class StepIndices:
         partial_M = (filled_N < PAGE).nonzero()[:, 0]
         return cls(
             row_B=torch.arange(len(store.lengths), device=device),
-            entry_B=slot_of(length_B, spec.w_sink, spec.w_recent),
+            place_B=slot_of(length_B, spec.w_sink, spec.w_recent),
             empty_BW=empty_BW,
             owner_N=torch.tensor(pages.owner, device=device),
             newest_B=torch.tensor(pages.newest, device=device),

@@ -1,7 +1,11 @@
 """How many tokens a model supports, as its config says."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+import lt_train
 from lt_train.hybrid.context_length import context_length
 
 
@@ -25,3 +29,11 @@ def test_a_config_that_names_the_scaled_context_keeps_it():
     """Llama 3.1."""
     rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     assert context_length({"max_position_embeddings": 131_072, "rope_parameters": rope}) == 131_072
+
+
+def test_no_other_place_reads_the_context_of_a_config():
+    """Training, evaluation, plan, export and report all go through `context_length`; loading.py writes it (model.rope_scaling)."""
+    package = Path(lt_train.__file__).parent
+    reads = re.compile(r"\.max_position_embeddings\b")
+    readers = {str(path.relative_to(package)) for path in package.rglob("*.py") if reads.search(path.read_text(encoding="utf-8"))}
+    assert readers == {"inference/loading.py"}

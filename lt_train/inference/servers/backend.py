@@ -271,7 +271,7 @@ def read_answer(
     else:
         text = _text_with_reasoning(tokenizer, request, completion)
         for stop_id in stop_ids if stopped else ():
-            text = text.removesuffix(tokenizer.convert_ids_to_tokens(stop_id))
+            text = text.removesuffix(str(tokenizer.convert_ids_to_tokens(stop_id)))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = completion.completion_tokens if completion.completion_tokens is not None else len(ids) + stopped
     before_stop = cut_at_stop_string(text, sampling.stop)

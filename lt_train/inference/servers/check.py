@@ -1,4 +1,4 @@
-"""Do the servers compute what the checkpoint says? Refused before anything is scored if not.
+"""A comparison of what servers compute with the checkpoint, before anything is scored.
 
 Two looks: at the config of what is served, where it can be seen; and, always, at what the servers write after a few prompts longer
 than the window, against what the hybrid class computes in fp32. To know that such prompts can tell, the same is computed with the
@@ -39,7 +39,7 @@ BEYOND_WINDOW = 48  # tokens
 PROMPTS = 3
 MOST_PROMPTS = 12
 ROUNDING = 2**-5
-"""How far a logit may be off, as a share of the largest: servers compute in bf16, whose step is 2^-8, and every layer rounds."""
+"""Largest error of a logit, over the largest logit: servers compute in bf16, whose step is 2^-8, and every layer rounds."""
 
 MATHEMATICS = ("num_hidden_layers", "layer_types", "sliding_window", "w_sink", "vocab_size", "rope_parameters")
 """Settings in config.json that decide what a query sees and where."""
@@ -81,10 +81,10 @@ def check_server(
     """
     Args:
         reference: the checkpoint in the hybrid class, fp32. folder: the checkpoint's, for its config.json.
-        prompt: the recipe's; the check is asked through it.
+        prompt: the recipe's; the requests of the check are made with it.
 
     Raises:
-        UserError: a server runs another config, or writes something else; the message says what differs.
+        UserError: a server runs another config, or generates other tokens; the message names the difference.
     """
     for client in [ServerClient(url, tokenizer, stop_ids, settings, None) for url in settings.urls]:
         asyncio.run(check_served_config(client, folder))
@@ -128,7 +128,7 @@ async def check_served_config(client: ServerClient, folder: Path) -> None:
 def compare_config(url: str, folder: Path, served: str | None) -> None:
     """
     Args:
-        served: what a server says that it serves; looked at where it is a local folder (`transformers serve` adds @main).
+        served: the name of what a server serves; compared where it is a local folder (`transformers serve` adds @main).
     """
     path = Path((served or "").removesuffix("@main")) / "config.json"
     try:
@@ -139,9 +139,8 @@ def compare_config(url: str, folder: Path, served: str | None) -> None:
     theirs, ours = _mathematics(path), _mathematics(folder / "config.json")
     differences = [f"  {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
     if differences:
-        raise UserError(
-            "\n".join([f"{url} serves {path.parent}, whose config.json says something else than {folder}:", *differences])
-        )
+        heading = f"eval.servers: {url} serves {path.parent}, whose config.json differs. Fix: serve {folder}. The differences:"
+        raise UserError("\n".join([heading, *differences]))
 
 
 def _mathematics(path: Path) -> dict[str, Any]:
@@ -169,14 +168,14 @@ def telling_prompts(
     while len(texts) < PROMPTS or (mistakes and len(texts) < MOST_PROMPTS):
         text = long_question(tokenizer, prompt, generator, length)
         prompt_ids = tuple(prompts.prompt_ids(tokenizer, prompt, {"question": text}))
-        right = continue_greedily(reference, prompt_ids, stop_ids)
+        expected = continue_greedily(reference, prompt_ids, stop_ids)
         for name, spec in list(mistakes.items()):
             with computing(reference, spec):
-                wrong = continue_greedily(reference, prompt_ids, stop_ids)
-            if parting(right, wrong.token_ids) is not None:
+                mistaken = continue_greedily(reference, prompt_ids, stop_ids)
+            if parting(expected, mistaken.token_ids) is not None:
                 del mistakes[name]
         texts.append(text)
-        wanted.append(right)
+        wanted.append(expected)
     return texts, wanted, tuple(mistakes)
 
 
@@ -202,7 +201,7 @@ def computing(model: HybridForCausalLM, spec: HybridSpec) -> Iterator[None]:
 
 
 def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:
-    """Numbers and words, which every tokenizer knows, until the prompt has so many tokens."""
+    """Numbers and words, which every tokenizer knows, until the prompt has `wanted` tokens."""
     words = ["plus", "minus", "the", "sum", "of", "is", "and", "then", "a", "b", "c", "x"]
     text = "What comes next:"
     while len(prompts.prompt_ids(tokenizer, prompt, {"question": text})) < wanted:
@@ -215,7 +214,7 @@ def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], sto
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     cache = HybridCache(model.spec)
     tokens: list[int] = []
-    logits: list[torch.Tensor] = []
+    logits: list[Tensor] = []
     while len(tokens) < NEW_TOKENS and not (tokens and tokens[-1] in stop_ids):
         out = model(ids_1T, **{CACHE_ARGUMENT: cache})
         logits.append(out.logits[0, -1].float().cpu())
@@ -224,25 +223,25 @@ def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], sto
     return Continuation(prompt_ids, tuple(tokens), torch.stack(logits))
 
 
-def parting(right: Continuation, token_ids: Sequence[int]) -> int | None:
+def parting(expected: Continuation, token_ids: Sequence[int]) -> int | None:
     """The first step at which other tokens differ from the reference's and rounding does not explain it; None: there is none.
 
     Where two tokens are so close that rounding may choose, what follows is not compared.
     """
-    for step, (mine, theirs) in enumerate(zip(right.token_ids, token_ids, strict=False)):
+    for step, (mine, theirs) in enumerate(zip(expected.token_ids, token_ids, strict=False)):
         if mine != theirs:
-            gap = (right.logits_NV[step, mine] - right.logits_NV[step, theirs]).item()
-            return step if gap > allowed_gap(right) else None
+            gap = (expected.logits_NV[step, mine] - expected.logits_NV[step, theirs]).item()
+            return step if gap > allowed_gap(expected) else None
     return None
 
 
-def allowed_gap(right: Continuation) -> float:
+def allowed_gap(expected: Continuation) -> float:
     """Each of two logits may be off by what rounding explains."""
-    return 2 * ROUNDING * right.logits_NV.abs().max().item()
+    return 2 * ROUNDING * expected.logits_NV.abs().max().item()
 
 
 def compare_continuations(
-    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], right: Continuation, completion: Completion, url: str
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], expected: Continuation, completion: Completion, url: str
 ) -> tuple[int, int]:
     """How many tokens agree, and of how many the probabilities were compared.
 
@@ -250,58 +249,61 @@ def compare_continuations(
         UserError: a token, or a probability, that rounding does not explain.
     """
     if not completion.token_ids:
-        return compare_text(tokenizer, right, completion, url), 0
-    step = parting(right, completion.token_ids)
+        return compare_text(tokenizer, expected, completion, url), 0
+    step = parting(expected, completion.token_ids)
     if step is not None:
-        raise _other_mathematics(url, right, step, tokenizer, repr(tokenizer.decode(completion.token_ids[step])))
+        raise _other_mathematics(url, expected, step, tokenizer, repr(decode(tokenizer, completion.token_ids[step : step + 1])))
     agreed = 0
-    while agreed < min(len(right.token_ids), len(completion.token_ids)) and right.token_ids[agreed] == completion.token_ids[agreed]:
+    while (
+        agreed < min(len(expected.token_ids), len(completion.token_ids))
+        and expected.token_ids[agreed] == completion.token_ids[agreed]
+    ):
         agreed += 1
     compared = completion.logprobs[:agreed]
-    mine_NV = right.logits_NV.log_softmax(-1)
+    mine_NV = expected.logits_NV.log_softmax(-1)
     for step, theirs in enumerate(compared):
-        mine = mine_NV[step, right.token_ids[step]].item()
-        if abs(mine - theirs) > allowed_gap(right):
+        mine = mine_NV[step, expected.token_ids[step]].item()
+        if abs(mine - theirs) > allowed_gap(expected):
             raise UserError(
-                f"{url} computes something else than the checkpoint: after a prompt of {len(right.prompt_ids)} tokens, new token "
-                f"{step} has log-probability {theirs:.3f} there and {mine:.3f} in the hybrid class. {_WHAT_TO_DO}"
+                f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} "
+                f"tokens, new token {step} has log-probability {theirs:.3f} there and {mine:.3f} in the hybrid class. {_FIX}"
             )
     return agreed, len(compared)
 
 
-def compare_text(tokenizer: PreTrainedTokenizerBase, right: Continuation, completion: Completion, url: str) -> int:
-    """For servers that tell only text, without special tokens. The other token is not known then; the second likeliest stands for
-    it."""
+def compare_text(tokenizer: PreTrainedTokenizerBase, expected: Continuation, completion: Completion, url: str) -> int:
+    """As `compare_continuations`, where a server sends only text. The second likeliest token stands for the unknown other one."""
 
     def shown(count: int) -> str:
-        return tokenizer.decode(right.token_ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return _shown(tokenizer, expected.token_ids[:count])
 
-    text = tokenizer.decode(
-        tokenizer(completion.text, add_special_tokens=False)["input_ids"],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-    if text == shown(len(right.token_ids)):
-        return len(right.token_ids)
+    text = _shown(tokenizer, tokenizer(completion.text, add_special_tokens=False)["input_ids"])
+    if text == shown(len(expected.token_ids)):
+        return len(expected.token_ids)
     step = 0
-    while step < len(right.token_ids) and text.startswith(shown(step + 1)):
+    while step < len(expected.token_ids) and text.startswith(shown(step + 1)):
         step += 1
-    if step < len(right.token_ids):
-        first, second = right.logits_NV[step].topk(2).values.tolist()
-        if first - second > allowed_gap(right):
-            raise _other_mathematics(url, right, step, tokenizer, f"{text[len(shown(step)) :][:40]!r}")
+    if step < len(expected.token_ids):
+        first, second = expected.logits_NV[step].topk(2).values.tolist()
+        if first - second > allowed_gap(expected):
+            raise _other_mathematics(url, expected, step, tokenizer, f"{text[len(shown(step)) :][:40]!r}")
     return step
 
 
-def _other_mathematics(url: str, right: Continuation, step: int, tokenizer: PreTrainedTokenizerBase, theirs: str) -> UserError:
-    mine = decode(tokenizer, right.token_ids[step : step + 1])
+def _shown(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text without special tokens."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _other_mathematics(url: str, expected: Continuation, step: int, tokenizer: PreTrainedTokenizerBase, theirs: str) -> UserError:
+    mine = decode(tokenizer, expected.token_ids[step : step + 1])
     return UserError(
-        f"{url} computes something else than the checkpoint: after a prompt of {len(right.prompt_ids)} tokens, new token {step} is "
-        f"{theirs} there and {mine!r} in the hybrid class, which is no tie. {_WHAT_TO_DO}"
+        f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} tokens, "
+        f"new token {step} is {theirs} there and {mine!r} in the hybrid class, which is no tie. {_FIX}"
     )
 
 
-_WHAT_TO_DO = (
-    "Does the server load this checkpoint, and an engine that knows its layer types and sinks? vLLM does with --model-impl "
-    "transformers and w_sink 0; for a hybrid with sinks use the built-in engine (backend: hybrid)"
+_FIX = (
+    "Fix: let the server load this checkpoint, in an engine that knows its layer types and sinks: vLLM does with --model-impl "
+    "transformers and w_sink 0; for a hybrid with sinks set eval.backend to hybrid (the built-in engine)"
 )

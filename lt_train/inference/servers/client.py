@@ -140,7 +140,7 @@ class ServerClient:
             limit: moved with every chunk, so that it expires after `stall` seconds without one. None: a probe, not retried.
         """
         completion = Completion()
-        deadline = limit and limit.when()
+        deadline = None if limit is None else limit.when()
         async with await self._openai.post(
             path,
             body=dict(body),
@@ -171,8 +171,7 @@ class ServerClient:
                 yield limit
         except TimeoutError as error:
             stalled = f"it sent nothing more for {self.settings.stall:g} s in the middle of an answer (stall)"
-            ended = limit.when()
-            raise ServerFailure(stalled if ended is not None and ended < deadline else overdue) from error
+            raise ServerFailure(stalled if (limit.when() or deadline) < deadline else overdue) from error
         except APIStatusError as error:
             raise self._refusal(error) from error
         except (APIConnectionError, httpx2.HTTPError) as error:
