@@ -52,7 +52,7 @@ def test_deepspeeds_own_argument_before_the_command_is_taken(lt_train):
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lt-train", "validate", "recipes/quickstart.yaml"])
-    monkeypatch.setattr("lt_train.recipe.loading.load_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe_and_remarks", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
@@ -66,7 +66,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 )
 def test_a_command_that_a_signal_stops_says_that_the_same_command_resumes(lt_train, monkeypatch, number, code, line):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    monkeypatch.setattr("lt_train.recipe.loading.load_recipe", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe_and_remarks", lambda *_: signal.raise_signal(number))
     try:
         assert lt_train("validate", "recipes/quickstart.yaml") == (code, "", f"{line}\n")
     finally:
@@ -77,7 +77,7 @@ def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/scores.json")
 
-    monkeypatch.setattr("lt_train.recipe.loading.load_recipe", full)
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe_and_remarks", full)
     code, out, err = lt_train("validate", "recipes/quickstart.yaml")
     assert code == 2 and "Traceback" not in out + err
     assert "No space left on device: 'runs/mine/scores.json'" in err and "free some space" in err

@@ -269,7 +269,7 @@ def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp
         damaged_row(own, damage[0], damage[1], **damage[2])
     with pytest.raises(UserError, match=told):
         run_in_folder(load_recipe(own / "recipe.yaml", overrides), tmp_path)
-    assert contents(tmp_path / "tiny").keys() == set()
+    assert {name for name in contents(tmp_path / "tiny") if not name.startswith("data/")} == set()  # data/: its tokens, a cache
 
 
 def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tmp_path):

@@ -186,7 +186,7 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
     [
         ("eval/base/ledger/scores.json", "{", r"scores\.json: not a (whole|valid) scores\.json"),
         ("eval/base/ledger/samples.jsonl", "{}\n", r"samples\.jsonl:1: not a sample of this version"),
-        ("eval/base/ledger/meta.json", "{}", r"meta\.json: does not say how"),
+        ("eval/base/ledger/meta.json", "{}", r"meta\.json: lacks the fingerprint"),
         ("profile/profile.json", "[]", r"profile\.json: not a (whole|valid) layer profile"),
         ("train/log.jsonl", '{"loss": 1.0}\n', r"log\.jsonl: not a valid training log"),
         ("train/log.jsonl", '{"step": 1', r"log\.jsonl:1: not JSON"),

@@ -22,7 +22,7 @@ import sys
 
 import torch
 
-import lt_train.recipe.schema
+import lt_train.recipe.loading
 from lt_train import cli
 from lt_train.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ def load_recipe(*_):
 
 
 sys.argv[1:] = ["validate", "any.yaml"]
-lt_train.recipe.loading.load_recipe = load_recipe
+lt_train.recipe.loading.load_recipe_and_remarks = load_recipe
 cli.main()
 '''
 
@@ -72,7 +72,7 @@ def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, 
             torch.distributed.TCPStore("127.0.0.1", port, is_master=True)
     assert not is_lost_connection(refused.value)
     monkeypatch.setenv("MASTER_PORT", str(port))
-    assert cli._tell(refused.value, Process(0, 2, True)) == 2
+    assert cli._report(refused.value, Process(0, 2, True)) == 2
     assert f"port {port}, at which the processes meet, is in use" in capsys.readouterr().err
 
 
