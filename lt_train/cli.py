@@ -17,7 +17,16 @@ from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.interruption import Interrupted, raising_interrupted
-from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, silence, this_process
+from lt_train.runtime.processes import (
+    Process,
+    end_with,
+    is_lost_connection,
+    is_taken_port,
+    leave,
+    let_others_tell,
+    silence,
+    this_process,
+)
 from lt_train.runtime.upstream import quiet_upstream
 
 app = typer.Typer(
@@ -152,7 +161,7 @@ def probe(
 ) -> None:
     """Ask a checkpoint what `train.probes` says. A training starts this by itself."""
     quiet_upstream()
-    from lt_train.pipeline.probing import end_with, probe_checkpoint
+    from lt_train.pipeline.probing import probe_checkpoint
 
     end_with(parent)
     probe_checkpoint(run, step)

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +17,7 @@ from lt_train.dataset.special_tokens import encode, unquoted
 from lt_train.recipe.columns import Columns
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import end_with
 
 ROWS_AT_ONCE = 128
 """Rows in one task of a worker."""
@@ -159,14 +158,7 @@ _in_worker: RowTokenizer
 def _begin(tokenize: RowTokenizer, parent: int) -> None:
     global _in_worker
     _in_worker = tokenize
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker waits for its next task for ever, also when the process that gives tasks was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with(parent)  # a worker waits for its next task for ever, also when the process that gives tasks was killed
 
 
 def _tokenize(rows: list[PlacedRow]) -> list[TokenizedRow]:

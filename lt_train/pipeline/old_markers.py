@@ -7,6 +7,8 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.run_paths import RunPaths
 
+MARKER_FORMAT = 2
+
 
 def bring_up_to_date(paths: RunPaths, begun: Recipe) -> None:
     """Give each old marker the key of today, from `begun`, the recipe with which the folder was last worked in.
@@ -23,4 +25,4 @@ def bring_up_to_date(paths: RunPaths, begun: Recipe) -> None:
         if marker.exists():
             facts: dict[str, Any] = read_json(marker, "stage marker")
             if "format" not in facts:
-                write_json(marker, facts | made.get(stage, {}) | {"format": 2})
+                write_json(marker, facts | made.get(stage, {}) | {"format": MARKER_FORMAT})

@@ -3,9 +3,6 @@
 training/probes/ starts it and reads what it leaves. Under DeepSpeed ZeRO-3 a model cannot generate inside the training.
 """
 
-import os
-import threading
-import time
 from pathlib import Path
 
 from lt_train.evaluation.plan import EvaluationPlan, make_plan
@@ -29,8 +26,6 @@ SAMPLES_SHOWN = 8
 
 CHARACTERS_SHOWN = 2000
 """Of an answer, from its end."""
-
-SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def probe_checkpoint(run: Path, step: int) -> None:
@@ -61,17 +56,6 @@ def probe_checkpoint(run: Path, step: int) -> None:
         scores.append(_score(name, found))
         samples += _shown(name, plan, out)
     write_result(train, ProbeResult(step, tuple(scores), tuple(samples)))
-
-
-def end_with(parent: int) -> None:
-    """End this process as soon as `parent`, which started it, has died in whatever way."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _score(name: str, found: AnswerScores) -> ProbeScore:

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lt_train.pipeline.old_markers import bring_up_to_date
+from lt_train.pipeline.old_markers import MARKER_FORMAT, bring_up_to_date
 from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError
@@ -21,7 +21,6 @@ from lt_train.runtime.fingerprints import data_fingerprint, differences, model_f
 from lt_train.runtime.run_paths import RunPaths
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-MARKER_FORMAT = 2
 
 
 class RunFolder:

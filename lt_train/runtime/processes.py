@@ -8,11 +8,13 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
 from typing import NoReturn
 
+SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_THE_LAUNCHER = 10.0  # it looks at its processes every second at most
 
 
@@ -75,6 +77,17 @@ def is_lost_connection(error: BaseException) -> bool:
 def _is_of_torch_distributed(error: BaseException) -> bool:
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     return distributed is not None and isinstance(error, distributed.DistError)
+
+
+def end_with(parent: int) -> None:
+    """End this process as soon as `parent`, which started it, has died in whatever way."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave(code: int) -> NoReturn:
