@@ -18,7 +18,7 @@ RECIPE = f"""
 name: NAME
 model: {{base: {REPOSITORY / "data/tiny-reasoner"}, dtype: fp32}}
 hybrid: {{lazy_layer_ratio: 0.5, strategy: periodic, w_sink: 4, w_recent: 12}}
-data: {{source: TRACES, format: still, max_length: 256, heldout: 4}}
+data: {{source: TRACES, format: still, reasoning_tags: keep, max_length: 256, heldout: 4}}
 train: {{method: full, learning_rate: 1.0e-3, max_steps: 4, batch_size: 4, micro_batch_size: 1, logging_steps: 1, save_steps: 2}}
 """
 
