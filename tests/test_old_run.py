@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import processes
+
 FIXTURE = Path(__file__).parent / "fixtures/run_before_the_folders"
 
 pytestmark = pytest.mark.slow
@@ -23,7 +25,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def lt_train(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "lt_train", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-m", "lt_train", *arguments], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

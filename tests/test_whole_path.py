@@ -23,6 +23,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.loading import load_recipe
+from tests.support import processes
 from tests.support.repository import REPOSITORY
 from tests.support.training_log import GOLDEN, evaluations
 
@@ -59,6 +60,11 @@ def run(arguments: list[str], **environment: str) -> str:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_forked(arguments: list[str]) -> None:
+    done = processes.run(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_with_every_layer_streaming_the_tiny_reasoner_solves_hardly_anything(tmp
 
 
 def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed(tmp_path: Path) -> None:
-    run(command("run", tmp_path / "whole", **SMALL))
+    run_forked(command("run", tmp_path / "whole", **SMALL))
     arguments = command("run", tmp_path / "killed", **SMALL)
     killed, whole = tmp_path / "killed/quickstart", tmp_path / "whole/quickstart"
     moments, output = random.Random(7), tmp_path / "output.txt"
@@ -131,7 +137,7 @@ def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed
     ):
         kill_after(arguments, killed / begun, moments.uniform(0, 0.5), output)
     kill_after(arguments, killed / "stages/eval.json", moments.uniform(0, 1.5), output)  # while it exports
-    run(arguments)
+    run_forked(arguments)
 
     assert read_json(killed / "profile/profile.json")["samples"] == read_json(whole / "profile/profile.json")["samples"]
     assert read_json(killed / "hybrid/layers.json") == read_json(whole / "hybrid/layers.json")
@@ -145,13 +151,12 @@ def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed
 
 def kill_after(arguments: list[str], begun: Path, seconds: float, output: Path) -> None:
     """Start a command and kill it so many seconds after the file appeared."""
-    with open(output, "ab") as file:
-        process = subprocess.Popen(arguments, stdout=file, stderr=file)
-    while process.poll() is None and not begun.exists():
+    process = processes.start_python(arguments, output)
+    while process.is_alive() and not begun.exists():
         time.sleep(0.01)
     time.sleep(seconds)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, output.read_text()
+    assert processes.exit_code(process) == -signal.SIGKILL, output.read_text()
 
 
 def read_json(path: Path) -> Any:
@@ -189,7 +194,7 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_
         assert sorted(len(part.read_text().splitlines()) for part in parts) == [20, 21]
         assert read_scores(folder / "eval" / variant / "ledger/scores.json").problems == 41
 
-    run(command("export", tmp_path, **changed))
+    run_forked(command("export", tmp_path, **changed))
     assert (folder / "train/final/model.safetensors").stat().st_mtime_ns == trained
     whole, exported = (load_hybrid_checkpoint(folder / each) for each in ("train/final", "export"))
     base = load_hybrid("data/tiny-reasoner", whole.config.spec)

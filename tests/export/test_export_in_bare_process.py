@@ -20,6 +20,7 @@ from lt_train.export.configs import exported_config
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
+from tests.support import processes
 from tests.support.families import BASES
 from tests.support.repository import ENVIRONMENT
 from tests.support.tiny_exports import END, TEMPLATE, metadata, tiny_hybrid, tiny_tokenizer
@@ -58,14 +59,7 @@ def run_bare(script, scratch):
     """Run PRELUDE + `script` where lt_train cannot be imported; `scratch` is the working directory."""
     save_file({"ids": IDS}, scratch / "ids.safetensors")
     environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules")}
-    return subprocess.run(
-        [sys.executable, "-P", "-c", PRELUDE + script],
-        cwd=scratch,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    return processes.run([sys.executable, "-P", "-c", PRELUDE + script], cwd=scratch, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +68,10 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     model = tiny_hybrid()
     return model, export(model, tmp_path_factory.mktemp("exports") / "export")
+
+
+def test_an_export_is_checked_in_a_new_interpreter(new_interpreter, tmp_path):
+    assert read_manifest(export(tiny_hybrid(), tmp_path / "export")).check.logits_difference <= 1e-5
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -183,7 +181,8 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
         "checkpoint.loading_code = lambda own_code: slow\n"
         f"export(tiny_hybrid(), Path({str(tmp_path / 'export')!r}))\n"
     )
-    exporting = subprocess.Popen([sys.executable, "-c", program], env={**ENVIRONMENT, "TMPDIR": str(temporary)})
+    places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    exporting = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT | places)
     try:
         checking = int(waited_for(tmp_path / "process"))
     finally:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from lt_train.pipeline.probing import probe_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
 from lt_train.training.probes.results import place_of, read_probes
+from tests.support import processes
 from tests.support.tiny_run import write_inputs
 from tests.support.wandb_files import segments
 
@@ -88,19 +88,18 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment = {**own, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
     begun = place_of(run / "train", 2) / "evals/ledger/samples.jsonl"
-    with open(inputs / "output.txt", "wb") as output:
-        training = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    until(lambda: training.poll() is not None or (begun.exists() and begun.read_text().count("\n") > 0), "no probe began")
-    assert training.poll() is None, (inputs / "output.txt").read_text()
+    training = processes.start_python(command, inputs / "output.txt", env=environment)
+    until(lambda: not training.is_alive() or (begun.exists() and begun.read_text().count("\n") > 0), "no probe began")
+    assert training.is_alive(), (inputs / "output.txt").read_text()
     (probing,) = [child for child in psutil.Process(training.pid).children() if "probe" in child.cmdline()]
     assert not {"RANK", "WORLD_SIZE"} & probing.environ().keys()
-    training.send_signal(signal.SIGKILL)
-    training.wait()
+    training.kill()
+    assert processes.exit_code(training) == -signal.SIGKILL
     until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan goes on", seconds=30)
     before = begun.read_bytes()
     assert before and not (place_of(run / "train", 2) / "result.json").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=own)
+    done = processes.run(command, env=own, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
     assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 12
     (result,) = read_probes(run / "train")

@@ -1,21 +1,41 @@
-"""Processes of a test that begin with everything imported: a new interpreter takes ten seconds for torch, TRL and DeepSpeed.
+"""Processes of a test that begin with their libraries imported: a new interpreter takes ten seconds for torch, TRL and DeepSpeed.
 
-They are forked from a server, one for each process of pytest, that has imported those and done nothing else. What is killed, what
-trains with others and what is known by its exit code starts here; where the start itself is tested there is `subprocess`.
+They are forked from a server, one for each process of pytest, that has imported those and nothing of lt_train. What is killed, what
+trains with others, what must not know lt_train and what is known by its exit code starts here. Where the start itself is tested,
+or a variable of the environment that a library reads when it is imported, there is `subprocess`.
 """
 
+import atexit
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import psutil
+import pytest
 
 from tests.support.repository import ENVIRONMENT
 
-IMPORTED = ["deepspeed", "pytest", "lt_train.pipeline.run", "lt_train.training.trainer", "lt_train.export.checkpoint"]
+IMPORTED = [
+    "deepspeed",
+    "transformers.models.auto.modeling_auto",
+    "transformers.generation.utils",
+    "transformers.models.qwen3.modeling_qwen3",
+    "trl.trainer.sft_trainer",
+    "peft",
+    "wandb",
+    "pydantic",
+    "pytest",
+]
 
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(IMPORTED)
@@ -23,9 +43,49 @@ _forked.set_forkserver_preload(IMPORTED)
 
 def start(function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> ForkServerProcess:
     """Call a function that can be imported by its name. What it prints is appended to `output`, a traceback too."""
-    process = _forked.Process(target=_call, args=(function, arguments, output, ENVIRONMENT | environment, os.getcwd()))
+    process = _forked.Process(target=_call, args=(function, arguments, (output, output), ENVIRONMENT | environment, os.getcwd()))
     process.start()
     return process
+
+
+def start_python(
+    command: Sequence[str],
+    output: Path,
+    *,
+    errors: Path | None = None,
+    env: Mapping[str, str] = ENVIRONMENT,
+    cwd: Path | None = None,
+) -> ForkServerProcess:
+    """As `subprocess.Popen` with `[sys.executable, …]`: a script, -m MODULE or -c CODE, and its arguments."""
+    assert command[0] == sys.executable, command
+    given = (_run_python, ([*map(str, command[1:])], os.getpid()), (output, errors or output), dict(env), str(cwd or os.getcwd()))
+    process = _forked.Process(target=_call, args=given)
+    process.start()
+    return process
+
+
+def run(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    **pipes: Any,
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with `[sys.executable, …]`, text and both outputs captured."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch, "stdout"), Path(scratch, "stderr")
+        process = start_python(command, written[0], errors=written[1], env=os.environ if env is None else env, cwd=cwd)
+        code = exit_code(process, timeout)
+        return subprocess.CompletedProcess(command, code, *(path.read_text(errors="replace") for path in written))
+
+
+@contextmanager
+def checks_of_exports_are_forked() -> Iterator[None]:
+    """The process that loads an export by its card's code is forked as well; it cannot import lt_train either way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lt_train.export.verify.subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+        yield
 
 
 def start_ranks(function: Callable[..., Any], *arguments: Any, outputs: Path, world_size: int = 2) -> list[ForkServerProcess]:
@@ -60,11 +120,41 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], output: Path, environment: dict[str, str], folder: str) -> None:
+def _call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], outputs: tuple[Path, Path], environment: dict[str, str], folder: str
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    with open(output, "ab") as file:
-        for stream in (sys.stdout, sys.stderr):
+    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        with open(path, "ab") as file:
             os.dup2(file.fileno(), stream.fileno())
-    function(*arguments)
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without
+
+
+def _run_python(command: list[str], starter: int) -> None:
+    """Do what a new interpreter does with these arguments, and with what transformers reads when it is imported.
+
+    Its parent is the server; code that ends with its parent is to look at the process that asked for it.
+    """
+    os.getppid = lambda: starter if psutil.pid_exists(starter) else 1
+    if "HF_MODULES_CACHE" in os.environ:
+        import transformers.dynamic_module_utils as dynamic
+
+        dynamic.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
+    safe_path = command[0] == "-P"
+    option, *rest = command[safe_path:]
+    first = "" if option in ("-m", "-c") else str(Path(option).parent)
+    sys.path[:] = [*([] if safe_path else [first]), *(path for path in sys.path if path)]
+    if option == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif option == "-m":
+        sys.argv = ["-m", *rest[1:]]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [option, *rest]
+        runpy.run_path(option, run_name="__main__")

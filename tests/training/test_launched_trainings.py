@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from lt_train.inference.trained_weights import load_trained
 from lt_train.runtime.errors import UserError
 from tests.support import tiny_training
-from tests.support.launched_training import SCRIPT, start_launch
+from tests.support.launched_training import SCRIPT, start_launch, train_in_ranks
 from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, steps
 
@@ -71,12 +71,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of each mode, and a few trainings more, by two processes of one launch."""
+    """A folder with one of each mode, and a few trainings more, by two processes."""
     folder = tmp_path_factory.mktemp("two")
     trainings = {mode: settings_of(mode, folder, launched=True) for mode in MODES}
     trainings |= {"dropout": DROPOUT} | {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
-    process = start_launch({folder / name: each for name, each in trainings.items()}, base, output := folder / "output.txt")
-    assert process.wait(timeout=400) == 0, output.read_text()
+    train_in_ranks({folder / name: each for name, each in trainings.items()}, base, folder / "printed")
     return folder
 
 

@@ -3,9 +3,9 @@
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from transformers import Qwen3ForCausalLM
 
 from tests.support import tiny_training
 from tests.support.launched_training import SCRIPT, train_in_ranks
-from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.processes import exit_code, start_python
+from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, steps
 
 
-def start(folder: Path, settings: dict[str, Any], output: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(settings)]
-    with open(output, "ab") as file:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
+def start(folder: Path, settings: dict[str, Any], output: Path) -> ForkServerProcess:
+    return start_python([sys.executable, str(SCRIPT), str(folder), json.dumps(settings)], output)
 
 
 @pytest.mark.slow
@@ -34,13 +33,13 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, 
     moments, logged = random.Random(5), 0
     for _ in range(2):
         process = start(tmp_path / "killed", settings, output)
-        while process.poll() is None and len(steps(tmp_path / "killed")) < logged + 10:
-            time.sleep(0.01)  # a kill before the first new step would only interrupt the import of torch
+        while process.is_alive() and len(steps(tmp_path / "killed")) < logged + 10:
+            time.sleep(0.01)  # a kill before the first new step would only interrupt the loading
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
-        assert process.wait() == -signal.SIGKILL, output.read_text()
+        assert exit_code(process) == -signal.SIGKILL, output.read_text()
         logged = len(steps(tmp_path / "killed"))
-    code = start(tmp_path / "killed", settings, output).wait()
+    code = exit_code(start(tmp_path / "killed", settings, output))
     assert code == 0, output.read_text()
     assert "goes on from checkpoint-" in output.read_text()
     assert_same_course(tmp_path / "killed", tmp_path / "whole")

@@ -1,9 +1,8 @@
 """What two processes that train together do when one of them meets NaN, and while a checkpoint is probed."""
 
 import json
-import signal
-import subprocess
 import sys
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lt_train.training.checkpoints import fault_of
 from lt_train.training.probes.results import read_probes
 from tests.support.broken_training import BAD
 from tests.support.generated_text import generated
-from tests.support.launched_training import free_port
+from tests.support.processes import exit_code, free_port, start_python
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.tiny_training import tiny_config
 
@@ -102,7 +101,9 @@ write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), 
 """
 
 
-def start_two_processes(program: str, *arguments: Path) -> list[subprocess.Popen[str]]:
+def start_two_processes(program: str, *arguments: Path, output: Path) -> list[ForkServerProcess]:
+    """Each prints into a file of its rank in `output`."""
+    output.mkdir()
     shared = {
         **ENVIRONMENT,
         "WORLD_SIZE": "2",
@@ -110,28 +111,19 @@ def start_two_processes(program: str, *arguments: Path) -> list[subprocess.Popen
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            env={**shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return [start_python(command, output / rank, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
 
 
-def in_two_processes(program: str, *arguments: Path) -> list[tuple[int, str]]:
+def in_two_processes(program: str, *arguments: Path, output: Path) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    processes = start_two_processes(program, *arguments)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    processes = start_two_processes(program, *arguments, output=output)
+    return [(exit_code(process), (output / str(rank)).read_text()) for rank, process in enumerate(processes)]
 
 
 @pytest.mark.slow
 def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Path) -> None:
-    ended = in_two_processes(NAN, tmp_path / "run")
+    ended = in_two_processes(NAN, tmp_path / "run", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [2, 2], ended
     told = [output.strip().splitlines()[-1] for _, output in ended]
     assert told[0] == told[1] and f": the loss is nan, on {BAD.where}. " in told[0]
@@ -139,7 +131,7 @@ def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Pat
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_saves_one_checkpoint_of_both(tmp_path: Path) -> None:
-    ended = in_two_processes(PREEMPTED, tmp_path / "run")
+    ended = in_two_processes(PREEMPTED, tmp_path / "run", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [143, 143], ended
     assert [output.strip().splitlines()[-1] for _, output in ended] == ["stopped by SIGTERM; the checkpoint of step 4 is saved"] * 2
     assert fault_of(tmp_path / "run/checkpoint-4") is None
@@ -147,18 +139,18 @@ def test_sigterm_to_one_of_two_processes_saves_one_checkpoint_of_both(tmp_path: 
 
 @pytest.mark.slow
 def test_sigterm_ends_a_process_that_waits_in_a_collective_for_one_that_has_ended(tmp_path: Path) -> None:
-    first, second = start_two_processes(IN_A_COLLECTIVE, tmp_path / "run")
+    first, second = start_two_processes(IN_A_COLLECTIVE, tmp_path / "run", output=tmp_path / "printed")
     try:
-        assert first.wait(timeout=200) == 1
-        second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=10) == 143, second.communicate()
+        assert exit_code(first, seconds=200) == 1
+        second.terminate()
+        assert exit_code(second, seconds=10) == 143, (tmp_path / "printed/1").read_text()
     finally:
         second.kill()
 
 
 @pytest.mark.slow
 def test_processes_wait_for_a_probe_together_and_the_first_alone_starts_it(tmp_path: Path) -> None:
-    ended = in_two_processes(PROBES, tmp_path / "run")
+    ended = in_two_processes(PROBES, tmp_path / "run", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [0, 0], ended
     assert [output.strip().splitlines()[-1] for _, output in ended] == ["4 [2, 4]", "4 []"]
     for step in (2, 4):
@@ -171,7 +163,7 @@ def test_a_probe_generates_from_a_checkpoint_that_zero3_wrote(tmp_path: Path) ->
     Qwen3ForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
     (tmp_path / "probe.py").write_text(GENERATES)
     out, zero3 = tmp_path / "run", REPOSITORY / "launch/zero3.json"
-    ended = in_two_processes(ZERO3, out, zero3, tmp_path / "base", tmp_path / "probe.py")
+    ended = in_two_processes(ZERO3, out, zero3, tmp_path / "base", tmp_path / "probe.py", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [0, 0], ended
     (result,) = read_probes(out)
     assert result.samples[0].answer == generated(out / "final")

@@ -1,7 +1,6 @@
 """A teacher on disk: written once, whole after any number of kills, and found again whatever a document is packed with."""
 
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.training.distillation import top_k
 from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of
-from tests.support.repository import ENVIRONMENT
 from tests.support.stored_teacher import EXAMPLES, FACTS, TEMPERATURE, K, write
 from tests.support.tiny_training import VOCABULARY, load_decided
 
@@ -164,12 +162,12 @@ def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path
         "top_k.answer_states = lambda *given: (sleep(0.1) or batch for batch in ask(*given))\n"
         f"stored_teacher.write(Path({str(tmp_path)!r}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT)
-    while process.poll() is None and not (tmp_path / "progress.json").exists():
+    process = start_python([sys.executable, "-c", program], whole.with_name("printed"))
+    while process.is_alive() and not (tmp_path / "progress.json").exists():
         time.sleep(0.01)
     time.sleep(0.15)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert exit_code(process) == -signal.SIGKILL
     assert 0 < read_json(tmp_path / "progress.json", "progress")["examples"] < len(EXAMPLES)
     write(tmp_path)
     for name, found in contents(tmp_path).items():
