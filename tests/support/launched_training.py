@@ -23,8 +23,8 @@ def start_launch(
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
-def train_in_ranks(trainings: dict[Path, dict[str, Any]], base: Path, outputs: Path) -> str:
+def train_in_ranks(trainings: dict[Path, dict[str, Any]], base: Path, outputs: Path, examples: int = 22) -> str:
     """Train in each folder, without a launcher; returns what the first process printed."""
-    ended = call_in_ranks(tiny_training.train_each, trainings, base, outputs=outputs)
+    ended = call_in_ranks(tiny_training.train_each, trainings, base, examples, outputs=outputs)
     assert [code for code, _ in ended] == [0, 0], ended
     return ended[0][1]

@@ -35,13 +35,13 @@ DROPOUT: dict[str, Any] = {
     "lora": {"rank": 4, "dropout": 0.1},
 }
 IN_BF16 = ("zero2", "zero3", "zero3-bf16-sums")
-THREE_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 3, "save_steps": 5}  # of 20 steps each
+TWO_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 2, "save_steps": 4}  # of 15 steps each
 
 
 def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
-    """20 steps of 4 samples, for one process or several."""
+    """12 steps of 4 samples, for one process or several."""
     file, method = MODES[mode]
-    train = {"max_steps": 20, "batch_size": 4, "micro_batch_size": 1, "save_steps": 10, **method}
+    train = {"max_steps": 12, "batch_size": 4, "micro_batch_size": 1, "save_steps": 6, **method}
     if launched and file is not None:
         train["deepspeed"] = str(deepspeed_file(file, folder))
     return {"train": train, "data": {"heldout": 5}, **({"lora": {"rank": 4}} if method else {})}
@@ -94,7 +94,7 @@ def one(base: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str, two: Path, one: Any) -> None:
-    assert [row["step"] for row in steps(two / mode)] == list(range(1, 21))
+    assert [row["step"] for row in steps(two / mode)] == list(range(1, 13))
     # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
     alone = one(mode)
     assert_same_course(two / mode, alone, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
@@ -119,10 +119,10 @@ def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_train
 def test_without_deepspeed_another_number_of_processes_goes_on_to_the_same_losses(two: Path, one: Any, tmp_path: Path) -> None:
     folder = tmp_path / "resumed" / "ddp"
     shutil.copytree(two / "ddp", folder)
-    for later in ("final", "checkpoint-20"):
+    for later in ("final", "checkpoint-12"):
         shutil.rmtree(folder / later)
     one("ddp", folder.parent)
-    assert '"resumed_from": 10' in (folder / "log.jsonl").read_text()
+    assert '"resumed_from": 6' in (folder / "log.jsonl").read_text()
     assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
 
 
@@ -155,19 +155,18 @@ def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base:
 
 
 def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(base: Path, tmp_path: Path) -> None:
-    train = {**settings_of("zero3", tmp_path, launched=True)["train"], **THREE_EPOCHS}
+    train = {**settings_of("zero3", tmp_path, launched=True)["train"], **TWO_EPOCHS}
     output, killed, whole = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "whole"
-    process = start_launch({killed: {"train": train}}, base, output, examples=80)
-    while len(steps(killed)) < 27:
+    process = start_launch({killed: {"train": train}}, base, output, examples=60)
+    while len(steps(killed)) < 18:
         assert process.poll() is None, output.read_text()
         time.sleep(0.02)
     (second,) = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_second(p)]
     second.send_signal(signal.SIGKILL)
     assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
-    assert 27 <= len(steps(killed)) < 40, "in the second epoch"
-    process = start_launch({killed: {"train": train}, whole: {"train": train}}, base, output, examples=80)
-    assert process.wait(timeout=300) == 0, output.read_text()
-    assert "goes on from checkpoint-" in output.read_text()
+    assert 18 <= len(steps(killed)) < 30, "in the second epoch"
+    printed = train_in_ranks({killed: {"train": train}, whole: {"train": train}}, base, tmp_path / "printed", examples=60)
+    assert "goes on from checkpoint-" in printed
     assert_same_course(killed, whole)
 
 

@@ -16,6 +16,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.training.distillation import top_k
 from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of
+from tests.support.processes import exit_code, start_python
 from tests.support.stored_teacher import EXAMPLES, FACTS, TEMPERATURE, K, write
 from tests.support.tiny_training import VOCABULARY, load_decided
 
