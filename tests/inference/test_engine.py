@@ -133,7 +133,7 @@ def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec
     spare=st.integers(0, 20),
 )
 @example(lengths=[*[1] * 10, 18], slots=2, chunk=64, spare=4)  # tipped in fp32
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_budget_changes_or_loses_an_answer(precise, tokenizer, lengths: list[int], slots: int, chunk: int, spare: int) -> None:
     """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
     asked = requests(lengths)
