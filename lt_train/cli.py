@@ -1,6 +1,7 @@
 """The commands. Each is a few lines; heavy libraries are imported inside them, so that --help and validate answer at once."""
 
 import errno
+import json
 import os
 import sys
 import traceback
@@ -34,7 +35,6 @@ app = typer.Typer(
     help="Turn a full-attention reasoning model into a hybrid: find its lazy layers, stream them, fine-tune, measure, export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -45,6 +45,7 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a setting (repeatable): --set hybrid.w_recent=252", show_default=False
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs/<name> lies.")]
 
 
@@ -64,11 +65,14 @@ def _before_commands(
 
 
 @app.command()
-def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe: every fault at once, nothing loaded."""
     from lt_train.recipe.loading import load_recipe_and_remarks
 
     checked, remarks = load_recipe_and_remarks(recipe, overrides or ())
+    if as_json:
+        _print_json({"recipe": checked.model_dump(mode="json"), "remarks": list(map(str, remarks))})
+        return
     typer.echo("\n".join([f"{recipe}: a valid recipe for run {checked.name!r}", *(f"  {remark}" for remark in remarks)]))
 
 
@@ -168,11 +172,17 @@ def probe(
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/<name>.", show_default=False)]) -> None:
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/<name>.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
     """Print a run's results as a table."""
-    from lt_train.report.results import show_results
+    from lt_train.report.results import read_results, results_as_json, show_results
 
-    show_results(run, Console())
+    if as_json:
+        _print_json(results_as_json(read_results(run)))
+    else:
+        show_results(run, Console())
 
 
 @app.command()
@@ -186,7 +196,32 @@ def report(
     typer.echo(f"report: {write_report(runs, out)}")
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, by which editors complete and explain settings."""
+    from lt_train.recipe.json_schema import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Print versions, devices, free memory and which attention kernels work here: what a bug report needs."""
+    quiet_upstream()
+    from lt_train.bench.environment import read_environment, show_environment
+
+    found = read_environment()
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        show_environment(found, Console())
+
+
 app.add_typer(bench, name="bench")
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, only: bool = False) -> None:

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 import sys
@@ -99,3 +100,14 @@ def test_only_training_runs_in_several_processes(lt_train, monkeypatch):
     monkeypatch.setattr(cli, "leave", sys.exit)
     code, _, err = lt_train("run", "recipes/quickstart.yaml")
     assert (code, "only train and eval run under them" in err) == (2, True)
+
+
+def test_results_and_recipes_are_printed_as_json_where_a_program_asks(lt_train, tmp_path):
+    made_run(tmp_path, "tiny")
+    code, out, _ = lt_train("show", tmp_path / "tiny", "--json")
+    results = json.loads(out)
+    assert (code, {result["variant"] for result in results}) == (0, {"base", "converted", "trained"})
+    (base,) = [each for each in results if (each["variant"], each["evaluation"]) == ("base", "ledger")]
+    assert base["scores"]["accuracy"] == 0.75 and base["scores"]["interval"]["low"] < 0.75 and base["kind"] == "answers"
+    code, out, _ = lt_train("validate", "recipes/quickstart.yaml", "--json", "--set", "hybrid.w_recent=8")
+    assert (code, json.loads(out)["recipe"]["hybrid"]["w_recent"]) == (0, 8)

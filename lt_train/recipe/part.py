@@ -31,6 +31,9 @@ def formerly(name: str) -> dict[str, JsonValue]:
     return {"formerly": name}
 
 
+MARKERS = ("may_change", "added", "formerly")
+"""Names of what `json_schema_extra` holds of ours."""
+
 MOST = 10**12
 """Upper bound of every count: more tokens, steps or samples are a slip of the keyboard."""
 

@@ -1,7 +1,7 @@
 """The results of a run: its scores side by side, each with its uncertainty and its difference from the base."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,11 @@ def results_table(results: list[Result]) -> Table:
             row += [f"{result.scores.grading_errors:,}"] if failures else []
         table.add_row(*row, format_bytes(result.kv_bytes))
     return table
+
+
+def results_as_json(results: list[Result]) -> list[dict[str, object]]:
+    """Every score with its uncertainty, without rounding; `scores` has the names of scores.json."""
+    return [{**asdict(result), "label": result.label, "kind": result.scores.kind} for result in results]
 
 
 TRACKED_COLUMNS = [

@@ -1,0 +1,30 @@
+"""recipes/recipe.schema.json: the schema of a recipe as a JSON Schema, by which editors complete, explain and check a recipe.
+
+lt-train schema > recipes/recipe.schema.json
+"""
+
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
+
+from lt_train.recipe.part import MARKERS
+from lt_train.recipe.schema import Recipe
+
+
+class RecipeJsonSchema(GenerateJsonSchema):
+    """Leaves out what tells an editor nothing: titles made from names, and our markers on settings."""
+
+    def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> dict[str, Any]:
+        made = super().generate(schema, mode)
+        settings = [made, *made["$defs"].values()]
+        for part in settings:
+            part.pop("title", None)
+            for setting in part.get("properties", {}).values():
+                for name in ("title", *MARKERS):
+                    setting.pop(name, None)
+        return {"$schema": self.schema_dialect, "title": "Recipe of lt_train", **made}
+
+
+def json_schema() -> dict[str, Any]:
+    """Conflicts between settings, and what depends on files, is checked by `lt-train validate` alone."""
+    return Recipe.model_json_schema(schema_generator=RecipeJsonSchema)
