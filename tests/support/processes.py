@@ -140,7 +140,8 @@ def _run_python(command: list[str], starter: int) -> None:
 
     Its parent is the server; code that ends with its parent is to look at the process that asked for it.
     """
-    os.getppid = lambda: starter if psutil.pid_exists(starter) else 1
+    own, parent_of = os.getpid(), os.getppid
+    os.getppid = lambda: parent_of() if os.getpid() != own else starter if psutil.pid_exists(starter) else 1
     if "HF_MODULES_CACHE" in os.environ:
         import transformers.dynamic_module_utils as dynamic
 
