@@ -63,7 +63,7 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def run_forked(arguments: list[str]) -> None:
-    done = processes.run(arguments)
+    done = processes.run(arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
