@@ -38,7 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of `lt-train recipes`.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -194,6 +196,21 @@ def report(
     from lt_train.report import write_report
 
     typer.echo(f"report: {write_report(runs, out)}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with lt_train, each with what it does and the hardware for it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from lt_train.recipe.shipped import read_header, shipped_recipes
+
+    table = Table("recipe", "runs on", "", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for path in shipped_recipes():
+        header = read_header(path)
+        table.add_row(path.stem, header.hardware, header.subject)
+    Console().print(table, markup=False, highlight=False)
 
 
 @app.command()

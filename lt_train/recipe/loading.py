@@ -13,6 +13,7 @@ from lt_train.recipe.faults import Fault
 from lt_train.recipe.messages import validate_all
 from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Recipe
+from lt_train.recipe.shipped import find_recipe, locate_files
 from lt_train.recipe.yaml_text import read_recipe_text, to_yaml
 from lt_train.runtime.errors import UserError
 
@@ -28,7 +29,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Fault]]:
     """As `load_recipe`; also what works, but should be changed."""
-    path = Path(path)
+    path = find_recipe(Path(path))
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -38,7 +39,7 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
     text = read_recipe_text(content, overrides, former_names(Recipe))
     faults = text.faults
     if isinstance(text.values, dict):
-        recipe, faulty, replaced = validate_all(Recipe, text.values)
+        recipe, faulty, replaced = validate_all(Recipe, locate_files(text.values, path))
         conflicting = [
             conflict
             for conflict in all_conflicts(recipe)

@@ -1,0 +1,96 @@
+"""The recipes that come with lt_train, and the files that they name: `lt-train run quickstart` finds them from any folder.
+
+They lie in the repository, where lt_train runs from one (`pip install -e .`), else where the wheel's data files were installed.
+"""
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+from lt_train.runtime.errors import UserError
+
+INSTALLED = "share/lt_train/recipes/quickstart.yaml"
+PATHS = ("base", "source", "path", "chat_template", "deepspeed")
+"""Settings, in whatever part, whose value may be the path of a file or folder."""
+
+HARDWARE = re.compile(r"\bon (\d+ GPUs? of \d+ GB|a CPU with \d+ GB)")
+
+
+def shipped_recipes() -> list[Path]:
+    """
+    Raises:
+        UserError: the installation lacks them.
+    """
+    repository = Path(__file__).parents[2] / "recipes"
+    if (repository / "quickstart.yaml").is_file():
+        return sorted(repository.glob("*.yaml"))
+    try:
+        installed = [file for file in files("lt-train") or () if str(file).endswith(INSTALLED)]
+    except PackageNotFoundError:
+        installed = []
+    if not installed:
+        raise UserError("RECIPE: this installation of lt_train holds no recipes. Fix: install it again, or name a recipe file")
+    return sorted(Path(str(installed[0].locate())).resolve().parent.glob("*.yaml"))
+
+
+def find_recipe(name: Path) -> Path:
+    """The file of this name, else the shipped recipe of which it is the bare name ("quickstart").
+
+    Raises:
+        UserError: a bare name that is neither.
+    """
+    if name.exists() or name.suffix or len(name.parts) != 1:
+        return name
+    shipped = {path.stem: path for path in shipped_recipes()}
+    if str(name) not in shipped:
+        raise UserError(
+            f"RECIPE: {name}: there is no such file in {Path.cwd()}, and lt_train ships {', '.join(shipped)}. "
+            "Fix: name a recipe file, or one of these"
+        )
+    return shipped[str(name)]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the comment at the head of a recipe says: what it is about (up to the first colon), and the hardware for it."""
+
+    subject: str
+    hardware: str
+
+
+def read_header(recipe: Path) -> Header:
+    lines = [
+        line for line in recipe.read_text(encoding="utf-8").split("\nname:")[0].splitlines() if "yaml-language-server" not in line
+    ]
+    text = " ".join(line.removeprefix("#").strip() for line in lines).strip()
+    hardware = HARDWARE.search(text)
+    return Header(text.split(": ")[0], hardware[1] if hardware else "")
+
+
+def locate_files(values: Any, recipe: Path) -> Any:
+    """The values of a recipe, in which each relative path that the working directory lacks is taken from the recipe's folder.
+
+    A recipe in a folder `recipes` may also count from the folder above: there `data/` and `launch/` lie beside `recipes/`.
+    """
+    folder = recipe.absolute().parent
+    places = [folder, folder.parent] if folder.name == "recipes" else [folder]
+    return _located(values, places)
+
+
+def _located(value: Any, places: list[Path], setting: Any = None) -> Any:
+    if isinstance(value, dict):
+        return {name: _located(inner, places, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_located(inner, places, setting) for inner in value]
+    if setting not in PATHS or not isinstance(value, str) or not value or _exists(Path(value)):
+        return value
+    return next((str(place / value) for place in places if _exists(place / value)), value)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, no such user: no path at all
+        return False
