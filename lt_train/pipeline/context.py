@@ -116,7 +116,12 @@ class RunContext:
         if self.process.speaks:
             self.console.print(f"[bold]{stage:<9}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """Finish what outlives a stage. Call it in any case."""
+    def finish_tracking(self) -> None:
+        """Wait until all that was tracked is in wandb's files: before the marker of a stage, which is not tracked again."""
         if "tracker" in self.__dict__:
             self.tracker.finish()
+            del self.tracker
+
+    def close(self) -> None:
+        """Finish what outlives a stage. Call it in any case."""
+        self.finish_tracking()
