@@ -89,7 +89,7 @@ class _Held:
             step = row.get(f"{name.split('/')[0]}/step", row.get("step"))
             if name.endswith("/_type") and value == "image-file":
                 self.pictures.add(name.removesuffix("/_type"))
-            elif step is not None:
+            elif step is not None and not name.startswith("_"):
                 self.points.add((name, step))
 
     def without(self, values: dict[str, Any], step: int) -> dict[str, Any]:
