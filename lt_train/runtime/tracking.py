@@ -7,6 +7,9 @@ are there. tracking.jsonl, beside them, has the id, and the last step of a track
 """
 
 import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,8 +42,12 @@ class Tracker(Protocol):
     def summary(self, values: dict[str, Any]) -> None:
         """Final figures of the run; a later value of the same name replaces an earlier one."""
 
-    def finish(self) -> None:
-        """Write out what is still in memory, and wait until it is in wandb's file. Call it in any case, also after an error."""
+    def finish(self) -> bool:
+        """Write out what is still in memory, and wait for it. Call it in any case, also after an error.
+
+        Returns whether all that was logged is written. It is not where wandb's own process has ended, of a signal to all processes
+        of a job or for want of memory. The run goes on without it; when the run is tracked again, the rest is logged again.
+        """
 
 
 class NoTracker:
@@ -56,7 +63,8 @@ class NoTracker:
 
     def summary(self, values: dict[str, Any]) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> bool:
+        return True
 
 
 def open_tracker(mode: Literal["online", "offline", "off"], project: str, run_folder: Path, config: dict[str, Any]) -> Tracker:
@@ -131,6 +139,7 @@ class WandbTracker:
         self._row = max(self._held.row + 1, self._run.starting_step)
         self._step_of_row: int | None = None
         self._groups_of_row: set[str] = set()
+        self._is_connected = True
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if self._step_of_row not in (None, step):
@@ -138,40 +147,64 @@ class WandbTracker:
         new = self._held.without(metrics, step)
         if new:
             self._row, self._step_of_row = max(self._row, step), step
-            self._log(new, "step", step)
+            self._log_points(new, "step", step)
 
     def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
         new = self._held.without({f"{group}/{name}": value for name, value in metrics.items()}, step)
         if new:
             axis = f"{group}/step"
-            self._run.define_metric(axis)
-            self._run.define_metric(f"{group}/*", step_metric=axis)
+            with self._noticing_disconnection():
+                self._run.define_metric(axis)
+                self._run.define_metric(f"{group}/*", step_metric=axis)
             if group in self._groups_of_row:  # a row has one point of a curve
                 self._begin_row()
             self._groups_of_row.add(group)
-            self._log(new, axis, step)
+            self._log_points(new, axis, step)
 
     def image(self, name: str, path: Path) -> None:
         if name not in self._held.pictures:
             self._held.pictures.add(name)
-            self._run.log({name: self._wandb.Image(str(path))}, step=self._row)
+            self._log({name: self._wandb.Image(str(path))})
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        self._run.log({name: self._wandb.Table(columns=columns, data=rows)}, step=self._row)
+        self._log({name: self._wandb.Table(columns=columns, data=rows)})
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._run.summary.update(values)
+        with self._noticing_disconnection():
+            self._run.summary.update(values)
 
-    def finish(self) -> None:
-        self._run.finish()
-        self._wandb.teardown()  # finish() returns while wandb's own process still writes
+    def finish(self) -> bool:
+        with self._noticing_disconnection():
+            self._run.finish()
+        with self._noticing_disconnection():
+            self._wandb.teardown()  # finish() returns while wandb's own process still writes
+        if self._is_connected:
+            self._note_held()
+        return self._is_connected
+
+    def _note_held(self) -> None:
         for name in sorted(self._held.pictures):
             append_json_line(self._state, {"image": name})
         append_json_line(self._state, {"saved_step": max((step for _, step in self._held.points), default=self._held.noted_step)})
 
-    def _log(self, points: dict[str, Any], axis: str, step: int) -> None:
+    def _log_points(self, points: dict[str, Any], axis: str, step: int) -> None:
         self._held.points.update((name, step) for name in points)
-        self._run.log({**points, axis: step}, step=self._row)  # wandb writes the row when a later one begins
+        self._log({**points, axis: step})
+
+    def _log(self, values: dict[str, Any]) -> None:
+        with self._noticing_disconnection():
+            self._run.log(values, step=self._row)  # wandb writes the row when a later one begins
+
+    @contextmanager
+    def _noticing_disconnection(self) -> Iterator[None]:
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+        try:
+            yield
+        except (ConnectionError, HandleAbandonedError, MailboxClosedError) as error:
+            if self._is_connected:
+                warnings.warn(f"track.wandb: wandb's own process has ended ({error}); nothing more is tracked", stacklevel=2)
+            self._is_connected = False
 
     def _begin_row(self) -> None:
         """wandb's own steps number the rows, and may only grow; the axes of the curves are metrics of ours."""

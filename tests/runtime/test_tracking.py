@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -101,6 +102,25 @@ def test_a_point_of_a_step_that_was_half_tracked_is_logged_with_that_step(tmp_pa
     assert [(row["step"], row.get("train/loss"), row.get("train/eval_loss")) for row in rows] == [
         (1, 1.0, None), (2, 0.5, None), (2, None, 0.25), (3, pytest.approx(1 / 3), None), (4, 0.25, None)
     ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:track.wandb")
+def test_a_run_outlives_wandbs_own_process_and_what_was_lost_with_it_is_logged_again(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    (wandbs_own,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+    wandbs_own.terminate()  # as SLURM does, which sends SIGTERM to all processes of a job
+    wandbs_own.wait()
+    log_steps(tracker, [4, 5])
+    tracker.log_behind("probes", {"needle": 0.5}, step=2)
+    tracker.table("results", ["model"], [["base"]])
+    tracker.summary({"accuracy": 0.5})
+    assert not tracker.finish()
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3, 4, 5, 6])
+    assert tracker.finish()
+    rows = [row for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) for row in history(path)]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_finished_tracker_has_written_out_all_and_its_folders_may_be_cleaned(tmp_path: Path, no_network: None) -> None:
