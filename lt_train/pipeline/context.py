@@ -17,6 +17,7 @@ from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.tracking import Tracker, open_tracker
@@ -116,7 +117,24 @@ class RunContext:
         if self.process.speaks:
             self.console.print(f"[bold]{stage:<9}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
 
+    def finish_tracking(self) -> None:
+        """Wait until all that was tracked is written. Call it before the marker of a stage: what is done is not tracked again.
+
+        Raises:
+            UserError: it is not.
+        """
+        if "tracker" in self.__dict__ and not self._close_tracker():
+            raise UserError(
+                f"track.wandb: {self.recipe.track.wandb}: wandb's own process ended, and what it had not written yet is lost. "
+                "Fix: run the same command again; it tracks what is missing"
+            )
+
     def close(self) -> None:
         """Finish what outlives a stage. Call it in any case."""
         if "tracker" in self.__dict__:
-            self.tracker.finish()
+            self._close_tracker()
+
+    def _close_tracker(self) -> bool:
+        tracker = self.tracker
+        del self.tracker
+        return tracker.finish()

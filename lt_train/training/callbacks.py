@@ -21,7 +21,7 @@ from lt_train.training.checkpoints import (
     write_manifest,
     written_or_told,
 )
-from lt_train.training.log import LOG_FILE, resume_log
+from lt_train.training.log import LOG_FILE, resume_log, track_row
 from lt_train.training.probes.launching import Probes
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
@@ -158,7 +158,7 @@ class TrainingLog(TrainerCallback):
         if state.is_world_process_zero:
             with written_or_told(self.path.parent, f"{self.path.name} of step {state.global_step}"):
                 append_json_line(self.path, row)
-            self.tracker.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=row["step"])
+            track_row(self.tracker, row)
 
     def _training_row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
         seconds = self.seconds - self.logged_seconds

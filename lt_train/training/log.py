@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
+from lt_train.runtime.tracking import Tracker
 
 LOG_FILE = "log.jsonl"
 
@@ -30,3 +31,14 @@ def resume_log(path: Path, step: int) -> list[dict[str, Any]]:
     if path.exists():
         append_json_line(path, {"resumed_from": step})
     return read_log(path)
+
+
+def track_row(tracker: Tracker, row: dict[str, Any]) -> None:
+    tracker.log({f"train/{name}": value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def track_log(tracker: Tracker, path: Path) -> None:
+    """Log all rows again: a killed process may have lost the last ones on their way to wandb. The tracker skips those it holds."""
+    drop_cut_line(path)
+    for row in read_log(path):
+        track_row(tracker, row)

@@ -58,7 +58,8 @@ def page(tmp_path_factory) -> Page:
 def test_the_page_shows_scores_charts_and_every_sample(page):
     for text in ("75.0 ± 25.0", "hybrid by reach, trained", "1.200 ± 0.115", "KV cache against length",
                  "Layer profile", "lazy_ratio: attention of the last queries", "gradient norm",
-                 "Accuracy within a budget of tokens", "4 problems, greedy"):  # fmt: skip
+                 "Accuracy within a budget of tokens", "4 problems, greedy",
+                 "truncated answers count as incorrect"):  # fmt: skip
         assert text in page.visible, text
     sets = page.data["index"]
     assert [(each["variant"], len(each["samples"])) for each in sets] == [

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lt_train.evaluation.scores import difference, read_scores, write_scores
+from lt_train.evaluation.statistics import Mean
 from lt_train.report.contents import read_runs
 from lt_train.report.tables import interval_text, result_table
 from tests.support.made_runs import made_run, measured, record
@@ -89,11 +90,22 @@ def test_a_divergence_from_the_base_says_what_it_is_and_is_not_compared_with_the
     ({"partial": True, "missing": 7}, "base: 7 samples are missing"),
     ({"grading_errors": 2}, "base: 2 answers could not be graded"),
     ({"ties": 3}, "base: 3 votes were tied"),
+    (
+        {"accuracy_by_truncated_as": {"incorrect": Mean(0.25, 0.1, 4), "graded": Mean(0.5, 0.1, 4)}},
+        "base: accuracy 25.0 % with truncated answers incorrect, 50.0 % with truncated answers graded.",
+    ),
 ])  # fmt: skip
 def test_a_score_with_caveats_has_a_note_for_each(run, changes, said):
     path = run / "eval/base/ledger/scores.json"
     write_scores(path, replace(read_scores(path), **changes))
     assert any(note.startswith(said) for note in table_of(run).notes)
+
+
+def test_a_table_names_how_truncated_answers_count(run):
+    assert table_of(run).notes[0].endswith("; truncated answers count as incorrect.")
+    for path in run.glob("eval/*/ledger/scores.json"):
+        write_scores(path, replace(read_scores(path), truncated_as="graded"))
+    assert table_of(run).notes[0].endswith("; truncated answers are graded by their text.")
 
 
 def test_problems_and_sampling_are_named_once_or_by_run(tmp_path):

@@ -1,13 +1,16 @@
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from PIL import Image
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
-from tests.support.wandb_files import history, records, run_ids, segments
+from tests.support.wandb_files import history, is_finished, records, run_ids, segments
 
 PROJECT = "tests"
 
@@ -56,13 +59,82 @@ def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path
     assert rows[1]["train/loss"] == 0.5
 
 
-def test_a_step_that_a_killed_process_had_not_written_out_is_logged_again(tmp_path: Path, no_network: None) -> None:
+@pytest.mark.parametrize("kept", [7, 900, 0.3, 0.5, 0.8, -20])
+def test_what_a_killed_process_had_not_written_out_is_logged_again_once(tmp_path: Path, kept: float, no_network: None) -> None:
+    """The file is cut off after `kept` bytes, or that fraction of it."""
+    picture = tmp_path / "profile.png"
+    Image.new("RGB", (4, 4)).save(picture)
+
+    def track(steps: range) -> None:
+        tracker = open_tracker("offline", PROJECT, tmp_path, {})
+        tracker.image("layer profile", picture)
+        for step in steps:
+            tracker.log({"train/loss": 1.0 / step}, step=step)
+            if step % 10 == 0:
+                tracker.log({"train/eval_loss": 2.0 / step}, step=step)
+                tracker.log_behind("probes", {"needle": 0.5}, step=step - 5)
+        tracker.finish()
+
+    track(range(1, 61))
+    (killed,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = killed.read_bytes()
+    killed.write_bytes(written[: int(kept * len(written)) if isinstance(kept, float) else kept])
+    assert not is_finished(killed)
+    track(range(1, 71))
+    rows = [row for segment in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) for row in history(segment)]
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 71))
+    assert [row["step"] for row in rows if "train/eval_loss" in row] == list(range(10, 71, 10))
+    assert [row["probes/step"] for row in rows if "probes/needle" in row] == list(range(5, 66, 10))
+    assert len([row for row in rows if "layer profile/path" in row]) == 1
+    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
+
+
+def test_a_point_of_a_step_that_was_half_tracked_is_logged_with_that_step(tmp_path: Path, no_network: None) -> None:
     tracker = open_tracker("offline", PROJECT, tmp_path, {})
-    log_steps(tracker, [1, 2, 3])  # no finish: the row of step 3 is still in memory
-    state = (tmp_path / "tracking.jsonl").read_text()
-    assert '{"saved_step": 2}' in state and '{"saved_step": 3}' not in state
+    log_steps(tracker, [1, 2])
+    tracker.finish()  # stopped before the evaluation of step 2
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2])
+    tracker.log({"train/eval_loss": 0.25}, step=2)
+    log_steps(tracker, [3, 4])
     tracker.finish()
-    assert '{"saved_step": 3}' in (tmp_path / "tracking.jsonl").read_text()
+    rows = [row for segment in segments(tmp_path) for row in history(segment)]
+    assert [(row["step"], row.get("train/loss"), row.get("train/eval_loss")) for row in rows] == [
+        (1, 1.0, None), (2, 0.5, None), (2, None, 0.25), (3, pytest.approx(1 / 3), None), (4, 0.25, None)
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:track.wandb")
+def test_a_run_outlives_wandbs_own_process_and_what_was_lost_with_it_is_logged_again(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    (wandbs_own,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+    wandbs_own.terminate()  # as SLURM does, which sends SIGTERM to all processes of a job
+    wandbs_own.wait()
+    log_steps(tracker, [4, 5])
+    tracker.log_behind("probes", {"needle": 0.5}, step=2)
+    tracker.table("results", ["model"], [["base"]])
+    tracker.summary({"accuracy": 0.5})
+    assert not tracker.finish()
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3, 4, 5, 6])
+    assert tracker.finish()
+    rows = [row for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) for row in history(path)]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_tracker_has_written_out_all_and_its_folders_may_be_cleaned(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    tracker.finish()
+    (segment,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert is_finished(segment)
+    shutil.rmtree(tmp_path / "wandb")  # as `wandb clean` does after `wandb sync`
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [2, 3, 4])
+    tracker.finish()
+    (segment,) = segments(tmp_path)
+    assert [row["step"] for row in history(segment)] == [4]
 
 
 def test_a_state_whose_last_line_was_cut_off_goes_on_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
@@ -86,8 +158,6 @@ def test_a_damaged_line_of_the_state_is_an_error_with_its_place_and_nothing_is_t
 
 
 def test_config_curves_picture_and_scores_reach_the_run(tmp_path: Path, no_network: None) -> None:
-    from PIL import Image
-
     Image.new("RGB", (4, 4)).save(tmp_path / "profile.png")
     tracker = open_tracker("offline", PROJECT, tmp_path, {"hybrid": {"w_sink": 4}})
     tracker.image("layer profile", tmp_path / "profile.png")
@@ -121,6 +191,20 @@ def test_points_that_come_late_have_an_axis_of_their_own_and_leave_the_other_cur
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     metrics = [r.metric for r in records(segment) if r.WhichOneof("record_type") == "metric"]
     assert any(metric.glob_name == "probes/*" and metric.step_metric == "probes/step" for metric in metrics)
+
+
+def test_two_points_of_a_curve_that_come_in_one_step_are_both_there(tmp_path: Path, no_network: None) -> None:
+    tracker = open_tracker("offline", PROJECT, tmp_path, {})
+    log_steps(tracker, [1, 2, 3])
+    for step in (1, 2, 3):
+        tracker.log_behind("probes", {"needle": step / 4}, step=step)
+    log_steps(tracker, [4])
+    tracker.finish()
+    (segment,) = segments(tmp_path)
+    rows = history(segment)
+    points = [(row["probes/step"], row["probes/needle"]) for row in rows if "probes/needle" in row]
+    assert points == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
 
 
 def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:

@@ -29,6 +29,8 @@ def records(segment: Path) -> list[Any]:
             position += 32768 - position % 32768
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):  # the writer was killed
+            break
         partial += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # full, or last of several

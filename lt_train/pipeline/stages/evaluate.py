@@ -39,6 +39,7 @@ def run(context: RunContext) -> None:
     with context.folder.doing(NAME, evaluation_key(context.recipe)):
         context.evaluations.measure_all()
         _track_results(context)
+        context.finish_tracking()
 
 
 def follow(context: RunContext) -> None:

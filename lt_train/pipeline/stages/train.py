@@ -48,6 +48,7 @@ def run(context: RunContext) -> None:
         context.tracker.image("layer profile", context.paths.profile_picture)
     with context.folder.doing(NAME, settings=training_notes(_settings(context)), samples=context.examples.counts):
         _train(context, context.tracker, lambda line: context.report(NAME, line))
+        context.finish_tracking()
 
 
 def follow(context: RunContext) -> None:

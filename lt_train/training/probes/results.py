@@ -87,9 +87,26 @@ def read_probes(train: Path) -> list[ProbeResult]:
     return [result for step in steps_in(train) if (result := read_result(train, step)) is not None]
 
 
+def track_probes(tracker: Tracker, train: Path) -> None:
+    """Track all results again: a killed process may have lost the last ones. The tracker skips the points that it holds."""
+    results = read_probes(train)
+    for result in results:
+        _track_scores(tracker, result)
+    if results:
+        _track_tables(tracker, results[-1], results)
+
+
 def track_probe(tracker: Tracker, new: ProbeResult, all_results: Sequence[ProbeResult]) -> None:
     """The new result's points of the curves, and all results as tables: one of scores, one of answers for each probe."""
-    tracker.log_behind("probes", {score.probe: score.accuracy for score in new.scores}, new.step)
+    _track_scores(tracker, new)
+    _track_tables(tracker, new, all_results)
+
+
+def _track_scores(tracker: Tracker, result: ProbeResult) -> None:
+    tracker.log_behind("probes", {score.probe: score.accuracy for score in result.scores}, result.step)
+
+
+def _track_tables(tracker: Tracker, new: ProbeResult, all_results: Sequence[ProbeResult]) -> None:
     columns = ["step", "probe", "right", "standard error", "problems", "cut off"]
     rows = [[result.step, *asdict(score).values()] for result in all_results for score in result.scores]
     tracker.table("probe scores", columns, rows)
