@@ -62,6 +62,17 @@ class Recall(Part):
     """copying: number of tokens to copy."""
 
 
+class ProblemColumns(Part):
+    """Where a row holds a problem: names of columns, and dotted paths into what they hold (reward_model.ground_truth)."""
+
+    question: Text = "problem"
+    """The question."""
+    answer: Text = "answer"
+    """The reference answer. Where the text holds GSM8K's marker ####, what follows it."""
+    id: Text | None = None
+    """What names the problem, unique in the file. null: id or unique_id where a row has it, else the row's number."""
+
+
 class Eval(EvalConfig):
     """Problems that are solved by generation and graded."""
 
@@ -72,6 +83,8 @@ class Eval(EvalConfig):
     path: Text | None = None
     """Local file or hub id to use instead of the benchmark's own source. For needle, passkey and copying: a folder of texts to hide
     things in."""
+    columns: ProblemColumns | None = Field(default=None, json_schema_extra=ADDED)
+    """custom: the columns of a row. null: problem and answer."""
     samples: Count = 1
     """Number of answers to each problem."""
     temperature: float = Field(default=0.0, ge=0)
@@ -137,8 +150,11 @@ class Eval(EvalConfig):
     def _benchmark(self) -> Iterator[Fault]:
         """What a benchmark leaves to the recipe, and what it does not know."""
         benchmark = BENCHMARKS[self.benchmark]
-        if not benchmark.generated and benchmark.source is None and self.path is None:
+        if benchmark.reads_own_rows and self.path is None:
             yield Fault(("path",), f"missing; {benchmark.name} has no data of its own", "name a file")
+        if self.columns is not None and not benchmark.reads_own_rows:
+            fix = "remove columns, or set benchmark to custom"
+            yield Fault(("columns", "benchmark"), f"{benchmark.name} has columns of its own", fix)
         if self.recall is not None and not benchmark.generated:
             yield Fault(("recall",), f"the problems of {benchmark.name} are read, not generated", "remove it")
         elif self.recall is not None:

@@ -461,6 +461,10 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
         (["eval.0.benchmark=custom"], "eval.0.path: missing; custom has no data of its own. Fix: name a file"),
         (["eval.0.recall.keys=2"], "eval.0.recall: the problems of aime24 are read, not generated. Fix: remove it"),
         (["eval.0.benchmark=passkey", "eval.0.recall.keys=2"], "eval.0.recall.keys: unknown setting of passkey. Fix: remove it"),
+        (
+            ["eval.0.columns.answer=Answer"],
+            "eval.0.columns + eval.0.benchmark: aime24 has columns of its own. Fix: remove columns, or set benchmark to custom",
+        ),
         (["eval.0.max_prompt_tokens=99"], "eval.0.max_prompt_tokens: problems of aime24 are never truncated. Fix: remove it"),
         (
             ["eval.0.thinking_budget=99999999"],
