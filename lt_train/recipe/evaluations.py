@@ -40,7 +40,7 @@ class EvalConfig(Part):
     @model_validator(mode="before")
     @classmethod
     def _named_as_its_benchmark(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("benchmark"), str):
+        if isinstance(values, dict) and values.get("name") is None and values.get("benchmark") in [*BENCHMARKS, *HELDOUT]:
             return {**values, "name": values["benchmark"]}
         return values
 
@@ -87,7 +87,7 @@ class Eval(EvalConfig):
     """custom: the columns of a row. null: problem and answer."""
     samples: Count = 1
     """Number of answers to each problem."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     """Sampling temperature. 0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the fewest most likely tokens whose probabilities reach this sum. 1: all."""
@@ -95,7 +95,7 @@ class Eval(EvalConfig):
     """Sample from this number of most likely tokens. 0: all."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
     """Sample from tokens that have at least this fraction of the most likely token's probability. 0: all."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     """Penalty of tokens that the sequence holds already (arXiv 1909.05858). 1: none."""
     stop: list[Text] = Field(default=[])
     """Strings that end an answer, besides the model's own stop tokens."""
