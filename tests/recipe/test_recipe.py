@@ -230,6 +230,11 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "train.trl.optim: ['adamw_torch']: not a value for SFTConfig. Fix: set it to 'adamw_torch'",
         ),
         ("lora.peft.rank_pattern=4", "lora.peft.rank_pattern: 4: not a value for LoraConfig. Fix: set it to a mapping"),
+        (
+            "lora.peft.rank_pattern.q_proj=0",
+            "lora.peft.rank_pattern.q_proj: 0: not a whole number above 0. Fix: write a whole",
+        ),
+        ("lora.peft.alpha_pattern={q_proj: x}", "lora.peft.alpha_pattern.q_proj: 'x': not a number above 0. Fix: write a number"),
         ("eval.0={benchmark: needle, recall: {lenths: [64]}}", "eval.0.recall.lenths: unknown setting; did you mean lengths?"),
         ("train.benchmark=needle", "train.benchmark: unknown setting here; did you mean sample.benchmark?"),
         ("hybrid.w_recent=0", "hybrid.w_recent: 0: less than 1. Fix: set it to 1 or more"),
