@@ -16,7 +16,7 @@ from rich.markup import escape
 from lt_train import __version__
 from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.interruption import Interrupted, raising_interrupted
 from lt_train.runtime.processes import (
     Process,
@@ -37,6 +37,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+NO_ACCESS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.EIO, errno.ESTALE),
+)
+"""What the operating system reports of a place that this user may not use, or that holds a file where a folder should be."""
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of `lt-train recipes`.", show_default=False)
@@ -281,6 +287,9 @@ def main() -> None:
     except Exception as error:
         if _is_full_disk(error):
             error = UserError(f"{error}. What is finished is valid. Fix: free some space; the same command resumes")
+        elif isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
+            place = shortened(os.fsdecode(error.filename), 300)
+            error = UserError(f"{place}: {error.strerror}. Fix: let this user read and write there, or move it away")
         if process.count == 1 and not _is_user_error(error):
             raise
         let_others_tell(process, error)

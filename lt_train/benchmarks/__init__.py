@@ -5,6 +5,7 @@ make their problems; evaluation/prompting.py turns a problem into tokens, evalua
 package needs none of the large libraries.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lt_train.benchmarks.declaration import Benchmark, Grader, Problem, ProblemSet, RecallSettings
@@ -33,6 +34,7 @@ def load_problems(
     path: str | None,
     limit: int | None,
     *,
+    columns: Mapping[str, str | None] | None = None,
     recall: RecallSettings | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     seed: int = 0,
@@ -43,6 +45,7 @@ def load_problems(
         path: a local file, a folder or a hub id that takes the place of the benchmark's own source; of a generated benchmark a
             folder of texts to hide things in.
         limit: how many problems to evaluate; None: all.
+        columns: where a row of a custom benchmark holds its `question`, `answer` and `id`: columns, or dotted paths into them.
         recall, tokenizer, seed: decide the problems of a generated benchmark.
 
     Raises:
@@ -51,7 +54,7 @@ def load_problems(
         ValueError: a generated benchmark without a tokenizer to measure its texts.
     """
     if not benchmark.generated:
-        everything = read_problems(benchmark, path)
+        everything = read_problems(benchmark if columns is None else benchmark.with_columns(columns), path)
     elif tokenizer is None:
         raise ValueError(f"{benchmark.name}: its problems are measured in tokens, so it needs a tokenizer")
     else:

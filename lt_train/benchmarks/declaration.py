@@ -1,7 +1,8 @@
 """What a benchmark is: where its problems are, how a row becomes a problem, and how an answer is graded."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from lt_train.runtime.errors import UserError
 
@@ -19,6 +20,10 @@ Grader = Literal[
     "needle",
     "copying",
 ]
+
+
+GSM8K_MARKER = "####"
+"""What precedes the final answer in GSM8K's answers, and in those of many data sets after it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ class Benchmark:
         rows: how a row becomes a problem.
         fields: what a row needs, in the order in which its reader takes them.
         template: the prompt with {context} and {input}, of benchmarks with a prompt of their own.
-        answer_after: the answer is what follows the last such marker in the answer field; None: the whole field.
+        answer_after: the marker that every answer field has in front of the answer; None: an answer field holds the answer alone,
+            or behind GSM8K's marker.
         prompt_style: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the whole
             user turn; without_chat: no chat template.
         truncate_middle: too long a text loses its middle; False: too long a text is an error.
@@ -135,6 +141,17 @@ class Benchmark:
     @property
     def generated(self) -> bool:
         return bool(self.recall_settings)
+
+    @property
+    def reads_own_rows(self) -> bool:
+        """Whether its problems are the user's own."""
+        return self.source is None and not self.generated
+
+    def with_columns(self, columns: Mapping[str, str | None]) -> Self:
+        """This benchmark of the user's own rows, which hold `question`, `answer` and `id` in the columns that are given."""
+        fields = tuple(columns.get(name) or own for name, own in zip(("question", "answer"), self.fields, strict=True))
+        named = columns.get("id")
+        return replace(self, fields=fields, id_fields=self.id_fields if named is None else (named,))
 
     @property
     def truncated_is_incorrect(self) -> bool:

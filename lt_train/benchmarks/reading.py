@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lt_train.benchmarks.declaration import Benchmark, Problem
+from lt_train.benchmarks.declaration import GSM8K_MARKER, Benchmark, Problem
 from lt_train.runtime import sources
+from lt_train.runtime.columns import value_at
 from lt_train.runtime.errors import UserError
 
 
@@ -22,8 +23,8 @@ def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]
     source = path or benchmark.source
     if source is None:
         raise UserError(
-            f"{benchmark.name}: path: missing. Fix: set `path` to the file of your problems: one JSON object a line, with problem "
-            "and answer"
+            f"{benchmark.name}: path: missing. Fix: set `path` to the file of your problems, and `columns` where a row has "
+            "others than problem and answer"
         )
     problems: dict[str, Problem] = {}
     for number, (where, row) in enumerate(load_rows(benchmark, source)):
@@ -74,7 +75,8 @@ def archived_rows(source: str, archive: str, member: str) -> Iterator[sources.Ro
 
 def read_problem(benchmark: Benchmark, row: Mapping[str, Any], number: int, where: str) -> Problem:
     """One row as a problem; `where` is its file and line for errors."""
-    problem_id = next((str(row[field]) for field in benchmark.id_fields if row.get(field) is not None), str(number))
+    ids = (_value(row, field) for field in benchmark.id_fields)
+    problem_id = next((str(value) for value in ids if value is not None), str(number))
     reader = {"short_answer": read_short_answer, "choice": read_choice, "longbench": read_longbench}[benchmark.rows]
     return reader(benchmark, row, problem_id, where)
 
@@ -115,7 +117,7 @@ def is_texts(value: object) -> bool:
 
 
 def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> str:
-    value = row.get(field)
+    value = _value(row, field)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise wrong_field(benchmark, row, field, where)
     if isinstance(value, float) and value.is_integer():
@@ -126,17 +128,30 @@ def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: s
 
 
 def wrong_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> UserError:
-    there = f"is {row[field]!r}"[:200] if field in row else f"is missing; the row has {', '.join(sorted(map(str, row)))}"
-    needed = ", ".join(f"'{name}'" for name in benchmark.fields)
-    return UserError(f"{where}: field '{field}' {there}. Fix: give {benchmark.name} rows with {needed}")
+    try:
+        there = f"is {value_at(row, field)!r}"[:200]
+    except LookupError as error:
+        inside = f" ({error})" if "." in field else ""
+        there = f"is missing{inside}; the row has {', '.join(sorted(map(str, row)))}"
+    if benchmark.reads_own_rows:
+        fix = "name the columns that hold them, such as columns: {question: Problem, answer: Answer}"
+    else:
+        fix = f"give {benchmark.name} rows with {', '.join(repr(name) for name in benchmark.fields)}"
+    return UserError(f"{where}: field '{field}' {there}. Fix: {fix}")
+
+
+def _value(row: Mapping[str, Any], field: str) -> Any:
+    """What a row holds under a column or a dotted path; None: nothing."""
+    try:
+        return value_at(row, field)
+    except LookupError:
+        return None
 
 
 def final_answer(benchmark: Benchmark, answer: str, where: str) -> str:
-    if benchmark.answer_after is None:
-        return answer.strip()
-    _, marker, final = answer.rpartition(benchmark.answer_after)
-    if not marker or not final.strip():
-        raise UserError(f"{where}: field '{benchmark.fields[1]}' has no answer behind '{benchmark.answer_after}'")
+    _, marker, final = answer.rpartition(benchmark.answer_after or GSM8K_MARKER)
+    if not final.strip() or (benchmark.answer_after and not marker):
+        raise UserError(f"{where}: field '{benchmark.fields[1]}' has no answer behind '{benchmark.answer_after or GSM8K_MARKER}'")
     return final.strip()
 
 

@@ -1,6 +1,6 @@
 """Problems with a short answer, in the recipe's own prompt."""
 
-from lt_train.benchmarks.declaration import Benchmark
+from lt_train.benchmarks.declaration import GSM8K_MARKER, Benchmark
 
 GPQA_FIELDS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
@@ -19,7 +19,7 @@ SHORT_ANSWERS = (
         subset="main",
         count=1319,
         fields=("question", "answer"),
-        answer_after="####",
+        answer_after=GSM8K_MARKER,
         instruction=BOX_THE_ANSWER,
     ),
     # arXiv 2311.12022. Gated: its authors ask that no question be shown where it could be trained on

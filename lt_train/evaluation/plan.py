@@ -64,7 +64,10 @@ def make_plan(
     """
     benchmark, seed = BENCHMARKS[eval_config.benchmark], seed if eval_config.seed is None else eval_config.seed
     recall = None if eval_config.recall is None else _recall_settings(eval_config.recall)
-    problems = load_problems(benchmark, eval_config.path, eval_config.limit, recall=recall, tokenizer=tokenizer, seed=seed)
+    columns = None if eval_config.columns is None else eval_config.columns.model_dump()
+    problems = load_problems(
+        benchmark, eval_config.path, eval_config.limit, columns=columns, recall=recall, tokenizer=tokenizer, seed=seed
+    )
     sampling = sampling_for(eval_config, benchmark, recall)
     room = room_for_text(tokenizer, prompt, benchmark, context, sampling.max_new_tokens)
     longest = room if eval_config.max_prompt_tokens is None else eval_config.max_prompt_tokens

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lt_train.pipeline.old_markers import MARKER_FORMAT, bring_up_to_date
 from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.files import read_json, write_json, write_text
 from lt_train.runtime.fingerprints import data_fingerprint, differences, model_fingerprint
 from lt_train.runtime.run_paths import RunPaths
@@ -35,10 +35,10 @@ class RunFolder:
         """Claim the folder for this recipe and this process.
 
         Raises:
-            UserError: another process works in it, or a stage has left something made with another recipe, model or data.
+            UserError: the folder cannot be made or written to, another process works in it, or a stage has left something made
+                with another recipe, model or data.
         """
-        self.paths.root.mkdir(parents=True, exist_ok=True)
-        with open(self.paths.lock, "w") as lock:
+        with self._opened_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -52,6 +52,16 @@ class RunFolder:
             write_json(self.paths.inputs, inputs)
             write_text(self.paths.recipe, resolved_yaml(self.recipe))
             yield
+
+    def _opened_lock(self) -> TextIO:
+        try:
+            self.paths.root.mkdir(parents=True, exist_ok=True)
+            return open(self.paths.lock, "w")
+        except OSError as error:
+            raise UserError(
+                f"--runs: {shortened(str(error.filename), 300)}: {error.strerror}, so the run's folder "
+                f"{shortened(self.paths.root.name)} cannot be made or written to. Fix: name a folder that this user may write to"
+            ) from error
 
     def is_done(self, stage: str, key: str = "") -> bool:
         """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
@@ -21,6 +22,7 @@ from lt_train.runtime.fingerprints import hash_of
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
+from lt_train.training.trainable import check_names
 
 PUBLISHING = ("keep_best", "final_weights", "restore_query_key", "deepspeed")
 """Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""
@@ -34,16 +36,19 @@ class Variants:
     paths: RunPaths
     base_config: PreTrainedConfig
 
-    def check_choice(self) -> None:
+    def check_fits(self) -> None:
         """
         Raises:
-            UserError: the recipe's ratio or layers do not fit this model.
+            UserError: the recipe's ratio, layers or adapters do not fit this model.
         """
         hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
         if hybrid.layers is not None:
             explicit_layers(hybrid.layers, num_layers)
         elif hybrid.lazy_layer_ratio is not None:
             number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+        if self.recipe.lora is not None:
+            with torch.device("meta"):
+                check_names(self.recipe.lora, build_hybrid(self.base_config, HybridSpec(num_layers, ())))
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on the layers of every hybrid and write them down."""

@@ -112,7 +112,13 @@ def _lora(recipe: Recipe, lora: Lora) -> Iterator[Fault]:
         elif not any(target.rpartition(".")[2] in ("q_proj", "k_proj") for target in lora.targets):
             problem = "no query or key projection has an adapter, so nothing is restored"
             yield Fault((restore, "lora.targets"), problem, f"{fix} add q_proj or k_proj to lora.targets")
-    yield from peft_faults(lora.peft)
+    faults = list(peft_faults(lora.peft))
+    yield from faults
+    for name, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))) if not faults else ():
+        for module, value in (lora.peft.get(name) or {}).items():
+            if type(value) not in kinds or value <= 0:
+                kind = "whole number" if kinds == (int,) else "number"
+                yield Fault((f"lora.peft.{name}.{module}",), f"{shown(value)}: not a {kind} above 0", f"write a {kind}, such as 16")
 
 
 def _distillation(recipe: Recipe, train: Train) -> Iterator[Fault]:

@@ -40,7 +40,7 @@ class EvalConfig(Part):
     @model_validator(mode="before")
     @classmethod
     def _named_as_its_benchmark(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") is None and isinstance(values.get("benchmark"), str):
+        if isinstance(values, dict) and values.get("name") is None and values.get("benchmark") in [*BENCHMARKS, *HELDOUT]:
             return {**values, "name": values["benchmark"]}
         return values
 
@@ -62,6 +62,17 @@ class Recall(Part):
     """copying: number of tokens to copy."""
 
 
+class ProblemColumns(Part):
+    """Where a row holds a problem: names of columns, and dotted paths into what they hold (reward_model.ground_truth)."""
+
+    question: Text = "problem"
+    """The question."""
+    answer: Text = "answer"
+    """The reference answer. Where the text holds GSM8K's marker ####, what follows it."""
+    id: Text | None = None
+    """What names the problem, unique in the file. null: id or unique_id where a row has it, else the row's number."""
+
+
 class Eval(EvalConfig):
     """Problems that are solved by generation and graded."""
 
@@ -72,9 +83,11 @@ class Eval(EvalConfig):
     path: Text | None = None
     """Local file or hub id to use instead of the benchmark's own source. For needle, passkey and copying: a folder of texts to hide
     things in."""
+    columns: ProblemColumns | None = Field(default=None, json_schema_extra=ADDED)
+    """custom: the columns of a row. null: problem and answer."""
     samples: Count = 1
     """Number of answers to each problem."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     """Sampling temperature. 0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the fewest most likely tokens whose probabilities reach this sum. 1: all."""
@@ -82,7 +95,7 @@ class Eval(EvalConfig):
     """Sample from this number of most likely tokens. 0: all."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
     """Sample from tokens that have at least this fraction of the most likely token's probability. 0: all."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     """Penalty of tokens that the sequence holds already (arXiv 1909.05858). 1: none."""
     stop: list[Text] = Field(default=[])
     """Strings that end an answer, besides the model's own stop tokens."""
@@ -137,8 +150,11 @@ class Eval(EvalConfig):
     def _benchmark(self) -> Iterator[Fault]:
         """What a benchmark leaves to the recipe, and what it does not know."""
         benchmark = BENCHMARKS[self.benchmark]
-        if not benchmark.generated and benchmark.source is None and self.path is None:
+        if benchmark.reads_own_rows and self.path is None:
             yield Fault(("path",), f"missing; {benchmark.name} has no data of its own", "name a file")
+        if self.columns is not None and not benchmark.reads_own_rows:
+            fix = "remove columns, or set benchmark to custom"
+            yield Fault(("columns", "benchmark"), f"{benchmark.name} has columns of its own", fix)
         if self.recall is not None and not benchmark.generated:
             yield Fault(("recall",), f"the problems of {benchmark.name} are read, not generated", "remove it")
         elif self.recall is not None:

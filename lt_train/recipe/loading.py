@@ -15,7 +15,10 @@ from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Recipe
 from lt_train.recipe.shipped import find_recipe, locate_files
 from lt_train.recipe.yaml_text import read_recipe_text, to_yaml
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
+
+MOST_FAULTS = 50
+"""Of more faults than these only the number is reported."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,7 +36,8 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"recipe {path}: cannot be read: {error.strerror} (looked at {path.absolute()})") from error
+        looked = shortened(str(path.absolute()), 300)
+        raise UserError(f"recipe {shortened(str(path), 300)}: cannot be read: {error.strerror} (looked at {looked})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: not UTF-8 text ({error})") from error
     text = read_recipe_text(content, overrides, former_names(Recipe))
@@ -45,9 +49,13 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
             for conflict in all_conflicts(recipe)
             if not any(_overlap(setting, other) for setting in conflict.settings for other in replaced)
         ]
-        faults += [replace(fault, origin=text.origin(fault.settings[0]) or "") for fault in (*faulty, *conflicting)]
+        unread = {fault.settings for fault in faults}  # their values are no longer those that were written
+        found = [fault for fault in (*faulty, *conflicting) if fault.settings not in unread]
+        faults += [replace(fault, origin=text.origin(fault.settings[0]) or "") for fault in found]
     if faults:
-        raise UserError("\n".join([f"{path}: not a valid recipe", *(f"  {fault}" for fault in faults)]))
+        listed = [f"  {fault}" for fault in faults[:MOST_FAULTS]]
+        more = [f"  … and {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
+        raise UserError("\n".join([f"{shortened(str(path), 300)}: not a valid recipe", *listed, *more]))
     return recipe, text.remarks
 
 

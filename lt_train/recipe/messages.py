@@ -169,11 +169,11 @@ def _unknown(schema: type[Part], path: Path, part: type[Part]) -> tuple[str, str
     name, settings = str(path[-1]), all_settings(schema)
     if pattern(path) in settings:
         return "unknown setting of this benchmark", f"remove it; there are {', '.join(part.model_fields)}"
-    if close := did_you_mean(name, part.model_fields):
-        return f"unknown setting{close}", ""
     elsewhere = [setting for setting in settings if setting.rpartition(".")[2] == name]
     if elsewhere:
         return f"unknown setting here; did you mean {min(elsewhere, key=lambda setting: setting.count('.'))}?", ""
+    if close := did_you_mean(name, part.model_fields):
+        return f"unknown setting{close}", ""
     return "unknown setting", f"use one of {', '.join(part.model_fields)}"
 
 

@@ -1,6 +1,7 @@
 """What all parts of a recipe share: strictness, bounded types, conflicts between settings and markers on them."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -120,6 +121,7 @@ def parts_in(annotation: Any) -> list[type[Part]]:
     return [part for inner in get_args(annotation) for part in parts_in(inner)]
 
 
+@cache
 def former_names(part: type[Part], above: str = "") -> dict[str, str]:
     """Dotted path of each setting under its former name, "*" for an index -> its name today."""
     found: dict[str, str] = {}

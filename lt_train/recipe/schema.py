@@ -184,9 +184,9 @@ class Distill(Part):
 
     weight: float = Field(default=0.0, ge=0, le=1)
     """Weight of the teacher. 0: SFT alone, without a teacher. 1: the teacher alone."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=100)
     """Temperature of both distributions. Its square keeps the size of the gradients (arXiv 1503.02531)."""
-    hidden_weight: float = Field(default=0.0, ge=0)
+    hidden_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the squared difference between the outputs of streaming layers and the teacher's, relative to the teacher's
     square."""
     teacher: Literal["auto", "copy", "top_k"] = "auto"
@@ -244,7 +244,7 @@ class Train(Part):
     restore_query_key: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
     """After training, give W_Q and W_K of the full-attention layers the base's values again (arXiv 2606.11052). Training on long
     reasoning damages recall there."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate."""
     epochs: float | None = Field(default=None, gt=0, le=MOST)
     """Passes over the data. Set either this or `max_steps`."""
@@ -260,9 +260,9 @@ class Train(Part):
     """Learning rate schedule, by its name in transformers."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the optimizer steps in which the learning rate rises."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Weight decay of AdamW."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, le=MOST)
     """Norm to which larger gradients are scaled down. 0: never."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""

@@ -9,6 +9,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, Union
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -89,13 +90,18 @@ def _argument_faults(
     if not ours:
         return
     config = load()
-    hints = typing.get_type_hints(config)
+    hints = _type_hints(config)
     names = [field.name for field in dataclasses.fields(config) if field.init and field.name not in elsewhere]
     for name, value in ours.items():
         if name not in names:
             yield Fault((f"{setting}.{name}",), f"no argument of {config.__name__}{did_you_mean(name, names)}")
         elif expected := _refused(hints[name], value):
             yield Fault((f"{setting}.{name}",), f"{shown(value)}: not a value for {config.__name__}", f"set it to {expected}")
+
+
+@cache
+def _type_hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 def _refused(hint: Any, value: Any) -> str | None:

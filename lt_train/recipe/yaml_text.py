@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 MOST_VALUES = 10_000
 """More values than this, counting what an alias repeats, are refused: a few lines of aliases can stand for millions."""
 
-MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+MERGE, TEXT, DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("merge", "str", "timestamp"))
 
 DEEPEST = 50
 """Levels of nesting. A value that contains itself by an alias is deeper than any."""
@@ -123,7 +123,7 @@ def _read(text: str, recipe: RecipeText, at: Path = (), origin: str = "") -> Any
         origin: where the text comes from; empty: from the file, whose lines are recorded.
 
     Raises:
-        ValueError: not YAML, or a value that Python cannot hold, with a one-line reason.
+        ValueError: not YAML, or too much or too deep, with a one-line reason.
     """
     try:
         loader = _Loader(text)
@@ -133,7 +133,7 @@ def _read(text: str, recipe: RecipeText, at: Path = (), origin: str = "") -> Any
         for count, (path, inner) in enumerate(_nodes(node, at), start=1):
             if count > MOST_VALUES:
                 raise ValueError(f"more than {MOST_VALUES:,} values, counting those that aliases repeat")
-            _check_tag(loader, inner, path, recipe, origin)
+            _check_value(loader, inner, path, recipe, origin)
             if isinstance(inner, yaml.MappingNode):
                 _check_names(inner, path, recipe, origin)
             elif isinstance(inner, yaml.SequenceNode) and not origin:
@@ -158,8 +158,8 @@ def _nodes(node: yaml.Node, path: Path) -> Iterator[tuple[Path, yaml.Node]]:
             yield from _nodes(value, (*path, _name(name)))
 
 
-def _check_tag(loader: _Loader, node: yaml.Node, path: Path, recipe: RecipeText, origin: str) -> None:
-    """Report an explicit tag, and read the value as if there were none."""
+def _check_value(loader: _Loader, node: yaml.Node, path: Path, recipe: RecipeText, origin: str) -> None:
+    """Report an explicit tag, and read the value as if there were none; report a value that Python cannot hold."""
     plain = getattr(node, "style", None) is None
     expected = loader.resolve(type(node), node.value, (plain, not plain))
     if node.tag != expected:
@@ -168,8 +168,9 @@ def _check_tag(loader: _Loader, node: yaml.Node, path: Path, recipe: RecipeText,
             Fault((dotted(path),), f"tag {tag} is not read", "remove it, and put text in quotes", origin or _line(node))
         )
         node.tag = expected
-    if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
-        raise ValueError(f"{dotted(path)}: {shown(node.value)}: half of a character (a lone surrogate)")
+    if isinstance(node, yaml.ScalarNode) and (unreadable := _unreadable(loader, node)):
+        recipe.faults.append(Fault((dotted(path),), *unreadable, origin or _line(node)))
+        node.tag, node.value = TEXT, ""
 
 
 def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin: str) -> None:
@@ -177,6 +178,8 @@ def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin:
     kept: list[tuple[yaml.Node, yaml.Node]] = []
     seen: dict[str, str] = {}
     for name, value in node.value:
+        if problem := _half_character(_name(name)):
+            raise ValueError(problem)
         here, where = dotted((*path, _name(name))), origin or _line(name)
         if name.tag == MERGE:
             kept.append((name, value))
@@ -196,6 +199,23 @@ def _check_names(node: yaml.MappingNode, path: Path, recipe: RecipeText, origin:
 
 def _name(node: yaml.Node) -> str:
     return node.value if isinstance(node, yaml.ScalarNode) else "?"
+
+
+def _unreadable(loader: _Loader, node: yaml.ScalarNode) -> tuple[str, str] | None:
+    """The problem and the fix of a value that Python cannot hold; None: it can."""
+    if problem := _half_character(node.value):
+        return problem, "remove it"
+    if node.tag == DATE:
+        try:
+            loader.construct_yaml_timestamp(node)
+        except ValueError as error:
+            return f"{shown(node.value)}: {error}", "put it in quotes"
+    return None
+
+
+def _half_character(text: str) -> str | None:
+    """What is wrong with a text that no file can hold; None: nothing."""
+    return f"{shown(text)}: half of a character (a lone surrogate)" if re.search("[\ud800-\udfff]", text) else None
 
 
 def _line(node: yaml.Node) -> str:
@@ -227,6 +247,8 @@ def _lay_over(recipe: RecipeText, override: str) -> None:
     def refuse(problem: str, fix: str = "", at: tuple[str, ...] = (".".join(names),)) -> None:
         recipe.faults.append(Fault(at, problem, fix, "--set"))
 
+    if problem := _half_character(override):
+        return refuse(problem, at=())
     if not equals or not all(names):
         return refuse(f"{shown(override)}: not an override", "write it as --set part.setting=value", at=())
     around: Any = recipe.values

@@ -33,7 +33,8 @@ def known_problems(eval_config: Mapping[str, Any], scores: AnswerScores) -> Know
     if benchmark.generated:
         return KnownProblems({}, "they were generated for the model's tokenizer; an id is length/depth/repeat")
     try:
-        problems = load_problems(benchmark, eval_config.get("path"), eval_config.get("limit")).all_problems
+        path, limit, columns = (eval_config.get(name) for name in ("path", "limit", "columns"))
+        problems = load_problems(benchmark, path, limit, columns=columns).all_problems
     except UserError as error:
         return KnownProblems({}, str(error))
     if hash_of_json([astuple(problem) for problem in problems]) != scores.fingerprint.get("problems"):

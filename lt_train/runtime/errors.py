@@ -39,7 +39,7 @@ shown = _Yaml().repr
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:
-    """A name as a message writes it: its middle cut out, and escaped where it does not print."""
+    """A name as a message writes it: its middle cut out, and in quotes where it does not print or its ends would not show."""
     half = longest // 2
     cut = name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
-    return cut if cut.isprintable() else shown(cut)
+    return cut if cut and cut.isprintable() and cut == cut.strip() else shown(cut)

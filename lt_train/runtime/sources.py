@@ -13,6 +13,8 @@ from lt_train.runtime.errors import UserError, shortened
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
+LONGEST_HUB_ID = 96
+
 Row = tuple[str, dict[str, Any]]
 """Where a row is ("traces.jsonl:17"), and its fields."""
 
@@ -90,7 +92,7 @@ def _local(name: str) -> Path:
 
 
 def _may_be_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+    return len(name) <= LONGEST_HUB_ID and HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[PlacedRow]:

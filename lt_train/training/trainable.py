@@ -1,6 +1,7 @@
 """Which weights of a hybrid training changes: adapters on some modules, the projections of streaming layers, or all."""
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 from peft import LoraConfig
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.trained_weights import attention_modules
 from lt_train.recipe.schema import Lora
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 
 LAYERS = "layers"  # the decoder layers of every hybrid class: model.layers.<i>
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -18,12 +19,12 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
     """PEFT's configuration: adapters on `lora.targets` of the lazy layers, or of all.
 
     Raises:
-        UserError: a target that no such layer has, or no lazy layer to train.
+        UserError: a name that the model does not have, or no lazy layer to train.
     """
     layers = list(range(spec.num_layers)) if lora.layers == "all" else list(spec.lazy_layers)
     if not layers:
         raise UserError("lora.layers: lazy: no layer of this model streams, so nothing would be trained. Fix: set lora.layers: all")
-    _check_targets(lora.targets, model)
+    check_names(lora, model)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -52,12 +53,57 @@ def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
         parameter.requires_grad_(trained.search(name) is not None)
 
 
-def _check_targets(targets: list[str], model: nn.Module) -> None:
+def check_names(lora: Lora, model: nn.Module) -> None:
+    """PEFT raises at some names that nothing has, warns of some, and trains on without the others.
+
+    Args:
+        model: of the base's architecture; its weights do not matter.
+
+    Raises:
+        UserError: `lora.targets` or a setting of `lora.peft` names what the model does not have.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and f".{LAYERS}." in name]
-    available = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
-    if unknown:
-        raise UserError(
-            f"lora.targets: {', '.join(unknown)}: no linear module of a layer has this name. "
-            f"Fix: take some of {', '.join(available)}"
-        )
+    adapted = [name for name in linear if any(_ends_in(target, name) for target in lora.targets)]
+    _refuse_unknown("lora.targets", lora.targets, "linear module of a layer", linear, _ends_in)
+    peft, tokens = lora.peft, lora.peft.get("trainable_token_indices")
+    parameters, is_pattern = [name for name, _ in model.named_parameters()], isinstance(peft.get("exclude_modules"), str)
+    excluded = [peft["exclude_modules"]] if is_pattern else peft.get("exclude_modules")
+    excludes = re.fullmatch if is_pattern else _ends_in
+    for setting, names, what, there, matches in (
+        ("modules_to_save", peft.get("modules_to_save"), "module", modules, _ends_in),
+        ("trainable_token_indices", tokens if isinstance(tokens, dict) else None, "module", modules, _ends_in),
+        ("target_parameters", peft.get("target_parameters"), "parameter", parameters, _ends_in),
+        ("rank_pattern", peft.get("rank_pattern"), "module with an adapter", adapted, _matches_end),
+        ("alpha_pattern", peft.get("alpha_pattern"), "module with an adapter", adapted, _matches_end),
+        ("exclude_modules", excluded, "module with an adapter", adapted, excludes),
+    ):
+        _refuse_unknown(f"lora.peft.{setting}", names or (), what, there, matches)
+    if all(any(excludes(name, module) for name in excluded or ()) for module in adapted):
+        raise UserError("lora.peft.exclude_modules: no module of lora.targets is left. Fix: remove it, or name fewer modules")
+
+
+def _refuse_unknown(
+    setting: str, names: Iterable[str], what: str, there: Sequence[str], matches: Callable[[str, str], object]
+) -> None:
+    """
+    Args:
+        there: the modules or parameters of the model. matches: whether a name (a pattern) means one of them.
+    """
+    for name in names:
+        try:
+            known = any(matches(name, other) for other in there)
+        except re.error as error:
+            raise UserError(f"{setting}: {shortened(name)}: not a regular expression ({error})") from error
+        if not known:
+            last_names = sorted({other.rpartition(".")[2] for other in there if not other[-1].isdecimal()})
+            raise UserError(f"{setting}: {shortened(name)}: no {what} has this name. Fix: take some of {', '.join(last_names)}")
+
+
+def _ends_in(name: str, module: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _matches_end(pattern: str, module: str) -> bool:
+    """As PEFT reads the keys of rank_pattern and alpha_pattern."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None

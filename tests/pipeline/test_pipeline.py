@@ -260,6 +260,8 @@ def damaged_row(inputs: Path, file: str, number: int, **fields: str | None) -> N
         (None, ("hybrid.lazy_layer_ratio=0.99", *PERIODIC), r"hybrid\.lazy_layer_ratio: 0\.99: of 8 layers 8 would stream"),
         (None, ("hybrid.layers=[8]", "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null"), r"hybrid\.layers: layer 8"),
         (None, ("eval.0.max_new_tokens=65536",), r"65536"),
+        (None, ("lora.targets=[c_attn]",), r"lora\.targets: c_attn: no linear module of a layer has this name"),
+        (None, ("lora.peft.modules_to_save=[score]", *PERIODIC), r"lora\.peft\.modules_to_save: score: no module has this name"),
     ],
 )
 def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp_path, damage, overrides, told):
@@ -294,6 +296,19 @@ def test_a_ratio_that_does_not_fit_the_model_is_refused_before_layers_are_scored
     with pytest.raises(UserError, match="of 8 layers 0 would stream"):
         run_in_folder(recipe, tmp_path, "profile")
     assert not list((tmp_path / "tiny").glob("profile/*"))
+
+
+@pytest.mark.parametrize("command", ["profile", "convert", "train", "eval", "run"])
+def test_adapters_on_modules_that_the_base_lacks_are_refused_before_data_and_weights_are_read(
+    inputs, tmp_path, monkeypatch, command
+):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("lt_train.pipeline.context.load_examples", never)
+    monkeypatch.setattr("lt_train.inference.loading.load_weights", never)
+    with pytest.raises(UserError, match=r"lora\.targets: c_attn: .*Fix: take some of down_proj, .*q_proj"):
+        run_in_folder(load_recipe(inputs / "recipe.yaml", ["lora.targets=[q_proj, c_attn]"]), tmp_path, command)
 
 
 def test_correct_answers_of_the_base_become_training_data(inputs, tmp_path):

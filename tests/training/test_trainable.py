@@ -59,6 +59,38 @@ def test_an_unknown_target_is_an_error_that_names_the_modules_there_are() -> Non
         lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("peft", "told"),
+    [
+        ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: take some of .*lm_head"),
+        ({"exclude_modules": ["k_proj"]}, r"exclude_modules: k_proj: no module with an adapter has this name\. Fix: .* q_proj"),
+        ({"exclude_modules": ".*nowhere"}, r"exclude_modules: \.\*nowhere: no module with an adapter"),
+        ({"exclude_modules": "("}, r"exclude_modules: \(: not a regular expression \(missing \), unterminated"),
+        ({"exclude_modules": ["self_attn.q_proj"]}, r"exclude_modules: no module of lora\.targets is left"),
+        ({"rank_pattern": {"v_proj": 2}}, r"rank_pattern: v_proj: no module with an adapter"),
+        ({"alpha_pattern": {"[": 2}}, r"alpha_pattern: \[: not a regular expression"),
+        ({"target_parameters": ["experts.down"]}, r"target_parameters: experts\.down: no parameter has this name"),
+        ({"trainable_token_indices": {"embeddings": [1]}}, r"trainable_token_indices: embeddings: no module .*embed_tokens"),
+    ],
+)
+def test_a_setting_of_peft_that_names_what_the_model_does_not_have_is_an_error(peft: dict[str, Any], told: str) -> None:
+    recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj"], "peft": peft}})
+    with pytest.raises(UserError, match=rf"^lora\.peft\.{told}"):
+        lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
+
+
+def test_settings_of_peft_that_name_modules_of_the_model_are_taken() -> None:
+    peft = {
+        "modules_to_save": ["lm_head", "model.norm"],
+        "exclude_modules": r".*\.0\.self_attn\.q_proj",
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "v_proj": 8},
+        "alpha_pattern": {"q_proj": 2},
+        "trainable_token_indices": {"embed_tokens": [1]},
+    }
+    recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj", "self_attn.v_proj"], "peft": peft}})
+    assert lora_config(recipe.lora, SPEC, load_tiny(torch.float32)).rank_pattern == peft["rank_pattern"]
+
+
 def test_lora_on_lazy_layers_of_a_model_without_any_is_an_error() -> None:
     with pytest.raises(UserError, match=r"lora\.layers: lazy.*lora\.layers: all"):
         lora_config(tiny_recipe(LORA).lora, HybridSpec(4, ()), load_tiny(torch.float32))

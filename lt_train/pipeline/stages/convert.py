@@ -23,7 +23,7 @@ def describe(context: RunContext) -> str:
 
 
 def check(context: RunContext) -> None:
-    context.variants.check_choice()
+    context.variants.check_fits()
 
 
 def run(context: RunContext) -> None:

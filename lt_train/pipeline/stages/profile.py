@@ -25,7 +25,7 @@ def describe(context: RunContext) -> str:
 
 
 def check(context: RunContext) -> None:
-    context.variants.check_choice()
+    context.variants.check_fits()
     context.check_attention()
 
 
