@@ -28,6 +28,7 @@ from lt_train.evaluation.statistics import (
 )
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import SCORES
 
 VERSION = 4
 """Of scores.json. Raise it with every change of what a field means or is called."""
@@ -304,7 +305,7 @@ def read_scores(path: Path) -> Scores:
     Raises:
         UserError: the file cannot be read, is incomplete, or is not a scores.json of a version that this one reads.
     """
-    found = files.read_json(path, "scores.json")
+    found = files.read_json(path, SCORES)
     kinds: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
     kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
     if kind is None:

@@ -16,7 +16,7 @@ from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
 
 KV_TOKENS = 32_768
@@ -99,13 +99,13 @@ def show_results(run: Path, console: Console) -> None:
 
 def trained_weights(run: Path) -> str | None:
     """The step whose weights the trained model has, and why; None before there is one."""
-    final = RunPaths(run).trained
-    if not (final / "manifest.json").is_file():
+    paths = RunPaths(run)
+    if not paths.trained_manifest.is_file():
         return None
-    step = read_json(final / "manifest.json", "checkpoint manifest")["step"]
-    if not (final / "measured.json").is_file():
+    step = read_json(paths.trained_manifest, "checkpoint manifest")["step"]
+    if not (paths.trained / MEASURED).is_file():
         return f"weights of step {step:,}, the last"
-    measured = read_json(final / "measured.json", "record of what was measured")
+    measured = read_json(paths.trained / MEASURED, "record of what was measured")
     return f"weights of step {step:,}, the best by {measured['metric']} ({measured['value']:.4g})"
 
 

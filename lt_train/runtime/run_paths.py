@@ -4,13 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FINAL = "final"
-"""The trained weights, in the folder of a training."""
+"""The folder of the trained weights, in the folder of a training."""
+
+MANIFEST = "manifest.json"
+"""The step, settings and files of weights that training has written; its presence says that they are all there."""
+
+MEASURED = "measured.json"
+"""The metric by which weights are the best of their training, beside those weights."""
 
 TRAINING_LOG = "log.jsonl"
 """A row for each logged step, in the folder of a training."""
 
 SCORES = "scores.json"
 """The scores, in the folder of one evaluation of one variant."""
+
+SAMPLES_META = "meta.json"
+"""The fingerprint of the samples in the folder of one evaluation of one variant."""
+
+LAYER_PROFILE = "profile.json"
+"""The finished layer profile, in the folder of the profile."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class RunPaths:
 
     @property
     def layer_profile(self) -> Path:
-        return self.profile / "profile.json"
+        return self.profile / LAYER_PROFILE
 
     @property
     def profile_picture(self) -> Path:
@@ -91,6 +103,10 @@ class RunPaths:
     def trained(self) -> Path:
         """The trained weights, or the trained adapter."""
         return self.train / FINAL
+
+    @property
+    def trained_manifest(self) -> Path:
+        return self.trained / MANIFEST
 
     def evaluation(self, variant: str, name: str) -> Path:
         """The folder of one evaluation of one variant."""

@@ -20,8 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.run_paths import MANIFEST
 
-MANIFEST = "manifest.json"
 BLOCK = 2**20  # bytes read at a time
 BLOCKS_READ = 256  # of each file: up to 256 MiB it is read whole, beyond that in evenly spaced blocks
 
