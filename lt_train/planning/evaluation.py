@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
-from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.planning.setup import Machine, inference_number
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe.schema import Eval, Recipe
@@ -37,8 +37,8 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
         return None
     longest = max(entries, key=_tokens)
     number = inference_number(recipe, machine)
-    entry, tokens, layers = entry_bytes(base_config.to_dict(), number), _tokens(longest), len(shape.layers)
-    hybrid, full = entry * shape.spec.cached_tokens(tokens), entry * layers * tokens
+    tokens, spec = _tokens(longest), shape.spec
+    hybrid, full = (kv_bytes(base_config.to_dict(), each, tokens, number) for each in (spec, spec.all_full))
     left = max(machine.gpus * machine.usable - number * shape.base_parameters, 0)
     return Cache(longest.name, tokens, hybrid, full, (left // hybrid, left // full))
 

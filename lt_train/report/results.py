@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
-from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, saved_itemsize
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import converted_by
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
-
-KV_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,15 @@ def read_results(run: Path) -> list[Result]:
             path = paths.scores(variant, evaluation)
             if path.is_file():
                 lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
-                kv, num_layers = kv_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
+                kv, num_layers = cache_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
                 results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
     return results
 
 
-def kv_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
-    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream."""
-    window = min(tokens, config["w_sink"] + config["sliding_window"])
-    itemsize = 4 if config.get("dtype") in (None, "float32") else 2
-    return entry_bytes(config, itemsize) * ((len(config["layer_types"]) - lazy_layers) * tokens + lazy_layers * window)
+def cache_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
+    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream, whichever they are."""
+    spec = HybridSpec(len(config["layer_types"]), tuple(range(lazy_layers)), config["w_sink"], config["sliding_window"])
+    return kv_bytes(config, spec, tokens, saved_itemsize(config))
 
 
 def show_results(run: Path, console: Console) -> None:

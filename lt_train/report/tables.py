@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
 from lt_train.evaluation.statistics import Difference
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.evaluations import BASE
 from lt_train.report.charts import colour
 from lt_train.report.contents import Measured
 from lt_train.report.formatting import ends, percent
-from lt_train.report.results import KV_TOKENS
 from lt_train.runtime.units import format_bytes
 
 
