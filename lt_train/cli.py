@@ -95,12 +95,12 @@ def plan(
 
     checked = load_recipe(recipe, overrides or ())
     quiet_upstream()
-    from lt_train.planning.plan import make_plan
+    from lt_train.planning.plan import plan_recipe
     from lt_train.planning.setup import Machine
     from lt_train.planning.table import show_plan
     from lt_train.runtime.units import GIB
 
-    made = make_plan(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
+    made = plan_recipe(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
     show_plan(made, Console())
     if not made.works:
         raise typer.Exit(1)

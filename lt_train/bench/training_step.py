@@ -25,7 +25,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
-from lt_train.planning.work import Samples, Work
+from lt_train.planning.workload import Samples, Workload
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
@@ -139,7 +139,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
                     losses.append(trainer.train().training_loss)
                     bar.advance()
     stock_seconds, hybrid_seconds = (median(timed.seconds[1:]) for timed in times)
-    work = Work(Samples([tokens], "one row"), steps=1, rounds=1)
+    work = Workload(Samples([tokens], "one row"), steps=1, epochs=1)
     compute = training_compute(model_shape(recipe, config), recipe.train, work)
     return StepComparison(stock_seconds, hybrid_seconds, *losses[:2], compute)
 
