@@ -176,45 +176,14 @@ def answer_scores(
     Raises:
         UserError: a sample is missing, so the score would be of another set than was requested; or there is none at all.
     """
-    wanted = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
-    missing = [key for keys in wanted.values() for key in keys if key not in records]
-    if missing and (not allow_partial or len(missing) == samples * len(problems)):
-        problem, sample = missing[0]
-        raise UserError(
-            f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
-            f"{problem}. Fix: run the evaluation again to draw them"
-            + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
-        )
-    there = {problem: [records[key] for key in keys if key in records] for problem, keys in wanted.items()}
-    return scores_of(
-        {problem: found for problem, found in there.items() if found},
-        samples,
-        benchmark,
-        available,
-        fingerprint,
-        equivalent,
-        len(missing),
-        truncated_as,
-    )
-
-
-def scores_of(
-    by_problem: Mapping[str, Sequence[SampleRecord]],
-    samples: int,
-    benchmark: str,
-    available: int,
-    fingerprint: Fingerprint,
-    equivalent: Callable[[str, str], bool],
-    missing: int,
-    truncated_as: TruncatedAs,
-) -> AnswerScores:
-    records = [record for found in by_problem.values() for record in found]
+    by_problem, missing = _requested(records, problems, samples, benchmark, allow_partial)
+    counted = [record for found in by_problem.values() for record in found]
     means = {way: {problem: fmean(score(each, way) for each in found) for problem, found in by_problem.items()} for way in WAYS}
     accuracies = {way: mean_over_problems(list(of_problems.values())) for way, of_problems in means.items()}
     counts = [(sum(score(each, truncated_as) == 1 for each in found), len(found)) for found in by_problem.values()]
     votes = [vote(found, equivalent) for found in by_problem.values()]
     accuracy, majority = accuracies[truncated_as], mean_over_problems([vote.score for vote in votes])
-    tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
+    tokens, seconds = sum(record.tokens for record in counted), sum(record.seconds for record in counted)
     return AnswerScores(
         benchmark=benchmark,
         problems=len(by_problem),
@@ -225,26 +194,43 @@ def scores_of(
         majority=majority.value,
         majority_standard_error=majority.standard_error,
         ties=sum(vote.tie for vote in votes),
-        truncated=fraction(record.truncated for record in records),
-        unanswered=fraction(record.extracted is None for record in records),
-        grading_errors=sum(record.grading_error is not None for record in records),
+        truncated=fraction(record.truncated for record in counted),
+        unanswered=fraction(record.extracted is None for record in counted),
+        grading_errors=sum(record.grading_error is not None for record in counted),
         tokens=tokens,
-        tokens_per_sample=tokens / len(records),
+        tokens_per_sample=tokens / len(counted),
         tokens_per_second=tokens / seconds if seconds else 0.0,
         fingerprint=fingerprint,
         by_problem=means[truncated_as],
         interval=accuracy_interval(list(means[truncated_as].values())),
         pass_at={k: mean_pass_at_k(counts, k) for k in ks_up_to(min(n for _, n in counts))},
-        from_phrase=fraction(record.extracted_from == "phrase" for record in records),
-        lengths_correct=lengths_of([record.tokens for record in records if score(record, truncated_as) == 1]),
-        lengths_incorrect=lengths_of([record.tokens for record in records if score(record, truncated_as) != 1]),
-        thinking=lengths_of([record.thinking_tokens for record in records if record.thinking_tokens is not None]),
+        from_phrase=fraction(record.extracted_from == "phrase" for record in counted),
+        lengths_correct=lengths_of([record.tokens for record in counted if score(record, truncated_as) == 1]),
+        lengths_incorrect=lengths_of([record.tokens for record in counted if score(record, truncated_as) != 1]),
+        thinking=lengths_of([record.thinking_tokens for record in counted if record.thinking_tokens is not None]),
         partial=missing > 0,
         missing=missing,
         truncated_as=truncated_as,
         accuracy_by_truncated_as=accuracies,
-        from_last=fraction(record.extracted_from == "last" for record in records),
+        from_last=fraction(record.extracted_from == "last" for record in counted),
     )
+
+
+def _requested(
+    records: Mapping[tuple[str, int], SampleRecord], problems: Sequence[str], samples: int, benchmark: str, allow_partial: bool
+) -> tuple[dict[str, list[SampleRecord]], int]:
+    """The records of the requested samples by problem, and how many are missing. Raises as `answer_scores`."""
+    wanted = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
+    missing = [key for keys in wanted.values() for key in keys if key not in records]
+    if missing and (not allow_partial or len(missing) == samples * len(problems)):
+        problem, sample = missing[0]
+        raise UserError(
+            f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
+            f"{problem}. Fix: run the evaluation again to draw them"
+            + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
+        )
+    there = {problem: [records[key] for key in keys if key in records] for problem, keys in wanted.items()}
+    return {problem: found for problem, found in there.items() if found}, len(missing)
 
 
 WAYS: tuple[TruncatedAs, ...] = ("incorrect", "graded")
