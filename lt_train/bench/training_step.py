@@ -30,8 +30,7 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.sources import resolve_model
-from lt_train.selection.choose import number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import evenly_spread_layers
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import lora_config
@@ -106,7 +105,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
         recipe.data.max_length,
     )
     layers = config.num_hidden_layers
-    lazy = periodic_layers(number_of_lazy_layers(recipe.hybrid.lazy_layer_ratio, layers), layers)
+    lazy = evenly_spread_layers(recipe.hybrid.lazy_layer_ratio, layers)
     spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     dtype = weights_dtype(recipe, recipe.train)
     ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()

@@ -12,6 +12,7 @@ from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
 from lt_train.hybrid.spec import HYBRID_VERSION
+from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
 
 
@@ -115,7 +116,7 @@ def _how_to_load(own_code: bool) -> str:
 def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
     full, hybrid = (kv_bytes(config.to_dict(), spec, KV_TOKENS, dtype.itemsize) for spec in (config.spec.all_full, config.spec))
     return (
-        f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {_name(dtype)}:\n\n"
+        f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {dtype_name(dtype)}:\n\n"
         "| full attention | this hybrid | fraction |\n|---|---|---|\n"
         f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
     )
@@ -189,7 +190,3 @@ def _versions(metadata: ExportMetadata) -> str:
 
 def _value(value: str | int | float | bool | None) -> str:
     return "–" if value is None else str(value).replace("|", "\\|")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,8 +13,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
-from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import choose_layers
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
 
@@ -116,10 +115,7 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
 
 def _lazy_layers(hybrid: Hybrid, num_layers: int) -> tuple[int, ...]:
     """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size."""
-    if hybrid.layers is not None:
-        return explicit_layers(hybrid.layers, num_layers)
-    assert hybrid.lazy_layer_ratio is not None, "the recipe's checks require layers or lazy_layer_ratio"
-    return periodic_layers(number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers), num_layers)
+    return choose_layers(hybrid.model_copy(update={"strategy": "periodic"}), num_layers)
 
 
 def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:

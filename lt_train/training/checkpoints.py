@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.files import read_json, set_aside, write_json
 from lt_train.runtime.run_paths import MANIFEST
 
 BLOCK = 2**20  # bytes read at a time
@@ -210,15 +210,11 @@ def _set_aside(broken: Path) -> Path:
     One that was never finished holds nothing of use and takes the place of an earlier one, so that a run that is killed often does
     not fill the disk; one that was whole once is kept whatever happens.
     """
-    if not (broken / MANIFEST).exists():
-        aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        number = 1
-        while (aside := broken.with_name(f"damaged-{broken.name}-{number}")).exists():
-            number += 1
-    os.replace(broken, aside)
-    return aside
+    if (broken / MANIFEST).exists():
+        return set_aside(broken, broken.with_name(f"damaged-{broken.name}"))
+    aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return broken.rename(aside)
 
 
 def _file_hash(path: Path) -> str:
