@@ -91,7 +91,15 @@ class ServerClient:
             ServerFailure: it is not there, or breaks. UserError: it takes none of our prompts, or would sample by other settings.
         """
         async with self._attempt("it sent no first token"):
-            abilities = await self._abilities(example)
+            description = await self._look_up(f"{self.url}/openapi.json", ApiDescription)
+            is_transformers = description is not None and {"/load_model", "/reset", "/v1/completions"} <= description.paths.keys()
+            model = self.settings.model
+            if model is None and not is_transformers:  # that one lists what lies in the hub cache, not what it serves
+                model = await self._only_model()
+            abilities = Abilities(await self._prompt_format(example, model), model, generation_config=is_transformers)
+            if not is_transformers:
+                known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
+                abilities = replace(abilities, fields=frozenset(known))
         if unknown := " and ".join(unknown_settings(abilities, sampling)):
             raise UserError(
                 f"eval.servers: {self.url} does not know {unknown}: its answers would be sampled by other settings than the "
@@ -232,18 +240,6 @@ class ServerClient:
 
     # Probing
 
-    async def _abilities(self, example: Request) -> Abilities:
-        described = await self._look_up(f"{self.url}/openapi.json", ApiDescription)
-        serves_transformers = described is not None and {"/load_model", "/reset", "/v1/completions"} <= described.paths.keys()
-        model = self.settings.model
-        if model is None and not serves_transformers:  # that one lists what lies in the hub cache, not what it serves
-            model = await self._only_model()
-        abilities = Abilities(await self._prompt_format(example, model), model, generation_config=serves_transformers)
-        if not serves_transformers:
-            known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
-            abilities = replace(abilities, fields=frozenset(known))
-        return abilities
-
     async def _only_model(self) -> str | None:
         """The one model that the server lists; None where it lists none."""
         names = [model.id for model in await self.served_models()]
@@ -285,7 +281,7 @@ class ServerClient:
             return False
 
     async def _probe(self, example: Request, abilities: Abilities, more: Mapping[str, object] | None = None) -> None:
-        body = request_body(abilities, self._prompt(abilities.prompt_format, example), ONE_TOKEN, 0, (), stream=False)
+        body = request_body(abilities, self._prompt(abilities.prompt_format, example), ONE_TOKEN, 0, ())
         try:
             completion = await self._send(abilities.path, body | dict(more or {}))
         except APIStatusError as error:

@@ -57,14 +57,13 @@ def request_body(
     seed: int,
     stop_ids: Sequence[int],
     *,
-    stream: bool = True,
     logprobs: bool = False,
 ) -> dict[str, Any]:
     """The JSON of a request. Every setting is sent, not only those that differ from a default: the server's may be others."""
     body: dict[str, Any] = {
         "messages" if abilities.prompt_format == "messages" else "prompt": prompt,
         "max_tokens": sampling.max_new_tokens,
-        "stream": stream,
+        "stream": True,
         "temperature": sampling.temperature,
         "top_p": 1.0 if sampling.greedy else sampling.top_p,
     }
@@ -77,8 +76,7 @@ def request_body(
     if abilities.generation_config:
         return body | {"generation_config": json.dumps(_generation_config(sampling, stop_ids))}
     body |= {name: value for name, value in _beyond_the_standard(sampling, stop_ids).items() if name in abilities.fields}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
+    body["stream_options"] = {"include_usage": True}
     if logprobs and abilities.prompt_format != "messages":
         body["logprobs"] = 1
     return body
