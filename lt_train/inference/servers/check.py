@@ -10,8 +10,8 @@ Shapes: T prompt tokens, N new tokens, V vocabulary.
 import asyncio
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -26,6 +26,7 @@ from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.changed_config import changed
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.client import Message, ServerClient
@@ -183,15 +184,9 @@ def mistaken_specs(spec: HybridSpec) -> dict[str, HybridSpec]:
     return {name: mistaken for name, mistaken in mistakes.items() if spec.lazy_layers and mistaken != spec}
 
 
-@contextmanager
-def computing(model: HybridForCausalLM, spec: HybridSpec) -> Iterator[None]:
-    """Within it the model computes another spec with its weights: its forward reads the config each time."""
-    config, own = model.config, model.spec
-    try:
-        config.layer_types, config.w_sink = spec.layer_types, spec.w_sink
-        yield
-    finally:
-        config.layer_types, config.w_sink = own.layer_types, own.w_sink
+def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
+    """Within it the model computes another spec with its weights."""
+    return changed(model.config, layer_types=spec.layer_types, w_sink=spec.w_sink)
 
 
 def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:
