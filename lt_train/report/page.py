@@ -16,7 +16,7 @@ from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
-from lt_train.report.contents import Measured, Run
+from lt_train.report.contents import EvaluatedVariant, Run
 from lt_train.report.provenance import provenance, stage_times
 from lt_train.report.results import cache_bytes
 from lt_train.report.tables import ResultTable, result_table
@@ -75,14 +75,14 @@ def asset(name: str) -> Markup:
 
 def evaluation_parts(runs: Sequence[Run]) -> list[EvaluationPart]:
     several = len(runs) > 1
-    by_name: dict[tuple[str, bool], list[Measured]] = {}
+    by_name: dict[tuple[str, bool], list[EvaluatedVariant]] = {}
     for run in runs:
         for each in run.measured:
             by_name.setdefault((each.result.evaluation, isinstance(each.result.scores, AnswerScores)), []).append(each)
     return [evaluation_part(name, rows, several) for (name, _), rows in by_name.items()]
 
 
-def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> EvaluationPart:
+def evaluation_part(name: str, rows: Sequence[EvaluatedVariant], several: bool) -> EvaluationPart:
     table, drawn = result_table(rows, several), []
     with_samples = [each for each in rows if each.samples]
     if isinstance(rows[0].result.scores, AnswerScores):

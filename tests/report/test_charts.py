@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from lt_train.evaluation.scores import AnswerScores, read_scores
 from lt_train.report import charts, run_charts
 from lt_train.report.charts import Chart
-from lt_train.report.contents import Measured, Run, read_runs
+from lt_train.report.contents import EvaluatedVariant, Run, read_runs
 from lt_train.report.page import run_part
 from lt_train.report.results import cache_bytes
 from lt_train.runtime.drawing import COLOURS, note_of
@@ -34,7 +34,7 @@ def contents(run: Path) -> Run:
 
 
 @pytest.fixture
-def rows(contents: Run) -> list[Measured]:
+def rows(contents: Run) -> list[EvaluatedVariant]:
     return [each for each in contents.measured if each.result.evaluation == "ledger"]
 
 
