@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from lt_train.benchmarks import BENCHMARKS, Benchmark
 from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
@@ -154,6 +156,8 @@ class LossScores:
 
 Scores = AnswerScores | LossScores
 
+KINDS: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
+
 
 def answer_scores(
     records: Mapping[tuple[str, int], SampleRecord],
@@ -292,8 +296,7 @@ def read_scores(path: Path) -> Scores:
         UserError: the file cannot be read, is incomplete, or is not a scores.json of a version that this one reads.
     """
     found = files.read_json(path, SCORES)
-    kinds: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
-    kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
+    kind = KINDS.get(found.pop("kind", None)) if isinstance(found, dict) else None
     if kind is None:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     if (version := found.pop("version", 1)) not in READABLE_VERSIONS or isinstance(version, bool):
@@ -309,29 +312,11 @@ def read_scores(path: Path) -> Scores:
     if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3 <= found.keys() <= names:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     try:
-        return kind(**{name: PARSERS.get(name, as_it_is)(value) for name, value in found.items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a complete scores.json ({error}). Fix: delete it and run again") from error
-
-
-def as_it_is(value: Any) -> Any:
-    return value
-
-
-def lengths_from(found: dict[str, Any] | None) -> Lengths | None:
-    return None if found is None else Lengths(**found)
-
-
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "by_sample": lambda losses: {sample: TokenLoss(**loss) for sample, loss in losses.items()},
-    "interval": lambda found: None if found is None else Interval(**found),
-    "pass_at": lambda means: {int(k): Mean(**mean) for k, mean in means.items()},
-    "lengths_correct": lengths_from,
-    "lengths_incorrect": lengths_from,
-    "thinking": lengths_from,
-    "accuracy_by_truncated_as": lambda means: {way: Mean(**mean) for way, mean in means.items()},
-}
-"""From the JSON value of a field to the field."""
+        return TypeAdapter[Scores](kind).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{path}: not a complete scores.json ({fault}). Fix: delete it and run again") from error
 
 
 def finished_scores(path: Path, fingerprint: Fingerprint) -> Scores | None:
