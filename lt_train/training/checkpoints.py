@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, set_aside, write_json
+from lt_train.runtime.fingerprints import differences
 from lt_train.runtime.run_paths import MANIFEST
 
 BLOCK = 2**20  # bytes read at a time
@@ -141,17 +142,12 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def check_same_settings(found: Checkpoint, settings: Settings) -> None:
-    """Raise a UserError that names every setting in which `found` differs from what is asked for now."""
-    differing = [
-        f"  {name}: {found.settings.get(name)!r} then, {settings.get(name)!r} now"
-        for name in sorted(found.settings.keys() | settings.keys())
-        if found.settings.get(name) != settings.get(name)
-    ]
-    if differing:
+    """Raise a UserError that names every setting in which `found` differs from what is requested now."""
+    if differing := sorted(differences(found.settings, settings)):
+        listed = "\n  ".join(differing)
         raise UserError(
-            f"{found.folder}: was trained with other settings, going on from it would mix two trainings\n"
-            + "\n".join(differing)
-            + "\nGo back to the old settings, or train into another run folder (another name)"
+            f"{found.folder}: trained with other settings, so resuming would mix two trainings (there, here):\n  {listed}\n"
+            "Fix: restore the old settings, or train into another run folder (another name)"
         )
 
 
