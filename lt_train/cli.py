@@ -88,27 +88,27 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(metavar="N", help="Processes of the training, one to a GPU.")] = 8,
+    gpus: Annotated[int, typer.Option(metavar="N", help="Processes of the training, one per GPU.")] = 8,
     gpu_memory: Annotated[float, typer.Option(metavar="GIB", help="Memory of each GPU.")] = 80,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Processes on a CPU instead, each with so much memory.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Rows of the data, where they are not at hand.", show_default=False)] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Processes on a CPU instead, each with this memory.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Rows of the data, where they are not local.", show_default=False)] = None,
     mean_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a sample, prompt and answer, on average.", show_default=False)
     ] = None,
     tflops: Annotated[float, typer.Option(help="Peak of a GPU in dense bf16 products, in TFLOP/s; an H100's by default.")] = 989,
-    efficiency: Annotated[float, typer.Option(help="Share of that peak which the training reaches; a guess until it runs.")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="Fraction of that peak that the training reaches; a guess.")] = 0.4,
 ) -> None:
     """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
     from lt_train.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     quiet_upstream()
-    from lt_train.planning.plan import make_plan
+    from lt_train.planning.plan import plan_recipe
     from lt_train.planning.setup import Machine
     from lt_train.planning.table import show_plan
     from lt_train.runtime.units import GIB
 
-    made = make_plan(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
+    made = plan_recipe(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens)
     show_plan(made, Console())
     if not made.works:
         raise typer.Exit(1)

@@ -28,6 +28,7 @@ FAST = (
     "evaluation/test_scores.py",
     "hybrid/test_blocked.py",
     "hybrid/test_documents.py",
+    "hybrid/test_kv_size.py",
     "pipeline/test_rejection_sampling.py",
     "pipeline/test_run_folder.py",
     "recipe/",

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype
+from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 
@@ -85,7 +85,7 @@ def bench_attention(
             timings += time_length(problem, use, length, names, windows, w_sink, runs, bar.advance)
     console.print(
         f"one row, {problem.heads} heads, {problem.groups} of keys and values, x {problem.head_size}, "
-        f"{str(dtype).removeprefix('torch.')} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
+        f"{dtype_name(dtype)} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
         f"backward, medians of {runs} runs that take turns",
         highlight=False,
         soft_wrap=True,

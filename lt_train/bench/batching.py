@@ -25,8 +25,7 @@ from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import evenly_spread_layers
 
 PROMPT_TOKENS = 64
 SHORTEST_SHARE = 1 / 16
@@ -104,7 +103,7 @@ def bench_batching(
         UserError: no such model, a ratio that leaves no layer or takes all, or a budget below one sequence.
     """
     config, tokenizer = load_base_config(model), load_tokenizer(model)
-    lazy = periodic_layers(number_of_lazy_layers(ratio, config.num_hidden_layers), config.num_hidden_layers)
+    lazy = evenly_spread_layers(ratio, config.num_hidden_layers)
     spec = HybridSpec(config.num_hidden_layers, lazy, w_sink, w_recent)
     hybrid = load_for_inference(model, spec, compute_dtype(model.dtype))
     hybrid.generation_config = GenerationConfig(eos_token_id=None)

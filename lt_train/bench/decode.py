@@ -20,11 +20,10 @@ from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.inference.runner import ModelRunner
 from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (2048, 8192, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
@@ -106,7 +105,7 @@ def bench_decode(
         UserError: no such model, a ratio that leaves no layer or takes all, or a budget below one sequence.
     """
     num_layers = load_base_config(model).num_hidden_layers
-    variants = [(), *(periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers) for ratio in ratios)]
+    variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
     found: dict[tuple[int, ...], list[Throughput]] = {}
     with show_progress("timing", total=len(variants) * len(lengths)) as bar:
         for lazy in variants:
@@ -114,7 +113,7 @@ def bench_decode(
             for context in lengths:
                 found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
                 bar.advance()
-            about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {str(hybrid.dtype).removeprefix('torch.')}"
+            about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {hybrid.device.type}, {torch.get_num_threads()} threads"
             del hybrid
     console.print(

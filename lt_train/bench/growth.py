@@ -15,11 +15,10 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (1024, 8192, 32768)
 TIMED_TOKENS = 64
@@ -66,7 +65,7 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
     if min(lengths) < TIMED_TOKENS:
         raise UserError(f"--at {min(lengths)}: a time is a median over {TIMED_TOKENS} tokens; take a length of at least that")
     num_layers = load_base_config(model).num_hidden_layers
-    lazy = periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
+    lazy = evenly_spread_layers(ratio, num_layers)
     found = []
     for layers in (lazy, ()):
         hybrid = load_for_inference(model, HybridSpec(num_layers, layers, w_sink, w_recent), compute_dtype(model.dtype))
@@ -74,7 +73,7 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
         parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
         del hybrid
     title = (
-        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')} on {device.type}; {len(lazy)} of "
+        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device.type}; {len(lazy)} of "
         f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
     )
     console.print(title, highlight=False, soft_wrap=True)

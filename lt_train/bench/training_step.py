@@ -25,13 +25,12 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
-from lt_train.planning.work import Samples, Work
+from lt_train.planning.workload import Samples, Workload
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.sources import resolve_model
-from lt_train.selection.choose import number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import evenly_spread_layers
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import lora_config
@@ -106,7 +105,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
         recipe.data.max_length,
     )
     layers = config.num_hidden_layers
-    lazy = periodic_layers(number_of_lazy_layers(recipe.hybrid.lazy_layer_ratio, layers), layers)
+    lazy = evenly_spread_layers(recipe.hybrid.lazy_layer_ratio, layers)
     spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     dtype = weights_dtype(recipe, recipe.train)
     ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
@@ -139,7 +138,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
                     losses.append(trainer.train().training_loss)
                     bar.advance()
     stock_seconds, hybrid_seconds = (median(timed.seconds[1:]) for timed in times)
-    work = Work(Samples([tokens], "one row"), steps=1, rounds=1)
+    work = Workload(Samples([tokens], "one row"), steps=1, epochs=1)
     compute = training_compute(model_shape(recipe, config), recipe.train, work)
     return StepComparison(stock_seconds, hybrid_seconds, *losses[:2], compute)
 

@@ -15,6 +15,7 @@ from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.runtime.progress import show_progress
+from lt_train.runtime.run_paths import SCORES
 
 
 def evaluate_heldout_loss(
@@ -74,7 +75,7 @@ def _evaluate(
     chosen = examples[: eval_config.limit]
     check_heldout(chosen, eval_config.benchmark)
     fingerprint = {**identity, "benchmark": eval_config.benchmark, "examples": hash_examples(chosen)}
-    done = finished_scores(out / "scores.json", fingerprint)
+    done = finished_scores(out / SCORES, fingerprint)
     if isinstance(done, LossScores):
         return done
     losses: dict[str, TokenLoss] = {}
@@ -92,7 +93,7 @@ def _evaluate(
         fingerprint=fingerprint,
         by_sample={example.id: losses[example.id] for example in chosen},
     )
-    write_scores(out / "scores.json", scores)
+    write_scores(out / SCORES, scores)
     return scores
 
 

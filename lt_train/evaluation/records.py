@@ -18,6 +18,7 @@ from lt_train.evaluation.grading.extraction import ExtractedFrom
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.run_paths import SAMPLES_META, SCORES
 
 Fingerprint = Mapping[str, str | int | float | None]
 """What decides the content of a sample, by name: the model, the prompt, the sampling, …"""
@@ -199,7 +200,7 @@ def read_records(folder: Path, fingerprint: Fingerprint) -> dict[tuple[str, int]
     places: dict[tuple[str, int], str] = {}
     paths = sample_files(folder)
     if paths:
-        check_same_fingerprint(folder / "meta.json", "samples", fingerprint)
+        check_same_fingerprint(folder / SAMPLES_META, "samples", fingerprint)
     for path in paths:
         for where, row in files.read_json_lines(path, being_written=True):
             record = parse_record(row, where)
@@ -253,7 +254,7 @@ def append_whole_line(path: Path, line: bytes) -> None:
 
 
 def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
-    meta_path = folder / "meta.json"
+    meta_path = folder / SAMPLES_META
     there = sample_files(folder)
     if not there:
         files.write_json(meta_path, {"fingerprint": dict(fingerprint)})
@@ -268,7 +269,7 @@ def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
 
 def recorded_model(folder: Path) -> str | None:
     """Fingerprint of the model that made the samples or the scores in a folder; None where it does not say."""
-    for name in ("meta.json", "scores.json"):
+    for name in (SAMPLES_META, SCORES):
         if (folder / name).is_file():
             found = files.read_json(folder / name, "record of an evaluation")
             fingerprint = found.get("fingerprint") if isinstance(found, dict) else None

@@ -20,6 +20,7 @@ from lt_train.inference.requests import Answer, Backend
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.runtime.progress import show_progress
+from lt_train.runtime.run_paths import SCORES
 
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -52,7 +53,7 @@ def evaluate(
         UserError: `out` holds something else, a server cannot be used, a sample is missing.
     """
     folder = RecordFolder(out, plan.fingerprint, rank, world_size)
-    done = finished_scores(out / "scores.json", plan.fingerprint)
+    done = finished_scores(out / SCORES, plan.fingerprint)
     if isinstance(done, AnswerScores) and _matches(done, plan):
         return done
     with Grader() as grader:
@@ -76,7 +77,7 @@ def evaluate(
             allow_partial=plan.eval_config.allow_partial,
             truncated_as=truncated_as_for(plan.benchmark, plan.eval_config.truncated),
         )
-    write_scores(out / "scores.json", scores)
+    write_scores(out / SCORES, scores)
     return scores
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from lt_train.benchmarks import BENCHMARKS, Benchmark
 from lt_train.evaluation.records import Fingerprint, SampleRecord, check_same_fingerprint
@@ -28,6 +30,7 @@ from lt_train.evaluation.statistics import (
 )
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import SCORES
 
 VERSION = 4
 """Of scores.json. Raise it with every change of what a field means or is called."""
@@ -153,6 +156,8 @@ class LossScores:
 
 Scores = AnswerScores | LossScores
 
+KINDS: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
+
 
 def answer_scores(
     records: Mapping[tuple[str, int], SampleRecord],
@@ -175,45 +180,14 @@ def answer_scores(
     Raises:
         UserError: a sample is missing, so the score would be of another set than was requested; or there is none at all.
     """
-    wanted = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
-    missing = [key for keys in wanted.values() for key in keys if key not in records]
-    if missing and (not allow_partial or len(missing) == samples * len(problems)):
-        problem, sample = missing[0]
-        raise UserError(
-            f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
-            f"{problem}. Fix: run the evaluation again to draw them"
-            + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
-        )
-    there = {problem: [records[key] for key in keys if key in records] for problem, keys in wanted.items()}
-    return scores_of(
-        {problem: found for problem, found in there.items() if found},
-        samples,
-        benchmark,
-        available,
-        fingerprint,
-        equivalent,
-        len(missing),
-        truncated_as,
-    )
-
-
-def scores_of(
-    by_problem: Mapping[str, Sequence[SampleRecord]],
-    samples: int,
-    benchmark: str,
-    available: int,
-    fingerprint: Fingerprint,
-    equivalent: Callable[[str, str], bool],
-    missing: int,
-    truncated_as: TruncatedAs,
-) -> AnswerScores:
-    records = [record for found in by_problem.values() for record in found]
+    by_problem, missing = _requested(records, problems, samples, benchmark, allow_partial)
+    counted = [record for found in by_problem.values() for record in found]
     means = {way: {problem: fmean(score(each, way) for each in found) for problem, found in by_problem.items()} for way in WAYS}
     accuracies = {way: mean_over_problems(list(of_problems.values())) for way, of_problems in means.items()}
     counts = [(sum(score(each, truncated_as) == 1 for each in found), len(found)) for found in by_problem.values()]
     votes = [vote(found, equivalent) for found in by_problem.values()]
     accuracy, majority = accuracies[truncated_as], mean_over_problems([vote.score for vote in votes])
-    tokens, seconds = sum(record.tokens for record in records), sum(record.seconds for record in records)
+    tokens, seconds = sum(record.tokens for record in counted), sum(record.seconds for record in counted)
     return AnswerScores(
         benchmark=benchmark,
         problems=len(by_problem),
@@ -224,26 +198,43 @@ def scores_of(
         majority=majority.value,
         majority_standard_error=majority.standard_error,
         ties=sum(vote.tie for vote in votes),
-        truncated=fraction(record.truncated for record in records),
-        unanswered=fraction(record.extracted is None for record in records),
-        grading_errors=sum(record.grading_error is not None for record in records),
+        truncated=fraction(record.truncated for record in counted),
+        unanswered=fraction(record.extracted is None for record in counted),
+        grading_errors=sum(record.grading_error is not None for record in counted),
         tokens=tokens,
-        tokens_per_sample=tokens / len(records),
+        tokens_per_sample=tokens / len(counted),
         tokens_per_second=tokens / seconds if seconds else 0.0,
         fingerprint=fingerprint,
         by_problem=means[truncated_as],
         interval=accuracy_interval(list(means[truncated_as].values())),
         pass_at={k: mean_pass_at_k(counts, k) for k in ks_up_to(min(n for _, n in counts))},
-        from_phrase=fraction(record.extracted_from == "phrase" for record in records),
-        lengths_correct=lengths_of([record.tokens for record in records if score(record, truncated_as) == 1]),
-        lengths_incorrect=lengths_of([record.tokens for record in records if score(record, truncated_as) != 1]),
-        thinking=lengths_of([record.thinking_tokens for record in records if record.thinking_tokens is not None]),
+        from_phrase=fraction(record.extracted_from == "phrase" for record in counted),
+        lengths_correct=lengths_of([record.tokens for record in counted if score(record, truncated_as) == 1]),
+        lengths_incorrect=lengths_of([record.tokens for record in counted if score(record, truncated_as) != 1]),
+        thinking=lengths_of([record.thinking_tokens for record in counted if record.thinking_tokens is not None]),
         partial=missing > 0,
         missing=missing,
         truncated_as=truncated_as,
         accuracy_by_truncated_as=accuracies,
-        from_last=fraction(record.extracted_from == "last" for record in records),
+        from_last=fraction(record.extracted_from == "last" for record in counted),
     )
+
+
+def _requested(
+    records: Mapping[tuple[str, int], SampleRecord], problems: Sequence[str], samples: int, benchmark: str, allow_partial: bool
+) -> tuple[dict[str, list[SampleRecord]], int]:
+    """The records of the requested samples by problem, and how many are missing. Raises as `answer_scores`."""
+    wanted = {problem: [(problem, sample) for sample in range(samples)] for problem in problems}
+    missing = [key for keys in wanted.values() for key in keys if key not in records]
+    if missing and (not allow_partial or len(missing) == samples * len(problems)):
+        problem, sample = missing[0]
+        raise UserError(
+            f"{benchmark}: {len(missing)} of {samples * len(problems)} samples are missing, such as sample {sample} of problem "
+            f"{problem}. Fix: run the evaluation again to draw them"
+            + ("" if allow_partial else ", or score what is there with `allow_partial: true`")
+        )
+    there = {problem: [records[key] for key in keys if key in records] for problem, keys in wanted.items()}
+    return {problem: found for problem, found in there.items() if found}, len(missing)
 
 
 WAYS: tuple[TruncatedAs, ...] = ("incorrect", "graded")
@@ -304,9 +295,8 @@ def read_scores(path: Path) -> Scores:
     Raises:
         UserError: the file cannot be read, is incomplete, or is not a scores.json of a version that this one reads.
     """
-    found = files.read_json(path, "scores.json")
-    kinds: dict[str, type[AnswerScores] | type[LossScores]] = {kind.kind: kind for kind in (AnswerScores, LossScores)}
-    kind = kinds.get(found.pop("kind", None)) if isinstance(found, dict) else None
+    found = files.read_json(path, SCORES)
+    kind = KINDS.get(found.pop("kind", None)) if isinstance(found, dict) else None
     if kind is None:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     if (version := found.pop("version", 1)) not in READABLE_VERSIONS or isinstance(version, bool):
@@ -322,29 +312,11 @@ def read_scores(path: Path) -> Scores:
     if (version == VERSION and found.keys() != names) or not names - ADDED_SINCE_3 <= found.keys() <= names:
         raise UserError(f"{path}: not a scores.json of this version of lt_train. Fix: delete it and run again")
     try:
-        return kind(**{name: PARSERS.get(name, as_it_is)(value) for name, value in found.items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a complete scores.json ({error}). Fix: delete it and run again") from error
-
-
-def as_it_is(value: Any) -> Any:
-    return value
-
-
-def lengths_from(found: dict[str, Any] | None) -> Lengths | None:
-    return None if found is None else Lengths(**found)
-
-
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "by_sample": lambda losses: {sample: TokenLoss(**loss) for sample, loss in losses.items()},
-    "interval": lambda found: None if found is None else Interval(**found),
-    "pass_at": lambda means: {int(k): Mean(**mean) for k, mean in means.items()},
-    "lengths_correct": lengths_from,
-    "lengths_incorrect": lengths_from,
-    "thinking": lengths_from,
-    "accuracy_by_truncated_as": lambda means: {way: Mean(**mean) for way, mean in means.items()},
-}
-"""From the JSON value of a field to the field."""
+        return TypeAdapter[Scores](kind).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{path}: not a complete scores.json ({fault}). Fix: delete it and run again") from error
 
 
 def finished_scores(path: Path, fingerprint: Fingerprint) -> Scores | None:

@@ -10,11 +10,10 @@ import yaml
 from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
-from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
 from lt_train.hybrid.spec import HYBRID_VERSION
+from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
-
-KV_TOKENS = 32768
 
 
 def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:
@@ -51,11 +50,6 @@ def front_matter(metadata: ExportMetadata, *, own_code: bool) -> dict[str, Any]:
 def is_hub_id(name: str) -> bool:
     """Whether a name that a recipe gives to a model or data set is one of the hub's, and no local file or folder."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def kv_bytes(config: HybridConfig, dtype: torch.dtype, cached_tokens: int) -> int:
-    """Bytes of the keys and values of `cached_tokens` entries, counted over all layers (HybridSpec.cached_tokens)."""
-    return cached_tokens * entry_bytes(config.to_dict(), dtype.itemsize)
 
 
 def _title(metadata: ExportMetadata, config: HybridConfig) -> str:
@@ -120,11 +114,9 @@ def _how_to_load(own_code: bool) -> str:
 
 
 def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
-    spec = config.spec
-    full = kv_bytes(config, dtype, spec.num_layers * KV_TOKENS)
-    hybrid = kv_bytes(config, dtype, spec.cached_tokens(KV_TOKENS))
+    full, hybrid = (kv_bytes(config.to_dict(), spec, KV_TOKENS, dtype.itemsize) for spec in (config.spec.all_full, config.spec))
     return (
-        f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {_name(dtype)}:\n\n"
+        f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {dtype_name(dtype)}:\n\n"
         "| full attention | this hybrid | fraction |\n|---|---|---|\n"
         f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
     )
@@ -198,7 +190,3 @@ def _versions(metadata: ExportMetadata) -> str:
 
 def _value(value: str | int | float | bool | None) -> str:
     return "–" if value is None else str(value).replace("|", "\\|")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

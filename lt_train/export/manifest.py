@@ -13,10 +13,10 @@ from lt_train.export.metadata import ExportMetadata
 from lt_train.export.verify import Check
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import file_hash
 
 MANIFEST = "lt_train_export.json"
 FORMAT = 1
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,4 @@ def is_exported(folder: Path, content: str) -> bool:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": file_hash(path), "bytes": path.stat().st_size}

@@ -16,6 +16,7 @@ from lt_train.export.bare_process import COMPUTED_IN, KEPT_COLUMNS, NEW_TOKENS, 
 from lt_train.hybrid.attention_kernels import AUTO
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.changed_config import changed
 
 EXACT = torch.float64
 MARGIN = 16.0
@@ -73,7 +74,7 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Measu
     real_BK = batch[1][:, -KEPT_COLUMNS:].bool()
 
     def change(dtype: torch.dtype, **settings: Any) -> float:
-        with computing_in(dtype, model), _changed(model.config, **settings):
+        with computing_in(dtype, model), changed(model.config, **settings):
             return (logits_of(model, *batch) - logits_BKV)[real_BK].abs().max().item()
 
     w_sink, w_recent = model.spec.w_sink, model.spec.w_recent
@@ -94,19 +95,6 @@ def any_kernel(model: HybridForCausalLM) -> Iterator[None]:
         yield
     finally:
         model.set_attention_kernel(named)
-
-
-@contextmanager
-def _changed(config: Any, **settings: Any) -> Iterator[None]:
-    """While the block runs, a config has other values."""
-    before = {name: getattr(config, name) for name in settings}
-    for name, value in settings.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _left_padded(lengths: list[int], vocab_size: int, generator: torch.Generator) -> Batch:

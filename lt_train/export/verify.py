@@ -34,6 +34,7 @@ from lt_train.export.bare_process import (
 from lt_train.export.tolerance import Batch, Measured, any_kernel, check_batches, measure
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.errors import UserError
 
 STDERR_LINES = 12
@@ -91,7 +92,7 @@ def check_export(
         found, metadata = _observe_in_a_bare_process(folder, code, batches, device, scratch)
     finally:
         model.to(device)
-    if metadata["dtype"] != str(dtype).removeprefix("torch."):
+    if metadata["dtype"] != dtype_name(dtype):
         raise UserError(f"{folder}: {metadata['dtype']}: the export loads in this dtype, not in {dtype}")
     if json.loads(metadata["probe_ids"]) != probe_ids(tokenizer):
         raise UserError(

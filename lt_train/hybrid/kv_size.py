@@ -1,7 +1,12 @@
-"""What keys and values weigh: the one calculation behind every table, the engine's budget and the model card."""
+"""Bytes of keys and values: the one calculation behind every table, the engine's budget, the plan and the model card."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from .spec import HybridSpec
+
+KV_TOKENS = 32_768
+"""Tokens of the sequence whose KV cache the results table, the report and the model card state."""
 
 
 def head_size(config: Mapping[str, Any]) -> int:
@@ -9,7 +14,27 @@ def head_size(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def entry_bytes(config: Mapping[str, Any], itemsize: int) -> int:
-    """Bytes of the key and the value of one token in one layer, in numbers of `itemsize` bytes."""
+def token_bytes(config: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes of the key and the value of one cached token of one layer.
+
+    Args:
+        itemsize: bytes of one element of the cache.
+    """
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     return 2 * heads * head_size(config) * itemsize
+
+
+def kv_bytes(config: Mapping[str, Any], spec: HybridSpec, tokens: int, itemsize: int) -> int:
+    """Bytes of the KV cache of one sequence of `tokens` tokens: streaming layers hold no more than their window.
+
+    Args:
+        config: of the base or of the hybrid, as a dict.
+        spec: which layers stream; `spec.all_full` gives the size of the base's cache.
+        itemsize: bytes of one element of the cache.
+    """
+    return token_bytes(config, itemsize) * spec.cached_tokens(tokens)
+
+
+def saved_itemsize(config: Mapping[str, Any]) -> int:
+    """Bytes of one element in the dtype that a config names; without one it is fp32."""
+    return 4 if config.get("dtype") in (None, "float32") else 2

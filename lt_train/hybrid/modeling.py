@@ -7,7 +7,6 @@ loaded side by side, and no process-wide setting can switch the sinks off.
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ class HybridBody(OwnAttention):
     @property
     def spec(self) -> HybridSpec:
         """What streams now: the config's, or nothing inside `full_attention()`."""
-        return replace(self.config.spec, lazy_layers=()) if self.attends_fully else self.config.spec
+        return self.config.spec.all_full if self.attends_fully else self.config.spec
 
     @contextmanager
     def full_attention(self) -> Iterator[None]:

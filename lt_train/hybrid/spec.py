@@ -1,6 +1,6 @@
 """What turns a base model into a hybrid: which layers stream, and how much of the past they keep."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HYBRID_VERSION = "1"
 FULL = "full_attention"
@@ -48,6 +48,11 @@ class HybridSpec:
         return cls(len(layer_types), lazy, w_sink, w_recent)
 
     @property
+    def all_full(self) -> "HybridSpec":
+        """The same model without streaming layers: what the base computes."""
+        return replace(self, lazy_layers=())
+
+    @property
     def layer_types(self) -> list[str]:
         """One name per layer, in the words of a transformers config."""
         lazy = set(self.lazy_layers)
@@ -55,13 +60,13 @@ class HybridSpec:
 
     @property
     def window(self) -> int:
-        """Most entries a streaming layer's KV cache ever holds per sequence."""
+        """Most tokens that a streaming layer's KV cache ever holds of a sequence."""
         return self.w_sink + self.w_recent
 
     def is_lazy(self, layer: int) -> bool:
         return layer in self.lazy_layers
 
     def cached_tokens(self, tokens: int) -> int:
-        """KV entries that all layers together hold after `tokens` tokens of one sequence."""
+        """Cached tokens, summed over all layers, after `tokens` tokens of one sequence."""
         lazy = len(self.lazy_layers)
         return (self.num_layers - lazy) * tokens + lazy * min(tokens, self.window)

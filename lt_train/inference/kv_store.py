@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
-from lt_train.hybrid.kv_size import entry_bytes, head_size
+from lt_train.hybrid.kv_size import head_size, token_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def kv_sizes(model: HybridForCausalLM) -> Sizes:
-    spec, token = model.spec, entry_bytes(model.config.to_dict(), model.dtype.itemsize)
+    spec, token = model.spec, token_bytes(model.config.to_dict(), model.dtype.itemsize)
     lazy = len(spec.lazy_layers)
     return Sizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
 

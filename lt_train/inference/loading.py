@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
+from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
@@ -144,9 +145,8 @@ def attention_choice(model: Model, config: PreTrainedConfig, trains: bool) -> Ch
     Raises:
         UserError: `model.attention` names a kernel that cannot do it here.
     """
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        return choose(model.attention, Use(compute_device(), compute_dtype(model.dtype), head_size, trains))
+        return choose(model.attention, Use(compute_device(), compute_dtype(model.dtype), head_size(config.to_dict()), trains))
     except HybridError as error:
         raise UserError(f"model.{error}") from error
 

@@ -15,7 +15,7 @@ def evaluation_key(recipe: Recipe) -> str:
 
 def export_key(recipe: Recipe, paths: RunPaths) -> str:
     """How to write the export, which weights go into it, and the scores on its card."""
-    weights = [path for path in (paths.layers, paths.trained / "manifest.json") if path.is_file()]
+    weights = [path for path in (paths.layers, paths.trained_manifest) if path.is_file()]
     scores = sorted(paths.stage("eval").rglob(paths.scores("", "").name))
     named = [(str(path.relative_to(paths.root)), file_hash(path)) for path in (*weights, *scores)]
     return hash_of(identity_of(recipe.export), _published(recipe.train), named)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -150,13 +149,6 @@ class RunFolder:
             "model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision),
             "data.source": data_fingerprint(self.recipe.data.source),
         }
-
-
-def set_aside(folder: Path, name: Path | None = None) -> Path:
-    """Rename a folder to `name`, by default its own, with the first free number; returns that."""
-    name = name or folder
-    free = next(path for number in count(1) if not (path := name.with_name(f"{name.name}-{number}")).exists())
-    return folder.rename(free)
 
 
 def _lies_in(difference: str, settings: frozenset[str]) -> bool:

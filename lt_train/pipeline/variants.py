@@ -19,7 +19,7 @@ from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe, convert
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import hash_of
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import MANIFEST, RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
@@ -101,7 +101,7 @@ class Variants:
 
     def fingerprint_of(self, weights: Path) -> str:
         """As `fingerprint`, of the model in a folder that training left: it follows from the files themselves."""
-        files = read_json(weights / "manifest.json", "checkpoint manifest")["files"]
+        files = read_json(weights / MANIFEST, "checkpoint manifest")["files"]
         return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files)
 
     def _base_fingerprint(self) -> str:

@@ -1,50 +1,50 @@
-"""What an evaluation by the built-in engine needs: the KV cache of one sequence, full and hybrid, and how many fit at once."""
+"""KV cache of an evaluation by the built-in engine: bytes of one sequence, full and hybrid, and how many sequences fit."""
 
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
-from lt_train.hybrid.kv_size import entry_bytes
-from lt_train.planning.setup import Machine, inference_number
+from lt_train.hybrid.kv_size import kv_bytes
+from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe.schema import Eval, Recipe
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Bytes of one sequence.
-
+class KVCache:
+    """
     Attributes:
-        tokens: of its answer, at most.
-        at_once: how many such sequences fit beside the weights: (hybrid, full).
+        evaluation: its name. tokens: of its longest answers.
+        hybrid, full: bytes of one sequence, with and without streaming layers.
+        sequences: how many such sequences fit beside the weights: (hybrid, full).
     """
 
     evaluation: str
     tokens: int
     hybrid: int
     full: int
-    at_once: tuple[int, int]
+    sequences: tuple[int, int]
 
 
-def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, machine: Machine) -> Cache | None:
-    """Of the recipe's evaluation with the longest answers; None where nothing is generated.
+def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, machine: Machine) -> KVCache | None:
+    """The KV cache of the evaluation with the longest answers; None where nothing is generated.
 
-    The engine spreads a model's layers over all GPUs of its process, so it has the memory of all of them.
+    The engine distributes a model's layers over all GPUs of its process, so the memory of all of them counts.
     """
-    entries = [entry for entry in recipe.eval if isinstance(entry, Eval)]
-    if not entries:
+    eval_configs = [eval_config for eval_config in recipe.eval if isinstance(eval_config, Eval)]
+    if not eval_configs:
         return None
-    longest = max(entries, key=_tokens)
-    number = inference_number(recipe, machine)
-    entry, tokens, layers = entry_bytes(base_config.to_dict(), number), _tokens(longest), len(shape.layers)
-    hybrid, full = entry * shape.spec.cached_tokens(tokens), entry * layers * tokens
-    left = max(machine.gpus * machine.usable - number * shape.base_parameters, 0)
-    return Cache(longest.name, tokens, hybrid, full, (left // hybrid, left // full))
+    longest = max(eval_configs, key=_tokens)
+    itemsize = inference_itemsize(recipe, machine)
+    tokens, spec = _tokens(longest), shape.spec
+    hybrid, full = (kv_bytes(base_config.to_dict(), each, tokens, itemsize) for each in (spec, spec.all_full))
+    left = max(machine.gpus * machine.usable - itemsize * shape.base_parameters, 0)
+    return KVCache(longest.name or longest.benchmark, tokens, hybrid, full, (left // hybrid, left // full))
 
 
-def _tokens(entry: Eval) -> int:
-    if entry.max_new_tokens is not None:
-        return entry.max_new_tokens
-    recall = RecallSettings(span=entry.recall.span) if entry.recall is not None else None
-    return answer_tokens(BENCHMARKS[entry.benchmark], recall) or 0
+def _tokens(eval_config: Eval) -> int:
+    if eval_config.max_new_tokens is not None:
+        return eval_config.max_new_tokens
+    recall = RecallSettings(span=eval_config.recall.span) if eval_config.recall is not None else None
+    return answer_tokens(BENCHMARKS[eval_config.benchmark], recall) or 0

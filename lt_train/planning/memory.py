@@ -1,17 +1,17 @@
-"""Bytes of one GPU in an optimizer step: what is held, by name, and in which phases of the step. The peak is the fullest phase."""
+"""Memory of one GPU in an optimizer step: each allocation with the phases of the step in which it exists, and the peak of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from lt_train.planning.activations import FP32, after_layers_bytes, backward_work_bytes, checkpoint_bytes, layer_bytes
+from lt_train.planning.activations import FP32, after_layers_bytes, backward_workspace_bytes, checkpoint_bytes, layer_bytes
 from lt_train.planning.setup import BF16, Setup
 from lt_train.planning.shape import ModelShape
 
-# TRL's fused head (trl/kernels/chunked_logprob.py, trl/trainer/utils.py): logits exist in tiles of so many tokens and words.
-TILE_TOKENS, TILE_WORDS = 4096, 32768
+# TRL's fused head (trl/kernels/chunked_logprob.py, trl/trainer/utils.py) computes logits in tiles of this size.
+TILE_TOKENS, TILE_VOCAB = 4096, 32768
 TORCH_TILES = 8
-"""fp32 tiles that its backward pass holds at once where there is no Triton (`_backward_tile`); with Triton it works in place."""
+"""fp32 tiles that its backward pass allocates without Triton (`_backward_tile`); with Triton it works in place."""
 
 
 class Phase(Enum):
@@ -27,25 +27,25 @@ LAYERS = frozenset({Phase.LAST_LAYER, Phase.FIRST_LAYER})
 
 
 @dataclass(frozen=True)
-class Part:
+class Allocation:
     """
     Attributes:
         size: bytes on each GPU.
-        live: the phases in which they are there.
-        how: where the figure comes from, in a few words.
+        phases: those in which it exists.
+        source: what the size consists of, for the table.
     """
 
     name: str
     size: int
-    live: frozenset[Phase]
-    how: str
+    phases: frozenset[Phase]
+    source: str
 
 
 @dataclass(frozen=True)
 class Memory:
-    parts: tuple[Part, ...]
+    allocations: tuple[Allocation, ...]
     host: int
-    """Bytes in the memory of the hosts, of all processes together."""
+    """Bytes of host memory, summed over all processes."""
 
     @property
     def phase(self) -> Phase:
@@ -56,178 +56,186 @@ class Memory:
         return self.at(self.phase)
 
     def at(self, phase: Phase) -> int:
-        return sum(part.size for part in self.parts if phase in part.live)
+        return sum(allocation.size for allocation in self.allocations if phase in allocation.phases)
 
 
 def training_memory(shape: ModelShape, setup: Setup) -> Memory:
-    parts = [
+    allocations = [
         *_states(shape, setup),
         *_activations(shape, setup),
         *_head(shape, setup),
         *_teacher(shape, setup),
         *_sharding(shape, setup),
     ]
-    return Memory(tuple(part for part in parts if part.size > 0), _host(shape, setup))
+    return Memory(tuple(allocation for allocation in allocations if allocation.size > 0), _host(shape, setup))
 
 
-def _states(shape: ModelShape, setup: Setup) -> Iterator[Part]:
-    """Weights, gradients, AdamW's two moments, and under DeepSpeed the fp32 weights that its optimizer keeps.
+def _states(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
+    """Weights, gradients, AdamW's two moments, and under DeepSpeed the fp32 weights of its optimizer.
 
-    ZeRO (Rajbhandari et al., arXiv 1910.02054): stage 1 shards the optimizer over all processes, 2 the gradients too, 3 the weights
-    too. In bf16 that is 2 + 2 + 12 bytes for each trained parameter, and 2 + 4 + 12 where gradients of several micro-batches are
-    summed up (deepspeed_file.py).
+    ZeRO (Rajbhandari et al., arXiv 1910.02054): stage 1 shards the optimizer over all processes, stage 2 also the gradients, 3 also
+    the weights. In bf16 that is 2 + 2 + 12 bytes per trained parameter, and 2 + 4 + 12 where the gradients of several
+    micro-batches are accumulated (deepspeed_file.py).
     """
     sharding, gpus = setup.sharding, setup.machine.gpus
     weights, gradients, moments = _bytes_of_states(shape, setup)
     stage = sharding.stage or 0
-    held = 0 if sharding.offload_parameters else _share(weights, gpus if stage == 3 else 1)
-    yield Part("weights", held, ALWAYS, _over("bf16" if setup.numbers.weight == BF16 else "fp32", gpus if stage == 3 else 1))
-    moved = sharding.offload_optimizer and not _summed_up_on_gpu(setup)
-    kept = 0 if moved else _share(gradients, gpus if stage >= 2 else 1)
-    stays = sharding.stage is not None or setup.accumulates
-    yield Part(
-        "gradients",
-        kept,
-        ALWAYS if stays else frozenset({Phase.FIRST_LAYER, Phase.STEP}),
-        _over(f"of {shape.trainable:,} parameters", gpus if stage >= 2 else 1)
-        + ("" if stays else ", as they come")
-        + (", summed up in fp32" if setup.sums_apart else ""),
+    stored = 0 if sharding.offload_parameters else _shard(weights, gpus if stage == 3 else 1)
+    yield Allocation(
+        "weights", stored, ALWAYS, _over("bf16" if setup.element.weight == BF16 else "fp32", gpus if stage == 3 else 1)
     )
-    if not stays and shape.head_trained:
-        yield Part("gradient of the head", shape.head * FP32, frozenset({Phase.LAST_LAYER}), "the first that comes")
-    optimizer = 0 if sharding.offload_optimizer else _share(moments, gpus if stage >= 1 else 1)
-    what = "two moments in fp32" + ("" if sharding.stage is None else " and fp32 weights")
-    yield Part("optimizer", optimizer, ALWAYS, _over(f"AdamW: {what}", gpus if stage >= 1 else 1))
+    offloaded = sharding.offload_optimizer and not _accumulates_on_gpu(setup)
+    gradient_bytes = 0 if offloaded else _shard(gradients, gpus if stage >= 2 else 1)
+    persistent = sharding.stage is not None or setup.accumulates
+    yield Allocation(
+        "gradients",
+        gradient_bytes,
+        ALWAYS if persistent else frozenset({Phase.FIRST_LAYER, Phase.STEP}),
+        _over(f"of {shape.trainable:,} parameters", gpus if stage >= 2 else 1)
+        + ("" if persistent else ", as the backward pass computes them")
+        + (", accumulated in fp32" if setup.accumulates_in_fp32 else ""),
+    )
+    if not persistent and shape.head_trained:
+        yield Allocation("gradient of the head", shape.head * FP32, frozenset({Phase.LAST_LAYER}), "computed first")
+    optimizer = 0 if sharding.offload_optimizer else _shard(moments, gpus if stage >= 1 else 1)
+    states = "two moments in fp32" + ("" if sharding.stage is None else " and fp32 weights")
+    yield Allocation("optimizer", optimizer, ALWAYS, _over(f"AdamW: {states}", gpus if stage >= 1 else 1))
     if sharding.stage is None and gpus > 1:
-        yield Part("DDP's buckets", gradients, ALWAYS, "a second copy of the gradients, in which they are summed up")
-    if setup.numbers.autocast and setup.full:
+        yield Allocation("DDP's buckets", gradients, ALWAYS, "a second copy of the gradients, for the all-reduce")
+    if setup.element.autocast and setup.full:
         cast = BF16 * (shape.layer_linears + shape.head)
-        yield Part("bf16 copies of weights", cast, PASSES - {Phase.FIRST_LAYER}, "autocast keeps them during a forward pass")
+        yield Allocation("bf16 copies of weights", cast, PASSES - {Phase.FIRST_LAYER}, "autocast keeps them during a forward pass")
 
 
 def _bytes_of_states(shape: ModelShape, setup: Setup) -> tuple[int, int, int]:
-    """Weights, gradients, optimizer, of all processes together if nothing is there twice."""
-    frozen, weight = shape.parameters - shape.trainable, setup.numbers.weight
-    # PEFT keeps adapters in fp32, but under ZeRO-3 TRL has them in the base's dtype; DeepSpeed casts all to its own
+    """Weights, gradients and optimizer without replicas, summed over all shards."""
+    frozen, weight = shape.parameters - shape.trainable, setup.element.weight
+    # PEFT keeps adapters in fp32, but under ZeRO-3 TRL keeps them in the base's dtype; DeepSpeed casts all weights to its own
     trained = FP32 if setup.sharding.stage is None else weight
     moments = 2 * FP32 if setup.sharding.stage is None else 3 * FP32
     gradient = trained
-    if setup.sums_apart:
-        # stage 1 (deepspeed/runtime/bf16_optimizer.py) keeps those of the micro-batch as well, which the others reduce as they come
+    if setup.accumulates_in_fp32:
+        # stage 1 (deepspeed/runtime/bf16_optimizer.py) also keeps those of the micro-batch; stages 2 and 3 reduce them at once
         gradient = FP32 + (weight if setup.sharding.stage == 1 else 0)
     return frozen * weight + shape.trainable * trained, shape.trainable * gradient, shape.trainable * moments
 
 
-def _summed_up_on_gpu(setup: Setup) -> bool:
-    """Stage 2 sums gradients up in fp32 on the GPU, also where it offloads the optimizer (`_build_compact_grad_partition_buffer` in
-    deepspeed/runtime/zero/stage_1_and_2.py); stage 3 has them beside the optimizer.
+def _accumulates_on_gpu(setup: Setup) -> bool:
+    """Stage 2 accumulates gradients in fp32 on the GPU, also with an offloaded optimizer (`_build_compact_grad_partition_buffer` in
+    deepspeed/runtime/zero/stage_1_and_2.py); stage 3 accumulates them where the optimizer is.
     """
-    return setup.sums_apart and setup.sharding.stage == 2
+    return setup.accumulates_in_fp32 and setup.sharding.stage == 2
 
 
-def _activations(shape: ModelShape, setup: Setup) -> Iterator[Part]:
-    numbers, tokens = setup.numbers, setup.tokens
+def _activations(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
+    element, tokens = setup.element, setup.tokens
     layers = [
         layer_bytes(
             shape,
             layer,
-            numbers,
+            element,
             gathered=setup.gathered,
             dense=setup.dense and layer.streams,
             length=setup.length,
         )
         for layer in shape.layers
     ]
-    begun = next((index for index, layer in enumerate(shape.layers) if layer.trains), len(shape.layers))
-    early = PASSES - {Phase.FIRST_LAYER}
+    first_trained = next((index for index, layer in enumerate(shape.layers) if layer.trains), len(shape.layers))
+    before_first = PASSES - {Phase.FIRST_LAYER}
     streaming = sum(layer.streams for layer in shape.layers)
     if setup.checkpointing:
-        yield Part(
-            "activations", tokens * len(layers) * checkpoint_bytes(shape, numbers), early, f"{tokens:,} tokens, each layer's input"
+        yield Allocation(
+            "activations",
+            tokens * len(layers) * checkpoint_bytes(shape, element),
+            before_first,
+            f"{tokens:,} tokens, each layer's input",
         )
-        yield Part("one layer again", tokens * max(layers), LAYERS, "gradient checkpointing computes it anew")
+        yield Allocation("one layer again", tokens * max(layers), LAYERS, "gradient checkpointing recomputes it")
     else:
         count = f"{len(layers) - streaming} full, {streaming} streaming layers"
-        yield Part("activations", tokens * sum(layers[begun:]), early, f"{tokens:,} tokens, {count}")
-        yield Part(
+        yield Allocation("activations", tokens * sum(layers[first_trained:]), before_first, f"{tokens:,} tokens, {count}")
+        yield Allocation(
             "first layer",
-            tokens * layers[begun] if begun < len(layers) else 0,
+            tokens * layers[first_trained] if first_trained < len(layers) else 0,
             frozenset({Phase.FIRST_LAYER}),
-            "the last that is left",
+            "the last activations that are left",
         )
-    work = max(backward_work_bytes(shape, layer, numbers) for layer in shape.layers)
-    yield Part("a layer's gradients", tokens * work, LAYERS, "of what passes through its MLP")
+    workspace = max(backward_workspace_bytes(shape, layer, element) for layer in shape.layers)
+    yield Allocation("a layer's gradients", tokens * workspace, LAYERS, "of the activations of its MLP")
 
 
-def _head(shape: ModelShape, setup: Setup) -> Iterator[Part]:
-    """TRL's fused head: never tokens x vocabulary, but tiles of it; the gradients of the hidden states and of the head in fp32."""
-    tokens, numbers = setup.tokens, setup.numbers
-    tile = min(tokens, TILE_TOKENS) * min(shape.vocabulary, TILE_WORDS)
-    buffer = tile * numbers.product + (tile * FP32 * TORCH_TILES if setup.machine.cpu else 0)
-    yield Part(
+def _head(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
+    """TRL's fused head: tiles of the logits, never all of them; gradients of the hidden states and of the head in fp32."""
+    tokens, element = setup.tokens, setup.element
+    tile = min(tokens, TILE_TOKENS) * min(shape.vocab_size, TILE_VOCAB)
+    buffer = tile * element.product + (tile * FP32 * TORCH_TILES if setup.machine.cpu else 0)
+    yield Allocation(
         "logits chunk",
         buffer,
         frozenset({Phase.LOSS}),
-        f"{min(tokens, TILE_TOKENS):,} tokens x {min(shape.vocabulary, TILE_WORDS):,} words at a time",
+        f"{min(tokens, TILE_TOKENS):,} tokens x {min(shape.vocab_size, TILE_VOCAB):,} vocabulary entries at a time",
     )
-    hidden = tokens * (after_layers_bytes(shape, numbers) + FP32 * shape.hidden)
-    yield Part("hidden states", hidden, frozenset({Phase.LOSS}), "last norm, its output, and the gradient of it in fp32")
+    hidden = tokens * (after_layers_bytes(shape, element) + FP32 * shape.hidden)
+    yield Allocation("hidden states", hidden, frozenset({Phase.LOSS}), "last norm, its output, and the output's gradient in fp32")
     if shape.head_trained:
-        sum_up = shape.head * (FP32 + (numbers.weight if numbers.weight != FP32 else 0))
-        yield Part("head's gradient", sum_up, frozenset({Phase.LOSS}), "summed up in fp32 over the tiles")
+        head_gradient = shape.head * (FP32 + (element.weight if element.weight != FP32 else 0))
+        yield Allocation("head's gradient", head_gradient, frozenset({Phase.LOSS}), "accumulated in fp32 over the tiles")
     if shape.tied and shape.embedding_trained:
-        yield Part(
-            "embedding's gradient", shape.head * numbers.weight, frozenset({Phase.FIRST_LAYER}), "before it is added to the head's"
+        yield Allocation(
+            "embedding's gradient",
+            shape.head * element.weight,
+            frozenset({Phase.FIRST_LAYER}),
+            "then added to the head's",
         )
 
 
-def _teacher(shape: ModelShape, setup: Setup) -> Iterator[Part]:
-    """Distillation from the base (training/teacher.py): a frozen copy, where the trained model is not its own teacher, and what it
-    says about the batch before the student is asked.
+def _teacher(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
+    """Distillation from the base (training/distillation/): a frozen copy where the trained model is not its own teacher, and
+    the teacher's outputs for the batch, which are computed before the student's.
     """
-    teacher, numbers, tokens = setup.teacher, setup.numbers, setup.tokens
+    teacher, element, tokens = setup.teacher, setup.element, setup.tokens
     if teacher is None:
         return
     if teacher.copied:
         size = shape.base_parameters * (BF16 if setup.bf16 else FP32)
-        yield Part("teacher", size, ALWAYS, "a frozen copy of the base, whole on each GPU")
-    yield Part(
-        "teacher's answers",
-        tokens * shape.hidden * numbers.residual * (1 + teacher.layers),
+        yield Allocation("teacher", size, ALWAYS, "a frozen copy of the base, whole on each GPU")
+    yield Allocation(
+        "teacher's outputs",
+        tokens * shape.hidden * element.residual * (1 + teacher.layers),
         PASSES,
         "its last hidden states" + (f", and those of {teacher.layers} layers" if teacher.layers else ""),
     )
-    tile = min(tokens, TILE_TOKENS) * min(shape.vocabulary, TILE_WORDS) * FP32
-    yield Part("teacher's logits chunk", tile, frozenset({Phase.LOSS}), "beside the student's")
+    tile = min(tokens, TILE_TOKENS) * min(shape.vocab_size, TILE_VOCAB) * FP32
+    yield Allocation("teacher's logits chunk", tile, frozenset({Phase.LOSS}), "beside the student's")
 
 
-def _sharding(shape: ModelShape, setup: Setup) -> Iterator[Part]:
-    """What ZeRO needs on top of the shards."""
+def _sharding(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
+    """Buffers of ZeRO beside the shards."""
     sharding, gpus = setup.sharding, setup.machine.gpus
     if sharding.stage is None:
         return
-    weight = setup.numbers.weight
+    weight = setup.element.weight
     if sharding.stage == 3:
         gathered = min(shape.parameters, max(sharding.live_parameters, shape.head))
-        yield Part("gathered weights", gathered * weight, PASSES, "stage3_max_live_parameters, of all GPUs together")
-    sums_are_the_piece = setup.sums_apart and sharding.stage < 3  # stage 3 copies them once more, into one flat tensor
-    if setup.bf16 and not sharding.offload_optimizer and not sums_are_the_piece:
-        piece = _share(shape.trainable, gpus if sharding.stage >= 1 else 1)
-        piece = min(piece, sharding.sub_group) if sharding.stage == 3 else piece
-        yield Part("gradients in fp32", piece * FP32, frozenset({Phase.STEP}), "of the piece that the optimizer works on")
+        yield Allocation("gathered weights", gathered * weight, PASSES, "stage3_max_live_parameters, gathered from all GPUs")
+    already_fp32 = setup.accumulates_in_fp32 and sharding.stage < 3  # stage 3 copies them once more, into one flat tensor
+    if setup.bf16 and not sharding.offload_optimizer and not already_fp32:
+        sub_group = _shard(shape.trainable, gpus if sharding.stage >= 1 else 1)
+        sub_group = min(sub_group, sharding.sub_group) if sharding.stage == 3 else sub_group
+        yield Allocation("gradients in fp32", sub_group * FP32, frozenset({Phase.STEP}), "of parameters updated together")
 
 
 def _host(shape: ModelShape, setup: Setup) -> int:
-    """An optimizer in host memory keeps the gradients that it works on, in fp32, beside those that are summed up for it
+    """An optimizer in host memory keeps the gradients that it reads, in fp32, beside the accumulated ones
     (`initialize_optimizer_states` in deepspeed/runtime/zero/stage3.py and stage_1_and_2.py).
     """
     weights, gradients, moments = _bytes_of_states(shape, setup)
-    summed_up = 0 if _summed_up_on_gpu(setup) else gradients
-    moved = summed_up + FP32 * shape.trainable + moments if setup.sharding.offload_optimizer else 0
-    return moved + (weights if setup.sharding.offload_parameters else 0)
+    accumulated = 0 if _accumulates_on_gpu(setup) else gradients
+    optimizer = accumulated + FP32 * shape.trainable + moments if setup.sharding.offload_optimizer else 0
+    return optimizer + (weights if setup.sharding.offload_parameters else 0)
 
 
-def _share(size: int, gpus: int) -> int:
+def _shard(size: int, gpus: int) -> int:
     return -(-size // gpus)
 
 

@@ -1,16 +1,16 @@
-"""A recipe's plan: `make_plan` reads the base's config and counts; nothing is downloaded but that config, nothing is written."""
+"""The plan of a recipe: `plan_recipe` computes it from the base's config. Only that config is downloaded, nothing is written."""
 
 from dataclasses import dataclass
 
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.compute import Compute, training_compute
-from lt_train.planning.evaluation import Cache, kv_cache
+from lt_train.planning.evaluation import KVCache, kv_cache
 from lt_train.planning.memory import Memory, training_memory
-from lt_train.planning.profiling import ProfileMemory, profile_memory, profile_remedies
+from lt_train.planning.options import ShardingOption, sharding_options, suggestions
+from lt_train.planning.profiling import ProfileMemory, profile_memory, profile_suggestions
 from lt_train.planning.setup import Machine, Setup, setup_of
 from lt_train.planning.shape import ModelShape, model_shape
-from lt_train.planning.ways import Way, remedies, ways
-from lt_train.planning.work import Work, training_samples, training_work
+from lt_train.planning.workload import Workload, training_samples, training_work
 from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
@@ -21,18 +21,19 @@ from lt_train.training.sequence_parallel import check_heads
 class TrainingPlan:
     """
     Attributes:
-        undivided: why the processes cannot share the batch; None where they can.
-        remedies: changes that would make it fit, where it does not.
+        options: other shardings; none where the batch cannot be divided.
+        undivided: why the batch cannot be divided among the processes; None where it can.
+        suggestions: changes that make the training fit, where it does not.
         work, compute: None where the number of samples is unknown.
     """
 
     setup: Setup
     memory: Memory
-    ways: list[Way]
+    options: list[ShardingOption]
     undivided: str | None
     accumulation: int | None
-    remedies: list[str]
-    work: Work | None
+    suggestions: list[str]
+    work: Workload | None
     compute: Compute | None
 
     @property
@@ -41,16 +42,16 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipePlan:
     recipe: Recipe
     machine: Machine
     shape: ModelShape
     training: TrainingPlan | None
-    """None in a recipe without training."""
+    """None for a recipe without training."""
     profile: ProfileMemory | None
-    """None where the layers are chosen without looking at the model."""
-    profile_remedies: list[str]
-    cache: Cache | None
+    """None where no strategy scores the layers."""
+    profile_suggestions: list[str]
+    cache: KVCache | None
 
     @property
     def profile_fits(self) -> bool:
@@ -58,14 +59,14 @@ class Plan:
 
     @property
     def works(self) -> bool:
-        """Whether scoring the layers fits, the training fits, and its batch can be shared out."""
+        """Whether scoring the layers fits, the training fits, and its batch can be divided."""
         return self.profile_fits and (self.training is None or (self.training.fits and self.training.undivided is None))
 
 
-def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None) -> Plan:
+def plan_recipe(recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None) -> RecipePlan:
     """
     Args:
-        samples, mean_tokens: of the data, where they are not at hand (see `training_samples`).
+        samples, mean_tokens: of the data, where they are not local (see `training_samples`).
 
     Raises:
         UserError: no config of the base, a base that cannot become a hybrid, or settings that do not fit it.
@@ -74,8 +75,8 @@ def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean
     shape = model_shape(recipe, base_config)
     if recipe.data.max_length > shape.context:
         raise UserError(
-            f"data.max_length: {recipe.data.max_length} tokens are more than the model's context of {shape.context}; "
-            f"set it to at most {shape.context}"
+            f"data.max_length: {recipe.data.max_length}: more than the model's context of {shape.context} tokens. "
+            f"Fix: set it to at most {shape.context}"
         )
     training = None
     if recipe.train is not None:
@@ -83,18 +84,18 @@ def make_plan(recipe: Recipe, machine: Machine, samples: int | None = None, mean
         found = training_samples(recipe, base_config, samples, mean_tokens)
         work = None if found is None else training_work(recipe, recipe.train, found)
         training = _training(recipe, recipe.train, machine, shape, work)
-    return Plan(
+    return RecipePlan(
         recipe,
         machine,
         shape,
         training,
         profile=profile_memory(recipe, shape, machine),
-        profile_remedies=list(profile_remedies(recipe, shape, machine)),
+        profile_suggestions=list(profile_suggestions(recipe, shape, machine)),
         cache=kv_cache(recipe, base_config, shape, machine),
     )
 
 
-def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape, work: Work | None) -> TrainingPlan:
+def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape, work: Workload | None) -> TrainingPlan:
     undivided, accumulation = None, None
     try:
         accumulation = accumulation_steps(train, recipe.data, machine.gpus)
@@ -105,10 +106,10 @@ def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape,
     return TrainingPlan(
         setup=setup,
         memory=memory,
-        ways=[] if undivided else ways(recipe, train, shape, setup),
+        options=[] if undivided else sharding_options(recipe, train, shape, setup),
         undivided=undivided,
         accumulation=accumulation,
-        remedies=[] if memory.peak <= machine.usable else list(remedies(recipe, train, shape, setup)),
+        suggestions=[] if memory.peak <= machine.usable else list(suggestions(recipe, train, shape, setup)),
         work=work,
         compute=None if work is None else training_compute(shape, train, work),
     )

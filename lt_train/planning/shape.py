@@ -1,4 +1,4 @@
-"""The sizes of a recipe's model, and what of it is trained: counted on torch's meta device, where weights have no bytes."""
+"""The sizes of a recipe's model and its trained parameters, counted on torch's meta device, where weights take no memory."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
-from lt_train.selection.choose import explicit_layers, number_of_lazy_layers
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import choose_layers
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
 
@@ -25,7 +24,7 @@ class Linear:
     Attributes:
         name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj.
         weights: parameters of the module itself, without an adapter's.
-        trained: whether they are trained.
+        trained: whether the weights are trained.
         rank: of its LoRA adapter; 0 without one.
         adapter: parameters of the adapter.
     """
@@ -38,7 +37,7 @@ class Linear:
 
     @property
     def keeps_input(self) -> bool:
-        """Whether a weight's gradient needs what came in."""
+        """Whether the gradient of a weight needs the module's input."""
         return self.trained or self.rank > 0
 
 
@@ -48,7 +47,7 @@ class Layer:
     linears: dict[str, Linear]
     parameters: int
     norms_trained: bool
-    """RMSNorm's own weights."""
+    """Whether the weights of its RMSNorms are trained."""
 
     @property
     def trains(self) -> bool:
@@ -57,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in elements; `parameters` and `trainable` count an embedding that is also the head once, and adapters too."""
+    """Sizes in elements. `parameters` and `trainable` include adapters, and count an embedding that is also the head once."""
 
     parameters: int
     trainable: int
@@ -65,15 +64,15 @@ class ModelShape:
     layers: tuple[Layer, ...]
     hidden: int
     queries: int
-    """All query heads together: heads x head size."""
+    """Width of all query heads: heads x head size."""
     keys: int
-    """All key heads together; the values are as many."""
+    """Width of all key heads; the values have the same."""
     heads: int
     key_heads: int
     mlp: int
-    vocabulary: int
+    vocab_size: int
     tied: bool
-    """The head is the embedding."""
+    """The head shares the embedding's weights."""
     query_key_norm: bool
     """Queries and keys are normalised head by head (Qwen3)."""
     head_trained: bool
@@ -82,11 +81,11 @@ class ModelShape:
 
     @property
     def head(self) -> int:
-        return self.vocabulary * self.hidden
+        return self.vocab_size * self.hidden
 
     @property
     def base_parameters(self) -> int:
-        """Without adapters."""
+        """Parameters without adapters."""
         return self.parameters - self.adapters
 
     @property
@@ -115,10 +114,8 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
 
 
 def _lazy_layers(hybrid: Hybrid, num_layers: int) -> tuple[int, ...]:
-    """As many layers as will stream. Which ones is known only after profiling; all are of one size, so it does not matter."""
-    if hybrid.layers is not None:
-        return explicit_layers(hybrid.layers, num_layers)
-    return periodic_layers(number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers), num_layers)
+    """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size."""
+    return choose_layers(hybrid.model_copy(update={"strategy": "periodic"}), num_layers)
 
 
 def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:
@@ -127,7 +124,7 @@ def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridF
     elif recipe.train.parameters == "lazy_projections":
         freeze_all_but_lazy_projections(model, spec)
     elif recipe.lora is not None:
-        get_peft_model(model, lora_config(recipe.lora, spec, model))  # puts the adapters into `model` itself
+        get_peft_model(model, lora_config(recipe.lora, spec, model))  # adds the adapters to `model` itself
 
 
 def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
@@ -146,7 +143,7 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
         mlp=config.intermediate_size,
-        vocabulary=config.vocab_size,
+        vocab_size=config.vocab_size,
         tied=head.weight is embedding.weight,
         query_key_norm=hasattr(attention, "q_norm"),
         head_trained=_trains(head),

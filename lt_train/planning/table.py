@@ -1,4 +1,4 @@
-"""How a plan is shown: each figure with where it comes from, and at the end whether it fits, or what to change."""
+"""The plan as tables: each size with its source, and at the end whether the recipe fits, or what to change."""
 
 import math
 
@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.planning.plan import Plan, TrainingPlan
+from lt_train.planning.plan import RecipePlan, TrainingPlan
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.runtime.units import format_bytes, format_duration
@@ -14,20 +14,20 @@ from lt_train.runtime.units import format_bytes, format_duration
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    _say(console, f"{plan.recipe.name} on {_machine(plan.machine)}", bold=True)
-    _facts(console, _model(plan))
-    _facts(console, _profile(plan))
+def show_plan(plan: RecipePlan, console: Console) -> None:
+    _print_line(console, f"{plan.recipe.name} on {_machine(plan.machine)}", bold=True)
+    _print_rows(console, _model(plan))
+    _print_rows(console, _profile(plan))
     training = plan.training
     if training is not None:
-        _facts(console, _training(training, plan.shape))
+        _print_rows(console, _training(training, plan.shape))
         console.print(_memory_table(training))
-        if training.ways:
-            console.print(_ways_table(training))
-        _facts(console, _work(training))
-    _facts(console, _evaluation(plan))
+        if training.options:
+            console.print(_options_table(training))
+        _print_rows(console, _work(training))
+    _print_rows(console, _evaluation(plan))
     for line in _verdict(plan):
-        _say(console, line, bold=True)
+        _print_line(console, line, bold=True)
 
 
 def _machine(machine: Machine) -> str:
@@ -35,60 +35,61 @@ def _machine(machine: Machine) -> str:
     if machine.cpu:
         return f"{machine.gpus} process{'es' if machine.gpus > 1 else ''} on a CPU with {memory} each"
     usable = format_bytes(machine.usable)
-    return f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {memory}, of which {usable} can be counted on"
+    return f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {memory}, of which {usable} are usable"
 
 
-def _model(plan: Plan) -> list[tuple[str, str]]:
+def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     shape = plan.shape
     spec = shape.spec
     streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({spec.w_sink} sinks, window {spec.w_recent:,})"
     return [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters; {streams}")]
 
 
-def _profile(plan: Plan) -> list[tuple[str, str]]:
+def _profile(plan: RecipePlan) -> list[tuple[str, str]]:
     needed = plan.profile
     if needed is None:
         return []
-    over = "on one GPU" if needed.gpus == 1 else f"on the fullest of {needed.gpus} GPUs, while their other processes wait"
+    over = "on one GPU" if needed.gpus == 1 else f"on the fullest of {needed.gpus} GPUs, while the other processes wait"
     over = "in the first process" if plan.machine.cpu else over
-    parts = (
+    sizes = (
         f"{format_bytes(needed.weights)} of weights, {format_bytes(needed.states)} of hidden states, "
-        f"{format_bytes(needed.work)} of work for samples of up to {needed.length:,} tokens"
+        f"{format_bytes(needed.workspace)} of workspace for samples of up to {needed.length:,} tokens"
     )
-    return [("profile", f"{format_bytes(needed.peak)} {over}: {parts}")]
+    return [("profile", f"{format_bytes(needed.peak)} {over}: {sizes}")]
 
 
 def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:
     setup = training.setup
-    adapters = ", all in adapters" if shape.adapters == shape.trainable else ""
-    whose = "in each process" if setup.sequence_parallel == 1 else f"for {setup.sequence_parallel} processes that share them"
-    step = "" if training.accumulation is None else f", {training.accumulation} of them an optimizer step"
+    adapters = ", all of them in adapters" if shape.adapters == shape.trainable else ""
+    processes = "in each process" if setup.sequence_parallel == 1 else f"divided among {setup.sequence_parallel} processes"
+    step = "" if training.accumulation is None else f", {training.accumulation} such micro-batches per optimizer step"
     return [
         ("trained", f"{shape.trainable:,} parameters, {100 * shape.trainable / shape.parameters:.3g} %{adapters}"),
-        ("in", f"{'bf16' if setup.bf16 else 'fp32'} with {setup.sharding.name}"),
-        ("at a time", f"{setup.micro_batch} x {setup.length:,} tokens {whose}{step}"),
+        ("dtype", f"{'bf16' if setup.bf16 else 'fp32'} with {setup.sharding.name}"),
+        ("batch", f"{setup.micro_batch} x {setup.length:,} tokens {processes}{step}"),
     ]
 
 
 def _memory_table(training: TrainingPlan) -> Table:
     memory = training.memory
     table = _table("memory of each process", "", "")
-    for part in memory.parts:
-        at_peak = memory.phase in part.live
-        table.add_row(part.name, format_bytes(part.size), part.how if at_peak else f"{part.how}; not at the peak")
+    for allocation in memory.allocations:
+        elsewhere = "" if memory.phase in allocation.phases else "; not at the peak"
+        table.add_row(allocation.name, format_bytes(allocation.size), allocation.source + elsewhere)
     table.add_section()
     table.add_row("peak", format_bytes(memory.peak), memory.phase.value, style="bold")
     if memory.host:
-        table.add_row("host memory", format_bytes(memory.host), "of all processes together")
+        table.add_row("host memory", format_bytes(memory.host), "summed over all processes")
     return table
 
 
-def _ways_table(training: TrainingPlan) -> Table:
+def _options_table(training: TrainingPlan) -> Table:
     table = _table("train.deepspeed", "micro-batch 1", "largest micro-batch that fits")
-    for way in training.ways:
-        host = f", {format_bytes(way.host)} of host memory" if way.host else ""
-        here = "; this recipe's way" if way.sharding == training.setup.sharding else ""
-        table.add_row(way.file, format_bytes(way.peak), f"{way.micro_batch or 'none'} ({way.sharding.name}{host}{here})")
+    for option in training.options:
+        host = f", {format_bytes(option.host)} of host memory" if option.host else ""
+        this = "; as in this recipe" if option.sharding == training.setup.sharding else ""
+        details = f"{option.micro_batch or 'none'} ({option.sharding.name}{host}{this})"
+        table.add_row(option.file, format_bytes(option.peak), details)
     return table
 
 
@@ -102,16 +103,16 @@ def _table(*columns: str) -> Table:
 def _work(training: TrainingPlan) -> list[tuple[str, str]]:
     work, compute, machine = training.work, training.compute, training.setup.machine
     if work is None or compute is None:
-        return [("tokens", "unknown: the data are not at hand. Give --samples and --mean-tokens, or set data.limit")]
-    samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {work.rounds:.3g} times"
+        return [("tokens", "unknown: the data are not local. Fix: give --samples and --mean-tokens, or set data.limit")]
+    samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {work.epochs:.3g} times"
     total, linear, attention = (_operations(count) for count in (compute.total, compute.linear, compute.attention))
-    full = f"{_operations(compute.linear + compute.full_attention)} if no layer streamed"
+    full = f"{_operations(compute.linear + compute.full_attention)} without streaming layers"
     rows = [
         ("tokens", f"{work.tokens:,.0f} in {work.steps:,} optimizer steps: {samples} ({work.samples.source})"),
         ("operations", f"{total}: {linear} linear, {attention} attention; {full}"),
     ]
     if not machine.cpu:
-        peak = f"{machine.tflops:,.0f} TFLOP/s on each GPU"
+        peak = f"{machine.tflops:,.0f} TFLOP/s per GPU"
         rows.append(("time", f"{format_duration(3600 * compute.hours(machine))} at {100 * machine.efficiency:.0f} % of {peak}"))
     return rows
 
@@ -122,42 +123,45 @@ def _operations(count: float) -> str:
     return f"{count / 1000**power:,.4g} {_PREFIXES[power]}FLOP"
 
 
-def _evaluation(plan: Plan) -> list[tuple[str, str]]:
+def _evaluation(plan: RecipePlan) -> list[tuple[str, str]]:
     cache = plan.cache
     if cache is None:
         return []
-    hybrid, full = cache.at_once
-    sizes = f"{format_bytes(cache.hybrid)} for {cache.tokens:,} tokens, {format_bytes(cache.full)} if no layer streamed"
-    return [("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} at once beside the weights")]
+    hybrid, full = cache.sequences
+    sizes = f"{format_bytes(cache.hybrid)} for {cache.tokens:,} tokens, {format_bytes(cache.full)} without streaming layers"
+    return [("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} sequences fit beside the weights")]
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: RecipePlan) -> list[str]:
     training, lines = plan.training, _profile_verdict(plan)
     if training is None:
         return [*lines, "nothing is trained in this recipe"]
     if training.undivided is not None:
-        lines.append(f"the batch does not divide: {training.undivided}")
+        lines.append(f"the batch cannot be divided: {training.undivided}")
     needed = f"{format_bytes(training.memory.peak)} of {format_bytes(plan.machine.usable)}"
     if training.fits:
         return [*lines, f"fits: {needed}"]
     lines.append(f"does not fit: {needed}, {training.memory.phase.value}")
-    if not training.remedies:
-        return [*lines, "no single change would do: train with LoRA, and checkpoint, shard and shorten"]
-    return [*lines, "each of these alone would do:", *(f"  {remedy}" for remedy in training.remedies)]
+    if not training.suggestions:
+        return [
+            *lines,
+            "no single change makes it fit: combine LoRA, gradient checkpointing, sharding, a shorter data.max_length",
+        ]
+    return [*lines, "each of these changes alone makes it fit:", *(f"  {suggestion}" for suggestion in training.suggestions)]
 
 
-def _profile_verdict(plan: Plan) -> list[str]:
+def _profile_verdict(plan: RecipePlan) -> list[str]:
     if plan.profile is None or plan.profile_fits:
         return []
     needed = f"{format_bytes(plan.profile.peak)} of {format_bytes(plan.machine.usable)}"
-    remedies = [f"  {remedy}" for remedy in plan.profile_remedies]
-    return [f"scoring the layers does not fit: {needed}; each of these alone would do:", *remedies]
+    suggestions = [f"  {suggestion}" for suggestion in plan.profile_suggestions]
+    return [f"scoring the layers does not fit: {needed}; each of these changes alone makes it fit:", *suggestions]
 
 
-def _facts(console: Console, rows: list[tuple[str, str]]) -> None:
+def _print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
     for label, text in rows:
-        _say(console, f"{label:<11}{text}")
+        _print_line(console, f"{label:<11}{text}")
 
 
-def _say(console: Console, text: str, bold: bool = False) -> None:
+def _print_line(console: Console, text: str, bold: bool = False) -> None:
     console.print(text, style="bold" if bold else None, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from lt_train.evaluation.records import SampleRecord
 from lt_train.recipe.evaluations import BASE
 from lt_train.report.charts import colour
-from lt_train.report.contents import Measured, Run
+from lt_train.report.contents import EvaluatedVariant, Run
 from lt_train.report.problems import KnownProblems
 from lt_train.report.samples import character_limit, parts, shortened
 
@@ -64,7 +64,7 @@ def sample_browser(runs: Sequence[Run]) -> SampleBrowser:
     )
 
 
-def sample_set(each: Measured, problems: int) -> dict[str, Any]:
+def sample_set(each: EvaluatedVariant, problems: int) -> dict[str, Any]:
     return {
         "run": each.run,
         "evaluation": each.result.evaluation,

@@ -16,7 +16,7 @@ from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import converted_by
-from lt_train.report.contents import Measured
+from lt_train.report.contents import EvaluatedVariant
 from lt_train.report.formatting import percent
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, to_svg
 from lt_train.runtime.units import format_tokens
@@ -52,17 +52,17 @@ def colour(variant: str) -> str:
     return VARIANT_COLOURS.get(variant, "lazy_ratio")
 
 
-def name(each: Measured, several_runs: bool) -> str:
+def name(each: EvaluatedVariant, several_runs: bool) -> str:
     return f"{each.run}: {each.result.label}" if several_runs else each.result.label
 
 
-def below(each: Measured) -> bool:
+def below(each: EvaluatedVariant) -> bool:
     """Whether to draw it below the others, and larger: the base stays visible where a hybrid is as good."""
     return each.result.variant == BASE
 
 
 @styled
-def accuracy_by_tokens(rows: Sequence[Measured], several_runs: bool) -> Chart:
+def accuracy_by_tokens(rows: Sequence[EvaluatedVariant], several_runs: bool) -> Chart:
     """One point a variant: accuracy with its 95 % interval over the mean number of tokens of an answer."""
     figure, (axes,) = new_figure([HEIGHT])
     for each in rows:
@@ -98,7 +98,7 @@ def accuracy_by_tokens(rows: Sequence[Measured], several_runs: bool) -> Chart:
 
 
 @styled
-def accuracy_within_budget(rows: Sequence[Measured], several_runs: bool) -> Chart:
+def accuracy_within_budget(rows: Sequence[EvaluatedVariant], several_runs: bool) -> Chart:
     """One line a variant: the fraction of samples that are correct with at most that many tokens."""
     low, high = token_range([record.tokens for each in rows for record in each.samples])
     figure, (axes,) = new_figure([HEIGHT])
@@ -154,7 +154,7 @@ def outcome(record: SampleRecord) -> str:
 
 
 @styled
-def trace_lengths(rows: Sequence[Measured], several_runs: bool) -> list[Chart]:
+def trace_lengths(rows: Sequence[EvaluatedVariant], several_runs: bool) -> list[Chart]:
     """A histogram for each variant, all with the same axes: samples by length, outcomes stacked."""
     low, high = token_range([record.tokens for each in rows for record in each.samples])
     bins = round(BINS_PER_DOUBLING * math.log2(high / low))

@@ -24,7 +24,7 @@ from lt_train.training.probes.results import ProbeResult, read_probes
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluatedVariant:
     """One variant of one run under one evaluation.
 
     Attributes:
@@ -59,7 +59,7 @@ class Run:
     recipe: str
     config: Mapping[str, Any]
     layers: Mapping[str, Sequence[int]]
-    measured: tuple[Measured, ...]
+    measured: tuple[EvaluatedVariant, ...]
     problems: Mapping[str, KnownProblems]
     profile: LayerProfile | None
     log: tuple[Mapping[str, Any], ...]
@@ -124,14 +124,14 @@ def read_run(folder: Path, name: str, number: int) -> Run:
     )
 
 
-def measure(paths: RunPaths, name: str, number: int, result: Result, results: Sequence[Result]) -> Measured:
+def measure(paths: RunPaths, name: str, number: int, result: Result, results: Sequence[Result]) -> EvaluatedVariant:
     base = next((r.scores for r in results if (r.variant, r.evaluation) == (BASE, result.evaluation)), None)
     place = paths.evaluation(result.variant, result.evaluation)
     samples = read_samples(place, result.scores) if isinstance(result.scores, AnswerScores) else ()
-    return Measured(name, number, result, base, samples)
+    return EvaluatedVariant(name, number, result, base, samples)
 
 
-def problems_by_evaluation(settings: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str, KnownProblems]:
+def problems_by_evaluation(settings: Mapping[str, Any], measured: Sequence[EvaluatedVariant]) -> dict[str, KnownProblems]:
     eval_configs = {eval_config["name"]: eval_config for eval_config in settings["eval"]}
     scores = {each.result.evaluation: each.result.scores for each in measured if isinstance(each.result.scores, AnswerScores)}
     return {evaluation: known_problems(eval_configs[evaluation], found) for evaluation, found in scores.items()}

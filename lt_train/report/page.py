@@ -11,13 +11,14 @@ from markupsafe import Markup
 
 from lt_train import __version__
 from lt_train.evaluation.scores import AnswerScores
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
-from lt_train.report.contents import Measured, Run
+from lt_train.report.contents import EvaluatedVariant, Run
 from lt_train.report.provenance import provenance, stage_times
-from lt_train.report.results import KV_TOKENS, kv_bytes
+from lt_train.report.results import cache_bytes
 from lt_train.report.tables import ResultTable, result_table
 from lt_train.runtime.drawing import PALETTE
 from lt_train.runtime.units import format_bytes
@@ -74,14 +75,14 @@ def asset(name: str) -> Markup:
 
 def evaluation_parts(runs: Sequence[Run]) -> list[EvaluationPart]:
     several = len(runs) > 1
-    by_name: dict[tuple[str, bool], list[Measured]] = {}
+    by_name: dict[tuple[str, bool], list[EvaluatedVariant]] = {}
     for run in runs:
         for each in run.measured:
             by_name.setdefault((each.result.evaluation, isinstance(each.result.scores, AnswerScores)), []).append(each)
     return [evaluation_part(name, rows, several) for (name, _), rows in by_name.items()]
 
 
-def evaluation_part(name: str, rows: Sequence[Measured], several: bool) -> EvaluationPart:
+def evaluation_part(name: str, rows: Sequence[EvaluatedVariant], several: bool) -> EvaluationPart:
     table, drawn = result_table(rows, several), []
     with_samples = [each for each in rows if each.samples]
     if isinstance(rows[0].result.scores, AnswerScores):
@@ -125,7 +126,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
     ]
     steps = max((row["step"] for row in run.log), default=0)
     training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
-    hybrid, base = (kv_bytes(run.config, lazy, KV_TOKENS) for lazy in (len(chosen), 0))
+    hybrid, base = (cache_bytes(run.config, lazy, KV_TOKENS) for lazy in (len(chosen), 0))
     return [
         *found,
         ("training", training),

@@ -10,16 +10,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference, read_scores
-from lt_train.hybrid.kv_size import entry_bytes
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, read_scores
+from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, saved_itemsize
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import converted_by
+from lt_train.report.formatting import difference_from, problems_and_sampling
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
-
-KV_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,15 @@ def read_results(run: Path) -> list[Result]:
             path = paths.scores(variant, evaluation)
             if path.is_file():
                 lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
-                kv, num_layers = kv_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
+                kv, num_layers = cache_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
                 results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
     return results
 
 
-def kv_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
-    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream."""
-    window = min(tokens, config["w_sink"] + config["sliding_window"])
-    itemsize = 4 if config.get("dtype") in (None, "float32") else 2
-    return entry_bytes(config, itemsize) * ((len(config["layer_types"]) - lazy_layers) * tokens + lazy_layers * window)
+def cache_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
+    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream, whichever they are."""
+    spec = HybridSpec(len(config["layer_types"]), tuple(range(lazy_layers)), config["w_sink"], config["sliding_window"])
+    return kv_bytes(config, spec, tokens, saved_itemsize(config))
 
 
 def show_results(run: Path, console: Console) -> None:
@@ -99,13 +98,13 @@ def show_results(run: Path, console: Console) -> None:
 
 def trained_weights(run: Path) -> str | None:
     """The step whose weights the trained model has, and why; None before there is one."""
-    final = RunPaths(run).trained
-    if not (final / "manifest.json").is_file():
+    paths = RunPaths(run)
+    if not paths.trained_manifest.is_file():
         return None
-    step = read_json(final / "manifest.json", "checkpoint manifest")["step"]
-    if not (final / "measured.json").is_file():
+    step = read_json(paths.trained_manifest, "checkpoint manifest")["step"]
+    if not (paths.trained / MEASURED).is_file():
         return f"weights of step {step:,}, the last"
-    measured = read_json(final / "measured.json", "record of what was measured")
+    measured = read_json(paths.trained / MEASURED, "record of what was measured")
     return f"weights of step {step:,}, the best by {measured['metric']} ({measured['value']:.4g})"
 
 
@@ -126,7 +125,7 @@ def results_table(results: list[Result]) -> Table:
     base = next((result.scores for result in results if result.variant == BASE), None)
     for result in results:
         row = [result.label, _score(result.scores)]
-        row.append("" if result.variant == BASE or base is None else _difference(result.scores, base))
+        row.append("" if result.variant == BASE or base is None else difference_from(result.scores, base)[0])
         if isinstance(result.scores, AnswerScores):
             row += [f"{100 * result.scores.truncated:.1f} %", f"{100 * result.scores.unanswered:.1f} %"]
             row += [f"{result.scores.grading_errors:,}"] if failures else []
@@ -160,7 +159,7 @@ def tracked_rows(results: list[Result]) -> list[list[str | float | None]]:
         answers: list[float | None] = [None] * 4
         if isinstance(scores, AnswerScores):
             answers = [scores.truncated, scores.tokens_per_sample, scores.unanswered, scores.grading_errors]
-        minus_base = None if result.variant == BASE or base is None else _difference(scores, base)
+        minus_base = None if result.variant == BASE or base is None else difference_from(scores, base)[0]
         rows.append([result.label, _score(scores), minus_base, *answers, result.kv_bytes])
     return rows
 
@@ -199,11 +198,9 @@ def _title(results: list[Result]) -> str:
     if isinstance(scores, LossScores):
         what = "KL(base || model) over " if scores.is_divergence else ""
         return f"{first.evaluation}: {what}{scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"
-    problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
-    temperature = scores.fingerprint["temperature"]
-    how = "greedy" if temperature == 0 else f"{scores.samples} answers each at temperature {temperature} (avg@n, maj@n)"
+    metrics = "" if scores.fingerprint["temperature"] == 0 else " (avg@n, maj@n)"
     truncated = f"; {scores.truncated_text}" if any(_is_truncated(result.scores) for result in results) else ""
-    return f"{first.evaluation}: {problems} problems, {how}{streaming}{truncated}"
+    return f"{first.evaluation}: {problems_and_sampling(scores)}{metrics}{streaming}{truncated}"
 
 
 def _is_truncated(scores: Scores) -> bool:
@@ -217,13 +214,3 @@ def _score(scores: Scores) -> str:
     majority = f", maj {100 * scores.majority:.1f}" if scores.samples > 1 else ""
     partial = f", PARTIAL: {scores.missing:,} samples missing" if scores.partial else ""
     return f"{100 * scores.accuracy:.1f}{span}{majority}{partial}"
-
-
-def _difference(scores: Scores, base: Scores) -> str:
-    try:
-        found = difference(scores, base)
-    except ValueError:  # the evaluation was changed, and not every variant is measured again yet
-        return "not comparable"
-    if isinstance(scores, LossScores):
-        return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"

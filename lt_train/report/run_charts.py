@@ -11,11 +11,12 @@ from matplotlib.transforms import ScaledTranslation, Transform
 
 from lt_train.evaluation.statistics import wilson
 from lt_train.hybrid.context_length import context_length
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
 from lt_train.report.formatting import percent
-from lt_train.report.results import KV_TOKENS, kv_bytes
+from lt_train.report.results import cache_bytes
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
 from lt_train.selection.picture import profile_figure
@@ -41,7 +42,7 @@ def kv_growth(run: Run) -> Chart:
     """KV cache of one sequence as it grows, of the base and of every hybrid with another number of streaming layers."""
     total = len(run.config["layer_types"])
     longest = max(KV_TOKENS, min(131_072, context_length({"max_position_embeddings": 0, **run.config})))
-    unit, size = byte_unit(kv_bytes(run.config, 0, longest))
+    unit, size = byte_unit(cache_bytes(run.config, 0, longest))
     lazy = {0: ("base", "base")}
     for variant, layers in run.layers.items():
         lazy.setdefault(
@@ -51,11 +52,11 @@ def kv_growth(run: Run) -> Chart:
     window = run.config["w_sink"] + run.config["sliding_window"]
     lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
     for count, (label, colour) in lazy.items():
-        at_32k = kv_bytes(run.config, count, KV_TOKENS)
+        at_32k = cache_bytes(run.config, count, KV_TOKENS)
         text = f"{label}: {format_bytes(at_32k)} at {format_tokens(KV_TOKENS)} tokens"
         if count:
-            text += f", {at_32k / kv_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
-        cache = [kv_bytes(run.config, count, length) / size for length in lengths]
+            text += f", {at_32k / cache_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
+        cache = [cache_bytes(run.config, count, length) / size for length in lengths]
         (line,) = axes.plot(lengths, cache, color=COLOURS[colour], linewidth=2.4, label=label)
         (point,) = axes.plot(KV_TOKENS, at_32k / size, "o", color=COLOURS[colour])
         note(line, text)

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lt_train.evaluation.grading.extraction import end_of_reasoning
 from lt_train.evaluation.records import SampleRecord, read_records, sample_files
 from lt_train.evaluation.scores import AnswerScores
-from lt_train.recipe.reasoning_tags import REASONING_ENDS, REASONING_TAGS
+from lt_train.recipe.reasoning_tags import REASONING_TAGS
 from lt_train.runtime.errors import UserError
 
 MAX_CHARACTERS = 100_000
@@ -47,7 +48,7 @@ class Trace:
 
 def split_trace(text: str) -> Trace:
     """Everything up to the last closing tag is reasoning; so is all of a text that opens with a tag and never closes it."""
-    end = max((at + len(mark) for mark in REASONING_ENDS if (at := text.rfind(mark)) >= 0), default=0)
+    end = end_of_reasoning(text)
     if end == 0 and text.lstrip().startswith(tuple(tags.opening for tags in REASONING_TAGS)):
         end = len(text)
     return Trace(text[:end], text[end:])

@@ -102,4 +102,4 @@ def described(folder: Path, finished: Sequence[FinishedStage], missing_stages: S
     """One sentence about an unfinished run: what is done, what is missing, and the command that resumes it."""
     done = ", ".join(stage.command for stage in finished) or "nothing"
     root = "" if folder.parent == Path("runs") else f" --runs {folder.parent}"
-    return f"not finished. Done: {done}. Missing: {', '.join(missing_stages)}. Resume: lt-train run {folder / 'recipe.yaml'}{root}"
+    return f"not finished. Done: {done}. Missing: {', '.join(missing_stages)}. Resume: lt-train run {RunPaths(folder).recipe}{root}"

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores
 from lt_train.evaluation.statistics import Difference
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.evaluations import BASE
 from lt_train.report.charts import colour
-from lt_train.report.contents import Measured
-from lt_train.report.formatting import ends, percent
-from lt_train.report.results import KV_TOKENS
+from lt_train.report.contents import EvaluatedVariant
+from lt_train.report.formatting import difference_from, ends, percent, problems_and_sampling
 from lt_train.runtime.units import format_bytes
 
 
@@ -49,7 +49,7 @@ class ResultTable:
     several_runs: bool
 
 
-def result_table(rows: Sequence[Measured], several_runs: bool) -> ResultTable:
+def result_table(rows: Sequence[EvaluatedVariant], several_runs: bool) -> ResultTable:
     """The table of one evaluation's variants."""
     first = rows[0].result.scores
     generated = isinstance(first, AnswerScores)
@@ -106,7 +106,7 @@ VOTES = (
 )
 
 
-def table_row(each: Measured, span: tuple[float, float], votes: bool) -> Row:
+def table_row(each: EvaluatedVariant, span: tuple[float, float], votes: bool) -> Row:
     scores, result = each.result.scores, each.result
     text, test, tendency = compared(each)
     kv = f"{format_bytes(result.kv_bytes)}"
@@ -158,26 +158,18 @@ def interval_text(scores: Scores) -> str:
     return f"{percent(span.low)} to {percent(span.high)}"
 
 
-def compared(each: Measured) -> tuple[str, str, str]:
+def compared(each: EvaluatedVariant) -> tuple[str, str, str]:
     """The difference from the base, its test, and its tendency where 0 lies outside the interval."""
     if each.result.variant == BASE or each.base is None:
         return "–", "", ""
-    try:
-        found = difference(each.result.scores, each.base)
-    except ValueError:  # the evaluation was changed, and not every variant is measured again yet
-        return "not comparable", "", ""
-    loss = isinstance(each.result.scores, LossScores)
+    text, found = difference_from(each.result.scores, each.base)
+    if found is None:
+        return text, "", ""
     test = "" if found.p is None or found.test is None else f"p = {found.p:.2g} ({TESTS[found.test]}, {found.n:,} problems)"
-    return difference_text(found, loss), test, tendency(found, less_is_better=loss)
+    return text, test, tendency(found, less_is_better=isinstance(each.result.scores, LossScores))
 
 
 TESTS = {"mcnemar": "McNemar's exact test", "permutation": "paired permutation test"}
-
-
-def difference_text(found: Difference, loss: bool) -> str:
-    if loss:
-        return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def tendency(found: Difference, less_is_better: bool) -> str:
@@ -188,13 +180,13 @@ def tendency(found: Difference, less_is_better: bool) -> str:
     return ""
 
 
-def shared_scale(rows: Sequence[Measured]) -> tuple[float, float]:
+def shared_scale(rows: Sequence[EvaluatedVariant]) -> tuple[float, float]:
     values = [value for each in rows for value in (each.result.scores.mean.value, *ends(each.result.scores.interval))]
     low, high = min(values), max(values)
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def interval_drawing(each: Measured, scale: tuple[float, float]) -> IntervalDrawing:
+def interval_drawing(each: EvaluatedVariant, scale: tuple[float, float]) -> IntervalDrawing:
     def place(value: float) -> float:
         return round(6 + 88 * (value - scale[0]) / (scale[1] - scale[0]), 2)
 
@@ -207,7 +199,7 @@ def interval_drawing(each: Measured, scale: tuple[float, float]) -> IntervalDraw
     )
 
 
-def notes(rows: Sequence[Measured], several_runs: bool) -> list[str]:
+def notes(rows: Sequence[EvaluatedVariant], several_runs: bool) -> list[str]:
     """Problems and sampling, once where all runs have the same; and the caveats of each row."""
     described = {each.run: describe(each.result.scores) for each in rows}
     texts = list(dict.fromkeys(described.values()))
@@ -225,14 +217,12 @@ def notes(rows: Sequence[Measured], several_runs: bool) -> list[str]:
 def describe(scores: Scores) -> str:
     if isinstance(scores, LossScores):
         return f"{scores.samples:,} held-out samples, {scores.tokens:,} answer tokens"
-    problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
-    temperature, most = scores.fingerprint.get("temperature"), scores.fingerprint.get("max_new_tokens")
-    how = "greedy" if temperature == 0 else f"{scores.samples} answer{'s' * (scores.samples > 1)} each at temperature {temperature}"
+    most = scores.fingerprint.get("max_new_tokens")
     limit = f", at most {most:,} new tokens" if isinstance(most, int) else ""
-    return f"{scores.benchmark}: {problems} problems, {how}{limit}; {scores.truncated_text}"
+    return f"{scores.benchmark}: {problems_and_sampling(scores)}{limit}; {scores.truncated_text}"
 
 
-def caveats(each: Measured, several_runs: bool) -> list[str]:
+def caveats(each: EvaluatedVariant, several_runs: bool) -> list[str]:
     scores, found = each.result.scores, []
     if isinstance(scores, AnswerScores):
         who = f"{each.run}, {each.result.label}" if several_runs else each.result.label

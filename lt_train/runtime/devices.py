@@ -28,6 +28,11 @@ def computes_in_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16", as configs write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """What `model.dtype` (auto, bf16 or fp32) means on this device; auto: bf16 where the device computes in it, else fp32.
 

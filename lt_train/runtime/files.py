@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, name: Path | None = None) -> Path:
+    """Rename a folder to `name`, by default its own, with the first free number; returns that."""
+    name = name or folder
+    free = next(path for number in count(1) if not (path := name.with_name(f"{name.name}-{number}")).exists())
+    return folder.rename(free)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -49,6 +49,11 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     )
 
 
+def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
+    """The layers of `ratio` by strategy `periodic`, for what depends on their number alone. Raises as `number_of_lazy_layers`."""
+    return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
+
+
 def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The recipe's own `hybrid.layers`, ascending.
 

@@ -12,6 +12,7 @@ import torch
 
 from lt_train import __version__
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.fingerprints import differences
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: 
         model=str(model.config.name_or_path),
         config=_hash(config),
         weights=_hash_of_weights(model),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         data=_hash([[example.id, list(example.prompt_ids), list(example.answer_ids)] for example in examples]),
         sizes=sizes,
         strategies=tuple(strategies),

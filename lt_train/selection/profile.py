@@ -19,6 +19,7 @@ from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
 from lt_train.runtime.progress import show_progress
+from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
@@ -156,7 +157,7 @@ def profile_layers(
             bar.advance()
     profile = LayerProfile(header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started)
     if out is not None:
-        profile.save(out / "profile.json")
+        profile.save(out / LAYER_PROFILE)
     return profile
 
 

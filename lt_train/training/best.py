@@ -10,9 +10,8 @@ from pathlib import Path
 
 from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import read_json
+from lt_train.runtime.run_paths import MEASURED
 from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights, read_checkpoint
-
-MEASURED = "measured.json"
 
 
 @dataclass(frozen=True)

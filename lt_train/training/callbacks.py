@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import append_json_line
 from lt_train.runtime.progress import Bar
+from lt_train.runtime.run_paths import TRAINING_LOG
 from lt_train.runtime.tracking import Tracker
 from lt_train.training.best import Best
 from lt_train.training.checkpoints import (
@@ -21,7 +22,7 @@ from lt_train.training.checkpoints import (
     write_manifest,
     written_or_told,
 )
-from lt_train.training.log import LOG_FILE, resume_log, track_row
+from lt_train.training.log import resume_log, track_row
 from lt_train.training.probes.launching import Probes
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
@@ -122,7 +123,7 @@ class TrainingLog(TrainerCallback):
     """
 
     def __init__(self, out: Path, tracker: Tracker) -> None:
-        self.path = out / LOG_FILE
+        self.path = out / TRAINING_LOG
         self.tracker = tracker
         self.seconds = 0.0
         self.logged_seconds = 0.0

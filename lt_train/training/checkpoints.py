@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.files import read_json, set_aside, write_json
+from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.run_paths import MANIFEST
 
-MANIFEST = "manifest.json"
 BLOCK = 2**20  # bytes read at a time
 BLOCKS_READ = 256  # of each file: up to 256 MiB it is read whole, beyond that in evenly spaced blocks
 
@@ -141,17 +142,12 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def check_same_settings(found: Checkpoint, settings: Settings) -> None:
-    """Raise a UserError that names every setting in which `found` differs from what is asked for now."""
-    differing = [
-        f"  {name}: {found.settings.get(name)!r} then, {settings.get(name)!r} now"
-        for name in sorted(found.settings.keys() | settings.keys())
-        if found.settings.get(name) != settings.get(name)
-    ]
-    if differing:
+    """Raise a UserError that names every setting in which `found` differs from what is requested now."""
+    if differing := sorted(differences(found.settings, settings)):
+        listed = "\n  ".join(differing)
         raise UserError(
-            f"{found.folder}: was trained with other settings, going on from it would mix two trainings\n"
-            + "\n".join(differing)
-            + "\nGo back to the old settings, or train into another run folder (another name)"
+            f"{found.folder}: trained with other settings, so resuming would mix two trainings (there, here):\n  {listed}\n"
+            "Fix: restore the old settings, or train into another run folder (another name)"
         )
 
 
@@ -210,15 +206,11 @@ def _set_aside(broken: Path) -> Path:
     One that was never finished holds nothing of use and takes the place of an earlier one, so that a run that is killed often does
     not fill the disk; one that was whole once is kept whatever happens.
     """
-    if not (broken / MANIFEST).exists():
-        aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        number = 1
-        while (aside := broken.with_name(f"damaged-{broken.name}-{number}")).exists():
-            number += 1
-    os.replace(broken, aside)
-    return aside
+    if (broken / MANIFEST).exists():
+        return set_aside(broken, broken.with_name(f"damaged-{broken.name}"))
+    aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return broken.rename(aside)
 
 
 def _file_hash(path: Path) -> str:

@@ -6,8 +6,6 @@ from typing import Any
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json_lines
 from lt_train.runtime.tracking import Tracker
 
-LOG_FILE = "log.jsonl"
-
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a training as if it had never been cut off, in order of steps. No file: no rows.

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from lt_train.dataset.examples import IGNORED
+from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.sequence_parallel import attend_gathered
 from lt_train.runtime.errors import UserError
@@ -87,7 +88,7 @@ def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
         attn=attend_gathered,
         batch_size=1,
         attn_head_count=heads,
-        attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        attn_head_size=head_size(config.to_dict()),
         kv_head_count=groups,
         num_hidden_layers=config.num_hidden_layers,
         process_group=group,

@@ -18,8 +18,9 @@ from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers
+from lt_train.runtime.run_paths import FINAL, MEASURED, TRAINING_LOG
 from lt_train.runtime.tracking import Tracker
-from lt_train.training.best import MEASURED, Best
+from lt_train.training.best import Best
 from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
@@ -44,7 +45,7 @@ from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
 from lt_train.training.interruption import SaveOnSigterm
-from lt_train.training.log import LOG_FILE, read_log, track_log
+from lt_train.training.log import read_log, track_log
 from lt_train.training.probes.launching import Probes, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe, track_probes
 from lt_train.training.saved_shapes import full_size
@@ -52,8 +53,6 @@ from lt_train.training.sequence_parallel import share_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
-
-FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,14 @@ def _probes(
 
 
 def _track_again(tracker: Tracker, out: Path) -> None:
-    track_log(tracker, out / LOG_FILE)
+    track_log(tracker, out / TRAINING_LOG)
     track_probes(tracker, out)
 
 
 def _resume_beside(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:
     """What a kill after a checkpoint was whole has left undone of what goes with it."""
     if best is not None and best.metric == EVAL_LOSS and checkpoint is not None:
-        measured = [row[EVAL_LOSS] for row in read_log(out / LOG_FILE) if row["step"] == checkpoint.step and EVAL_LOSS in row]
+        measured = [row[EVAL_LOSS] for row in read_log(out / TRAINING_LOG) if row["step"] == checkpoint.step and EVAL_LOSS in row]
         if measured:
             best.offer(checkpoint, measured[-1])
     if probes is not None:
@@ -306,7 +305,7 @@ def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], 
 
 
 def _result(out: Path, finished: Checkpoint) -> TrainResult:
-    rows = [row for row in read_log(out / LOG_FILE) if row["step"] <= finished.step]
+    rows = [row for row in read_log(out / TRAINING_LOG) if row["step"] <= finished.step]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
     return TrainResult(

@@ -98,12 +98,12 @@ def test_a_layer_keeps_what_the_plan_counts(family, case, method, dtype, shardin
     for lazy, packing, tolerance in (([0], False, 0.001), ([0, 1], False, STREAMING_TOLERANCE), ([0], True, 0.001)):
         recipe = recipe_for(method, lazy, dtype, targets, packing)
         shape = model_shape(recipe, FAMILIES[family])
-        numbers = replace(setup_of(recipe, recipe.train, Machine(1, 2**34), len(lazy)), sharding=Sharding(sharding)).numbers
+        element = replace(setup_of(recipe, recipe.train, Machine(1, 2**34), len(lazy)), sharding=Sharding(sharding)).element
         counted = sum(
-            layer_bytes(shape, layer, numbers, gathered=packing, dense=False, length=LENGTH) for layer in shape.layers[1:]
+            layer_bytes(shape, layer, element, gathered=packing, dense=False, length=LENGTH) for layer in shape.layers[1:]
         )
-        weights = torch.bfloat16 if numbers.weight == 2 else torch.float32
-        kept = kept_by_two_layers(recipe, FAMILIES[family], numbers.autocast, weights)
+        weights = torch.bfloat16 if element.weight == 2 else torch.float32
+        kept = kept_by_two_layers(recipe, FAMILIES[family], element.autocast, weights)
         assert counted == pytest.approx(kept, rel=tolerance), f"{case}, lazy {lazy}, packing {packing}"
 
 
@@ -113,6 +113,6 @@ def test_attention_written_out_keeps_probabilities_and_is_counted_so():
     shape = model_shape(recipe, FAMILIES["llama"])
     setup = setup_of(recipe, recipe.train, Machine(1, 2**34), 2)
     dense, fused = (
-        layer_bytes(shape, shape.layers[0], setup.numbers, gathered=False, dense=dense, length=LENGTH) for dense in (True, False)
+        layer_bytes(shape, shape.layers[0], setup.element, gathered=False, dense=dense, length=LENGTH) for dense in (True, False)
     )
     assert setup.dense and dense - fused >= 4 * LENGTH * 4  # heads x keys in fp32

@@ -9,7 +9,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.planning.compute import causal_pairs, streaming_pairs, training_compute
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
-from lt_train.planning.work import Samples, Work
+from lt_train.planning.workload import Samples, Workload
 from lt_train.runtime.units import GIB
 from tests.support.public_models import public_recipe
 
@@ -29,7 +29,7 @@ LENGTH = 96
 def compute_of(length: int = LENGTH, samples: int = 1, **settings):
     hybrid = {"layers": [0, 1], "lazy_layer_ratio": None, "strategy": None, "w_sink": 4, "w_recent": 60}
     recipe = public_recipe("qwen3-8b", hybrid=hybrid, **settings)
-    work = Work(Samples([length] * samples, "made up"), steps=1, rounds=1.0)
+    work = Workload(Samples([length] * samples, "made up"), steps=1, epochs=1.0)
     return training_compute(model_shape(recipe, CONFIG), recipe.train, work)
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.memory import Memory, Phase, training_memory
+from lt_train.planning.options import SHARDINGS, sharding_options, suggestions
 from lt_train.planning.setup import Machine, Setup, Sharding, TeacherSetup, setup_of, sharding_of
 from lt_train.planning.shape import ModelShape, model_shape
-from lt_train.planning.ways import WAYS, remedies, ways
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
 from tests.support.public_models import public_recipe
@@ -30,7 +30,7 @@ def setup(recipe: Recipe) -> Setup:
 
 
 def size_of(memory: Memory, name: str) -> int:
-    return sum(part.size for part in memory.parts if part.name == name)
+    return sum(allocation.size for allocation in memory.allocations if allocation.name == name)
 
 
 @pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
@@ -107,7 +107,7 @@ def test_logits_are_never_tokens_by_vocabulary(shape, setup):
 def test_the_peak_is_the_fullest_phase(shape, setup):
     memory = training_memory(shape, replace(setup, sharding=Sharding(3)))
     assert memory.peak == max(memory.at(phase) for phase in Phase)
-    assert memory.peak < sum(part.size for part in memory.parts)
+    assert memory.peak < sum(allocation.size for allocation in memory.allocations)
 
 
 def test_accumulated_gradients_are_there_all_the_time(shape, setup):
@@ -123,11 +123,11 @@ def test_a_copied_teacher_lies_whole_on_each_gpu(shape, setup):
     assert size_of(with_copy, "teacher") == BF16 * shape.parameters
     itself = training_memory(shape, replace(sharded, teacher=TeacherSetup(copied=False, layers=18)))
     assert size_of(itself, "teacher") == 0
-    assert size_of(itself, "teacher's answers") == 19 * 4096 * 4096 * BF16
+    assert size_of(itself, "teacher's outputs") == 19 * 4096 * 4096 * BF16
 
 
 def test_the_files_in_launch_are_read_as_deepspeed_reads_them(tmp_path):
-    for sharding, file in WAYS:
+    for sharding, file in SHARDINGS:
         assert sharding_of(None if file == "null" else file) == sharding
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 1e8}}')
@@ -136,8 +136,8 @@ def test_the_files_in_launch_are_read_as_deepspeed_reads_them(tmp_path):
     assert sharding_of(str(file)) == Sharding(2, sums_in_fp32=False)
 
 
-def test_a_way_names_the_largest_micro_batch_that_fits_and_divides(recipe, shape, setup):
-    found = {way.file: way for way in ways(recipe, recipe.train, shape, setup)}
+def test_an_option_names_the_largest_micro_batch_that_fits_and_divides(recipe, shape, setup):
+    found = {option.file: option for option in sharding_options(recipe, recipe.train, shape, setup)}
     zero3 = found["launch/zero3.json"]
     assert zero3.micro_batch == 1  # of the 2 samples that each of 8 GPUs has in a batch of 16
     fitting = replace(setup, sharding=Sharding(3))
@@ -148,13 +148,13 @@ def test_a_way_names_the_largest_micro_batch_that_fits_and_divides(recipe, shape
 
 def test_remedies_are_single_changes_that_make_it_fit(recipe, shape, setup):
     assert training_memory(shape, setup).peak > setup.machine.usable
-    assert list(remedies(recipe, recipe.train, shape, setup)) == ["--set train.deepspeed=launch/zero2.json"]
+    assert list(suggestions(recipe, recipe.train, shape, setup)) == ["--set train.deepspeed=launch/zero2.json"]
     sharded = replace(replace(setup, sharding=Sharding(3)), length=16384)  # states are no trouble, activations are
-    offered = list(remedies(recipe, recipe.train, shape, sharded))
+    offered = list(suggestions(recipe, recipe.train, shape, sharded))
     assert "--set train.gradient_checkpointing=true" in offered
     for other in (replace(sharded, checkpointing=True), replace(sharded, length=4096)):
         assert training_memory(shape, other).peak <= setup.machine.usable
-    (shorter,) = [remedy for remedy in offered if "max_length" in remedy]
+    (shorter,) = [suggestion for suggestion in offered if "max_length" in suggestion]
     length = int(shorter.split("=")[1].split(";")[0])
     assert training_memory(shape, replace(sharded, length=length)).peak <= setup.machine.usable
     assert training_memory(shape, replace(sharded, length=length + 1024)).peak > setup.machine.usable
@@ -165,7 +165,7 @@ def test_sharing_sequences_is_offered_where_heads_and_gpus_divide(shape, setup):
         "qwen3-8b", train={"deepspeed": "launch/zero3.json", "gradient_checkpointing": True}, data={"max_length": 40960}
     )
     long = setup_of(recipe, recipe.train, Machine(8, 40 * GIB), 18)
-    (offered,) = [remedy for remedy in remedies(recipe, recipe.train, shape, long) if "sequence_parallel" in remedy]
+    (offered,) = [suggestion for suggestion in suggestions(recipe, recipe.train, shape, long) if "sequence_parallel" in suggestion]
     degree = int(offered.split("=")[1])
     assert degree in (2, 4, 8)
     assert training_memory(shape, replace(long, sequence_parallel=degree)).peak <= long.machine.usable

@@ -44,7 +44,7 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
         "launch/zero2.json",
         "optimizer steps",
         "operations",
-        "TFLOP/s on each GPU",
+        "TFLOP/s per GPU",
         "from data.limit and --mean-tokens",
         "fits:",
     ):
@@ -61,7 +61,7 @@ def test_operations_are_told_with_the_prefix_of_their_size(count, said):
 def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
     code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, "--gpus", 8, "--set", "train.sequence_parallel=1")
     assert code == 1
-    assert "does not fit" in said and "each of these alone would do" in said
+    assert "does not fit" in said and "each of these changes alone makes it fit" in said
     assert "--set train.sequence_parallel=4" in said and "12 GPUs of this size" in said
 
 
@@ -78,7 +78,7 @@ def test_a_scoring_of_layers_that_does_not_fit_is_told_and_leaves_with_1(plan):
 def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(plan):
     code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 7)
     assert code == 1
-    assert "the batch does not divide" in said and "28 or 35" in said
+    assert "the batch cannot be divided" in said and "28 or 35" in said
 
 
 def test_a_cpu_run_is_planned_from_the_data_at_hand(plan):
@@ -89,7 +89,7 @@ def test_a_cpu_run_is_planned_from_the_data_at_hand(plan):
 
 def test_unknown_tokens_are_said_to_be_unknown(plan):
     _, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN)
-    assert "unknown: the data are not at hand. Give --samples" in said
+    assert "unknown: the data are not local. Fix: give --samples" in said
 
 
 def test_a_recipe_without_training_has_a_plan_too(plan):
@@ -101,7 +101,7 @@ def test_a_recipe_without_training_has_a_plan_too(plan):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--gpus", 0], "--gpus: 0 is not above 0"),
+        (["--gpus", 0], "--gpus: 0: not above 0"),
         (["--gpu-memory", -1], "--gpu-memory"),
         (["--efficiency", 1.5], "--efficiency: 1.5"),
         (["--tflops", 0], "--tflops: 0"),

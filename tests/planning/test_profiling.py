@@ -6,7 +6,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
-from lt_train.planning.profiling import profile_memory, profile_remedies
+from lt_train.planning.profiling import profile_memory, profile_suggestions
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe.loading import load_recipe
@@ -49,8 +49,8 @@ def test_layers_are_spread_over_the_gpus_of_one_machine_and_no_others(of_32b):
 
 def test_what_does_not_fit_has_ways_out_that_fit(of_32b):
     recipe, shape = of_32b
-    assert list(profile_remedies(recipe, shape, Machine(8, 80 * GIB))) == []
-    ways = list(profile_remedies(recipe, shape, Machine(1, 80 * GIB)))
+    assert list(profile_suggestions(recipe, shape, Machine(8, 80 * GIB))) == []
+    ways = list(profile_suggestions(recipe, shape, Machine(1, 80 * GIB)))
     assert "2 GPUs of this size in one machine" in ways
     (length,) = [int(way.rpartition("=")[2]) for way in ways if "hybrid.calibration.max_length" in way]
     for samples, fits in ((length, True), (length + 1024, False)):
@@ -82,7 +82,7 @@ def test_the_states_and_the_work_are_what_scoring_a_sample_takes(mlp: int, layer
     model = build_hybrid(load_base_config(recipe.model), HybridSpec(layers, (), 4, 60)).eval()
     with LiveBytes(held=model.parameters()) as counted:
         score(model, LENGTH)
-    assert counted.peak == pytest.approx(needed.states + needed.work, rel=0.1)
+    assert counted.peak == pytest.approx(needed.states + needed.workspace, rel=0.1)
 
 
 def score(model: HybridForCausalLM, length: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.planning.plan import make_plan
+from lt_train.planning.plan import plan_recipe
 from lt_train.planning.setup import Machine
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.units import GIB
@@ -58,11 +58,11 @@ def test_every_way_in_a_header_is_valid_and_fits_the_hardware_it_names(way):
     as_written = load_recipe(way.recipe, way.overrides)
     base = CONFIGS / HUB[as_written.model.base] if as_written.model.base in HUB else as_written.model.base
     checked = load_recipe(way.recipe, [*way.overrides, f"model.base={base}"])
-    plan = make_plan(checked, way.machine, samples=5000)
+    plan = plan_recipe(checked, way.machine, samples=5000)
     assert plan.profile_fits, plan.profile
     training = plan.training
     assert training.undivided is None
-    assert training.fits, f"{training.memory.peak / GIB:.1f} GiB of {way.machine.usable / GIB:.1f}; {training.remedies}"
+    assert training.fits, f"{training.memory.peak / GIB:.1f} GiB of {way.machine.usable / GIB:.1f}; {training.suggestions}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -88,5 +88,5 @@ def test_a_way_without_a_launcher_needs_none():
 
 def test_the_papers_recipe_does_not_fit_where_each_of_8_gpus_has_a_sample_of_its_own():
     overrides = [f"model.base={CONFIGS / 'qwen2.5-32b-instruct'}", "train.sequence_parallel=1"]
-    plan = make_plan(load_recipe(Path("recipes/qwq-still-32b.yaml"), overrides), Machine(8, 80 * GIB))
+    plan = plan_recipe(load_recipe(Path("recipes/qwq-still-32b.yaml"), overrides), Machine(8, 80 * GIB))
     assert not plan.works

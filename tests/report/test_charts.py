@@ -18,9 +18,9 @@ from matplotlib.patches import Rectangle
 from lt_train.evaluation.scores import AnswerScores, read_scores
 from lt_train.report import charts, run_charts
 from lt_train.report.charts import Chart
-from lt_train.report.contents import Measured, Run, read_runs
+from lt_train.report.contents import EvaluatedVariant, Run, read_runs
 from lt_train.report.page import run_part
-from lt_train.report.results import kv_bytes
+from lt_train.report.results import cache_bytes
 from lt_train.runtime.drawing import COLOURS, note_of
 from lt_train.runtime.files import append_json_line
 from lt_train.runtime.units import byte_unit
@@ -34,7 +34,7 @@ def contents(run: Path) -> Run:
 
 
 @pytest.fixture
-def rows(contents: Run) -> list[Measured]:
+def rows(contents: Run) -> list[EvaluatedVariant]:
     return [each for each in contents.measured if each.result.evaluation == "ledger"]
 
 
@@ -153,13 +153,13 @@ def test_an_axis_of_tokens_has_a_few_labels_that_differ(rows, tokens):
 def test_kv_bytes_grow_as_the_cache_does(contents):
     chart = run_charts.kv_growth(contents)
     (axes,) = chart.figure.axes
-    unit, size = byte_unit(kv_bytes(contents.config, 0, 32768))
+    unit, size = byte_unit(cache_bytes(contents.config, 0, 32768))
     assert axes.get_title(loc="left") == f"KV cache, {unit}"
     for colour, lazy in (("base", 0), ("trained", 2)):
         line, point = lines(axes, colour)
         for tokens, cache in points(line):
-            assert cache * size == pytest.approx(kv_bytes(contents.config, lazy, round(tokens)))
-        assert points(point) == [(32768, pytest.approx(kv_bytes(contents.config, lazy, 32768) / size))]
+            assert cache * size == pytest.approx(cache_bytes(contents.config, lazy, round(tokens)))
+        assert points(point) == [(32768, pytest.approx(cache_bytes(contents.config, lazy, 32768) / size))]
     assert "2 of 4 layers stream: 16 MiB at 32K tokens, 0.5 of the base's" in tooltips(chart)
 
 

@@ -10,10 +10,11 @@ from rich.console import Console
 from lt_train.bench.growth import time_decoding
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, write_scores
 from lt_train.evaluation.statistics import Interval, TokenLoss, accuracy_interval, mean_loss, mean_over_problems, paired_difference
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.loading import load_recipe, resolved_yaml
-from lt_train.report.results import KV_TOKENS, TRACKED_COLUMNS, kv_bytes, read_results, show_results, summary_values, tracked_rows
+from lt_train.report.results import TRACKED_COLUMNS, cache_bytes, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text
 from tests.support.families import BASES
@@ -315,9 +316,9 @@ def test_tracking_gets_no_error_where_there_is_none(run):
 )
 def test_kv_bytes_follow_from_heads_head_size_and_dtype(sizes, per_token):
     config = {"num_attention_heads": 4, "hidden_size": 48, "layer_types": ["x"] * 5, "w_sink": 4, "sliding_window": 12, **sizes}
-    assert kv_bytes(config, lazy_layers=2, tokens=100) == per_token * (3 * 100 + 2 * 16)
-    assert kv_bytes(config, lazy_layers=0, tokens=100) == per_token * 5 * 100
-    assert kv_bytes(config, lazy_layers=2, tokens=10) == per_token * 5 * 10  # the window is longer than the sequence
+    assert cache_bytes(config, lazy_layers=2, tokens=100) == per_token * (3 * 100 + 2 * 16)
+    assert cache_bytes(config, lazy_layers=0, tokens=100) == per_token * 5 * 100
+    assert cache_bytes(config, lazy_layers=2, tokens=10) == per_token * 5 * 10  # the window is longer than the sequence
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -328,7 +329,7 @@ def test_kv_bytes_are_what_the_cache_of_that_model_holds(family, dtype, tmp_path
     hybrid_config(base, spec).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     timings = time_decoding(build_hybrid(base, spec).to(getattr(torch, dtype)).eval(), [20, 70], progress=False)
-    assert [timing.kv_bytes for timing in timings] == [kv_bytes(config, 3, 20), kv_bytes(config, 3, 70)]
+    assert [timing.kv_bytes for timing in timings] == [cache_bytes(config, 3, 20), cache_bytes(config, 3, 70)]
 
 
 def test_the_memory_column_is_that_of_a_sequence_of_32k_tokens(run):

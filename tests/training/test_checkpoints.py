@@ -108,7 +108,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
 def test_another_recipes_checkpoint_is_refused_naming_what_differs(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(save(tmp_path, 10))
     check_same_settings(checkpoint, {"seed": 1})
-    with pytest.raises(UserError, match=r"seed: 1 then, 2 now\n  train\.x: None then, 3 now"):
+    with pytest.raises(UserError, match=r"seed: 1, 2\n  train\.x: None, 3"):
         check_same_settings(checkpoint, {"seed": 2, "train.x": 3})
 
 

@@ -102,7 +102,7 @@ def test_another_training_is_not_continued(train_tiny, train_until, tmp_path: Pa
         train_tiny("run")
     else:
         train_until(3, "run", train={"save_steps": 2})
-    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.003 then, 0\.5 now"):
+    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.003, 0\.5"):
         train_tiny("run", train={"learning_rate": 0.5})
 
 

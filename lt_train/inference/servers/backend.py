@@ -1,29 +1,34 @@
-"""Answers from OpenAI-compatible servers: many requests in flight, over several servers, whatever they do.
+"""Answers from OpenAI-compatible servers: many requests in flight over several servers, which may fail at any moment.
 
-A request whose server fails goes back in line and to whichever server is free; the server rests, longer each time, and is probed
-with a request of one token before it gets more.
+A request whose server fails is queued again for any free server; the failed server rests, longer each time, and is probed with a
+request of one token before it gets more.
 """
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.servers.client import MakeMessages, ServerClient
 from lt_train.inference.servers.completions_api import Completion
-from lt_train.inference.servers.pool import Health, ServerFailure, ServerSettings
+from lt_train.inference.servers.pool import ServerFailure, ServerSettings
 from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
 from lt_train.recipe.reasoning_tags import THINK
 from lt_train.runtime.errors import UserError
 
 GIVEN_UP_IN_A_ROW = 3
-"""Requests that used up all their attempts with no answer in between; then it is hardly the requests' fault."""
+"""Requests that used up all their attempts with no answer in between; then the cause is hardly the requests."""
+
+RESUME = "run the same command: it resumes with the answers that are missing"
 
 Delivered = tuple[Request, Completion, float]
 
 
+@dataclass
 class OpenAIBackend:
     """Servers that answer.
 
@@ -33,20 +38,11 @@ class OpenAIBackend:
         report: called with a line when a server fails.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Collection[int],
-        settings: ServerSettings,
-        *,
-        messages: MakeMessages | None = None,
-        report: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.stop_ids = tuple(stop_ids)
-        self.settings = settings
-        self.messages = messages
-        self.report = report
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    settings: ServerSettings
+    messages: MakeMessages | None = None
+    report: Callable[[str], None] = lambda line: None
 
     def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done. What is in flight when the caller stops reading is dropped.
@@ -76,116 +72,113 @@ class OpenAIBackend:
         if not requests:
             return
         with asyncio.Runner() as runner:
-            in_flight = _InFlight(self, requests, sampling, logprobs)
+            delivered = _InFlight(self, requests, sampling, logprobs).delivered()
             try:
-                runner.run(in_flight.start())
-                for _ in requests:
-                    delivered = runner.run(in_flight.next())
-                    if delivered is not None:
-                        yield delivered
-                if in_flight.given_up:
-                    raise in_flight.given_up_error()
+                while (item := runner.run(_next(delivered))) is not None:
+                    yield item
             finally:
-                runner.run(in_flight.stop())
+                runner.run(_end(delivered))
+
+
+async def _next(delivered: AsyncGenerator[Delivered, None]) -> Delivered | None:
+    return await anext(delivered, None)
+
+
+async def _end(delivered: AsyncGenerator[Delivered, None]) -> None:
+    await delivered.aclose()
 
 
 class _InFlight:
-    """The requests of one call on their way, each known by its index."""
+    """The requests of one call, each known by its index, and the servers that answer them."""
 
     def __init__(self, backend: OpenAIBackend, requests: Sequence[Request], sampling: Sampling, logprobs: bool) -> None:
-        self.backend = backend
-        self.settings = backend.settings
-        self.requests = requests
-        self.sampling = sampling
-        self.logprobs = logprobs
+        self.report, self.settings = backend.report, backend.settings
+        self.requests, self.sampling, self.logprobs = requests, sampling, logprobs
+        self.clients = [
+            ServerClient(url, backend.tokenizer, backend.stop_ids, backend.settings, backend.messages)
+            for url in backend.settings.urls
+        ]
+        self.waiting: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
+        self.outbox: asyncio.Queue[Delivered | Exception | None] = asyncio.Queue()
         self.attempts: Counter[int] = Counter()
         self.given_up: dict[int, str] = {}
         self.given_up_in_a_row = 0
-        self.workers: list[asyncio.Task[None]] = []
+        self.shared_time = SharedTime(time.monotonic)
 
-    async def start(self) -> None:
-        backend, settings = self.backend, self.settings
-        self.loop = asyncio.get_running_loop()
-        self.shared_time = SharedTime(self.loop.time)
-        self.outbox: asyncio.Queue[Delivered | Exception | None] = asyncio.Queue()
-        self.waiting: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
+    async def delivered(self) -> AsyncGenerator[Delivered, None]:
+        """Every completion as it comes; after the last one an error for the requests that are given up."""
         for index in range(len(self.requests)):
             self.waiting.put_nowait(index)
-        self.clients = [ServerClient(url, backend.tokenizer, backend.stop_ids, settings, backend.messages) for url in settings.urls]
-        self.health = [Health() for _ in self.clients]
-        for client, health in zip(self.clients, self.health, strict=True):
-            reviving = asyncio.Lock()
-            for lane in range(min(settings.concurrency, len(self.requests))):
-                self.workers.append(self.loop.create_task(self._work(client, health, reviving, lane)))
+        lanes = range(min(self.settings.concurrency, len(self.requests)))
+        workers = [asyncio.create_task(self._work(client, lane)) for client in self.clients for lane in lanes]
+        try:
+            for _ in self.requests:
+                item = await self.outbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is not None:
+                    yield item
+            if self.given_up:
+                raise self._given_up_error()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for client in self.clients:
+                await client.close()
 
-    async def next(self) -> Delivered | None:
-        """The next completion; None for a request that is given up."""
-        item = await self.outbox.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def stop(self) -> None:
-        """End whatever is still in flight."""
-        for worker in self.workers:
-            worker.cancel()
-        await asyncio.gather(*self.workers, return_exceptions=True)
-        for client in self.clients:
-            await client.close()
-
-    async def _work(self, client: ServerClient, health: Health, reviving: asyncio.Lock, lane: int) -> None:
+    async def _work(self, client: ServerClient, lane: int) -> None:
         """One lane to one server: take a request, send it, deliver."""
         try:
             while True:
-                async with reviving:
-                    while not health.ready:
-                        await self._revive(client, health)
+                async with client.reviving:
+                    while not client.health.ready:
+                        await self._revive(client)
                 if lane > 0 and client.abilities is not None and client.abilities.one_at_a_time:
                     return
                 index = await self.waiting.get()
-                if health.ready:
-                    await self._answer(client, health, index)
+                if client.health.ready:
+                    await self._answer(client, index)
                 else:  # it failed meanwhile
                     self.waiting.put_nowait(index)
         except Exception as error:
             self.outbox.put_nowait(error)
 
-    async def _revive(self, client: ServerClient, health: Health) -> None:
+    async def _revive(self, client: ServerClient) -> None:
         """Let the server rest, then see whether it answers a request of one token."""
-        await asyncio.sleep(health.resting_until - self.loop.time())
-        sent_at = self.loop.time()
+        await asyncio.sleep(client.health.resting_until - time.monotonic())
+        sent_at = time.monotonic()
         try:
             await client.probe(self.requests[0], self.sampling)
         except ServerFailure as failure:
-            self._failed(client, health, failure, sent_at)
+            self._failed(client, failure, sent_at)
         else:
-            health.ready = True
+            client.health.ready = True
 
-    async def _answer(self, client: ServerClient, health: Health, index: int) -> None:
-        sent_at, entered = self.loop.time(), self.shared_time.enter()
+    async def _answer(self, client: ServerClient, index: int) -> None:
+        sent_at, entered = time.monotonic(), self.shared_time.enter()
         seconds = 0.0
         try:
             completion = await client.complete(self.requests[index], self.sampling, logprobs=self.logprobs)
-            check_not_truncated(client.url, completion, self.sampling)
         except ServerFailure as failure:
-            self._failed(client, health, failure, sent_at)
+            self._failed(client, failure, sent_at)
             self._put_back(client, index, failure)
             return
         finally:
             seconds = self.shared_time.leave(entered)
-        health.succeeded()
+        client.health.succeeded()
         self.given_up_in_a_row = 0
         self.outbox.put_nowait((self.requests[index], completion, seconds))
 
-    def _failed(self, client: ServerClient, health: Health, failure: ServerFailure, sent_at: float) -> None:
-        if not health.failed(failure, sent_at, self.loop.time(), self.settings.backoff):
+    def _failed(self, client: ServerClient, failure: ServerFailure, sent_at: float) -> None:
+        now = time.monotonic()
+        if not client.health.failed(failure, sent_at, now, self.settings.backoff):
             return
-        rest = health.resting_until - self.loop.time()
-        self.backend.report(f"{client.url}: {failure}. Next attempt in {rest:.0f} s")
-        if all(health.consecutive_failures >= self.settings.failures for health in self.health):
-            lines = [f"  {url}: {health.last_failure}" for url, health in zip(self.settings.urls, self.health, strict=True)]
+        self.report(f"{client.url}: {failure}. Next attempt in {client.health.resting_until - now:.0f} s")
+        if all(each.health.consecutive_failures >= self.settings.failures for each in self.clients):
+            lines = [f"  {each.url}: {each.health.last_failure}" for each in self.clients]
             heading = f"eval.servers: no server answers any more; each failed {self.settings.failures} times in a row, at last:"
-            raise UserError("\n".join([heading, *lines, f"Fix: start them again (launch/ has the lines), then {_RESUME}"]))
+            raise UserError("\n".join([heading, *lines, f"Fix: start them again (launch/ has the lines), then {RESUME}"]))
 
     def _put_back(self, client: ServerClient, index: int, failure: ServerFailure) -> None:
         self.attempts[index] += failure.blames_request
@@ -195,20 +188,17 @@ class _InFlight:
         self.given_up[index] = f"{client.url}: {failure}"
         self.given_up_in_a_row += 1
         if self.given_up_in_a_row >= GIVEN_UP_IN_A_ROW:
-            raise self.given_up_error()
+            raise self._given_up_error()
         self.outbox.put_nowait(None)
 
-    def given_up_error(self) -> UserError:
+    def _given_up_error(self) -> UserError:
         index, reason = next(iter(self.given_up.items()))
         request = self.requests[index]
         return UserError(
             f"eval.servers: {len(self.given_up)} of {len(self.requests)} requests failed {self.settings.attempts} times each, such "
             f"as sample {request.sample} of problem {request.problem}, at last:\n  {reason}\nFix: see the server's log, then "
-            f"{_RESUME}"
+            f"{RESUME}"
         )
-
-
-_RESUME = "run the same command: it resumes with the answers that are missing"
 
 
 class SharedTime:
@@ -217,7 +207,7 @@ class SharedTime:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._sharing = 0
-        self._each = 0.0  # seconds that a request in flight from the start would have got
+        self._each = 0.0  # seconds of a request that is in flight from the start
         self._until = 0.0
 
     def enter(self) -> float:
@@ -235,19 +225,6 @@ class SharedTime:
         self._until = now
         self._sharing += by
         return self._each
-
-
-def check_not_truncated(url: str, completion: Completion, sampling: Sampling) -> None:
-    """
-    Raises:
-        UserError: the server truncated the answer before max_new_tokens.
-    """
-    counted = completion.completion_tokens
-    if completion.finish_reason == "length" and counted is not None and counted < sampling.max_new_tokens:
-        raise UserError(
-            f"eval.max_new_tokens: {sampling.max_new_tokens}: {url} truncated an answer at {counted} tokens: its context is too "
-            "short. Fix: start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
-        )
 
 
 def read_answer(

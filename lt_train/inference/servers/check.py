@@ -10,9 +10,10 @@ Shapes: T prompt tokens, N new tokens, V vocabulary.
 import asyncio
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.changed_config import changed
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.client import Message, ServerClient
@@ -86,29 +88,26 @@ def check_server(
     Raises:
         UserError: a server runs another config, or generates other tokens; the message names the difference.
     """
-    for client in [ServerClient(url, tokenizer, stop_ids, settings, None) for url in settings.urls]:
-        asyncio.run(check_served_config(client, folder))
+    for url in settings.urls:
+        asyncio.run(check_served_config(ServerClient(url, tokenizer, stop_ids, settings), folder))
     texts, wanted, not_told_apart = telling_prompts(reference, tokenizer, prompt, stop_ids)
     requests = [Request(text, 0, 0, one.prompt_ids) for text, one in zip(texts, wanted, strict=True)]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
     tokens = logprobs = 0
     for url in settings.urls:
-        backend = OpenAIBackend(
-            tokenizer, stop_ids, settings.only(url), messages=lambda request: chat_messages(prompt, request.problem)
-        )
+        only = replace(settings, urls=(url,))
+        backend = OpenAIBackend(tokenizer, stop_ids, only, lambda request: chat_messages(prompt, request.problem))
         written = {request.problem: each for request, each, _ in backend.completions(requests, sampling, logprobs=True)}
         for text, one in zip(texts, wanted, strict=True):
-            completion = written[text]
-            compare_config(url, folder, completion.model)
-            agreed, compared = compare_continuations(tokenizer, stop_ids, one, completion, url)
+            compare_config(url, folder, written[text].model)
+            agreed, compared = compare_continuations(tokenizer, stop_ids, one, written[text], url)
             tokens, logprobs = tokens + agreed, logprobs + compared
     return ServerCheck(len(wanted), tokens, logprobs, not_told_apart)
 
 
 def chat_messages(prompt: Prompt, question: str) -> list[Message]:
     """The recipe's prompt as a conversation, for servers that take nothing else."""
-    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
-    return [*system, {"role": "user", "content": prompt.user.replace("{question}", question)}]
+    return prompts.turns_of(prompt, [{"role": "user", "content": question}])
 
 
 async def check_served_config(client: ServerClient, folder: Path) -> None:
@@ -181,23 +180,13 @@ def telling_prompts(
 
 def mistaken_specs(spec: HybridSpec) -> dict[str, HybridSpec]:
     """What engines compute that do not know hybrids."""
-    if not spec.lazy_layers:
-        return {}
-    mistakes = {"every layer full": HybridSpec(spec.num_layers, (), spec.w_sink, spec.w_recent)}
-    if spec.w_sink:
-        mistakes["sinks ignored"] = HybridSpec(spec.num_layers, spec.lazy_layers, 0, spec.w_recent)
-    return mistakes
+    mistakes = {"every layer full": spec.all_full, "sinks ignored": replace(spec, w_sink=0)}
+    return {name: mistaken for name, mistaken in mistakes.items() if spec.lazy_layers and mistaken != spec}
 
 
-@contextmanager
-def computing(model: HybridForCausalLM, spec: HybridSpec) -> Iterator[None]:
-    """Within it the model computes another spec with its weights: its forward reads the config each time."""
-    config, own = model.config, model.spec
-    try:
-        config.layer_types, config.w_sink = spec.layer_types, spec.w_sink
-        yield
-    finally:
-        config.layer_types, config.w_sink = own.layer_types, own.w_sink
+def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
+    """Within it the model computes another spec with its weights."""
+    return changed(model.config, layer_types=spec.layer_types, w_sink=spec.w_sink)
 
 
 def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:
@@ -228,11 +217,17 @@ def parting(expected: Continuation, token_ids: Sequence[int]) -> int | None:
 
     Where two tokens are so close that rounding may choose, what follows is not compared.
     """
-    for step, (mine, theirs) in enumerate(zip(expected.token_ids, token_ids, strict=False)):
-        if mine != theirs:
-            gap = (expected.logits_NV[step, mine] - expected.logits_NV[step, theirs]).item()
-            return step if gap > allowed_gap(expected) else None
-    return None
+    step = agreeing_tokens(expected, token_ids)
+    if step == min(len(expected.token_ids), len(token_ids)):
+        return None
+    gap = (expected.logits_NV[step, expected.token_ids[step]] - expected.logits_NV[step, token_ids[step]]).item()
+    return step if gap > allowed_gap(expected) else None
+
+
+def agreeing_tokens(expected: Continuation, token_ids: Sequence[int]) -> int:
+    """How many tokens are the reference's before the first other one."""
+    pairs = zip(expected.token_ids, token_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def allowed_gap(expected: Continuation) -> float:
@@ -252,41 +247,31 @@ def compare_continuations(
         return compare_text(tokenizer, expected, completion, url), 0
     step = parting(expected, completion.token_ids)
     if step is not None:
-        raise _other_mathematics(url, expected, step, tokenizer, repr(decode(tokenizer, completion.token_ids[step : step + 1])))
-    agreed = 0
-    while (
-        agreed < min(len(expected.token_ids), len(completion.token_ids))
-        and expected.token_ids[agreed] == completion.token_ids[agreed]
-    ):
-        agreed += 1
+        other = decode(tokenizer, completion.token_ids[step : step + 1])
+        raise _other_mathematics(url, expected, step, _other_token(tokenizer, expected, step, other))
+    agreed = agreeing_tokens(expected, completion.token_ids)
     compared = completion.logprobs[:agreed]
     mine_NV = expected.logits_NV.log_softmax(-1)
     for step, theirs in enumerate(compared):
         mine = mine_NV[step, expected.token_ids[step]].item()
         if abs(mine - theirs) > allowed_gap(expected):
-            raise UserError(
-                f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} "
-                f"tokens, new token {step} has log-probability {theirs:.3f} there and {mine:.3f} in the hybrid class. {_FIX}"
-            )
+            difference = f"has log-probability {theirs:.3f} there and {mine:.3f} in the hybrid class"
+            raise _other_mathematics(url, expected, step, difference)
     return agreed, len(compared)
 
 
 def compare_text(tokenizer: PreTrainedTokenizerBase, expected: Continuation, completion: Completion, url: str) -> int:
     """As `compare_continuations`, where a server sends only text. The second likeliest token stands for the unknown other one."""
-
-    def shown(count: int) -> str:
-        return _shown(tokenizer, expected.token_ids[:count])
-
+    shown = [_shown(tokenizer, expected.token_ids[:count]) for count in range(len(expected.token_ids) + 1)]
     text = _shown(tokenizer, tokenizer(completion.text, add_special_tokens=False)["input_ids"])
-    if text == shown(len(expected.token_ids)):
+    if text == shown[-1]:
         return len(expected.token_ids)
-    step = 0
-    while step < len(expected.token_ids) and text.startswith(shown(step + 1)):
-        step += 1
+    step = sum(1 for _ in takewhile(text.startswith, shown[1:]))
     if step < len(expected.token_ids):
         first, second = expected.logits_NV[step].topk(2).values.tolist()
         if first - second > allowed_gap(expected):
-            raise _other_mathematics(url, expected, step, tokenizer, f"{text[len(shown(step)) :][:40]!r}")
+            theirs = text[len(shown[step]) :][:40]
+            raise _other_mathematics(url, expected, step, _other_token(tokenizer, expected, step, theirs))
     return step
 
 
@@ -295,15 +280,15 @@ def _shown(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _other_mathematics(url: str, expected: Continuation, step: int, tokenizer: PreTrainedTokenizerBase, theirs: str) -> UserError:
+def _other_token(tokenizer: PreTrainedTokenizerBase, expected: Continuation, step: int, theirs: str) -> str:
     mine = decode(tokenizer, expected.token_ids[step : step + 1])
+    return f"is {theirs!r} there and {mine!r} in the hybrid class, which is no tie"
+
+
+def _other_mathematics(url: str, expected: Continuation, step: int, difference: str) -> UserError:
     return UserError(
         f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} tokens, "
-        f"new token {step} is {theirs} there and {mine!r} in the hybrid class, which is no tie. {_FIX}"
+        f"new token {step} {difference}. Fix: let the server load this checkpoint, in an engine that knows its layer types and "
+        "sinks: vLLM does with --model-impl transformers and w_sink 0; for a hybrid with sinks set eval.backend to hybrid (the "
+        "built-in engine)"
     )
-
-
-_FIX = (
-    "Fix: let the server load this checkpoint, in an engine that knows its layer types and sinks: vLLM does with --model-impl "
-    "transformers and w_sink 0; for a hybrid with sinks set eval.backend to hybrid (the built-in engine)"
-)

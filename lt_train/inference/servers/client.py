@@ -4,17 +4,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import httpx2
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream, OpenAIError, RequestOptions, Timeout
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.servers.completions_api import (
     NEUTRAL,
     Abilities,
+    ApiDescription,
     Completion,
     ModelList,
     PromptFormat,
@@ -22,12 +24,13 @@ from lt_train.inference.servers.completions_api import (
     request_body,
     unknown_settings,
 )
-from lt_train.inference.servers.pool import ServerFailure, ServerSettings
+from lt_train.inference.servers.pool import Health, ServerFailure, ServerSettings
 from lt_train.inference.text import decode
 from lt_train.runtime.errors import UserError
 
 Message = Mapping[str, str]
 MakeMessages = Callable[[Request], Sequence[Message]]
+Reply = TypeVar("Reply", bound=BaseModel)
 
 RETRIES = 2
 """Further tries of a request on the same server, by the openai package: after refused connections, rate limits and states of 500
@@ -45,36 +48,38 @@ EXCERPT = 500  # characters of a server's own words
 SHORTEST_KEY = 8  # characters; an answer may hold a shorter one, such as the placeholder EMPTY, by itself
 ONE_TOKEN = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
 
+OTHER_PROMPT: Mapping[PromptFormat, str] = {
+    "tokens": "it adds or drops tokens of a prompt given as token ids. Fix: use another server, such as vLLM",
+    "text": "its tokenizer differs from the checkpoint's, or adds special tokens. Fix: serve the folder export/ itself",
+    "messages": "its chat template is another one, or it adds a system turn or reasoning tags of its own. Fix: start it with the "
+    "chat template of the checkpoint or of the recipe (prompt.chat_template)",
+}
+"""Why a server reads another number of prompt tokens, by the format of the prompt."""
 
+
+@dataclass
 class ServerClient:
     """One server, addressed by `url`.
 
     Attributes:
         abilities: what it takes; None before `probe`.
+        reviving: held by the one lane that waits until the server is ready again.
     """
 
-    def __init__(
-        self,
-        url: str,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-        settings: ServerSettings,
-        messages: MakeMessages | None,
-    ) -> None:
-        self.url = url
-        self.tokenizer = tokenizer
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        self.stop_ids = stop_ids
-        self.settings = settings
-        self.messages = messages
-        self.abilities: Abilities | None = None
+    url: str
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    settings: ServerSettings
+    messages: MakeMessages | None = None
+    abilities: Abilities | None = None
+    health: Health = field(default_factory=Health)
+    reviving: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         # Servers without keys take any; the waits for a reply are limited in `_attempt`.
-        self._openai = AsyncOpenAI(
-            base_url=f"{url}/v1",
-            api_key=settings.api_key or "EMPTY",
-            max_retries=RETRIES,
-            timeout=Timeout(None, connect=CONNECT_SECONDS),
-        )
+        key, timeout = self.settings.api_key or "EMPTY", Timeout(None, connect=CONNECT_SECONDS)
+        self._openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=RETRIES, timeout=timeout)
 
     async def close(self) -> None:
         await self._openai.close()
@@ -86,9 +91,16 @@ class ServerClient:
             ServerFailure: it is not there, or breaks. UserError: it takes none of our prompts, or would sample by other settings.
         """
         async with self._attempt("it sent no first token"):
-            abilities = await self._abilities(example)
-        unknown = " and ".join(unknown_settings(abilities, sampling))
-        if unknown:
+            description = await self._look_up(f"{self.url}/openapi.json", ApiDescription)
+            is_transformers = description is not None and {"/load_model", "/reset", "/v1/completions"} <= description.paths.keys()
+            model = self.settings.model
+            if model is None and not is_transformers:  # that one lists what lies in the hub cache, not what it serves
+                model = await self._only_model()
+            abilities = Abilities(await self._prompt_format(example, model), model, generation_config=is_transformers)
+            if not is_transformers:
+                known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
+                abilities = replace(abilities, fields=frozenset(known))
+        if unknown := " and ".join(unknown_settings(abilities, sampling)):
             raise UserError(
                 f"eval.servers: {self.url} does not know {unknown}: its answers would be sampled by other settings than the "
                 f"recipe's. Fix: leave {unknown} out of the evaluation, or use a server that knows them, such as vLLM"
@@ -111,21 +123,20 @@ class ServerClient:
             answer = completion.text + completion.reasoning
             if len(self.settings.api_key or "") >= SHORTEST_KEY and any(form in answer for form in self.settings.forms_of_key):
                 raise ValueError("it holds the API key")
-        check_prompt_tokens(self.url, self.abilities.prompt_format, request, completion)
+        self._check_prompt_tokens(self.abilities.prompt_format, request, completion)
+        counted = completion.completion_tokens
+        if completion.finish_reason == "length" and counted is not None and counted < sampling.max_new_tokens:
+            raise UserError(
+                f"eval.max_new_tokens: {sampling.max_new_tokens}: {self.url} truncated an answer at {counted} tokens: its context "
+                "is too short. Fix: start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
+            )
         return completion
 
     async def served_models(self) -> list[ServedModel]:
         """What the server lists; empty where it lists nothing that can be read. Raises ServerFailure."""
         async with self._attempt("it did not list its models"):
-            try:
-                listed = await self._openai.get("/models", cast_to=object, options=LOOK_UP)
-                return ModelList.model_validate(listed).data
-            except APIStatusError as error:
-                if error.status_code in TRANSIENT:
-                    raise
-            except (ValueError, RecursionError):
-                pass
-            return []
+            listed = await self._look_up("/models", ModelList)
+        return [] if listed is None else listed.data
 
     def excerpt(self, text: str) -> str:
         """A server's own words in one line that prints, without the key, which some echo."""
@@ -141,14 +152,11 @@ class ServerClient:
         """
         completion = Completion()
         deadline = None if limit is None else limit.when()
-        async with await self._openai.post(
-            path,
-            body=dict(body),
-            cast_to=object,
-            options={} if limit else {"max_retries": 0},
-            stream=True,
-            stream_cls=AsyncStream[object],
-        ) as chunks:
+        options: RequestOptions = {} if limit else {"max_retries": 0}
+        stream = self._openai.post(
+            path, body=dict(body), cast_to=object, options=options, stream=True, stream_cls=AsyncStream[object]
+        )
+        async with await stream as chunks:
             if "text/event-stream" not in chunks.response.headers.get("content-type", ""):  # a server that does not stream
                 completion.add(json.loads(await chunks.response.aread()))
                 return completion.finish(self.vocab_size)
@@ -157,6 +165,17 @@ class ServerClient:
                 if limit is not None and deadline is not None and completion.begun:
                     limit.reschedule(min(deadline, asyncio.get_running_loop().time() + self.settings.stall))
         return completion.finish(self.vocab_size)
+
+    async def _look_up(self, path: str, kind: type[Reply]) -> Reply | None:
+        """What the server has at an address; None where that cannot be read."""
+        try:
+            return kind.model_validate(await self._openai.get(path, cast_to=object, options=LOOK_UP))
+        except APIStatusError as error:
+            if error.status_code in TRANSIENT:
+                raise
+        except (ValueError, RecursionError):
+            pass
+        return None
 
     @asynccontextmanager
     async def _attempt(self, overdue: str) -> AsyncIterator[asyncio.Timeout]:
@@ -203,26 +222,23 @@ class ServerClient:
         assert self.messages is not None
         return [dict(message) for message in self.messages(request)]
 
+    def _check_prompt_tokens(self, prompt_format: PromptFormat, request: Request, completion: Completion) -> None:
+        """
+        Raises:
+            UserError: the server read another number of prompt tokens than the prompt has, or reports none where it tokenizes.
+        """
+        if completion.prompt_tokens is None and prompt_format != "tokens":
+            raise UserError(
+                f"eval.servers: {self.url} does not report usage.prompt_tokens, so whether it reads the prompt of the training is "
+                "unknown. Fix: use a server that takes prompts as token ids, such as vLLM"
+            )
+        if completion.prompt_tokens not in (None, len(request.prompt_ids)):
+            raise UserError(
+                f"eval.servers: {self.url} read {completion.prompt_tokens} prompt tokens for problem {request.problem}, the "
+                f"recipe's prompt has {len(request.prompt_ids)}: {OTHER_PROMPT[prompt_format]}"
+            )
+
     # Probing
-
-    async def _abilities(self, example: Request) -> Abilities:
-        serves_transformers = await self._is_transformers_serve()
-        model = self.settings.model
-        if model is None and not serves_transformers:  # that one lists what lies in the hub cache, not what it serves
-            model = await self._only_model()
-        abilities = Abilities(await self._prompt_format(example, model), model, generation_config=serves_transformers)
-        if not serves_transformers:
-            known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
-            abilities = replace(abilities, fields=frozenset(known))
-        return abilities
-
-    async def _is_transformers_serve(self) -> bool:
-        try:
-            described = await self._openai.get(f"{self.url}/openapi.json", cast_to=object, options=LOOK_UP)
-        except (APIStatusError, ValueError, RecursionError):
-            return False
-        paths = described.get("paths") if isinstance(described, dict) else None
-        return isinstance(paths, dict) and {"/load_model", "/reset", "/v1/completions"} <= paths.keys()
 
     async def _only_model(self) -> str | None:
         """The one model that the server lists; None where it lists none."""
@@ -243,13 +259,8 @@ class ServerClient:
             try:
                 await self._probe(example, Abilities(prompt_format, model))
                 return prompt_format
-            except APIStatusError as error:
-                refusal = self._refusal(error)
-            except UserError as error:
-                refusal = error
-            if isinstance(refusal, ServerFailure):
-                raise refusal
-            refusals.append(f"  {prompt_format}: {refusal}")
+            except UserError as refusal:
+                refusals.append(f"  {prompt_format}: {refusal}")
         fix = "Fix: check that it is an OpenAI-compatible server, and that eval.served_model is a model that it serves"
         raise UserError("\n".join([f"eval.servers: {self.url} takes none of our prompts:", *refusals, fix]))
 
@@ -258,23 +269,24 @@ class ServerClient:
         try:
             await self._probe(example, abilities, {field: {"not": "a value"}})
             return False
-        except APIStatusError as error:
-            if error.status_code in OVERLOADED:
+        except ServerFailure as failure:
+            if not failure.blames_request:
                 raise
         except (UserError, ValueError):
             pass
         try:
             await self._probe(example, abilities, {field: NEUTRAL[field]})
             return True
-        except APIStatusError as error:
-            if isinstance(self._refusal(error), ServerFailure):
-                raise
+        except UserError:
             return False
 
     async def _probe(self, example: Request, abilities: Abilities, more: Mapping[str, object] | None = None) -> None:
-        body = request_body(abilities, self._prompt(abilities.prompt_format, example), ONE_TOKEN, 0, (), stream=False)
-        completion = await self._send(abilities.path, body | dict(more or {}))
-        check_prompt_tokens(self.url, abilities.prompt_format, example, completion)
+        body = request_body(abilities, self._prompt(abilities.prompt_format, example), ONE_TOKEN, 0, ())
+        try:
+            completion = await self._send(abilities.path, body | dict(more or {}))
+        except APIStatusError as error:
+            raise self._refusal(error) from error
+        self._check_prompt_tokens(abilities.prompt_format, example, completion)
 
 
 def text_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str | None:
@@ -287,28 +299,3 @@ def text_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
         if tuple(tokenizer(text)["input_ids"]) == tuple(prompt_ids):
             return text
     return None
-
-
-def check_prompt_tokens(url: str, prompt_format: PromptFormat, request: Request, completion: Completion) -> None:
-    """
-    Raises:
-        UserError: the server read another number of prompt tokens than the prompt has, or reports none where it tokenizes.
-    """
-    if completion.prompt_tokens is None:
-        if prompt_format == "tokens":
-            return
-        raise UserError(
-            f"eval.servers: {url} does not report usage.prompt_tokens, so whether it reads the prompt of the training is unknown. "
-            "Fix: use a server that takes prompts as token ids, such as vLLM"
-        )
-    if completion.prompt_tokens != len(request.prompt_ids):
-        reason = {
-            "tokens": "it adds or drops tokens of a prompt given as token ids. Fix: use another server, such as vLLM",
-            "text": "its tokenizer differs from the checkpoint's, or adds special tokens. Fix: serve the folder export/ itself",
-            "messages": "its chat template is another one, or it adds a system turn or reasoning tags of its own. Fix: start it "
-            "with the chat template of the checkpoint or of the recipe (prompt.chat_template)",
-        }[prompt_format]
-        raise UserError(
-            f"eval.servers: {url} read {completion.prompt_tokens} prompt tokens for problem {request.problem}, the recipe's prompt "
-            f"has {len(request.prompt_ids)}: {reason}"
-        )

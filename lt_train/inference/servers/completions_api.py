@@ -57,14 +57,13 @@ def request_body(
     seed: int,
     stop_ids: Sequence[int],
     *,
-    stream: bool = True,
     logprobs: bool = False,
 ) -> dict[str, Any]:
     """The JSON of a request. Every setting is sent, not only those that differ from a default: the server's may be others."""
     body: dict[str, Any] = {
         "messages" if abilities.prompt_format == "messages" else "prompt": prompt,
         "max_tokens": sampling.max_new_tokens,
-        "stream": stream,
+        "stream": True,
         "temperature": sampling.temperature,
         "top_p": 1.0 if sampling.greedy else sampling.top_p,
     }
@@ -76,12 +75,8 @@ def request_body(
         body["stop"] = list(sampling.stop)
     if abilities.generation_config:
         return body | {"generation_config": json.dumps(_generation_config(sampling, stop_ids))}
-    chosen = dict(NEUTRAL) | {"repetition_penalty": sampling.repetition_penalty, "stop_token_ids": list(stop_ids)}
-    if not sampling.greedy:
-        chosen |= {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
-    body |= {name: value for name, value in chosen.items() if name in abilities.fields}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
+    body |= {name: value for name, value in _beyond_the_standard(sampling, stop_ids).items() if name in abilities.fields}
+    body["stream_options"] = {"include_usage": True}
     if logprobs and abilities.prompt_format != "messages":
         body["logprobs"] = 1
     return body
@@ -89,25 +84,21 @@ def request_body(
 
 def unknown_settings(abilities: Abilities, sampling: Sampling) -> list[str]:
     """Sampling settings that matter and that the server does not know."""
-    if abilities.generation_config:
-        return []
-    wanted = {"repetition_penalty": sampling.repetition_penalty != 1.0}
-    if not sampling.greedy:
-        wanted |= {"top_k": sampling.top_k != 0, "min_p": sampling.min_p != 0.0}
-    return [name for name, matters in wanted.items() if matters and name not in abilities.fields]
+    fields = {} if abilities.generation_config else _beyond_the_standard(sampling, ())
+    return [name for name, value in fields.items() if value != NEUTRAL[name] and name not in abilities.fields]
+
+
+def _beyond_the_standard(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, object]:
+    """The fields of NEUTRAL with the values of this sampling."""
+    fields = {**NEUTRAL, "repetition_penalty": sampling.repetition_penalty, "stop_token_ids": list(stop_ids)}
+    return fields if sampling.greedy else fields | {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
 
 
 def _generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, object]:
     """transformers' GenerationConfig; what it leaves open is filled from the checkpoint, so nothing that matters is left open."""
-    config: dict[str, object] = {
-        "do_sample": not sampling.greedy,
-        "num_beams": 1,
-        "repetition_penalty": sampling.repetition_penalty,
-        "eos_token_id": list(stop_ids),
-    }
-    if not sampling.greedy:
-        config |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
-    return config
+    names = ["repetition_penalty", *([] if sampling.greedy else ["temperature", "top_p", "top_k", "min_p"])]
+    chosen = {name: getattr(sampling, name) for name in names}
+    return {"do_sample": not sampling.greedy, "num_beams": 1, "eos_token_id": list(stop_ids), **chosen}
 
 
 # Replies
@@ -164,6 +155,12 @@ class ModelList(_Reply):
     data: list[ServedModel]
 
 
+class ApiDescription(_Reply):
+    """The reply of /openapi.json."""
+
+    paths: dict[str, object]
+
+
 @dataclass
 class Completion:
     """A server's reply to one request, joined from its chunks.
@@ -183,12 +180,7 @@ class Completion:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     model: str | None = None
-    _text: list[str] = field(default_factory=list)
-    _reasoning: list[str] = field(default_factory=list)
-
-    @property
-    def begun(self) -> bool:
-        return bool(self._text)
+    begun: bool = False
 
     def add(self, reply: object) -> None:
         """Raises ValueError: this is no chunk of a completion."""
@@ -200,8 +192,9 @@ class Completion:
             self.prompt_tokens, self.completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
         for choice in chunk.choices:
             message = choice.delta or choice.message or _Message(content=choice.text)
-            self._text.append(message.content or "")
-            self._reasoning.append(message.reasoning_content or message.reasoning or "")
+            self.begun = True
+            self.text += message.content or ""
+            self.reasoning += message.reasoning_content or message.reasoning or ""
             self.token_ids += choice.token_ids or ()
             self.logprobs += (choice.logprobs and choice.logprobs.token_logprobs) or ()
             self.finish_reason = choice.finish_reason or self.finish_reason
@@ -216,6 +209,5 @@ class Completion:
             raise ValueError(f"it holds token {max(self.token_ids)}, and there are {vocab_size}")
         if self.completion_tokens not in (None, len(self.token_ids)):
             self.token_ids = []  # not of all tokens
-        self.text, self.reasoning = "".join(self._text), "".join(self._reasoning)
         f"{self.text}{self.reasoning}".encode()  # lone surrogates, which JSON can hold and no file, are a ValueError
         return self

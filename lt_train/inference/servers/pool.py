@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
 from lt_train.runtime.errors import UserError
@@ -68,10 +68,6 @@ class ServerSettings:
         """The key in the forms in which servers echo it."""
         key = self.api_key
         return {key, json.dumps(key)[1:-1], key.replace("/", r"\/"), quote(key, safe="")} if key else set()
-
-    def only(self, url: str) -> "ServerSettings":
-        """The same for one of the servers."""
-        return replace(self, urls=(url,))
 
 
 def base_url(url: str) -> str:

@@ -3,10 +3,10 @@
 from lt_train.evaluation.records import recorded_model
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import evaluation_key
-from lt_train.pipeline.run_folder import set_aside
 from lt_train.recipe.evaluations import TRAINED
 from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import set_aside
 
 NAME = "eval"
 NEEDS: tuple[str, ...] = ("train",)

@@ -8,8 +8,8 @@ from lt_train.export.checkpoint import export_hybrid
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
-from lt_train.pipeline.run_folder import set_aside
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
+from lt_train.runtime.files import set_aside
 
 NAME = "export"
 NEEDS: tuple[str, ...] = ("eval",)

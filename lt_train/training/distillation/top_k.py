@@ -24,6 +24,7 @@ from lt_train.hybrid.documents import find_documents
 from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.fingerprints import differences
 from lt_train.runtime.progress import show_progress
 
 LOGITS_AT_ONCE = 2**26
@@ -219,9 +220,9 @@ def _examples_done(folder: Path, facts: Facts) -> int:
         return 0
     found = read_json(path, "progress of a teacher")
     done = found.pop("examples", 0)
-    differing = [f"{name}: {found.get(name)!r} there, {facts[name]!r} now" for name in facts if found.get(name) != facts[name]]
-    if differing:
-        raise UserError(f"{folder}: written with another teacher ({'; '.join(differing)}). Delete the folder to write it anew")
+    if differing := differences({name: found.get(name) for name in facts}, facts):
+        listed = "; ".join(differing)
+        raise UserError(f"{folder}: written with another teacher (there, here: {listed}). Fix: delete the folder to write it again")
     return done
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.inference.loading import load_base_config
-from lt_train.planning.work import Samples, training_samples, training_work
+from lt_train.planning.workload import Samples, training_samples, training_work
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from tests.support.public_models import CONFIGS, public_recipe
@@ -26,7 +26,7 @@ def test_an_epoch_ends_with_a_smaller_step():
 
 def test_steps_that_are_set_tell_how_often_the_data_are_seen():
     work = work_of([1000] * 50, train={"epochs": None, "max_steps": 10})
-    assert (work.steps, work.rounds, work.tokens) == (10, 3.2, 160_000)
+    assert (work.steps, work.epochs, work.tokens) == (10, 3.2, 160_000)
 
 
 def test_packs_are_counted_where_packing():
@@ -50,7 +50,7 @@ def test_what_is_said_goes_before_what_is_at_hand():
 def test_without_data_the_limit_says_how_many_and_the_length_how_long_at_most():
     samples = samples_of(public_recipe("qwen3-8b", data={"limit": 500, "heldout": 20}))
     assert (len(samples.lengths), samples.mean) == (480, 4096)
-    assert "data.limit" in samples.source and "at most" in samples.source
+    assert "data.limit" in samples.source and "upper bound" in samples.source
 
 
 def test_of_local_data_without_a_tokenizer_the_rows_are_counted(tmp_path):
@@ -60,7 +60,7 @@ def test_of_local_data_without_a_tokenizer_the_rows_are_counted(tmp_path):
     recipe = public_recipe("qwen3-8b", data={"source": str(rows)})
     assert list(samples_of(recipe).lengths) == 3 * [4096]
     assert list(samples_of(recipe, mean=500).lengths) == 3 * [500]
-    assert samples_of(recipe).source.startswith(f"from the rows of {rows}, each as long as it may be")
+    assert samples_of(recipe).source.startswith(f"from the rows of {rows}, each of data.max_length tokens")
 
 
 def test_nothing_known_is_unknown():

@@ -1,4 +1,4 @@
-"""How much there is to train on: samples, tokens and optimizer steps, from the data if they are at hand, else from what is said."""
+"""The amount of training: samples, tokens and optimizer steps, counted in the data where they are local, else from options."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from lt_train.runtime.sources import load_rows, resolve_data, resolve_model
 class Samples:
     """
     Attributes:
-        lengths: tokens of each training sample, prompt and answer; all of the mean length where only that is known.
-        source: where both figures come from, in words.
+        lengths: tokens of each training sample, prompt and answer; the mean length for all where only that is known.
+        source: the origin of number and lengths, for the table.
     """
 
     lengths: Sequence[int]
@@ -31,51 +31,52 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A whole training.
 
     Attributes:
-        steps: of the optimizer.
-        rounds: how often each sample is seen on average.
-        tokens: over all steps, padding left out.
+        steps: optimizer steps.
+        epochs: passes over the data, a fraction where `max_steps` ends within one.
+        tokens: over all steps, without padding.
     """
 
     samples: Samples
     steps: int
-    rounds: float
+    epochs: float
 
     @property
     def tokens(self) -> float:
-        return self.rounds * sum(self.samples.lengths)
+        return self.epochs * sum(self.samples.lengths)
 
 
-def training_work(recipe: Recipe, train: Train, samples: Samples) -> Work:
-    """Steps as transformers counts them: an epoch's last step may be smaller than the others."""
+def training_work(recipe: Recipe, train: Train, samples: Samples) -> Workload:
+    """Steps as transformers counts them: the last step of an epoch may be smaller than the others."""
     rows = len(samples.lengths)
-    if recipe.data.packing:  # best-fit packs of long samples are nearly full
+    if recipe.data.packing:  # best-fit packs are nearly full
         rows = math.ceil(sum(samples.lengths) / recipe.data.max_length)
     batch = batch_samples(train, recipe.data)
     if train.max_steps is not None:
-        return Work(samples, train.max_steps, train.max_steps * batch / rows)
+        return Workload(samples, train.max_steps, train.max_steps * batch / rows)
     epochs = train.epochs or 1.0
-    return Work(samples, math.ceil(epochs * math.ceil(rows / batch)), epochs)
+    return Workload(samples, math.ceil(epochs * math.ceil(rows / batch)), epochs)
 
 
 def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int | None, mean: int | None) -> Samples | None:
-    """What is trained on, held-out samples left out; None where neither the data nor `count` nor data.limit tells.
+    """The training samples without the held-out ones; None where neither the data nor `count` nor data.limit gives their number.
 
     Args:
-        count: --samples, all that the data hold. mean: --mean-tokens, of a sample.
+        count: --samples, of the data before held-out samples are taken. mean: --mean-tokens, of a sample.
 
     Raises:
-        UserError: a count or a mean below 1, or one that leaves nothing; data that are at hand but faulty.
+        UserError: a count or a mean below 1, a count that leaves no sample, or faulty local data.
     """
     for option, value in (("--samples", count), ("--mean-tokens", mean)):
         if value is not None and value < 1:
-            raise UserError(f"{option}: {value} is below 1")
+            raise UserError(f"{option}: {value}: below 1. Fix: set it to at least 1")
     if mean is not None and mean > recipe.data.max_length:
         raise UserError(
-            f"--mean-tokens: {mean:,} is more than data.max_length, {recipe.data.max_length:,}; longer samples are not trained on"
+            f"--mean-tokens: {mean}: more than data.max_length, the longest training sample. Fix: set it to at most "
+            f"{recipe.data.max_length}"
         )
     if count is None and mean is None:
         counted = _counted(recipe, base_config)
@@ -89,17 +90,19 @@ def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int |
     left = count - recipe.data.heldout
     if left < 1:
         raise UserError(
-            f"{source}: of {count} samples {recipe.data.heldout} are set aside (data.heldout), so none is left to train on"
+            f"{source}: {count}: data.heldout takes {recipe.data.heldout} samples, none is left to train on. Fix: give more "
+            "samples, or lower data.heldout"
         )
     if mean is None:
         return Samples(
-            [recipe.data.max_length] * left, f"from {source}, each as long as it may be: at most so many; --mean-tokens would tell"
+            [recipe.data.max_length] * left,
+            f"from {source}, each of data.max_length tokens, an upper bound; see --mean-tokens",
         )
     return Samples([mean] * left, f"from {source} and --mean-tokens")
 
 
 def _rows(recipe: Recipe) -> tuple[int | None, str]:
-    """How many rows there are, and how that is known."""
+    """The number of rows, and its origin."""
     data = recipe.data
     if isinstance(resolve_data(data.source), Path):
         return sum(1 for _ in load_rows(data.source, data.split, data.limit, data.subset)), f"the rows of {data.source}"
@@ -107,7 +110,7 @@ def _rows(recipe: Recipe) -> tuple[int | None, str]:
 
 
 def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
-    """From the data themselves, where they and the tokenizer are local."""
+    """The samples of the data themselves, where they and the tokenizer are local."""
     if not isinstance(resolve_data(recipe.data.source), Path):
         return None
     folder = Path(resolve_model(recipe.model.base))
