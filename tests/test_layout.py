@@ -104,3 +104,15 @@ def test_hybrid_imports_itself_and_what_a_machine_with_transformers_has():
 
 
 STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
+
+
+def test_no_test_imports_another_test():
+    """What several need lies in tests/support/."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named = [part for name in (*modules, *names) if name.startswith("tests") for part in name.split(".")]
+            imported = [name for name in names if modules and modules[0].startswith("tests")]
+            assert not [part for part in (*named, *imported) if part.startswith("test_")], path
