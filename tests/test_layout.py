@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -34,6 +35,7 @@ ONLY_FILE_FORMATS = {
 """Arrows that are allowed to the named modules alone: report/ reads what a training writes, and trains nothing."""
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name below lt_train -> file."""
     files = [
