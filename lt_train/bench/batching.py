@@ -28,7 +28,7 @@ from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
 
 PROMPT_TOKENS = 64
-SHORTEST_SHARE = 1 / 16
+SHORTEST_FRACTION = 1 / 16
 """The shortest answer by the longest; lengths between are spread evenly over their logarithms, as lengths of traces about are."""
 
 
@@ -52,7 +52,7 @@ def mixed_lengths(count: int, longest: int, vocabulary: int, seed: int = 0) -> W
     requests = []
     for number in range(count):
         prompt = tuple(draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS))
-        tokens = round(longest * SHORTEST_SHARE ** draw.random())
+        tokens = round(longest * SHORTEST_FRACTION ** draw.random())
         requests.append(Request(str(number), 0, 0, prompt, max_new_tokens=tokens))
     return Workload(tuple(requests))
 

@@ -33,7 +33,7 @@ class Timing:
     """For one more token."""
     kv_bytes: int
     """What the cache must hold, room for growth not counted."""
-    ring_entries: int
+    ring_tokens: int
     """Most entries that any streaming layer holds; 0 without streaming layers."""
 
 
@@ -50,7 +50,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
             token.item()  # waits for the device
             recent = [*recent[-TIMED_TOKENS + 1 :], time.perf_counter() - started]
             if length in lengths:
-                timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_entries(cache)))
+                timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_tokens(cache)))
             if length % 64 == 0:
                 bar.update(length)
     return timings
@@ -98,7 +98,7 @@ def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table
             f"{(weight_bytes + theirs.kv_bytes) / (weight_bytes + ours.kv_bytes):.2f}x",
             f"{ours.kv_bytes / 2**20:.1f}",
             f"{theirs.kv_bytes / 2**20:.1f}",
-            f"{ours.ring_entries:,}",
+            f"{ours.ring_tokens:,}",
         )
     return table
 
@@ -108,5 +108,5 @@ def _bytes_in_use(cache: HybridCache) -> int:
     return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
 
 
-def _ring_entries(cache: HybridCache) -> int:
+def _ring_tokens(cache: HybridCache) -> int:
     return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)

@@ -25,7 +25,7 @@ PAGE = 128
 
 
 @dataclass(frozen=True)
-class Sizes:
+class KVSizes:
     """Bytes of KV cache."""
 
     page: int
@@ -38,10 +38,10 @@ class Sizes:
         return self.slot + pages_for(tokens) * self.page
 
 
-def kv_sizes(model: HybridForCausalLM) -> Sizes:
+def kv_sizes(model: HybridForCausalLM) -> KVSizes:
     spec, token = model.spec, token_bytes(model.config.to_dict(), model.dtype.itemsize)
     lazy = len(spec.lazy_layers)
-    return Sizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
+    return KVSizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
 
 
 def pages_for(tokens: int) -> int:
@@ -88,7 +88,7 @@ class KVStore:
         while len(self.pages[slot]) < pages_for(tokens):
             self.pages[slot].append(heapq.heappop(self._free))
 
-    def lacks(self, slot: int, tokens: int) -> int:
+    def missing_pages(self, slot: int, tokens: int) -> int:
         """How many more pages the sequence needs to hold `tokens` tokens."""
         return max(0, pages_for(tokens) - len(self.pages[slot]))
 

@@ -19,8 +19,8 @@ from lt_train.training.checkpoints import (
     Settings,
     read_checkpoint,
     remove_old_checkpoints,
+    reporting_write_errors,
     write_manifest,
-    written_or_told,
 )
 from lt_train.training.log import resume_log, track_row
 from lt_train.training.probes.launching import Probes
@@ -48,7 +48,7 @@ class DueAfterStep(TrainerCallback):
         return control
 
 
-class WholeCheckpoints(TrainerCallback):
+class WriteManifest(TrainerCallback):
     """Declares each checkpoint whole when all processes have written it, and only then deletes the oldest.
 
     Trainer's own rotation (save_total_limit) deletes before this callback runs; a kill in between would leave no whole checkpoint.
@@ -71,14 +71,14 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             check_saved_shapes(folder, full_shapes(model, trainable_only=self.adapter_only))
-            with written_or_told(folder.parent, f"the checkpoint of step {state.global_step}", state.global_step):
+            with reporting_write_errors(folder.parent, f"the checkpoint of step {state.global_step}", state.global_step):
                 write_manifest(folder, state.global_step, self.settings)
             remove_old_checkpoints(Path(args.output_dir), self.keep)
         PartialState().wait_for_everyone()
 
 
 class KeepBestLoss(TrainerCallback):
-    """Keeps the weights of the checkpoint with the lowest held-out loss. Add it after WholeCheckpoints."""
+    """Keeps the weights of the checkpoint with the lowest held-out loss. Add it after WriteManifest."""
 
     def __init__(self, best: Best) -> None:
         self.best = best
@@ -96,7 +96,7 @@ class KeepBestLoss(TrainerCallback):
 
 
 class ProbesBesideTraining(TrainerCallback):
-    """Probes the checkpoints that are due, beside the training. Add it after WholeCheckpoints."""
+    """Probes the checkpoints that are due, beside the training. Add it after WriteManifest."""
 
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
@@ -157,7 +157,7 @@ class TrainingLog(TrainerCallback):
         else:
             return  # Trainer's closing summary, whose means cover this process alone
         if state.is_world_process_zero:
-            with written_or_told(self.path.parent, f"{self.path.name} of step {state.global_step}"):
+            with reporting_write_errors(self.path.parent, f"{self.path.name} of step {state.global_step}"):
                 append_json_line(self.path, row)
             track_row(self.tracker, row)
 

@@ -36,7 +36,7 @@ class Checkpoint:
     settings: Settings  # what it was trained with
 
 
-def last_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def last_valid_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint in `folder`, or None. Each broken one that is newer is reported and set aside, not deleted."""
     for candidate in reversed(_checkpoint_folders(folder)):
         fault = fault_of(candidate)
@@ -47,7 +47,7 @@ def last_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkp
     return None
 
 
-def whole_final(final: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def valid_final(final: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The finished training in `final`, or None if there is none; a damaged one is reported and set aside."""
     if not final.exists():
         return None
@@ -103,7 +103,7 @@ def write_manifest(folder: Path, step: int, settings: Settings) -> None:
 
 
 @contextmanager
-def written_or_told(out: Path, what: str, step: int | None = None) -> Iterator[None]:
+def reporting_write_errors(out: Path, what: str, step: int | None = None) -> Iterator[None]:
     """Turn a failure to write `what` in the block, such as for a full disk, into an error that says from where the run goes on.
 
     Args:

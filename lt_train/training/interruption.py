@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Saves a checkpoint of the step during which any process got SIGTERM. Add it after WholeCheckpoints."""
+    """Saves a checkpoint of the step during which any process got SIGTERM. Add it after WriteManifest."""
 
     def __init__(self, out: Path) -> None:
         self.out = out

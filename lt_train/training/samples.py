@@ -9,7 +9,7 @@ import torch
 
 from lt_train.dataset.examples import Example
 
-TOLD = ("input_ids", "position_ids", "attention_mask")
+SAMPLE_TENSORS = ("input_ids", "position_ids", "attention_mask")
 """What of a batch tells its samples."""
 
 SHORTEST_PIECE = 16

@@ -29,14 +29,14 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class SharedSequences:
+class ShardedSequences:
     """`degree` processes with neighbouring ranks share a sequence."""
 
     degree: int
     rank: int
     processes: int
 
-    def deal_out(self, loader: DataLoader) -> None:
+    def assign_rows(self, loader: DataLoader) -> None:
         """Let the processes that share a sequence read the same rows. accelerate would deal each process rows of its own.
 
         Raises:
@@ -53,10 +53,10 @@ class SharedSequences:
 
     def slicing(self, collate: Collator) -> Collator:
         """`collate`, then this process's slice of the columns."""
-        return lambda rows: slice_of(collate(rows), self.rank % self.degree, self.degree)
+        return lambda rows: shard_of(collate(rows), self.rank % self.degree, self.degree)
 
 
-def slice_of(batch: dict[str, Any], index: int, slices: int) -> dict[str, Tensor]:
+def shard_of(batch: dict[str, Any], index: int, slices: int) -> dict[str, Tensor]:
     """The columns of slice `index`: input_ids, labels, labels shifted by one over the whole row, positions in the whole row.
 
     Args:
@@ -71,7 +71,7 @@ def slice_of(batch: dict[str, Any], index: int, slices: int) -> dict[str, Tensor
     return {name: column_BT.tensor_split(slices, dim=1)[index].contiguous() for name, column_BT in whole.items()}
 
 
-def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
+def shard_sequences(model: HybridForCausalLM, degree: int) -> ShardedSequences:
     """Make a hybrid attend over sequences that each `degree` neighbouring processes share. Every process calls it once.
 
     Raises:
@@ -94,8 +94,8 @@ def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
         process_group=group,
         seq_length_is_variable=True,
     )
-    model.share_sequences(ulysses.forward)
-    return SharedSequences(degree, dist.get_rank(), dist.get_world_size())
+    model.shard_sequences(ulysses.forward)
+    return ShardedSequences(degree, dist.get_rank(), dist.get_world_size())
 
 
 def check_heads(degree: int, heads: int, groups: int) -> None:

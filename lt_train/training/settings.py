@@ -54,7 +54,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "per_device_eval_batch_size": 1 if recipe.data.packing else train.micro_batch_size,
         "eval_strategy": "steps" if recipe.data.heldout else "no",
         "eval_steps": train.eval_steps or 10**9,  # Trainer evaluates after the last step as well
-        # checkpoints and logs; old checkpoints are deleted by WholeCheckpoints
+        # checkpoints and logs; old checkpoints are deleted by WriteManifest
         "save_strategy": "steps",
         "save_steps": train.save_steps,
         "save_total_limit": None,
@@ -138,7 +138,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
     return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
 
 
-def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
+def teacher_fingerprint(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
     """What decides what a teacher says on the training data."""
     return {
         "model.base": recipe.model.base,

@@ -15,10 +15,10 @@ from trl import SFTTrainer
 
 from lt_train.dataset.examples import Example
 from lt_train.runtime.errors import UserError
-from lt_train.training.checkpoints import newest_checkpoint, written_or_told
+from lt_train.training.checkpoints import newest_checkpoint, reporting_write_errors
 from lt_train.training.distillation.loss import Distillation
-from lt_train.training.samples import TOLD, samples_in
-from lt_train.training.sequence_parallel import SharedSequences
+from lt_train.training.samples import SAMPLE_TENSORS, samples_in
+from lt_train.training.sequence_parallel import ShardedSequences
 
 SAMPLES_NAMED = 20
 """At most, in an error."""
@@ -33,7 +33,7 @@ class HybridSFTTrainer(SFTTrainer):
     heldout: Sequence[Example] = ()
     _step_batches: tuple[int, list[Mapping[str, torch.Tensor]]] = (-1, [])  # (steps done, batches of the step after them)
     distillation: Distillation | None = None
-    shared_sequences: SharedSequences | None = None
+    sharded_sequences: ShardedSequences | None = None
     """Set where several processes share each training sequence. Held-out samples are evaluated whole, by one process each."""
     _logged_step = 0  # up to where the parts of a distilled loss are logged
 
@@ -62,19 +62,19 @@ class HybridSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.shared_sequences is None:
+        if self.sharded_sequences is None:
             return super().get_train_dataloader()
         whole = self.data_collator
-        self.data_collator = self.shared_sequences.slicing(whole)
+        self.data_collator = self.sharded_sequences.slicing(whole)
         try:
             loader = super().get_train_dataloader()
         finally:
             self.data_collator = whole
-        self.shared_sequences.deal_out(loader)
+        self.sharded_sequences.assign_rows(loader)
         return loader
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        batch = {name: inputs[name] for name in TOLD if name in inputs}
+        batch = {name: inputs[name] for name in SAMPLE_TENSORS if name in inputs}
         if self._step_batches[0] != self.state.global_step:
             self._step_batches = (self.state.global_step, [])
         self._step_batches[1].append(batch)
@@ -114,7 +114,7 @@ class HybridSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        with written_or_told(Path(self.args.output_dir), f"the checkpoint of step {step}", step):
+        with reporting_write_errors(Path(self.args.output_dir), f"the checkpoint of step {step}", step):
             super()._save_checkpoint(model, trial)
 
     def evaluate(

@@ -28,17 +28,17 @@ from lt_train.training.callbacks import (
     ProbesBesideTraining,
     ProgressBar,
     TrainingLog,
-    WholeCheckpoints,
+    WriteManifest,
 )
 from lt_train.training.checkpoints import (
     Checkpoint,
     Settings,
     check_same_settings,
-    last_whole_checkpoint,
+    last_valid_checkpoint,
     publish_weights,
     read_checkpoint,
-    whole_final,
-    written_or_told,
+    reporting_write_errors,
+    valid_final,
 )
 from lt_train.training.dataset import training_dataset
 from lt_train.training.distillation.loss import Distillation
@@ -49,8 +49,8 @@ from lt_train.training.log import read_log, track_log
 from lt_train.training.probes.launching import Probes, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe, track_probes
 from lt_train.training.saved_shapes import full_size
-from lt_train.training.sequence_parallel import share_sequences
-from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
+from lt_train.training.sequence_parallel import shard_sequences
+from lt_train.training.settings import settings_of_training, sft_config, teacher_fingerprint, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
@@ -99,9 +99,9 @@ def train(
     settings = settings_of_training(recipe, recipe.train, spec, data_sha256, PartialState().num_processes)
     decided_by_main(lambda: _track_again(tracker, out))
     final = out / FINAL
-    finished = decided_by_main(lambda: _same_settings(whole_final(final, report), settings))
+    finished = decided_by_main(lambda: _same_settings(valid_final(final, report), settings))
     if finished is None:
-        checkpoint = decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
+        checkpoint = decided_by_main(lambda: _same_settings(last_valid_checkpoint(out, report), settings))
         best = Best(out, recipe.train.keep_best) if recipe.train.keep_best else None
         probes = _probes(recipe.train, out, probe_command, best, tracker, report)
         decided_by_main(lambda: _resume_beside(out, checkpoint, best, probes))
@@ -186,7 +186,7 @@ def _add_callbacks(
     assert recipe.train is not None
     keeps_best_loss = best is not None and best.metric == EVAL_LOSS
     trainer.add_callback(DueAfterStep(probes, evaluate_checkpoints=keeps_best_loss))
-    trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
+    trainer.add_callback(WriteManifest(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
     trainer.add_callback(save_on_sigterm)
     if keeps_best_loss:
         trainer.add_callback(KeepBestLoss(best))
@@ -220,7 +220,7 @@ def _build_trainer(
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
     if recipe.train.sequence_parallel > 1:
-        trainer.shared_sequences = share_sequences(model, recipe.train.sequence_parallel)
+        trainer.sharded_sequences = shard_sequences(model, recipe.train.sequence_parallel)
     trainer.examples, trainer.heldout = example_set.train, heldout
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
     return trainer
@@ -242,7 +242,7 @@ def _distillation(
     teacher: Teacher
     if settings.teacher == "top_k":
         assert folder is not None, "the pipeline writes the files before it trains"
-        facts = teacher_facts(recipe, examples_fingerprint(example_set.train))
+        facts = teacher_fingerprint(recipe, examples_fingerprint(example_set.train))
         teacher = StoredTeacher(open_top_k(folder, example_set.train, settings.top_k, settings.temperature, facts))
     elif settings.teacher == "auto" and recipe.lora is not None:
         teacher = OwnTeacher(trainer.model, settings.temperature, layers)
@@ -286,7 +286,7 @@ def _planned_steps(checkpoint: Checkpoint) -> int:
 def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], None]) -> Checkpoint:
     """Make `final` the best weights, or where that is not asked for those after the last step."""
     if best is None:
-        chosen, why = last_whole_checkpoint(out, report), "the last"
+        chosen, why = last_valid_checkpoint(out, report), "the last"
         if chosen is None:
             raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
     else:
@@ -298,7 +298,7 @@ def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], 
             )
         chosen, measured = found
         why = f"the best by {measured.metric} ({measured.value:.4g})"
-    with written_or_told(out, "the trained weights"):
+    with reporting_write_errors(out, "the trained weights"):
         publish_weights(chosen, final)
     report(f"the trained model has the weights of step {chosen.step}, {why}")
     return read_checkpoint(final)

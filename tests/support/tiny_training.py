@@ -23,7 +23,7 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave, this_process
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training.distillation.top_k import write_top_k
-from lt_train.training.settings import teacher_facts
+from lt_train.training.settings import teacher_fingerprint
 from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40
@@ -42,7 +42,7 @@ def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Pa
     """What a training with these settings and `train.distill.teacher: top_k` learns from."""
     recipe = tiny_recipe(settings)
     given, examples, base = recipe.train.distill, tiny_examples(recipe.data.heldout).train, load(torch.float32)
-    facts = teacher_facts(recipe, examples_fingerprint(examples))
+    facts = teacher_fingerprint(recipe, examples_fingerprint(examples))
     files = {"k": given.top_k, "temperature": given.temperature, "facts": facts, "batch_size": 3, "progress": False}
     with base.full_attention():
         write_top_k(base, examples, folder, **files)

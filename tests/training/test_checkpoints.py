@@ -8,11 +8,11 @@ from lt_train.training.checkpoints import (
     MANIFEST,
     check_same_settings,
     fault_of,
-    last_whole_checkpoint,
+    last_valid_checkpoint,
     publish_weights,
     read_checkpoint,
     remove_old_checkpoints,
-    whole_final,
+    valid_final,
     write_manifest,
 )
 
@@ -32,7 +32,7 @@ def save(run: Path, step: int, *, whole: bool = True) -> Path:
 
 def found(run: Path) -> tuple[int | None, list[str]]:
     said: list[str] = []
-    checkpoint = last_whole_checkpoint(run, said.append)
+    checkpoint = last_valid_checkpoint(run, said.append)
     return (checkpoint.step if checkpoint else None), said
 
 
@@ -115,7 +115,7 @@ def test_another_recipes_checkpoint_is_refused_naming_what_differs(tmp_path: Pat
 def test_published_weights_come_without_what_only_training_needs(tmp_path: Path) -> None:
     publish_weights(read_checkpoint(save(tmp_path, 10)), tmp_path / "final")
     assert sorted(p.name for p in (tmp_path / "final").iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
-    final = whole_final(tmp_path / "final", print)
+    final = valid_final(tmp_path / "final", print)
     assert final is not None and final.step == 10
 
 
@@ -130,6 +130,6 @@ def test_a_damaged_final_folder_is_set_aside(tmp_path: Path) -> None:
     publish_weights(read_checkpoint(save(tmp_path, 10)), tmp_path / "final")
     (tmp_path / "final" / "config.json").write_text("{ }")
     said: list[str] = []
-    assert whole_final(tmp_path / "final", said.append) is None
+    assert valid_final(tmp_path / "final", said.append) is None
     assert "made again" in said[0]
     assert (tmp_path / "damaged-final-1").is_dir() and not (tmp_path / "final").exists()

@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
-from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
+from lt_train.training.sequence_parallel import ShardedSequences, shard_of, shard_sequences
 from tests.support import shared_sequence, tiny_training
 from tests.support.launched_training import train_in_ranks
 from tests.support.processes import call_in_ranks
@@ -36,7 +36,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torc
 @pytest.mark.parametrize("case", shared_sequence.CASES)
 def test_two_processes_that_share_a_sequence_compute_the_logits_and_gradients_of_one(shared, case: str) -> None:
     alone = shared_sequence.logits_and_gradients(
-        shared_sequence.model_of(case), slice_of(shared_sequence.batch_of(case), index=0, slices=1)
+        shared_sequence.model_of(case), shard_of(shared_sequence.batch_of(case), index=0, slices=1)
     )
     assert shared[case].keys() == alone.keys()
     for name, expected in alone.items():
@@ -99,7 +99,7 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
     for rank in range(4):
         sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(count)), 1, drop_last=False), 4, rank)
         loader = DataLoaderShard(range(count), batch_sampler=sampler)
-        SharedSequences(degree=2, rank=rank, processes=4).deal_out(loader)
+        ShardedSequences(degree=2, rank=rank, processes=4).assign_rows(loader)
         rows.append([int(row) for batch in loader for row in batch])
     assert rows[0] == rows[1] and rows[2] == rows[3]
     dealt = [row for pair in zip(rows[0], rows[2], strict=True) for row in pair]
@@ -109,7 +109,7 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
 def test_rows_that_are_dealt_in_another_order_are_refused() -> None:
     sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(8)), 4, drop_last=False), 4, 0, split_batches=True)
     with pytest.raises(UserError, match="Take accelerator_config and train_sampling_strategy out"):
-        SharedSequences(degree=2, rank=0, processes=4).deal_out(DataLoaderShard(range(8), batch_sampler=sampler))
+        ShardedSequences(degree=2, rank=0, processes=4).assign_rows(DataLoaderShard(range(8), batch_sampler=sampler))
 
 
 @pytest.mark.parametrize("with_positions", [True, False])
@@ -117,7 +117,7 @@ def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positio
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 1]]), "labels": torch.tensor([[IGNORED, 6, 7, 8, 9, IGNORED]])}
     places = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0]])}
     mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}
-    first, second = (slice_of(batch | (places if with_positions else mask), index, 2) for index in (0, 1))
+    first, second = (shard_of(batch | (places if with_positions else mask), index, 2) for index in (0, 1))
     assert first["shift_labels"].tolist() == [[6, 7, 8]] and second["shift_labels"].tolist() == [[9, IGNORED, IGNORED]]
     assert first["position_ids"].tolist() == [[0, 1, 2]] and second["position_ids"].tolist() == [[3, 4, 0]]
     assert second["input_ids"].tolist() == [[8, 9, 1]]
@@ -125,12 +125,12 @@ def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positio
 
 def test_heads_that_cannot_be_shared_out_are_told_before_training() -> None:
     with pytest.raises(UserError, match=r"6 processes cannot share 4 query heads and 2 key/value heads. These can: 1, 2, 4"):
-        share_sequences(tiny_training.load_tiny(torch.float32), degree=6)
+        shard_sequences(tiny_training.load_tiny(torch.float32), degree=6)
 
 
 def test_a_slice_without_positions_or_with_a_mask_is_refused() -> None:
     model = tiny_training.load_tiny(torch.float32).train()
-    model.share_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
+    model.shard_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
     input_ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(HybridError, match="needs position_ids"):
         model(input_ids)

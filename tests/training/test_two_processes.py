@@ -92,11 +92,11 @@ GENERATES = """
 import os, sys
 from pathlib import Path
 from tests.support.generated_text import generated
-from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, probe_folder, write_result
 
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
 out, step = Path(sys.argv[1]), int(sys.argv[2])
-answer = ProbeSample("needle", "a", generated(place_of(out, step) / "weights"), None, 1.0)
+answer = ProbeSample("needle", "a", generated(probe_folder(out, step) / "weights"), None, 1.0)
 write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), (answer,)))
 """
 

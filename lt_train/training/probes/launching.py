@@ -19,14 +19,14 @@ from lt_train.training.checkpoints import (
     finished_checkpoints,
     publish_weights,
     read_checkpoint,
-    written_or_told,
+    reporting_write_errors,
 )
-from lt_train.training.probes.results import ProbeResult, place_of, read_result, steps_in
+from lt_train.training.probes.results import ProbeResult, probe_folder, probed_steps, read_result
 
 WEIGHTS = "weights"
 
-OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-OF_A_LAUNCHER_BEGIN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "OMPI_", "PMI_", "MV2_")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "OMPI_", "PMI_", "MV2_")
 
 
 def environment_for(device: str, given: Mapping[str, str]) -> dict[str, str]:
@@ -35,7 +35,9 @@ def environment_for(device: str, given: Mapping[str, str]) -> dict[str, str]:
     Args:
         given: that of the main process of the training.
     """
-    kept = {name: value for name, value in given.items() if name not in OF_A_LAUNCHER and not name.startswith(OF_A_LAUNCHER_BEGIN)}
+    kept = {
+        name: value for name, value in given.items() if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
     if device == "cpu":
         return {**kept, "CUDA_VISIBLE_DEVICES": ""}
     if device != "same":
@@ -76,23 +78,25 @@ class Probes:
 
         Probes of checkpoints that are still there and have no result are due again: those that failed, too.
         """
-        for probed in steps_in(self.out):
-            place = place_of(self.out, probed)
+        for probed in probed_steps(self.out):
+            place = probe_folder(self.out, probed)
             if probed > step:
                 shutil.rmtree(place)
             elif (place / WEIGHTS).is_dir():
                 self._waiting.append(probed)
         for checkpoint in map(read_checkpoint, finished_checkpoints(self.out)):
-            done = (place_of(self.out, checkpoint.step) / WEIGHTS).is_dir() or read_result(self.out, checkpoint.step) is not None
+            done = (probe_folder(self.out, checkpoint.step) / WEIGHTS).is_dir() or read_result(
+                self.out, checkpoint.step
+            ) is not None
             if self.is_due(checkpoint.step, last_step) and not done:
                 self.add(checkpoint)
         self._waiting.sort()
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Hold the checkpoint's weights for a probe, which begins when no other is under way."""
-        place = place_of(self.out, checkpoint.step)
+        place = probe_folder(self.out, checkpoint.step)
         shutil.rmtree(place, ignore_errors=True)
-        with written_or_told(self.out, f"what the probe of step {checkpoint.step} reads"):
+        with reporting_write_errors(self.out, f"what the probe of step {checkpoint.step} reads"):
             publish_weights(checkpoint, place / WEIGHTS)
         self._waiting.append(checkpoint.step)
 
@@ -136,7 +140,7 @@ class Probes:
         self._running = step, process
 
     def _finish(self, step: int, process: subprocess.Popen[bytes] | None) -> None:
-        weights = place_of(self.out, step) / WEIGHTS
+        weights = probe_folder(self.out, step) / WEIGHTS
         result = read_result(self.out, step)
         if result is None:
             self.report(f"the probe of step {step} failed, training goes on: {self._last_words(step, process)}")
@@ -152,4 +156,4 @@ class Probes:
         return f"{said} ({code}all of it in {self._output(step)})"
 
     def _output(self, step: int) -> Path:
-        return place_of(self.out, step) / "output.txt"
+        return probe_folder(self.out, step) / "output.txt"

@@ -48,19 +48,19 @@ class ProbeResult:
     samples: tuple[ProbeSample, ...]
 
 
-def place_of(train: Path, step: int) -> Path:
+def probe_folder(train: Path, step: int) -> Path:
     """The folder of one probe: weights/ while it is under way, evals/<name>/ (samples and scores), output.txt, result.json."""
     return train / "probes" / f"step-{step}"
 
 
-def steps_in(train: Path) -> list[int]:
+def probed_steps(train: Path) -> list[int]:
     """Steps of which there is a probe, finished or not."""
     names = [path.name.removeprefix("step-") for path in (train / "probes").glob("step-*")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def write_result(train: Path, result: ProbeResult) -> None:
-    write_json(place_of(train, result.step) / RESULT, asdict(result))
+    write_json(probe_folder(train, result.step) / RESULT, asdict(result))
 
 
 def read_result(train: Path, step: int) -> ProbeResult | None:
@@ -68,7 +68,7 @@ def read_result(train: Path, step: int) -> ProbeResult | None:
     Raises:
         UserError: it is there but not whole.
     """
-    path = place_of(train, step) / RESULT
+    path = probe_folder(train, step) / RESULT
     if not path.exists():
         return None
     found = read_json(path, "result of a probe")
@@ -84,7 +84,7 @@ PARTS = (("scores", ProbeScore), ("samples", ProbeSample))
 
 def read_probes(train: Path) -> list[ProbeResult]:
     """All that are there, in the order of steps."""
-    return [result for step in steps_in(train) if (result := read_result(train, step)) is not None]
+    return [result for step in probed_steps(train) if (result := read_result(train, step)) is not None]
 
 
 def track_probes(tracker: Tracker, train: Path) -> None:

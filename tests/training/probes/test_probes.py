@@ -14,7 +14,7 @@ from lt_train.runtime.tracking import NoTracker
 from lt_train.training import broadcast as agreement
 from lt_train.training.checkpoints import fault_of, read_checkpoint
 from lt_train.training.probes.launching import environment_for
-from lt_train.training.probes.results import place_of, read_probes
+from lt_train.training.probes.results import probe_folder, read_probes
 from tests.support.probed_training import Training
 from tests.support.tiny_training import Cut, CutAt
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_probed_every_so_many_steps_and_after_the_last_and_all_o
 def test_weights_stay_while_a_probe_reads_them_and_no_longer(training: Training) -> None:
     training()
     for step in (2, 4, 5):
-        place = place_of(training.out, step)
+        place = probe_folder(training.out, step)
         assert json.loads((place / "seen.json").read_text())["step"] == step
         assert not (place / "weights").exists()
     assert training.folders() == ["checkpoint-5", "final", "probes"]
@@ -80,7 +80,7 @@ def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on
     (failed,) = [line for line in training.said if "failed" in line]
     assert failed.startswith("the probe of step 2 failed, training goes on: error the needle got lost (exit code 1, all of it in ")
     assert [result.step for result in read_probes(training.out)] == [4, 5]
-    assert not (place_of(training.out, 2) / "weights").exists()
+    assert not (probe_folder(training.out, 2) / "weights").exists()
 
 
 def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_the_checkpoint_is_gone(training: Training) -> None:
@@ -98,7 +98,7 @@ def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_
 def test_a_result_that_was_not_taken_in_any_more_is_taken_in_on_resume(training: Training) -> None:
     with pytest.raises(Cut):
         training(CutAt(3))
-    place = place_of(training.out, 2)
+    place = probe_folder(training.out, 2)
     if not (place / "result.json").exists():
         subprocess.run(training.command(2), check=True)
     tracker, started = Recording(), len(training.started)
