@@ -108,7 +108,7 @@ def test_a_recipe_without_training_has_a_plan_too(plan):
         (["--samples", 0], "--samples: 0"),
         (["--set", "data.max_length=40000"], "more than the model's context"),
         (["--set", "hybrid.lazy_layer_ratio=0.001"], "no layer"),
-        (["--set", "train.sequence_parallel=3"], "3 processes cannot share 40 query heads"),
+        (["--set", "train.sequence_parallel=3"], "train.sequence_parallel: 3: 40 query heads"),
     ],
 )
 def test_bad_figures_leave_with_2_and_a_reason(plan, arguments, reason):

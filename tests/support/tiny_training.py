@@ -42,8 +42,8 @@ def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Pa
     """What a training with these settings and `train.distill.teacher: top_k` learns from."""
     recipe = tiny_recipe(settings)
     given, examples, base = recipe.train.distill, tiny_examples(recipe.data.heldout).train, load(torch.float32)
-    facts = teacher_fingerprint(recipe, examples_fingerprint(examples))
-    files = {"k": given.top_k, "temperature": given.temperature, "facts": facts, "batch_size": 3, "progress": False}
+    fingerprint = teacher_fingerprint(recipe, examples_fingerprint(examples))
+    files = {"k": given.top_k, "temperature": given.temperature, "fingerprint": fingerprint, "batch_size": 3, "progress": False}
     with base.full_attention():
         write_top_k(base, examples, folder, **files)
     return folder

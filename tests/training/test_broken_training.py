@@ -28,7 +28,7 @@ def test_a_nan_loss_names_its_step_and_its_sample_and_keeps_the_checkpoint_befor
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and fault_of(newest) is None
     step = int(newest.name.removeprefix("checkpoint-")) + 1
-    assert f"training stopped in step {step}: the loss is nan, on {BAD.where}. {newest}, written before it, is whole" in message
+    assert f"training stopped in step {step}: the loss is nan, on {BAD.where}. {newest}, written before it, is valid" in message
     assert "lower train.learning_rate" in message
     assert not any(tmp_path.glob(f"checkpoint-{step}*"))
     weights = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
@@ -93,8 +93,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before_i
     with ExitStack() as disk, pytest.raises(UserError) as told:
         train_in(run, settings, AtStep(4, lambda: disk.enter_context(files_of_at_most(size))))
     message = str(told.value)
-    assert "the checkpoint of step 4 could not be written" in message and "make room first" in message
-    assert f"{run / 'checkpoint-2'} is whole, and the same command goes on from it" in message
+    assert "the checkpoint of step 4 could not be written" in message and "Fix: free disk space" in message
+    assert f"run the same command again; it resumes from {run / 'checkpoint-2'}, which is valid" in message
     assert {"safetensors": "serializing", "torch": "inline_container", "Python": "too large"}[written_by] in message
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2"]  # the room is free again
     train_in(run, settings, NoTracker())
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before_i
 
 def test_a_log_that_cannot_be_written_is_the_same_error(tmp_path: Path) -> None:
     settings = {"train": {**EVERY_STEP["train"], "logging_steps": 1, "save_steps": 2}}
-    named = r"log\.jsonl of step 4 could not be written.*checkpoint-2 is whole"
+    named = r"log\.jsonl of step 4 could not be written.*checkpoint-2, which is valid"
     with ExitStack() as disk, pytest.raises(UserError, match=named):
         train_in(tmp_path, settings, AtStep(3, lambda: disk.enter_context(files_of_at_most(1))))
     train_in(tmp_path, settings, NoTracker())
@@ -124,10 +124,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full_leaves_the_checkpoint_before_it(small_disk: Path) -> None:
     settings = {"train": {**EVERY_STEP["train"], "keep_checkpoints": 9}}  # a checkpoint has some 200 KB
-    with pytest.raises(UserError, match=r"the checkpoint of step \d could not be written: .* is whole, and the same command"):
+    with pytest.raises(
+        UserError, match=r"the checkpoint of step \d could not be written: .* run the same command again; it resumes"
+    ):
         train_in(small_disk, settings, NoTracker())
     newest = newest_checkpoint(small_disk)
     assert newest is not None and fault_of(newest) is None
-    with pytest.raises(UserError, match=f"{newest.name} is whole"):  # as full as before, as good as before
+    with pytest.raises(UserError, match=f"{newest.name}, which is valid"):  # as full as before, as good as before
         train_in(small_disk, settings, NoTracker())
     assert newest_checkpoint(small_disk) == newest

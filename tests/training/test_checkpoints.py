@@ -52,7 +52,7 @@ def test_a_half_written_checkpoint_is_named_passed_over_and_kept_aside(tmp_path:
     save(tmp_path, 20, whole=False)
     step, said = found(tmp_path)
     assert step == 10
-    assert len(said) == 1 and "checkpoint-20" in said[0] and "cut off" in said[0]
+    assert len(said) == 1 and "checkpoint-20" in said[0] and "killed" in said[0]
     assert (tmp_path / "unfinished-checkpoint" / "model.safetensors").exists()
     assert not (tmp_path / "checkpoint-20").exists()
 
@@ -131,5 +131,5 @@ def test_a_damaged_final_folder_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "final" / "config.json").write_text("{ }")
     said: list[str] = []
     assert valid_final(tmp_path / "final", said.append) is None
-    assert "made again" in said[0]
+    assert "written again" in said[0]
     assert (tmp_path / "damaged-final-1").is_dir() and not (tmp_path / "final").exists()

@@ -166,7 +166,7 @@ def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(ba
     assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
     assert 18 <= len(steps(killed)) < 30, "in the second epoch"
     printed = train_in_ranks({killed: {"train": train}, whole: {"train": train}}, base, tmp_path / "printed", examples=60)
-    assert "goes on from checkpoint-" in printed
+    assert "resumed from checkpoint-" in printed
     assert_same_course(killed, whole)
 
 

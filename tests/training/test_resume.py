@@ -70,7 +70,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_written_again(
     (newest / "optimizer.pt").write_bytes(b"")
     train_tiny("cut", **TWO_EPOCHS)
     said = capsys.readouterr().out
-    assert "checkpoint-6 is not whole" in said and "goes on from checkpoint-4" in said
+    assert "checkpoint-6: not a valid checkpoint" in said and "resumed from checkpoint-4" in said
     assert_same_course(tmp_path / "cut", whole)
 
 

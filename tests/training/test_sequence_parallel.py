@@ -99,7 +99,7 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
     for rank in range(4):
         sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(count)), 1, drop_last=False), 4, rank)
         loader = DataLoaderShard(range(count), batch_sampler=sampler)
-        ShardedSequences(degree=2, rank=rank, processes=4).assign_rows(loader)
+        ShardedSequences(degree=2, rank=rank, world_size=4).assign_rows(loader)
         rows.append([int(row) for batch in loader for row in batch])
     assert rows[0] == rows[1] and rows[2] == rows[3]
     dealt = [row for pair in zip(rows[0], rows[2], strict=True) for row in pair]
@@ -108,8 +108,8 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
 
 def test_rows_that_are_dealt_in_another_order_are_refused() -> None:
     sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(8)), 4, drop_last=False), 4, 0, split_batches=True)
-    with pytest.raises(UserError, match="Take accelerator_config and train_sampling_strategy out"):
-        ShardedSequences(degree=2, rank=0, processes=4).assign_rows(DataLoaderShard(range(8), batch_sampler=sampler))
+    with pytest.raises(UserError, match="Fix: remove accelerator_config and train_sampling_strategy"):
+        ShardedSequences(degree=2, rank=0, world_size=4).assign_rows(DataLoaderShard(range(8), batch_sampler=sampler))
 
 
 @pytest.mark.parametrize("with_positions", [True, False])
@@ -124,7 +124,9 @@ def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positio
 
 
 def test_heads_that_cannot_be_shared_out_are_told_before_training() -> None:
-    with pytest.raises(UserError, match=r"6 processes cannot share 4 query heads and 2 key/value heads. These can: 1, 2, 4"):
+    with pytest.raises(
+        UserError, match=r"6: 4 query heads and 2 key/value heads do not divide among 6 processes\. Fix: set one of 1, 2, 4"
+    ):
         shard_sequences(tiny_training.load_tiny(torch.float32), degree=6)
 
 
@@ -132,8 +134,8 @@ def test_a_slice_without_positions_or_with_a_mask_is_refused() -> None:
     model = tiny_training.load_tiny(torch.float32).train()
     model.shard_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
     input_ids = torch.ones(1, 4, dtype=torch.long)
-    with pytest.raises(HybridError, match="needs position_ids"):
+    with pytest.raises(HybridError, match="position_ids: missing"):
         model(input_ids)
-    with pytest.raises(HybridError, match="takes no attention_mask"):
+    with pytest.raises(HybridError, match="attention_mask: a shard of a sequence takes none"):
         model(input_ids, attention_mask=torch.ones_like(input_ids), position_ids=torch.arange(4)[None])
     assert model.eval()(input_ids).logits.shape == (1, 4, tiny_training.VOCABULARY)

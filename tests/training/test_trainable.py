@@ -55,14 +55,14 @@ def test_full_fine_tuning_gives_gradients_to_every_parameter(tmp_path: Path) -> 
 
 def test_an_unknown_target_is_an_error_that_names_the_modules_there_are() -> None:
     recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj", "query"]}})
-    with pytest.raises(UserError, match=r"lora\.targets: query: .*take some of down_proj, .*q_proj"):
+    with pytest.raises(UserError, match=r"lora\.targets: query: .*name some of down_proj, .*q_proj"):
         lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
 
 
 @pytest.mark.parametrize(
     ("peft", "told"),
     [
-        ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: take some of .*lm_head"),
+        ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: name some of .*lm_head"),
         ({"exclude_modules": ["k_proj"]}, r"exclude_modules: k_proj: no module with an adapter has this name\. Fix: .* q_proj"),
         ({"exclude_modules": ".*nowhere"}, r"exclude_modules: \.\*nowhere: no module with an adapter"),
         ({"exclude_modules": "("}, r"exclude_modules: \(: not a regular expression \(missing \), unterminated"),

@@ -41,7 +41,7 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, 
         logged = len(steps(tmp_path / "killed"))
     code = exit_code(start(tmp_path / "killed", settings, output))
     assert code == 0, output.read_text()
-    assert "goes on from checkpoint-" in output.read_text()
+    assert "resumed from checkpoint-" in output.read_text()
     assert_same_course(tmp_path / "killed", tmp_path / "whole")
     whole, killed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] - killed[name]).abs().max() < 1e-6 for name in whole)

@@ -40,7 +40,7 @@ def run(context: RunContext) -> None:
             context.paths.teacher,
             k=train.distill.top_k,
             temperature=train.distill.temperature,
-            facts=teacher_fingerprint(context.recipe, examples_fingerprint(examples)),
+            fingerprint=teacher_fingerprint(context.recipe, examples_fingerprint(examples)),
             batch_size=train.micro_batch_size,
         )
         release_memory()

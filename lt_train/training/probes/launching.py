@@ -1,8 +1,8 @@
-"""Probes of saved checkpoints while training goes on: one process at a time, started and watched by the main process.
+"""Probes of saved checkpoints during training: one process at a time, started and watched by the main process.
 
-The process reads weights that are held for it (hard links), so that no rotation of checkpoints takes them away. It leaves samples
-one by one and at last its result; the weights are let go when the result was taken in. So from the folders alone a resumed training
-sees which probes are still to finish. A probe that fails is reported, and training goes on.
+The process reads hard links of the weights, so that no rotation of checkpoints deletes them. It writes samples one by one, then its
+result; the weights are deleted after the result is read. So a resumed training finds the unfinished probes from the folders alone.
+A probe that fails is reported, and training continues.
 """
 
 import shutil
@@ -30,10 +30,10 @@ LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_"
 
 
 def environment_for(device: str, given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is alone, on the device of `train.probes.device`.
+    """The environment of a single process, outside the launch, on the device of `train.probes.device`.
 
     Args:
-        given: that of the main process of the training.
+        given: the environment of the training's main process.
     """
     kept = {
         name: value for name, value in given.items() if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
@@ -57,15 +57,15 @@ class Probes:
         every: optimizer steps between probes.
         command: the command line of the process that probes the checkpoint of a step.
         environment: its environment.
-        take_in: gets each result, and the weights it is about.
-        report: takes lines for the user.
+        on_result: called with each result and the probed weights.
+        report: prints a line for the user.
     """
 
     out: Path
     every: int
     command: Callable[[int], list[str]]
     environment: Mapping[str, str]
-    take_in: Callable[[ProbeResult, Checkpoint], None]
+    on_result: Callable[[ProbeResult, Checkpoint], None]
     report: Callable[[str], None]
     _waiting: list[int] = field(default_factory=list)
     _running: tuple[int, subprocess.Popen[bytes]] | None = None
@@ -74,9 +74,9 @@ class Probes:
         return step % self.every == 0 or step == last_step
 
     def resume(self, step: int, last_step: int) -> None:
-        """Take up what a training that goes on from `step` has left unfinished; forget probes of a course that did not survive.
+        """Continue the unfinished probes of a training that resumes from `step`, and delete probes of later steps.
 
-        Probes of checkpoints that are still there and have no result are due again: those that failed, too.
+        Probes of existing checkpoints without a result are due again, including those that failed.
         """
         for probed in probed_steps(self.out):
             place = probe_folder(self.out, probed)
@@ -93,15 +93,15 @@ class Probes:
         self._waiting.sort()
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Hold the checkpoint's weights for a probe, which begins when no other is under way."""
+        """Link the checkpoint's weights for a probe, which starts when no other probe runs."""
         place = probe_folder(self.out, checkpoint.step)
         shutil.rmtree(place, ignore_errors=True)
-        with reporting_write_errors(self.out, f"what the probe of step {checkpoint.step} reads"):
+        with reporting_write_errors(self.out, f"the weights for the probe of step {checkpoint.step}"):
             publish_weights(checkpoint, place / WEIGHTS)
         self._waiting.append(checkpoint.step)
 
     def is_busy(self) -> bool:
-        """Take in what has ended, begin what waits; says whether a probe is under way."""
+        """Read the result of a finished probe and start the next one. Returns whether a probe is running."""
         if self._running is not None and self._running[1].poll() is not None:
             self._finish(*self._running)
             self._running = None
@@ -110,22 +110,22 @@ class Probes:
         return self._running is not None
 
     def wait(self) -> None:
-        """Wait in all processes of the training until no probe is under way."""
+        """Wait in all processes of the training until no probe is running."""
         if decided_by_main(self.is_busy):
-            self.report("waiting for the probe that is under way")
+            self.report("waiting for the running probe")
             wait_while_main(self.is_busy)
 
     def stop(self) -> None:
-        """End the process under way, if there is one; a resumed training goes on with it."""
+        """Kill the running process, if there is one; a resumed training starts its probe again."""
         if self._running is not None:
             step, process = self._running
-            process.kill()  # it may be cut off at any moment
+            process.kill()  # safe at any moment
             process.wait()
             self._waiting.insert(0, step)
             self._running = None
 
     def _begin(self, step: int) -> None:
-        if read_result(self.out, step) is not None:  # it ended, and was not taken in any more
+        if read_result(self.out, step) is not None:  # finished, but the result was not read before a kill
             self._finish(step, None)
             return
         with open(self._output(step), "ab") as output:
@@ -135,7 +135,7 @@ class Probes:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is for the training, which ends it
+                start_new_session=True,  # Ctrl-C reaches only the training, which kills the probe
             )
         self._running = step, process
 
@@ -143,17 +143,17 @@ class Probes:
         weights = probe_folder(self.out, step) / WEIGHTS
         result = read_result(self.out, step)
         if result is None:
-            self.report(f"the probe of step {step} failed, training goes on: {self._last_words(step, process)}")
+            self.report(f"the probe of step {step} failed, training continues: {self._failure(step, process)}")
         else:
             self.report(f"probe of step {step}: {', '.join(map(str, result.scores))}")
-            self.take_in(result, read_checkpoint(weights))
+            self.on_result(result, read_checkpoint(weights))
         shutil.rmtree(weights)
 
-    def _last_words(self, step: int, process: subprocess.Popen[bytes] | None) -> str:
+    def _failure(self, step: int, process: subprocess.Popen[bytes] | None) -> str:
         lines = self._output(step).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         code = "" if process is None else f"exit code {process.returncode}, "
-        return f"{said} ({code}all of it in {self._output(step)})"
+        return f"{last} ({code}full output in {self._output(step)})"
 
     def _output(self, step: int) -> Path:
         return probe_folder(self.out, step) / "output.txt"

@@ -17,12 +17,12 @@ from lt_train.runtime.files import read_json
 from lt_train.training.distillation import top_k
 from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of
 from tests.support.processes import exit_code, start_python
-from tests.support.stored_teacher import EXAMPLES, FACTS, TEMPERATURE, K, write
+from tests.support.stored_teacher import EXAMPLES, FINGERPRINT, TEMPERATURE, K, write
 from tests.support.tiny_training import VOCABULARY, load_decided
 
 
 def opened(folder: Path, **given: Any) -> StoredTopK:
-    return open_top_k(folder, EXAMPLES, **{"k": K, "temperature": TEMPERATURE, "facts": FACTS} | given)
+    return open_top_k(folder, EXAMPLES, **{"k": K, "temperature": TEMPERATURE, "fingerprint": FINGERPRINT} | given)
 
 
 def contents(folder: Path) -> dict[str, np.ndarray]:
@@ -180,7 +180,7 @@ def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path
     [
         ({"k": 6}, "k: 5, 6"),
         ({"temperature": 1.0}, r"temperature: 1\.5, 1\.0"),
-        ({"facts": {"model": "n", "data": "d"}}, "model: 'm', 'n'"),
+        ({"fingerprint": {"model": "n", "data": "d"}}, "model: 'm', 'n'"),
     ],
 )
 def test_files_of_another_teacher_are_neither_taken_nor_overwritten(whole: Path, given: dict[str, Any], told: str) -> None:
@@ -192,7 +192,7 @@ def test_files_of_another_teacher_are_neither_taken_nor_overwritten(whole: Path,
 
 
 def test_more_tokens_than_there_are_cannot_be_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"top_k: 41 is more than the vocabulary of {VOCABULARY}"):
+    with pytest.raises(UserError, match=f"top_k: 41: above the model's vocab_size. Fix: set at most {VOCABULARY}"):
         write(tmp_path, k=VOCABULARY + 1)
 
 

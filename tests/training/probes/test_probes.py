@@ -11,7 +11,7 @@ import pytest
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
-from lt_train.training import broadcast as agreement
+from lt_train.training import broadcast
 from lt_train.training.checkpoints import fault_of, read_checkpoint
 from lt_train.training.probes.launching import environment_for
 from lt_train.training.probes.results import probe_folder, read_probes
@@ -21,7 +21,7 @@ from tests.support.tiny_training import Cut, CutAt
 
 @pytest.fixture
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
-    monkeypatch.setattr(agreement, "SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(broadcast, "POLL_SECONDS", 0.02)
     return Training(tmp_path / "run")
 
 
@@ -71,14 +71,16 @@ def test_training_waits_for_a_probe_only_when_the_next_is_due(training: Training
     assert not logged[3][1] and logged[3][0] - logged[2][0] < 1.5  # the probe of step 2 was under way
     assert logged[5][1]  # the probe of step 4 was due before it had ended
     assert [result.step for result in read_probes(training.out)] == [2, 4, 5]
-    assert "waiting for the probe that is under way" in training.said
+    assert "waiting for the running probe" in training.said
 
 
 def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on(training: Training) -> None:
     training.scores = {2: -1.0}
     assert training().steps == 5
     (failed,) = [line for line in training.said if "failed" in line]
-    assert failed.startswith("the probe of step 2 failed, training goes on: error the needle got lost (exit code 1, all of it in ")
+    assert failed.startswith(
+        "the probe of step 2 failed, training continues: error the needle got lost (exit code 1, full output in "
+    )
     assert [result.step for result in read_probes(training.out)] == [4, 5]
     assert not (probe_folder(training.out, 2) / "weights").exists()
 
@@ -174,7 +176,9 @@ def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_made_good(train
 
 def test_a_best_that_nothing_measured_is_an_error_and_the_probes_are_made_anew(training: Training) -> None:
     training.scores = dict.fromkeys((2, 4, 5), -1.0)
-    with pytest.raises(UserError, match=r"train\.final_weights: best: nothing was measured by needle.*change train\.probes"):
+    with pytest.raises(
+        UserError, match=r"train\.final_weights: best: no valid weights with a measured needle.*change train\.probes"
+    ):
         training(keep_best="needle", final_weights="best")
     assert "final" not in training.folders()
     training.scores = {}
