@@ -1,4 +1,4 @@
-"""Strategy `nll`: a layer loses what the answer's loss rises by when that one layer streams and the others stay full.
+"""Strategy `nll`: a layer's score is the rise of the answer's loss when this layer alone streams and the others stay full.
 
 After NLL-guided selection (arXiv 2606.27791).
 """

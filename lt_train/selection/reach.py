@@ -1,7 +1,7 @@
 """Strategy `reach`: the rise of `nll`, taken over long-reach tokens alone.
 
-Most answer tokens do not need the distant context, and their losses hide those of the tokens that do. Long-reach tokens are the
-fraction of a sample's answer tokens whose loss rises most when every layer streams.
+Most answer tokens do not need the distant context, and in a mean over all tokens they hide the rise of those that do. Long-reach
+tokens are the fraction of a sample's answer tokens whose loss rises most when every layer streams.
 """
 
 import math
@@ -13,9 +13,9 @@ from lt_train.selection.token_losses import TokenLosses
 
 
 def long_reach_tokens(losses: TokenLosses, fraction: float) -> Tensor:
-    """Indices, ascending, of the `ceil(fraction * A)` answer tokens whose loss rises most; of equals the earlier."""
+    """Indices, ascending, of the `ceil(fraction * A)` answer tokens whose loss rises most; the earlier of equal ones."""
     rise_A = losses.all_streaming_A - losses.full_A
-    # Through Decimal, because a tenth of 30 is 3 to a reader but a little more in binary floats.
+    # Decimal, because the binary float 0.1 * 30 is a little more than 3.
     count = math.ceil(Decimal(str(fraction)) * rise_A.numel())
     return rise_A.argsort(descending=True, stable=True)[:count].sort().values
 
