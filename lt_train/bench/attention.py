@@ -12,13 +12,13 @@ from functools import partial
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.planning.compute import causal_pairs, streaming_pairs
@@ -89,19 +89,17 @@ def bench_attention(
     with show_progress("timing", total=len(lengths) * runs) as bar:
         for length in lengths:
             timings += time_length(shape, use, length, names, windows, w_sink, runs, bar.advance)
-    console.print(
+    print_lines(
+        console,
         f"one row, {shape.heads} query heads, {shape.groups} key/value heads, head size {shape.head_size}, "
         f"{dtype_name(dtype)} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
         f"backward, medians of {runs} interleaved runs",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(attention_table(timings, w_sink))
-    console.print(
+    print_lines(
+        console,
         "full: scaled_dot_product_attention, causal; limit: its pairs of query and key by those of streaming attention; "
         "reached: faster / limit",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -158,9 +156,7 @@ def _wait(device: torch.device) -> None:
 
 
 def attention_table(timings: Sequence[KernelTiming], w_sink: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("tokens", "window", "kernel", "ms", "full ms", "faster", "limit", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = measurement_table("tokens", "window", "kernel", "ms", "full ms", "faster", "limit", "reached")
     for number, timing in enumerate(timings):
         faster = timing.full / timing.milliseconds
         limit = causal_pairs(timing.length) / streaming_pairs(timing.length, w_sink + timing.w_recent)

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lt_train.bench.decode import budget_too_small
+from lt_train.bench.printing import print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -120,13 +121,12 @@ def bench_batching(
     engine.stop_ids = ()  # lengths are given
     seconds = {"engine": time_engine(engine, work), "static": time_static_batches(hybrid, work, rows)}
     engine_rate, static_rate = work.tokens / seconds["engine"], work.tokens / seconds["static"]
-    console.print(
+    print_lines(
+        console,
         f"{model.base}, {len(lazy)} of {spec.num_layers} layers stream, {hybrid.device.type}, {torch.get_num_threads()} threads; "
         f"{count} answers of {min(work.answer_tokens):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
         f"{work.tokens:,} in all; KV budget {budget / 2**20:,.0f} MiB for each\n"
         f"engine          {engine_rate:8,.1f} tokens/s, {engine.lay_out(count, work.longest).slots} slots\n"
         f"static batches  {static_rate:8,.1f} tokens/s, {rows} rows of up to {work.longest:,} tokens\n"
         f"faster by       {engine_rate / static_rate:8.2f}x",
-        highlight=False,
-        soft_wrap=True,
     )

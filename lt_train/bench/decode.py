@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
@@ -124,22 +124,19 @@ def bench_decode(
             about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {hybrid.device.type}, {torch.get_num_threads()} threads"
             del hybrid
-    console.print(
+    print_lines(
+        console,
         f"{about}; KV budget {budget / 2**20:,.0f} MiB for each, w_sink {w_sink}, w_recent {w_recent}; medians of {TIMED_STEPS} "
         "steps, full slots, random keys and values",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(throughput_table(num_layers, lengths, found))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
-    console.print(legend, soft_wrap=True)
-    console.print(PAPER, highlight=False, soft_wrap=True)
+    print_lines(console, legend)
+    print_lines(console, PAPER)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = measurement_table("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached")
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():

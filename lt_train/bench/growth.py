@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -80,19 +80,17 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
         f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device.type}; {len(lazy)} of "
         f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
     )
-    console.print(title, highlight=False, soft_wrap=True)
+    print_lines(console, title)
     console.print(_table(timings["hybrid"], timings["full"], parameters * dtype.itemsize))
-    console.print(
+    print_lines(
+        console,
         "ms: for one more token; MiB: its KV cache; ring: cached tokens of a streaming layer; limit: weights and KV bytes of full "
         "attention by those of the hybrid, the ratio of memory traffic",
-        soft_wrap=True,
     )
 
 
 def _table(hybrid: list[TokenTiming], full: list[TokenTiming], weight_bytes: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("tokens", "hybrid ms", "full ms", "faster", "limit", "hybrid MiB", "full MiB", "ring"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = measurement_table("tokens", "hybrid ms", "full ms", "faster", "limit", "hybrid MiB", "full MiB", "ring")
     for ours, theirs in zip(hybrid, full, strict=True):
         table.add_row(
             f"{ours.tokens:,}",

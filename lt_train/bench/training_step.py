@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from lt_train.bench.printing import print_lines
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
@@ -156,7 +157,8 @@ def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
     hybrid, device = recipe.hybrid, torch.accelerator.current_accelerator() or torch.device("cpu")
     trained = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank} on q, k, v and o of all layers"
     checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
-    console.print(
+    print_lines(
+        console,
         f"{recipe.model.base}, {device.type}, {torch.get_num_threads()} threads; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
         f"w_sink {hybrid.w_sink}, w_recent {hybrid.w_recent}; one document of {recipe.data.max_length:,} tokens a step, {trained}, "
         f"{checkpointing} gradient checkpointing; medians of {runs}\n"
@@ -164,8 +166,6 @@ def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
         f"hybrid                  {found.hybrid:9,.2f} s a step, loss {found.hybrid_loss:.3f}\n"
         f"faster by               {found.faster:9.2f}x\n"
         f"limit by operations     {found.limit:9.2f}x, {100 * found.faster / found.limit:.0f} % of it reached",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

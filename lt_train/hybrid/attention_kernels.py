@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .blocked import blocked_streaming_attention
 from .documents import Documents, find_documents
-from .flash import FlashKernel, Part, attend_by_parts, full_parts, streaming_parts
+from .flash import AttentionPart, FlashKernel, attend_by_parts, full_parts, streaming_parts
 from .flash_kernels import flash_kernel
 from .flex import flex_full_attention, flex_streaming_attention
 from .reference import reference_streaming_attention
@@ -165,7 +165,7 @@ def _flash_full(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Te
 
 
 def _attend_by_flash(
-    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, parts: tuple[Part, ...], scaling: float
+    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, parts: tuple[AttentionPart, ...], scaling: float
 ) -> Tensor:
     kernel = _flash_on(q_BHTD.device)
     assert kernel is not None, "_flash_obstacle refuses a device without flash attention"

@@ -4,7 +4,7 @@ With `reach = w_sink + w_recent - 1`, the first `reach` queries of a document se
 queries do not reach the sinks. Three parts cover every visible key exactly once, and every flash attention computes each of them:
 
     head   queries < reach     causal, over the first `reach` tokens
-    body   queries >= reach    causal window (w_recent - 1, 0), over the whole document
+    body   queries >= reach    causal window (w_recent - 1, 0), over the entire document
     sinks  queries >= reach    all of the w_sink keys
 
 Body and sinks have the same queries: as softmaxes over disjoint keys they are merged by their log-sum-exps (LSE). The kernels'
@@ -72,7 +72,7 @@ class FlashKernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionPart:
     """Some queries and some keys of the documents. `joins`: an earlier part has the same queries, with other keys."""
 
     q_rows: TokenIndex
@@ -88,7 +88,7 @@ class Part:
         return Varlen(self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k, self.window, scaling)
 
 
-def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: torch.device) -> tuple[Part, ...]:
+def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: torch.device) -> tuple[AttentionPart, ...]:
     """The parts of streaming attention over documents of these lengths; only those that have queries."""
     spans = _spans(lengths)
     if w_sink == 0:
@@ -105,7 +105,7 @@ def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: 
     return tuple(parts)
 
 
-def full_parts(lengths: Sequence[int], device: torch.device) -> tuple[Part, ...]:
+def full_parts(lengths: Sequence[int], device: torch.device) -> tuple[AttentionPart, ...]:
     """Full causal attention over documents of these lengths."""
     spans = _spans(lengths)
     return (_part(spans, spans, (-1, 0), device),)
@@ -117,7 +117,7 @@ def attend_by_parts(
     k_BGTD: Tensor,
     v_BGTD: Tensor,
     *,
-    parts: tuple[Part, ...],
+    parts: tuple[AttentionPart, ...],
     scaling: float,
     kernel: FlashKernel,
 ) -> Tensor:
@@ -136,7 +136,7 @@ def attend_by_parts(
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[Part, ...], scaling: float, kernel: FlashKernel
+        ctx: Any, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[AttentionPart, ...], scaling: float, kernel: FlashKernel
     ) -> Tensor:
         results = (_forward(kernel, part, q_NHD, k_NGD, v_NGD, scaling) for part in parts)
         if len(parts) == 1:  # all queries and all keys
@@ -170,11 +170,13 @@ class _Merged(torch.autograd.Function):
         return dq_NHD, dk_NGD, dv_NGD, None, None, None
 
 
-def _forward(kernel: FlashKernel, part: Part, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    kernel: FlashKernel, part: AttentionPart, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     return kernel.forward(q_NHD[part.q_rows], k_NGD[part.k_rows], v_NGD[part.k_rows], part.varlen(scaling))
 
 
-def _joined(parts: tuple[Part, ...], results: Iterable[tuple[Tensor, Tensor]], q_NHD: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(parts: tuple[AttentionPart, ...], results: Iterable[tuple[Tensor, Tensor]], q_NHD: Tensor) -> tuple[Tensor, Tensor]:
     """out_NHD and lse_HN of all parts together."""
     tokens, heads = q_NHD.shape[:2]
     out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
@@ -206,12 +208,12 @@ def _part(
     window: tuple[int, int],
     device: torch.device,
     joins: bool = False,
-) -> Part:
+) -> AttentionPart:
     (q_rows, cu_seqlens_q, max_seqlen_q), (k_rows, cu_seqlens_k, max_seqlen_k) = (
         _laid_out(q_spans, device),
         _laid_out(k_spans, device),
     )
-    return Part(q_rows, k_rows, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, joins)
+    return AttentionPart(q_rows, k_rows, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, joins)
 
 
 def _laid_out(spans: list[tuple[int, int]], device: torch.device) -> tuple[TokenIndex, Tensor, int]:

@@ -20,11 +20,15 @@ def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None 
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
     assert hybrid.lazy_layer_ratio is not None and hybrid.strategy is not None, "the schema has one of layers and ratio"
-    n_layers = number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
     if hybrid.strategy == "periodic":
-        return periodic_layers(n_layers, num_layers)
+        return evenly_spread_layers(hybrid.lazy_layer_ratio, num_layers)
     assert profile is not None, f"{hybrid.strategy} needs scores"
-    return profile.choose(hybrid.strategy, n_layers)
+    return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
+
+
+def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
+    """`periodic` layers, as many as `number_of_lazy_layers`, which may raise UserError."""
+    return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
 
 
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
