@@ -57,13 +57,13 @@ def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
 
 def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
     assert choose("flash", GPU).name == "flash"
-    for wrong, said in [
+    for wrong, message in [
         (dict(device=torch.device("cpu")), "needs an NVIDIA GPU.*Fix: set auto"),
         (dict(dtype=torch.float32), "bf16 or fp16 only, not in fp32. Fix: set dtype to bf16"),
         (dict(head_size=60), "this model has 60. Fix: set auto"),
         (dict(head_size=512), "this model has 512. Fix: set auto"),
     ]:
-        with pytest.raises(HybridError, match=said):
+        with pytest.raises(HybridError, match=message):
             choose("flash", without(GPU, **wrong))
 
 
@@ -125,19 +125,19 @@ class Unbuilt(DenseFlash):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "printed"),
     [
         (OffByOne, "results differ from the reference"),
         (WrongGradient, "results differ from the reference"),
         (Unbuilt, "no kernel image is available"),
     ],
 )
-def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, said, monkeypatch):
+def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, printed, monkeypatch):
     monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: broken())
-    assert said in attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    assert printed in attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
 
 
-def test_a_trial_draws_no_random_numbers_of_the_run(flash_on_a_cpu):
+def test_a_trial_leaves_the_rng_of_the_run_as_it_is(flash_on_a_cpu):
     before = torch.get_rng_state()
     attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
     assert torch.equal(torch.get_rng_state(), before)
@@ -150,7 +150,7 @@ def test_attention_is_computed_in_the_dtype_of_autocast():
     assert computed_in(x) == torch.float32
 
 
-# In whole models
+# In entire models
 
 
 def packed_and_padded():

@@ -34,13 +34,13 @@ class Training:
         self.out = out
         self.scores: dict[int, float] = {}
         self.seconds = 0.1
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.started: list[int] = []
 
     def __call__(self, tracker: Tracker | None = None, heldout: int = 0, **settings: Any) -> TrainResult:
         recipe = tiny_recipe({"train": {**SETTINGS, **settings}, "data": {"heldout": heldout}})
         examples = tiny_examples(heldout)
-        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.said.append)
+        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.printed.append)
         return train(*given, probe_command=self.command)
 
     def command(self, step: int) -> list[str]:

@@ -142,7 +142,7 @@ class SignalAt(NoTracker):
 
 
 def train_each(trainings: dict[Path, dict[str, Any]], base: Path | None = None, examples: int = 22) -> None:
-    """Train in each folder with its settings, one after the other; the whole work of a process."""
+    """Train in each folder with its settings, one after the other; all the work of a process."""
     torch.set_num_threads(1)
     load = load_tiny if base is None else hybrid_from(base)
     for folder, settings in trainings.items():

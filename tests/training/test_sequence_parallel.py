@@ -34,9 +34,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", shared_sequence.CASES)
-def test_two_processes_that_share_a_sequence_compute_the_logits_and_gradients_of_one(shared, case: str) -> None:
+def test_two_processes_that_shard_a_sequence_compute_the_logits_and_gradients_of_one(shared, case: str) -> None:
     alone = shared_sequence.logits_and_gradients(
-        shared_sequence.model_of(case), shard_of(shared_sequence.batch_of(case), index=0, slices=1)
+        shared_sequence.model_of(case), shard_of(shared_sequence.batch_of(case), index=0, degree=1)
     )
     assert shared[case].keys() == alone.keys()
     for name, expected in alone.items():
@@ -65,7 +65,7 @@ def assert_same_training(two: Path, one: Path) -> None:
 
 
 @pytest.mark.slow
-def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_goes_on(tmp_path: Path, base: Path) -> None:
+def test_packs_that_two_processes_shard_train_as_on_one_and_a_killed_training_resumes(tmp_path: Path, base: Path) -> None:
     """Over two epochs, with accumulation, checkpointing, held-out samples, and packs of an odd number of tokens."""
     train = {"max_steps": None, "epochs": 2, "batch_size": 3, "gradient_checkpointing": True, "save_steps": 1, "eval_steps": 3}
     settings: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_go
 
 
 @pytest.mark.slow
-def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: Path, base: Path) -> None:
+def test_samples_that_two_processes_shard_train_an_adapter_as_on_one(tmp_path: Path, base: Path) -> None:
     train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
@@ -94,7 +94,7 @@ def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: P
 
 
 @pytest.mark.parametrize("count", [8, 9])
-def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_others(count: int) -> None:
+def test_processes_that_shard_a_sequence_read_the_same_rows_and_others_read_others(count: int) -> None:
     rows: list[list[int]] = []
     for rank in range(4):
         sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(count)), 1, drop_last=False), 4, rank)
@@ -123,7 +123,7 @@ def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positio
     assert second["input_ids"].tolist() == [[8, 9, 1]]
 
 
-def test_heads_that_cannot_be_shared_out_are_told_before_training() -> None:
+def test_heads_that_do_not_divide_are_reported_before_training() -> None:
     with pytest.raises(
         UserError, match=r"6: 4 query heads and 2 key/value heads do not divide among 6 processes\. Fix: set one of 1, 2, 4"
     ):

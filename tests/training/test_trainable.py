@@ -110,17 +110,17 @@ def test_only_the_projections_of_streaming_layers_get_gradients(tmp_path: Path) 
     assert names == expected
 
 
-def test_all_else_is_the_bases_to_the_last_bit_and_training_goes_on_where_it_was_cut_off(
+def test_all_else_is_the_bases_to_the_last_bit_and_training_resumes_where_it_was_interrupted(
     train_tiny, train_until, tmp_path: Path
 ) -> None:
     settings = {"train": {**LAZY_ONLY["train"], "max_steps": 6, "save_steps": 2, "gradient_checkpointing": True}}
-    whole = train_tiny("whole", **settings)
-    model = load_trained(tiny_recipe(settings), whole.folder, load_tiny, torch.float32).model
+    uninterrupted = train_tiny("uninterrupted", **settings)
+    model = load_trained(tiny_recipe(settings), uninterrupted.folder, load_tiny, torch.float32).model
     assert changed(model) == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in SPEC.lazy_layers for p in "qkvo"}
-    states = torch.load(tmp_path / "whole/checkpoint-6/optimizer.pt", weights_only=True)["state"]
+    states = torch.load(tmp_path / "uninterrupted/checkpoint-6/optimizer.pt", weights_only=True)["state"]
     assert len(states) == 4 * len(SPEC.lazy_layers)
     train_until(5, "cut", **settings)
-    assert train_tiny("cut", **settings).train_loss == pytest.approx(whole.train_loss, abs=1e-6)
+    assert train_tiny("cut", **settings).train_loss == pytest.approx(uninterrupted.train_loss, abs=1e-6)
 
 
 def test_a_model_in_which_nothing_streams_has_nothing_to_train() -> None:

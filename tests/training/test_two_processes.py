@@ -125,8 +125,8 @@ def in_two_processes(program: str, *arguments: Path, output: Path) -> list[tuple
 def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Path) -> None:
     ended = in_two_processes(NAN, tmp_path / "run", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [2, 2], ended
-    told = [output.strip().splitlines()[-1] for _, output in ended]
-    assert told[0] == told[1] and f": the loss is nan, on {BAD.where}. " in told[0]
+    last_lines = [output.strip().splitlines()[-1] for _, output in ended]
+    assert last_lines[0] == last_lines[1] and f": the loss is nan, on {BAD.where}. " in last_lines[0]
 
 
 @pytest.mark.slow
