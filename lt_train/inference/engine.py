@@ -171,7 +171,7 @@ class _Run:
 
     def _read(self, fresh: Sequence[Running]) -> Iterator[Answer]:
         started = time.perf_counter()
-        logits_NV = self.runner.read([(self._slot(sequence), sequence.ids) for sequence in fresh])
+        logits_NV = self.runner.prefill([(self._slot(sequence), sequence.ids) for sequence in fresh])
         self._divide_time(fresh, started)
         yield from self._take(fresh, logits_NV)
 

@@ -26,11 +26,11 @@ class ModelRunner:
         self.prefill_chunk = prefill_chunk
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
         """Prefill new sequences; returns the logits [N, V] of the next token of each."""
         logits: list[Tensor] = []
-        for together in self._that_fit(prompts):
-            logits += self._read_together(together)
+        for group in self._groups(prompts):
+            logits += self._prefill_group(group)
         return torch.stack(logits)
 
     @torch.inference_mode()
@@ -42,7 +42,7 @@ class ModelRunner:
         self.store.lengths = [length + 1 for length in self.store.lengths]
         return self._logits(hidden_B1D[:, 0])
 
-    def _that_fit(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    def _groups(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """Groups of prompts whose first chunks fit in one chunk together."""
         groups: list[list[Prompt]] = []
         room = 0
@@ -55,7 +55,7 @@ class ModelRunner:
             room -= tokens
         return groups
 
-    def _read_together(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+    def _prefill_group(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Prefill the first chunks in one packed row, then the rest of each. Returns the logits [V] of the next token of each."""
         spans: list[tuple[int, int, int]] = []
         ids: list[int] = []
@@ -75,10 +75,10 @@ class ModelRunner:
         logits_NV = list(self._logits(hidden_1TD[0, last_N]))
         for number, (slot, prompt) in enumerate(prompts):
             if len(prompt) > self.prefill_chunk:
-                logits_NV[number] = self._read_rest(slot, prompt)
+                logits_NV[number] = self._prefill_rest(slot, prompt)
         return logits_NV
 
-    def _read_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
+    def _prefill_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
         for start in range(self.prefill_chunk, len(prompt), self.prefill_chunk):
             ids = prompt[start : start + self.prefill_chunk]
             view = LaterChunkView(self.store, slot, len(ids))

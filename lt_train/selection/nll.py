@@ -7,6 +7,5 @@ from lt_train.selection.token_losses import TokenLosses
 
 
 def nll_rise(losses: TokenLosses) -> tuple[list[float], float]:
-    """Rise of one sample's mean answer-token loss, in nats: for each layer streaming alone, and for all streaming."""
-    rise_L = (losses.one_streaming_LA - losses.full_A).double().mean(dim=1)
-    return rise_L.tolist(), (losses.all_streaming_A - losses.full_A).double().mean().item()
+    """`TokenLosses.rise` over all answer tokens of one sample."""
+    return losses.rise()

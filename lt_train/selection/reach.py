@@ -21,10 +21,8 @@ def long_reach_tokens(losses: TokenLosses, fraction: float) -> Tensor:
 
 
 def reach_rise(losses: TokenLosses, fraction: float) -> tuple[list[float], float]:
-    """Rise of the mean loss over one sample's long-reach tokens, in nats: for each layer streaming alone, and for all.
+    """`TokenLosses.rise` over the long-reach tokens of one sample.
 
     `fraction` in (0, 1] is the recipe's `hybrid.calibration.long_reach_fraction`.
     """
-    tokens = long_reach_tokens(losses, fraction)
-    rise_L = (losses.one_streaming_LA - losses.full_A)[:, tokens].double().mean(dim=1)
-    return rise_L.tolist(), (losses.all_streaming_A - losses.full_A)[tokens].double().mean().item()
+    return losses.rise(long_reach_tokens(losses, fraction))

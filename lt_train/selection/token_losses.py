@@ -22,6 +22,8 @@ TOKENS_PER_CALL = 4096
 # Logits in memory at a time (positions x vocab_size), 64 MiB in fp32; all logits of 20,000 tokens would be 20,000 x 152,000.
 LOGITS_PER_CALL = 2**24
 
+ALL_TOKENS = slice(None)
+
 
 @dataclass(frozen=True)
 class TokenLosses:
@@ -31,6 +33,11 @@ class TokenLosses:
     all_streaming_A: Tensor
     one_streaming_LA: Tensor
     """Row i: layer i streams, all others are full."""
+
+    def rise(self, tokens: Tensor | slice = ALL_TOKENS) -> tuple[list[float], float]:
+        """Rise of the mean loss over these answer tokens, in nats: for each layer streaming alone, and for all streaming."""
+        rise_L = (self.one_streaming_LA - self.full_A)[:, tokens].double().mean(dim=1)
+        return rise_L.tolist(), (self.all_streaming_A - self.full_A)[tokens].double().mean().item()
 
 
 @torch.no_grad()

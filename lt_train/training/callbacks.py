@@ -7,7 +7,6 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import append_json_line
@@ -17,6 +16,7 @@ from lt_train.runtime.tracking import Tracker
 from lt_train.training.best import Best
 from lt_train.training.checkpoints import (
     Settings,
+    checkpoint_folder,
     read_checkpoint,
     remove_old_checkpoints,
     reporting_write_errors,
@@ -60,20 +60,16 @@ class WriteManifest(TrainerCallback):
         self.adapter_only = adapter_only
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            out = Path(args.output_dir)
+            folder = checkpoint_folder(out, state.global_step)
             check_saved_shapes(folder, full_shapes(model, trainable_only=self.adapter_only))
-            with reporting_write_errors(folder.parent, f"the checkpoint of step {state.global_step}", state.global_step):
+            with reporting_write_errors(out, f"the checkpoint of step {state.global_step}", state.global_step):
                 write_manifest(folder, state.global_step, self.settings)
-            remove_old_checkpoints(Path(args.output_dir), self.keep)
+            remove_old_checkpoints(out, self.keep)
         PartialState().wait_for_everyone()
 
 
@@ -91,11 +87,10 @@ class KeepBestLoss(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.measured is not None and self.measured[0] == state.global_step:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.best.offer(read_checkpoint(folder), self.measured[1])
+            self.best.offer(read_checkpoint(checkpoint_folder(Path(args.output_dir), state.global_step)), self.measured[1])
 
 
-class ProbesBesideTraining(TrainerCallback):
+class ProbesDuringTraining(TrainerCallback):
     """Probes the checkpoints that are due, while training continues. Add it after WriteManifest."""
 
     def __init__(self, probes: Probes) -> None:
@@ -110,7 +105,7 @@ class ProbesBesideTraining(TrainerCallback):
             return
         self.probes.wait()
         if state.is_world_process_zero:
-            self.probes.add(read_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            self.probes.add(read_checkpoint(checkpoint_folder(Path(args.output_dir), state.global_step)))
             self.probes.is_busy()  # starts it
 
 
@@ -143,12 +138,7 @@ class TrainingLog(TrainerCallback):
         self.seconds += time.perf_counter() - self.step_started
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
         if "loss" in logs:
             row = self._training_row(logs, state.num_input_tokens_seen)
@@ -196,12 +186,7 @@ class ProgressBar(TrainerCallback):
             self.bar.update(state.global_step, self.loss)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"

@@ -85,6 +85,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(finished_checkpoints(folder)), None)
 
 
+def checkpoint_folder(out: Path, step: int) -> Path:
+    return out / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     manifest = read_json(folder / MANIFEST, "checkpoint manifest")
     return Checkpoint(folder, manifest["step"], manifest["settings"])
@@ -118,7 +122,7 @@ def reporting_write_errors(out: Path, what: str, step: int | None = None) -> Ite
         if isinstance(error, RuntimeError) and not _is_torch_writing(error):
             raise
         if step is not None:
-            shutil.rmtree(out / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+            shutil.rmtree(checkpoint_folder(out, step), ignore_errors=True)
         kept = newest_checkpoint(out)
         resumes = f"resumes from {kept}, which is valid" if kept else "starts from the beginning"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]

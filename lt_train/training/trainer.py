@@ -25,7 +25,7 @@ from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
     KeepBestLoss,
-    ProbesBesideTraining,
+    ProbesDuringTraining,
     ProgressBar,
     TrainingLog,
     WriteManifest,
@@ -192,7 +192,7 @@ def _add_callbacks(
     if best_loss is not None:
         trainer.add_callback(KeepBestLoss(best_loss))
     if probes is not None:
-        trainer.add_callback(ProbesBesideTraining(probes))
+        trainer.add_callback(ProbesDuringTraining(probes))
     trainer.add_callback(log)
 
 
