@@ -26,11 +26,6 @@ def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None 
     return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
 
 
-def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
-    """`periodic` layers, as many as `number_of_lazy_layers`, which may raise UserError."""
-    return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
-
-
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
 
@@ -54,7 +49,7 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
 
 
 def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
-    """The layers of `ratio` by strategy `periodic`, for what depends on their number alone. Raises as `number_of_lazy_layers`."""
+    """The `periodic` layers of a ratio. Raises UserError: see `number_of_lazy_layers`."""
     return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
 
 
