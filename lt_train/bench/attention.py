@@ -1,7 +1,7 @@
 """Streaming attention against full causal attention, forward and backward, by length and window, in one run.
 
-The limit is by floating-point operations: queries and keys that see each other under full attention, by those that do when it
-streams. A kernel that multiplies as fast as the yardstick and nothing in vain reaches all of it.
+The limit is the ratio of floating-point operations: the pairs of query and key that full attention computes, by those of streaming
+attention. A kernel that is as fast per operation as full attention, and computes only these pairs, reaches the limit.
 """
 
 import time
@@ -12,13 +12,13 @@ from functools import partial
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.planning.compute import causal_pairs, streaming_pairs
@@ -32,8 +32,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is timed by default on a kind of device: one row, its lengths in tokens, and the shape of its heads."""
+class Shape:
+    """The default input on a kind of device: one row of these lengths in tokens, with heads of this shape."""
 
     lengths: tuple[int, ...]
     heads: int
@@ -41,14 +41,14 @@ class Problem:
     head_size: int
 
 
-ON_CPU = Problem((256, 1024, 4096, 16384), heads=4, groups=4, head_size=64)
-ON_GPU = Problem((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128)
+ON_CPU = Shape((256, 1024, 4096, 16384), heads=4, groups=4, head_size=64)
+ON_GPU = Shape((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128)
 DEFAULT_WINDOWS = (252, 1020)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One kernel at one length and window. milliseconds: for one forward and backward pass; full: of full attention beside it."""
+class KernelTiming:
+    """One kernel at one length and window. milliseconds: for one forward and backward pass; full: the same for full attention."""
 
     length: int
     w_recent: int
@@ -63,44 +63,48 @@ def bench_attention(
     """Print the table.
 
     Args:
-        kernels: as in model.attention; none: all that can train on this device, but for the slow reference.
+        kernels: as in model.attention; none: all that can train on this device, except the slow reference.
         lengths: in tokens; none: those of ON_CPU or ON_GPU.
 
     Raises:
-        HybridError: a kernel that there is not, or that cannot train on this device.
-        UserError: a length, window or number of runs below 1, or fewer sinks than none.
+        HybridError: there is no such kernel, or it cannot train on this device.
+        UserError: a length, window or number of runs below 1, or a negative number of sinks.
     """
-    if min([*lengths, *windows, runs]) < 1 or w_sink < 0:
-        raise UserError("--at, --w-recent and --runs must be at least 1, --w-sink at least 0")
+    for option, values, least in (
+        ("--at", lengths, 1),
+        ("--w-recent", windows, 1),
+        ("--runs", [runs], 1),
+        ("--w-sink", [w_sink], 0),
+    ):
+        if min(values, default=least) < least:
+            raise UserError(f"{option}: {min(values)}: too small. Fix: set at least {least}")
     device, dtype = compute_device(), compute_dtype("auto")
-    problem = ON_CPU if device.type == "cpu" else ON_GPU
-    use = Use(device, dtype, problem.head_size, trains=True)
+    shape = ON_CPU if device.type == "cpu" else ON_GPU
+    use = Use(device, dtype, shape.head_size, trains=True)
     names = list(dict.fromkeys(choose(name, use).name for name in kernels)) or [
         name for name, kernel in KERNELS.items() if name != "reference" and kernel.obstacle(use) is None
     ]
-    lengths, windows = sorted(set(lengths or problem.lengths)), sorted(set(windows))
-    timings: list[Timing] = []
+    lengths, windows = sorted(set(lengths or shape.lengths)), sorted(set(windows))
+    timings: list[KernelTiming] = []
     with show_progress("timing", total=len(lengths) * runs) as bar:
         for length in lengths:
-            timings += time_length(problem, use, length, names, windows, w_sink, runs, bar.advance)
-    console.print(
-        f"one row, {problem.heads} heads, {problem.groups} of keys and values, x {problem.head_size}, "
+            timings += time_length(shape, use, length, names, windows, w_sink, runs, bar.advance)
+    print_lines(
+        console,
+        f"one row, {shape.heads} query heads, {shape.groups} key/value heads, head size {shape.head_size}, "
         f"{dtype_name(dtype)} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
-        f"backward, medians of {runs} runs that take turns",
-        highlight=False,
-        soft_wrap=True,
+        f"backward, medians of {runs} interleaved runs",
     )
     console.print(attention_table(timings, w_sink))
-    console.print(
+    print_lines(
+        console,
         "full: scaled_dot_product_attention, causal; limit: its pairs of query and key by those of streaming attention; "
         "reached: faster / limit",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def time_length(
-    problem: Problem,
+    shape: Shape,
     use: Use,
     length: int,
     kernels: Sequence[str],
@@ -108,14 +112,14 @@ def time_length(
     w_sink: int,
     runs: int,
     advance: Callable[[], None],
-) -> list[Timing]:
-    """All kernels and windows at one length, and full attention, each run once to warm up and then in turns."""
-    shapes = [(1, heads, length, problem.head_size) for heads in (problem.heads, problem.groups, problem.groups, problem.heads)]
-    *qkv, dout = (torch.randn(shape, device=use.device, dtype=use.dtype) for shape in shapes)
+) -> list[KernelTiming]:
+    """All kernels and windows at one length, and full attention: one warm-up run each, then interleaved runs."""
+    sizes = [(1, heads, length, shape.head_size) for heads in (shape.heads, shape.groups, shape.groups, shape.heads)]
+    *qkv, dout = (torch.randn(size, device=use.device, dtype=use.dtype) for size in sizes)
     qkv = [x.requires_grad_() for x in qkv]
-    scaling = problem.head_size**-0.5
+    scaling = shape.head_size**-0.5
     documents = find_documents(1, length, use.device, None, None)
-    attentions: dict[tuple[str, int], Attention] = {(FULL, 0): partial(_full, grouped=problem.heads != problem.groups)}
+    attentions: dict[tuple[str, int], Attention] = {(FULL, 0): partial(_full, grouped=shape.heads != shape.groups)}
     for name in kernels:
         for w_recent in windows:
             attentions[name, w_recent] = partial(
@@ -129,12 +133,12 @@ def time_length(
             times[which].append(1000 * _seconds(attention, qkv, dout))
         advance()
     full = median(times.pop((FULL, 0)))
-    return [Timing(length, w_recent, name, median(found), full) for (name, w_recent), found in times.items()]
+    return [KernelTiming(length, w_recent, name, median(found), full) for (name, w_recent), found in times.items()]
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
-    flash_alone = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.device.type == "cuda" and q.dtype != torch.float32 else nullcontext()
-    with flash_alone:
+    only_flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.device.type == "cuda" and q.dtype != torch.float32 else nullcontext()
+    with only_flash:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
@@ -151,10 +155,8 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def attention_table(timings: Sequence[Timing], w_sink: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("tokens", "window", "kernel", "ms", "full ms", "faster", "limit", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+def attention_table(timings: Sequence[KernelTiming], w_sink: int) -> Table:
+    table = measurement_table("tokens", "window", "kernel", "ms", "full ms", "faster", "limit", "reached")
     for number, timing in enumerate(timings):
         faster = timing.full / timing.milliseconds
         limit = causal_pairs(timing.length) / streaming_pairs(timing.length, w_sink + timing.w_recent)

@@ -1,20 +1,23 @@
-"""What continuous batching is worth: the engine against `generate()` with static batches, in one run.
+"""The gain of continuous batching: the engine against `generate()` with static batches, in one run.
 
-The same hybrid, the same memory, answers of mixed lengths.
+Both use the same hybrid and the same memory, for answers of mixed lengths.
 
-The lengths are given, so that both do the same work: request i ends after its own number of tokens, whatever they say. A static
-batch goes on until its longest row ends, and must have room for rows as long as the longest of all.
+The lengths are fixed, so that both do the same work: request i ends after its own number of tokens, whichever they are. A static
+batch runs until its longest row ends, and needs memory for rows as long as the longest answer of all.
 """
 
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from lt_train.bench.decode import budget_too_small
+from lt_train.bench.printing import print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -28,33 +31,35 @@ from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
 
 PROMPT_TOKENS = 64
-SHORTEST_SHARE = 1 / 16
-"""The shortest answer by the longest; lengths between are spread evenly over their logarithms, as lengths of traces about are."""
+SHORTEST_FRACTION = 1 / 16
+"""Length of the shortest answer by that of the longest; lengths are uniform in their logarithm, roughly as those of traces."""
 
 
 @dataclass(frozen=True)
 class Workload:
     requests: tuple[Request, ...]
     """Each with its own `max_new_tokens`."""
+    answer_tokens: tuple[int, ...]
+    """Tokens of each answer."""
 
     @property
     def tokens(self) -> int:
-        return sum(request.max_new_tokens for request in self.requests)
+        return sum(self.answer_tokens)
 
     @property
     def longest(self) -> int:
-        return PROMPT_TOKENS + max(request.max_new_tokens for request in self.requests)
+        return PROMPT_TOKENS + max(self.answer_tokens)
 
 
-def mixed_lengths(count: int, longest: int, vocabulary: int, seed: int = 0) -> Workload:
-    """`count` random prompts; answers from a sixteenth of `longest` tokens to all of them."""
-    draw = random.Random(seed)
-    requests = []
+def mixed_lengths(count: int, longest: int, vocab_size: int, seed: int = 0) -> Workload:
+    """`count` random prompts; answers of a sixteenth of `longest` tokens up to `longest`."""
+    rng = random.Random(seed)
+    requests, lengths = [], []
     for number in range(count):
-        prompt = tuple(draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS))
-        tokens = round(longest * SHORTEST_SHARE ** draw.random())
-        requests.append(Request(str(number), 0, 0, prompt, max_new_tokens=tokens))
-    return Workload(tuple(requests))
+        prompt = tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS))
+        lengths.append(round(longest * SHORTEST_FRACTION ** rng.random()))
+        requests.append(Request(str(number), 0, 0, prompt, max_new_tokens=lengths[-1]))
+    return Workload(tuple(requests), tuple(lengths))
 
 
 def time_engine(engine: Engine, work: Workload) -> float:
@@ -69,23 +74,23 @@ def time_engine(engine: Engine, work: Workload) -> float:
 
 
 class EndsAt(StoppingCriteria):
-    """Row b is done after lengths[b] new tokens."""
+    """Row b ends after lengths[b] new tokens."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.length_B = torch.tensor(lengths, device=device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return input_ids.shape[1] - PROMPT_TOKENS >= self.length_B
 
 
 @torch.inference_mode()
 def time_static_batches(model: HybridForCausalLM, work: Workload, batch_size: int) -> float:
-    """Seconds for all answers, `batch_size` rows at a time in the order they came."""
+    """Seconds for all answers, `batch_size` rows at a time in the order of the requests."""
     started = time.perf_counter()
     with show_progress("static batches", total=len(work.requests)) as bar:
         for start in range(0, len(work.requests), batch_size):
             batch = work.requests[start : start + batch_size]
-            lengths = [request.max_new_tokens for request in batch]
+            lengths = work.answer_tokens[start : start + batch_size]
             ids_BP = torch.tensor([request.prompt_ids for request in batch], device=model.device)
             config = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), pad_token_id=0, eos_token_id=None)
             ends = StoppingCriteriaList([EndsAt(lengths, model.device)])
@@ -100,7 +105,7 @@ def bench_batching(
     """Print both rates.
 
     Raises:
-        UserError: no such model, a ratio that leaves no layer or takes all, or a budget below one sequence.
+        UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
     """
     config, tokenizer = load_base_config(model), load_tokenizer(model)
     lazy = evenly_spread_layers(ratio, config.num_hidden_layers)
@@ -110,19 +115,18 @@ def bench_batching(
     work = mixed_lengths(count, longest, config.vocab_size)
     needed = kv_sizes(hybrid).sequence(work.longest)
     if budget < needed:
-        raise UserError(f"--kv-budget: {budget:,} bytes hold no sequence of {work.longest:,} tokens, which takes {needed:,}")
+        raise UserError(budget_too_small(budget, work.longest, needed))
     rows = min(budget // needed, count)
     engine = Engine(hybrid, tokenizer, kv_budget=budget, max_slots=count)
     engine.stop_ids = ()  # lengths are given
     seconds = {"engine": time_engine(engine, work), "static": time_static_batches(hybrid, work, rows)}
     engine_rate, static_rate = work.tokens / seconds["engine"], work.tokens / seconds["static"]
-    console.print(
+    print_lines(
+        console,
         f"{model.base}, {len(lazy)} of {spec.num_layers} layers stream, {hybrid.device.type}, {torch.get_num_threads()} threads; "
-        f"{count} answers of {min(r.max_new_tokens for r in work.requests):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
+        f"{count} answers of {min(work.answer_tokens):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
         f"{work.tokens:,} in all; KV budget {budget / 2**20:,.0f} MiB for each\n"
         f"engine          {engine_rate:8,.1f} tokens/s, {engine.lay_out(count, work.longest).slots} slots\n"
         f"static batches  {static_rate:8,.1f} tokens/s, {rows} rows of up to {work.longest:,} tokens\n"
         f"faster by       {engine_rate / static_rate:8.2f}x",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`lt-train bench …`: measurements as commands. Heavy libraries are imported inside them, so that --help answers at once."""
+"""`lt-train bench …`: measurements as commands. They import heavy libraries themselves, so that --help is fast."""
 
 from typing import Annotated, Literal
 
@@ -32,12 +32,12 @@ def decode(
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
 ) -> None:
-    """Tokens per second that a KV budget buys: hybrids against full attention."""
+    """Tokens per second with a given KV budget: hybrids against full attention."""
     from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
     from lt_train.recipe.schema import Model
 
-    budget, lengths = kv_budget * MIB, lengths or DEFAULT_LENGTHS
-    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, w_sink, w_recent, lengths, budget, Console())
+    sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, kv_budget * MIB)
+    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, *sizes, Console())
 
 
 @bench.command()
@@ -109,7 +109,7 @@ def training_step(
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, in both.")] = True,
     runs: Annotated[int, typer.Option(help="A time is the median over this many steps.")] = 3,
 ) -> None:
-    """One training step of a hybrid against one of the unconverted model under stock TRL."""
+    """One training step of a hybrid against one of the unconverted model with stock TRL."""
     quiet_upstream()
     from lt_train.bench.training_step import bench_training_step, step_recipe
 

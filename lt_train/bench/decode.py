@@ -1,19 +1,20 @@
-"""How many tokens a second a KV budget buys: hybrids against full attention, all answered by the engine, in one run.
+"""Tokens per second with a given KV budget: hybrids against full attention, all by the engine, in one run.
 
-The limit that physics sets is memory traffic: a step reads all weights once and every sequence's keys and values once. With equal
-budgets a hybrid fits more sequences into a step; `limit` is by how much its tokens per byte exceed those of full attention.
+Memory traffic sets the limit: a step reads all weights once, and every sequence's keys and values once. With equal budgets a
+hybrid's step has more sequences; `limit` is the ratio of its tokens per byte to those of full attention.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
@@ -23,25 +24,25 @@ from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
+from lt_train.runtime.units import MIB, format_bytes
 from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (2048, 8192, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
 TIMED_STEPS = 16
-"""A time is the median over so many steps."""
+"""A time is the median over this number of steps."""
 PAPER = "the paper reports 2.17x at 16K for 50 % (LightTransfer-Train, QwQ-32B, arXiv 2410.13846)"
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """One model at one length of context.
-
-    kv_bytes: of all its sequences. moved_bytes: weights and keys and values, what a step reads.
-    """
+    """One model at one length of context."""
 
     slots: int
     kv_bytes: int
+    """Keys and values of all sequences."""
     moved_bytes: int
+    """What a step reads: weights, keys and values."""
     milliseconds: float
 
     @property
@@ -57,16 +58,16 @@ class Throughput:
 def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughput:
     """Fill the budget with sequences of `context` tokens and time steps of all of them.
 
-    Their keys and values are random: a step's time does not depend on them, and reading so many tokens would take hours on a CPU.
+    Their keys and values are random: a step's time does not depend on them, and prefill would take hours on a CPU.
 
     Raises:
-        UserError: the budget holds no such sequence.
+        UserError: the budget is below one such sequence.
     """
     sizes = kv_sizes(model)
     needed = sizes.sequence(context + TIMED_STEPS)
     slots = budget // needed
     if slots == 0:
-        raise UserError(f"--kv-budget: {budget:,} bytes hold no sequence of {context:,} tokens, which takes {needed:,}")
+        raise UserError(budget_too_small(budget, context, needed))
     store = KVStore(model, slots, slots * pages_for(context + TIMED_STEPS))
     fill(store, slots, context)
     runner = ModelRunner(model, store, prefill_chunk=1)
@@ -78,6 +79,13 @@ def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughpu
     weights = sum(parameter.nbytes for parameter in model.parameters())
     held = slots * sizes.sequence(context)
     return Throughput(slots, held, weights + held, 1000 * median(times))
+
+
+def budget_too_small(budget: int, tokens: int, needed: int) -> str:
+    return (
+        f"--kv-budget: {format_bytes(budget)}: less than one sequence of {tokens:,} tokens. "
+        f"Fix: set at least {math.ceil(needed / MIB):,} MiB"
+    )
 
 
 def fill(store: KVStore, slots: int, context: int) -> None:
@@ -99,10 +107,10 @@ def bench_decode(
     budget: int,
     console: Console,
 ) -> None:
-    """Print the table. The layers that stream are spread evenly: which they are does not matter for speed.
+    """Print the table. The streaming layers are evenly spread: which layers stream does not matter for speed.
 
     Raises:
-        UserError: no such model, a ratio that leaves no layer or takes all, or a budget below one sequence.
+        UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
     """
     num_layers = load_base_config(model).num_hidden_layers
     variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
@@ -116,22 +124,19 @@ def bench_decode(
             about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {hybrid.device.type}, {torch.get_num_threads()} threads"
             del hybrid
-    console.print(
+    print_lines(
+        console,
         f"{about}; KV budget {budget / 2**20:,.0f} MiB for each, w_sink {w_sink}, w_recent {w_recent}; medians of {TIMED_STEPS} "
         "steps, full slots, random keys and values",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(throughput_table(num_layers, lengths, found))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
-    console.print(legend, soft_wrap=True)
-    console.print(PAPER, highlight=False, soft_wrap=True)
+    print_lines(console, legend)
+    print_lines(console, PAPER)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = measurement_table("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached")
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():

@@ -1,4 +1,4 @@
-"""What a bug report needs to say about a machine: versions, devices, which attention kernels work on it and why others do not."""
+"""The environment of a bug report: versions, devices, the attention kernels that train here, and the obstacles of the others."""
 
 import os
 import platform
@@ -24,13 +24,13 @@ PACKAGES = (
     *("flash-attn", "triton", "vllm", "openai", "math-verify"),
 )
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "WANDB_MODE")
-"""Variables that change what a command does. None of them is a secret."""
+"""Environment variables that change what a command does. None of them is secret."""
 HEAD_SIZE = 128
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Whether a kernel of `model.attention` trains on this device; `obstacle`: why not."""
+    """Whether a kernel of `model.attention` trains on this device, and the obstacle if it does not."""
 
     name: str
     works: bool
@@ -40,7 +40,7 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class Environment:
-    """Memory and disk in bytes; `packages`: None where one is not installed."""
+    """Memory and disk in bytes; `packages`: versions, None for one that is not installed."""
 
     python: str
     system: str
@@ -118,7 +118,7 @@ def _devices() -> list[str]:
 
 
 def _kernels() -> list[KernelReport]:
-    """Each tried in training, in the dtype that `auto` means, with heads of HEAD_SIZE numbers."""
+    """A report for each kernel, for training in the dtype of `auto` with heads of HEAD_SIZE."""
     use = Use(compute_device(), compute_dtype("auto"), HEAD_SIZE, trains=True)
     chosen, reports = choose("auto", use).name, []
     for name in KERNELS:

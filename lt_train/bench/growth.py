@@ -1,4 +1,4 @@
-"""How long one more token takes after 1K, 8K, 32K tokens: the hybrid against the same weights with full attention, in one run."""
+"""Time of one more token after 1K, 8K, 32K tokens: the hybrid against the same weights with full attention, in one run."""
 
 import time
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -22,25 +22,27 @@ from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (1024, 8192, 32768)
 TIMED_TOKENS = 64
-"""A time is the median over so many tokens up to the named length."""
+"""A time is the median over this number of tokens up to a length."""
 
 
 @dataclass(frozen=True)
-class Timing:
+class TokenTiming:
     tokens: int
     """Length of the sequence so far."""
     milliseconds: float
     """For one more token."""
     kv_bytes: int
-    """What the cache must hold, room for growth not counted."""
-    ring_entries: int
-    """Most entries that any streaming layer holds; 0 without streaming layers."""
+    """Cached keys and values, without room for growth."""
+    ring_tokens: int
+    """The most cached tokens of any streaming layer; 0 without streaming layers."""
 
 
 @torch.inference_mode()
-def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bool = True) -> list[Timing]:
+def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bool = True) -> list[TokenTiming]:
     """Generate greedily, one sequence, until the longest of `lengths`, and time the tokens before each of them."""
-    cache, timings, recent = HybridCache(model.spec), [], []
+    cache = HybridCache(model.spec)
+    timings: list[TokenTiming] = []
+    recent: list[float] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     name = "hybrid" if model.spec.lazy_layers else "full attention"
     with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
@@ -50,45 +52,45 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
             token.item()  # waits for the device
             recent = [*recent[-TIMED_TOKENS + 1 :], time.perf_counter() - started]
             if length in lengths:
-                timings.append(Timing(length, 1000 * median(recent), _bytes_in_use(cache), _ring_entries(cache)))
+                timings.append(TokenTiming(length, 1000 * median(recent), _bytes_in_use(cache), _ring_tokens(cache)))
             if length % 64 == 0:
                 bar.update(length)
     return timings
 
 
 def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
-    """Print the table. The layers that stream are spread evenly: which they are does not matter for speed.
+    """Print the table. The streaming layers are evenly spread: which layers stream does not matter for speed.
 
     Raises:
-        UserError: no such model, a ratio that leaves no layer or takes all, or lengths below what is timed.
+        UserError: there is no such model, no layer or every layer would stream, or a length is below TIMED_TOKENS.
     """
     if min(lengths) < TIMED_TOKENS:
-        raise UserError(f"--at {min(lengths)}: a time is a median over {TIMED_TOKENS} tokens; take a length of at least that")
+        raise UserError(
+            f"--at: {min(lengths)}: below the {TIMED_TOKENS} tokens of which a time is the median. Fix: set at least {TIMED_TOKENS}"
+        )
     num_layers = load_base_config(model).num_hidden_layers
     lazy = evenly_spread_layers(ratio, num_layers)
-    found = []
-    for layers in (lazy, ()):
+    timings: dict[str, list[TokenTiming]] = {}
+    for name, layers in (("hybrid", lazy), ("full", ())):
         hybrid = load_for_inference(model, HybridSpec(num_layers, layers, w_sink, w_recent), compute_dtype(model.dtype))
-        found.append(time_decoding(hybrid, sorted(set(lengths))))
+        timings[name] = time_decoding(hybrid, sorted(set(lengths)))
         parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
         del hybrid
     title = (
         f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device.type}; {len(lazy)} of "
         f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
     )
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(_table(*found, parameters * dtype.itemsize))
-    console.print(
-        "ms: for one more token; MiB: its KV cache; ring: entries of a streaming layer; limit: weights and KV bytes of full "
-        "attention by those of the hybrid, what memory traffic alone would allow",
-        soft_wrap=True,
+    print_lines(console, title)
+    console.print(_table(timings["hybrid"], timings["full"], parameters * dtype.itemsize))
+    print_lines(
+        console,
+        "ms: for one more token; MiB: its KV cache; ring: cached tokens of a streaming layer; limit: weights and KV bytes of full "
+        "attention by those of the hybrid, the ratio of memory traffic",
     )
 
 
-def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in ("tokens", "hybrid ms", "full ms", "faster", "limit", "hybrid MiB", "full MiB", "ring"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _table(hybrid: list[TokenTiming], full: list[TokenTiming], weight_bytes: int) -> Table:
+    table = measurement_table("tokens", "hybrid ms", "full ms", "faster", "limit", "hybrid MiB", "full MiB", "ring")
     for ours, theirs in zip(hybrid, full, strict=True):
         table.add_row(
             f"{ours.tokens:,}",
@@ -98,15 +100,15 @@ def _table(hybrid: list[Timing], full: list[Timing], weight_bytes: int) -> Table
             f"{(weight_bytes + theirs.kv_bytes) / (weight_bytes + ours.kv_bytes):.2f}x",
             f"{ours.kv_bytes / 2**20:.1f}",
             f"{theirs.kv_bytes / 2**20:.1f}",
-            f"{ours.ring_entries:,}",
+            f"{ours.ring_tokens:,}",
         )
     return table
 
 
 def _bytes_in_use(cache: HybridCache) -> int:
-    """Of all layers; `numel`, because the tensors are views into buffers with room for growth."""
+    """Of all layers; by `numel`, because the tensors are views of buffers with room for growth."""
     return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
 
 
-def _ring_entries(cache: HybridCache) -> int:
+def _ring_tokens(cache: HybridCache) -> int:
     return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)

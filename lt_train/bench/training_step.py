@@ -1,9 +1,9 @@
-"""One training step of a hybrid against one of the unconverted model under stock TRL, in one run.
+"""One training step of a hybrid against one of the unconverted model with stock TRL, in one run.
 
-Both get the same rows, the same settings and adapters in the same places, and take turns. Each row is one document of full length,
-because stock attention on a CPU lets packed documents see each other, which would be other work.
+Both have the same rows, the same settings and the same adapters; their steps are interleaved. Each row is one document of full
+length, because with stock attention on a CPU packed documents see each other, which is different work.
 
-The limit is by floating-point operations, counted as `lt-train plan` counts them.
+The limit is the ratio of floating-point operations, counted as in `lt-train plan`.
 """
 
 import time
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from lt_train.bench.printing import print_lines
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
@@ -39,7 +40,7 @@ Method = Literal["lora", "full"]
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step: forward, backward, clipping and the optimizer's own."""
+    """Seconds of each optimizer step: forward, backward, clipping and the optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -56,7 +57,7 @@ class StepTimes(TrainerCallback):
 
 @dataclass(frozen=True)
 class StepComparison:
-    """Median seconds of a step, the loss of the first step (untrained), and the operations of a hybrid's step."""
+    """Median seconds of a step, the loss of the first (untrained) step, and the operations of a hybrid's step."""
 
     stock: float
     hybrid: float
@@ -76,10 +77,10 @@ class StepComparison:
 def step_recipe(
     base: str, method: Method, ratio: float, w_sink: int, w_recent: int, tokens: int, checkpointing: bool, dtype: str = "auto"
 ) -> Recipe:
-    """What both trainings follow: one row of `tokens` a step.
+    """The recipe of both trainings: one row of `tokens` a step.
 
     Raises:
-        UserError: a size or share that no recipe takes.
+        UserError: a size or ratio that is invalid in a recipe.
     """
     settings = {"batch_size": 1, "max_steps": 1, "learning_rate": 1e-5, "gradient_checkpointing": checkpointing}
     parts = {
@@ -93,12 +94,12 @@ def step_recipe(
         return Recipe.model_validate(parts | ({"lora": {"layers": "all"}} if method == "lora" else {}))
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['input']}: {fault['msg']}" for fault in error.errors())
-        raise UserError("; ".join(faults)) from error
+        raise UserError(f"{'; '.join(faults)}. Fix: change the option that sets it") from error
 
 
 def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
-    """Each trains one step to warm up, then `runs` in turns."""
-    assert recipe.train is not None
+    """Each trainer takes one warm-up step; then `runs` steps of both are interleaved."""
+    assert recipe.train is not None and recipe.hybrid.lazy_layer_ratio is not None
     config, tokenizer, tokens = (
         load_base_config(recipe.model),
         load_tokenizer(recipe.model, recipe.prompt.stop_token),
@@ -131,7 +132,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
         for trainer, timed in zip(trainers, times, strict=True):
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(timed)
-        losses = []
+        losses: list[float] = []
         with show_progress("timing steps", total=2 * (1 + runs)) as bar:
             for _ in range(1 + runs):
                 for trainer in trainers:
@@ -140,23 +141,24 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
     stock_seconds, hybrid_seconds = (median(timed.seconds[1:]) for timed in times)
     work = Workload(Samples([tokens], "one row"), steps=1, epochs=1)
     compute = training_compute(model_shape(recipe, config), recipe.train, work)
-    return StepComparison(stock_seconds, hybrid_seconds, *losses[:2], compute)
+    return StepComparison(stock_seconds, hybrid_seconds, losses[0], losses[1], compute)
 
 
 def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
     """Print both times, their ratio and the limit.
 
     Raises:
-        UserError: no such model, a ratio that leaves no layer or takes all, or fewer runs than one.
+        UserError: there is no such model, no layer or every layer would stream, or `runs` is below 1.
     """
     if runs < 1:
-        raise UserError(f"--runs: {runs} is below 1")
+        raise UserError(f"--runs: {runs}: too few. Fix: set at least 1")
     assert recipe.train is not None
     found = compare_steps(recipe, runs)
     hybrid, device = recipe.hybrid, torch.accelerator.current_accelerator() or torch.device("cpu")
     trained = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank} on q, k, v and o of all layers"
     checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
-    console.print(
+    print_lines(
+        console,
         f"{recipe.model.base}, {device.type}, {torch.get_num_threads()} threads; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
         f"w_sink {hybrid.w_sink}, w_recent {hybrid.w_recent}; one document of {recipe.data.max_length:,} tokens a step, {trained}, "
         f"{checkpointing} gradient checkpointing; medians of {runs}\n"
@@ -164,8 +166,6 @@ def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
         f"hybrid                  {found.hybrid:9,.2f} s a step, loss {found.hybrid_loss:.3f}\n"
         f"faster by               {found.faster:9.2f}x\n"
         f"limit by operations     {found.limit:9.2f}x, {100 * found.faster / found.limit:.0f} % of it reached",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

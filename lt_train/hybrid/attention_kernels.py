@@ -1,7 +1,7 @@
-"""What may compute attention (`model.attention`), what each can do, and what `auto` takes: decided here and nowhere else.
+"""The attention kernels (`model.attention`), what each supports, and which one `auto` selects.
 
-A kernel computes streaming layers, and full layers where it is the better choice for those too. All give the same numbers.
-A fast one is compared with the reference on its device, on a small problem, before it is used there.
+A kernel computes streaming layers, and full layers where it is faster for those too. All kernels give the same results. A fast one
+is compared with the reference on its device, on a small input, before it is used there.
 
 Shapes: B rows, T columns, H query heads, G key/value heads, D head size.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .blocked import blocked_streaming_attention
 from .documents import Documents, find_documents
-from .flash import FlashKernel, attend_by_parts, full_parts, streaming_parts
+from .flash import AttentionPart, FlashKernel, attend_by_parts, full_parts, streaming_parts
 from .flash_kernels import flash_kernel
 from .flex import flex_full_attention, flex_streaming_attention
 from .reference import reference_streaming_attention
@@ -30,7 +30,7 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class Use:
-    """What attention is to be computed: where, in which numbers, for heads of which size, with gradients or without."""
+    """The attention to compute: device, dtype, head size, and whether it needs gradients."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that computes, and why it is this one, in words for a log."""
+    """The selected kernel, and the reason for a log."""
 
     name: str
     reason: str
@@ -65,8 +65,8 @@ class Kernel:
     """
     Attributes:
         streaming: computes streaming layers.
-        full: computes full layers; None: scaled_dot_product_attention does, one document at a time.
-        obstacle: why it cannot do what is asked, and what can; None where it can.
+        full: computes full layers; None: scaled_dot_product_attention computes them, one document at a time.
+        obstacle: why it cannot compute this attention, and the fix; None where it can.
     """
 
     streaming: StreamingAttention
@@ -78,16 +78,20 @@ def choose(name: str, use: Use) -> Choice:
     """The kernel for `use`, by the name in a recipe.
 
     Raises:
-        HybridError: there is no such kernel, or it cannot do what is asked.
+        HybridError: there is no such kernel, or it cannot compute this attention.
     """
     if name == AUTO:
         return _best(use)
     if name not in KERNELS:
-        raise HybridError(f"attention: {name}: there are {', '.join([AUTO, *KERNELS])}")
+        raise HybridError(unknown_kernel(name))
     obstacle = KERNELS[name].obstacle(use)
     if obstacle is not None:
         raise HybridError(f"attention: {name}: {obstacle}")
-    return Choice(name, f"as asked{_from(name, use)}")
+    return Choice(name, f"as set in the recipe{_package(name, use)}")
+
+
+def unknown_kernel(name: str) -> str:
+    return f"attention: {name}: no such kernel. Fix: set one of {', '.join([AUTO, *KERNELS])}"
 
 
 def kernel_for(name: str, q_BHTD: Tensor, dtype: torch.dtype) -> Kernel:
@@ -97,30 +101,30 @@ def kernel_for(name: str, q_BHTD: Tensor, dtype: torch.dtype) -> Kernel:
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of attention on `x`: its own, or autocast's. Rotary embedding hands over fp32 under autocast."""
+    """The dtype of attention on `x`: its own, or autocast's. Rotary embedding returns fp32 under autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-_chosen = cache(choose)  # once for each device, dtype and head size; all layers and batches ask
+_chosen = cache(choose)  # once for each device, dtype and head size; every layer calls it for every batch
 
 
 def _best(use: Use) -> Choice:
     where, precision = use.device.type, _PRECISIONS.get(use.dtype, str(use.dtype))
     if where != "cuda":
-        return Choice("blocked", f"the others are slower, or cannot train, on a device of type {where}")
+        return Choice("blocked", f"on a device of type {where} the others are slower or have no gradients")
     if use.dtype not in _HALF:
         return Choice("blocked", f"exact in {precision}; flash attention computes in bf16 and fp16")
-    passed_over = []
+    obstacles: list[str] = []
     for name in ("flash", "flex"):
         obstacle = KERNELS[name].obstacle(use)
         if obstacle is None:
-            return Choice(name, "; ".join([f"the fastest for {precision} on this device{_from(name, use)}", *passed_over]))
-        passed_over.append(f"not {name}: {obstacle}")
-    return Choice("blocked", "; ".join(passed_over))
+            return Choice(name, "; ".join([f"the fastest for {precision} on this device{_package(name, use)}", *obstacles]))
+        obstacles.append(f"not {name}: {obstacle}")
+    return Choice("blocked", "; ".join(obstacles))
 
 
-def _from(name: str, use: Use) -> str:
+def _package(name: str, use: Use) -> str:
     kernel = _flash_on(use.device) if name == "flash" else None
     return "" if kernel is None else f" ({kernel.name})"
 
@@ -129,9 +133,11 @@ def _from(name: str, use: Use) -> str:
 
 
 def _by_document(attention: Callable[..., Tensor]) -> StreamingAttention:
-    """A kernel that knows rows of one document each, for any documents."""
+    """A kernel for rows of one document each as one for any documents."""
 
-    def streaming(documents, q_BHTD, k_BGTD, v_BGTD, *, w_sink, w_recent, scaling):
+    def streaming(
+        documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+    ) -> Tensor:
         one_by_one = partial(attention, w_sink=w_sink, w_recent=w_recent, scaling=scaling)
         return documents.attend(one_by_one, q_BHTD, k_BGTD, v_BGTD)
 
@@ -142,18 +148,28 @@ def _none(use: Use) -> None:
     return None
 
 
-def _flash_streaming(documents, q_BHTD, k_BGTD, v_BGTD, *, w_sink, w_recent, scaling):
+def _flash_streaming(
+    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+) -> Tensor:
     device = q_BHTD.device
     parts = documents.once(
         ("streaming parts", device, w_sink, w_recent), lambda: streaming_parts(documents.lengths, w_sink, w_recent, device)
     )
-    return attend_by_parts(documents, q_BHTD, k_BGTD, v_BGTD, parts=parts, scaling=scaling, kernel=_flash_on(device))
+    return _attend_by_flash(documents, q_BHTD, k_BGTD, v_BGTD, parts, scaling)
 
 
-def _flash_full(documents, q_BHTD, k_BGTD, v_BGTD, *, scaling):
+def _flash_full(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scaling: float) -> Tensor:
     device = q_BHTD.device
     parts = documents.once(("full parts", device), lambda: full_parts(documents.lengths, device))
-    return attend_by_parts(documents, q_BHTD, k_BGTD, v_BGTD, parts=parts, scaling=scaling, kernel=_flash_on(device))
+    return _attend_by_flash(documents, q_BHTD, k_BGTD, v_BGTD, parts, scaling)
+
+
+def _attend_by_flash(
+    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, parts: tuple[AttentionPart, ...], scaling: float
+) -> Tensor:
+    kernel = _flash_on(q_BHTD.device)
+    assert kernel is not None, "_flash_obstacle refuses a device without flash attention"
+    return attend_by_parts(documents, q_BHTD, k_BGTD, v_BGTD, parts=parts, scaling=scaling, kernel=kernel)
 
 
 def _flash_on(device: torch.device) -> FlashKernel | None:
@@ -162,55 +178,56 @@ def _flash_on(device: torch.device) -> FlashKernel | None:
 
 def _flash_obstacle(use: Use) -> str | None:
     if use.device.type != "cuda":
-        return f"flash attention needs an NVIDIA GPU, and this runs on {use.device.type}. Set auto"
+        return f"flash attention needs an NVIDIA GPU, and the device is {use.device.type}. Fix: set auto"
     if use.dtype not in _HALF:
-        return "flash attention computes in bf16 or fp16 only, not in fp32. Set dtype to bf16, or attention to auto"
+        return "flash attention computes in bf16 or fp16 only, not in fp32. Fix: set dtype to bf16, or attention to auto"
     if use.head_size % 8 or use.head_size > 256:
-        return f"flash attention takes heads of 8, 16, … 256 numbers, this model has {use.head_size}. Set auto"
+        return f"flash attention takes head sizes of 8, 16, … 256, and this model has {use.head_size}. Fix: set auto"
     try:
         kernel = _flash_on(use.device)
     except ImportError as error:
-        return f"the flash-attn package is installed but cannot be loaded ({error}). Build it anew for this torch, or set auto"
+        return f"the flash-attn package is installed but cannot be loaded ({error}). Fix: rebuild it for this torch, or set auto"
     if kernel is None:
         return (
             "neither the flash-attn package nor a flash attention in this torch works on this device (compute capability "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(use.device)))}; 8.0 is needed). On a newer device: "
-            "pip install 'lt-train[flash]'; else set auto"
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(use.device)))}; 8.0 is needed). Fix: on a newer device, "
+            "pip install 'lt-train[flash]'; on this one, set auto"
         )
-    return _fails("flash", use)
+    return _self_test_fault("flash", use)
 
 
 def _flex_obstacle(use: Use) -> str | None:
     if use.device.type == "cpu":
         if use.trains:
-            return "FlexAttention has no gradients on a CPU. To train, set blocked or auto"
+            return "FlexAttention has no gradients on a CPU. Fix: to train, set blocked or auto"
         return None
     if use.device.type != "cuda" or find_spec("triton") is None:
-        return f"FlexAttention is compiled by triton, which is not here for {use.device.type}. Set auto"
+        return f"FlexAttention is compiled by triton, which is not installed for {use.device.type}. Fix: set auto"
     if use.dtype not in (*_HALF, torch.float32):
-        return "FlexAttention computes in bf16, fp16 or fp32. Set auto"
+        return "FlexAttention computes in bf16, fp16 or fp32 only. Fix: set auto"
     if use.head_size < 16:
-        return f"FlexAttention takes heads of 16 numbers or more, this model has {use.head_size}. Set auto"
-    return _fails("flex", use)
+        return f"FlexAttention takes head sizes of 16 or more, and this model has {use.head_size}. Fix: set auto"
+    return _self_test_fault("flex", use)
 
 
 @cache
-def _fails(name: str, use: Use) -> str | None:
-    """How a compiled kernel fails at a small problem on its device, seen here and not in the middle of a training; None: it works.
+def _self_test_fault(name: str, use: Use) -> str | None:
+    """The fault of a compiled kernel on a small input on its device, found before training and not during it; None: it works.
 
-    Two packed documents, one shorter than the sinks, one longer than sinks and window; four query heads to two of keys and values.
+    The input is two packed documents, one shorter than the sinks, one longer than sinks and window, with four query heads and two
+    key/value heads.
     """
     w_sink, w_recent, scaling = 5, 40, use.head_size**-0.5
     lengths = (3, 253)
     position_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     documents = find_documents(1, sum(lengths), use.device, None, position_1T)
-    random = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(1, heads, sum(lengths), use.head_size, generator=random) for heads in (4, 2, 2, 4)]
+    rng = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, heads, sum(lengths), use.head_size, generator=rng) for heads in (4, 2, 2, 4)]
     *qkv, dout = (x.to(use.device, use.dtype) for x in drawn)
 
-    def computed(streaming: StreamingAttention, full: FullAttention, *qkv: Tensor) -> list[Tensor]:
-        """Both kinds of layers, output and gradients."""
-        found = []
+    def computed(streaming: Callable[..., Tensor], full: Callable[..., Tensor], *qkv: Tensor) -> list[Tensor]:
+        """Outputs and gradients of both kinds of layers."""
+        found: list[Tensor] = []
         for attention in (partial(streaming, w_sink=w_sink, w_recent=w_recent), full):
             leaves = [x.detach().requires_grad_(use.trains) for x in qkv]
             out = attention(documents, *leaves, scaling=scaling)
@@ -218,23 +235,23 @@ def _fails(name: str, use: Use) -> str | None:
         return found
 
     reference = KERNELS["reference"].streaming
-    all_of_it = partial(reference, w_sink=0, w_recent=sum(lengths))
+    full_reference = partial(reference, w_sink=0, w_recent=sum(lengths))
     kernel = KERNELS[name]
-    assert kernel.full is not None, "only kernels that compute both kinds of layers are tried"
+    assert kernel.full is not None, "only kernels that compute both kinds of layers are tested"
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(use.trains), torch.autocast(use.device.type, enabled=False):
             found = computed(kernel.streaming, kernel.full, *qkv)
-            exact = computed(reference, all_of_it, *(x.float() for x in qkv))
+            exact = computed(reference, full_reference, *(x.float() for x in qkv))
     except RuntimeError as error:  # what torch's operators and compiler raise
-        return f"it does not run on this device ({' '.join(str(error).split())[:200]}). Set auto"
+        return f"it does not run on this device ({' '.join(str(error).split())[:200]}). Fix: set auto"
     errors = [float((x.float() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
-    if not max(errors) < _WORST:  # a NaN is no smaller
-        return f"on this device it gives other numbers than the reference (relative errors {errors}). Set auto"
+    if not max(errors) < _LARGEST_ERROR:  # also true of a NaN
+        return f"on this device its results differ from the reference's (relative errors {errors}). Fix: set auto"
     return None
 
 
-_WORST = 0.02
-"""Relative error of a kernel that works; rounding to bf16 makes 0.002 to 0.005, a key too many or too few 0.1."""
+_LARGEST_ERROR = 0.02
+"""Relative error that a correct kernel stays below: rounding to bf16 causes 0.002 to 0.005, one key too many or too few 0.1."""
 
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(_by_document(reference_streaming_attention), None, _none),

@@ -1,18 +1,19 @@
 """Streaming attention in time and memory linear in length, in plain torch, on any device, with a backward pass of its own.
 
-Queries are taken a block at a time. A block looks at the sinks and at one span of recent keys, all of them visible to all of its
-queries but in two corners: the keys after a query, and those that its window has left behind. So scores are plain matrix products
-of which the corners alone are masked, and few enough to stay in a processor's cache from one step to the next. The backward pass
-computes each block's probabilities again: nothing is kept but q, k and v.
+Queries are computed a block at a time. A block's keys are the sinks and one span of recent keys. All of its queries see all of
+them except in two corners: the keys after a query, and the keys before its window. So scores are plain matrix products of which
+only the corners are masked, and small enough to stay in a processor's cache from one step to the next. The backward pass computes
+each block's probabilities again and needs only q, k and v.
 
 Blocks of bf16 and fp16 are computed in fp32: rounded to bf16, scores of 50 would be off by 0.1, and probabilities by 10 %.
 
-Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, D head size, P = B * G problems, of which N at a time,
-Q queries of a block, S keys it looks at, RQ = R * Q rows of its scores.
+Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, D head size, P = B * G groups of query heads that share
+keys, N of them computed at a time, Q queries of a block, S keys of a block, RQ = R * Q rows of its scores.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from .mask import full_visible, streaming_visible
 from .spec import HybridError
 
-# Rows of one problem's scores. Fewer waste less on the corners, more keep matrix products at full speed: measured best on a CPU.
-# Elsewhere a step costs its launch, and larger blocks need fewer.
+# Rows of one group's scores. Fewer rows waste less on the corners, more make matrix products faster: measured best on a CPU.
+# Elsewhere each step costs a kernel launch, and larger blocks need fewer steps.
 _ROWS_ON_CPU, _ROWS_ELSEWHERE = 128, 1024
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 256
-# Scores held at a time: on a CPU as many as the caches of two cores hold.
+# Scores in memory at a time: on a CPU as many as the caches of two cores hold.
 _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 
 
@@ -36,7 +37,7 @@ def blocked_streaming_attention(
 
     Args:
         q_BHTD: queries after rotary embedding. k_BGTD, v_BGTD: keys and values; G divides H (grouped-query attention).
-        w_sink, w_recent: sizes in tokens, the window includes the query itself.
+        w_sink, w_recent: sizes in tokens; the window includes the query itself.
 
     Returns:
         out_BHTD, equal to the reference attention. It can be differentiated once.
@@ -48,7 +49,7 @@ def blocked_streaming_attention(
         grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
         return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
     device = q_BHTD.device.type
-    if torch.is_autocast_enabled(device):  # which casts for scaled_dot_product_attention, but not for us
+    if torch.is_autocast_enabled(device):  # autocast casts for scaled_dot_product_attention, but not for this function
         q_BHTD, k_BGTD, v_BGTD = (x.to(torch.get_autocast_dtype(device)) for x in (q_BHTD, k_BGTD, v_BGTD))
     with torch.autocast(device, enabled=False):
         return _BlockedAttention.apply(q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling)
@@ -56,10 +57,10 @@ def blocked_streaming_attention(
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling):
+    def forward(ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, w_sink: int, w_recent: int, scaling: float) -> Tensor:
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD)
         ctx.sizes = w_sink, w_recent, scaling
-        q_PRTD, k_PTD, v_PTD = _problems(q_BHTD, k_BGTD, v_BGTD, scaling)
+        q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
         out_PRTD = v_PTD.new_empty(*q_PRTD.shape[:3], v_PTD.shape[2])
         work = _Workspace(q_PRTD, w_sink, w_recent)
         for block in work.blocks():
@@ -68,19 +69,21 @@ class _BlockedAttention(torch.autograd.Function):
         return out_PRTD.view(*q_BHTD.shape[:3], v_BGTD.shape[3])
 
     @staticmethod
-    def backward(ctx, d_out_BHTD):
-        if torch.is_grad_enabled():  # once_differentiable would let q, k and v pass for constants
+    def backward(ctx: Any, d_out_BHTD: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would treat q, k and v as constants
             raise HybridError(
-                "attention: blocked has no second derivative, which create_graph=True asks for. Set attention to reference"
+                "attention: blocked: no second derivative, which create_graph=True requests. Fix: set attention to reference"
             )
+        q_BHTD, k_BGTD, v_BGTD = ctx.saved_tensors
+        w_sink, w_recent, scaling = ctx.sizes
         with torch.autocast(d_out_BHTD.device.type, enabled=False):
-            return *_gradients(*ctx.saved_tensors, d_out_BHTD, *ctx.sizes), None, None, None
+            return *_gradients(q_BHTD, k_BGTD, v_BGTD, d_out_BHTD, w_sink, w_recent, scaling), None, None, None
 
 
 def _gradients(
     q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, d_out_BHTD: Tensor, w_sink: int, w_recent: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_PRTD, k_PTD, v_PTD = _problems(q_BHTD, k_BGTD, v_BGTD, scaling)
+    q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
     d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], d_out_BHTD.shape[3])
     d_q_PRTD = torch.empty_like(q_PRTD, dtype=q_BHTD.dtype)
     # Several blocks add to the same keys.
@@ -97,8 +100,8 @@ def _gradients(
     return d_q_PRTD.view_as(q_BHTD), d_k_PTD.view_as(k_BGTD), d_v_PTD.view_as(v_BGTD)
 
 
-def _problems(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The query heads that share keys side by side, scaled and in fp32 or better: q_PRTD; k_PTD, v_PTD."""
+def _by_group(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q_PRTD, the query heads that share keys side by side, scaled and in fp32 or better; k_PTD, v_PTD."""
     batch, heads, length, size = q_BHTD.shape
     groups = k_BGTD.shape[1]
     q_PRTD = (q_BHTD.to(_precise(q_BHTD.dtype)) * scaling).reshape(batch * groups, heads // groups, length, size)
@@ -112,58 +115,58 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Block:
-    """The queries from `start` to `end` of some problems, and the keys they look at: the `sinks` first, and `first` to `end`."""
+    """The queries from `start` to `end` of some groups of heads, and their keys: the first `sinks`, and `first` to `end`."""
 
-    problems: slice
+    groups: slice
     start: int
     end: int
     sinks: int
     first: int
 
     def rows(self, x_PRTD: Tensor) -> Tensor:
-        """The block's queries, or what belongs to them: [N, RQ, D], fp32 or better."""
-        return x_PRTD[self.problems, :, self.start : self.end].flatten(1, 2).to(_precise(x_PRTD.dtype))
+        """The block's queries, or the output or gradient of them: [N, RQ, D], fp32 or better."""
+        return x_PRTD[self.groups, :, self.start : self.end].flatten(1, 2).to(_precise(x_PRTD.dtype))
 
     def put_rows(self, rows: Tensor, x_PRTD: Tensor) -> None:
-        place = x_PRTD[self.problems, :, self.start : self.end]
+        place = x_PRTD[self.groups, :, self.start : self.end]
         place.copy_(rows.view_as(place))
 
     def span(self, x_PTD: Tensor) -> Tensor:
-        """The block's keys, or values: [N, S, D], fp32 or better. A small copy, but where the window still reaches the sinks."""
+        """The block's keys, or values: [N, S, D], fp32 or better. A small copy, except where the window still reaches the sinks."""
         precise = _precise(x_PTD.dtype)
         if self.first == self.sinks:
-            return x_PTD[self.problems, : self.end].to(precise)
-        return torch.cat([x_PTD[self.problems, : self.sinks], x_PTD[self.problems, self.first : self.end]], dim=1).to(precise)
+            return x_PTD[self.groups, : self.end].to(precise)
+        return torch.cat([x_PTD[self.groups, : self.sinks], x_PTD[self.groups, self.first : self.end]], dim=1).to(precise)
 
     def add_span(self, span: Tensor, x_PTD: Tensor) -> None:
-        x_PTD[self.problems, : self.sinks] += span[:, : self.sinks]
-        x_PTD[self.problems, self.first : self.end] += span[:, self.sinks :]
+        x_PTD[self.groups, : self.sinks] += span[:, : self.sinks]
+        x_PTD[self.groups, self.first : self.end] += span[:, self.sinks :]
 
 
 class _Workspace:
-    """The blocks of one pass, and the memory that they use one after another for scores and probabilities."""
+    """The blocks of one pass, and the memory that they reuse for scores and probabilities."""
 
     def __init__(self, q_PRTD: Tensor, w_sink: int, w_recent: int) -> None:
-        self.problems, repeats, self.length, _ = q_PRTD.shape
+        self.groups, repeats, self.length, _ = q_PRTD.shape
         self.w_sink, self.w_recent = w_sink, w_recent
         on_cpu = q_PRTD.device.type == "cpu"
         rows, scores = (_ROWS_ON_CPU, _SCORES_ON_CPU) if on_cpu else (_ROWS_ELSEWHERE, _SCORES_ELSEWHERE)
         self.queries = min(max(rows // repeats, _SMALLEST_BLOCK), _LARGEST_BLOCK)
-        of_a_problem = repeats * self.queries * min(w_sink + w_recent - 1 + self.queries, self.length)
-        self.at_a_time = max(min(scores // of_a_problem, self.problems), 1)
-        self.memory = q_PRTD.new_empty(2, self.at_a_time * of_a_problem, dtype=_precise(q_PRTD.dtype))
+        per_group = repeats * self.queries * min(w_sink + w_recent - 1 + self.queries, self.length)
+        self.at_a_time = max(min(scores // per_group, self.groups), 1)
+        self.memory = q_PRTD.new_empty(2, self.at_a_time * per_group, dtype=_precise(q_PRTD.dtype))
         self.position_T = torch.arange(self.length, device=q_PRTD.device)
         self.corners: dict[tuple[int, ...], Tensor] = {}
 
     def blocks(self) -> Iterator[_Block]:
-        for problem in range(0, self.problems, self.at_a_time):
+        for group in range(0, self.groups, self.at_a_time):
             for start in range(0, self.length, self.queries):
                 end = min(start + self.queries, self.length)
                 sinks = min(self.w_sink, end)
-                yield _Block(slice(problem, problem + self.at_a_time), start, end, sinks, max(sinks, start - self.w_recent + 1))
+                yield _Block(slice(group, group + self.at_a_time), start, end, sinks, max(sinks, start - self.w_recent + 1))
 
     def probabilities(self, block: _Block, q: Tensor, k: Tensor) -> Tensor:
-        """The softmax of what the block's queries see: [N, RQ, D], [N, S, D] -> [N, RQ, S]."""
+        """The softmax over the keys that the block's queries see: [N, RQ, D], [N, S, D] -> [N, RQ, S]."""
         scores, probabilities = (x[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], -1) for x in self.memory)
         torch.bmm(q, k.transpose(1, 2), out=scores)
         scores_NRQS = scores.unflatten(1, (-1, block.end - block.start))
@@ -175,7 +178,7 @@ class _Workspace:
         return torch.softmax(scores, -1, out=probabilities)
 
     def d_scores(self, probabilities: Tensor, d_out: Tensor, v: Tensor) -> Tensor:
-        """Back through the values and the softmax, P * (dP - sum(P * dP)): [N, RQ, S]. It takes the place of the scores."""
+        """The gradient through the values and the softmax, P * (dP - sum(P * dP)): [N, RQ, S]; it overwrites the scores."""
         d_probabilities = self.memory[0, : probabilities.numel()].view_as(probabilities)
         torch.bmm(d_out, v.transpose(1, 2), out=d_probabilities)
         return torch.ops.aten._softmax_backward_data.out(
@@ -183,7 +186,7 @@ class _Workspace:
         )
 
     def _hidden_after(self, block: _Block) -> Tensor:
-        """The corner of the block's own keys: [Q, Q]."""
+        """The mask of the corner of the block's own keys: [Q, Q]."""
         size = block.end - block.start
         if (size,) not in self.corners:
             position = self.position_T[:size]
@@ -191,7 +194,7 @@ class _Workspace:
         return self.corners[(size,)]
 
     def _hidden_behind(self, block: _Block) -> Tensor | None:
-        """The corner of the keys that some of the block's windows have left behind: [Q, C]. In most blocks it is the same."""
+        """The mask of the corner of keys before the window of some of the block's queries: [Q, C]. Most blocks have the same."""
         left = block.end - self.w_recent - block.first
         if left <= 0:
             return None

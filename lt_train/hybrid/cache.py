@@ -1,15 +1,15 @@
-"""The KV cache of a hybrid: full layers grow, streaming layers hold the sinks and a ring of the latest keys, never more.
+"""The KV cache of a hybrid: full layers cache every token, streaming layers the sinks and a ring of the latest tokens.
 
-A row's tokens count from its first real one, so under left padding sinks are real tokens and padding is never stored in a ring. A
+Positions count from a row's first real token, so under left padding sinks are real tokens and padding is never stored in a ring. A
 streaming layer keeps position r in slot r while r < w_sink + w_recent, then in slot w_sink + (r - w_sink) mod w_recent. Keys are
-stored after rotary embedding: their order in the cache does not matter.
+stored after rotary embedding, so their order in the cache does not matter.
 
 Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 """
 
 import inspect
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,29 +19,34 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from .spec import HybridError, HybridSpec
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
-"""What transformers calls the cache in a forward pass: since 5.24 `cache`, which takes the former name as well until 6.0."""
+"""The name of the cache argument of transformers' forward passes: `cache` since 5.24, which also accepts the old name until 6.0."""
 
 
 @dataclass
 class Rows:
-    """How far each row of the batch has come; one object shared by all layers, advanced once per forward pass.
+    """The cached tokens of each row of the batch; one object for all layers, advanced once per forward pass.
 
-    `columns` counts padding, `real_B` does not. `before` and `after` are real tokens around the running forward pass.
+    Attributes:
+        columns: cached columns, padding included. new: columns of the current forward pass.
+        before_B, after_B: cached real tokens of each row before and after the current forward pass; no rows before the first one.
+        shortest, longest: the smallest and the largest of `after_B`.
     """
 
     columns: int = 0
     new: int = 0
-    before_B: Tensor | None = None
-    after_B: Tensor | None = None
+    before_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    after_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     shortest: int = 0
     longest: int = 0
 
     def advance(self, real_BT: Tensor | None, batch: int, new: int, device: torch.device) -> None:
-        """Admit `new` columns. `real_BT` marks those that are no padding; None where all are real."""
-        if self.before_B is None:
+        """Add `new` columns. `real_BT` is True on real tokens; None: all of them are."""
+        if self.columns == 0:
             self.after_B = torch.zeros(batch, dtype=torch.long, device=device)
         elif self.after_B.shape[0] != batch:
-            raise HybridError(f"this cache holds {self.after_B.shape[0]} rows, the input has {batch}: make a cache per batch")
+            raise HybridError(
+                f"cache: it holds {self.after_B.shape[0]} rows, and the input has {batch}. Fix: make a cache for each batch"
+            )
         self.columns += new
         self.new = new
         self.before_B = self.after_B
@@ -53,8 +58,8 @@ class Rows:
         stale = (self.before_B > 0)[:, None] & ~real_BT
         if bool(stale.any()) or bool((real_BT[:, :-1] & ~real_BT[:, 1:]).any()):
             raise HybridError(
-                "padding after a row's first real token: a cache takes left padding only. Set tokenizer.padding_side='left', "
-                "or use_cache=False"
+                "attention_mask: it has padding after a row's first real token, and a cache supports left padding only. "
+                "Fix: set tokenizer.padding_side='left', or use_cache=False"
             )
         self.after_B = self.before_B + real_BT.sum(dim=1)
         self.shortest, self.longest = int(self.after_B.min()), int(self.after_B.max())
@@ -62,10 +67,10 @@ class Rows:
     def check_same_columns(self, real_BK: Tensor) -> None:
         """
         Args:
-            real_BK: which of the columns so far a later mask shows.
+            real_BK: which of the cached columns a later mask shows.
 
         Raises:
-            HybridError: it hides cached tokens, or shows columns that were padding when they were cached.
+            HybridError: the mask hides cached tokens, or shows columns that were padding when they were cached.
         """
         column_K = torch.arange(self.columns, device=real_BK.device)
         differs_BK = real_BK != (column_K >= self.padding_B[:, None].to(real_BK.device))
@@ -73,7 +78,7 @@ class Rows:
             row, column = differs_BK.nonzero()[0].tolist()
             what = "shows padding" if bool(real_BK[row, column]) else "hides a token"
             raise HybridError(
-                f"attention_mask: it {what} at row {row}, column {column}, and the cache was filled under another mask. Fix: pass "
+                f"attention_mask: it {what} at row {row}, column {column}, and the cache was filled with another mask. Fix: pass "
                 "that mask with ones for the new tokens, or pass all tokens again with use_cache=False"
             )
 
@@ -88,14 +93,11 @@ class Rows:
         return self.columns - self.after_B
 
 
-class GrowingLayer(CacheLayerMixin):
-    """Everything seen, in a buffer that grows by a quarter, so that a step writes one column and copies none."""
-
-    is_sliding = False
+class _BufferLayer(CacheLayerMixin):
+    """Keys and values in buffers with room for more columns; `keys` and `values` are views of the columns in use."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -103,16 +105,38 @@ class GrowingLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self._keys, self._values) if buffer is not None)
+
+    def reset(self) -> None:
+        self.keys = self.values = self._keys = self._values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise _refused("beam search")
+
+
+class GrowingLayer(_BufferLayer):
+    """All tokens so far, in a buffer that grows by a quarter, so that a step writes one column and copies none."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, G, T, D]; returns all columns so far, padding included."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, self.columns = self.columns, self.columns + key_states.shape[2]
-        self._keys = _with_room(self._keys, key_states, first, self.columns, self.columns + max(256, self.columns // 4))
-        self._values = _with_room(self._values, value_states, first, self.columns, self._keys.shape[2])
-        self._keys[:, :, first : self.columns] = key_states
-        self._values[:, :, first : self.columns] = value_states
-        self.keys, self.values = self._keys[:, :, : self.columns], self._values[:, :, : self.columns]
+        keys = _with_room(self._keys, key_states, first, self.columns, self.columns + max(256, self.columns // 4))
+        values = _with_room(self._values, value_states, first, self.columns, keys.shape[2])
+        keys[:, :, first : self.columns] = key_states
+        values[:, :, first : self.columns] = value_states
+        self._keys, self._values = keys, values
+        self.keys, self.values = keys[:, :, : self.columns], values[:, :, : self.columns]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -124,20 +148,12 @@ class GrowingLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
-
     def reset(self) -> None:
+        super().reset()
         self.columns = 0
-        self.keys = self.values = self._keys = self._values = None
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise _refused("beam search")
 
 
-class SinkRingLayer(CacheLayerMixin):
+class SinkRingLayer(_BufferLayer):
     """The first `w_sink` and the latest `w_recent` real tokens of each row."""
 
     is_sliding = True
@@ -145,24 +161,18 @@ class SinkRingLayer(CacheLayerMixin):
     def __init__(self, w_sink: int, w_recent: int, rows: Rows) -> None:
         super().__init__()
         self.w_sink, self.w_recent, self.rows = w_sink, w_recent, rows
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
 
     @property
     def slots(self) -> int:
         """Slots in use by the longest row."""
         return min(self.rows.longest, self.w_sink + self.w_recent)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store what the window keeps of the new columns.
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new columns that the window keeps.
 
         Returns:
-            What the new queries may look at: for one new column the slots in use; for several the slots as they were before,
-            then the new columns. `slot_positions` and `Rows.new_positions_BT` tell which token lies where.
+            The keys and values that the new queries may see: for one new column the slots in use; for several the slots before
+            this update, then the new columns. `slot_positions` and `Rows.new_positions_BT` give the position of each.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -172,7 +182,7 @@ class SinkRingLayer(CacheLayerMixin):
         values = _with_room(self._values, value_states, held, self.slots, capacity)
         if key_states.shape[2] == 1:
             self._keep(keys, values)
-            self._write_one(key_states, value_states)
+            self._write_one(keys, values, key_states, value_states)
             return self.keys, self.values
         seen_keys, seen_values = key_states, value_states
         if held:
@@ -185,19 +195,19 @@ class SinkRingLayer(CacheLayerMixin):
         self._keys, self._values = keys, values
         self.keys, self.values = keys[:, :, : self.slots], values[:, :, : self.slots]
 
-    def _write_one(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _write_one(self, keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         if self.rows.shortest == self.rows.longest:
             slot = slot_of(self.rows.longest - 1, self.w_sink, self.w_recent)
-            self._keys[:, :, slot] = key_states[:, :, 0]
-            self._values[:, :, slot] = value_states[:, :, 0]
+            keys[:, :, slot] = key_states[:, :, 0]
+            values[:, :, slot] = value_states[:, :, 0]
             return
-        slot_B = slot_of(self.rows.after_B - 1, self.w_sink, self.w_recent).to(self._keys.device)
+        slot_B = slot_of(self.rows.after_B - 1, self.w_sink, self.w_recent).to(keys.device)
         row_B = torch.arange(slot_B.shape[0], device=slot_B.device)
-        self._keys[row_B, :, slot_B] = key_states[:, :, 0]
-        self._values[row_B, :, slot_B] = value_states[:, :, 0]
+        keys[row_B, :, slot_B] = key_states[:, :, 0]
+        values[row_B, :, slot_B] = value_states[:, :, 0]
 
     def _absorbed(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers after many new columns: each slot takes the last position that belongs to it, old or new."""
+        """The buffers after many new columns: each slot holds the last position that maps to it, old or new."""
         position_BS = slot_positions(self.rows.after_B, keys.shape[2], self.w_sink, self.w_recent).to(keys.device)
         before_B1 = self.rows.before_B[:, None].to(keys.device)
         first_column_B1 = new_keys.shape[2] - (self.rows.after_B[:, None].to(keys.device) - before_B1)
@@ -217,21 +227,10 @@ class SinkRingLayer(CacheLayerMixin):
         return self.w_sink + self.w_recent
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise HybridError("transformers' masks know no sinks: this cache works with the hybrid classes only")
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
-
-    def reset(self) -> None:
-        self.keys = self.values = self._keys = self._values = None
-        self.is_initialized = False
+        raise HybridError("cache: transformers' masks ignore sinks. Fix: use this cache with the hybrid classes only")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise _refused("taking tokens back (assisted and prompt-lookup decoding)")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise _refused("beam search")
+        raise _refused("removing tokens (assisted and prompt-lookup decoding)")
 
 
 class HybridCache(Cache):
@@ -248,12 +247,12 @@ class HybridCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, padding included: what transformers' generation counts."""
+        """Cached columns, padding included, as transformers' generation counts them."""
         return self.rows.columns
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers of all layers hold now, room for growth included."""
+        """Bytes of the buffers of all layers, room for growth included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def reset(self) -> None:
@@ -265,7 +264,7 @@ class HybridCache(Cache):
         self.rows = fresh
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise _refused("taking tokens back (assisted and prompt-lookup decoding)")
+        raise _refused("removing tokens (assisted and prompt-lookup decoding)")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise _refused("beam search")
@@ -281,7 +280,7 @@ Position = TypeVar("Position", int, Tensor)
 
 
 def slot_of(position: Position, w_sink: int, w_recent: int) -> Position:
-    """Where a streaming layer keeps the token at `position`: the one rule for every cache with rings."""
+    """The slot in which a streaming layer keeps the token at `position`: the one rule for every cache with rings."""
     ring = w_sink + (position - w_sink) % w_recent
     if isinstance(position, Tensor):
         return torch.where(position < w_sink, position, ring)
@@ -289,7 +288,7 @@ def slot_of(position: Position, w_sink: int, w_recent: int) -> Position:
 
 
 def slot_positions(real_B: Tensor, slots: int, w_sink: int, w_recent: int) -> Tensor:
-    """[B, S] position of the token in each slot after `real_B` real tokens; -1 where the slot is empty."""
+    """Position [B, S] of the token in each slot after `real_B` real tokens; -1 where the slot is empty."""
     slot_S = torch.arange(slots, device=real_B.device)
     last_B1 = real_B[:, None] - 1
     ring_BS = last_B1 - (last_B1 - slot_S) % w_recent
@@ -298,7 +297,7 @@ def slot_positions(real_B: Tensor, slots: int, w_sink: int, w_recent: int) -> Te
 
 
 def _with_room(buffer: Tensor | None, like: Tensor, used: int, needed: int, capacity: int) -> Tensor:
-    """A buffer [B, G, capacity, D] that starts with the `used` columns of `buffer`; `buffer` itself where it has room."""
+    """A buffer [B, G, capacity, D] that starts with the `used` columns of `buffer`; `buffer` itself if it has room."""
     if buffer is not None and buffer.shape[2] >= needed:
         return buffer
     grown = like.new_zeros(*like.shape[:2], capacity, like.shape[3])
@@ -309,5 +308,6 @@ def _with_room(buffer: Tensor | None, like: Tensor, used: int, needed: int, capa
 
 def _refused(what: str) -> HybridError:
     return HybridError(
-        f"{what} is not possible on a hybrid's cache: a ring forgets what it would need. Use greedy search or sampling"
+        f"cache: {what} is impossible: the ring of a streaming layer has overwritten the tokens it needs. "
+        "Fix: use greedy search or sampling"
     )

@@ -1,7 +1,9 @@
 """Configs of the hybrid classes: the base's own config with native `layer_types` and `sliding_window`, plus `w_sink`.
 
-Each has a `model_type` of its own, so that software that does not know sinks stops instead of running without them.
+Each has a `model_type` of its own, so that software without sinks stops instead of ignoring them.
 """
+
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -13,26 +15,36 @@ from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec
 
 
 class HybridConfigMixin:
-    """What the configs of all families add. Mixed in before the family's config."""
+    """What the configs of all families add. Mixed in before the family's config, whose fields it reads."""
+
+    # Annotations alone: the configs below declare these fields.
+    layer_types: list[str]
+    num_hidden_layers: int
+    sliding_window: int | None
+    w_sink: int
+    hybrid_version: str
 
     def check_hybrid(self) -> None:
         """Raises HybridError unless the fields describe a hybrid that this code computes."""
         unknown = set(self.layer_types) - {FULL, STREAMING}
         if unknown:
-            raise HybridError(f"layer_types: unknown {sorted(unknown)}; a hybrid has {FULL} and {STREAMING}")
+            raise HybridError(f"layer_types: {sorted(unknown)}: unknown. Fix: name only {FULL} and {STREAMING}")
         if len(self.layer_types) != self.num_hidden_layers:
-            raise HybridError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
-        if self.sliding_window is None:
-            raise HybridError("sliding_window: missing; it is w_recent, the window of the streaming layers in tokens")
+            raise HybridError(
+                f"layer_types: {len(self.layer_types)} layers, and num_hidden_layers is {self.num_hidden_layers}. "
+                "Fix: name one type for each layer"
+            )
         if self.hybrid_version != HYBRID_VERSION:
             raise HybridError(
-                f"hybrid_version={self.hybrid_version!r}: this code computes version {HYBRID_VERSION!r}. "
-                "Load the checkpoint with the code beside it (trust_remote_code=True), or with the lt_train that made it"
+                f"hybrid_version: {self.hybrid_version!r}: this code computes version {HYBRID_VERSION!r}. Fix: load the checkpoint "
+                "with its own code (trust_remote_code=True), or with the version of lt_train that made it"
             )
-        self.spec  # its sizes check themselves  # noqa: B018
+        _ = self.spec  # HybridSpec checks the sizes
 
     @property
     def spec(self) -> HybridSpec:
+        if self.sliding_window is None:
+            raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
         return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window)
 
 
@@ -43,7 +55,7 @@ class HybridQwen2Config(HybridConfigMixin, Qwen2Config):
     w_sink: int = 4
     hybrid_version: str = HYBRID_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.check_hybrid()
 
@@ -55,20 +67,20 @@ class HybridQwen3Config(HybridConfigMixin, Qwen3Config):
     w_sink: int = 4
     hybrid_version: str = HYBRID_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.check_hybrid()
 
 
 @strict
 class HybridMinistralConfig(HybridConfigMixin, MinistralConfig):
-    """Llama and Mistral bases: the same mathematics, and the one stock class of theirs with layer types."""
+    """Llama and Mistral bases: Ministral has the same mathematics, and is their only stock class with layer types."""
 
     model_type = "lt_hybrid_ministral"
     w_sink: int = 4
     hybrid_version: str = HYBRID_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.check_hybrid()
 

@@ -1,8 +1,8 @@
-"""Where the sequences lie in a batch: rows with padding on either side, and rows that pack several documents.
+"""The documents of a batch: rows with padding on either side, and rows that pack several documents.
 
-Attention must never cross a document's border, and sinks are each document's own first tokens. Both follow at once when every
-document is attended to by itself, counting from 0: documents are gathered into a right-padded batch, where causality alone keeps
-real queries away from the padding, and the kernels need no mask for either.
+Attention must never cross a document's border, and sinks are each document's own first tokens. Both hold when attention is computed
+for each document by itself, counting from 0: documents are gathered into a right-padded batch, where causality alone hides the
+padding from real queries, and the kernels need no mask.
 
 Shapes: B rows, T columns, N documents of a group, L their longest length, H query heads, G key/value heads, D head size.
 """
@@ -20,7 +20,7 @@ T = TypeVar("T")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_NHLD, k_NGLD, v_NGLD) -> out_NHLD, causal, each row one document from its first token."""
 
-# Documents of like length share a kernel call; a longer spread would spend more on padding than a further call costs.
+# Documents of similar length are computed in one kernel call; more spread would cost more padding than another call costs.
 _SHORTEST_IN_GROUP = 0.75
 
 
@@ -40,14 +40,14 @@ class Documents:
     _prepared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, prepare: Callable[[], T]) -> T:
-        """What a kernel needs to know about these documents, made by the first layer that asks and kept for all others."""
+        """What a kernel derives from these documents: `prepare` runs once, and all layers use the result."""
         if key not in self._prepared:
             self._prepared[key] = prepare()
         return self._prepared[key]
 
     @property
     def fill_rows(self) -> bool:
-        """Whether each row is one document without padding: nothing needs to be gathered."""
+        """Whether each row is one document without padding, so that nothing needs to be gathered."""
         rows, columns = self.shape
         return len(self.spans) == rows and all(length == columns for _, _, length in self.spans)
 
@@ -79,7 +79,7 @@ class Documents:
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
     def _groups(self, device: torch.device) -> list[Tensor]:
-        """Documents of like length together: LongTensors [N, L] of flat token indices (row * T + column), -1 for padding."""
+        """Documents grouped by length: LongTensors [N, L] of flat token indices (row * T + column), -1 for padding."""
         return [self._index(group, device) for group in self._by_length()]
 
     def _by_length(self) -> list[list[tuple[int, int, int]]]:
@@ -102,7 +102,7 @@ class Documents:
 def find_documents(
     batch: int, length: int, device: torch.device, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Documents:
-    """Read the documents off what a forward pass was given.
+    """Find the documents from the mask and the positions of a forward pass.
 
     Args:
         attention_mask: [B, T], 1 on real tokens, or None for no padding. The real tokens of a row must be contiguous.
@@ -110,7 +110,7 @@ def find_documents(
             document.
 
     Raises:
-        HybridError: a mask of another shape, with holes, or positions that do not count up from 0 in steps of 1.
+        HybridError: a mask of another shape or with holes, or positions that do not count from 0 in steps of 1.
     """
     real = _real_tokens(batch, length, device, attention_mask)
     if position_ids is None:
@@ -125,8 +125,8 @@ def find_documents(
         _refuse_holes(real)
     if position_ids is not None and not torch.equal(counted[real], position_ids[real]):
         raise HybridError(
-            "position_ids must count 0, 1, 2, … from the first real token of every document: sinks are the tokens at positions "
-            "0 to w_sink-1, so other positions would move them. Leave position_ids out, or restart them at 0 with each document"
+            "position_ids: they must count 0, 1, 2, … from the first real token of each document, because sinks are the tokens at "
+            "positions 0 to w_sink-1. Fix: leave position_ids out, or restart them at 0 with each document"
         )
     return Documents((batch, length), spans, counted)
 
@@ -136,14 +136,14 @@ def _real_tokens(batch: int, length: int, device: torch.device, attention_mask: 
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, length):
         raise HybridError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: a hybrid takes a padding mask [batch, tokens] = "
-            f"[{batch}, {length}] and makes the masks of its layers itself"
+            f"attention_mask: shape {list(attention_mask.shape)}: a hybrid makes the masks of its layers itself. "
+            f"Fix: pass a padding mask [batch, tokens] = [{batch}, {length}]"
         )
     return attention_mask.to(device).bool()
 
 
 def _refuse_holes(real: Tensor) -> None:
-    """generate() makes its position_ids from the mask: they are wrong because the mask is."""
+    """generate() makes its position_ids from the mask: if the mask is incorrect, so are they."""
     runs_B = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(dim=1)
     if bool((runs_B > 1).any()):
         raise HybridError(
@@ -153,7 +153,7 @@ def _refuse_holes(real: Tensor) -> None:
 
 
 def _spans(real: Tensor, starts: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """Runs of real tokens, cut where a document starts, or where a run begins without one (its positions are checked later)."""
+    """Runs of real tokens, split where a document starts. The start of a run always begins one; its positions are checked later."""
     begins = starts.clone()
     begins[:, 0] |= real[:, 0]
     begins[:, 1:] |= real[:, 1:] & ~real[:, :-1]

@@ -1,16 +1,16 @@
-"""Streaming attention by flash-attention kernels, which know causal windows but no sinks: parts, merged by log-sum-exp.
+"""Streaming attention by flash-attention kernels, which support causal windows but no sinks: parts, merged by log-sum-exp.
 
-With `reach = w_sink + w_recent - 1`, the first `reach` queries of a document see everything before them; from there on the window
-has left the sinks behind. So three parts, each of which every flash attention computes, see every key that is to be seen, once:
+With `reach = w_sink + w_recent - 1`, the first `reach` queries of a document see everything before them; the windows of later
+queries do not reach the sinks. Three parts cover every visible key exactly once, and every flash attention computes each of them:
 
     head   queries < reach     causal, over the first `reach` tokens
-    body   queries >= reach    causal window (w_recent - 1, 0), over the whole document
+    body   queries >= reach    causal window (w_recent - 1, 0), over the entire document
     sinks  queries >= reach    all of the w_sink keys
 
 Body and sinks have the same queries: as softmaxes over disjoint keys they are merged by their log-sum-exps (LSE). The kernels'
-own autograd could not go through that, for an LSE of flash-attention 2 has no gradient. It need not: with P = exp(scores - LSE) and
-D = rowsum(dout * out), the gradient of a softmax's scores is P * (dout v^T - D), so a kernel's backward for one part, given the
-*merged* out and LSE, returns that part's share of the whole gradient.
+own autograd cannot differentiate the merge, because an LSE of flash-attention 2 has no gradient. It is not needed: with
+P = exp(scores - LSE) and D = rowsum(dout * out), the gradient of a softmax's scores is P * (dout v^T - D), so a kernel's backward
+for one part, given the *merged* out and LSE, returns the gradient through that part's scores; the parts' gradients add up.
 
 Shapes: B rows, T columns; N tokens of all documents laid end to end, n and m queries and keys of a part, P documents of a part,
 H query heads, G key/value heads, D head size.
@@ -19,7 +19,7 @@ H query heads, G key/value heads, D head size.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,60 +27,68 @@ from torch.autograd.function import once_differentiable
 
 from .documents import Documents
 
-Rows = slice | Tensor
-"""Which of N tokens: neighbours as a slice, which needs no copy; others as a LongTensor, each at most once."""
+TokenIndex: TypeAlias = slice | Tensor
+"""Some of N tokens: contiguous ones as a slice, which needs no copy; others as a LongTensor, each at most once."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a kernel is asked besides the tensors: `cu_q`, `cu_k` (int32 [P + 1]) say where each document's queries and keys begin.
+class Varlen:
+    """The arguments of a varlen kernel besides the tensors.
 
-    A query sees the keys from `window[0]` before to `window[1]` after its own place, -1 for no limit. Places are counted from the
-    *end* of a document's queries and keys, as flash attention counts them since 2.1. No document has 0 queries or 0 keys.
+    `cu_seqlens_q`, `cu_seqlens_k` (int32 [P + 1]) are the cumulative lengths of the documents' queries and keys. A query sees the
+    keys from `window[0]` before to `window[1]` after its own position, -1 for no limit. Positions are counted from the *end* of a
+    document's queries and keys, as flash attention counts them since 2.1. No document has 0 queries or 0 keys.
     """
 
-    cu_q: Tensor
-    cu_k: Tensor
-    longest_q: int
-    longest_k: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     window: tuple[int, int]
     scaling: float
 
 
 class FlashKernel(Protocol):
-    """A fused attention over documents laid end to end (`varlen`), with what the merge needs of it. `name`: in words for a log."""
+    """A fused attention over documents laid end to end (`varlen`), with the log-sum-exps that the merge needs. `name`: for logs."""
 
     name: str
 
-    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         """out_nHD and lse_Hn, the natural logarithm of each query's sum of exp(scores). No autograd."""
         ...
 
     def backward(
-        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+        self,
+        dout_nHD: Tensor,
+        q_nHD: Tensor,
+        k_mGD: Tensor,
+        v_mGD: Tensor,
+        out_nHD: Tensor,
+        lse_Hn: Tensor,
+        varlen: Varlen,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of the attention whose out and LSE are given, through the scores of this problem alone."""
+        """dq, dk, dv of the attention whose out and LSE are given, through the scores of these queries and keys alone."""
         ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some queries and some keys of the documents. `joins`: an earlier part had the same queries, with other keys."""
+class AttentionPart:
+    """Some queries and some keys of the documents. `joins`: an earlier part has the same queries, with other keys."""
 
-    q_rows: Rows
-    k_rows: Rows
-    cu_q: Tensor
-    cu_k: Tensor
-    longest_q: int
-    longest_k: int
+    q_rows: TokenIndex
+    k_rows: TokenIndex
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     window: tuple[int, int]
     joins: bool = False
 
-    def problem(self, scaling: float) -> Problem:
-        return Problem(self.cu_q, self.cu_k, self.longest_q, self.longest_k, self.window, scaling)
+    def varlen(self, scaling: float) -> Varlen:
+        return Varlen(self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k, self.window, scaling)
 
 
-def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: torch.device) -> tuple[Part, ...]:
+def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: torch.device) -> tuple[AttentionPart, ...]:
     """The parts of streaming attention over documents of these lengths; only those that have queries."""
     spans = _spans(lengths)
     if w_sink == 0:
@@ -97,7 +105,7 @@ def streaming_parts(lengths: Sequence[int], w_sink: int, w_recent: int, device: 
     return tuple(parts)
 
 
-def full_parts(lengths: Sequence[int], device: torch.device) -> tuple[Part, ...]:
+def full_parts(lengths: Sequence[int], device: torch.device) -> tuple[AttentionPart, ...]:
     """Full causal attention over documents of these lengths."""
     spans = _spans(lengths)
     return (_part(spans, spans, (-1, 0), device),)
@@ -109,7 +117,7 @@ def attend_by_parts(
     k_BGTD: Tensor,
     v_BGTD: Tensor,
     *,
-    parts: tuple[Part, ...],
+    parts: tuple[AttentionPart, ...],
     scaling: float,
     kernel: FlashKernel,
 ) -> Tensor:
@@ -128,7 +136,7 @@ def attend_by_parts(
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[Part, ...], scaling: float, kernel: FlashKernel
+        ctx: Any, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[AttentionPart, ...], scaling: float, kernel: FlashKernel
     ) -> Tensor:
         results = (_forward(kernel, part, q_NHD, k_NGD, v_NGD, scaling) for part in parts)
         if len(parts) == 1:  # all queries and all keys
@@ -141,7 +149,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout_NHD: Tensor):
+    def backward(ctx: Any, dout_NHD: Tensor) -> tuple[Tensor | None, ...]:
         q_NHD, k_NGD, v_NGD, out_NHD, lse_HN = ctx.saved_tensors
         dq_NHD, dk_NGD, dv_NGD = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NGD, v_NGD))
         for part in ctx.parts:
@@ -152,7 +160,7 @@ class _Merged(torch.autograd.Function):
                 v_NGD[part.k_rows],
                 out_NHD[part.q_rows].contiguous(),
                 lse_HN[:, part.q_rows].contiguous(),  # the kernels read it by its data pointer
-                part.problem(ctx.scaling),
+                part.varlen(ctx.scaling),
             )
             if len(ctx.parts) == 1:
                 return dq, dk, dv, None, None, None
@@ -162,11 +170,13 @@ class _Merged(torch.autograd.Function):
         return dq_NHD, dk_NGD, dv_NGD, None, None, None
 
 
-def _forward(kernel: FlashKernel, part: Part, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return kernel.forward(q_NHD[part.q_rows], k_NGD[part.k_rows], v_NGD[part.k_rows], part.problem(scaling))
+def _forward(
+    kernel: FlashKernel, part: AttentionPart, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return kernel.forward(q_NHD[part.q_rows], k_NGD[part.k_rows], v_NGD[part.k_rows], part.varlen(scaling))
 
 
-def _joined(parts: tuple[Part, ...], results: Iterable[tuple[Tensor, Tensor]], q_NHD: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(parts: tuple[AttentionPart, ...], results: Iterable[tuple[Tensor, Tensor]], q_NHD: Tensor) -> tuple[Tensor, Tensor]:
     """out_NHD and lse_HN of all parts together."""
     tokens, heads = q_NHD.shape[:2]
     out_NHD = torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
@@ -182,8 +192,8 @@ def _joined(parts: tuple[Part, ...], results: Iterable[tuple[Tensor, Tensor]], q
 def _merge(out_nHD: Tensor, lse_Hn: Tensor, other_nHD: Tensor, other_lse_Hn: Tensor) -> tuple[Tensor, Tensor]:
     """Two softmaxes over disjoint keys as one over all of them; computed in the LSE's precision."""
     merged_Hn = torch.logaddexp(lse_Hn, other_lse_Hn)
-    share_nH1, other_share_nH1 = ((lse - merged_Hn).exp().T[..., None] for lse in (lse_Hn, other_lse_Hn))
-    return (share_nH1 * out_nHD).add_(other_share_nH1 * other_nHD).to(out_nHD.dtype), merged_Hn
+    weight_nH1, other_weight_nH1 = ((lse - merged_Hn).exp().T[..., None] for lse in (lse_Hn, other_lse_Hn))
+    return (weight_nH1 * out_nHD).add_(other_weight_nH1 * other_nHD).to(out_nHD.dtype), merged_Hn
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -198,13 +208,16 @@ def _part(
     window: tuple[int, int],
     device: torch.device,
     joins: bool = False,
-) -> Part:
-    (q_rows, cu_q, longest_q), (k_rows, cu_k, longest_k) = _laid_out(q_spans, device), _laid_out(k_spans, device)
-    return Part(q_rows, k_rows, cu_q, cu_k, longest_q, longest_k, window, joins)
+) -> AttentionPart:
+    (q_rows, cu_seqlens_q, max_seqlen_q), (k_rows, cu_seqlens_k, max_seqlen_k) = (
+        _laid_out(q_spans, device),
+        _laid_out(k_spans, device),
+    )
+    return AttentionPart(q_rows, k_rows, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, joins)
 
 
-def _laid_out(spans: list[tuple[int, int]], device: torch.device) -> tuple[Rows, Tensor, int]:
-    """Rows, cumulative lengths and the longest length of these stretches laid end to end."""
+def _laid_out(spans: list[tuple[int, int]], device: torch.device) -> tuple[TokenIndex, Tensor, int]:
+    """Token index, cumulative lengths and the longest length of these spans laid end to end."""
     lengths = [end - start for start, end in spans]
     cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     apart = any(end != start for (_, end), (start, _) in pairwise(spans))

@@ -1,6 +1,6 @@
-"""The flash attentions that may be there: the packages flash_attn_interface (3) and flash_attn (2), and the one inside torch.
+"""The flash attentions that may be installed: the packages flash_attn_interface (3) and flash_attn (2), and the one inside torch.
 
-None is imported before it is asked for. Each is called below its own autograd, because flash.py has a backward of its own.
+Each is imported on first use, and called below its own autograd, because flash.py defines the backward pass.
 
 Shapes: n queries and m keys of documents laid end to end, H query heads, G key/value heads, D head size.
 """
@@ -10,11 +10,12 @@ import inspect
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .flash import FlashKernel, Problem
+from .flash import FlashKernel, Varlen
 
 # Named as strings, because transformers refuses remote code whose `import`s are not installed.
 _FLASH_3, _FLASH_2, _TORCH_VARLEN = "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"
@@ -23,7 +24,8 @@ _FLASH_3, _FLASH_2, _TORCH_VARLEN = "flash_attn_interface", "flash_attn", "torch
 class Flash3:
     """flash-attention 3 (`hopper/` of its repository), for compute capability 9.x.
 
-    Its operators are called in the order of its own Python interface, which torch 2.13 relies on too (torch/nn/attention/_fa3.py).
+    The order of its operators' arguments is that of its Python interface, which torch 2.13 relies on too
+    (torch/nn/attention/_fa3.py).
     """
 
     name = "flash-attention 3"
@@ -31,19 +33,19 @@ class Flash3:
     def __init__(self) -> None:
         importlib.import_module(_FLASH_3)  # registers the operators
 
-    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         out_nHD, lse_Hn, *_ = torch.ops.flash_attn_3.fwd(
             *_last_dense(q_nHD, k_mGD, v_mGD),
             *(None, None, None, None),  # k_new, v_new, qv, out
-            *(problem.cu_q, problem.cu_k),
+            *(varlen.cu_seqlens_q, varlen.cu_seqlens_k),
             *(None, None, None),  # cu_seqlens_k_new, seqused_q, seqused_k
-            *(problem.longest_q, problem.longest_k),
+            *(varlen.max_seqlen_q, varlen.max_seqlen_k),
             *(None, None, None),  # page_table, kv_batch_idx, leftpad_k
             *(None, None, None),  # rotary_cos, rotary_sin, seqlens_rotary
             *(None, None, None),  # q_descale, k_descale, v_descale
-            problem.scaling,
-            problem.window == (-1, 0),  # causal
-            *problem.window,
+            varlen.scaling,
+            varlen.window == (-1, 0),  # causal
+            *varlen.window,
             0,  # attention_chunk
             0.0,  # softcap
             True,  # rotary_interleaved
@@ -55,7 +57,14 @@ class Flash3:
         return out_nHD, lse_Hn
 
     def backward(
-        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+        self,
+        dout_nHD: Tensor,
+        q_nHD: Tensor,
+        k_mGD: Tensor,
+        v_mGD: Tensor,
+        out_nHD: Tensor,
+        lse_Hn: Tensor,
+        varlen: Varlen,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = _gradients_of(q_nHD, k_mGD, v_mGD)
         torch.ops.flash_attn_3.bwd(
@@ -64,12 +73,12 @@ class Flash3:
             out_nHD,
             lse_Hn,
             *gradients,
-            *(problem.cu_q, problem.cu_k),
+            *(varlen.cu_seqlens_q, varlen.cu_seqlens_k),
             *(None, None),  # seqused_q, seqused_k
-            *(problem.longest_q, problem.longest_k),
-            problem.scaling,
-            problem.window == (-1, 0),  # causal
-            *problem.window,
+            *(varlen.max_seqlen_q, varlen.max_seqlen_k),
+            varlen.scaling,
+            varlen.window == (-1, 0),  # causal
+            *varlen.window,
             0.0,  # softcap
             torch.are_deterministic_algorithms_enabled(),
             0,  # sm_margin
@@ -85,14 +94,21 @@ class Flash2:
     def __init__(self) -> None:
         self._package: ModuleType = importlib.import_module(f"{_FLASH_2}.flash_attn_interface")
 
-    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         out_nHD, lse_Hn, _, _ = self._package._flash_attn_varlen_forward(
-            q_nHD, k_mGD, v_mGD, **_asked_of_flash_2(problem), return_softmax=False
+            q_nHD, k_mGD, v_mGD, **_flash_2_arguments(varlen), return_softmax=False
         )
         return out_nHD, lse_Hn
 
     def backward(
-        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+        self,
+        dout_nHD: Tensor,
+        q_nHD: Tensor,
+        k_mGD: Tensor,
+        v_mGD: Tensor,
+        out_nHD: Tensor,
+        lse_Hn: Tensor,
+        varlen: Varlen,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq_nHD, dk_mGD, dv_mGD = _gradients_of(q_nHD, k_mGD, v_mGD)
         self._package._flash_attn_varlen_backward(
@@ -105,7 +121,7 @@ class Flash2:
             dq_nHD,
             dk_mGD,
             dv_mGD,
-            **_asked_of_flash_2(problem),
+            **_flash_2_arguments(varlen),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq_nHD, dk_mGD, dv_mGD
@@ -119,47 +135,54 @@ class TorchFlash:
     def __init__(self) -> None:
         self._varlen: ModuleType = importlib.import_module(_TORCH_VARLEN)
 
-    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         return self._varlen.varlen_attn(
             *_last_dense(q_nHD, k_mGD, v_mGD),
-            problem.cu_q,
-            problem.cu_k,
-            problem.longest_q,
-            problem.longest_k,
+            varlen.cu_seqlens_q,
+            varlen.cu_seqlens_k,
+            varlen.max_seqlen_q,
+            varlen.max_seqlen_k,
             return_aux=self._varlen.AuxRequest(lse=True),
-            scale=problem.scaling,
-            window_size=problem.window,
+            scale=varlen.scaling,
+            window_size=varlen.window,
             enable_gqa=q_nHD.shape[1] != k_mGD.shape[1],
         )
 
     def backward(
-        self, dout_nHD: Tensor, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, out_nHD: Tensor, lse_Hn: Tensor, problem: Problem
+        self,
+        dout_nHD: Tensor,
+        q_nHD: Tensor,
+        k_mGD: Tensor,
+        v_mGD: Tensor,
+        out_nHD: Tensor,
+        lse_Hn: Tensor,
+        varlen: Varlen,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._flash_attention_backward(
             dout_nHD,
             *_last_dense(q_nHD, k_mGD, v_mGD),
             out_nHD,
             lse_Hn,
-            problem.cu_q,
-            problem.cu_k,
-            problem.longest_q,
-            problem.longest_k,
+            varlen.cu_seqlens_q,
+            varlen.cu_seqlens_k,
+            varlen.max_seqlen_q,
+            varlen.max_seqlen_k,
             0.0,  # dropout
-            problem.window == (-1, 0),  # causal
-            torch.zeros(2, dtype=torch.uint64, device=q_nHD.device),  # state of the random numbers, which only dropout reads
+            varlen.window == (-1, 0),  # causal
+            torch.zeros(2, dtype=torch.uint64, device=q_nHD.device),  # state of the rng, which only dropout reads
             torch.empty(0, device=q_nHD.device),  # unused
-            scale=problem.scaling,
-            window_size_left=problem.window[0],
-            window_size_right=problem.window[1],
+            scale=varlen.scaling,
+            window_size_left=varlen.window[0],
+            window_size_right=varlen.window[1],
         )
 
 
 @cache
 def flash_kernel(capability: tuple[int, int]) -> FlashKernel | None:
-    """The best flash attention for a CUDA device of this compute capability; None where there is none.
+    """The best installed flash attention for a CUDA device of this compute capability, or None.
 
     Raises:
-        ImportError: a package that is installed but cannot be loaded.
+        ImportError: a package is installed but cannot be loaded.
     """
     if capability[0] == 9 and find_spec(_FLASH_3):
         return Flash3()
@@ -171,31 +194,31 @@ def flash_kernel(capability: tuple[int, int]) -> FlashKernel | None:
 
 
 def _torch_has_windows() -> bool:
-    """Whether torch's `varlen_attn` takes windows and grouped queries, and hands out the log-sum-exp."""
+    """Whether torch's `varlen_attn` supports windows and grouped queries, and returns the log-sum-exp."""
     if find_spec(_TORCH_VARLEN) is None:
         return False
-    takes = inspect.signature(importlib.import_module(_TORCH_VARLEN).varlen_attn).parameters
-    return {"window_size", "enable_gqa", "return_aux", "scale"} <= takes.keys()
+    parameters = inspect.signature(importlib.import_module(_TORCH_VARLEN).varlen_attn).parameters
+    return {"window_size", "enable_gqa", "return_aux", "scale"} <= parameters.keys()
 
 
-def _asked_of_flash_2(problem: Problem) -> dict:
+def _flash_2_arguments(varlen: Varlen) -> dict[str, Any]:
     return {
-        "cu_seqlens_q": problem.cu_q,
-        "cu_seqlens_k": problem.cu_k,
-        "max_seqlen_q": problem.longest_q,
-        "max_seqlen_k": problem.longest_k,
+        "cu_seqlens_q": varlen.cu_seqlens_q,
+        "cu_seqlens_k": varlen.cu_seqlens_k,
+        "max_seqlen_q": varlen.max_seqlen_q,
+        "max_seqlen_k": varlen.max_seqlen_k,
         "dropout_p": 0.0,
-        "softmax_scale": problem.scaling,
-        "causal": problem.window == (-1, 0),
-        "window_size_left": problem.window[0],
-        "window_size_right": problem.window[1],
+        "softmax_scale": varlen.scaling,
+        "causal": varlen.window == (-1, 0),
+        "window_size_left": varlen.window[0],
+        "window_size_right": varlen.window[1],
         "softcap": 0.0,
         "alibi_slopes": None,
     }
 
 
 def _last_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels take any strides but along the last dimension."""
+    """The tensors with stride 1 along the last dimension, which the kernels require."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 

@@ -1,12 +1,13 @@
-"""FlexAttention: one compiled kernel for every visibility, told by a block mask which tiles of 128 x 128 to look at.
+"""FlexAttention: one compiled kernel for every visibility; a block mask lists the tiles of 128 x 128 that it computes.
 
-The mask is made once for all layers of a kind, from the documents alone and tile by tile: never [T, T]. Lengths are rounded up to a
+The mask is built once for all layers of a kind, from the documents and tile by tile: never as [T, T]. Lengths are rounded up to a
 few sizes, so that few kernels are compiled; a tile of padding costs nothing.
 
 Shapes: B rows, T columns, S columns with the padding, Q tiles of queries, K tiles of keys, H query heads, G key/value heads,
 D head size.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -25,7 +26,7 @@ def flex_streaming_attention(
 ) -> Tensor:
     """Streaming attention within each document; padding gets zeros. Returns out_BHTD.
 
-    On a CPU it computes dense scores, and no gradients: for tests.
+    On a CPU it computes dense scores and no gradients: only for tests.
     """
     device = q_BHTD.device
     mask = documents.once(("flex", device, w_sink, w_recent), lambda: block_mask(documents, w_sink, w_recent, device))
@@ -37,19 +38,19 @@ def flex_streaming_attention(
 
 
 def flex_full_attention(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scaling: float) -> Tensor:
-    """Full causal attention within each document: a window that nothing is longer than."""
+    """Full causal attention within each document: streaming attention with a window as long as the row."""
     columns = documents.shape[1]
     return flex_streaming_attention(documents, q_BHTD, k_BGTD, v_BGTD, w_sink=0, w_recent=columns, scaling=scaling)
 
 
 @cache
-def _compiled_flex_attention():
-    """Whole or not at all: what torch cannot compile it would compute with dense scores, in memory that grows with T squared."""
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """fullgraph: without it, torch computes what it cannot compile with dense scores, in memory quadratic in T."""
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def rounded_length(length: int) -> int:
-    """`length` rounded up to a multiple of a quarter of the next smaller power of two: four sizes for each doubling."""
+    """`length` rounded up to a multiple of a quarter of the next lower power of two: four sizes for each doubling."""
     step = max(TILE, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -57,7 +58,7 @@ def rounded_length(length: int) -> int:
 def block_mask(documents: Documents, w_sink: int, w_recent: int, device: torch.device) -> BlockMask:
     """What streaming attention sees of these documents, over `rounded_length` columns."""
     document_BS, position_BS = _places(documents, device)
-    # Sizes as tensors, because numbers would be compiled into the kernel: one for each window, and one for full attention.
+    # Sizes as tensors: Python numbers are constants of the compiled kernel, so each window would compile a kernel of its own.
     sink, recent = (torch.tensor(size, dtype=torch.int32, device=device) for size in (w_sink, w_recent))
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def block_mask(documents: Documents, w_sink: int, w_recent: int, device: torch.d
 
 
 def _places(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each column's document and position in it, int32 [B, S]; -1 on padding, which thereby sees nothing and is not seen."""
+    """Each column's document and its position in it, int32 [B, S]; -1 on padding, so that it sees nothing and nothing sees it."""
     rows, columns = documents.shape
     document_BS = torch.full((rows, rounded_length(columns)), -1, dtype=torch.int32)
     position_BS = document_BS.clone()
@@ -87,10 +88,11 @@ def _places(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def tiles_seen(position_BS: Tensor, w_sink: int, w_recent: int) -> tuple[Tensor, Tensor]:
-    """Which tiles hold a visible pair, and which hold only such: booleans [B, Q, K]. The second may miss some, never the first.
+    """Which tiles hold a visible pair, and which hold only visible pairs: booleans [B, Q, K].
 
-    Windows begin in the order of their queries, so a tile of queries sees the keys from where its first query's window begins to
-    its last query, and of sinks outside those only its first query's: any other document begins within the tile.
+    The first is exact; the second may leave out tiles. Windows begin in the order of their queries, so a tile of queries sees the
+    keys from the start of its first query's window to its last query. The only sinks outside this range are those of its first
+    query, because any other document begins within the tile.
     """
     columns = position_BS.shape[1]
     column_S = torch.arange(columns, device=position_BS.device)
@@ -99,7 +101,7 @@ def tiles_seen(position_BS: Tensor, w_sink: int, w_recent: int) -> tuple[Tensor,
     start_BQt, window_BQt, column_Qt = (
         x.unflatten(-1, (-1, TILE)) for x in (start_BS, torch.maximum(start_BS, column_S - w_recent + 1), column_S)
     )
-    far = columns + TILE  # further than any key: padding looks at nothing
+    far = columns + TILE  # beyond every key: padding sees nothing
     start_BQ, window_BQ = (torch.where(real_BQt, x, far).amin(-1)[..., None] for x in (start_BQt, window_BQt))
     last_BQ = torch.where(real_BQt, column_Qt, -1).amax(-1)[..., None]
     first_key_K, last_key_K = column_Qt[:, 0], column_Qt[:, -1]
@@ -116,6 +118,6 @@ def tiles_seen(position_BS: Tensor, w_sink: int, w_recent: int) -> tuple[Tensor,
 
 
 def _ordered(tiles_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """For each tile of queries the number of tiles it looks at [B, 1, Q] and their indices, others last [B, 1, Q, K]; int32."""
+    """How many tiles of keys each tile of queries sees [B, 1, Q], and their indices before all others [B, 1, Q, K]; int32."""
     indices_BQK = tiles_BQK.int().argsort(dim=-1, descending=True, stable=True)
     return tiles_BQK.sum(-1, dtype=torch.int32)[:, None], indices_BQK.to(torch.int32)[:, None]

@@ -10,7 +10,7 @@ KV_TOKENS = 32_768
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """Values of one head's key, from a model's config as a dict."""
+    """Elements of one head's key, from a model's config as a dict."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 

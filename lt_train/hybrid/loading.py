@@ -1,4 +1,4 @@
-"""From a base model to a hybrid: a config is written, weights are not. The base's shards load straight into the hybrid class."""
+"""Loading a base model as a hybrid: only the config changes; the base's weights load directly into the hybrid class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,12 @@ FAMILIES: dict[str, Family] = {
     HybridMinistralConfig.model_type: MINISTRAL,
 }
 
-# So that AutoConfig and AutoModelForCausalLM find the classes in a process that has lt_train.
+# AutoConfig and AutoModelForCausalLM find the classes in a process that imports lt_train.
 for _family in (QWEN2, QWEN3, MINISTRAL):
     AutoConfig.register(_family.config_class.model_type, _family.config_class)
     AutoModelForCausalLM.register(_family.config_class, _family.model_class)
 
-# What the new config says itself, or what describes the base's files rather than its mathematics.
+# Fields that the new config sets itself, or that describe the base's files rather than its mathematics.
 _NOT_CARRIED_OVER = {
     "model_type",
     "architectures",
@@ -67,16 +67,18 @@ _NOT_CARRIED_OVER = {
 
 
 def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConfig:
-    """The base's config as that of a hybrid.
+    """The hybrid's config, made from the base's.
 
     Raises:
-        HybridError: an architecture that has no hybrid class, a base with a window of its own, with biases that `ministral`
-            lacks, or with quantized weights; a spec for another number of layers.
+        HybridError: an architecture without a hybrid class; a base with a sliding window, with biases that `ministral` lacks, or
+            with quantized weights; a spec for another number of layers.
     """
     family = family_of(base_config)
-    _refuse_what_the_hybrid_class_lacks(base_config, family)
+    _refuse_unsupported_base(base_config, family)
     if spec.num_layers != base_config.num_hidden_layers:
-        raise HybridError(f"the spec is for {spec.num_layers} layers, the base has {base_config.num_hidden_layers}")
+        raise HybridError(
+            f"num_layers: {spec.num_layers}: the base has {base_config.num_hidden_layers} layers. Fix: make a spec for this base"
+        )
     carried = {name: value for name, value in base_config.to_dict().items() if name not in _NOT_CARRIED_OVER}
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())
@@ -87,7 +89,7 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
 def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(name for name in FAMILIES if not name.startswith("lt_hybrid")))
-        raise HybridError(f"model_type {config.model_type!r}: no hybrid class for it; there are classes for {known}")
+        raise HybridError(f"model_type: {config.model_type!r}: no hybrid class. Fix: choose a base of one of {known}")
     return FAMILIES[config.model_type]
 
 
@@ -111,11 +113,11 @@ def load_hybrid(
 
     Args:
         base: folder or hub id of the base model. spec: an empty `lazy_layers` gives the base itself.
-        config: the base's, where it is to be another than that in its folder.
-        from_pretrained: passed on, for example `device_map`.
+        config: the base's config, to override the one in its folder.
+        from_pretrained: arguments of transformers' `from_pretrained`, for example `device_map`.
 
     Raises:
-        HybridError: see `hybrid_config`; weights that are missing, left over or of other shapes.
+        HybridError: see `hybrid_config`; weights that are missing, unexpected or of other shapes.
     """
     base_config = AutoConfig.from_pretrained(base, revision=revision) if config is None else config
     model = _load(base, hybrid_config(base_config, spec), dtype=dtype, revision=revision, **from_pretrained)
@@ -133,7 +135,7 @@ def load_hybrid_checkpoint(
     """
     config = AutoConfig.from_pretrained(folder)
     if not is_hybrid(config):
-        raise HybridError(f"{folder}: model_type {config.model_type!r} is no hybrid. Use load_hybrid for a base model")
+        raise HybridError(f"{folder}: model_type {config.model_type!r}: not a hybrid. Fix: load a base model with load_hybrid")
     model = _load(folder, config, dtype=dtype, **from_pretrained)
     model.set_attention_kernel(attention_kernel)
     return model
@@ -142,19 +144,22 @@ def load_hybrid_checkpoint(
 def _load(source: str | Path, config: HybridConfig, **from_pretrained: Any) -> HybridForCausalLM:
     model, info = family_of(config).model_class.from_pretrained(
         source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
-    )  # mismatched sizes are refused below, in words that name them
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in wrong.items())
-        raise HybridError(f"{source}: its weights do not fit a {config.model_type} model ({found})")
+    )  # mismatched sizes raise an error below, which names them
+    faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if faults:
+        found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in faults.items())
+        raise HybridError(
+            f"{source}: its weights do not match a {config.model_type} model ({found}). "
+            "Fix: restore the config.json or the weights of this folder"
+        )
     return model.eval()
 
 
-def _refuse_what_the_hybrid_class_lacks(config: PreTrainedConfig, family: Family) -> None:
+def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:
     values = config.to_dict()
     if not is_hybrid(config) and _slides(config, values):
         raise HybridError(
-            "the base slides already: its config sets a sliding window, and a hybrid starts from full attention in every layer. "
+            "sliding_window: the base's config sets one, and a hybrid starts from full attention in every layer. "
             "Fix: name a base without a window, or the model that this hybrid was made from; if no sequence is longer than "
             "the window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
         )
@@ -162,10 +167,11 @@ def _refuse_what_the_hybrid_class_lacks(config: PreTrainedConfig, family: Family
         biases = [name for name in ("attention_bias", "mlp_bias") if values.get(name)]
         if biases:
             raise HybridError(
-                f"the base has {' and '.join(biases)}: Llama and Mistral models become `ministral`, which has no such biases"
+                f"{' and '.join(biases)}: Llama and Mistral models become `ministral`, which has no such biases. "
+                "Fix: choose a base without them"
             )
     if values.get("quantization_config"):
-        raise HybridError("the base's weights are quantized: start from its bf16 or fp32 weights")
+        raise HybridError("quantization_config: the base's weights are quantized. Fix: start from its bf16 or fp32 weights")
 
 
 def _slides(config: PreTrainedConfig, values: dict[str, Any]) -> bool:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def full_visible(q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """Full causal attention: a key is visible iff it is real (position >= 0) and not later than the query."""
+    """Full causal attention: a query sees a key iff the key is real (position >= 0) and not later than the query."""
     return (k_positions >= 0) & (k_positions <= q_positions)
 
 
 def streaming_visible(q_positions: Tensor, k_positions: Tensor, w_sink: int, w_recent: int) -> Tensor:
-    """Streaming attention: of the causal keys, only the first `w_sink` and the latest `w_recent`, the query included.
+    """Streaming attention: a query sees the first `w_sink` and the latest `w_recent` of the causal keys, its own included.
 
     Args:
         q_positions: positions of the queries in their own sequence, from 0; broadcastable against `k_positions`.
@@ -28,7 +28,7 @@ def streaming_visible(q_positions: Tensor, k_positions: Tensor, w_sink: int, w_r
 
 
 def at_least_one(visible_BQK: Tensor) -> Tensor:
-    """Let a query that sees nothing (padding) see its first key, so that its softmax is not 0/0. Its output is unused."""
+    """The mask in which a query that sees nothing (padding) sees the first key, so that its softmax is not 0/0."""
     blind_BQ = ~visible_BQK.any(dim=-1)
     first_K = torch.arange(visible_BQK.shape[-1], device=visible_BQK.device) == 0
     return visible_BQK | (blind_BQ[..., None] & first_K)

@@ -1,13 +1,13 @@
-"""The hybrid model classes: transformers' own, with their masks, cache and choice of kernel taken over.
+"""The hybrid model classes: transformers' own, with masks, cache and attention kernels replaced.
 
-Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. Attention reaches us through transformers'
-`AttentionInterface` under a name that belongs to this copy of the code alone, so that exports made by different versions can be
-loaded side by side, and no process-wide setting can switch the sinks off.
+Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. transformers' `AttentionInterface` calls
+`hybrid_attention` under a name that is unique to this copy of the code, so exports of different versions can be loaded in one
+process, and no process-wide setting can switch the sinks off.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from transformers.models.ministral.modeling_ministral import MinistralForCausalL
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
-from .attention_kernels import AUTO, KERNELS
+from .attention_kernels import AUTO, KERNELS, unknown_kernel
 from .cache import CACHE_ARGUMENT, HybridCache
-from .configuration import HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from .configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import Documents, find_documents
-from .sequence_parallel import Exchange, shared_views
+from .sequence_parallel import Exchange, sharded_views
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
     AttentionView,
@@ -44,41 +44,43 @@ def hybrid_attention(
     attention_mask: AttentionView,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]."""
+    """The function that transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]."""
     if not isinstance(attention_mask, AttentionView):
-        raise HybridError("a hybrid's layers were run without the hybrid's own forward, which says what each of them sees")
+        raise HybridError(
+            "attention_mask: a layer of a hybrid got no view of what it sees. Fix: call the hybrid's forward, not its layers alone"
+        )
     return attention_mask.attend(module, query, key, value, scaling, dropout), None
 
 
 AttentionInterface.register(ATTENTION_NAME, hybrid_attention)
 
 
-class OwnAttention:
-    """Part of both mixins: the attention implementation is ours, and asking for another is an error."""
+class OwnAttention(PreTrainedModel):
+    """Base of both mixins: the attention implementation is the hybrid's, and setting another is an error."""
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
     ) -> str:
         if attn_implementation not in (None, ATTENTION_NAME):
             raise HybridError(
-                f"attn_implementation={attn_implementation!r}: transformers' kernels do not know sinks. "
-                "Leave it out; the hybrid chooses its kernels itself"
+                f"attn_implementation: {attn_implementation!r}: transformers' kernels ignore sinks. "
+                "Fix: leave it out; set_attention_kernel selects a hybrid's kernel"
             )
         return ATTENTION_NAME
 
 
 class HybridBody(OwnAttention):
-    """The decoder stack: finds the documents, builds the cache, and hands each layer the view of its kind."""
+    """The decoder stack: finds the documents, builds the cache, and passes each layer the view of its kind."""
 
-    # What the family's stock class brings
+    # Modules of the family's stock class
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         self.attention_kernel = AUTO
         self.attends_fully = False
         self.exchange: Exchange | None = None
@@ -86,20 +88,20 @@ class HybridBody(OwnAttention):
 
     @property
     def spec(self) -> HybridSpec:
-        """What streams now: the config's, or nothing inside `full_attention()`."""
+        """The config's spec; inside `full_attention()` one without lazy layers."""
         return self.config.spec.all_full if self.attends_fully else self.config.spec
 
     @contextmanager
     def full_attention(self) -> Iterator[None]:
-        """While the block runs every layer attends in full: with the base's weights, this is the base."""
+        """While the block runs, every layer keeps full attention: with the base's weights, the model is the base."""
         before, self.attends_fully = self.attends_fully, True
         try:
             yield
         finally:
             self.attends_fully = before
 
-    def _apply(self, fn, recurse: bool = True):
-        """Casting a module casts its buffers too, and rotary frequencies in bf16 are off by a whole turn after 32K tokens."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HybridBody":
+        """Keeps rotary frequencies in fp32: casting a module casts its buffers, and bf16 ones are off by 2π after 32K tokens."""
         exact = {name: buffer for name, buffer in self.rotary_emb.named_buffers() if buffer.dtype == torch.float32}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -116,7 +118,7 @@ class HybridBody(OwnAttention):
         inputs_embeds: Tensor | None = None,
         cache: HybridCache | None = None,
     ) -> Views:
-        """What full and streaming layers see of this batch. Advances `cache`, if given, by its columns.
+        """The views of full and streaming layers for this batch. Advances `cache`, if given, by its columns.
 
         Args:
             input_ids: [B, T] (or `inputs_embeds`: [B, T, hidden size]), the new tokens.
@@ -124,18 +126,23 @@ class HybridBody(OwnAttention):
             position_ids: [B, T], restarting at 0 with each packed document.
 
         Raises:
-            HybridError: see `find_documents`; packed documents or right padding with a cache; see `shared_views`.
+            HybridError: see `find_documents`; packed documents or right padding with a cache; see `sharded_views`.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise HybridError("input_ids: missing. Fix: pass input_ids or inputs_embeds")
         batch, new, device = given.shape[0], given.shape[1], given.device
         if self.exchange is not None and self.training:
-            return shared_views(self.exchange, self._views_of_gathered, attention_mask, position_ids)
+            return sharded_views(self.exchange, self._views_of_gathered, attention_mask, position_ids)
         if cache is not None and cache.rows.columns > 0:
             return self._views_after_cache(cache, batch, new, device, attention_mask, position_ids)
         documents = find_documents(batch, new, device, attention_mask, position_ids)
         if cache is not None:
             if documents.are_packed:
-                raise HybridError("packed documents cannot share a KV cache: pass use_cache=False, or one document per row")
+                raise HybridError(
+                    "use_cache: a KV cache holds one document per row, and these rows pack several. "
+                    "Fix: pass use_cache=False, or one document per row"
+                )
             cache.rows.advance(_padding(attention_mask), batch, new, device)
         return self._views_of(documents)
 
@@ -145,7 +152,8 @@ class HybridBody(OwnAttention):
         return Views(full, streaming, documents.position_ids)
 
     def _views_of_gathered(self, position_ids: Tensor) -> Views:
-        return self._views_of(find_documents(*position_ids.shape, position_ids.device, None, position_ids))
+        batch, length = position_ids.shape
+        return self._views_of(find_documents(batch, length, position_ids.device, None, position_ids))
 
     def _views_after_cache(
         self,
@@ -159,8 +167,8 @@ class HybridBody(OwnAttention):
         columns = cache.rows.columns + new
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, columns):
             raise HybridError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: with {cache.rows.columns} cached columns and {new} new "
-                f"ones it must be [{batch}, {columns}]"
+                f"attention_mask: shape {list(attention_mask.shape)}: there are {cache.rows.columns} cached columns and {new} new "
+                f"ones. Fix: pass one of shape [{batch}, {columns}]"
             )
         if attention_mask is not None:
             cache.rows.check_same_columns(attention_mask[:, :-new].bool())
@@ -182,28 +190,30 @@ class HybridBody(OwnAttention):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cache: HybridCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As the stock model's, for padded (`attention_mask` [B, T]) and packed (`position_ids` [B, T]) input.
+        """The stock model's forward, for padded (`attention_mask` [B, T]) and packed (`position_ids` [B, T]) input.
 
         `cache` and `past_key_values` are two names of one argument (see CACHE_ARGUMENT).
-        `cu_seq_lens_*`, which some collators add to packed input, repeat what `position_ids` say and are not read.
+        `cu_seq_lens_*`, which some collators add to packed input, repeat the content of `position_ids` and are not read.
 
         Raises:
-            HybridError: for whatever would give another result than streaming attention: a foreign cache or attention
-                implementation, masks of other shapes, packing without position_ids or with a cache.
+            HybridError: the result would not be that of streaming attention: another cache class or attention implementation,
+                masks of other shapes, packing without position_ids or with a cache.
         """
         if self.config._attn_implementation != ATTENTION_NAME:
             raise HybridError(
-                f"attention implementation {self.config._attn_implementation!r} was set on a hybrid: it does not know sinks. "
-                "Load the model anew and leave it as it is"
+                f"attn_implementation: {self.config._attn_implementation!r}: set on a hybrid, and it ignores sinks. "
+                "Fix: load the model again and do not set it"
             )
         if cu_seq_lens_q is not None and position_ids is None:
-            raise HybridError("cu_seq_lens without position_ids: pass position_ids that restart at 0 with each packed document")
-        refuse_what_no_kernel_gives(kwargs)
+            raise HybridError(
+                "cu_seq_lens: given without position_ids. Fix: pass position_ids that restart at 0 with each packed document"
+            )
+        refuse_unsupported_arguments(kwargs)
         if isinstance(attention_mask, dict):
             raise HybridError(
-                "attention_mask is a dict of masks: a hybrid makes its own. Pass a padding mask [batch, tokens], or none"
+                "attention_mask: a dict of masks: a hybrid makes its own. Fix: pass a padding mask [batch, tokens], or none"
             )
         given = past_key_values if cache is None else cache
         cache = self._cache_for(given, use_cache, attention_mask, position_ids)
@@ -228,23 +238,23 @@ class HybridBody(OwnAttention):
         if given is not None:
             if not isinstance(given, HybridCache):
                 raise HybridError(
-                    f"the cache is a {type(given).__name__}, which drops the sinks: pass HybridCache(model.config.spec), or none"
+                    f"cache: {type(given).__name__}: it drops the sinks. Fix: pass HybridCache(model.config.spec), or none"
                 )
             if given.spec != self.spec:
-                raise HybridError("the cache was made for a hybrid with other layers or sizes: make it from model.config.spec")
+                raise HybridError("cache: it was made for a hybrid with other layers or sizes. Fix: make it from model.config.spec")
             return given
-        if use_cache is None:  # the config's default is meant for generation, not for training, packed or right-padded batches
+        if use_cache is None:  # the config's default is for generation, not for training, packed or right-padded batches
             ends_in_padding = attention_mask is not None and not bool(attention_mask[:, -1].all())
             use_cache = self.config.use_cache and not self.training and position_ids is None and not ends_in_padding
         return HybridCache(self.spec) if use_cache else None
 
 
 class HybridCausalLM(OwnAttention):
-    """The stack with its language-model head: generation with the hybrid cache, and no other kind of decoding."""
+    """The decoder stack with its language-model head: generation with the hybrid cache, by greedy search or sampling."""
 
     body_class: type[HybridBody]
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         PreTrainedModel.__init__(self, config)
         self.model = self.body_class(config)
         self.vocab_size = config.vocab_size
@@ -256,62 +266,63 @@ class HybridCausalLM(OwnAttention):
         return self.model.spec
 
     def full_attention(self) -> AbstractContextManager[None]:
-        """While the block runs every layer attends in full: with the base's weights, this is the base."""
+        """While the block runs, every layer keeps full attention: with the base's weights, the model is the base."""
         return self.model.full_attention()
 
     def set_attention_kernel(self, name: str) -> None:
-        """Choose what computes attention: `auto` or one of KERNELS. The result is the same, the cost is not.
+        """Select the attention kernel: `auto` or one of KERNELS. The result is the same, the cost is not.
 
-        Whether it can is seen when it is to compute: then are the device and the dtype known (attention_kernels.py, `choose`).
+        The first forward pass checks whether the kernel supports the device and the dtype (attention_kernels.py, `choose`).
         """
         if name not in (AUTO, *KERNELS):
-            raise HybridError(f"attention kernel {name!r}: there are {', '.join([AUTO, *KERNELS])}")
+            raise HybridError(unknown_kernel(name))
         self.model.attention_kernel = name
 
-    def share_sequences(self, exchange: Exchange) -> None:
-        """Train on slices: from now on a forward pass in training mode takes this process's slice of each sequence.
+    def shard_sequences(self, exchange: Exchange) -> None:
+        """Train on shards: from now on a forward pass in training mode takes this process's shard of each sequence.
 
-        Its `input_ids` and `position_ids` are the slice's; positions are those in the whole sequence. In eval mode every process
-        goes on to take sequences of its own, whole.
+        `input_ids` and `position_ids` are the shard's; positions count in the entire sequence. In eval mode each process still
+        takes entire sequences of its own.
         """
         self.model.exchange = exchange
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise HybridError(
-                f"{generation_mode.value}: a hybrid generates by greedy search or sampling only; its ring of recent keys cannot be "
-                "reordered or rolled back. Set num_beams=1 and pass no assistant_model or prompt_lookup_num_tokens"
+                f"generation mode: {generation_mode.value}: a hybrid generates by greedy search or sampling only, because its ring "
+                "of recent keys cannot be reordered or rolled back. "
+                "Fix: set num_beams=1 and pass no assistant_model or prompt_lookup_num_tokens"
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
-        model_kwargs: dict,
+        model_kwargs: dict[str, Any],
         generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise HybridError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a hybrid has its own cache. Leave it out"
+                f"cache_implementation: {generation_config.cache_implementation!r}: a hybrid has its own cache. Fix: leave it out"
             )
         if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_ARGUMENT] = HybridCache(self.spec)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()
         return super().generate(*args, **kwargs)
 
-    def generate_batch(self, *args, **kwargs):
-        raise _no_continuous_batching()
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise HybridError(
+            "continuous batching: transformers implements it for full and sliding layers, without sinks. Fix: use generate()"
+        )
 
-    def init_continuous_batching(self, *args, **kwargs):
-        raise _no_continuous_batching()
-
-    def continuous_batching_context_manager(self, *args, **kwargs):
-        raise _no_continuous_batching()
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 class HybridQwen2Model(HybridBody, Qwen2Model):
@@ -359,29 +370,24 @@ def _padding(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()
 
 
-def refuse_what_no_kernel_gives(asked: Mapping[str, Any]) -> None:
-    """Raises HybridError for arguments of a forward pass that transformers' models take and a hybrid would pass over in silence."""
+def refuse_unsupported_arguments(given: Mapping[str, Any]) -> None:
+    """Raises HybridError for arguments of a forward pass that transformers' models use and a hybrid would silently ignore."""
     lacks = {"output_attentions": "holds attention probabilities", "head_mask": "masks single heads"}
     for name, ability in lacks.items():
-        if asked.get(name) is not None and asked[name] is not False:
+        if given.get(name) is not None and given[name] is not False:
             raise HybridError(f"{name}: no kernel of a hybrid {ability}. Fix: leave it out")
-    if asked.get("is_causal") is False:
+    if given.get("is_causal") is False:
         raise HybridError("is_causal: False: a hybrid's attention is causal. Fix: leave it out")
 
 
 def _wrong_positions(cache: HybridCache, positions_BT: Tensor, given_BT: Tensor) -> HybridError:
-    """generate() makes its position_ids from the mask: the mask is the likelier cause."""
+    """The error for positions that do not continue the cache, or for the mask from which generate() made them."""
     row, column = ((positions_BT >= 0) & (positions_BT != given_BT)).nonzero()[0].tolist()
-    if cache.rows.before_B is not None and int(cache.rows.before_B[row]) == 0:
+    if int(cache.rows.before_B[row]) == 0:
         return HybridError(f"attention_mask: it hides every token of row {row}. Fix: leave the row out, or show its tokens")
     return HybridError(
-        f"position_ids: row {row} goes on at {int(given_BT[row, column])}, its cache ends before {int(positions_BT[row, column])}: "
-        "positions count from each row's first real token. Fix: leave position_ids out; to generate(), pass the attention_mask of "
+        f"position_ids: row {row} continues at {int(given_BT[row, column])}, and its cache ends before "
+        f"{int(positions_BT[row, column])}; positions count from each row's first real token. "
+        "Fix: leave position_ids out; to generate(), pass the attention_mask of "
         "the earlier passes with ones for the new tokens"
-    )
-
-
-def _no_continuous_batching() -> HybridError:
-    return HybridError(
-        "continuous batching in transformers knows full and sliding layers only and would drop the sinks. Use generate()"
     )

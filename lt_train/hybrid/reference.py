@@ -1,4 +1,4 @@
-"""Attention written out: a softmax under the visibility predicate. Slow, and the measure for everything fast.
+"""Attention by its definition: a softmax under the visibility predicate. Slow; every fast kernel is tested against it.
 
 Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, D head size.
 """

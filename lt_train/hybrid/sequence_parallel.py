@@ -1,10 +1,10 @@
-"""Attention over a sequence of which each process holds a slice (Ulysses sequence parallelism, arXiv 2309.14509).
+"""Attention over a sequence of which each process holds a shard (Ulysses sequence parallelism, arXiv 2309.14509).
 
-Around each layer's attention an exchange turns slices of the sequence with all heads into the whole sequence with a share of the
-heads, and back. Nothing else of a decoder layer looks beyond its own token. Where documents begin is read off the gathered
-`position_ids` alone: a slice may begin in the middle of one.
+Around each layer's attention an all-to-all exchange turns shards of the sequence with all heads into the entire sequence with a
+fraction of the heads, and back. The rest of a decoder layer computes each token by itself. Documents are found from the gathered
+`position_ids`, because a shard may begin in the middle of one.
 
-Shapes: B rows, T columns, H query heads, G key/value heads, D head size, all of this process; S processes share a sequence.
+Shapes: B rows, T columns, H query heads, G key/value heads, D head size, all of this process; S processes hold a sequence.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from .spec import HybridError
 from .views import AttentionView, Views
 
 Exchange = Callable[..., tuple[Tensor, Any]]
-"""Calls `attend_gathered` with the sequence gathered and the heads shared out, and brings its output back.
+"""An all-to-all around `attend_gathered`: gathers the sequence, distributes the heads, and reverses both for the output.
 
 (module, q_BHTD, k_BGTD, v_BGTD, view, position_ids=[B, T], scaling=, dropout=) -> ([B, T, H * D], anything).
 DeepSpeed's `UlyssesSPAttentionHF(attn=attend_gathered, …).forward` is one."""
 
 
 class GatheredSequence:
-    """What is found out about the whole sequence, once in a forward pass: at the first layer, for all of them."""
+    """The views of the entire sequence, found once in a forward pass: by the first layer, for all layers."""
 
     def __init__(self, find_views: Callable[[Tensor], Views]) -> None:
         self.find_views = find_views
@@ -38,13 +38,13 @@ class GatheredSequence:
 
 
 @dataclass(frozen=True)
-class SharedView(AttentionView):
-    """What a layer's queries see, where queries and keys are a slice of the sequence each."""
+class ShardedView(AttentionView):
+    """What a layer's queries see, where queries and keys are a shard of the sequence each."""
 
     sequence: GatheredSequence
     streaming: bool
     exchange: Exchange
-    position_ids: Tensor  # [B, T] of the slice
+    position_ids: Tensor  # [B, T] of the shard
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         out, _ = self.exchange(
@@ -62,7 +62,7 @@ def attend_gathered(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SharedView,
+    attention_mask: ShardedView,
     *,
     position_ids: Tensor,
     scaling: float,
@@ -72,29 +72,31 @@ def attend_gathered(
     return attention_mask.gathered(position_ids).attend(module, query, key, value, scaling, dropout), None
 
 
-def shared_views(
+def sharded_views(
     exchange: Exchange,
     find_views: Callable[[Tensor], Views],
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> Views:
-    """The views of one process's slice.
+    """The views of one process's shard.
 
     Args:
-        find_views: what full and streaming layers see of a whole sequence, from its position_ids [B, S * T].
-        position_ids: [B, T], each token's position in its own document, as counted in the whole sequence.
+        find_views: what full and streaming layers see of an entire sequence, from its position_ids [B, S * T].
+        position_ids: [B, T], each token's position in its own document, as counted in the entire sequence.
 
     Raises:
-        HybridError: no position_ids, or a padding mask, which is not gathered: padding is told by position 0, as a document of
-            one token.
+        HybridError: no position_ids, or a padding mask, which is not gathered. Padding has position 0: a document of one token.
     """
     if position_ids is None:
-        raise HybridError("a slice of a sequence needs position_ids: each token's position in its own document")
+        raise HybridError("position_ids: missing for a shard of a sequence. Fix: pass each token's position in its own document")
     if attention_mask is not None:
-        raise HybridError("a slice of a sequence takes no attention_mask: only position_ids are gathered. Give padding position 0")
+        raise HybridError(
+            "attention_mask: a shard of a sequence takes none, because only position_ids are gathered. "
+            "Fix: leave it out and give padding position 0"
+        )
     sequence = GatheredSequence(find_views)
     return Views(
-        full=SharedView(sequence, False, exchange, position_ids),
-        streaming=SharedView(sequence, True, exchange, position_ids),
+        full=ShardedView(sequence, False, exchange, position_ids),
+        streaming=ShardedView(sequence, True, exchange, position_ids),
         position_ids=position_ids,
     )

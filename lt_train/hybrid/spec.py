@@ -1,14 +1,14 @@
-"""What turns a base model into a hybrid: which layers stream, and how much of the past they keep."""
+"""HybridSpec, which turns a base model into a hybrid: which layers stream, and how many tokens they keep."""
 
 from dataclasses import dataclass, replace
 
 HYBRID_VERSION = "1"
 FULL = "full_attention"
-STREAMING = "sliding_attention"  # the name that transformers and vLLM know for a layer with a window
+STREAMING = "sliding_attention"  # the name in transformers and vLLM for a layer with a window
 
 
 class HybridError(ValueError):
-    """A request that a hybrid cannot answer rightly. The message says what was asked, why it is refused, and the way out."""
+    """A request that a hybrid cannot compute correctly. The message names the setting, the problem and the fix."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class HybridSpec:
 
     def __post_init__(self) -> None:
         if self.w_sink < 0:
-            raise HybridError(f"w_sink={self.w_sink}: must be 0 or more tokens")
+            raise HybridError(f"w_sink: {self.w_sink}: below 0. Fix: set 0 or more tokens")
         if self.w_recent < 1:
-            raise HybridError(f"w_recent={self.w_recent}: must be at least 1, a query always sees itself")
+            raise HybridError(f"w_recent: {self.w_recent}: below 1, and a query always sees itself. Fix: set 1 or more tokens")
         outside = [layer for layer in self.lazy_layers if not 0 <= layer < self.num_layers]
         if outside:
-            raise HybridError(f"lazy layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
+            raise HybridError(f"lazy_layers: {outside}: not in the model. Fix: name layers from 0 to {self.num_layers - 1}")
         if len(set(self.lazy_layers)) != len(self.lazy_layers):
-            raise HybridError(f"lazy layers {list(self.lazy_layers)}: a layer is named twice")
+            raise HybridError(f"lazy_layers: {list(self.lazy_layers)}: a layer is named twice. Fix: name each layer once")
         object.__setattr__(self, "lazy_layers", tuple(sorted(self.lazy_layers)))
 
     @classmethod
@@ -49,24 +49,24 @@ class HybridSpec:
 
     @property
     def all_full(self) -> "HybridSpec":
-        """The same model without streaming layers: what the base computes."""
+        """The spec of the base: the same model without streaming layers."""
         return replace(self, lazy_layers=())
 
     @property
     def layer_types(self) -> list[str]:
-        """One name per layer, in the words of a transformers config."""
+        """The type of each layer, as `layer_types` in a transformers config."""
         lazy = set(self.lazy_layers)
         return [STREAMING if layer in lazy else FULL for layer in range(self.num_layers)]
 
     @property
     def window(self) -> int:
-        """Most tokens that a streaming layer's KV cache ever holds of a sequence."""
+        """The largest number of tokens that a streaming layer caches per sequence."""
         return self.w_sink + self.w_recent
 
     def is_lazy(self, layer: int) -> bool:
         return layer in self.lazy_layers
 
     def cached_tokens(self, tokens: int) -> int:
-        """Cached tokens, summed over all layers, after `tokens` tokens of one sequence."""
+        """Cached tokens of one sequence of `tokens` tokens, summed over all layers."""
         lazy = len(self.lazy_layers)
         return (self.num_layers - lazy) * tokens + lazy * min(tokens, self.window)

@@ -1,4 +1,4 @@
-"""What the queries of one layer see in one forward pass. A decoder layer gets a view in place of an attention mask.
+"""Views: what the queries of one layer see in one forward pass. A decoder layer gets a view as its attention mask.
 
 Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), D head size.
 """
@@ -18,21 +18,21 @@ from .spec import HybridError, HybridSpec
 
 
 class AttentionView:
-    """Decides what a layer's queries see, and computes their attention."""
+    """Defines what a layer's queries see, and computes their attention."""
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        """Queries and keys come after rotary embedding, keys and values from the cache if there is one. Returns out_BTHD."""
+        """Attention of queries and keys after rotary embedding; with a cache, keys and values come from it. Returns out_BTHD."""
         raise NotImplementedError
 
 
 @dataclass
 class FullView(AttentionView):
-    """Full causal attention within each document, no cache behind it."""
+    """Full causal attention within each document, without a cache."""
 
     documents: Documents
     kernel: str = AUTO
 
-    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         dtype = computed_in(v_BGKD)
         full = kernel_for(self.kernel, q_BHTD, dtype).full
         if full is not None and not dropout:
@@ -47,23 +47,23 @@ class FullView(AttentionView):
 
 @dataclass
 class StreamingView(AttentionView):
-    """Streaming attention within each document, no cache behind it."""
+    """Streaming attention within each document, without a cache."""
 
     documents: Documents
     spec: HybridSpec
     kernel: str = AUTO
 
-    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         refuse_dropout(dropout)
         dtype = computed_in(v_BGKD)
         kernel = kernel_for(self.kernel, q_BHTD, dtype)
         qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
-        sizes = {"w_sink": self.spec.w_sink, "w_recent": self.spec.w_recent}
-        return kernel.streaming(self.documents, *qkv, **sizes, scaling=scaling).transpose(1, 2)
+        w_sink, w_recent = self.spec.w_sink, self.spec.w_recent
+        return kernel.streaming(self.documents, *qkv, w_sink=w_sink, w_recent=w_recent, scaling=scaling).transpose(1, 2)
 
 
 class CachedView(AttentionView):
-    """New columns after cached ones: a mask over the keys that the cache hands back, made once for all layers of a kind."""
+    """New columns after cached ones: a mask over the keys that the cache returns, made once for all layers of a kind."""
 
     def __init__(self, cache: HybridCache) -> None:
         self.cache = cache
@@ -73,7 +73,7 @@ class CachedView(AttentionView):
         """None where every query sees every key."""
         raise NotImplementedError
 
-    def attend(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout):
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         mask = None if self.visible_BTK is None else self.visible_BTK[:, None].to(q_BHTD.device)
         return sdpa_attention_forward(module, q_BHTD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=scaling, is_causal=False)[0]
 
@@ -108,7 +108,7 @@ class CachedStreamingView(CachedView):
 
 @dataclass(frozen=True)
 class Views:
-    """What both kinds of layers see in this forward pass, and the positions [B, T] for the rotary embedding."""
+    """The views of full and streaming layers in one forward pass, and the positions [B, T] for the rotary embedding."""
 
     full: AttentionView
     streaming: AttentionView
@@ -118,5 +118,5 @@ class Views:
 def refuse_dropout(dropout: float) -> None:
     if dropout:
         raise HybridError(
-            f"attention_dropout={dropout}: the streaming kernels have no dropout. Set attention_dropout to 0 in the model's config"
+            f"attention_dropout: {dropout}: the streaming kernels have no dropout. Fix: set it to 0 in the model's config"
         )

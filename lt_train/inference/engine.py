@@ -152,7 +152,7 @@ class _Run:
 
     def _make_room(self, waiting: deque[Running]) -> None:
         """See that every running sequence has a page for its next token; put the youngest back until that is so."""
-        while sum(self.store.lacks(slot, len(s.ids)) for slot, s in enumerate(self.running)) > self.store.free_pages:
+        while sum(self.store.missing_pages(slot, len(s.ids)) for slot, s in enumerate(self.running)) > self.store.free_pages:
             youngest = self.admitted[-1]
             self._remove(youngest)
             waiting.appendleft(youngest)
@@ -171,7 +171,7 @@ class _Run:
 
     def _read(self, fresh: Sequence[Running]) -> Iterator[Answer]:
         started = time.perf_counter()
-        logits_NV = self.runner.read([(self._slot(sequence), sequence.ids) for sequence in fresh])
+        logits_NV = self.runner.prefill([(self._slot(sequence), sequence.ids) for sequence in fresh])
         self._divide_time(fresh, started)
         yield from self._take(fresh, logits_NV)
 

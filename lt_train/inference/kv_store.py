@@ -1,8 +1,8 @@
-"""The KV cache of many sequences at once, laid out once: full layers in pages that sequences take as they grow, streaming layers in
-one ring a slot.
+"""The KV cache of many sequences, allocated once: full layers in pages that sequences take as they grow, streaming layers in one
+ring per slot.
 
-A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values where they lie: a step copies
-none of them. Pages are handed out lowest first, so those in use stay together.
+A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values in place: a step copies none
+of them. The lowest free page is allocated first, so the pages in use stay together.
 
 Shapes: S slots, B running sequences, N pages, P tokens of a page, W tokens of a ring, H query heads, G key/value heads,
 R = H / G, T new tokens of one sequence, D head size.
@@ -21,11 +21,11 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 
 PAGE = 128
-"""Tokens of a page: large enough for an efficient product, small enough that the half page a sequence wastes is little."""
+"""Tokens of a page: large enough for an efficient product, small enough to waste little: on average half a page a sequence."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class KVSizes:
     """Bytes of KV cache."""
 
     page: int
@@ -38,10 +38,10 @@ class Sizes:
         return self.slot + pages_for(tokens) * self.page
 
 
-def kv_sizes(model: HybridForCausalLM) -> Sizes:
+def kv_sizes(model: HybridForCausalLM) -> KVSizes:
     spec, token = model.spec, token_bytes(model.config.to_dict(), model.dtype.itemsize)
     lazy = len(spec.lazy_layers)
-    return Sizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
+    return KVSizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
 
 
 def pages_for(tokens: int) -> int:
@@ -49,10 +49,10 @@ def pages_for(tokens: int) -> int:
 
 
 class KVStore:
-    """Pages and rings of all layers, and which sequence has which.
+    """The pages and rings of all layers, and their assignment to sequences.
 
     Attributes:
-        lengths: tokens held of each running sequence, by slot.
+        lengths: cached tokens of each running sequence, by slot.
         pages: the pages of each running sequence, in the order of its tokens, by slot.
     """
 
@@ -76,7 +76,7 @@ class KVStore:
         return len(self._free)
 
     def admit(self, tokens: int) -> int:
-        """A slot, and pages for `tokens` tokens. The caller checks that there are enough."""
+        """Allocate a slot, and pages for `tokens` tokens. The caller checks that there are enough."""
         self.lengths.append(0)
         self.pages.append([])
         slot = len(self.lengths) - 1
@@ -84,16 +84,16 @@ class KVStore:
         return slot
 
     def reserve(self, slot: int, tokens: int) -> None:
-        """See that the sequence has pages for `tokens` tokens in all."""
+        """Allocate pages until the sequence has enough for `tokens` tokens in all."""
         while len(self.pages[slot]) < pages_for(tokens):
             self.pages[slot].append(heapq.heappop(self._free))
 
-    def lacks(self, slot: int, tokens: int) -> int:
-        """How many more pages the sequence needs to hold `tokens` tokens."""
+    def missing_pages(self, slot: int, tokens: int) -> int:
+        """The number of pages that the sequence still needs for `tokens` tokens."""
         return max(0, pages_for(tokens) - len(self.pages[slot]))
 
     def release(self, slot: int) -> int:
-        """Give back what a sequence held. The last slot's sequence moves into its place; returns the slot it had."""
+        """Free a sequence's slot and pages. The sequence of the last slot moves into the slot; returns the slot it moved from."""
         for page in self.pages[slot]:
             heapq.heappush(self._free, page)
         last = len(self.lengths) - 1
@@ -106,9 +106,9 @@ class KVStore:
         return last
 
     def page_map(self) -> "PageMap":
-        """Where the pages of the running sequences lie, for a step that adds one token to each."""
+        """The pages of the running sequences, for a step that adds one token to each."""
         highest = max((page for pages in self.pages for page in pages), default=-1)
-        owner = [len(self.lengths)] * (highest + 1)  # pages that nobody has belong to a row that nobody reads
+        owner = [len(self.lengths)] * (highest + 1)  # free pages are assigned to an additional row that is not read
         filled = [0] * (highest + 1)
         for slot, pages in enumerate(self.pages):
             for number, page in enumerate(pages):
@@ -119,13 +119,14 @@ class KVStore:
 
 @dataclass
 class PageMap:
-    """owner, filled: by page, the slot it belongs to and how many of its tokens are there. newest: by slot, the page of the token
-    that is being added.
-    """
+    """Which slot each page belongs to, and where a step writes."""
 
     owner: list[int]
+    """By page, the slot it belongs to."""
     filled: list[int]
+    """By page, the number of its tokens that are cached."""
     newest: list[int]
+    """By slot, the page of the token that is being added."""
 
 
 class PagedLayer:
@@ -136,10 +137,10 @@ class PagedLayer:
         self.device = kv_2NGPD.device
 
     def move(self, source: int, target: int) -> None:
-        """Pages know no slot."""
+        """Does nothing: pages do not depend on the slot."""
 
     def write(self, k_GTD: Tensor, v_GTD: Tensor, first: int, pages: list[int]) -> None:
-        """Put new tokens of one sequence in its pages, from position `first` on."""
+        """Write new tokens of one sequence to its pages, from position `first` on."""
         position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
         page_T = torch.tensor(pages, device=self.device)[position_T // PAGE]
         self.keys[page_T, :, position_T % PAGE] = k_GTD.transpose(0, 1)
@@ -148,13 +149,14 @@ class PagedLayer:
     def read(self, length: int, pages: list[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, [G, length, D] each: copies, for a chunk of many queries."""
         page_N = torch.tensor(pages[: pages_for(length)], device=self.device)
-        return tuple(x[page_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.keys, self.values))
+        keys, values = (x[page_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.keys, self.values))
+        return keys, values
 
 
 class RingLayer:
     """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
 
-    `slot_of`, the rule of the hybrid's own cache, says which position lies where in the ring.
+    `slot_of`, the rule of the hybrid's own cache, gives the place of each position in the ring.
     """
 
     def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
@@ -167,7 +169,7 @@ class RingLayer:
         self.values[target] = self.values[source]
 
     def write(self, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
-        """Put new tokens of one sequence in its ring, from position `first` on: those that the window still holds after them."""
+        """Write new tokens of one sequence to its ring, from position `first` on, if the window still contains them afterwards."""
         position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
         kept_T = (position_T < self.spec.w_sink) | (position_T >= first + k_GTD.shape[1] - self.spec.w_recent)
         place_K = slot_of(position_T[kept_T], self.spec.w_sink, self.spec.w_recent)

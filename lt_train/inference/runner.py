@@ -1,6 +1,6 @@
-"""Tokens through the model, keys and values through the store: prompts in chunks, then a step for all running sequences.
+"""Forward passes of the engine, with keys and values in its store: prefill in chunks, then one step for all running sequences.
 
-Shapes: B running sequences, N sequences being read, T tokens, D hidden size, V vocabulary.
+Shapes: B running sequences, N sequences in prefill, T tokens, D hidden size, V vocab_size.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from lt_train.inference.kv_store import KVStore
 from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
 
 Prompt = tuple[int, Sequence[int]]
-"""(slot, token ids) of a sequence of which the store holds nothing yet."""
+"""(slot, token ids) of a sequence without cached tokens."""
 
 
 class ModelRunner:
-    """Runs one model on one store; `prefill_chunk` tokens at most go through it in one forward pass of reading."""
+    """Runs one model on one store; a forward pass of prefill has at most `prefill_chunk` tokens."""
 
     def __init__(self, model: HybridForCausalLM, store: KVStore, prefill_chunk: int) -> None:
         self.model = model
@@ -26,24 +26,24 @@ class ModelRunner:
         self.prefill_chunk = prefill_chunk
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Read new sequences; returns the logits [N, V] of what follows each."""
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Prefill new sequences; returns the logits [N, V] of the next token of each."""
         logits: list[Tensor] = []
-        for together in self._that_fit(prompts):
-            logits += self._read_together(together)
+        for group in self._groups(prompts):
+            logits += self._prefill_group(group)
         return torch.stack(logits)
 
     @torch.inference_mode()
     def step(self, ids_B: Sequence[int]) -> Tensor:
-        """One more token for every running sequence, by slot; returns the logits [B, V] of what follows."""
+        """Add one token to every running sequence, by slot; returns the logits [B, V] of the next token of each."""
         view = StepView(self.store)
         positions_B1 = self._tensor([[length] for length in self.store.lengths])
         hidden_B1D = self._forward(self._tensor([[token] for token in ids_B]), Views(view, view, positions_B1))
         self.store.lengths = [length + 1 for length in self.store.lengths]
         return self._logits(hidden_B1D[:, 0])
 
-    def _that_fit(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """In groups whose first chunks make one chunk together."""
+    def _groups(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """Groups of prompts whose first chunks fit in one chunk together."""
         groups: list[list[Prompt]] = []
         room = 0
         for slot, ids in prompts:
@@ -55,8 +55,8 @@ class ModelRunner:
             room -= tokens
         return groups
 
-    def _read_together(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """First chunks in one packed row, then what is left of each. Returns the logits [V] of what follows each."""
+    def _prefill_group(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Prefill the first chunks in one packed row, then the rest of each. Returns the logits [V] of the next token of each."""
         spans: list[tuple[int, int, int]] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -75,10 +75,10 @@ class ModelRunner:
         logits_NV = list(self._logits(hidden_1TD[0, last_N]))
         for number, (slot, prompt) in enumerate(prompts):
             if len(prompt) > self.prefill_chunk:
-                logits_NV[number] = self._read_rest(slot, prompt)
+                logits_NV[number] = self._prefill_rest(slot, prompt)
         return logits_NV
 
-    def _read_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
+    def _prefill_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
         for start in range(self.prefill_chunk, len(prompt), self.prefill_chunk):
             ids = prompt[start : start + self.prefill_chunk]
             view = LaterChunkView(self.store, slot, len(ids))

@@ -19,7 +19,7 @@ from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.training.probes.launching import WEIGHTS
-from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, probe_folder, write_result
 
 SAMPLES_SHOWN = 8
 """Of each probe, in the tables."""
@@ -36,7 +36,7 @@ def probe_checkpoint(run: Path, step: int) -> None:
     """
     paths = RunPaths(run)
     recipe, train = load_recipe(paths.recipe), paths.train
-    place = place_of(train, step)
+    place = probe_folder(train, step)
     if recipe.train is None or recipe.train.probes is None or not (place / WEIGHTS).is_dir():
         raise UserError(
             f"{place}: holds no weights to probe. A training with train.probes leaves them there and starts this itself"

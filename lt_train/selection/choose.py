@@ -1,4 +1,4 @@
-"""From a recipe's hybrid part to the layers that stream."""
+"""Choice of the layers that stream, from a recipe's hybrid part."""
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
@@ -20,20 +20,19 @@ def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None 
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
     assert hybrid.lazy_layer_ratio is not None and hybrid.strategy is not None, "the schema has one of layers and ratio"
-    n_layers = number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
     if hybrid.strategy == "periodic":
-        return periodic_layers(n_layers, num_layers)
+        return evenly_spread_layers(hybrid.lazy_layer_ratio, num_layers)
     assert profile is not None, f"{hybrid.strategy} needs scores"
-    return profile.choose(hybrid.strategy, n_layers)
+    return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
 
 
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
 
     Raises:
-        UserError: that is no layer, or every layer.
+        UserError: it would be no layer, or every layer.
     """
-    # Through Decimal, because 0.35 * 10 is a half to a reader but not to a binary float.
+    # Decimal, because the binary float 0.35 * 10 is not exactly 3.5.
     count = int((Decimal(str(ratio)) * num_layers).quantize(Decimal(1), rounding=ROUND_HALF_UP))
     if 0 < count < num_layers:
         return count
@@ -50,7 +49,7 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
 
 
 def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
-    """The layers of `ratio` by strategy `periodic`, for what depends on their number alone. Raises as `number_of_lazy_layers`."""
+    """The `periodic` layers of a ratio. Raises UserError: see `number_of_lazy_layers`."""
     return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
 
 
@@ -58,7 +57,7 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The recipe's own `hybrid.layers`, ascending.
 
     Raises:
-        UserError: empty, every layer, a layer twice, or one the model does not have (layers count from 0).
+        UserError: no layer, every layer, a layer twice, or one that is not in the model (layers count from 0).
     """
     if not layers:
         raise UserError("hybrid.layers: []: nothing would stream. Fix: name at least one layer, or set hybrid.lazy_layer_ratio")
@@ -69,7 +68,7 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     if twice:
         raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Fix: name each layer once")
     if len(layers) == num_layers:
-        raise UserError("hybrid.layers: every layer would stream, and nothing could reach beyond the window. Fix: leave one out")
+        raise UserError("hybrid.layers: every layer would stream, and no layer could reach beyond the window. Fix: leave one out")
     return tuple(sorted(layers))
 
 

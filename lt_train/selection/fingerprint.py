@@ -1,4 +1,4 @@
-"""What a layer profile was made from: model, data, sizes, versions. Scores of different fingerprints are never mixed."""
+"""The fingerprint of a layer profile: model, data, sizes, versions. Scores of different fingerprints are never mixed."""
 
 import dataclasses
 import hashlib
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers")
 _VALUES_PER_WEIGHT = 64
-# Settings of a config that differ between equal models: where it was loaded from, by which version, the dtype, and which
-# layers stream.
-_NOT_THE_MODEL = {
+# Config fields that differ between equal models: the source, the version of transformers, the dtype, and which layers stream.
+_IGNORED_FIELDS = {
     "_name_or_path",
     "transformers_version",
     "dtype",
@@ -35,7 +34,7 @@ _NOT_THE_MODEL = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The settings of the recipe's hybrid part on which scores depend; sizes in tokens."""
+    """The settings of the recipe's hybrid part that scores depend on; sizes in tokens."""
 
     w_sink: int
     w_recent: int
@@ -48,11 +47,11 @@ class Fingerprint:
     """Two profiles with equal fingerprints hold the same scores."""
 
     model: str
-    """Folder or hub id the base was loaded from."""
+    """Folder or hub id of the base."""
     config: str
     """Hash of the model's configuration."""
     weights: str
-    """Hash of name, shape and 64 values of each weight: it differs for a base of the same name that was trained further."""
+    """Hash of name, shape and 64 values of each weight: it differs for a base of the same name with other weights."""
     dtype: str
     data: str
     """Hash of the ids and tokens of the calibration samples, in order."""
@@ -61,16 +60,16 @@ class Fingerprint:
     versions: dict[str, str]
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """One line for each value that is not the same: its name, this value, the other's."""
+        """One line for each value that differs: its name, this value, the other's."""
         return differences(dataclasses.asdict(self), dataclasses.asdict(other))
 
 
 def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED_FIELDS}
     return Fingerprint(
         model=str(model.config.name_or_path),
         config=_hash(config),
-        weights=_hash_of_weights(model),
+        weights=_weights_hash(model),
         dtype=dtype_name(model.dtype),
         data=_hash([[example.id, list(example.prompt_ids), list(example.answer_ids)] for example in examples]),
         sizes=sizes,
@@ -83,7 +82,7 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _hash_of_weights(model: HybridForCausalLM) -> str:
+def _weights_hash(model: HybridForCausalLM) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.flatten()

@@ -1,7 +1,7 @@
-"""Strategy `lazy_ratio`, the paper's: how much attention the last queries of a sample put on sinks and recent tokens.
+"""Strategy `lazy_ratio`, the paper's: the attention mass of a sample's last queries on sinks and recent tokens.
 
 LightTransfer (arXiv 2410.13846), Eq. 1, with question and answer as input as in LightTransfer-Train. Only the
-[w_last, T] logits of one group of query heads exist at a time, and two log-sum-exps over them give the ratio.
+[w_last, T] logits of one group of query heads are in memory at a time, and two log-sum-exps over them give the ratio.
 
 Shapes: B = 1, H query heads, G key/value heads, R = H / G, W last queries, T tokens, D head size, L layers.
 """
@@ -22,10 +22,10 @@ from lt_train.selection.fingerprint import Sizes
 
 @torch.no_grad()
 def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes) -> list[float]:
-    """Lazy ratio of each layer for one sample, with every layer full: in (0, 1], 1 = looks nowhere else.
+    """Lazy ratio of each layer for one sample, with every layer full: in (0, 1]; 1: no attention on other tokens.
 
-    `model` is a hybrid in evaluation mode; its own lazy layers do not matter. A sample shorter than `sizes.w_last`
-    counts all its queries.
+    `model` is a hybrid in evaluation mode; its own lazy layers do not matter. For a sample shorter than `sizes.w_last`, all its
+    queries count.
     """
     input_ids_1T = torch.tensor([list(input_ids)], device=model.device)
     views = model.model.attention_views(input_ids=input_ids_1T, attention_mask=None, position_ids=None)
@@ -43,15 +43,17 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
 
 
 def most_often_lazy(ratios: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
-    """LightTransfer-Train's choice: each sample votes for its `n_layers` laziest layers; those with the most votes are chosen.
+    """LightTransfer-Train's choice: the layers that are most often among the `n_layers` laziest layers of a sample.
 
     `ratios[sample][layer]`. Equal counts are ordered by the mean ratio, then by index; within a sample the lower of two
-    equal layers comes first. The sums are exact (`math.fsum`), so the order of the samples cannot matter.
+    equal layers comes first. The sums are exact (`math.fsum`), so the order of the samples does not matter.
     """
     layers = range(len(ratios[0]))
     votes: Counter[int] = Counter()
     for ratio_L in ratios:
-        votes.update(sorted(layers, key=[-ratio for ratio in ratio_L].__getitem__)[:n_layers])  # stable: of equals the lower
+        votes.update(
+            sorted(layers, key=[-ratio for ratio in ratio_L].__getitem__)[:n_layers]
+        )  # stable: the lower of equal layers first
     total_L = [math.fsum(column) for column in zip(*ratios, strict=True)]
     ranked = sorted(layers, key=lambda layer: (-votes[layer], -total_L[layer], layer))
     return tuple(sorted(ranked[:n_layers]))
@@ -72,9 +74,9 @@ class ObservedView(FullView):
 def lazy_ratio(q_BHTD: Tensor, k_BGTD: Tensor, scaling: float, sizes: Sizes) -> float:
     """Eq. 1 for one layer and one sample, averaged over heads and the last `w_last` queries.
 
-    The ratio of a query is the probability that it puts on the keys it would see if the layer streamed; so its recent
-    keys are its own latest `w_recent`. Eq. 1 takes the input's last `w_recent` keys for all queries: the same for the
-    last one, and up to `w_last - 1` keys fewer for the ones before it.
+    The ratio of a query is its attention probability on the keys that it would see if the layer streamed; so its recent
+    keys are its own latest `w_recent`. Eq. 1 uses the input's last `w_recent` keys for all queries: the same for the
+    last query, and up to `w_last - 1` keys fewer for the earlier ones.
 
     Args:
         q_BHTD, k_BGTD: queries and keys after rotary embedding, B = 1.
@@ -89,7 +91,7 @@ def lazy_ratio(q_BHTD: Tensor, k_BGTD: Tensor, scaling: float, sizes: Sizes) -> 
     for q_RWD, k_TD in zip(q_GRWD, k_BGTD[0].float(), strict=True):
         logits_RWT = scaling * (q_RWD @ k_TD.T)
         log_ratio_RW = _log_sum_exp(logits_RWT, streaming_WT) - _log_sum_exp(logits_RWT, causal_WT)
-        # Eq. 1 averages probabilities over heads, so out of the logarithm first.
+        # Eq. 1 averages probabilities over heads, not their logarithms.
         total += log_ratio_RW.exp().double().sum().item()
     return total / (q_BHTD.shape[1] * query_W1.shape[0])
 

@@ -1,4 +1,4 @@
-"""Strategy `periodic`: streaming and full layers alternate, whatever the model does in them."""
+"""Strategy `periodic`: streaming and full layers alternate; the model is not scored."""
 
 
 def periodic_layers(n_layers: int, num_layers: int) -> tuple[int, ...]:

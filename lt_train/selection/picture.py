@@ -18,7 +18,7 @@ from lt_train.selection.profile import LayerProfile
 MEANINGS = {
     "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
     "nll": ("rise of the loss on all answer tokens when this layer alone streams", "nats per token"),
-    "lazy_ratio": ("attention of the last queries on sink and recent tokens; the more, the lazier", "fraction"),
+    "lazy_ratio": ("attention of the last queries on sink and recent tokens; higher is lazier", "fraction"),
 }
 """Strategy -> what its score is, and its unit."""
 
@@ -26,7 +26,7 @@ _STRIP, _PANEL = 16.0, 130.0
 
 
 def draw_profile(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
-    """Write `profile_figure` as a PNG."""
+    """Write `profile_figure` to a PNG file."""
     write_png(profile_figure(profile, chosen), path)
 
 
@@ -34,8 +34,8 @@ def draw_profile(profile: LayerProfile, chosen: Collection[int], path: Path) -> 
 def profile_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
     """Mean and interquartile range of each layer's scores over the samples.
 
-    Colours and the strip on top show `chosen`, the layers that stream in this run. The ground of each panel shows the layers that
-    its own strategy would let stream, as many as `chosen` has.
+    Colours and the strip on top show `chosen`, the layers that stream in this run. The background of each panel shows the same
+    number of layers chosen by its own strategy.
     """
     figure, (strip, *panels) = new_figure([_STRIP, *[_PANEL] * len(profile.strategies)], left=72, title_lines=2)
     sizes, name = profile.fingerprint.sizes, printable(Path(profile.fingerprint.model).name) or "model"
@@ -74,18 +74,18 @@ def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: Colle
     low_L, high_L = np.quantile(scores_SL, [0.25, 0.75], axis=0)
     by_this, layers = profile.choose(strategy, len(chosen)), range(profile.num_layers)
     for layer in layers:
-        ground = axes.axvspan(
+        background = axes.axvspan(
             layer - 0.5, layer + 0.5, color=COLOURS["tint" if layer in by_this else "card"], linewidth=0, zorder=0
         )
         note(
-            ground,
+            background,
             f"layer {layer}: {mean_L[layer]:.4g} (interquartile range over {len(profile.samples)} samples {low_L[layer]:.4g} to "
             f"{high_L[layer]:.4g}); {_state(layer, chosen)} in this run",
         )
     colours, size = [_colour(layer, chosen) for layer in layers], min(8.0, 320 / profile.num_layers)
     axes.vlines(layers, low_L, high_L, color=colours, linewidth=size / 3, alpha=0.55, zorder=2)
     axes.scatter(layers, mean_L, s=size**2, color=colours, zorder=3)
-    if strategy != "lazy_ratio":  # a rise has a zero worth measuring from
+    if strategy != "lazy_ratio":  # a rise is measured from 0
         axes.vlines(layers, 0, mean_L, color=colours, linewidth=1, zorder=1)
         axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=1)
     meaning, unit = MEANINGS[strategy]

@@ -1,7 +1,7 @@
 """The layer profile: one score per layer, strategy and sample, with its fingerprint; how it is computed, saved and loaded.
 
 profile.json     the finished profile
-samples.jsonl    a header, then one row a sample as it is scored: a killed run resumes at the next sample
+samples.jsonl    a header, then one row for each scored sample: a killed run resumes at the next sample
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _FromFile = TypeVar("_FromFile")
 
 SCORED = ("reach", "nll", "lazy_ratio")
-"""Strategies that look at the model; `periodic` does not."""
+"""Strategies that score the model; `periodic` does not."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleScores:
     """Prompt and answer."""
     scores: dict[str, tuple[float, ...]]
     all_streaming: dict[str, float]
-    """`nll` and `reach`: the rise when every layer streams, to compare a single layer's rise with."""
+    """`nll` and `reach`: the rise when every layer streams, for comparison with a single layer's rise."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class LayerProfile:
                 f"hybrid.strategy: {strategy}: not in this layer profile, which has {', '.join(self.strategies)}. "
                 "Fix: score the layers again with it"
             )
-        rank = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
-        return rank(self.scores[strategy], n_layers)
+        select = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
+        return select(self.scores[strategy], n_layers)
 
     def save(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
@@ -122,13 +122,14 @@ def profile_layers(
     out: Path | None = None,
     progress: bool = True,
 ) -> LayerProfile:
-    """Score every layer of `model` on every calibration example by every strategy that looks at the model.
+    """Score every layer of `model` on every calibration example by every strategy that scores the model.
 
     Args:
-        model: a hybrid with any spec of the recipe's `w_sink` and `w_recent`; put into evaluation mode. hybrid: the
-        recipe's hybrid part. strategies: names; `periodic` needs no scores and is skipped. out: folder for
-        `profile.json` and `samples.jsonl`. An interrupted run resumes there; a finished one is loaded. progress: show
-        samples done, rate and time left on stderr.
+        model: a hybrid with the recipe's `w_sink` and `w_recent` and any lazy layers; it is set to evaluation mode.
+        hybrid: the recipe's hybrid part.
+        strategies: names; `periodic` needs no scores and is skipped.
+        out: folder for `profile.json` and `samples.jsonl`, in which an interrupted run resumes.
+        progress: show samples done, rate and time left on stderr.
 
     Raises:
         UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
@@ -137,7 +138,7 @@ def profile_layers(
     sizes = Sizes(hybrid.w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_fraction)
     scored = tuple(strategy for strategy in SCORED if strategy in strategies)
     if (model.spec.w_sink, model.spec.w_recent) != (sizes.w_sink, sizes.w_recent):
-        raise ValueError(f"the model streams with {model.spec}, the recipe's sizes are {sizes}")
+        raise ValueError(f"the model's spec {model.spec} does not have the recipe's sizes {sizes}")
     usable, fitting = samples_beyond_window(examples, sizes.w_sink, sizes.w_recent)
     model.eval()
     header = Header(
@@ -182,10 +183,10 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
 
 
 def _begin_or_resume(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:
-    """Write the header into a new file, or read header and rows of an existing one.
+    """Write the header to a new file, or read header and rows of an existing one.
 
     Raises:
-        UserError: the file was begun with another model, data or settings, or has a damaged row.
+        UserError: the file is of another model, other data or other settings, or has a damaged row.
     """
     drop_cut_line(path)
     rows = list(read_json_lines(path)) if path.exists() else []
@@ -223,5 +224,6 @@ def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: i
 
 
 def _invalid(where: str, fault: str) -> UserError:
-    fix = "delete its folder and run again, which scores the layers again"
-    return UserError(f"{where}: not a valid layer profile ({fault}). Fix: {fix}")
+    return UserError(
+        f"{where}: not a valid layer profile ({fault}). Fix: delete its folder and run again, which scores the layers again"
+    )

@@ -1,8 +1,8 @@
 """The loss of every answer token when all layers are full, when one of them streams, and when all of them stream.
 
-`nll` and `reach` are both computed from this one table. L layers would cost L forward passes; but below the layer that
-streams nothing differs from the full model, so its hidden states there are computed once: a single pass through the
-layers carries the full model and every variant that has begun to differ, about L/2 forward passes in all.
+`nll` and `reach` are both computed from these losses. Running each variant separately would cost L forward passes. Below
+the layer that streams, a variant equals the full model, so these hidden states are computed once: a single pass through
+the layers computes the full model and every variant that already differs from it, about L/2 forward passes in all.
 
 Shape legend: V variants of the model, T tokens of one sample, A answer tokens, D hidden size, L layers.
 """
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from lt_train.hybrid.modeling import HybridForCausalLM
 
-# Variants run through a layer together as long as they have no more tokens than this: enough to fill a device with
-# short samples, while a long sample runs one variant at a time and its activations stay those of one forward pass.
+# Variants run through a layer together up to this many tokens: enough to use a device fully with short samples, while a
+# long sample runs one variant at a time, with the activations of one forward pass.
 TOKENS_PER_CALL = 4096
-# Logits held at once (positions x vocabulary), 64 MiB in fp32: 20,000 tokens must not make 20,000 x 152,000 numbers.
+# Logits in memory at a time (positions x vocab_size), 64 MiB in fp32; all logits of 20,000 tokens would be 20,000 x 152,000.
 LOGITS_PER_CALL = 2**24
+
+ALL_TOKENS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,17 @@ class TokenLosses:
     one_streaming_LA: Tensor
     """Row i: layer i streams, all others are full."""
 
+    def rise(self, tokens: Tensor | slice = ALL_TOKENS) -> tuple[list[float], float]:
+        """Rise of the mean loss over these answer tokens, in nats: for each layer streaming alone, and for all streaming."""
+        rise_L = (self.one_streaming_LA - self.full_A)[:, tokens].double().mean(dim=1)
+        return rise_L.tolist(), (self.all_streaming_A - self.full_A)[tokens].double().mean().item()
+
 
 @torch.no_grad()
 def token_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TokenLosses:
-    """Score one sample, question and answer as one input; (L + 2) x T x D hidden numbers stay on the model's device.
+    """The losses of one sample, question and answer as one input; (L + 2) x T x D hidden values stay on the model's device.
 
-    `model` is a hybrid in evaluation mode; which of its layers stream by its own spec does not matter, only `w_sink`
-    and `w_recent` do.
+    `model` is a hybrid in evaluation mode; of its spec only `w_sink` and `w_recent` matter, not its lazy layers.
     """
     input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
     hidden_VTD = _variants_after_last_layer(model, input_ids_1T)
@@ -53,11 +59,11 @@ def _variants_after_last_layer(model: HybridForCausalLM, input_ids_1T: Tensor) -
     hidden_VTD = embedded_1TD.expand(len(layers) + 2, -1, -1).clone()
     full, last = 0, len(layers) + 1
     for index in range(len(layers)):
-        born = index + 1
+        new = index + 1  # the variant in which this layer streams
         streamed_2TD = _run_layer(model, index, input_ids_1T, hidden_VTD[[full, last]], streaming=True)
-        for variants in _groups(born, tokens=input_ids_1T.shape[1]):
+        for variants in _groups(new, tokens=input_ids_1T.shape[1]):
             hidden_VTD[variants] = _run_layer(model, index, input_ids_1T, hidden_VTD[variants], streaming=False)
-        hidden_VTD[[born, last]] = streamed_2TD
+        hidden_VTD[[new, last]] = streamed_2TD
     return hidden_VTD
 
 
@@ -76,7 +82,7 @@ def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidde
         position_ids=views.position_ids,
         position_embeddings=model.model.rotary_emb(hidden_VTD, views.position_ids),
     )
-    return output_VTD.to(hidden_VTD.device)  # a model spread over several devices leaves it where the layer is
+    return output_VTD.to(hidden_VTD.device)  # of a model on several devices, the output is on the layer's device
 
 
 def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, first_answer: int) -> Tensor:
@@ -99,7 +105,7 @@ def _losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> T
 def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
     """The `n_layers` layers whose rise, averaged over samples, is smallest; ties go to the lower layer.
 
-    `scores[sample][layer]`. The sums are exact (`math.fsum`), so the order of the samples cannot matter.
+    `scores[sample][layer]`. The sums are exact (`math.fsum`), so the order of the samples does not matter.
     """
     mean_L = [math.fsum(column) / len(column) for column in zip(*scores, strict=True)]
     ranked = sorted(range(len(mean_L)), key=lambda layer: (mean_L[layer], layer))

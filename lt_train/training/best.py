@@ -1,6 +1,6 @@
-"""The best weights of a training by one metric, kept in train/best-<step>/ whatever becomes of their checkpoint.
+"""The best weights of a training by one metric, kept in train/best-<step>/ even after their checkpoint is deleted.
 
-Weights alone, without the optimizer: to evaluate and to publish, not to train on from.
+Only the weights, without the optimizer: for evaluation and publishing, not for resuming.
 """
 
 import math
@@ -16,7 +16,7 @@ from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights,
 
 @dataclass(frozen=True)
 class Measured:
-    """eval_loss: nats per held-out answer token, the less the better. Else a probe's accuracy, the more the better."""
+    """A measured metric: eval_loss (nats per held-out answer token, lower is better) or a probe's accuracy (higher is better)."""
 
     metric: str
     value: float
@@ -30,13 +30,13 @@ class Best:
     def __init__(self, out: Path, metric: str) -> None:
         """
         Args:
-            out: the folder of the checkpoints. metric: EVAL_LOSS or the name of a probe.
+            out: the folder of the checkpoints. metric: EVAL_LOSS or a probe's name.
         """
         self.out = out
         self.metric = metric
 
     def offer(self, checkpoint: Checkpoint, value: float) -> None:
-        """Keep the checkpoint's weights if none before them were as good. Of equally good ones the first stay."""
+        """Keep the checkpoint's weights if they are better than the best so far; of equally good ones the first are kept."""
         offered, before = Measured(self.metric, value, checkpoint.step), self.found()
         if math.isnan(value) or (before is not None and not offered.is_better_than(before[1])):
             return
@@ -48,11 +48,11 @@ class Best:
                 shutil.rmtree(old)
 
     def found(self) -> tuple[Checkpoint, Measured] | None:
-        """The best weights so far. Two may lie there after a kill, before the former ones were deleted."""
+        """The best weights so far. After a kill there may be two folders: the new one, and the old one not yet deleted."""
         best: tuple[Checkpoint, Measured] | None = None
         for folder in self._folders():
             if fault_of(folder) is None:
-                measured = Measured(**read_json(folder / MEASURED, "record of what was measured"))
+                measured = Measured(**read_json(folder / MEASURED, "record of the metric"))
                 if measured.metric == self.metric and (best is None or measured.is_better_than(best[1])):
                     best = read_checkpoint(folder), measured
         return best

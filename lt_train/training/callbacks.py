@@ -1,4 +1,4 @@
-"""What happens around each training step: whole checkpoints, the log and the progress bar."""
+"""Callbacks around each training step: manifests of checkpoints, probes, the log and the progress bar."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.recipe.schema import EVAL_LOSS
 from lt_train.runtime.files import append_json_line
@@ -17,21 +16,22 @@ from lt_train.runtime.tracking import Tracker
 from lt_train.training.best import Best
 from lt_train.training.checkpoints import (
     Settings,
+    checkpoint_folder,
     read_checkpoint,
     remove_old_checkpoints,
+    reporting_write_errors,
     write_manifest,
-    written_or_told,
 )
 from lt_train.training.log import resume_log, track_row
 from lt_train.training.probes.launching import Probes
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
 DISTILLED = ("sft_loss", "kl", "hidden_difference")
-"""Columns that a distilled training has besides: see training/distillation.py."""
+"""Additional columns of a distilled training: see training/distillation/loss.py."""
 
 
 class DueAfterStep(TrainerCallback):
-    """What is due after a step besides what Trainer's own intervals say. Add it before all others."""
+    """Requests saving, evaluation and logging after a step, in addition to Trainer's own intervals. Add it before all others."""
 
     def __init__(self, probes: Probes | None, evaluate_checkpoints: bool) -> None:
         self.probes = probes
@@ -42,16 +42,16 @@ class DueAfterStep(TrainerCallback):
             control.should_save = True
         if self.evaluate_checkpoints and control.should_save:
             control.should_evaluate = True
-        # A logged loss is the mean since the last logged step, which a checkpoint does not carry: log at each save, so that a
-        # resumed run logs the same means.
+        # A logged loss is a mean since the last logged step, and a checkpoint does not contain its sum: logging at each save makes
+        # a resumed run log the same means.
         control.should_log = control.should_log or control.should_save
         return control
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Declares each checkpoint whole when all processes have written it, and only then deletes the oldest.
+class WriteManifest(TrainerCallback):
+    """Writes a checkpoint's manifest after all processes have written their files, and then deletes the oldest checkpoints.
 
-    Trainer's own rotation (save_total_limit) deletes before this callback runs; a kill in between would leave no whole checkpoint.
+    Trainer's own rotation (save_total_limit) deletes before this callback runs; a kill in between would leave no valid checkpoint.
     """
 
     def __init__(self, settings: Settings, keep: int, adapter_only: bool) -> None:
@@ -60,25 +60,21 @@ class WholeCheckpoints(TrainerCallback):
         self.adapter_only = adapter_only
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            out = Path(args.output_dir)
+            folder = checkpoint_folder(out, state.global_step)
             check_saved_shapes(folder, full_shapes(model, trainable_only=self.adapter_only))
-            with written_or_told(folder.parent, f"the checkpoint of step {state.global_step}", state.global_step):
+            with reporting_write_errors(out, f"the checkpoint of step {state.global_step}", state.global_step):
                 write_manifest(folder, state.global_step, self.settings)
-            remove_old_checkpoints(Path(args.output_dir), self.keep)
+            remove_old_checkpoints(out, self.keep)
         PartialState().wait_for_everyone()
 
 
 class KeepBestLoss(TrainerCallback):
-    """Keeps the weights of the checkpoint with the lowest held-out loss. Add it after WholeCheckpoints."""
+    """Keeps the weights of the checkpoint with the lowest held-out loss. Add it after WriteManifest."""
 
     def __init__(self, best: Best) -> None:
         self.best = best
@@ -91,35 +87,34 @@ class KeepBestLoss(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.measured is not None and self.measured[0] == state.global_step:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.best.offer(read_checkpoint(folder), self.measured[1])
+            self.best.offer(read_checkpoint(checkpoint_folder(Path(args.output_dir), state.global_step)), self.measured[1])
 
 
-class ProbesBesideTraining(TrainerCallback):
-    """Probes the checkpoints that are due, beside the training. Add it after WholeCheckpoints."""
+class ProbesDuringTraining(TrainerCallback):
+    """Probes the checkpoints that are due, while training continues. Add it after WriteManifest."""
 
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.probes.is_busy()  # takes in what has ended
+            self.probes.is_busy()  # reads the result of a finished probe
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.probes.is_due(state.global_step, state.max_steps):
             return
         self.probes.wait()
         if state.is_world_process_zero:
-            self.probes.add(read_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
-            self.probes.is_busy()  # begins it
+            self.probes.add(read_checkpoint(checkpoint_folder(Path(args.output_dir), state.global_step)))
+            self.probes.is_busy()  # starts it
 
 
 class TrainingLog(TrainerCallback):
-    """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second; of a
-    distilled training also the parts of its loss, unweighted.
+    """Writes train/log.jsonl and the tracker's curves: loss, learning rate, gradient norm, tokens, tokens per second; for a
+    distilled training also the unweighted terms of its loss.
 
-    `num_tokens` counts the tokens of all processes since the very first step; `seconds` the time spent in steps, over all
-    resumes, without evaluation and saving.
+    `num_tokens` counts the tokens of all processes since the first step; `seconds` is the time spent in steps, over all resumes,
+    without evaluation and saving.
     """
 
     def __init__(self, out: Path, tracker: Tracker) -> None:
@@ -143,30 +138,24 @@ class TrainingLog(TrainerCallback):
         self.seconds += time.perf_counter() - self.step_started
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
         if "loss" in logs:
-            row = self._training_row(state, logs)
+            row = self._training_row(logs, state.num_input_tokens_seen)
         elif "eval_loss" in logs:
-            row = {"step": state.global_step, "eval_loss": logs["eval_loss"], "eval_tokens": logs["eval_tokens"]}
+            row = {"eval_loss": logs["eval_loss"], "eval_tokens": logs["eval_tokens"]}
         else:
-            return  # Trainer's closing summary, whose means cover this process alone
+            return  # Trainer's summary at the end, whose means cover this process alone
+        row = {"step": state.global_step, **row}
         if state.is_world_process_zero:
-            with written_or_told(self.path.parent, f"{self.path.name} of step {state.global_step}"):
+            with reporting_write_errors(self.path.parent, f"{self.path.name} of step {state.global_step}"):
                 append_json_line(self.path, row)
             track_row(self.tracker, row)
 
-    def _training_row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
-        seconds = self.seconds - self.logged_seconds
-        tokens = state.num_input_tokens_seen - self.logged_tokens
-        self.logged_seconds, self.logged_tokens = self.seconds, state.num_input_tokens_seen
+    def _training_row(self, logs: dict[str, float], num_tokens: int) -> dict[str, float]:
+        seconds, tokens = self.seconds - self.logged_seconds, num_tokens - self.logged_tokens
+        self.logged_seconds, self.logged_tokens = self.seconds, num_tokens
         return {
-            "step": state.global_step,
             "epoch": logs["epoch"],
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
@@ -175,7 +164,7 @@ class TrainingLog(TrainerCallback):
             "entropy": logs["entropy"],
             **{name: logs[name] for name in DISTILLED if name in logs},
             "tokens": tokens,
-            "num_tokens": state.num_input_tokens_seen,
+            "num_tokens": num_tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": self.seconds,
         }
@@ -193,15 +182,11 @@ class ProgressBar(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(state.global_step, self.loss)
+        if self.bar is not None:
+            self.bar.update(state.global_step, self.loss)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"
@@ -210,6 +195,6 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; also when training ends by an error."""
+        """Remove the bar; also when training ends with an error."""
         if self.bar is not None:
             self.bar.stop()

@@ -1,9 +1,8 @@
-"""Whole checkpoints: how one is told from a half-written one, which one a run goes on from, and what becomes of the others.
+"""Valid checkpoints: their manifest, the one a run resumes from, and the rotation of the others.
 
-Trainer writes a checkpoint file by file, so a killed process leaves a folder that looks like one. After all its files are
-on disk we write `manifest.json` into it, as the last thing and in one step: a checkpoint with a manifest that fits its files
-is whole, everything else is not. The manifest also says from which settings and data the checkpoint came, so that another
-recipe never goes on from it unnoticed.
+Trainer writes a checkpoint file by file, so a killed process leaves a folder that looks like a checkpoint. `manifest.json` is
+written last and atomically, after all other files are on disk: a checkpoint is valid only if its manifest matches its files. The
+manifest also records the settings and data of the training, so that a run with others never resumes from the checkpoint.
 """
 
 import hashlib
@@ -24,44 +23,44 @@ from lt_train.runtime.fingerprints import differences
 from lt_train.runtime.run_paths import MANIFEST
 
 BLOCK = 2**20  # bytes read at a time
-BLOCKS_READ = 256  # of each file: up to 256 MiB it is read whole, beyond that in evenly spaced blocks
+BLOCKS_READ = 256  # of each file: all of it up to 256 MiB, evenly spaced blocks of a larger one
 
-Settings = dict[str, Any]  # flat: dotted name of a setting → its value, as JSON can hold it
+Settings = dict[str, Any]  # flat: dotted name of a setting → its value, as JSON represents it
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
     step: int
-    settings: Settings  # what it was trained with
+    settings: Settings  # of the training
 
 
-def last_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, or None. Each broken one that is newer is reported and set aside, not deleted."""
+def last_valid_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint in `folder`, or None. Newer invalid ones are reported and renamed, not deleted."""
     for candidate in reversed(_checkpoint_folders(folder)):
         fault = fault_of(candidate)
         if fault is None:
             return read_checkpoint(candidate)
         aside = _set_aside(candidate)
-        report(f"{candidate} is not whole ({fault}): passed over; what there is of it is now in {aside.name}")
+        report(f"{candidate}: not a valid checkpoint ({fault}): skipped and renamed to {aside.name}")
     return None
 
 
-def whole_final(final: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The finished training in `final`, or None if there is none; a damaged one is reported and set aside."""
+def valid_final(final: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The finished training in `final`, or None if there is none; an invalid one is reported and renamed."""
     if not final.exists():
         return None
     fault = fault_of(final)
     if fault is None:
         return read_checkpoint(final)
-    report(f"{final} is not whole ({fault}): it is made again; what there is of it is now in {_set_aside(final).name}")
+    report(f"{final}: not a valid checkpoint ({fault}): renamed to {_set_aside(final).name} and written again")
     return None
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why `folder` is not a whole checkpoint, or None if it is one."""
+    """Why `folder` is not a valid checkpoint, or None if it is one."""
     if not (folder / MANIFEST).is_file():
-        return f"no {MANIFEST}: the process that wrote it was cut off"
+        return f"no {MANIFEST}: the process that wrote it was killed"
     try:
         files = read_json(folder / MANIFEST, "checkpoint manifest")["files"]
     except UserError as error:
@@ -78,12 +77,16 @@ def fault_of(folder: Path) -> str | None:
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` that were finished, oldest first; whether they were damaged since is not looked at."""
+    """The checkpoints in `folder` with a manifest, oldest first; their files are not checked."""
     return [found for found in _checkpoint_folders(folder) if (found / MANIFEST).is_file()]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(finished_checkpoints(folder)), None)
+
+
+def checkpoint_folder(out: Path, step: int) -> Path:
+    return out / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -92,26 +95,26 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_manifest(folder: Path, step: int, settings: Settings) -> None:
-    """Declare `folder` whole. Call it when every process has written its files."""
+    """Mark `folder` as valid. Call it after every process has written its files."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {}
     for name in names:
         with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())  # a manifest must not outlive a power cut that its files did not
+            os.fsync(file.fileno())  # before a power failure, no file may be less durable than the manifest
         files[name] = {"size": (folder / name).stat().st_size, "sha256_of_blocks": _file_hash(folder / name)}
     write_json(folder / MANIFEST, {"step": step, "settings": settings, "files": files})
 
 
 @contextmanager
-def written_or_told(out: Path, what: str, step: int | None = None) -> Iterator[None]:
-    """Turn a failure to write `what` in the block, such as for a full disk, into an error that says from where the run goes on.
+def reporting_write_errors(out: Path, what: str, step: int | None = None) -> Iterator[None]:
+    """Turn a failure to write `what` in the block, such as on a full disk, into an error that names the checkpoint to resume from.
 
     Args:
-        out: the folder of the checkpoints. step: that of the checkpoint that is written; what there is of it is deleted, since it
-            is of no use and takes room.
+        out: the folder of the checkpoints. step: of the checkpoint that the block writes; after a failure its files are deleted,
+            because they are useless and use disk space.
 
     Raises:
-        UserError: what the operating system, safetensors or torch raise when they cannot write.
+        UserError: the operating system, safetensors or torch cannot write.
     """
     try:
         yield
@@ -119,25 +122,26 @@ def written_or_told(out: Path, what: str, step: int | None = None) -> Iterator[N
         if isinstance(error, RuntimeError) and not _is_torch_writing(error):
             raise
         if step is not None:
-            shutil.rmtree(out / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+            shutil.rmtree(checkpoint_folder(out, step), ignore_errors=True)
         kept = newest_checkpoint(out)
-        goes_on = f"{kept} is whole, and the same command goes on from it" if kept else "The same command starts again"
+        resumes = f"resumes from {kept}, which is valid" if kept else "starts from the beginning"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         raise UserError(
-            f"{out}: {what} could not be written: {reason} ({shutil.disk_usage(out).free / 2**20:,.0f} MiB are free there now). "
-            f"{goes_on}: make room first. train.keep_checkpoints, train.keep_best and train.probes say how much a training keeps"
+            f"{out}: {what} could not be written: {reason} ({shutil.disk_usage(out).free / 2**20:,.0f} MiB are free now). "
+            f"Fix: free disk space and run the same command again; it {resumes}. "
+            "train.keep_checkpoints, train.keep_best and train.probes set how much a training keeps"
         ) from error
 
 
 def _is_torch_writing(error: RuntimeError) -> bool:
-    """torch.save has no exception of its own: a full disk is a failed check in caffe2/serialize/inline_container.cc."""
-    return any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error"))
+    """torch.save has no exception class of its own: a full disk is a failed check in caffe2/serialize/inline_container.cc."""
+    return any(text in str(error) for text in ("inline_container", "PytorchStreamWriter", "iostream error"))
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Call it after the newest one got its manifest."""
+    """Delete all but the newest `keep` checkpoints. Call it after the newest one has its manifest."""
     for old in _checkpoint_folders(folder)[:-keep]:
-        (old / MANIFEST).unlink(missing_ok=True)  # first: half-deleted, it must not count as whole
+        (old / MANIFEST).unlink(missing_ok=True)  # first: a partly deleted checkpoint must not be valid
         shutil.rmtree(old)
 
 
@@ -152,12 +156,10 @@ def check_same_settings(found: Checkpoint, settings: Settings) -> None:
 
 
 def publish_weights(checkpoint: Checkpoint, final: Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Make `final` hold what a reader of the trained model needs from `checkpoint`: weights, configs, tokenizer.
+    """Write the weights, configs and tokenizer of `checkpoint`, without the trainer's state, to the folder `final`.
 
-    `notes` are JSON files to lay beside them, by name.
-
-    The folder appears in one step with its manifest inside. Files are hard links where the file system has them, so that a large
-    model does not lie on the disk twice.
+    `notes` are JSON files to write with them, by name. The folder appears atomically, with its manifest. Files are hard links where
+    the file system supports them, so that a large model is not stored twice.
     """
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -171,13 +173,13 @@ def publish_weights(checkpoint: Checkpoint, final: Path, notes: Mapping[str, Any
     former = final.with_name(f".{final.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
-        os.replace(final, former)  # killed between the two, the same command publishes again
+        os.replace(final, former)  # after a kill before the next line, the same command publishes again
     os.replace(unfinished, final)
     shutil.rmtree(former, ignore_errors=True)
 
 
 def _belongs_to_the_trainer(name: str) -> bool:
-    """Files beside the weights in a Trainer checkpoint (transformers/trainer.py, deepspeed's engine), of no use after training."""
+    """Whether a file of a Trainer checkpoint (transformers/trainer.py, deepspeed's engine) is useless after training."""
     exact = {"optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "latest"}
     return name in exact | {MANIFEST, "zero_to_fp32.py", "zero_to_torch.py", "README.md"} or name.startswith("rng_state")
 
@@ -201,10 +203,10 @@ def _step_of(folder: Path) -> int | None:
 
 
 def _set_aside(broken: Path) -> Path:
-    """Rename a broken checkpoint out of the way of the one that training will save at the same step.
+    """Rename an invalid checkpoint, because training will save one at the same step.
 
-    One that was never finished holds nothing of use and takes the place of an earlier one, so that a run that is killed often does
-    not fill the disk; one that was whole once is kept whatever happens.
+    An unfinished one is useless and replaces an earlier one, so that a run that is killed often does not fill the disk. One that
+    was valid before is always kept.
     """
     if (broken / MANIFEST).exists():
         return set_aside(broken, broken.with_name(f"damaged-{broken.name}"))
@@ -214,7 +216,7 @@ def _set_aside(broken: Path) -> Path:
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: damage shows, and 100 GB still take a second."""
+    """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: it detects damage, and 100 GB take a second."""
     digest = hashlib.sha256()
     stride = max(BLOCK, path.stat().st_size // BLOCKS_READ)
     with open(path, "rb") as file:

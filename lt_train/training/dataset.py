@@ -1,4 +1,4 @@
-"""Training examples as the rows TRL's trainer takes: token ids, labels (-100 where no loss is), and packs of whole documents."""
+"""Training examples as rows of TRL's trainer: token ids, labels (-100 on tokens without loss), and packs of complete documents."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from lt_train.runtime.errors import UserError
 def training_dataset(examples: Sequence[Example], *, max_length: int, packing: bool) -> datasets.Dataset:
     """Rows of `input_ids` and `labels`; packed rows also have `seq_lengths`, the lengths of their documents in order.
 
-    Packing is best-fit decreasing over whole documents: none is split and none is cut. Rows hold at most `max_length` tokens.
+    Packing is best-fit decreasing over complete documents: none is split or truncated. Rows have at most `max_length` tokens.
 
     Raises:
-        UserError: there is no example, one is longer than `max_length`, or one has no token to learn from.
+        UserError: there is no example, one is longer than `max_length`, or one has no answer token to train on.
     """
     check_examples(examples, max_length)
     rows = token_rows(examples)
@@ -28,28 +28,29 @@ def training_dataset(examples: Sequence[Example], *, max_length: int, packing: b
 
 
 def check_examples(examples: Sequence[Example], max_length: int) -> None:
-    """Stop before TRL would cut a sample in silence or train on one that teaches nothing."""
+    """Refuse samples that TRL would silently truncate, and samples without an answer token."""
     if not examples:
-        raise UserError("data: no example is left to train on. See the counts above: raise data.max_length or give other data")
-    whole, prompts = lengths(examples), prompt_lengths(examples)
-    if whole.max() > max_length:
-        longest = examples[int(whole.argmax())]
+        raise UserError("data: no example is left to train on (see the counts above). Fix: raise data.max_length or use other data")
+    tokens, prompts = lengths(examples), prompt_lengths(examples)
+    if tokens.max() > max_length:
+        longest = examples[int(tokens.argmax())]
         raise UserError(
-            f"data.max_length: {(whole > max_length).sum()} examples are longer than {max_length} tokens "
-            f"(the longest, {longest.where}, has {len(longest)}). Set data.overlong to drop or truncate, or raise data.max_length"
+            f"data.max_length: {max_length}: {(tokens > max_length).sum()} examples are longer "
+            f"(the longest, {longest.where}, has {len(longest)} tokens). "
+            "Fix: set data.overlong to drop or truncate, or raise data.max_length"
         )
-    # A causal model predicts from the second token on, so a label on the first teaches nothing.
-    unlabelled = np.flatnonzero(whole <= np.maximum(prompts, 1)).tolist()
+    # A causal model predicts from the second token on, so a label on the first token has no loss.
+    unlabelled = np.flatnonzero(tokens <= np.maximum(prompts, 1)).tolist()
     if unlabelled:
         raise UserError(
-            f"data: {len(unlabelled)} of {len(examples)} examples have no answer token to learn from "
-            f"(the first: {examples[unlabelled[0]].where}). Drop them or raise data.max_length"
+            f"data: {len(unlabelled)} of {len(examples)} examples have no answer token to train on "
+            f"(the first: {examples[unlabelled[0]].where}). Fix: drop them or raise data.max_length"
         )
 
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No bar of the datasets library beside our own progress."""
+    """While the block runs, the datasets library shows no progress bar of its own."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

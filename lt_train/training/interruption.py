@@ -1,7 +1,7 @@
 """SIGTERM during a training: the step in progress ends, a checkpoint of it is saved, and the process stops.
 
-SLURM, torchrun and DeepSpeed's launcher kill a process 30 s after they sent it SIGTERM. Where step and checkpoint take longer, the
-training stops without a new checkpoint, and resumes from the last one.
+SLURM, torchrun and DeepSpeed's launcher kill a process 30 s after they send it SIGTERM. If step and checkpoint take longer, the
+training stops without a new checkpoint and resumes from the last one.
 """
 
 import os
@@ -25,13 +25,13 @@ from lt_train.runtime.processes import is_lost_connection
 from lt_train.training.checkpoints import newest_checkpoint
 
 GRACE_SECONDS = 25.0
-"""From SIGTERM until the training gives up its checkpoint; the rest of the 30 s is for closing what it holds."""
+"""From SIGTERM until the training stops without the checkpoint; the rest of the 30 s is for ending its processes."""
 
-SECONDS_BETWEEN_LOOKS = 0.5
+POLL_SECONDS = 0.5
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Saves a checkpoint of the step during which any process got SIGTERM. Add it after WholeCheckpoints."""
+    """Saves a checkpoint of the step during which any process receives SIGTERM. Add it after WriteManifest."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -44,7 +44,7 @@ class SaveOnSigterm(TrainerCallback):
         """While the block runs, SIGTERM requests a checkpoint instead of stopping at once.
 
         Raises:
-            Interrupted: after SIGTERM, when the checkpoint is saved, or when it is not within GRACE_SECONDS.
+            Interrupted: after SIGTERM, once the checkpoint is saved, or after GRACE_SECONDS without it.
         """
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
         signal.signal(signal.SIGTERM, self._request)
@@ -53,7 +53,7 @@ class SaveOnSigterm(TrainerCallback):
             with _ending_with_other_processes():
                 yield
         except RuntimeError as error:
-            if self.requested and is_lost_connection(error):  # it ended on the same request
+            if self.requested and is_lost_connection(error):  # the other process ended on the same SIGTERM
                 raise self._interrupted() from error
             raise
         finally:
@@ -89,7 +89,7 @@ class SaveOnSigterm(TrainerCallback):
         return Interrupted(signal.SIGTERM, f"no checkpoint could be saved within {GRACE_SECONDS:.0f} s, {kept}")
 
     def _is_requested_of_any(self) -> bool:
-        """Whether any process got SIGTERM: DeepSpeed's launcher sends it to one after the other."""
+        """Whether any process received SIGTERM: DeepSpeed's launcher sends it to one after the other."""
         state = PartialState()
         if state.num_processes == 1:
             return self.requested
@@ -98,10 +98,10 @@ class SaveOnSigterm(TrainerCallback):
 
 @contextmanager
 def _ending_with_other_processes() -> Iterator[None]:
-    """While the block runs, SIGTERM ends this process as soon as another one of the launch on this machine has ended.
+    """While the block runs, SIGTERM ends this process as soon as another process of the launch on this machine has ended.
 
-    A launcher sends SIGTERM also because a process failed. The others may then wait for it in a collective, where no Python code
-    runs, and so no handler of a signal; but a thread does.
+    A launcher also sends SIGTERM when a process fails. The others may then wait for it in a collective. No Python signal handler
+    runs during a collective, but a thread does.
     """
     others = _other_processes_here()
     if not others:
@@ -112,7 +112,7 @@ def _ending_with_other_processes() -> Iterator[None]:
     def watch(signals: socket.socket) -> None:
         while (received := signals.recv(1)) and received[0] != signal.SIGTERM:
             pass
-        while received and not over.wait(SECONDS_BETWEEN_LOOKS):
+        while received and not over.wait(POLL_SECONDS):
             if not all(map(_is_running, others)):
                 os._exit(128 + signal.SIGTERM)
 

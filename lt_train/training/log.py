@@ -8,9 +8,9 @@ from lt_train.runtime.tracking import Tracker
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a training as if it had never been cut off, in order of steps. No file: no rows.
+    """The rows of a training in order of steps, as without interruptions. No file: no rows.
 
-    A row {"resumed_from": n} says that the run went on from step n: what had been logged past n before it did not survive.
+    A row {"resumed_from": n} marks a resume from step n: the rows before it with later steps are dropped.
     """
     if not path.exists():
         return []
@@ -24,7 +24,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def resume_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Prepare the log for a run that goes on from `step` (0: from the start). Returns the rows up to there."""
+    """Prepare the log for a run that resumes from `step` (0: the start). Returns the rows up to that step."""
     drop_cut_line(path)
     if path.exists():
         append_json_line(path, {"resumed_from": step})
@@ -36,7 +36,7 @@ def track_row(tracker: Tracker, row: dict[str, Any]) -> None:
 
 
 def track_log(tracker: Tracker, path: Path) -> None:
-    """Log all rows again: a killed process may have lost the last ones on their way to wandb. The tracker skips those it holds."""
+    """Log all rows again: a killed process may not have sent the last ones to wandb. The tracker skips those it has."""
     drop_cut_line(path)
     for row in read_log(path):
         track_row(tracker, row)

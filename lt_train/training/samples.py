@@ -1,6 +1,6 @@
-"""Which training samples a batch holds, told from its tokens: batches carry no names, and packs are cut apart again.
+"""The training samples of a batch, found by their tokens: batches have no sample names, and packs are split into documents again.
 
-Asked only when a training must stop, so it may take its time.
+It runs only when a training must stop, so it may be slow.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,19 +9,18 @@ import torch
 
 from lt_train.dataset.examples import Example
 
-TOLD = ("input_ids", "position_ids", "attention_mask")
-"""What of a batch tells its samples."""
+SAMPLE_TENSORS = ("input_ids", "position_ids", "attention_mask")
+"""The tensors of a batch that identify its samples."""
 
 SHORTEST_PIECE = 16
-"""Tokens of a piece, where processes share a sequence, that are taken to be in one sample only."""
+"""Tokens of a shard's piece of a document from which on it is assumed to be in one sample only."""
 
 
 def samples_in(batches: Sequence[Mapping[str, torch.Tensor]], examples: Sequence[Example]) -> list[str]:
-    """Where the samples in `batches` come from (`Example.where`), in their order; samples of equal tokens are all named.
+    """The origin (`Example.where`) of the samples in `batches`, in order; of samples with equal tokens, all.
 
     Args:
-        batches: as TRL's collator makes them: rows with an attention_mask, or packed rows with position_ids. Rows may be slices of
-            sequences that several processes share.
+        batches: of TRL's collator: rows with an attention_mask, or packed rows with position_ids. Rows may be shards of sequences.
     """
     texts = [(_as_text(example.input_ids), example.where) for example in examples]
     found: dict[str, None] = {}
@@ -47,5 +46,5 @@ def _documents(batch: Mapping[str, torch.Tensor]) -> Iterator[list[int]]:
 
 
 def _as_text(ids: Sequence[int]) -> str:
-    """A character a token: Python looks for pieces of text fast."""
+    """One character for each token: searching in text is fast in Python."""
     return "".join(map(chr, ids))

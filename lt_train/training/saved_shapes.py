@@ -1,4 +1,4 @@
-"""Does a saved model hold every weight at its full shape? Under ZeRO-3 a save can come out empty, without an error."""
+"""Checks that a saved model holds every weight at its full shape: under ZeRO-3 a save can be empty, without an error."""
 
 import json
 import math
@@ -10,18 +10,18 @@ from torch import nn
 
 from lt_train.runtime.errors import UserError
 
-Shapes = Counter[tuple[int, ...]]  # how many weights of each shape; names change on saving (PEFT, tied weights), shapes do not
+Shapes = Counter[tuple[int, ...]]  # the number of weights of each shape; saving changes names (PEFT, tied weights), not shapes
 
 
 def full_shapes(model: nn.Module, *, trainable_only: bool) -> Shapes:
     """The shapes that a save of `model` must hold (`trainable_only`: a save of its adapter). Tied weights count once."""
-    # under ZeRO-3 a parameter is an empty shell, and ds_shape says what it stands for; adapters become such only as training begins
+    # Under ZeRO-3 a parameter is empty, and ds_shape is its full shape; adapters are partitioned only when training starts.
     shapes = ((p.ds_shape if hasattr(p, "ds_shape") else p.shape, p.requires_grad) for p in model.parameters())
     return Counter(tuple(shape) for shape, trained in shapes if trained or not trainable_only)
 
 
 def full_size(model: nn.Module, *, trainable_only: bool) -> int:
-    """How many numbers its weights are, wherever their parts lie."""
+    """The number of parameters, also where ZeRO-3 partitions them."""
     return sum(math.prod(shape) * count for shape, count in full_shapes(model, trainable_only=trainable_only).items())
 
 
@@ -37,17 +37,17 @@ def check_saved_shapes(folder: Path, expected: Shapes) -> None:
         empty = [name for name, shape in saved.items() if 0 in shape]
         raise UserError(
             f"{folder}: {missing.total()} of {expected.total()} weights were not saved at their full shape "
-            f"(missing: {_some(missing)}; empty in the file: {', '.join(empty[:3]) or 'none'}). Under DeepSpeed ZeRO-3 the file "
-            "named by train.deepspeed needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+            f"(missing: {_some(missing)}; empty in the file: {', '.join(empty[:3]) or 'none'}). Fix: under DeepSpeed ZeRO-3, set "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true in the file of train.deepspeed"
         )
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, from the JSON header: 8 bytes of its length, little-endian, then the header (safetensors format)."""
+    """Tensor name → shape, from the JSON header. The safetensors format starts with its length, 8 bytes, little-endian."""
     with open(file, "rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _some(shapes: Shapes) -> str:

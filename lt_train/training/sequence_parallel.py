@@ -1,12 +1,12 @@
-"""Several processes share each training sequence: DeepSpeed's Ulysses exchange around our attention, and slices of the batches.
+"""Sequence parallelism: DeepSpeed's Ulysses exchange around the hybrid's attention, and shards of each batch.
 
-For the rest of training, slices are data-parallel rows. TRL's loss is a sum over a process's own tokens, divided by the tokens of
-the whole step; gradients are averaged over all processes as ever; so an answer token weighs the same wherever it lies.
+For the rest of training, shards are data-parallel rows. TRL's loss is a sum over a process's own tokens, divided by the tokens of
+the entire step, and gradients are averaged over all processes; so each answer token has the same weight in any shard.
 
-Upstream's way in (accelerate's ParallelismConfig with sp_backend="deepspeed", accelerate 1.15, deepspeed 0.19) is not taken:
-its `UlyssesSPDataLoaderAdapter` stops at the 1-D `cu_seq_lens` of TRL's packed batches, cannot skip the batches that a resumed run
-has seen, and with it the loss becomes a mean of each micro-batch's mean; `register_with_transformers` would put its wrapper in
-the place of our attention for every hybrid in the process.
+Upstream's integration (accelerate's ParallelismConfig with sp_backend="deepspeed", accelerate 1.15, deepspeed 0.19) is not used:
+its `UlyssesSPDataLoaderAdapter` fails on the 1-D `cu_seq_lens` of TRL's packed batches, cannot skip the batches before a resumed
+step, and makes the loss a mean of the micro-batches' means; `register_with_transformers` would replace the attention of every
+hybrid in the process.
 """
 
 from collections.abc import Callable
@@ -29,55 +29,56 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class SharedSequences:
-    """`degree` processes with neighbouring ranks share a sequence."""
+class ShardedSequences:
+    """Each `degree` processes with adjacent ranks hold the shards of one sequence."""
 
     degree: int
     rank: int
-    processes: int
+    world_size: int
 
-    def deal_out(self, loader: DataLoader) -> None:
-        """Let the processes that share a sequence read the same rows. accelerate would deal each process rows of its own.
+    def assign_rows(self, loader: DataLoader) -> None:
+        """Make the processes that shard a sequence read the same rows. accelerate gives each process rows of its own.
 
         Raises:
-            UserError: rows are dealt in another way than row by row to all processes in turn.
+            UserError: accelerate does not assign rows one by one to all processes in turn.
         """
         shard = loader.batch_sampler
-        if not isinstance(shard, BatchSamplerShard) or shard.split_batches or shard.num_processes != self.processes:
+        if not isinstance(shard, BatchSamplerShard) or shard.split_batches or shard.num_processes != self.world_size:
             raise UserError(
-                "train.sequence_parallel: rows are dealt to the processes in an order of their own, so that those that share a "
-                "sequence would not read the same. Take accelerator_config and train_sampling_strategy out of train.trl"
+                f"train.sequence_parallel: {self.degree}: train.trl changes the order in which rows are assigned to processes, so "
+                "the processes of one sequence would read different rows. "
+                "Fix: remove accelerator_config and train_sampling_strategy from train.trl"
             )
-        shard.num_processes = self.processes // self.degree
+        shard.num_processes = self.world_size // self.degree
         shard.process_index = self.rank // self.degree
 
-    def slicing(self, collate: Collator) -> Collator:
-        """`collate`, then this process's slice of the columns."""
-        return lambda rows: slice_of(collate(rows), self.rank % self.degree, self.degree)
+    def sharded(self, collate: Collator) -> Collator:
+        """`collate`, then this process's shard of the columns."""
+        return lambda rows: shard_of(collate(rows), self.rank % self.degree, self.degree)
 
 
-def slice_of(batch: dict[str, Any], index: int, slices: int) -> dict[str, Tensor]:
-    """The columns of slice `index`: input_ids, labels, labels shifted by one over the whole row, positions in the whole row.
+def shard_of(batch: dict[str, Any], index: int, degree: int) -> dict[str, Tensor]:
+    """The columns of shard `index`: input_ids, labels, labels shifted by one over the entire row, positions in the entire row.
 
     Args:
-        batch: TRL's, [B, T]: with position_ids, or with an attention_mask and right padding; T is a multiple of `slices`.
+        batch: TRL's, [B, T]: with position_ids, or with an attention_mask and right padding; T is a multiple of `degree`.
     """
-    whole = {name: batch[name] for name in ("input_ids", "labels")}
-    whole["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+    row = {name: batch[name] for name in ("input_ids", "labels")}
+    row["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
     if "position_ids" in batch:
-        whole["position_ids"] = batch["position_ids"]
+        row["position_ids"] = batch["position_ids"]
     else:
-        whole["position_ids"] = (batch["attention_mask"].cumsum(1) - 1) * batch["attention_mask"]
-    return {name: column_BT.tensor_split(slices, dim=1)[index].contiguous() for name, column_BT in whole.items()}
+        row["position_ids"] = (batch["attention_mask"].cumsum(1) - 1) * batch["attention_mask"]
+    return {name: column_BT.tensor_split(degree, dim=1)[index].contiguous() for name, column_BT in row.items()}
 
 
-def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
-    """Make a hybrid attend over sequences that each `degree` neighbouring processes share. Every process calls it once.
+def shard_sequences(model: HybridForCausalLM, degree: int) -> ShardedSequences:
+    """Make a hybrid attend over sequences sharded among each `degree` processes of adjacent ranks. Every process calls it once.
 
     Raises:
-        UserError: the model's heads cannot be shared out.
+        UserError: the model's heads cannot be distributed.
     """
-    # Imported here: DeepSpeed is not needed for any other training.
+    # Imported here, because other trainings work without DeepSpeed.
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     config = model.config
@@ -94,20 +95,20 @@ def share_sequences(model: HybridForCausalLM, degree: int) -> SharedSequences:
         process_group=group,
         seq_length_is_variable=True,
     )
-    model.share_sequences(ulysses.forward)
-    return SharedSequences(degree, dist.get_rank(), dist.get_world_size())
+    model.shard_sequences(ulysses.forward)
+    return ShardedSequences(degree, dist.get_rank(), dist.get_world_size())
 
 
 def check_heads(degree: int, heads: int, groups: int) -> None:
     """
     Raises:
-        UserError: `degree` processes cannot share so many query heads and groups of them, one for each key/value head.
+        UserError: the query heads, or the groups of them (one for each key/value head), do not divide among `degree` processes.
     """
     fitting = fitting_degrees(heads, groups)
     if degree not in fitting:
         raise UserError(
-            f"train.sequence_parallel: {degree} processes cannot share {heads} query heads and {groups} key/value heads. "
-            f"These can: {', '.join(map(str, fitting))}"
+            f"train.sequence_parallel: {degree}: {heads} query heads and {groups} key/value heads do not divide among {degree} "
+            f"processes. Fix: set one of {', '.join(map(str, fitting))}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A recipe's training settings: as TRL's SFTConfig, as the dtype of the weights, and as what a checkpoint must agree with."""
+"""A recipe's training settings: as TRL's SFTConfig, as the dtype of the weights, and as the settings of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from lt_train.training.launch import check_launch
 
 
 def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
-    """Everything TRL is told. Our rows are tokenized already, so its own preparation of data is off."""
+    """TRL's configuration. The rows are already tokenized, so TRL's preparation of data is off."""
     bf16, process = trains_in_bf16(recipe), this_process()
     check_launch(recipe, train, process)
     accumulation = accumulation_steps(train, recipe.data, process.count)
@@ -28,7 +28,7 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "bf16": bf16,
-        # unless the CPU is asked for, transformers refuses bf16 on it, and accelerate takes each process for the only one
+        # without use_cpu, transformers refuses bf16 on a CPU, and accelerate starts each process with a world size of 1
         "use_cpu": not torch.accelerator.is_available(),
         "deepspeed": deepspeed_settings(Path(train.deepspeed), accumulates=accumulation > 1) if train.deepspeed else None,
         "ddp_find_unused_parameters": False,
@@ -40,73 +40,74 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
         # optimization
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler,
-        "warmup_steps": train.warmup_ratio,  # below 1 it is a share of all steps
+        "warmup_steps": train.warmup_ratio,  # below 1 it is a fraction of all steps
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "num_train_epochs": train.epochs or 1,
-        "max_steps": train.max_steps or -1,  # -1: as the epochs say
+        "max_steps": train.max_steps or -1,  # -1: num_train_epochs decides
         "per_device_train_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "activation_checkpointing": train.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "use_cache": False,
-        # evaluation: a row of a padding-free batch is a whole batch, so packed runs evaluate one sample at a time
+        # evaluation: a padding-free batch has one row, so packed runs evaluate one sample at a time
         "per_device_eval_batch_size": 1 if recipe.data.packing else train.micro_batch_size,
         "eval_strategy": "steps" if recipe.data.heldout else "no",
-        "eval_steps": train.eval_steps or 10**9,  # Trainer evaluates after the last step as well
-        # checkpoints and logs; old checkpoints are deleted by WholeCheckpoints
+        "eval_steps": train.eval_steps or 10**9,  # Trainer also evaluates after the last step
+        # checkpoints and logs; old checkpoints are deleted by WriteManifest
         "save_strategy": "steps",
         "save_steps": train.save_steps,
         "save_total_limit": None,
         "logging_strategy": "steps",
         "logging_steps": train.logging_steps,
-        "logging_nan_inf_filter": False,  # a NaN must show
-        # slices of a sequence have no mask, and count up to sequence_parallel - 1 tokens of padding
+        "logging_nan_inf_filter": False,  # log a NaN as it is
+        # shards of a sequence have no mask, so up to sequence_parallel - 1 tokens of padding are counted
         "include_num_input_tokens_seen": "all" if recipe.data.packing or train.sequence_parallel > 1 else "non_padding",
         "disable_tqdm": True,
         "report_to": "none",
     }
     if train.sequence_parallel > 1:
-        ours["pad_to_multiple_of"] = train.sequence_parallel  # slices are of equal length
+        ours["pad_to_multiple_of"] = train.sequence_parallel  # shards have equal lengths
     taken = sorted(ours.keys() & train.trl.keys())
     if taken:
-        raise UserError(f"train.trl: {', '.join(taken)}: set by lt_train itself from the rest of the recipe. Remove it")
+        raise UserError(
+            f"train.trl: {', '.join(taken)}: lt_train sets it from the rest of the recipe. Fix: remove it from train.trl"
+        )
     try:
         config = SFTConfig(**ours, **train.trl)
     except (ValueError, TypeError, ImportError) as error:  # transformers checks values and combinations here
-        raise UserError(f"train: TRL does not take these settings: {error}") from error
+        raise UserError(f"train: TRL refuses these settings: {error}. Fix: change them in train or train.trl") from error
     if config.deepspeed is not None:
         _start_deepspeed()
     return config
 
 
 def _start_deepspeed() -> None:
-    """Start DeepSpeed's own communication, beside that of accelerate.
+    """Start DeepSpeed's own communication, in addition to accelerate's.
 
-    Where there is no GPU accelerate starts torch.distributed alone, and DeepSpeed would shard a model as it is loaded (zero.Init)
-    for a world of one process.
+    Without a GPU, accelerate starts only torch.distributed, and DeepSpeed would shard a model during loading (zero.Init) for a
+    world size of 1.
     """
     import deepspeed
 
     if not torch.accelerator.is_available():
-        # Collectives of its own, which it would compile at the first start (a minute or two, and a compiler must be there) and
-        # which wait for ever for a process that died; gloo does without. deepspeed/ops/__init__.py keeps this table open to edits.
+        # DeepSpeed's shared-memory collectives need a compiler and a minute or two at the first start, and wait forever for a
+        # process that has died; gloo does not need them. deepspeed/ops/__init__.py makes this table for such edits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
 
 
 def trains_in_bf16(recipe: Recipe) -> bool:
-    """Whether matrix products of the training run in bf16: as model.dtype says; auto: where the device computes in bf16."""
+    """Whether matrix products of the training run in bf16, by model.dtype; auto: if the device computes in bf16."""
     return compute_dtype(recipe.model.dtype) == torch.bfloat16
 
 
 def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:
     """The dtype in which to load the weights.
 
-    A step of AdamW at a fine-tuning learning rate is smaller than bf16 can add to a weight (8 bits of mantissa), so weights
-    that are trained are kept in fp32 and cast to bf16 for the products (autocast). Two cases need no such copy of their own:
-    LoRA, whose base is frozen and whose adapter PEFT keeps in fp32, and DeepSpeed, whose optimizer keeps fp32 weights beside
-    the bf16 ones.
+    A step of AdamW at a fine-tuning learning rate is too small to change a bf16 weight (8 bits of mantissa), so trained weights are
+    kept in fp32 and cast to bf16 for the products (autocast). Two cases need no fp32 weights here: LoRA, whose base is frozen and
+    whose adapter PEFT keeps in fp32, and DeepSpeed, whose optimizer keeps an fp32 copy of bf16 weights.
     """
     if not trains_in_bf16(recipe):
         return torch.float32
@@ -114,9 +115,9 @@ def weights_dtype(recipe: Recipe, train: Train) -> torch.dtype:
 
 
 def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sha256: str, num_processes: int) -> Settings:
-    """All that shapes the course of a training, flat and by the recipe's names: a checkpoint goes on only where all of it is equal.
+    """The settings that affect a training, flat, by their names in the recipe: a run resumes from a checkpoint with equal ones.
 
-    The settings that may change in a begun run may change between a kill and the resume.
+    Settings that may change in a begun run are left out.
     """
     may_change = settings_that_may_change(Train)
     settings: dict[str, Any] = {
@@ -135,11 +136,11 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
     settings |= _processes_that_matter(recipe, train, num_processes)
     settings |= {f"train.{k}": v for k, v in identity_of(train, without=may_change).items()}
     settings |= {f"lora.{k}": v for k, v in (identity_of(recipe.lora) if recipe.lora else {}).items()}
-    return json.loads(json.dumps(settings))  # as a manifest gives it back: tuples are lists there
+    return json.loads(json.dumps(settings))  # as read from a manifest: tuples become lists
 
 
-def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
-    """What decides what a teacher says on the training data."""
+def teacher_fingerprint(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
+    """What a teacher's log-probabilities on the training data depend on."""
     return {
         "model.base": recipe.model.base,
         "model.revision": str(recipe.model.revision),
@@ -149,7 +150,7 @@ def teacher_facts(recipe: Recipe, data_sha256: str) -> dict[str, str | int | flo
 
 
 def _processes_that_matter(recipe: Recipe, train: Train, count: int) -> Settings:
-    """The number of processes where another number would go on differently: the batch itself is the same with any."""
+    """The number of processes, if a resume with another number would differ: the batch itself is the same with any number."""
     if train.deepspeed is not None:
         return {"number of processes, among which DeepSpeed splits the optimizer's states": count}
     if recipe.lora is not None and recipe.lora.dropout > 0:

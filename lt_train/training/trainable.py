@@ -1,4 +1,4 @@
-"""Which weights of a hybrid training changes: adapters on some modules, the projections of streaming layers, or all."""
+"""The trainable weights of a hybrid: adapters on some modules, the projections of streaming layers, or all."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from lt_train.inference.trained_weights import attention_modules
 from lt_train.recipe.schema import Lora
 from lt_train.runtime.errors import UserError, shortened
 
-LAYERS = "layers"  # the decoder layers of every hybrid class: model.layers.<i>
+LAYERS = "layers"  # the name of the decoder layers in every hybrid class: model.layers.<i>
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -19,7 +19,7 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
     """PEFT's configuration: adapters on `lora.targets` of the lazy layers, or of all.
 
     Raises:
-        UserError: a name that the model does not have, or no lazy layer to train.
+        UserError: a name is not in the model, or no layer is lazy.
     """
     layers = list(range(spec.num_layers)) if lora.layers == "all" else list(spec.lazy_layers)
     if not layers:
@@ -38,7 +38,7 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
 
 
 def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
-    """Keep only the attention projections of streaming layers trainable; only they get optimizer states.
+    """Keep only the attention projections of streaming layers trainable; only they have optimizer states.
 
     Raises:
         UserError: no layer streams.
@@ -54,13 +54,13 @@ def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
 
 
 def check_names(lora: Lora, model: nn.Module) -> None:
-    """PEFT raises at some names that nothing has, warns of some, and trains on without the others.
+    """Refuse names that are not in the model: PEFT raises an error for some, warns about some, and silently ignores the others.
 
     Args:
         model: of the base's architecture; its weights do not matter.
 
     Raises:
-        UserError: `lora.targets` or a setting of `lora.peft` names what the model does not have.
+        UserError: a name in `lora.targets` or in a setting of `lora.peft` is not in the model.
     """
     modules = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and f".{LAYERS}." in name]
@@ -88,16 +88,16 @@ def _refuse_unknown(
 ) -> None:
     """
     Args:
-        there: the modules or parameters of the model. matches: whether a name (a pattern) means one of them.
+        there: the modules or parameters of the model. matches: whether a name (or a pattern) matches one of them.
     """
     for name in names:
         try:
             known = any(matches(name, other) for other in there)
         except re.error as error:
-            raise UserError(f"{setting}: {shortened(name)}: not a regular expression ({error})") from error
+            raise UserError(f"{setting}: {shortened(name)}: not a regular expression ({error}). Fix: correct it") from error
         if not known:
             last_names = sorted({other.rpartition(".")[2] for other in there if not other[-1].isdecimal()})
-            raise UserError(f"{setting}: {shortened(name)}: no {what} has this name. Fix: take some of {', '.join(last_names)}")
+            raise UserError(f"{setting}: {shortened(name)}: no {what} has this name. Fix: name some of {', '.join(last_names)}")
 
 
 def _ends_in(name: str, module: str) -> bool:
@@ -105,5 +105,5 @@ def _ends_in(name: str, module: str) -> bool:
 
 
 def _matches_end(pattern: str, module: str) -> bool:
-    """As PEFT reads the keys of rank_pattern and alpha_pattern."""
+    """Whether a key of rank_pattern or alpha_pattern matches a module, by PEFT's rule."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -1,4 +1,4 @@
-"""Fine-tune a hybrid: `train` goes from examples to a folder of trained weights, and goes on where it was cut off."""
+"""Fine-tuning of a hybrid: `train` turns examples into a folder of trained weights, and resumes a training that was interrupted."""
 
 import os
 from collections.abc import Callable
@@ -25,20 +25,20 @@ from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
     KeepBestLoss,
-    ProbesBesideTraining,
+    ProbesDuringTraining,
     ProgressBar,
     TrainingLog,
-    WholeCheckpoints,
+    WriteManifest,
 )
 from lt_train.training.checkpoints import (
     Checkpoint,
     Settings,
     check_same_settings,
-    last_whole_checkpoint,
+    last_valid_checkpoint,
     publish_weights,
     read_checkpoint,
-    whole_final,
-    written_or_told,
+    reporting_write_errors,
+    valid_final,
 )
 from lt_train.training.dataset import training_dataset
 from lt_train.training.distillation.loss import Distillation
@@ -49,8 +49,8 @@ from lt_train.training.log import read_log, track_log
 from lt_train.training.probes.launching import Probes, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe, track_probes
 from lt_train.training.saved_shapes import full_size
-from lt_train.training.sequence_parallel import share_sequences
-from lt_train.training.settings import settings_of_training, sft_config, teacher_facts, trains_in_bf16, weights_dtype
+from lt_train.training.sequence_parallel import shard_sequences
+from lt_train.training.settings import settings_of_training, sft_config, teacher_fingerprint, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
@@ -58,11 +58,11 @@ from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_co
 @dataclass(frozen=True)
 class TrainResult:
     folder: Path  # full: a hybrid checkpoint; LoRA: the adapter. load_trained reads either
-    steps: int  # that its weights have seen: with train.final_weights best fewer than were taken, and so for all that follows
+    steps: int  # of its weights: with train.final_weights best, fewer than were trained; the fields below count the same steps
     train_loss: float | None  # at the last logged step
     eval_loss: float | None  # at the last evaluation, per held-out answer token; None without held-out examples
-    num_tokens: int | None  # seen in all these steps, by all processes, over all resumes
-    seconds: float | None  # spent in them, over all resumes
+    num_tokens: int | None  # of these steps, of all processes, over all resumes
+    seconds: float | None  # spent in these steps, over all resumes
 
 
 def train(
@@ -77,34 +77,35 @@ def train(
     teacher: Path | None = None,
     probe_command: Callable[[int], list[str]] | None = None,
 ) -> TrainResult:
-    """Train as `recipe.train` says; called again with a half-done `out` it goes on, with a finished one it returns at once.
+    """Train by `recipe.train`. Called again with an unfinished `out`, it resumes; with a finished one, it returns at once.
 
-    Every process of a distributed run calls this; the main one alone writes logs and reports.
+    Every process of a distributed run calls this; only the main one writes logs and reports.
 
     Args:
-        load_model: gives the hybrid in the dtype asked for. It is called after TRL's configuration exists, because only then does
-            `from_pretrained` know that DeepSpeed ZeRO-3 wants the weights sharded as they are read.
-        out: holds checkpoint-<step>/, log.jsonl, best-<step>/, probes/ and, at the end, final/.
-        teacher: folder of the log-probabilities to learn from, where train.distill.teacher is top_k.
-        probe_command: the command line of a process that probes the checkpoint of a step and leaves its result in
-            out/probes/step-<step>/; where train.probes asks for it.
+        load_model: loads the hybrid in a dtype. It is called after TRL's configuration exists, because only then does
+            `from_pretrained` shard the weights during loading, for DeepSpeed ZeRO-3.
+        out: contains checkpoint-<step>/, log.jsonl, best-<step>/, probes/ and, at the end, final/.
+        teacher: the folder of the teacher's log-probabilities, if train.distill.teacher is top_k.
+        probe_command: the command line of a process that probes the checkpoint of a step and writes its result to
+            out/probes/step-<step>/; needed with train.probes.
 
     Raises:
-        UserError: a setting TRL or PEFT refuses, a folder trained with other settings, a loss that is NaN.
-        Interrupted: SIGTERM came, and the checkpoint of the step in progress is saved or could not be.
+        UserError: TRL or PEFT refuses a setting, the folder was trained with other settings, or a loss is not finite.
+        Interrupted: after SIGTERM, with or without a checkpoint of the step in progress.
     """
     assert recipe.train is not None, "the pipeline trains only recipes with a `train` part"
-    config = sft_config(recipe, recipe.train, out)  # first: it starts the processes' communication
+    train = recipe.train
+    config = sft_config(recipe, train, out)  # first: it starts the processes' communication
     data_sha256 = examples_fingerprint(example_set.train)
-    settings = settings_of_training(recipe, recipe.train, spec, data_sha256, PartialState().num_processes)
+    settings = settings_of_training(recipe, train, spec, data_sha256, PartialState().num_processes)
     decided_by_main(lambda: _track_again(tracker, out))
     final = out / FINAL
-    finished = decided_by_main(lambda: _same_settings(whole_final(final, report), settings))
+    finished = decided_by_main(lambda: _same_settings(valid_final(final, report), settings))
     if finished is None:
-        checkpoint = decided_by_main(lambda: _same_settings(last_whole_checkpoint(out, report), settings))
-        best = Best(out, recipe.train.keep_best) if recipe.train.keep_best else None
-        probes = _probes(recipe.train, out, probe_command, best, tracker, report)
-        decided_by_main(lambda: _resume_beside(out, checkpoint, best, probes))
+        checkpoint = decided_by_main(lambda: _same_settings(last_valid_checkpoint(out, report), settings))
+        best = Best(out, train.keep_best) if train.keep_best else None
+        probes = _probes(train, out, probe_command, best, tracker, report)
+        decided_by_main(lambda: _resume_best_and_probes(out, checkpoint, best, probes))
         try:
             if checkpoint is None or checkpoint.step < _planned_steps(checkpoint):
                 trainer = _build_trainer(recipe, config, load_model, tokenizer, example_set, spec)
@@ -118,17 +119,17 @@ def train(
         finally:
             if probes is not None:
                 probes.stop()
-    if finished is None or not is_published(final, recipe.train):
-        finished = decided_by_main(lambda: _publish(out, final, _to_publish(out, recipe.train), report))
+    if finished is None or not is_published(final, train):
+        finished = decided_by_main(lambda: _publish(out, final, _to_publish(out, train), report))
     return _result(out, finished)
 
 
 def is_published(final: Path, train: Train) -> bool:
-    """Whether the weights in `final` are those that train.final_weights asks for: the last, or the best by train.keep_best."""
+    """Whether the weights in `final` are those of train.final_weights: the last, or the best by train.keep_best."""
     measured = final / MEASURED
     if not measured.is_file():
         return train.final_weights == "last"
-    metric = read_json(measured, "record of what was measured")["metric"]
+    metric = read_json(measured, "record of the metric")["metric"]
     return train.final_weights == "best" and metric == train.keep_best
 
 
@@ -146,16 +147,16 @@ def _probes(
 ) -> Probes | None:
     if train.probes is None:
         return None
-    assert command is not None, "who trains with probes says how to start them"
+    assert command is not None, "training with probes needs the command that starts them"
 
-    def take_in(result: ProbeResult, weights: Checkpoint) -> None:
+    def on_result(result: ProbeResult, weights: Checkpoint) -> None:
         track_probe(tracker, result, read_probes(out))
         for score in result.scores:
             if best is not None and best.metric == score.probe:
                 best.offer(weights, score.accuracy)
 
     environment = environment_for(train.probes.device, os.environ)
-    return Probes(out, train.probes.steps, command, environment, take_in, report)
+    return Probes(out, train.probes.steps, command, environment, on_result, report)
 
 
 def _track_again(tracker: Tracker, out: Path) -> None:
@@ -163,8 +164,8 @@ def _track_again(tracker: Tracker, out: Path) -> None:
     track_probes(tracker, out)
 
 
-def _resume_beside(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:
-    """What a kill after a checkpoint was whole has left undone of what goes with it."""
+def _resume_best_and_probes(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:
+    """Finish what a kill between a checkpoint's manifest and the later callbacks left undone."""
     if best is not None and best.metric == EVAL_LOSS and checkpoint is not None:
         measured = [row[EVAL_LOSS] for row in read_log(out / TRAINING_LOG) if row["step"] == checkpoint.step and EVAL_LOSS in row]
         if measured:
@@ -182,16 +183,16 @@ def _add_callbacks(
     save_on_sigterm: SaveOnSigterm,
     log: TrainingLog,
 ) -> None:
-    """In the order in which they must come."""
+    """Add them in the order in which they must run."""
     assert recipe.train is not None
-    keeps_best_loss = best is not None and best.metric == EVAL_LOSS
-    trainer.add_callback(DueAfterStep(probes, evaluate_checkpoints=keeps_best_loss))
-    trainer.add_callback(WholeCheckpoints(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
+    best_loss = best if best is not None and best.metric == EVAL_LOSS else None
+    trainer.add_callback(DueAfterStep(probes, evaluate_checkpoints=best_loss is not None))
+    trainer.add_callback(WriteManifest(settings, recipe.train.keep_checkpoints, recipe.lora is not None))
     trainer.add_callback(save_on_sigterm)
-    if keeps_best_loss:
-        trainer.add_callback(KeepBestLoss(best))
+    if best_loss is not None:
+        trainer.add_callback(KeepBestLoss(best_loss))
     if probes is not None:
-        trainer.add_callback(ProbesBesideTraining(probes))
+        trainer.add_callback(ProbesDuringTraining(probes))
     trainer.add_callback(log)
 
 
@@ -206,8 +207,8 @@ def _build_trainer(
     assert recipe.train is not None
     data, heldout = recipe.data, example_set.heldout
     model = load_model(weights_dtype(recipe, recipe.train))
-    # By this name PEFT would look up the base's config at each save and read it as a hybrid's (peft/utils/save_and_load.py,
-    # get_peft_model_state_dict). The manifest and the resolved recipe say which base it is.
+    # With a name, PEFT would load the base's config at each save and read it as a hybrid's (peft/utils/save_and_load.py,
+    # get_peft_model_state_dict). The manifest and the resolved recipe contain the name of the base.
     model.name_or_path = ""
     if recipe.train.parameters == "lazy_projections":
         freeze_all_but_lazy_projections(model, spec)
@@ -220,9 +221,9 @@ def _build_trainer(
         peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
     )
     if recipe.train.sequence_parallel > 1:
-        trainer.shared_sequences = share_sequences(model, recipe.train.sequence_parallel)
+        trainer.sharded_sequences = shard_sequences(model, recipe.train.sequence_parallel)
     trainer.examples, trainer.heldout = example_set.train, heldout
-    trainer.remove_callback(PrinterCallback)  # it prints every row of the log; ours goes into log.jsonl
+    trainer.remove_callback(PrinterCallback)  # it prints every row of the log, which TrainingLog writes to log.jsonl
     return trainer
 
 
@@ -242,8 +243,8 @@ def _distillation(
     teacher: Teacher
     if settings.teacher == "top_k":
         assert folder is not None, "the pipeline writes the files before it trains"
-        facts = teacher_facts(recipe, examples_fingerprint(example_set.train))
-        teacher = StoredTeacher(open_top_k(folder, example_set.train, settings.top_k, settings.temperature, facts))
+        fingerprint = teacher_fingerprint(recipe, examples_fingerprint(example_set.train))
+        teacher = StoredTeacher(open_top_k(folder, example_set.train, settings.top_k, settings.temperature, fingerprint))
     elif settings.teacher == "auto" and recipe.lora is not None:
         teacher = OwnTeacher(trainer.model, settings.temperature, layers)
     else:
@@ -254,11 +255,11 @@ def _distillation(
 
 
 def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> None:
-    """All steps that are left. The last one ends with an evaluation and a checkpoint."""
+    """Run the remaining steps. The last one ends with an evaluation and a checkpoint."""
     progress = ProgressBar()
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
-        report(_opening(trainer, checkpoint))
+        report(_first_line(trainer, checkpoint))
     try:
         with without_bars_of_transformers():
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
@@ -266,10 +267,10 @@ def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Calla
         progress.close()
 
 
-def _opening(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
-    trained, frozen = (full_size(trainer.model, trainable_only=only) for only in (True, False))
-    start = f", goes on from {checkpoint.folder.name}" if checkpoint else ""
-    return f"training {trained:,} of {frozen:,} parameters on {len(trainer.train_dataset):,} rows{start}"
+def _first_line(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str:
+    trainable, total = (full_size(trainer.model, trainable_only=only) for only in (True, False))
+    start = f", resumed from {checkpoint.folder.name}" if checkpoint else ""
+    return f"training {trainable:,} of {total:,} parameters on {len(trainer.train_dataset):,} rows{start}"
 
 
 def _same_settings(found: Checkpoint | None, settings: Settings) -> Checkpoint | None:
@@ -279,26 +280,28 @@ def _same_settings(found: Checkpoint | None, settings: Settings) -> Checkpoint |
 
 
 def _planned_steps(checkpoint: Checkpoint) -> int:
-    """Trainer takes one step too many when it resumes in mid-epoch from the last step, so it is not asked to."""
+    """The steps of the training. Trainer takes an extra step if it resumes from the last step in mid-epoch, so `train` compares."""
     return read_json(checkpoint.folder / TRAINER_STATE_NAME, "trainer state")["max_steps"]
 
 
 def _publish(out: Path, final: Path, best: Best | None, report: Callable[[str], None]) -> Checkpoint:
-    """Make `final` the best weights, or where that is not asked for those after the last step."""
+    """Publish the best weights in `final`; without `best`, those of the last step."""
     if best is None:
-        chosen, why = last_whole_checkpoint(out, report), "the last"
+        chosen, why = last_valid_checkpoint(out, report), "the last"
         if chosen is None:
-            raise UserError(f"{out}: the last checkpoint is gone or damaged. Run again to train from the last whole one")
+            raise UserError(
+                f"{out}: the last checkpoint is missing or invalid. Fix: run the same command again to resume from a valid one"
+            )
     else:
         found = best.found()
         if found is None:
             raise UserError(
-                f"train.final_weights: best: nothing was measured by {best.metric} that is still whole. See {out / 'probes'} for "
-                "probes that failed, change train.probes, and give the same command again: probes without a result are made anew"
+                f"train.final_weights: best: no valid weights with a measured {best.metric}. Fix: see {out / 'probes'} for probes "
+                "that failed, change train.probes, and run the same command again; it repeats probes without a result"
             )
         chosen, measured = found
         why = f"the best by {measured.metric} ({measured.value:.4g})"
-    with written_or_told(out, "the trained weights"):
+    with reporting_write_errors(out, "the trained weights"):
         publish_weights(chosen, final)
     report(f"the trained model has the weights of step {chosen.step}, {why}")
     return read_checkpoint(final)

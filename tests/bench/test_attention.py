@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from lt_train.bench import attention
-from lt_train.bench.attention import ON_CPU, Timing, attention_table, bench_attention, time_length
+from lt_train.bench.attention import ON_CPU, KernelTiming, attention_table, bench_attention, time_length
 from lt_train.hybrid.attention_kernels import KERNELS, Use
 from lt_train.hybrid.mask import streaming_visible
 
@@ -24,7 +24,9 @@ def test_the_limit_is_the_ratio_of_pairs_that_see_each_other_and_reached_is_its_
     position = torch.arange(100)
     full, streaming = (int(streaming_visible(position[:, None], position, 4, w).sum()) for w in (100, 12))
     (row,) = [
-        row for row in printed(attention_table([Timing(100, 12, "blocked", milliseconds=2.0, full=5.0)], w_sink=4)) if "12" in row
+        row
+        for row in printed(attention_table([KernelTiming(100, 12, "blocked", milliseconds=2.0, full=5.0)], w_sink=4))
+        if "12" in row
     ]
     assert row[-4:] == ["2.50x", f"{full / streaming:.2f}x", f"{250 * streaming / full:.0f}", "%"]
 
@@ -49,7 +51,7 @@ def test_by_default_all_kernels_that_train_on_the_device_are_timed(monkeypatch):
     console = Console(record=True, width=160)
     bench_attention((), (), (8,), 4, 1, console)
     text = console.export_text()
-    assert "4 heads, 2 of keys and values, x 16, float32 on cpu" in text
+    assert "4 query heads, 2 key/value heads, head size 16, float32 on cpu" in text
     assert [line.split()[2] for line in text.splitlines() if line.strip().startswith("32 ")] == ["blocked"]
 
 

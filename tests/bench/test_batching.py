@@ -9,11 +9,11 @@ TINY = Model(base="data/tiny-reasoner", dtype="fp32")
 
 
 def test_lengths_are_spread_from_a_sixteenth_to_the_longest_and_always_the_same() -> None:
-    work = mixed_lengths(200, longest=160, vocabulary=50)
+    work = mixed_lengths(200, longest=160, vocab_size=50)
     lengths = sorted(request.max_new_tokens for request in work.requests)
     assert 10 <= lengths[0] < 14 and 140 < lengths[-1] <= 160
     assert 35 < lengths[100] < 46  # the middle of their logarithms: 40
-    assert work == mixed_lengths(200, longest=160, vocabulary=50)
+    assert work == mixed_lengths(200, longest=160, vocab_size=50)
     assert work.longest == PROMPT_TOKENS + lengths[-1] and work.tokens == sum(lengths)
 
 

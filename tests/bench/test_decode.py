@@ -35,5 +35,5 @@ def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_says_so(tmp
 
 def test_a_budget_below_one_sequence_is_refused() -> None:
     model = build_hybrid(BASES["qwen3"], HybridSpec(4, (), 2, 30)).eval()
-    with pytest.raises(UserError, match="hold no sequence of 300 tokens"):
+    with pytest.raises(UserError, match=r"less than one sequence of 300 tokens\. Fix: set at least"):
         throughput(model, context=300, budget=1000)

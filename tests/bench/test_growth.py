@@ -16,7 +16,7 @@ def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds():
     per_entry = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
     assert [timing.tokens for timing in timings] == [64, 100]
     assert [timing.kv_bytes for timing in timings] == [per_entry * (2 * 64 + 2 * 32), per_entry * (2 * 100 + 2 * 32)]
-    assert {timing.ring_entries for timing in timings} == {32}
+    assert {timing.ring_tokens for timing in timings} == {32}
     assert all(timing.milliseconds > 0 for timing in timings)
 
 

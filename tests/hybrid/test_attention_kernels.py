@@ -22,7 +22,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: DenseFlash())
     monkeypatch.setattr(attention_kernels, "find_spec", lambda name: name)
-    monkeypatch.setattr(attention_kernels, "_fails", lambda name, use: None)
+    monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: None)
 
 
 @pytest.fixture
@@ -50,20 +50,20 @@ def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
     monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: None)
     choice = choose("auto", GPU)
     assert choice.name == "flex" and "not flash: neither the flash-attn package" in choice.reason
-    monkeypatch.setattr(attention_kernels, "_fails", lambda name, use: "it is broken")
+    monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: "it is broken")
     choice = choose("auto", GPU)
     assert choice.name == "blocked" and "not flex: it is broken" in choice.reason
 
 
 def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
     assert choose("flash", GPU).name == "flash"
-    for wrong, said in [
-        (dict(device=torch.device("cpu")), "needs an NVIDIA GPU.*Set auto"),
-        (dict(dtype=torch.float32), "bf16 or fp16 only, not in fp32. Set dtype to bf16"),
-        (dict(head_size=60), "this model has 60. Set auto"),
-        (dict(head_size=512), "this model has 512. Set auto"),
+    for wrong, message in [
+        (dict(device=torch.device("cpu")), "needs an NVIDIA GPU.*Fix: set auto"),
+        (dict(dtype=torch.float32), "bf16 or fp16 only, not in fp32. Fix: set dtype to bf16"),
+        (dict(head_size=60), "this model has 60. Fix: set auto"),
+        (dict(head_size=512), "this model has 512. Fix: set auto"),
     ]:
-        with pytest.raises(HybridError, match=said):
+        with pytest.raises(HybridError, match=message):
             choose("flash", without(GPU, **wrong))
 
 
@@ -82,14 +82,14 @@ def test_a_missing_or_broken_flash_package_is_named(on_a_gpu, monkeypatch):
 
 def test_what_flex_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
     assert choose("flex", GPU).name == choose("flex", CPU).name == "flex"
-    with pytest.raises(HybridError, match=r"no gradients on a CPU\. To train, set blocked or auto"):
+    with pytest.raises(HybridError, match=r"no gradients on a CPU\. Fix: to train, set blocked or auto"):
         choose("flex", without(CPU, trains=True))
-    with pytest.raises(HybridError, match=r"this model has 8\. Set auto"):
+    with pytest.raises(HybridError, match=r"this model has 8\. Fix: set auto"):
         choose("flex", without(GPU, head_size=8))
     with pytest.raises(HybridError, match="bf16, fp16 or fp32"):
         choose("flex", without(GPU, dtype=torch.float64))
     monkeypatch.setattr(attention_kernels, "find_spec", lambda name: None)
-    with pytest.raises(HybridError, match="compiled by triton, which is not here"):
+    with pytest.raises(HybridError, match="compiled by triton, which is not installed"):
         choose("flex", GPU)
 
 
@@ -99,15 +99,15 @@ def test_an_unknown_kernel_is_refused():
 
 
 def test_a_kernel_that_works_passes_its_trial(flash_on_a_cpu):
-    assert attention_kernels._fails("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
+    assert attention_kernels._self_test_fault("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
 
 
 class OffByOne(DenseFlash):
     """A window of one key too few."""
 
-    def forward(self, q_nHD, k_mGD, v_mGD, problem):
-        left, right = problem.window
-        shorter = problem if left < 1 else dataclasses.replace(problem, window=(left - 1, right))
+    def forward(self, q_nHD, k_mGD, v_mGD, varlen):
+        left, right = varlen.window
+        shorter = varlen if left < 1 else dataclasses.replace(varlen, window=(left - 1, right))
         return super().forward(q_nHD, k_mGD, v_mGD, shorter)
 
 
@@ -125,16 +125,21 @@ class Unbuilt(DenseFlash):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"), [(OffByOne, "other numbers"), (WrongGradient, "other numbers"), (Unbuilt, "no kernel image is available")]
+    ("broken", "printed"),
+    [
+        (OffByOne, "results differ from the reference"),
+        (WrongGradient, "results differ from the reference"),
+        (Unbuilt, "no kernel image is available"),
+    ],
 )
-def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, said, monkeypatch):
+def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, printed, monkeypatch):
     monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: broken())
-    assert said in attention_kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    assert printed in attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
 
 
-def test_a_trial_draws_no_random_numbers_of_the_run(flash_on_a_cpu):
+def test_a_trial_leaves_the_rng_of_the_run_as_it_is(flash_on_a_cpu):
     before = torch.get_rng_state()
-    attention_kernels._fails.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -145,7 +150,7 @@ def test_attention_is_computed_in_the_dtype_of_autocast():
     assert computed_in(x) == torch.float32
 
 
-# In whole models
+# In entire models
 
 
 def packed_and_padded():

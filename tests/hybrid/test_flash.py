@@ -75,7 +75,7 @@ def test_one_long_document_is_cut_into_views_and_not_copied():
 
 def test_documents_that_see_all_of_themselves_need_one_call():
     (part,) = streaming_parts((5, 103, 90), 4, 100, CPU)
-    assert (part.q_rows, part.window, part.cu_q.tolist()) == (slice(0, 198), (-1, 0), [0, 5, 108, 198])
+    assert (part.q_rows, part.window, part.cu_seqlens_q.tolist()) == (slice(0, 198), (-1, 0), [0, 5, 108, 198])
 
 
 def test_a_merge_in_bf16_stays_within_the_rounding_of_bf16():
@@ -92,11 +92,11 @@ def test_a_merge_in_bf16_stays_within_the_rounding_of_bf16():
 def test_the_operators_of_torch_take_what_they_are_asked():
     """On fake tensors torch checks the arguments against the operators' schemas and its own shapes, without a GPU."""
     with FakeTensorMode():
-        problem = streaming_parts((96,), 4, 20, torch.device("cuda"))[1].problem(0.3)
+        varlen = streaming_parts((96,), 4, 20, torch.device("cuda"))[1].varlen(0.3)
         q, k, v = (torch.empty(73, heads, 16, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
-        out, lse = TorchFlash().forward(q, k, v, problem)
+        out, lse = TorchFlash().forward(q, k, v, varlen)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, 73), torch.float32)
-        gradients = TorchFlash().backward(out, q, k, v, out, lse, problem)
+        gradients = TorchFlash().backward(out, q, k, v, out, lse, varlen)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 

@@ -24,7 +24,7 @@ packs = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(case=packs)
 def test_tiles_with_a_visible_pair_are_looked_at_and_no_others(case):
-    """Against a mask of all pairs. A tile said to be visible as a whole is; of those the window makes, none is missed."""
+    """Against a mask of all pairs. A tile marked as fully visible is fully visible; no tile of the window is missed."""
     documents = documents_of(case)
     document_BS, position_BS = flex._places(documents, torch.device("cpu"))
     near = streaming_visible(position_BS[:, :, None], position_BS[:, None, :], case.w_sink, case.w_recent)

@@ -53,7 +53,7 @@ def test_with_full_attention_switched_on_it_is_the_base_and_afterwards_the_hybri
     assert hybrid.spec == SPEC
 
 
-def stock_twin(base_config, spec):
+def stock_model(base_config, spec):
     """The transformers class that knows layer types, with the hybrid's: no code of ours in it."""
     values = {name: value for name, value in base_config.to_dict().items() if name not in ("model_type", "architectures")}
     values |= dict(layer_types=spec.layer_types, sliding_window=spec.w_recent)
@@ -67,22 +67,22 @@ def stock_twin(base_config, spec):
 def test_without_sinks_it_is_the_stock_class_with_the_same_layer_types(base_config):
     spec = HybridSpec(4, (1, 3), w_sink=0, w_recent=7)
     hybrid = build_hybrid(base_config, spec).eval()
-    twin = stock_twin(base_config, spec).eval()
-    twin.load_state_dict(hybrid.state_dict())
+    duplicate = stock_model(base_config, spec).eval()
+    duplicate.load_state_dict(hybrid.state_dict())
     ids = tokens(2, 40)
-    torch.testing.assert_close(hybrid(ids).logits, twin(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hybrid(ids).logits, duplicate(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_config):
     hybrid = build_hybrid(base_config, SPEC).eval()
-    twin = stock_twin(base_config, SPEC).eval()
-    twin.load_state_dict(hybrid.state_dict())
+    duplicate = stock_model(base_config, SPEC).eval()
+    duplicate.load_state_dict(hybrid.state_dict())
     ids = tokens(1, 40)
     position_ids = torch.cat([torch.arange(25), torch.arange(15)])[None]
     made_for = dict(
-        config=twin.config,
-        inputs_embeds=twin.get_input_embeddings()(ids),
+        config=duplicate.config,
+        inputs_embeds=duplicate.get_input_embeddings()(ids),
         attention_mask=None,
         **{CACHE_ARGUMENT: None},
         position_ids=position_ids,
@@ -95,7 +95,7 @@ def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_confi
         "full_attention": create_causal_mask(**made_for),
         "sliding_attention": create_sliding_window_causal_mask(**made_for, or_mask_function=sinks_of_own_document),
     }
-    expected = twin(ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
+    expected = duplicate(ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
     torch.testing.assert_close(hybrid(ids, position_ids=position_ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -152,13 +152,13 @@ def test_gradient_checkpointing_changes_no_gradient(qwen3_config):
 def test_a_foreign_attention_implementation_is_refused(qwen3_config):
     config = hybrid_config(qwen3_config, SPEC)
     for name in ("sdpa", "eager"):
-        with pytest.raises(HybridError, match="do not know sinks"):
+        with pytest.raises(HybridError, match="ignore sinks"):
             AutoModelForCausalLM.from_config(config, attn_implementation=name)
     hybrid = build_hybrid(qwen3_config, SPEC)
-    with pytest.raises(HybridError, match="do not know sinks"):
+    with pytest.raises(HybridError, match="ignore sinks"):
         hybrid.set_attn_implementation("eager")
     hybrid.config._attn_implementation = "sdpa"
-    with pytest.raises(HybridError, match="does not know sinks"):
+    with pytest.raises(HybridError, match="ignores sinks"):
         hybrid(tokens(1, 4))
 
 
@@ -175,7 +175,7 @@ def test_masks_and_packing_that_cannot_be_right_are_refused(qwen3_config):
     ids = tokens(1, 4)
     with pytest.raises(HybridError, match="dict of masks"):
         hybrid(ids, attention_mask={"full_attention": None, "sliding_attention": None})
-    with pytest.raises(HybridError, match="cannot share a KV cache"):
+    with pytest.raises(HybridError, match="use_cache: a KV cache holds one document per row"):
         hybrid(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=True)
     with pytest.raises(HybridError, match="without position_ids"):
         hybrid(ids, cu_seq_lens_q=torch.tensor([0, 2, 4]))
@@ -203,7 +203,7 @@ def test_a_base_that_asks_for_attention_probabilities_becomes_a_hybrid_that_does
 def test_layers_run_past_the_hybrids_forward_are_refused(qwen3_config):
     hybrid = build_hybrid(qwen3_config, SPEC)
     hidden, positions = torch.zeros(1, 4, 48), torch.arange(4)[None]
-    with pytest.raises(HybridError, match="own forward"):
+    with pytest.raises(HybridError, match="call the hybrid's forward"):
         hybrid.model.layers[0](hidden, position_embeddings=hybrid.model.rotary_emb(hidden, positions))
 
 

@@ -90,10 +90,10 @@ def test_a_kernel_that_cannot_do_what_the_recipe_asks_is_told_with_the_way_out(b
 
     assert chosen("auto").name == "blocked"
     assert chosen("flex", trains=False).name == "flex"
-    with pytest.raises(UserError, match=r"^model\.attention: flash: flash attention needs an NVIDIA GPU.*cpu\. Set auto$"):
+    with pytest.raises(UserError, match=r"^model\.attention: flash: flash attention needs an NVIDIA GPU.*cpu\. Fix: set auto$"):
         chosen("flash")
     with pytest.raises(
-        UserError, match=r"^model\.attention: flex: FlexAttention has no gradients on a CPU\. To train, set blocked"
+        UserError, match=r"^model\.attention: flex: FlexAttention has no gradients on a CPU\. Fix: to train, set blocked"
     ):
         chosen("flex")
 
@@ -142,7 +142,7 @@ def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, told
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (MistralConfig(**SIZES, sliding_window=64), "slides already"),
+        (MistralConfig(**SIZES, sliding_window=64), "sliding_window: the base"),
         (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: Llama and Mistral models become `ministral`"),
         (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias: Llama and Mistral models become `ministral`"),
     ],

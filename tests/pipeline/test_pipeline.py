@@ -101,7 +101,7 @@ def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage,
         pytest.skip("a choice without scores has nothing to profile")
     for load in ("lt_train.pipeline.stages.profile.load_for_inference", "lt_train.pipeline.stages.train.load_weights"):
         monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=r"model\.attention: flex: .* To train, set blocked or auto"):
+    with pytest.raises(UserError, match=r"model\.attention: flex: .* Fix: to train, set blocked or auto"):
         run_in_folder(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
 
 
@@ -307,7 +307,7 @@ def test_adapters_on_modules_that_the_base_lacks_are_refused_before_data_and_wei
 
     monkeypatch.setattr("lt_train.pipeline.context.load_examples", never)
     monkeypatch.setattr("lt_train.inference.loading.load_weights", never)
-    with pytest.raises(UserError, match=r"lora\.targets: c_attn: .*Fix: take some of down_proj, .*q_proj"):
+    with pytest.raises(UserError, match=r"lora\.targets: c_attn: .*Fix: name some of down_proj, .*q_proj"):
         run_in_folder(load_recipe(inputs / "recipe.yaml", ["lora.targets=[q_proj, c_attn]"]), tmp_path, command)
 
 

@@ -17,7 +17,7 @@ from lt_train.evaluation.scores import read_scores
 from lt_train.pipeline.probing import probe_checkpoint
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
-from lt_train.training.probes.results import place_of, read_probes
+from lt_train.training.probes.results import probe_folder, read_probes
 from tests.support import processes
 from tests.support.tiny_run import write_inputs
 from tests.support.wandb_files import segments
@@ -59,7 +59,7 @@ def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
     run = runs / "tiny"
     with pytest.raises(UserError, match="holds no weights to probe"):
         probe_checkpoint(run, 2)
-    publish_weights(read_checkpoint(run / "train/checkpoint-2"), place_of(run / "train", 2) / "weights")
+    publish_weights(read_checkpoint(run / "train/checkpoint-2"), probe_folder(run / "train", 2) / "weights")
     probe_checkpoint(run, 2)
     (result,) = read_probes(run / "train")
     (score,) = result.scores
@@ -67,7 +67,7 @@ def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
     found = read_scores(evaluated / "scores.json")
     assert (score.probe, score.accuracy, score.truncated, score.problems) == ("ledger", found.accuracy, found.truncated, 6)
     there = samples(evaluated)
-    assert samples(place_of(run / "train", 2) / "evals/ledger") == there
+    assert samples(probe_folder(run / "train", 2) / "evals/ledger") == there
     assert {each.problem: each.answer for each in result.samples} == {problem: text for problem, (text, _) in there.items()}
 
 
@@ -87,7 +87,7 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     # without the wandb service of a test before this one in the same process, in which the killed run would stay open
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment = {**own, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
-    begun = place_of(run / "train", 2) / "evals/ledger/samples.jsonl"
+    begun = probe_folder(run / "train", 2) / "evals/ledger/samples.jsonl"
     training = processes.start_python(command, inputs / "output.txt", env=environment)
     until(lambda: not training.is_alive() or (begun.exists() and begun.read_text().count("\n") > 0), "no probe began")
     assert training.is_alive(), (inputs / "output.txt").read_text()
@@ -97,7 +97,7 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     assert processes.exit_code(training) == -signal.SIGKILL
     until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan goes on", seconds=30)
     before = begun.read_bytes()
-    assert before and not (place_of(run / "train", 2) / "result.json").exists()
+    assert before and not (probe_folder(run / "train", 2) / "result.json").exists()
 
     done = processes.run(command, env=own, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -158,7 +158,7 @@ def test_scores_of_another_model_data_or_window_are_not_mixed_in(make, tmp_path,
 
 
 def test_a_model_of_another_window_than_the_recipes_is_a_bug(make, hybrid_of):
-    with pytest.raises(ValueError, match="streams with"):
+    with pytest.raises(ValueError, match="does not have the recipe's sizes"):
         make(model=hybrid_of((), 2, 7))
 
 

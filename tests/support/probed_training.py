@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.runtime.tracking import NoTracker, Tracker
-from lt_train.training.probes.results import place_of
+from lt_train.training.probes.results import probe_folder
 from lt_train.training.trainer import TrainResult, train
 from tests.support.tiny_training import SPEC, load_tiny, tiny_examples, tiny_recipe, tiny_tokenizer
 
@@ -34,19 +34,19 @@ class Training:
         self.out = out
         self.scores: dict[int, float] = {}
         self.seconds = 0.1
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.started: list[int] = []
 
     def __call__(self, tracker: Tracker | None = None, heldout: int = 0, **settings: Any) -> TrainResult:
         recipe = tiny_recipe({"train": {**SETTINGS, **settings}, "data": {"heldout": heldout}})
         examples = tiny_examples(heldout)
-        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.said.append)
+        given = (recipe, load_tiny, tiny_tokenizer(), examples, SPEC, self.out, tracker or NoTracker(), self.printed.append)
         return train(*given, probe_command=self.command)
 
     def command(self, step: int) -> list[str]:
         self.started.append(step)
         figures = [str(step), str(self.scores.get(step, 0.5)), str(self.seconds)]
-        return [sys.executable, "-S", "-c", PROGRAM, str(place_of(self.out, step)), *figures]
+        return [sys.executable, "-S", "-c", PROGRAM, str(probe_folder(self.out, step)), *figures]
 
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.out.iterdir() if path.is_dir())

@@ -14,7 +14,7 @@ from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.training.sequence_parallel import share_sequences, slice_of
+from lt_train.training.sequence_parallel import shard_of, shard_sequences
 
 SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=2, w_recent=5)
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -64,8 +64,8 @@ def compute_together(out: Path) -> None:
     results = {}
     for case in CASES:
         model = model_of(case)
-        share_sequences(model, degree=2)
-        result = logits_and_gradients(model, slice_of(batch_of(case), dist.get_rank(), 2))
+        shard_sequences(model, degree=2)
+        result = logits_and_gradients(model, shard_of(batch_of(case), dist.get_rank(), 2))
         slices = [torch.empty_like(result["logits"]) for _ in range(2)]
         dist.all_gather(slices, result["logits"])
         for name, gradient in result.items():

@@ -9,10 +9,10 @@ from lt_train.training.distillation.top_k import write_top_k
 from tests.support.tiny_training import load_decided, tiny_examples
 
 EXAMPLES = tiny_examples().train
-FACTS = {"model": "m", "data": "d"}
+FINGERPRINT = {"model": "m", "data": "d"}
 K, TEMPERATURE = 5, 1.5
 
 
 def write(folder: Path, examples: Any = EXAMPLES, **given: Any) -> None:
-    settings = {"k": K, "temperature": TEMPERATURE, "facts": FACTS, "batch_size": 4, "progress": False}
+    settings = {"k": K, "temperature": TEMPERATURE, "fingerprint": FINGERPRINT, "batch_size": 4, "progress": False}
     write_top_k(load_decided(torch.float32), examples, folder, **settings | given)

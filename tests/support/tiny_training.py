@@ -23,7 +23,7 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave, this_process
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training.distillation.top_k import write_top_k
-from lt_train.training.settings import teacher_facts
+from lt_train.training.settings import teacher_fingerprint
 from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40
@@ -42,8 +42,8 @@ def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Pa
     """What a training with these settings and `train.distill.teacher: top_k` learns from."""
     recipe = tiny_recipe(settings)
     given, examples, base = recipe.train.distill, tiny_examples(recipe.data.heldout).train, load(torch.float32)
-    facts = teacher_facts(recipe, examples_fingerprint(examples))
-    files = {"k": given.top_k, "temperature": given.temperature, "facts": facts, "batch_size": 3, "progress": False}
+    fingerprint = teacher_fingerprint(recipe, examples_fingerprint(examples))
+    files = {"k": given.top_k, "temperature": given.temperature, "fingerprint": fingerprint, "batch_size": 3, "progress": False}
     with base.full_attention():
         write_top_k(base, examples, folder, **files)
     return folder
@@ -142,7 +142,7 @@ class SignalAt(NoTracker):
 
 
 def train_each(trainings: dict[Path, dict[str, Any]], base: Path | None = None, examples: int = 22) -> None:
-    """Train in each folder with its settings, one after the other; the whole work of a process."""
+    """Train in each folder with its settings, one after the other; all the work of a process."""
     torch.set_num_threads(1)
     load = load_tiny if base is None else hybrid_from(base)
     for folder, settings in trainings.items():

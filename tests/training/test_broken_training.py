@@ -22,13 +22,13 @@ from tests.support.training_log import assert_same_course
 
 def test_a_nan_loss_names_its_step_and_its_sample_and_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:
     one_by_one = {"train": {**EVERY_STEP["train"], "micro_batch_size": 1}}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         train_in(tmp_path, one_by_one, NoTracker(), load=breaks_on(BAD))
-    message = str(told.value)
+    message = str(raised.value)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and fault_of(newest) is None
     step = int(newest.name.removeprefix("checkpoint-")) + 1
-    assert f"training stopped in step {step}: the loss is nan, on {BAD.where}. {newest}, written before it, is whole" in message
+    assert f"training stopped in step {step}: the loss is nan, on {BAD.where}. {newest}, written before it, is valid" in message
     assert "lower train.learning_rate" in message
     assert not any(tmp_path.glob(f"checkpoint-{step}*"))
     weights = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
@@ -38,14 +38,14 @@ def test_a_nan_loss_names_its_step_and_its_sample_and_keeps_the_checkpoint_befor
 def test_of_a_pack_every_document_is_named(tmp_path: Path) -> None:
     packed = {**EVERY_STEP, "data": {"packing": True, "max_length": 64}}
     packed["train"] = {**EVERY_STEP["train"], "batch_size": 2, "micro_batch_size": 1, "max_steps": 30}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         train_in(tmp_path, packed, NoTracker(), load=breaks_on(BAD))
-    named = str(told.value).partition("nan, on ")[2].partition(". ")[0].split(", ")
+    named = str(raised.value).partition("nan, on ")[2].partition(". ")[0].split(", ")
     assert BAD.where in named
     assert 24 < sum(len(e) for e in tiny_examples().train if e.where in named) <= 64
 
 
-def test_a_gradient_that_is_nan_stops_before_the_weights_move_and_names_the_whole_step(tmp_path: Path) -> None:
+def test_a_gradient_that_is_nan_stops_before_the_weights_move_and_names_all_samples_of_the_step(tmp_path: Path) -> None:
     def load(dtype: torch.dtype) -> torch.nn.Module:
         model, seen = load_tiny(dtype), []
 
@@ -64,9 +64,9 @@ def test_a_gradient_that_is_nan_stops_before_the_weights_move_and_names_the_whol
 def test_a_nan_on_held_out_samples_names_them_and_is_not_saved(tmp_path: Path) -> None:
     bad = tiny_examples(5).heldout[3]
     settings = {"train": {**EVERY_STEP["train"], "eval_steps": 2}, "data": {"heldout": 5}}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         train_in(tmp_path, settings, NoTracker(), load=breaks_on(bad))
-    assert "after step 2: the held-out loss is nan, on " in str(told.value) and bad.where in str(told.value)
+    assert "after step 2: the held-out loss is nan, on " in str(raised.value) and bad.where in str(raised.value)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
@@ -88,22 +88,22 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before_i
     tmp_path: Path, size: int, written_by: str, train_tiny: Callable[..., Any]
 ) -> None:
     settings = {"train": {**EVERY_STEP["train"], "logging_steps": 1, "save_steps": 2}}
-    train_tiny("whole", **settings)
+    train_tiny("uninterrupted", **settings)
     run = tmp_path / "run"
-    with ExitStack() as disk, pytest.raises(UserError) as told:
+    with ExitStack() as disk, pytest.raises(UserError) as raised:
         train_in(run, settings, AtStep(4, lambda: disk.enter_context(files_of_at_most(size))))
-    message = str(told.value)
-    assert "the checkpoint of step 4 could not be written" in message and "make room first" in message
-    assert f"{run / 'checkpoint-2'} is whole, and the same command goes on from it" in message
+    message = str(raised.value)
+    assert "the checkpoint of step 4 could not be written" in message and "Fix: free disk space" in message
+    assert f"run the same command again; it resumes from {run / 'checkpoint-2'}, which is valid" in message
     assert {"safetensors": "serializing", "torch": "inline_container", "Python": "too large"}[written_by] in message
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2"]  # the room is free again
     train_in(run, settings, NoTracker())
-    assert_same_course(run, tmp_path / "whole")
+    assert_same_course(run, tmp_path / "uninterrupted")
 
 
 def test_a_log_that_cannot_be_written_is_the_same_error(tmp_path: Path) -> None:
     settings = {"train": {**EVERY_STEP["train"], "logging_steps": 1, "save_steps": 2}}
-    named = r"log\.jsonl of step 4 could not be written.*checkpoint-2 is whole"
+    named = r"log\.jsonl of step 4 could not be written.*checkpoint-2, which is valid"
     with ExitStack() as disk, pytest.raises(UserError, match=named):
         train_in(tmp_path, settings, AtStep(3, lambda: disk.enter_context(files_of_at_most(1))))
     train_in(tmp_path, settings, NoTracker())
@@ -124,10 +124,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full_leaves_the_checkpoint_before_it(small_disk: Path) -> None:
     settings = {"train": {**EVERY_STEP["train"], "keep_checkpoints": 9}}  # a checkpoint has some 200 KB
-    with pytest.raises(UserError, match=r"the checkpoint of step \d could not be written: .* is whole, and the same command"):
+    with pytest.raises(
+        UserError, match=r"the checkpoint of step \d could not be written: .* run the same command again; it resumes"
+    ):
         train_in(small_disk, settings, NoTracker())
     newest = newest_checkpoint(small_disk)
     assert newest is not None and fault_of(newest) is None
-    with pytest.raises(UserError, match=f"{newest.name} is whole"):  # as full as before, as good as before
+    with pytest.raises(UserError, match=f"{newest.name}, which is valid"):  # as full as before, as good as before
         train_in(small_disk, settings, NoTracker())
     assert newest_checkpoint(small_disk) == newest

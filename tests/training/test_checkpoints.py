@@ -8,16 +8,16 @@ from lt_train.training.checkpoints import (
     MANIFEST,
     check_same_settings,
     fault_of,
-    last_whole_checkpoint,
+    last_valid_checkpoint,
     publish_weights,
     read_checkpoint,
     remove_old_checkpoints,
-    whole_final,
+    valid_final,
     write_manifest,
 )
 
 
-def save(run: Path, step: int, *, whole: bool = True) -> Path:
+def save(run: Path, step: int, *, valid: bool = True) -> Path:
     folder = run / f"checkpoint-{step}"
     (folder / "global_step").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 20)
@@ -25,18 +25,18 @@ def save(run: Path, step: int, *, whole: bool = True) -> Path:
     (folder / "optimizer.pt").write_bytes(b"moments")
     (folder / "rng_state_0.pth").write_bytes(b"state")
     (folder / "global_step" / "rank_0.pt").write_bytes(b"shard")
-    if whole:
+    if valid:
         write_manifest(folder, step, {"seed": 1})
     return folder
 
 
 def found(run: Path) -> tuple[int | None, list[str]]:
-    said: list[str] = []
-    checkpoint = last_whole_checkpoint(run, said.append)
-    return (checkpoint.step if checkpoint else None), said
+    printed: list[str] = []
+    checkpoint = last_valid_checkpoint(run, printed.append)
+    return (checkpoint.step if checkpoint else None), printed
 
 
-def test_the_newest_whole_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+def test_the_newest_valid_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
     for step in (5, 20, 100):
         save(tmp_path, step)
     assert found(tmp_path) == (100, [])
@@ -49,17 +49,17 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_half_written_checkpoint_is_named_passed_over_and_kept_aside(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    save(tmp_path, 20, whole=False)
-    step, said = found(tmp_path)
+    save(tmp_path, 20, valid=False)
+    step, printed = found(tmp_path)
     assert step == 10
-    assert len(said) == 1 and "checkpoint-20" in said[0] and "cut off" in said[0]
+    assert len(printed) == 1 and "checkpoint-20" in printed[0] and "killed" in printed[0]
     assert (tmp_path / "unfinished-checkpoint" / "model.safetensors").exists()
     assert not (tmp_path / "checkpoint-20").exists()
 
 
 def test_half_written_checkpoints_of_many_kills_do_not_pile_up(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        save(tmp_path, step, whole=False)
+        save(tmp_path, step, valid=False)
         assert found(tmp_path)[0] is None
     assert [p.name for p in tmp_path.iterdir()] == ["unfinished-checkpoint"]
 
@@ -77,9 +77,9 @@ def test_half_written_checkpoints_of_many_kills_do_not_pile_up(tmp_path: Path) -
 def test_a_damaged_checkpoint_is_passed_over_and_never_deleted(tmp_path: Path, damage, fault: str) -> None:
     save(tmp_path, 10)
     damage(save(tmp_path, 20))
-    step, said = found(tmp_path)
+    step, printed = found(tmp_path)
     assert step == 10
-    assert fault in said[0]
+    assert fault in printed[0]
     assert (tmp_path / "damaged-checkpoint-20-1").is_dir()
     damage(save(tmp_path, 20))
     found(tmp_path)
@@ -115,7 +115,7 @@ def test_another_recipes_checkpoint_is_refused_naming_what_differs(tmp_path: Pat
 def test_published_weights_come_without_what_only_training_needs(tmp_path: Path) -> None:
     publish_weights(read_checkpoint(save(tmp_path, 10)), tmp_path / "final")
     assert sorted(p.name for p in (tmp_path / "final").iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
-    final = whole_final(tmp_path / "final", print)
+    final = valid_final(tmp_path / "final", print)
     assert final is not None and final.step == 10
 
 
@@ -129,7 +129,7 @@ def test_published_weights_survive_the_deletion_of_their_checkpoint(tmp_path: Pa
 def test_a_damaged_final_folder_is_set_aside(tmp_path: Path) -> None:
     publish_weights(read_checkpoint(save(tmp_path, 10)), tmp_path / "final")
     (tmp_path / "final" / "config.json").write_text("{ }")
-    said: list[str] = []
-    assert whole_final(tmp_path / "final", said.append) is None
-    assert "made again" in said[0]
+    printed: list[str] = []
+    assert valid_final(tmp_path / "final", printed.append) is None
+    assert "written again" in printed[0]
     assert (tmp_path / "damaged-final-1").is_dir() and not (tmp_path / "final").exists()

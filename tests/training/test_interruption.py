@@ -19,14 +19,14 @@ TWO_EPOCHS: dict[str, Any] = {"train": {"max_steps": None, "epochs": 2, "save_st
 
 def test_sigterm_saves_a_checkpoint_from_which_the_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    train_in(tmp_path / "whole", TWO_EPOCHS, NoTracker())
+    train_in(tmp_path / "uninterrupted", TWO_EPOCHS, NoTracker())
     with pytest.raises(Interrupted, match="the checkpoint of step 8 is saved") as stopped:
         train_in(tmp_path / "stopped", TWO_EPOCHS, SignalAt(7))  # step 7 has ended when it is logged
     assert stopped.value.exit_code == 143
     assert fault_of(tmp_path / "stopped" / "checkpoint-8") is None and len(steps(tmp_path / "stopped")) == 8
     assert signal.getsignal(signal.SIGTERM) == before
     train_in(tmp_path / "stopped", TWO_EPOCHS, NoTracker())
-    assert_same_course(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_course(tmp_path / "stopped", tmp_path / "uninterrupted")
 
 
 def test_a_step_that_takes_longer_than_the_grace_period_is_given_up_for_the_last_checkpoint(

@@ -1,4 +1,4 @@
-"""What is asked of a launch before anything long begins, and what a launch folder holds."""
+"""The checks of a launch before anything long starts, and the content of a launch folder."""
 
 import subprocess
 from pathlib import Path
@@ -27,25 +27,25 @@ def test_deepspeed_without_a_launcher_is_an_error_with_the_launch_line() -> None
     check(ZERO3, Process(0, 1, launched=True))
 
 
-def test_a_missing_deepspeed_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_deepspeed_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the package deepspeed is not installed"):
         check(ZERO3, Process(0, 1, launched=True))
     check({}, Process(0, 1, launched=False))
 
 
-def test_processes_that_cannot_share_the_batch_are_told_before_anything_begins() -> None:
+def test_processes_among_which_the_batch_does_not_divide_are_reported_before_anything_begins() -> None:
     with pytest.raises(UserError, match=r"the 6 that 3 processes with train\.micro_batch_size 2 take at a time"):
         check({}, Process(0, 3, launched=True))
 
 
-def test_one_process_that_sees_several_gpus_is_told_to_start_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_that_sees_several_gpus_is_asked_to_start_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"8 GPUs are visible to one process.*--num_gpus 8"):
         check({}, Process(0, 1, launched=False))
 
 
-def test_bf16_on_a_gpu_that_does_not_compute_in_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_on_a_gpu_that_does_not_compute_in_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
@@ -61,9 +61,9 @@ def test_the_slurm_script_starts_one_torchrun_for_each_machine(tmp_path: Path) -
     environment = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
     command = ["bash", REPOSITORY / "launch/train.slurm", "recipe.yaml", "--set", "name=a b"]
     path = f"{tmp_path}:/usr/bin:/bin"
-    said = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True, check=True).stdout
     expected = "--kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-id 7 --rdzv-backend c10d "
-    assert said.strip() == expected + "--rdzv-endpoint node-1:29500 -m lt_train train recipe.yaml --set name=a b"
+    assert printed.strip() == expected + "--rdzv-endpoint node-1:29500 -m lt_train train recipe.yaml --set name=a b"
 
 
 def test_deepspeed_reads_the_example_hostfile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed, as its launcher starts them: the same course as one process, whole weights, kills and resumes."""
+"""Two processes under DeepSpeed, started by its launcher: the losses of one process, complete weights, kills and resumes."""
 
 import json
 import shutil
@@ -108,15 +108,15 @@ def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_train
 ) -> None:
     recipe = tiny_training.tiny_recipe(settings_of(mode, two, launched=False))
     load = tiny_training.hybrid_from(base)
-    mine, whole = (load_trained(recipe, folder / "final", load, torch.float32).model for folder in (two / mode, one(mode)))
-    assert {n: w.shape for n, w in mine.state_dict().items()} == {n: w.shape for n, w in whole.state_dict().items()}
+    mine, single = (load_trained(recipe, folder / "final", load, torch.float32).model for folder in (two / mode, one(mode)))
+    assert {n: w.shape for n, w in mine.state_dict().items()} == {n: w.shape for n, w in single.state_dict().items()}
     input_ids = torch.randint(2, tiny_training.VOCABULARY, (2, 20))
     with torch.no_grad():
-        assert (mine(input_ids).logits - whole(input_ids).logits).abs().max() < 1e-2
+        assert (mine(input_ids).logits - single(input_ids).logits).abs().max() < 1e-2
         assert (mine(input_ids).logits - load(torch.float32)(input_ids).logits).abs().max() > 0.02, "it was trained"
 
 
-def test_without_deepspeed_another_number_of_processes_goes_on_to_the_same_losses(two: Path, one: Any, tmp_path: Path) -> None:
+def test_without_deepspeed_another_number_of_processes_resumes_to_the_same_losses(two: Path, one: Any, tmp_path: Path) -> None:
     folder = tmp_path / "resumed" / "ddp"
     shutil.copytree(two / "ddp", folder)
     for later in ("final", "checkpoint-12"):
@@ -154,9 +154,9 @@ def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base:
     assert "number of processes, among which DeepSpeed splits the optimizer's states: 2, 1" in output.read_text()
 
 
-def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(base: Path, tmp_path: Path) -> None:
+def test_a_training_of_which_one_process_is_killed_resumes_to_the_same_losses(base: Path, tmp_path: Path) -> None:
     train = {**settings_of("zero3", tmp_path, launched=True)["train"], **TWO_EPOCHS}
-    output, killed, whole = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "whole"
+    output, killed, uninterrupted = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "uninterrupted"
     process = start_launch({killed: {"train": train}}, base, output, examples=60)
     while len(steps(killed)) < 18:
         assert process.poll() is None, output.read_text()
@@ -165,9 +165,9 @@ def test_a_training_of_which_one_process_is_killed_goes_on_to_the_same_losses(ba
     second.send_signal(signal.SIGKILL)
     assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
     assert 18 <= len(steps(killed)) < 30, "in the second epoch"
-    printed = train_in_ranks({killed: {"train": train}, whole: {"train": train}}, base, tmp_path / "printed", examples=60)
-    assert "goes on from checkpoint-" in printed
-    assert_same_course(killed, whole)
+    printed = train_in_ranks({killed: {"train": train}, uninterrupted: {"train": train}}, base, tmp_path / "printed", examples=60)
+    assert "resumed from checkpoint-" in printed
+    assert_same_course(killed, uninterrupted)
 
 
 def _is_second(process: psutil.Process) -> bool:

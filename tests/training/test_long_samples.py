@@ -60,10 +60,10 @@ def bytes_of_loss(tokens: int, folder: Path) -> LiveBytes:
 
 def test_the_loss_of_16k_tokens_and_152k_words_never_holds_their_logits(tmp_path: Path) -> None:
     """TRL computes tiles of 4,096 tokens and 32,768 words. Without Triton's kernels, as here, it holds about eight at a time."""
-    half, whole = (bytes_of_loss(tokens, tmp_path / str(tokens)) for tokens in (8_192, 16_384))
+    half, full = (bytes_of_loss(tokens, tmp_path / str(tokens)) for tokens in (8_192, 16_384))
     logits = 16_384 * QWEN_VOCABULARY * 4
-    assert whole.largest < 0.06 * logits
-    assert half.peak < whole.peak < 1.01 * half.peak < 0.5 * logits
+    assert full.largest < 0.06 * logits
+    assert half.peak < full.peak < 1.01 * half.peak < 0.5 * logits
 
 
 def test_neither_training_nor_the_held_out_loss_runs_the_head_over_a_sequence(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_neither_training_nor_the_held_out_loss_runs_the_head_over_a_sequence(tm
 
     def load(dtype: torch.dtype) -> HybridForCausalLM:
         model = load_tiny(dtype)
-        model.lm_head.register_forward_hook(lambda *args: pytest.fail("the head ran over a whole sequence"))
+        model.lm_head.register_forward_hook(lambda *args: pytest.fail("the head ran over an entire sequence"))
         return model
 
     for packing in (False, True):

@@ -1,4 +1,4 @@
-"""A training that was cut off goes on as if it had not been."""
+"""A training that was interrupted resumes with the same result."""
 
 import shutil
 from pathlib import Path
@@ -17,33 +17,33 @@ TWO_EPOCHS: dict[str, Any] = {"train": {"max_steps": None, "epochs": 2, "save_st
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training over TWO_EPOCHS that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train_in(folder, TWO_EPOCHS, NoTracker())
     return folder
 
 
 @pytest.mark.parametrize("cut", [5, 9], ids=["mid-epoch", "second epoch"])
 def test_resumed_training_has_the_loss_of_an_uninterrupted_one_at_every_step(
-    train_tiny, train_until, tmp_path: Path, whole: Path, cut: int
+    train_tiny, train_until, tmp_path: Path, uninterrupted: Path, cut: int
 ) -> None:
     train_until(cut, "cut", **TWO_EPOCHS)
     assert len(steps(tmp_path / "cut")) == cut
     train_tiny("cut", **TWO_EPOCHS)
-    assert len(steps(whole)) == 12
-    assert_same_course(tmp_path / "cut", whole)
+    assert len(steps(uninterrupted)) == 12
+    assert_same_course(tmp_path / "cut", uninterrupted)
 
 
 def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train_until, tmp_path: Path) -> None:
     settings = {
         "train": {"method": "lora", "max_steps": 8, "save_steps": 3, "logging_steps": 2},
-        "lora": {"rank": 4, "dropout": 0.1},  # dropout: the state of the random numbers is restored too
+        "lora": {"rank": 4, "dropout": 0.1},  # dropout: the state of the rng is restored too
     }
-    train_tiny("whole", **settings)
+    train_tiny("uninterrupted", **settings)
     train_until(6, "cut", **settings)
     train_tiny("cut", **settings)
-    assert_same_course(tmp_path / "cut", tmp_path / "whole")
+    assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize(
@@ -55,29 +55,31 @@ def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train
     ],
     ids=["nothing random", "dropout", "noise"],
 )
-def test_the_number_of_processes_matters_where_each_draws_random_numbers(settings: dict[str, Any], matters: bool) -> None:
+def test_the_number_of_processes_matters_where_each_has_its_own_rng(settings: dict[str, Any], matters: bool) -> None:
     recipe = tiny_recipe(settings)
     one, two = (settings_of_training(recipe, recipe.train, SPEC, "", processes) for processes in (1, 2))
     assert (one != two) == matters
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_written_again(
-    train_tiny, train_until, tmp_path: Path, whole: Path, capsys
+    train_tiny, train_until, tmp_path: Path, uninterrupted: Path, capsys
 ) -> None:
     train_until(7, "cut", **TWO_EPOCHS)
     newest = tmp_path / "cut" / "checkpoint-6"
     (newest / "manifest.json").unlink()
     (newest / "optimizer.pt").write_bytes(b"")
     train_tiny("cut", **TWO_EPOCHS)
-    said = capsys.readouterr().out
-    assert "checkpoint-6 is not whole" in said and "goes on from checkpoint-4" in said
-    assert_same_course(tmp_path / "cut", whole)
+    printed = capsys.readouterr().out
+    assert "checkpoint-6: not a valid checkpoint" in printed and "resumed from checkpoint-4" in printed
+    assert_same_course(tmp_path / "cut", uninterrupted)
 
 
-def test_a_training_cut_off_before_its_first_checkpoint_starts_again(train_tiny, train_until, tmp_path: Path, whole: Path) -> None:
+def test_a_training_interrupted_before_its_first_checkpoint_starts_again(
+    train_tiny, train_until, tmp_path: Path, uninterrupted: Path
+) -> None:
     train_until(2, "cut", **TWO_EPOCHS)
     train_tiny("cut", **TWO_EPOCHS)
-    assert_same_course(tmp_path / "cut", whole)
+    assert_same_course(tmp_path / "cut", uninterrupted)
 
 
 def test_a_finished_training_is_not_done_again(train_tiny, tmp_path: Path) -> None:

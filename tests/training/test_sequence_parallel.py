@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
-from lt_train.training.sequence_parallel import SharedSequences, share_sequences, slice_of
+from lt_train.training.sequence_parallel import ShardedSequences, shard_of, shard_sequences
 from tests.support import shared_sequence, tiny_training
 from tests.support.launched_training import train_in_ranks
 from tests.support.processes import call_in_ranks
@@ -34,9 +34,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", shared_sequence.CASES)
-def test_two_processes_that_share_a_sequence_compute_the_logits_and_gradients_of_one(shared, case: str) -> None:
+def test_two_processes_that_shard_a_sequence_compute_the_logits_and_gradients_of_one(shared, case: str) -> None:
     alone = shared_sequence.logits_and_gradients(
-        shared_sequence.model_of(case), slice_of(shared_sequence.batch_of(case), index=0, slices=1)
+        shared_sequence.model_of(case), shard_of(shared_sequence.batch_of(case), index=0, degree=1)
     )
     assert shared[case].keys() == alone.keys()
     for name, expected in alone.items():
@@ -65,7 +65,7 @@ def assert_same_training(two: Path, one: Path) -> None:
 
 
 @pytest.mark.slow
-def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_goes_on(tmp_path: Path, base: Path) -> None:
+def test_packs_that_two_processes_shard_train_as_on_one_and_a_killed_training_resumes(tmp_path: Path, base: Path) -> None:
     """Over two epochs, with accumulation, checkpointing, held-out samples, and packs of an odd number of tokens."""
     train = {"max_steps": None, "epochs": 2, "batch_size": 3, "gradient_checkpointing": True, "save_steps": 1, "eval_steps": 3}
     settings: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_packs_that_two_processes_share_train_as_on_one_and_a_killed_training_go
 
 
 @pytest.mark.slow
-def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: Path, base: Path) -> None:
+def test_samples_that_two_processes_shard_train_an_adapter_as_on_one(tmp_path: Path, base: Path) -> None:
     train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
@@ -94,12 +94,12 @@ def test_samples_that_two_processes_share_train_an_adapter_as_on_one(tmp_path: P
 
 
 @pytest.mark.parametrize("count", [8, 9])
-def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_others(count: int) -> None:
+def test_processes_that_shard_a_sequence_read_the_same_rows_and_others_read_others(count: int) -> None:
     rows: list[list[int]] = []
     for rank in range(4):
         sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(count)), 1, drop_last=False), 4, rank)
         loader = DataLoaderShard(range(count), batch_sampler=sampler)
-        SharedSequences(degree=2, rank=rank, processes=4).deal_out(loader)
+        ShardedSequences(degree=2, rank=rank, world_size=4).assign_rows(loader)
         rows.append([int(row) for batch in loader for row in batch])
     assert rows[0] == rows[1] and rows[2] == rows[3]
     dealt = [row for pair in zip(rows[0], rows[2], strict=True) for row in pair]
@@ -108,8 +108,8 @@ def test_processes_that_share_a_sequence_read_the_same_rows_and_others_read_othe
 
 def test_rows_that_are_dealt_in_another_order_are_refused() -> None:
     sampler = BatchSamplerShard(BatchSampler(SequentialSampler(range(8)), 4, drop_last=False), 4, 0, split_batches=True)
-    with pytest.raises(UserError, match="Take accelerator_config and train_sampling_strategy out"):
-        SharedSequences(degree=2, rank=0, processes=4).deal_out(DataLoaderShard(range(8), batch_sampler=sampler))
+    with pytest.raises(UserError, match="Fix: remove accelerator_config and train_sampling_strategy"):
+        ShardedSequences(degree=2, rank=0, world_size=4).assign_rows(DataLoaderShard(range(8), batch_sampler=sampler))
 
 
 @pytest.mark.parametrize("with_positions", [True, False])
@@ -117,23 +117,25 @@ def test_slices_keep_each_tokens_label_and_position_in_its_document(with_positio
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 1]]), "labels": torch.tensor([[IGNORED, 6, 7, 8, 9, IGNORED]])}
     places = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0]])}
     mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}
-    first, second = (slice_of(batch | (places if with_positions else mask), index, 2) for index in (0, 1))
+    first, second = (shard_of(batch | (places if with_positions else mask), index, 2) for index in (0, 1))
     assert first["shift_labels"].tolist() == [[6, 7, 8]] and second["shift_labels"].tolist() == [[9, IGNORED, IGNORED]]
     assert first["position_ids"].tolist() == [[0, 1, 2]] and second["position_ids"].tolist() == [[3, 4, 0]]
     assert second["input_ids"].tolist() == [[8, 9, 1]]
 
 
-def test_heads_that_cannot_be_shared_out_are_told_before_training() -> None:
-    with pytest.raises(UserError, match=r"6 processes cannot share 4 query heads and 2 key/value heads. These can: 1, 2, 4"):
-        share_sequences(tiny_training.load_tiny(torch.float32), degree=6)
+def test_heads_that_do_not_divide_are_reported_before_training() -> None:
+    with pytest.raises(
+        UserError, match=r"6: 4 query heads and 2 key/value heads do not divide among 6 processes\. Fix: set one of 1, 2, 4"
+    ):
+        shard_sequences(tiny_training.load_tiny(torch.float32), degree=6)
 
 
 def test_a_slice_without_positions_or_with_a_mask_is_refused() -> None:
     model = tiny_training.load_tiny(torch.float32).train()
-    model.share_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
+    model.shard_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
     input_ids = torch.ones(1, 4, dtype=torch.long)
-    with pytest.raises(HybridError, match="needs position_ids"):
+    with pytest.raises(HybridError, match="position_ids: missing"):
         model(input_ids)
-    with pytest.raises(HybridError, match="takes no attention_mask"):
+    with pytest.raises(HybridError, match="attention_mask: a shard of a sequence takes none"):
         model(input_ids, attention_mask=torch.ones_like(input_ids), position_ids=torch.arange(4)[None])
     assert model.eval()(input_ids).logits.shape == (1, 4, tiny_training.VOCABULARY)

@@ -37,15 +37,15 @@ def write_recipe(folder: Path, name: str) -> Path:
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does_and_the_first_process_alone_speaks(tmp_path: Path) -> None:
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
-    logs = ["--log-dir", str(tmp_path / "said"), "--redirects", "3"]  # standard output and error of each process, in files
+    logs = ["--log-dir", str(tmp_path / "printed"), "--redirects", "3"]  # standard output and error of each process, in files
     train = ["-m", "lt_train", "train", str(write_recipe(tmp_path, "two")), "--runs", str(tmp_path)]
     talkative = {"TRANSFORMERS_VERBOSITY": "info"}
     environment = {**os.environ, **talkative, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*torchrun, *logs, *train], env=environment, capture_output=True, text=True, timeout=300)
-    said = {rank: "".join(path.read_text() for path in sorted(tmp_path.glob(f"said/*/*/{rank}/*.log"))) for rank in "01"}
-    assert done.returncode == 0, done.stderr + "".join(said.values())
-    assert "the trained model has the weights of step 4" in said["0"] and "training 4/4" in said["0"]
-    assert (said["1"], done.stdout) == ("", "")
+    printed = {rank: "".join(path.read_text() for path in sorted(tmp_path.glob(f"printed/*/*/{rank}/*.log"))) for rank in "01"}
+    assert done.returncode == 0, done.stderr + "".join(printed.values())
+    assert "the trained model has the weights of step 4" in printed["0"] and "training 4/4" in printed["0"]
+    assert (printed["1"], done.stdout) == ("", "")
 
     run_in_folder(load_recipe(write_recipe(tmp_path, "one")), tmp_path, "train")
     two, one = (tmp_path / name / "train" for name in ("two", "one"))

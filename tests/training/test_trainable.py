@@ -55,14 +55,14 @@ def test_full_fine_tuning_gives_gradients_to_every_parameter(tmp_path: Path) -> 
 
 def test_an_unknown_target_is_an_error_that_names_the_modules_there_are() -> None:
     recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj", "query"]}})
-    with pytest.raises(UserError, match=r"lora\.targets: query: .*take some of down_proj, .*q_proj"):
+    with pytest.raises(UserError, match=r"lora\.targets: query: .*name some of down_proj, .*q_proj"):
         lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
 
 
 @pytest.mark.parametrize(
     ("peft", "told"),
     [
-        ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: take some of .*lm_head"),
+        ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: name some of .*lm_head"),
         ({"exclude_modules": ["k_proj"]}, r"exclude_modules: k_proj: no module with an adapter has this name\. Fix: .* q_proj"),
         ({"exclude_modules": ".*nowhere"}, r"exclude_modules: \.\*nowhere: no module with an adapter"),
         ({"exclude_modules": "("}, r"exclude_modules: \(: not a regular expression \(missing \), unterminated"),
@@ -110,17 +110,17 @@ def test_only_the_projections_of_streaming_layers_get_gradients(tmp_path: Path) 
     assert names == expected
 
 
-def test_all_else_is_the_bases_to_the_last_bit_and_training_goes_on_where_it_was_cut_off(
+def test_all_else_is_the_bases_to_the_last_bit_and_training_resumes_where_it_was_interrupted(
     train_tiny, train_until, tmp_path: Path
 ) -> None:
     settings = {"train": {**LAZY_ONLY["train"], "max_steps": 6, "save_steps": 2, "gradient_checkpointing": True}}
-    whole = train_tiny("whole", **settings)
-    model = load_trained(tiny_recipe(settings), whole.folder, load_tiny, torch.float32).model
+    uninterrupted = train_tiny("uninterrupted", **settings)
+    model = load_trained(tiny_recipe(settings), uninterrupted.folder, load_tiny, torch.float32).model
     assert changed(model) == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in SPEC.lazy_layers for p in "qkvo"}
-    states = torch.load(tmp_path / "whole/checkpoint-6/optimizer.pt", weights_only=True)["state"]
+    states = torch.load(tmp_path / "uninterrupted/checkpoint-6/optimizer.pt", weights_only=True)["state"]
     assert len(states) == 4 * len(SPEC.lazy_layers)
     train_until(5, "cut", **settings)
-    assert train_tiny("cut", **settings).train_loss == pytest.approx(whole.train_loss, abs=1e-6)
+    assert train_tiny("cut", **settings).train_loss == pytest.approx(uninterrupted.train_loss, abs=1e-6)
 
 
 def test_a_model_in_which_nothing_streams_has_nothing_to_train() -> None:

@@ -113,7 +113,7 @@ def test_old_checkpoints_are_deleted_only_down_to_keep_checkpoints(train_tiny, t
 
 def test_a_setting_that_trl_refuses_is_the_users_error(tmp_path: Path) -> None:
     recipe = tiny_recipe({"train": {"trl": {"optim": "no_such_optimizer"}}})
-    with pytest.raises(UserError, match=r"TRL does not take these settings.*no_such_optimizer"):
+    with pytest.raises(UserError, match=r"TRL refuses these settings.*no_such_optimizer"):
         training.sft_config(recipe, recipe.train, tmp_path)
 
 

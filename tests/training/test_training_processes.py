@@ -26,9 +26,9 @@ def start(folder: Path, settings: dict[str, Any], output: Path) -> ForkServerPro
 
 
 @pytest.mark.slow
-def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, tmp_path: Path) -> None:
+def test_a_training_killed_at_any_moment_resumes_to_the_same_losses(train_tiny, tmp_path: Path) -> None:
     settings = {"train": {"max_steps": None, "epochs": 15, "save_steps": 2}, "data": {"heldout": 3}}
-    train_tiny("whole", **settings)
+    train_tiny("uninterrupted", **settings)
     output = tmp_path / "output.txt"
     moments, logged = random.Random(5), 0
     for _ in range(2):
@@ -41,10 +41,10 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_losses(train_tiny, 
         logged = len(steps(tmp_path / "killed"))
     code = exit_code(start(tmp_path / "killed", settings, output))
     assert code == 0, output.read_text()
-    assert "goes on from checkpoint-" in output.read_text()
-    assert_same_course(tmp_path / "killed", tmp_path / "whole")
-    whole, killed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
-    assert all((whole[name] - killed[name]).abs().max() < 1e-6 for name in whole)
+    assert "resumed from checkpoint-" in output.read_text()
+    assert_same_course(tmp_path / "killed", tmp_path / "uninterrupted")
+    uninterrupted, killed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("uninterrupted", "killed"))
+    assert all((uninterrupted[name] - killed[name]).abs().max() < 1e-6 for name in uninterrupted)
 
 
 OWN = {"weight": 0.7, "temperature": 1.5, "hidden_weight": 0.3}

@@ -92,11 +92,11 @@ GENERATES = """
 import os, sys
 from pathlib import Path
 from tests.support.generated_text import generated
-from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, place_of, write_result
+from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, probe_folder, write_result
 
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
 out, step = Path(sys.argv[1]), int(sys.argv[2])
-answer = ProbeSample("needle", "a", generated(place_of(out, step) / "weights"), None, 1.0)
+answer = ProbeSample("needle", "a", generated(probe_folder(out, step) / "weights"), None, 1.0)
 write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), (answer,)))
 """
 
@@ -125,8 +125,8 @@ def in_two_processes(program: str, *arguments: Path, output: Path) -> list[tuple
 def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Path) -> None:
     ended = in_two_processes(NAN, tmp_path / "run", output=tmp_path / "printed")
     assert [code for code, _ in ended] == [2, 2], ended
-    told = [output.strip().splitlines()[-1] for _, output in ended]
-    assert told[0] == told[1] and f": the loss is nan, on {BAD.where}. " in told[0]
+    last_lines = [output.strip().splitlines()[-1] for _, output in ended]
+    assert last_lines[0] == last_lines[1] and f": the loss is nan, on {BAD.where}. " in last_lines[0]
 
 
 @pytest.mark.slow

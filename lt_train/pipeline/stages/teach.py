@@ -6,7 +6,7 @@ from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
 from lt_train.training.distillation.top_k import write_top_k
-from lt_train.training.settings import teacher_facts
+from lt_train.training.settings import teacher_fingerprint
 
 NAME = "teacher"
 NEEDS: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ def run(context: RunContext) -> None:
             context.paths.teacher,
             k=train.distill.top_k,
             temperature=train.distill.temperature,
-            facts=teacher_facts(context.recipe, examples_fingerprint(examples)),
+            fingerprint=teacher_fingerprint(context.recipe, examples_fingerprint(examples)),
             batch_size=train.micro_batch_size,
         )
         release_memory()

@@ -1,8 +1,8 @@
-"""What the model's own past self says on the answer tokens of a batch: the base, with full attention in every layer.
+"""Teachers: the base, with full attention in every layer, on the answer tokens of a batch.
 
-A teacher is asked before the student's forward pass and gives targets, which know their divergence from a student's hidden states.
+A teacher runs before the student's forward pass and returns targets, which compute their divergence from a student's hidden states.
 
-Legend: B rows, T columns, A answer tokens of a batch (positions whose next token has a label), H hidden size, V vocabulary, K kept.
+Legend: B rows, T columns, A answer tokens of a batch (positions whose next token has a label), H hidden size, V vocab_size, K kept.
 """
 
 from collections.abc import Iterator
@@ -22,16 +22,15 @@ FORWARD_KL = 0.0  # TRL's beta: KL(teacher || student)
 
 
 class Targets(Protocol):
-    """A teacher's answers to one batch.
+    """A teacher's targets for one batch."""
 
-    Attributes:
-        layers: layer -> the teacher's output of it (A, H), of the layers that were asked for.
-    """
-
-    layers: dict[int, Tensor]
+    @property
+    def layers(self) -> dict[int, Tensor]:
+        """Layer index -> the teacher's output (A, H) of this layer, for the requested layers."""
+        ...
 
     def divergence(self, hidden_AH: Tensor, lm_head: nn.Linear) -> Tensor:
-        """KL(teacher || student), summed over the answer tokens, of a student with these final hidden states and this head."""
+        """KL(teacher || student), summed over the answer tokens, for a student with these final hidden states and this head."""
         ...
 
 
@@ -39,15 +38,15 @@ class Teacher(Protocol):
     def targets(self, model: nn.Module, inputs: dict[str, Any], answers_BT: Tensor) -> Targets:
         """
         Args:
-            model: what is trained, wrapped as it is trained. inputs: a batch of it.
-            answers_BT: True where the next token is an answer token; the last column never is.
+            model: the trained model with its wrappers. inputs: one of its batches.
+            answers_BT: True where the next token is an answer token; False in the last column.
         """
         ...
 
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """All of the teacher's distribution, by its final hidden states: logits are made of both models tile by tile and never kept."""
+    """The teacher's full distribution, as its final hidden states: logits of both models are computed by tiles and never stored."""
 
     hidden_AH: Tensor
     lm_head: nn.Linear
@@ -63,7 +62,7 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class OwnTeacher:
-    """The trained model itself, adapters off and every layer full: with LoRA that is the base, without a second copy of it."""
+    """The trained model without its adapters and with full attention: with LoRA this is the base, without a second copy of it."""
 
     adapted: PeftModel
     temperature: float
@@ -71,14 +70,14 @@ class OwnTeacher:
 
     def targets(self, model: nn.Module, inputs: dict[str, Any], answers_BT: Tensor) -> DenseTargets:
         hybrid = hybrid_in(self.adapted)
-        # Through the wrapped model, so that DeepSpeed gathers the weights and mixed precision is the student's.
+        # By the wrapped model, so that DeepSpeed gathers the weights and mixed precision is the student's.
         with self.adapted.disable_adapter(), hybrid.full_attention(), evaluating(model):
-            return ask(model, hybrid, inputs, answers_BT, self.temperature, self.layers)
+            return run_teacher(model, hybrid, inputs, answers_BT, self.temperature, self.layers)
 
 
 @dataclass(frozen=True)
 class CopiedTeacher:
-    """A frozen copy of the base beside the trained model."""
+    """A frozen copy of the base, in memory with the trained model."""
 
     base: HybridForCausalLM
     temperature: float
@@ -86,12 +85,12 @@ class CopiedTeacher:
 
     def targets(self, model: nn.Module, inputs: dict[str, Any], answers_BT: Tensor) -> DenseTargets:
         with self.base.full_attention():
-            return ask(self.base, self.base, inputs, answers_BT, self.temperature, self.layers)
+            return run_teacher(self.base, self.base, inputs, answers_BT, self.temperature, self.layers)
 
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The teacher's likeliest tokens, see `TopKDivergence`."""
+    """The teacher's most likely tokens, see `TopKDivergence`."""
 
     indices_AK: Tensor
     log_probs_AK: Tensor
@@ -105,14 +104,13 @@ class TopKTargets:
 
 @dataclass(frozen=True)
 class StoredTeacher:
-    """Log-probabilities that were written before training."""
+    """Log-probabilities in files, written before training."""
 
     stored: StoredTopK
 
     def targets(self, model: nn.Module, inputs: dict[str, Any], answers_BT: Tensor) -> TopKTargets:
-        found = self.stored.of_batch(inputs)
-        device = answers_BT.device
-        return TopKTargets(*(part.to(device) for part in found), temperature=self.stored.temperature)
+        indices_AK, log_probs_AK, rest_A = (tensor.to(answers_BT.device) for tensor in self.stored.of_batch(inputs))
+        return TopKTargets(indices_AK, log_probs_AK, rest_A, self.stored.temperature)
 
 
 def hybrid_in(student: PeftModel | HybridForCausalLM) -> HybridForCausalLM:
@@ -120,7 +118,7 @@ def hybrid_in(student: PeftModel | HybridForCausalLM) -> HybridForCausalLM:
 
 
 @torch.no_grad()
-def ask(
+def run_teacher(
     model: nn.Module,
     hybrid: HybridForCausalLM,
     inputs: dict[str, Any],
@@ -128,10 +126,10 @@ def ask(
     temperature: float,
     layers: tuple[int, ...],
 ) -> DenseTargets:
-    """Run the teacher; logits are made for one column only."""
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    """Run the teacher; logits are computed for one column only."""
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
     with recorded(hybrid, answers_BT, layers) as states:
-        model(**asked | {"use_cache": False, "logits_to_keep": 1})
+        model(**unlabelled | {"use_cache": False, "logits_to_keep": 1})
     return DenseTargets(states.final_AH, hybrid.lm_head, temperature, states.layers)
 
 
@@ -145,9 +143,9 @@ class States:
 
 @contextmanager
 def recorded(hybrid: HybridForCausalLM, answers_BT: Tensor, layers: tuple[int, ...]) -> Iterator[States]:
-    """While the block runs, a forward pass leaves its states in what is yielded, with their gradients.
+    """While the block runs, a forward pass stores its states in the yielded object, with their gradients.
 
-    Layers that gradient checkpointing runs again in the backward pass do so after the block, and are not seen again.
+    Gradient checkpointing runs layers again in the backward pass, after the block: those runs are not recorded.
     """
     states = States()
 
@@ -170,7 +168,7 @@ def recorded(hybrid: HybridForCausalLM, answers_BT: Tensor, layers: tuple[int, .
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no noise on the embeddings while the block runs."""
+    """While the block runs, the model has no dropout and no noise on the embeddings."""
     was_training = model.training
     model.eval()
     try:

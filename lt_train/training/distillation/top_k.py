@@ -1,9 +1,9 @@
-"""A teacher on disk: for each answer token of the training data its k likeliest tokens, and how likely all others are together.
+"""A teacher on disk: for each answer token of the training data its k most likely tokens, and the probability of all others.
 
-Written before training, a batch of examples at a time; `progress.json` says how many are whole, so a writer that was killed goes on
-there. In training a document is recognised by its tokens, whatever it is packed with and in whatever order it comes.
+The files are written before training, a batch of examples at a time; `progress.json` counts the complete examples, so a killed
+writer resumes there. Training finds a document by its tokens, in any pack and any order.
 
-Legend: A answer tokens, H hidden size, V vocabulary, K tokens kept.
+Legend: A answer tokens, H hidden size, V vocab_size, K tokens kept.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ from lt_train.runtime.progress import show_progress
 LOGITS_AT_ONCE = 2**26
 """Logits in memory at a time: 256 MB in fp32."""
 
-Facts = dict[str, str | int | float]
-"""What decides the content of the files, by name."""
+TeacherFingerprint = dict[str, str | int | float]
+"""What the content of the files depends on, by name."""
 
 TopK = tuple[Tensor, Tensor, Tensor]
-"""Of A answer tokens: indices (A, K), their log-probabilities (A, K), the log-probability of all other tokens together (A)."""
+"""For A answer tokens: indices (A, K), their log-probabilities (A, K), the log-probability of all other tokens together (A)."""
 
 
 class TopKDivergence(torch.autograd.Function):
     """KL(teacher || student) in nats, summed over answer tokens, where all tokens that the teacher did not keep are one outcome.
 
-    It is a lower bound of the whole divergence (log-sum inequality), 0 only where the student agrees on every kept token and on
-    what is left, and the whole divergence where K = V. Logits are made a chunk of tokens at a time, and gradients with them, as in
-    Liger's fused losses (arXiv 2410.10989): nothing of the size A x V is kept for the backward pass.
+    It is a lower bound of the full divergence (log-sum inequality), and equal to it for K = V. It is 0 only if the student agrees
+    on the probability of every kept token. Logits and gradients are computed a chunk of tokens at a time, as in Liger's fused
+    losses (arXiv 2410.10989): the backward pass needs no tensor of size A x V.
     """
 
     @staticmethod
@@ -78,28 +78,28 @@ class TopKDivergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else gradient * grad_output.to(gradient.dtype) for gradient in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
 
 def _divergence(log_q_AV: Tensor, indices_AK: Tensor, log_p_AK: Tensor, log_rest_A: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of KL over all rows, and its gradient (A, V) by the student's softened logits: q - p, where the teacher's rest is
-    spread over the other tokens as the student spreads its own.
+    distributed over the other tokens in the student's proportions.
     """
     log_q_AK = log_q_AV.gather(1, indices_AK)
     others_AV = log_q_AV.scatter(1, indices_AK, -torch.inf)
     log_q_rest_A = others_AV.logsumexp(-1)
-    known, unknown_A = log_p_AK.exp() * (log_p_AK - log_q_AK), log_rest_A.exp() * (log_rest_A - log_q_rest_A)
-    left_A = log_rest_A > -torch.inf  # else: every token was kept
-    total = known.sum() + unknown_A[left_A].sum()
-    scale_A = torch.where(left_A, log_rest_A - log_q_rest_A, -torch.inf)
+    kept_AK, rest_A = log_p_AK.exp() * (log_p_AK - log_q_AK), log_rest_A.exp() * (log_rest_A - log_q_rest_A)
+    has_rest_A = log_rest_A > -torch.inf  # else every token was kept
+    total = kept_AK.sum() + rest_A[has_rest_A].sum()
+    scale_A = torch.where(has_rest_A, log_rest_A - log_q_rest_A, -torch.inf)
     target_AV = (others_AV + scale_A[:, None]).exp().scatter(1, indices_AK, log_p_AK.exp())
     return total, log_q_AV.exp() - target_AV
 
 
 def logits(hidden_AH: Tensor, weight_VH: Tensor) -> Tensor:
-    """Logits (A, V) in fp32: rounded to bf16 they would be off by a hundredth where they are large."""
+    """Logits (A, V) in fp32: rounded to bf16, large ones would be off by a hundredth."""
     with torch.autocast(hidden_AH.device.type, enabled=False):
         if hidden_AH.is_cuda and weight_VH.dtype == torch.bfloat16:
             return torch.mm(hidden_AH.to(weight_VH.dtype), weight_VH.t(), out_dtype=torch.float32)
@@ -108,7 +108,7 @@ def logits(hidden_AH: Tensor, weight_VH: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def top_k_of(hidden_AH: Tensor, weight_VH: Tensor, k: int, temperature: float) -> TopK:
-    """On the CPU."""
+    """The k most likely tokens of each row, on the CPU."""
     chunk = max(1, LOGITS_AT_ONCE // len(weight_VH))
     parts = []
     for hidden in hidden_AH.split(chunk):
@@ -122,7 +122,7 @@ def top_k_of(hidden_AH: Tensor, weight_VH: Tensor, k: int, temperature: float) -
 
 @dataclass(frozen=True)
 class StoredTopK:
-    """The files of one teacher, for reading: made with `open_top_k`."""
+    """The files of one teacher, opened for reading by `open_top_k`."""
 
     temperature: float
     indices_AK: np.ndarray
@@ -134,16 +134,20 @@ class StoredTopK:
         """The answer tokens of a batch as TRL's collator makes it, padded or packed, in reading order; on the CPU.
 
         Raises:
-            UserError: it holds a document that the files do not know.
+            UserError: the files have no targets for a document of the batch.
         """
         ids_BT, labels_BT = inputs["input_ids"].cpu(), inputs["labels"].cpu()
         mask_BT, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
         found = []
-        for row, first, length in find_documents(*ids_BT.shape, ids_BT.device, mask_BT, position_ids).spans:
+        rows, columns = ids_BT.shape
+        for row, first, length in find_documents(rows, columns, ids_BT.device, mask_BT, position_ids).spans:
             span = slice(first, first + length)
             key = _digest(ids_BT[row, span].numpy(), labels_BT[row, span].numpy())
             if key not in self.rows:
-                raise UserError("train.distill.teacher: top_k: a document of the batch is not in the teacher's files")
+                raise UserError(
+                    "train.distill.teacher: top_k: a document of the batch is not in the teacher's files. "
+                    "Fix: delete the teacher's folder and run lt-train teacher RECIPE"
+                )
             found.append(self.rows[key])
         parts = [[torch.from_numpy(np.array(table[rows])) for rows in found] for table in self._tables]
         indices, kept, rest = (torch.cat(part) for part in parts)
@@ -161,24 +165,24 @@ def write_top_k(
     *,
     k: int,
     temperature: float,
-    facts: Facts,
+    fingerprint: TeacherFingerprint,
     batch_size: int,
     progress: bool = True,
 ) -> None:
-    """Write what is missing of a teacher's files.
+    """Write a teacher's files, or the missing part of them.
 
     Args:
         teacher: the base with full attention in every layer.
-        facts: what decides the answers besides k and temperature: the model and the data.
+        fingerprint: what the log-probabilities depend on besides k and temperature: the model and the data.
 
     Raises:
-        UserError: `folder` holds something else, k is larger than the vocabulary, an example exceeds the model's context.
+        UserError: `folder` holds another teacher's files, k is larger than vocab_size, or an example exceeds the model's context.
     """
     weight_VH = teacher.lm_head.weight
     if k > len(weight_VH):
-        raise UserError(f"train.distill.top_k: {k} is more than the vocabulary of {len(weight_VH)} tokens")
-    facts = {**facts, "k": k, "temperature": temperature}
-    done = _examples_done(folder, facts)
+        raise UserError(f"train.distill.top_k: {k}: above the model's vocab_size. Fix: set at most {len(weight_VH)}")
+    fingerprint = {**fingerprint, "k": k, "temperature": temperature}
+    done = _examples_done(folder, fingerprint)
     longest = longest_first(examples)
     if done == len(examples):
         return
@@ -190,20 +194,22 @@ def write_top_k(
                 table[at : at + len(hidden_AH)] = values.numpy()
                 table.flush()
             at, done = at + len(hidden_AH), done + len(batch)
-            write_json(folder / "progress.json", {"examples": done, **facts})
+            write_json(folder / "progress.json", {"examples": done, **fingerprint})
             bar.update(done)
 
 
-def open_top_k(folder: Path, examples: Sequence[Example], k: int, temperature: float, facts: Facts) -> StoredTopK:
+def open_top_k(
+    folder: Path, examples: Sequence[Example], k: int, temperature: float, fingerprint: TeacherFingerprint
+) -> StoredTopK:
     """
     Raises:
-        UserError: the files are missing, not whole, or of another model, other data or settings.
+        UserError: the files are missing, incomplete, or of another model, other data or settings.
     """
-    done = _examples_done(folder, {**facts, "k": k, "temperature": temperature})
+    done = _examples_done(folder, {**fingerprint, "k": k, "temperature": temperature})
     if done < len(examples):
         raise UserError(
             f"{folder}: the teacher's log-probabilities are written for {done:,} of {len(examples):,} examples. "
-            "Write the others with lt-train teacher RECIPE, which goes on where it stopped"
+            "Fix: write the others with lt-train teacher RECIPE, which resumes"
         )
     longest = longest_first(examples)
     rows, at = {}, 0
@@ -214,13 +220,13 @@ def open_top_k(folder: Path, examples: Sequence[Example], k: int, temperature: f
     return StoredTopK(temperature, *_tables(folder, at, k, new=False), rows)
 
 
-def _examples_done(folder: Path, facts: Facts) -> int:
+def _examples_done(folder: Path, fingerprint: TeacherFingerprint) -> int:
     path = folder / "progress.json"
     if not path.exists():
         return 0
     found = read_json(path, "progress of a teacher")
     done = found.pop("examples", 0)
-    if differing := differences({name: found.get(name) for name in facts}, facts):
+    if differing := differences({name: found.get(name) for name in fingerprint}, fingerprint):
         listed = "; ".join(differing)
         raise UserError(f"{folder}: written with another teacher (there, here: {listed}). Fix: delete the folder to write it again")
     return done
@@ -238,9 +244,9 @@ def _tables(folder: Path, rows: int, k: int, new: bool) -> tuple[np.memmap, np.m
         try:
             table = np.lib.format.open_memmap(path, mode="r+")
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}). Delete the folder and write it anew") from error
+            raise UserError(f"{path}: cannot be read ({error}). Fix: delete the folder to write it again") from error
         if table.shape != shape:
-            raise UserError(f"{path}: is of shape {table.shape}, not {shape}. Delete the folder and write it anew")
+            raise UserError(f"{path}: shape {table.shape}, not {shape}. Fix: delete the folder to write it again")
         opened.append(table)
     indices, log_probs, rest = opened
     return indices, log_probs, rest
@@ -251,6 +257,6 @@ def _rows(examples: Sequence[Example]) -> int:
 
 
 def _digest(ids_T: np.ndarray, labels_T: np.ndarray) -> bytes:
-    """Of a document: its tokens, and which of them are the answer."""
+    """A hash of a document's tokens and of which tokens are the answer."""
     answer_T = labels_T != IGNORED
     return hashlib.blake2b(ids_T.astype(np.int64).tobytes() + answer_T.tobytes(), digest_size=16).digest()

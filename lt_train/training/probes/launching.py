@@ -1,8 +1,8 @@
-"""Probes of saved checkpoints while training goes on: one process at a time, started and watched by the main process.
+"""Probes of saved checkpoints during training: one process at a time, started and watched by the main process.
 
-The process reads weights that are held for it (hard links), so that no rotation of checkpoints takes them away. It leaves samples
-one by one and at last its result; the weights are let go when the result was taken in. So from the folders alone a resumed training
-sees which probes are still to finish. A probe that fails is reported, and training goes on.
+The process reads hard links of the weights, so that no rotation of checkpoints deletes them. It writes samples one by one, then its
+result; the weights are deleted after the result is read. So a resumed training finds the unfinished probes from the folders alone.
+A probe that fails is reported, and training continues.
 """
 
 import shutil
@@ -19,23 +19,25 @@ from lt_train.training.checkpoints import (
     finished_checkpoints,
     publish_weights,
     read_checkpoint,
-    written_or_told,
+    reporting_write_errors,
 )
-from lt_train.training.probes.results import ProbeResult, place_of, read_result, steps_in
+from lt_train.training.probes.results import ProbeResult, probe_folder, probed_steps, read_result
 
 WEIGHTS = "weights"
 
-OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-OF_A_LAUNCHER_BEGIN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "OMPI_", "PMI_", "MV2_")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "CROSS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "OMPI_", "PMI_", "MV2_")
 
 
 def environment_for(device: str, given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is alone, on the device of `train.probes.device`.
+    """The environment of a single process, outside the launch, on the device of `train.probes.device`.
 
     Args:
-        given: that of the main process of the training.
+        given: the environment of the training's main process.
     """
-    kept = {name: value for name, value in given.items() if name not in OF_A_LAUNCHER and not name.startswith(OF_A_LAUNCHER_BEGIN)}
+    kept = {
+        name: value for name, value in given.items() if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
     if device == "cpu":
         return {**kept, "CUDA_VISIBLE_DEVICES": ""}
     if device != "same":
@@ -55,15 +57,15 @@ class Probes:
         every: optimizer steps between probes.
         command: the command line of the process that probes the checkpoint of a step.
         environment: its environment.
-        take_in: gets each result, and the weights it is about.
-        report: takes lines for the user.
+        on_result: called with each result and the probed weights.
+        report: prints a line for the user.
     """
 
     out: Path
     every: int
     command: Callable[[int], list[str]]
     environment: Mapping[str, str]
-    take_in: Callable[[ProbeResult, Checkpoint], None]
+    on_result: Callable[[ProbeResult, Checkpoint], None]
     report: Callable[[str], None]
     _waiting: list[int] = field(default_factory=list)
     _running: tuple[int, subprocess.Popen[bytes]] | None = None
@@ -72,32 +74,34 @@ class Probes:
         return step % self.every == 0 or step == last_step
 
     def resume(self, step: int, last_step: int) -> None:
-        """Take up what a training that goes on from `step` has left unfinished; forget probes of a course that did not survive.
+        """Continue the unfinished probes of a training that resumes from `step`, and delete probes of later steps.
 
-        Probes of checkpoints that are still there and have no result are due again: those that failed, too.
+        Probes of existing checkpoints without a result are due again, including those that failed.
         """
-        for probed in steps_in(self.out):
-            place = place_of(self.out, probed)
+        for probed in probed_steps(self.out):
+            place = probe_folder(self.out, probed)
             if probed > step:
                 shutil.rmtree(place)
             elif (place / WEIGHTS).is_dir():
                 self._waiting.append(probed)
         for checkpoint in map(read_checkpoint, finished_checkpoints(self.out)):
-            done = (place_of(self.out, checkpoint.step) / WEIGHTS).is_dir() or read_result(self.out, checkpoint.step) is not None
+            done = (probe_folder(self.out, checkpoint.step) / WEIGHTS).is_dir() or read_result(
+                self.out, checkpoint.step
+            ) is not None
             if self.is_due(checkpoint.step, last_step) and not done:
                 self.add(checkpoint)
         self._waiting.sort()
 
     def add(self, checkpoint: Checkpoint) -> None:
-        """Hold the checkpoint's weights for a probe, which begins when no other is under way."""
-        place = place_of(self.out, checkpoint.step)
+        """Link the checkpoint's weights for a probe, which starts when no other probe runs."""
+        place = probe_folder(self.out, checkpoint.step)
         shutil.rmtree(place, ignore_errors=True)
-        with written_or_told(self.out, f"what the probe of step {checkpoint.step} reads"):
+        with reporting_write_errors(self.out, f"the weights for the probe of step {checkpoint.step}"):
             publish_weights(checkpoint, place / WEIGHTS)
         self._waiting.append(checkpoint.step)
 
     def is_busy(self) -> bool:
-        """Take in what has ended, begin what waits; says whether a probe is under way."""
+        """Read the result of a finished probe and start the next one. Returns whether a probe is running."""
         if self._running is not None and self._running[1].poll() is not None:
             self._finish(*self._running)
             self._running = None
@@ -106,22 +110,22 @@ class Probes:
         return self._running is not None
 
     def wait(self) -> None:
-        """Wait in all processes of the training until no probe is under way."""
+        """Wait in all processes of the training until no probe is running."""
         if decided_by_main(self.is_busy):
-            self.report("waiting for the probe that is under way")
+            self.report("waiting for the running probe")
             wait_while_main(self.is_busy)
 
     def stop(self) -> None:
-        """End the process under way, if there is one; a resumed training goes on with it."""
+        """Kill the running process, if there is one; a resumed training starts its probe again."""
         if self._running is not None:
             step, process = self._running
-            process.kill()  # it may be cut off at any moment
+            process.kill()  # safe at any moment
             process.wait()
             self._waiting.insert(0, step)
             self._running = None
 
     def _begin(self, step: int) -> None:
-        if read_result(self.out, step) is not None:  # it ended, and was not taken in any more
+        if read_result(self.out, step) is not None:  # finished, but the result was not read before a kill
             self._finish(step, None)
             return
         with open(self._output(step), "ab") as output:
@@ -131,25 +135,25 @@ class Probes:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is for the training, which ends it
+                start_new_session=True,  # Ctrl-C reaches only the training, which kills the probe
             )
         self._running = step, process
 
     def _finish(self, step: int, process: subprocess.Popen[bytes] | None) -> None:
-        weights = place_of(self.out, step) / WEIGHTS
+        weights = probe_folder(self.out, step) / WEIGHTS
         result = read_result(self.out, step)
         if result is None:
-            self.report(f"the probe of step {step} failed, training goes on: {self._last_words(step, process)}")
+            self.report(f"the probe of step {step} failed, training continues: {self._failure(step, process)}")
         else:
             self.report(f"probe of step {step}: {', '.join(map(str, result.scores))}")
-            self.take_in(result, read_checkpoint(weights))
+            self.on_result(result, read_checkpoint(weights))
         shutil.rmtree(weights)
 
-    def _last_words(self, step: int, process: subprocess.Popen[bytes] | None) -> str:
+    def _failure(self, step: int, process: subprocess.Popen[bytes] | None) -> str:
         lines = self._output(step).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         code = "" if process is None else f"exit code {process.returncode}, "
-        return f"{said} ({code}all of it in {self._output(step)})"
+        return f"{last} ({code}full output in {self._output(step)})"
 
     def _output(self, step: int) -> Path:
-        return place_of(self.out, step) / "output.txt"
+        return probe_folder(self.out, step) / "output.txt"

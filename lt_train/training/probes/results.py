@@ -1,4 +1,4 @@
-"""What a probe of a checkpoint found: train/probes/step-<step>/result.json, written by the probing process at its very end."""
+"""The result of a checkpoint's probe: train/probes/step-<step>/result.json, written last by the probing process."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ class ProbeScore:
     """
     Attributes:
         accuracy: mean score of the answers; its standard error is over problems (None for a single one).
-        truncated: share of answers that reached max_new_tokens.
+        truncated: fraction of answers that reached max_new_tokens.
     """
 
     probe: str
@@ -32,7 +32,7 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class ProbeSample:
-    """One answer, to look at. `answer` is its end."""
+    """One answer for inspection. `answer` is its end."""
 
     probe: str
     problem: str
@@ -48,47 +48,48 @@ class ProbeResult:
     samples: tuple[ProbeSample, ...]
 
 
-def place_of(train: Path, step: int) -> Path:
-    """The folder of one probe: weights/ while it is under way, evals/<name>/ (samples and scores), output.txt, result.json."""
+def probe_folder(train: Path, step: int) -> Path:
+    """The folder of one probe: weights/ while it runs, evals/<name>/ (samples and scores), output.txt, result.json."""
     return train / "probes" / f"step-{step}"
 
 
-def steps_in(train: Path) -> list[int]:
-    """Steps of which there is a probe, finished or not."""
+def probed_steps(train: Path) -> list[int]:
+    """The steps with a probe, finished or not."""
     names = [path.name.removeprefix("step-") for path in (train / "probes").glob("step-*")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def write_result(train: Path, result: ProbeResult) -> None:
-    write_json(place_of(train, result.step) / RESULT, asdict(result))
+    write_json(probe_folder(train, result.step) / RESULT, asdict(result))
 
 
 def read_result(train: Path, step: int) -> ProbeResult | None:
-    """
+    """The result of a step's probe, or None if there is none.
+
     Raises:
-        UserError: it is there but not whole.
+        UserError: the file exists but is not valid.
     """
-    path = place_of(train, step) / RESULT
+    path = probe_folder(train, step) / RESULT
     if not path.exists():
         return None
     found = read_json(path, "result of a probe")
     try:
-        scores, samples = (tuple(kind(**row) for row in found[name]) for name, kind in PARTS)
+        scores = tuple(ProbeScore(**row) for row in found["scores"])
+        samples = tuple(ProbeSample(**row) for row in found["samples"])
         return ProbeResult(found["step"], scores, samples)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a whole result of a probe ({error}). Delete it and run again to make it anew") from error
-
-
-PARTS = (("scores", ProbeScore), ("samples", ProbeSample))
+        raise UserError(
+            f"{path}: not a valid result of a probe ({error}). Fix: delete it and run again, which repeats it"
+        ) from error
 
 
 def read_probes(train: Path) -> list[ProbeResult]:
-    """All that are there, in the order of steps."""
-    return [result for step in steps_in(train) if (result := read_result(train, step)) is not None]
+    """All results, in the order of steps."""
+    return [result for step in probed_steps(train) if (result := read_result(train, step)) is not None]
 
 
 def track_probes(tracker: Tracker, train: Path) -> None:
-    """Track all results again: a killed process may have lost the last ones. The tracker skips the points that it holds."""
+    """Log all results again: a killed process may have lost the last ones. The tracker skips the points that it already has."""
     results = read_probes(train)
     for result in results:
         _track_scores(tracker, result)
@@ -97,7 +98,7 @@ def track_probes(tracker: Tracker, train: Path) -> None:
 
 
 def track_probe(tracker: Tracker, new: ProbeResult, all_results: Sequence[ProbeResult]) -> None:
-    """The new result's points of the curves, and all results as tables: one of scores, one of answers for each probe."""
+    """Log the new result's points of the curves, and all results as tables: one of scores, one of answers for each probe."""
     _track_scores(tracker, new)
     _track_tables(tracker, new, all_results)
 
@@ -107,7 +108,7 @@ def _track_scores(tracker: Tracker, result: ProbeResult) -> None:
 
 
 def _track_tables(tracker: Tracker, new: ProbeResult, all_results: Sequence[ProbeResult]) -> None:
-    columns = ["step", "probe", "right", "standard error", "problems", "cut off"]
+    columns = ["step", "probe", "accuracy", "standard error", "problems", "truncated"]
     rows = [[result.step, *asdict(score).values()] for result in all_results for score in result.scores]
     tracker.table("probe scores", columns, rows)
     for score in new.scores:

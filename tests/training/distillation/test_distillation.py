@@ -66,11 +66,11 @@ def batch(trainer: HybridSFTTrainer) -> dict[str, Any]:
 
 def dense_loss(trainer: HybridSFTTrainer, inputs: dict[str, Any], weight: float) -> torch.Tensor:
     """The same loss from full logits of both models, in fp64."""
-    asked = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "position_ids")}
+    batch_inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "position_ids")}
     base = load_decided(torch.float32).eval()
     with torch.no_grad(), base.full_attention():
-        teacher = base(**asked, use_cache=False).logits[:, :-1]
-    student = trainer.model(**asked, use_cache=False).logits[:, :-1]
+        teacher = base(**batch_inputs, use_cache=False).logits[:, :-1]
+    student = trainer.model(**batch_inputs, use_cache=False).logits[:, :-1]
     labels = inputs["labels"][:, 1:]
     answers = labels != -100
     sft = cross_entropy(student[answers].double(), labels[answers])
@@ -112,7 +112,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_full_logits(
 
 @pytest.mark.parametrize("settings", [lora_recipe, recipe_of], ids=["own", "copy"])
 def test_an_unconverted_model_has_nothing_to_learn_from_itself(tmp_path: Path, settings) -> None:
-    """Its own teacher says to the last bit what it says."""
+    """A model that is its own teacher has a divergence of 0 exactly."""
 
     def unconverted(dtype: torch.dtype) -> HybridForCausalLM:
         model = build_hybrid(tiny_config(), NOTHING_STREAMS)
@@ -163,12 +163,12 @@ def test_the_hidden_loss_is_the_relative_squared_difference_after_streaming_laye
     trainer = moved(build(recipe_of(hidden_weight=1.0), tmp_path))
     inputs = batch(trainer)
     trainer.compute_loss(trainer.model, dict(inputs))
-    asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    batch_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     base = load_decided(torch.float32)
     with torch.no_grad():
-        student = trainer.model.model(**asked, output_hidden_states=True, use_cache=False).hidden_states
+        student = trainer.model.model(**batch_inputs, output_hidden_states=True, use_cache=False).hidden_states
         with base.full_attention():
-            teacher = base.model(**asked, output_hidden_states=True, use_cache=False).hidden_states
+            teacher = base.model(**batch_inputs, output_hidden_states=True, use_cache=False).hidden_states
     answers = inputs["labels"][:, 1:] != -100
     shares = []
     for layer in SPEC.lazy_layers:
@@ -230,20 +230,20 @@ def test_a_resumed_distillation_has_the_course_of_an_uninterrupted_one(train_tin
     given["train"] |= {"max_steps": 8, "save_steps": 3, "logging_steps": 2}
     if "lora" in given:
         given["lora"]["dropout"] = 0.1
-    train_tiny("whole", load=load_decided, **given)
+    train_tiny("uninterrupted", load=load_decided, **given)
     train_until(6, "cut", load=load_decided, **given)
     train_tiny("cut", load=load_decided, **given)
-    assert_same_course(tmp_path / "cut", tmp_path / "whole")
-    assert losses(tmp_path / "cut", "kl") == pytest.approx(losses(tmp_path / "whole", "kl"), abs=1e-6)
+    assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
+    assert losses(tmp_path / "cut", "kl") == pytest.approx(losses(tmp_path / "uninterrupted", "kl"), abs=1e-6)
 
 
-def test_without_a_weight_no_teacher_is_asked_or_loaded(tmp_path: Path) -> None:
+def test_without_a_weight_no_teacher_runs_or_is_loaded(tmp_path: Path) -> None:
     loaded = []
 
     def load(dtype: torch.dtype) -> HybridForCausalLM:
         loaded.append(dtype)
         model = load_decided(dtype)
-        model.full_attention = model.model.full_attention = lambda: pytest.fail("a teacher was asked")
+        model.full_attention = model.model.full_attention = lambda: pytest.fail("a teacher ran")
         return model
 
     settings = {"train": {"max_steps": 1}}

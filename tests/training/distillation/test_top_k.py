@@ -1,4 +1,4 @@
-"""A teacher on disk: written once, whole after any number of kills, and found again whatever a document is packed with."""
+"""A teacher on disk: written once, complete after any number of kills, and found again whatever a document is packed with."""
 
 import signal
 import sys
@@ -17,12 +17,12 @@ from lt_train.runtime.files import read_json
 from lt_train.training.distillation import top_k
 from lt_train.training.distillation.top_k import StoredTopK, TopKDivergence, open_top_k, top_k_of
 from tests.support.processes import exit_code, start_python
-from tests.support.stored_teacher import EXAMPLES, FACTS, TEMPERATURE, K, write
+from tests.support.stored_teacher import EXAMPLES, FINGERPRINT, TEMPERATURE, K, write
 from tests.support.tiny_training import VOCABULARY, load_decided
 
 
 def opened(folder: Path, **given: Any) -> StoredTopK:
-    return open_top_k(folder, EXAMPLES, **{"k": K, "temperature": TEMPERATURE, "facts": FACTS} | given)
+    return open_top_k(folder, EXAMPLES, **{"k": K, "temperature": TEMPERATURE, "fingerprint": FINGERPRINT} | given)
 
 
 def contents(folder: Path) -> dict[str, np.ndarray]:
@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     write(folder)
     return folder
@@ -75,7 +75,7 @@ def test_the_divergence_and_its_gradients_are_those_of_k_outcomes_and_the_rest(
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_the_more_tokens_are_kept_the_nearer_the_divergence_comes_to_the_whole_from_below() -> None:
+def test_the_more_tokens_are_kept_the_nearer_the_divergence_comes_to_the_full_one_from_below() -> None:
     student, teacher, head = random_problem()
     found = [TopKDivergence.apply(student, head, *kept(teacher, head, k), TEMPERATURE).item() for k in (1, 2, 5, 15, 30)]
     assert found == sorted(found) and found[0] < found[-1]
@@ -90,8 +90,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     assert max(gradient.abs().max() for gradient in torch.autograd.grad(found, (same, head))) < 1e-5
 
 
-def test_the_files_hold_the_likeliest_tokens_and_what_is_left(whole: Path) -> None:
-    stored, model = opened(whole), load_decided(torch.float32).eval()
+def test_the_files_hold_the_most_likely_tokens_and_the_rest(complete: Path) -> None:
+    stored, model = opened(complete), load_decided(torch.float32).eval()
     for example in EXAMPLES[:5]:
         with torch.no_grad():
             logits = model(torch.tensor([example.input_ids]), use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
@@ -103,8 +103,8 @@ def test_the_files_hold_the_likeliest_tokens_and_what_is_left(whole: Path) -> No
         torch.testing.assert_close(rest.exp(), 1 - log_probs.exp().sum(-1), atol=1e-5, rtol=1e-4)
 
 
-def test_documents_are_found_in_padded_rows_and_in_packs(whole: Path) -> None:
-    stored, (first, second) = opened(whole), EXAMPLES[3:5]
+def test_documents_are_found_in_padded_rows_and_in_packs(complete: Path) -> None:
+    stored, (first, second) = opened(complete), EXAMPLES[3:5]
     alone = [
         stored.of_batch({"input_ids": torch.tensor([e.input_ids]), "labels": torch.tensor([e.labels])}) for e in (second, first)
     ]
@@ -124,8 +124,10 @@ def test_documents_are_found_in_padded_rows_and_in_packs(whole: Path) -> None:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored.of_batch(inputs), expected, strict=True))
 
 
-def test_a_writer_that_was_cut_off_goes_on_to_the_same_files(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_writer_that_was_interrupted_resumes_to_the_same_files(
+    complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
 
     class Killed(BaseException):
         pass
@@ -137,7 +139,7 @@ def test_a_writer_that_was_cut_off_goes_on_to_the_same_files(whole: Path, tmp_pa
             yield batch, hidden
 
     def counts(model: Any, examples: Any, batch_size: int) -> Any:
-        asked.append(len(examples))
+        computed.append(len(examples))
         return answer_states(model, examples, batch_size)
 
     monkeypatch.setattr(top_k, "answer_states", dies_in_the_third_batch)
@@ -147,23 +149,23 @@ def test_a_writer_that_was_cut_off_goes_on_to_the_same_files(whole: Path, tmp_pa
         opened(tmp_path)
     monkeypatch.setattr(top_k, "answer_states", counts)
     write(tmp_path)
-    write(tmp_path)  # whole: no batch is asked again
-    assert asked == [14]
-    expected = contents(whole)
+    write(tmp_path)  # complete: no batch is computed again
+    assert computed == [14]
+    expected = contents(complete)
     assert contents(tmp_path).keys() == expected.keys()
     for name, found in contents(tmp_path).items():
         np.testing.assert_array_equal(found, expected[name])
 
 
 @pytest.mark.slow
-def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path: Path) -> None:
+def test_a_writer_that_is_killed_resumes_to_the_same_files(complete: Path, tmp_path: Path) -> None:
     program = (
         "from pathlib import Path; from time import sleep; from tests.support import stored_teacher\n"
         "from lt_train.training.distillation import top_k; ask = top_k.answer_states\n"
         "top_k.answer_states = lambda *given: (sleep(0.1) or batch for batch in ask(*given))\n"
         f"stored_teacher.write(Path({str(tmp_path)!r}))"
     )
-    process = start_python([sys.executable, "-c", program], whole.with_name("printed"))
+    process = start_python([sys.executable, "-c", program], complete.with_name("printed"))
     while process.is_alive() and not (tmp_path / "progress.json").exists():
         time.sleep(0.01)
     time.sleep(0.15)
@@ -172,38 +174,38 @@ def test_a_writer_that_is_killed_goes_on_to_the_same_files(whole: Path, tmp_path
     assert 0 < read_json(tmp_path / "progress.json", "progress")["examples"] < len(EXAMPLES)
     write(tmp_path)
     for name, found in contents(tmp_path).items():
-        np.testing.assert_array_equal(found, contents(whole)[name])
+        np.testing.assert_array_equal(found, contents(complete)[name])
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"k": 6}, "k: 5, 6"),
         ({"temperature": 1.0}, r"temperature: 1\.5, 1\.0"),
-        ({"facts": {"model": "n", "data": "d"}}, "model: 'm', 'n'"),
+        ({"fingerprint": {"model": "n", "data": "d"}}, "model: 'm', 'n'"),
     ],
 )
-def test_files_of_another_teacher_are_neither_taken_nor_overwritten(whole: Path, given: dict[str, Any], told: str) -> None:
-    before = contents(whole)
+def test_files_of_another_teacher_are_neither_taken_nor_overwritten(complete: Path, given: dict[str, Any], message: str) -> None:
+    before = contents(complete)
     for touch in (opened, write):
-        with pytest.raises(UserError, match=told):
-            touch(whole, **given)
-    assert all(np.array_equal(before[name], found) for name, found in contents(whole).items())
+        with pytest.raises(UserError, match=message):
+            touch(complete, **given)
+    assert all(np.array_equal(before[name], found) for name, found in contents(complete).items())
 
 
 def test_more_tokens_than_there_are_cannot_be_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"top_k: 41 is more than the vocabulary of {VOCABULARY}"):
+    with pytest.raises(UserError, match=f"top_k: 41: above the model's vocab_size. Fix: set at most {VOCABULARY}"):
         write(tmp_path, k=VOCABULARY + 1)
 
 
-def test_a_damaged_file_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(complete: Path, tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "rest.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"rest\.npy: cannot be read"):
         opened(tmp_path)
 
 
-def test_a_document_that_was_not_written_is_an_error(whole: Path) -> None:
+def test_a_document_that_was_not_written_is_an_error(complete: Path) -> None:
     inputs = {"input_ids": torch.tensor([[2, 3, 4]]), "labels": torch.tensor([[-100, 3, 4]])}
     with pytest.raises(UserError, match="a document of the batch is not in the teacher's files"):
-        opened(whole).of_batch(inputs)
+        opened(complete).of_batch(inputs)

@@ -11,17 +11,17 @@ import pytest
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
-from lt_train.training import broadcast as agreement
+from lt_train.training import broadcast
 from lt_train.training.checkpoints import fault_of, read_checkpoint
 from lt_train.training.probes.launching import environment_for
-from lt_train.training.probes.results import place_of, read_probes
+from lt_train.training.probes.results import probe_folder, read_probes
 from tests.support.probed_training import Training
 from tests.support.tiny_training import Cut, CutAt
 
 
 @pytest.fixture
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
-    monkeypatch.setattr(agreement, "SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(broadcast, "POLL_SECONDS", 0.02)
     return Training(tmp_path / "run")
 
 
@@ -46,13 +46,13 @@ def test_a_checkpoint_is_probed_every_so_many_steps_and_after_the_last_and_all_o
     assert tracker.points == [("probes", {"needle": s}, step) for step, s in training.scores.items()]
     assert [row[:3] for row in tracker.tables["probe scores"]] == [[2, "needle", 0.25], [4, "needle", 0.5], [5, "needle", 0.75]]
     assert [row[2] for row in tracker.tables["probe answers/needle"]] == ["of step 2", "of step 4", "of step 5"]
-    assert "probe of step 4: needle 50.0 ± 10.0 %" in training.said
+    assert "probe of step 4: needle 50.0 ± 10.0 %" in training.printed
 
 
 def test_weights_stay_while_a_probe_reads_them_and_no_longer(training: Training) -> None:
     training()
     for step in (2, 4, 5):
-        place = place_of(training.out, step)
+        place = probe_folder(training.out, step)
         assert json.loads((place / "seen.json").read_text())["step"] == step
         assert not (place / "weights").exists()
     assert training.folders() == ["checkpoint-5", "final", "probes"]
@@ -71,19 +71,23 @@ def test_training_waits_for_a_probe_only_when_the_next_is_due(training: Training
     assert not logged[3][1] and logged[3][0] - logged[2][0] < 1.5  # the probe of step 2 was under way
     assert logged[5][1]  # the probe of step 4 was due before it had ended
     assert [result.step for result in read_probes(training.out)] == [2, 4, 5]
-    assert "waiting for the probe that is under way" in training.said
+    assert "waiting for the running probe" in training.printed
 
 
-def test_a_probe_that_fails_is_reported_with_its_last_words_and_training_goes_on(training: Training) -> None:
+def test_a_probe_that_fails_is_reported_with_its_last_line_and_training_continues(training: Training) -> None:
     training.scores = {2: -1.0}
     assert training().steps == 5
-    (failed,) = [line for line in training.said if "failed" in line]
-    assert failed.startswith("the probe of step 2 failed, training goes on: error the needle got lost (exit code 1, all of it in ")
+    (failed,) = [line for line in training.printed if "failed" in line]
+    assert failed.startswith(
+        "the probe of step 2 failed, training continues: error the needle got lost (exit code 1, full output in "
+    )
     assert [result.step for result in read_probes(training.out)] == [4, 5]
-    assert not (place_of(training.out, 2) / "weights").exists()
+    assert not (probe_folder(training.out, 2) / "weights").exists()
 
 
-def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_the_checkpoint_is_gone(training: Training) -> None:
+def test_a_training_that_is_interrupted_ends_its_probe_and_starts_it_again_though_the_checkpoint_is_gone(
+    training: Training,
+) -> None:
     training.seconds = 60
     with pytest.raises(Cut):
         training(CutAt(4), save_steps=3)
@@ -95,10 +99,10 @@ def test_a_training_that_is_cut_off_ends_its_probe_and_takes_it_up_again_though_
     assert [result.step for result in read_probes(training.out)] == [2, 4, 5]
 
 
-def test_a_result_that_was_not_taken_in_any_more_is_taken_in_on_resume(training: Training) -> None:
+def test_a_result_that_was_not_read_before_a_kill_is_read_on_resume(training: Training) -> None:
     with pytest.raises(Cut):
         training(CutAt(3))
-    place = place_of(training.out, 2)
+    place = probe_folder(training.out, 2)
     if not (place / "result.json").exists():
         subprocess.run(training.command(2), check=True)
     tracker, started = Recording(), len(training.started)
@@ -108,7 +112,7 @@ def test_a_result_that_was_not_taken_in_any_more_is_taken_in_on_resume(training:
     assert not (place / "weights").exists()
 
 
-def test_probes_past_the_step_from_which_a_training_goes_on_are_forgotten(training: Training) -> None:
+def test_probes_past_the_step_from_which_a_training_resumes_are_deleted(training: Training) -> None:
     with pytest.raises(Cut):
         training(CutAt(5), keep_checkpoints=2)
     (training.out / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
@@ -133,7 +137,7 @@ def test_a_training_killed_after_its_last_step_finishes_its_probe_before_it_publ
     assert training.folders() == ["checkpoint-5", "final", "probes"]
 
 
-def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_piles_up(training: Training) -> None:
+def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_is_kept(training: Training) -> None:
     training.scores = {2: 0.25, 4: 0.75, 6: 0.75, 8: 0.5}
     result = training(keep_best="needle", final_weights="best", max_steps=8, save_steps=1)
     assert training.folders() == ["best-4", "checkpoint-8", "final", "probes"]
@@ -141,7 +145,7 @@ def test_the_best_by_a_probe_is_kept_and_published_and_nothing_else_piles_up(tra
     assert json.loads((result.folder / "measured.json").read_text()) == {"metric": "needle", "value": 0.75, "step": 4}
     weights = [(training.out / name / "model.safetensors") for name in ("final", "best-4", "checkpoint-8")]
     assert weights[0].samefile(weights[1]) and weights[0].read_bytes() != weights[2].read_bytes()
-    assert "the trained model has the weights of step 4, the best by needle (0.75)" in training.said
+    assert "the trained model has the weights of step 4, the best by needle (0.75)" in training.printed
 
 
 def test_the_best_by_held_out_loss_is_the_lowest_of_all_checkpoints(training: Training) -> None:
@@ -155,14 +159,14 @@ def test_the_best_by_held_out_loss_is_the_lowest_of_all_checkpoints(training: Tr
     assert training.folders() == [f"best-{best}", "checkpoint-8", "final"]
 
 
-def test_without_publish_best_the_last_weights_are_published_and_the_best_kept_beside_them(training: Training) -> None:
+def test_without_final_weights_best_the_last_weights_are_published_and_the_best_also_kept(training: Training) -> None:
     training.scores = {2: 0.75}
     assert training(keep_best="needle").steps == 5
     assert training.folders() == ["best-2", "checkpoint-5", "final", "probes"]
-    assert "the trained model has the weights of step 5, the last" in training.said
+    assert "the trained model has the weights of step 5, the last" in training.printed
 
 
-def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_made_good(training: Training) -> None:
+def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_repaired(training: Training) -> None:
     with pytest.raises(Cut):
         training(CutAt(3), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
     assert "best-2" in training.folders()
@@ -172,9 +176,11 @@ def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_made_good(train
     assert read_checkpoint(training.out / "best-2").step == 2
 
 
-def test_a_best_that_nothing_measured_is_an_error_and_the_probes_are_made_anew(training: Training) -> None:
+def test_a_best_that_nothing_measured_is_an_error_and_the_probes_are_repeated(training: Training) -> None:
     training.scores = dict.fromkeys((2, 4, 5), -1.0)
-    with pytest.raises(UserError, match=r"train\.final_weights: best: nothing was measured by needle.*change train\.probes"):
+    with pytest.raises(
+        UserError, match=r"train\.final_weights: best: no valid weights with a measured needle.*change train\.probes"
+    ):
         training(keep_best="needle", final_weights="best")
     assert "final" not in training.folders()
     training.scores = {}
