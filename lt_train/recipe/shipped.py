@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 
 INSTALLED = "share/lt_train/recipes/quickstart.yaml"
 PATHS = ("base", "source", "path", "chat_template", "deepspeed")
@@ -41,12 +41,12 @@ def find_recipe(name: Path) -> Path:
     Raises:
         UserError: a bare name that is neither.
     """
-    if name.exists() or name.suffix or len(name.parts) != 1:
+    if _exists(name) or name.suffix or len(name.parts) != 1:
         return name
     shipped = {path.stem: path for path in shipped_recipes()}
     if str(name) not in shipped:
         raise UserError(
-            f"RECIPE: {name}: there is no such file in {Path.cwd()}, and lt_train ships {', '.join(shipped)}. "
+            f"RECIPE: {shortened(str(name))}: there is no such file in {Path.cwd()}, and lt_train ships {', '.join(shipped)}. "
             "Fix: name a recipe file, or one of these"
         )
     return shipped[str(name)]

@@ -93,7 +93,10 @@ def test_a_name_that_an_override_repeats_from_a_faulty_benchmark_is_reported_onc
     assert faults_in_form(written(tmp_path, EVERY_PART.encode()), ["sample.benchmark==auto"]) == 1
 
 
-def test_a_recipe_with_a_very_long_name_is_refused_in_one_short_line() -> None:
+@pytest.mark.parametrize(
+    ("name", "told"), [("x" * 5000, "there is no such file in"), (f"{'x' * 5000}.yaml", "File name too long")], ids=["bare", "yaml"]
+)
+def test_a_recipe_with_a_very_long_name_is_refused_in_one_short_line(name: str, told: str) -> None:
     with pytest.raises(UserError) as error:
-        load_recipe_and_remarks(Path("x" * 5000))
-    assert "File name too long" in str(error.value) and len(str(error.value)) < LONGEST_LINE
+        load_recipe_and_remarks(Path(name))
+    assert told in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < LONGEST_LINE
