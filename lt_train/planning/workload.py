@@ -114,7 +114,7 @@ def _rows(recipe: Recipe) -> tuple[int | None, str]:
 
 
 def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Samples | None:
-    """The samples of the data themselves, where they and the tokenizer are local. What the run has tokenized is not tokenized again."""
+    """The samples of the data themselves, where they and the tokenizer are local; as the run has tokenized them, where it has."""
     if not isinstance(resolve_data(recipe.data.source), Path):
         return None
     folder = Path(resolve_model(recipe.model.base))
