@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lt_train import __version__
-from lt_train.dataset.examples import ExampleSet
+from lt_train.dataset.examples import ExampleSet, lengths
 from lt_train.dataset.store import Inputs, read_examples, write_examples
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
@@ -42,12 +43,7 @@ def load_examples(
     Raises:
         UserError: faulty rows, counted by kind, with file and line; nothing left, with the counts.
     """
-    if data.max_length > model_max_length:
-        raise UserError(
-            f"data.max_length: {data.max_length} tokens are more than the model's context of {model_max_length}; "
-            f"set it to at most {model_max_length}"
-        )
-    inputs = Inputs(data, prompt, tokenizer, tuple(sorted(eos_ids)), seed)
+    inputs = _checked(Inputs(data, prompt, tokenizer, tuple(sorted(eos_ids)), seed), model_max_length)
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             write_examples(inputs, Path(temporary), workers, progress)
@@ -57,6 +53,39 @@ def load_examples(
         if not kept.is_dir():
             _write_whole(inputs, kept, workers, progress)
     return read_examples(kept)
+
+
+def training_lengths(
+    data: Data,
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model_max_length: int,
+    seed: int,
+    eos_ids: Collection[int],
+    folder: Path,
+) -> np.ndarray:
+    """Tokens of each training example, prompt and answer. Tokenized only where `load_examples` keeps none in `folder`; not kept.
+
+    Raises:
+        UserError: see `load_examples`.
+    """
+    inputs = _checked(Inputs(data, prompt, tokenizer, tuple(sorted(eos_ids)), seed), model_max_length)
+    kept = folder / fingerprint(inputs)
+    if kept.is_dir():
+        return lengths(read_examples(kept).train)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_examples(inputs, Path(temporary), workers=None, progress=False)
+        return lengths(read_examples(Path(temporary)).train)
+
+
+def _checked(inputs: Inputs, model_max_length: int) -> Inputs:
+    if inputs.data.max_length > model_max_length:
+        raise UserError(
+            f"data.max_length: {inputs.data.max_length} tokens are more than the model's context of {model_max_length}; "
+            f"set it to at most {model_max_length}"
+        )
+    return inputs
 
 
 def fingerprint(inputs: Inputs) -> str:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,6 +22,9 @@ from lt_train.runtime.processes import end_with
 
 ROWS_AT_ONCE = 128
 """Rows in one task of a worker."""
+
+TASKS_AHEAD = 4
+"""Tasks of each worker that are begun before their rows are taken: many workers are faster than the one that writes."""
 
 ROWS_WITHOUT_WORKERS = 512
 """Starting workers takes longer than to tokenize so few rows."""
@@ -147,8 +151,11 @@ def tokenized_rows(rows: Iterable[PlacedRow], tokenize: RowTokenizer, workers: i
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     forking = multiprocessing.get_context("fork")  # the tokenizer is shared, not copied
     with forking.Pool(workers, _begin, (tokenize, os.getpid())) as pool:
-        for chunk in pool.imap(_tokenize, chain([rest], chunks)):
-            yield from chunk
+        tasks = (pool.apply_async(_tokenize, (chunk,)) for chunk in chain([rest], chunks))
+        begun = deque(islice(tasks, TASKS_AHEAD * workers))
+        while begun:
+            yield from begun.popleft().get()
+            begun.extend(islice(tasks, 1))
 
 
 _in_worker: RowTokenizer

@@ -31,6 +31,9 @@ from lt_train.runtime.sources import read_rows
 
 TABLE, RECORD = "examples.arrow", "examples.json"
 
+ROWS_BEFORE_WRITING = 100
+"""Examples that are held in memory until they are written; 1,000 by default, which of long traces are gigabytes."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -53,7 +56,8 @@ def write_examples(inputs: Inputs, folder: Path, workers: int | None, progress: 
     rows, tokenize, warnings = _opened(inputs)
     questions: list[str] = []
     ids: Counter[str] = Counter()
-    with ArrowWriter(path=str(folder / TABLE), features=FEATURES) as writer, show_progress("tokenizing", shown=progress) as bar:
+    writing = ArrowWriter(path=str(folder / TABLE), features=FEATURES, writer_batch_size=ROWS_BEFORE_WRITING)
+    with writing as writer, show_progress("tokenizing", shown=progress) as bar:
         for row in tokenized_rows(rows, tokenize, workers):
             for answer in tally.kept(row):
                 ids[answer.id] += 1

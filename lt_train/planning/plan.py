@@ -1,6 +1,7 @@
 """The plan of a recipe: `plan_recipe` computes it from the base's config. Only that config is downloaded, nothing is written."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.compute import Compute, training_compute
@@ -63,10 +64,13 @@ class RecipePlan:
         return self.profile_fits and (self.training is None or (self.training.fits and self.training.undivided is None))
 
 
-def plan_recipe(recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None) -> RecipePlan:
+def plan_recipe(
+    recipe: Recipe, machine: Machine, samples: int | None = None, mean_tokens: int | None = None, runs: Path = Path("runs")
+) -> RecipePlan:
     """
     Args:
         samples, mean_tokens: of the data, where they are not local (see `training_samples`).
+        runs: the folder of run folders.
 
     Raises:
         UserError: no config of the base, a base that cannot become a hybrid, or settings that do not fit it.
@@ -81,7 +85,7 @@ def plan_recipe(recipe: Recipe, machine: Machine, samples: int | None = None, me
     training = None
     if recipe.train is not None:
         check_heads(recipe.train.sequence_parallel, shape.heads, shape.key_heads)
-        found = training_samples(recipe, base_config, samples, mean_tokens)
+        found = training_samples(recipe, base_config, samples, mean_tokens, runs)
         work = None if found is None else training_work(recipe, recipe.train, found)
         training = _training(recipe, recipe.train, machine, shape, work)
     return RecipePlan(

@@ -11,6 +11,7 @@ from lt_train.hybrid.context_length import context_length
 from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.sources import load_rows, resolve_data, resolve_model
 
 
@@ -61,11 +62,14 @@ def training_work(recipe: Recipe, train: Train, samples: Samples) -> Workload:
     return Workload(samples, math.ceil(epochs * math.ceil(rows / batch)), epochs)
 
 
-def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int | None, mean: int | None) -> Samples | None:
+def training_samples(
+    recipe: Recipe, base_config: PreTrainedConfig, count: int | None, mean: int | None, runs: Path = Path("runs")
+) -> Samples | None:
     """The training samples without the held-out ones; None where neither the data nor `count` nor data.limit gives their number.
 
     Args:
         count: --samples, of the data before held-out samples are taken. mean: --mean-tokens, of a sample.
+        runs: the folder of run folders.
 
     Raises:
         UserError: a count or a mean below 1, a count that leaves no sample, or faulty local data.
@@ -79,7 +83,7 @@ def training_samples(recipe: Recipe, base_config: PreTrainedConfig, count: int |
             f"{recipe.data.max_length}"
         )
     if count is None and mean is None:
-        counted = _counted(recipe, base_config)
+        counted = _counted(recipe, base_config, runs)
         if counted is not None:
             return counted
     source = "--samples"
@@ -109,23 +113,23 @@ def _rows(recipe: Recipe) -> tuple[int | None, str]:
     return data.limit, "data.limit"
 
 
-def _counted(recipe: Recipe, base_config: PreTrainedConfig) -> Samples | None:
-    """The samples of the data themselves, where they and the tokenizer are local."""
+def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Samples | None:
+    """The samples of the data themselves, where they and the tokenizer are local; as the run has tokenized them, where it has."""
     if not isinstance(resolve_data(recipe.data.source), Path):
         return None
     folder = Path(resolve_model(recipe.model.base))
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         return None
-    from lt_train.dataset.examples import lengths
-    from lt_train.dataset.loading import load_examples
+    from lt_train.dataset.loading import training_lengths
     from lt_train.inference.loading import eos_ids, load_tokenizer
 
-    examples = load_examples(
+    lengths = training_lengths(
         recipe.data,
         recipe.prompt,
         load_tokenizer(recipe.model, recipe.prompt.stop_token),
         model_max_length=context_length(base_config.to_dict()),
         seed=recipe.seed,
         eos_ids=eos_ids(recipe.model),
+        folder=RunPaths(runs / recipe.name).data,
     )
-    return Samples(lengths(examples.train).tolist(), f"counted in {recipe.data.source}")
+    return Samples(lengths.tolist(), f"counted in {recipe.data.source}")

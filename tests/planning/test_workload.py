@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.inference.loading import load_base_config
+from lt_train.dataset import loading
+from lt_train.dataset.loading import load_examples
+from lt_train.hybrid.context_length import context_length
+from lt_train.inference.loading import eos_ids, load_base_config, load_tokenizer
 from lt_train.planning.workload import Samples, training_samples, training_work
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import RunPaths
 from tests.support.public_models import CONFIGS, public_recipe
 
 
@@ -40,6 +44,29 @@ def test_data_and_tokenizer_at_hand_are_counted():
     assert len(samples.lengths) == 200 - 64
     assert max(samples.lengths) <= 256 < sum(samples.lengths)
     assert samples.source == "counted in data/ledger/train.jsonl"
+
+
+def test_data_that_the_run_has_tokenized_are_not_tokenized_again(tmp_path, monkeypatch):
+    recipe = load_recipe(Path("recipes/quickstart.yaml"), ["data.limit=200"])
+    counted = samples_of(recipe)
+    tokenizer, base_config = load_tokenizer(recipe.model, recipe.prompt.stop_token), load_base_config(recipe.model)
+    load_examples(
+        recipe.data,
+        recipe.prompt,
+        tokenizer,
+        model_max_length=context_length(base_config.to_dict()),
+        seed=recipe.seed,
+        eos_ids=eos_ids(recipe.model),
+        folder=RunPaths(tmp_path / recipe.name).data,
+    )
+    monkeypatch.setattr(loading, "write_examples", lambda *_, **__: pytest.fail("tokenized again"))
+    assert training_samples(recipe, base_config, None, None, runs=tmp_path) == counted
+
+
+def test_counting_data_keeps_nothing(tmp_path):
+    recipe = load_recipe(Path("recipes/quickstart.yaml"), ["data.limit=200"])
+    training_samples(recipe, load_base_config(recipe.model), None, None, runs=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_said_goes_before_what_is_at_hand():

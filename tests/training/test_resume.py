@@ -89,6 +89,26 @@ def test_a_finished_training_is_not_done_again(train_tiny, tmp_path: Path) -> No
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
 
 
+class Recorder(NoTracker):
+    def __init__(self) -> None:
+        self.points: list[tuple[int, str]] = []
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.points += [(step, name) for name in metrics]
+
+
+def test_a_resumed_training_offers_the_tracker_all_that_was_logged_before_it_goes_on(train_until, tmp_path: Path) -> None:
+    whole, resumed, finished = Recorder(), Recorder(), Recorder()
+    settings = {"train": {"max_steps": 6, "save_steps": 2, "eval_steps": 3}, "data": {"heldout": 3}}
+    train_in(tmp_path / "whole", settings, whole)
+    train_until(5, "cut", **settings)
+    train_in(tmp_path / "cut", settings, resumed)
+    train_in(tmp_path / "cut", settings, finished)
+    assert {(3, "train/eval_loss"), (1, "train/loss"), (6, "train/loss")} <= set(whole.points)
+    assert resumed.points[: resumed.points.index((5, "train/epoch"))] == whole.points[: whole.points.index((5, "train/epoch"))]
+    assert set(resumed.points) == set(whole.points) == set(finished.points)
+
+
 def test_a_training_killed_after_its_last_checkpoint_only_publishes_it(train_tiny, tmp_path: Path) -> None:
     # 5 steps end in mid-epoch, where Trainer itself would take a sixth
     first = train_tiny("run", train={"max_steps": 5}, data={"heldout": 3})
