@@ -69,7 +69,7 @@ def run(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     **pipes: Any,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with `[sys.executable, …]`, text and both outputs captured."""
@@ -99,7 +99,7 @@ def start_ranks(function: Callable[..., Any], *arguments: Any, outputs: Path, wo
     ]
 
 
-def exit_code(process: ForkServerProcess, seconds: float = 300) -> int:
+def exit_code(process: ForkServerProcess, seconds: float = 600) -> int:
     """Wait for its end. That of a process which a signal ended is the signal's number below zero."""
     process.join(seconds)
     if process.exitcode is None:
