@@ -101,7 +101,7 @@ def mutants(seed: int) -> Iterator[bytes]:
     names = sorted({str(name) for tree in trees for place in _places(_tree(json.loads(tree))) if (name := place.name)})
     while True:
         at = chance.randrange(len(texts))
-        if chance.random() < 0.15:
+        if chance.random() < 0.1:
             yield _with_edited_bytes(texts[at].encode(), chance)
             continue
         tree = _thinned(_tree(json.loads(trees[at])), chance)
@@ -160,8 +160,8 @@ def _tree(value: Any) -> Any:
 
 
 def _thinned(tree: Mapping, chance: random.Random) -> Mapping:
-    """The parts that a recipe needs, and about two in five of the others: short texts are read sooner."""
-    kept = Mapping([name, value] for name, value in tree if name in ("name", "model", "hybrid", "data") or chance.random() < 0.4)
+    """The parts that a recipe needs, and about a third of the others: short texts are read sooner."""
+    kept = Mapping([name, value] for name, value in tree if name in ("name", "model", "hybrid", "data") or chance.random() < 0.3)
     for part in kept:
         if part[0] == "eval":
             part[1] = chance.sample(part[1], min(len(part[1]), chance.choice([1, 1, 2])))
