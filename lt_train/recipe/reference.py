@@ -22,8 +22,8 @@ Made from the schema by `python -m lt_train.recipe.reference > docs/recipes.md`.
 settings that may change in a begun run; what depends on them is redone.
 
 A relative path counts from the working directory; what is not there is looked for in the recipe's own folder, and for a recipe in a
-folder `recipes` also in the folder above. `lt-train recipes` lists the recipes that come with lt_train: `lt-train run quickstart` finds
-them by name from any folder.
+folder `recipes` also in the folder above. `lt-train recipes` lists the recipes that come with lt_train: `lt-train run quickstart`
+finds them by name from any folder.
 """
 
 
