@@ -134,7 +134,7 @@ class _InFlight:
                 async with client.reviving:
                     while not client.health.ready:
                         await self._revive(client)
-                if lane > 0 and client.abilities is not None and client.abilities.one_at_a_time:
+                if lane > 0 and client.abilities is not None and client.abilities.is_transformers_serve:
                     return
                 index = await self.waiting.get()
                 if client.health.ready:

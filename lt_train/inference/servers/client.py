@@ -96,7 +96,7 @@ class ServerClient:
             model = self.settings.model
             if model is None and not is_transformers:  # that one lists what lies in the hub cache, not what it serves
                 model = await self._only_model()
-            abilities = Abilities(await self._prompt_format(example, model), model, generation_config=is_transformers)
+            abilities = Abilities(await self._prompt_format(example, model), model, is_transformers_serve=is_transformers)
             if not is_transformers:
                 known = [field for field in NEUTRAL if await self._knows(field, example, abilities)]
                 abilities = replace(abilities, fields=frozenset(known))

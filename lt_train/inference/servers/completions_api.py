@@ -32,18 +32,14 @@ class Abilities:
     Attributes:
         model: the name to send; None: none is sent.
         fields: those of NEUTRAL that it knows.
-        generation_config: takes all sampling settings as one JSON text (`transformers serve`).
+        is_transformers_serve: it takes all sampling settings as one JSON text, and works on one request at a time, because a
+            seed holds there for whatever is being generated when it comes.
     """
 
     prompt_format: PromptFormat
     model: str | None
     fields: frozenset[str] = frozenset()
-    generation_config: bool = False
-
-    @property
-    def one_at_a_time(self) -> bool:
-        """`transformers serve` works so, and a seed holds there for whatever is being generated when it comes."""
-        return self.generation_config
+    is_transformers_serve: bool = False
 
     @property
     def path(self) -> str:
@@ -73,7 +69,7 @@ def request_body(
         body["seed"] = seed >> 33  # 31 bits: what every server takes
     if sampling.stop:
         body["stop"] = list(sampling.stop)
-    if abilities.generation_config:
+    if abilities.is_transformers_serve:
         return body | {"generation_config": json.dumps(_generation_config(sampling, stop_ids))}
     body |= {name: value for name, value in _beyond_the_standard(sampling, stop_ids).items() if name in abilities.fields}
     body["stream_options"] = {"include_usage": True}
@@ -84,7 +80,7 @@ def request_body(
 
 def unknown_settings(abilities: Abilities, sampling: Sampling) -> list[str]:
     """Sampling settings that matter and that the server does not know."""
-    fields = {} if abilities.generation_config else _beyond_the_standard(sampling, ())
+    fields = {} if abilities.is_transformers_serve else _beyond_the_standard(sampling, ())
     return [name for name, value in fields.items() if value != NEUTRAL[name] and name not in abilities.fields]
 
 

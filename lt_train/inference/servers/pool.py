@@ -57,7 +57,7 @@ class ServerSettings:
                 raise UserError("eval.servers: an address holds a password. Fix: leave it out, and set OPENAI_API_KEY to a key")
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"eval.servers: {url!r}: not the address of a server. Fix: write http://HOST:PORT")
-        object.__setattr__(self, "urls", tuple(base_url(url) for url in self.urls))
+        object.__setattr__(self, "urls", tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls))
         if len(set(self.urls)) != len(self.urls):
             raise UserError(f"eval.servers: {', '.join(self.urls)}: a server is listed twice. Fix: list each once")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
@@ -68,10 +68,6 @@ class ServerSettings:
         """The key in the forms in which servers echo it."""
         key = self.api_key
         return {key, json.dumps(key)[1:-1], key.replace("/", r"\/"), quote(key, safe="")} if key else set()
-
-
-def base_url(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
 
 
 @dataclass
