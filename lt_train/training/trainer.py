@@ -45,9 +45,9 @@ from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
 from lt_train.training.interruption import SaveOnSigterm
-from lt_train.training.log import read_log, track_log
+from lt_train.training.log import read_log
 from lt_train.training.probes.launching import Probes, environment_for
-from lt_train.training.probes.results import ProbeResult, read_probes, track_probe, track_probes
+from lt_train.training.probes.results import ProbeResult, read_probes, track_probe
 from lt_train.training.saved_shapes import full_size
 from lt_train.training.sequence_parallel import shard_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_fingerprint, trains_in_bf16, weights_dtype
@@ -98,7 +98,6 @@ def train(
     config = sft_config(recipe, train, out)  # first: it starts the processes' communication
     data_sha256 = examples_fingerprint(example_set.train)
     settings = settings_of_training(recipe, train, spec, data_sha256, PartialState().num_processes)
-    decided_by_main(lambda: _track_again(tracker, out))
     final = out / FINAL
     finished = decided_by_main(lambda: _same_settings(valid_final(final, report), settings))
     if finished is None:
@@ -157,11 +156,6 @@ def _probes(
 
     environment = environment_for(train.probes.device, os.environ)
     return Probes(out, train.probes.steps, command, environment, on_result, report)
-
-
-def _track_again(tracker: Tracker, out: Path) -> None:
-    track_log(tracker, out / TRAINING_LOG)
-    track_probes(tracker, out)
 
 
 def _resume_best_and_probes(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:

@@ -12,6 +12,8 @@ from lt_train.recipe.schema import Train
 from lt_train.runtime.tracking import NoTracker, Tracker
 from lt_train.training import trainer
 from lt_train.training.launch import check_launch
+from lt_train.training.log import track_log
+from lt_train.training.probes.results import track_probes
 
 NAME = "train"
 NEEDS: tuple[str, ...] = ("hybrid", "teacher")
@@ -46,6 +48,8 @@ def run(context: RunContext) -> None:
     context.report(NAME, f"samples: {counts}")
     if context.layer_profile is not None:
         context.tracker.image("layer profile", context.paths.profile_picture)
+    track_log(context.tracker, context.paths.training_log)
+    track_probes(context.tracker, context.paths.train)
     with context.folder.doing(NAME, settings=training_notes(_settings(context)), samples=context.examples.counts):
         _train(context, context.tracker, lambda line: context.report(NAME, line))
         context.finish_tracking()
