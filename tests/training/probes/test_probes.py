@@ -26,12 +26,15 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
 
 
 class Recording(NoTracker):
-    def __init__(self) -> None:
-        self.points: list[tuple[str, dict[str, float], int]] = []
+    """Keeps each point once, as the tracker of wandb does: a resumed training logs its earlier points again."""
+
+    def __init__(self, before: "Recording | None" = None) -> None:
+        self.points: list[tuple[str, dict[str, float], int]] = [] if before is None else before.points
         self.tables: dict[str, list[list[Any]]] = {}
 
     def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
-        self.points.append((group, metrics, step))
+        if (group, metrics, step) not in self.points:
+            self.points.append((group, metrics, step))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         assert all(len(row) == len(columns) for row in rows)
@@ -123,17 +126,19 @@ def test_probes_past_the_step_from_which_a_training_resumes_are_deleted(training
 
 
 def test_a_training_killed_after_its_last_step_finishes_its_probe_before_it_publishes(training: Training) -> None:
-    class Killed(NoTracker):
+    class Killed(Recording):
         def log_behind(self, group: str, metrics: dict[str, float], step: int) -> None:
             if step == 5:
                 raise Cut
+            super().log_behind(group, metrics, step)
 
+    killed = Killed()
     with pytest.raises(Cut):
-        training(Killed())
-    assert "final" not in training.folders()
-    tracker = Recording()
+        training(killed)
+    assert "final" not in training.folders() and [step for _, _, step in killed.points] == [2, 4]
+    tracker = Recording(before=killed)
     training(tracker)
-    assert [step for _, _, step in tracker.points] == [5]
+    assert [step for _, _, step in tracker.points] == [2, 4, 5]
     assert training.folders() == ["checkpoint-5", "final", "probes"]
 
 
@@ -171,8 +176,8 @@ def test_a_kill_before_a_measured_checkpoint_was_kept_as_best_is_repaired(traini
         training(CutAt(3), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
     assert "best-2" in training.folders()
     shutil.rmtree(training.out / "best-2")
-    with pytest.raises(Cut):
-        training(CutAt(3), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
+    with pytest.raises(Cut):  # after step 3, which a resume logs again, and before another checkpoint
+        training(CutAt(4), heldout=5, probes=None, keep_best="eval_loss", save_steps=2)
     assert read_checkpoint(training.out / "best-2").step == 2
 
 
