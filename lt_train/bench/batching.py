@@ -36,7 +36,7 @@ SHORTEST_FRACTION = 1 / 16
 
 
 @dataclass(frozen=True)
-class Workload:
+class MixedAnswers:
     requests: tuple[Request, ...]
     """Each with its own `max_new_tokens`."""
     answer_tokens: tuple[int, ...]
@@ -51,7 +51,7 @@ class Workload:
         return PROMPT_TOKENS + max(self.answer_tokens)
 
 
-def mixed_lengths(count: int, longest: int, vocab_size: int, seed: int = 0) -> Workload:
+def mixed_lengths(count: int, longest: int, vocab_size: int, seed: int = 0) -> MixedAnswers:
     """`count` random prompts; answers of a sixteenth of `longest` tokens up to `longest`."""
     rng = random.Random(seed)
     requests, lengths = [], []
@@ -59,10 +59,10 @@ def mixed_lengths(count: int, longest: int, vocab_size: int, seed: int = 0) -> W
         prompt = tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS))
         lengths.append(round(longest * SHORTEST_FRACTION ** rng.random()))
         requests.append(Request(str(number), 0, 0, prompt, max_new_tokens=lengths[-1]))
-    return Workload(tuple(requests), tuple(lengths))
+    return MixedAnswers(tuple(requests), tuple(lengths))
 
 
-def time_engine(engine: Engine, work: Workload) -> float:
+def time_engine(engine: Engine, work: MixedAnswers) -> float:
     """Seconds for all answers."""
     started = time.perf_counter()
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=work.longest - PROMPT_TOKENS)
@@ -84,7 +84,7 @@ class EndsAt(StoppingCriteria):
 
 
 @torch.inference_mode()
-def time_static_batches(model: HybridForCausalLM, work: Workload, batch_size: int) -> float:
+def time_static_batches(model: HybridForCausalLM, work: MixedAnswers, batch_size: int) -> float:
     """Seconds for all answers, `batch_size` rows at a time in the order of the requests."""
     started = time.perf_counter()
     with show_progress("static batches", total=len(work.requests)) as bar:

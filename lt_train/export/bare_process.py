@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckRequest:
     """What the script is to do: paths and plain values only, it travels as JSON.
 
     Attributes:
@@ -66,7 +66,7 @@ class Observation:
 
 
 def main() -> None:
-    request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    request = CheckRequest(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     end_with(request.parent)
     torch.set_num_threads(request.threads)
     model, tokenizer = run_card(request.code)

@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Measured:
+class LogitChanges:
     """Largest changes of a logit, on the longest prompt.
 
     Attributes:
@@ -69,7 +69,7 @@ def check_batches(spec: HybridSpec, vocab_size: int, max_positions: int) -> list
     return [_left_padded(rows, vocab_size, generator) for rows in lengths]
 
 
-def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Measured:
+def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> LogitChanges:
     """How much rounding and faults change a batch's logits, which are `logits_BKV` in COMPUTED_IN."""
     real_BK = batch[1][:, -KEPT_COLUMNS:].bool()
 
@@ -83,7 +83,7 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Measu
         faults["a window shorter by one"] = {"sliding_window": w_recent - 1}
     if w_sink > 0:
         faults["no sinks"] = {"w_sink": 0}
-    return Measured(change(EXACT), {fault: change(COMPUTED_IN, **settings) for fault, settings in faults.items()})
+    return LogitChanges(change(EXACT), {fault: change(COMPUTED_IN, **settings) for fault, settings in faults.items()})
 
 
 @contextmanager

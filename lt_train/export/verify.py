@@ -25,13 +25,13 @@ from lt_train.export.bare_process import (
     COMPUTED_IN,
     KEPT_COLUMNS,
     NEW_TOKENS,
+    CheckRequest,
     Observation,
-    Request,
     computing_in,
     observe,
     probe_ids,
 )
-from lt_train.export.tolerance import Batch, Measured, any_kernel, check_batches, measure
+from lt_train.export.tolerance import Batch, LogitChanges, any_kernel, check_batches, measure
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.devices import dtype_name
@@ -48,7 +48,7 @@ class Check:
         logits_difference: largest absolute difference of a logit; largest_logit: for scale. tolerance: what was allowed.
         tokens: generated greedily and compared. ties: rows that part where the model in memory has two next tokens within the
             tolerance of each other; what follows such a parting is not compared.
-        rounding, faults: see Measured; only faults that would have been noticed.
+        rounding, faults: see LogitChanges; only faults that would have been noticed.
     """
 
     model_class: str
@@ -108,7 +108,7 @@ def compare(
     batches: list[Batch],
     wanted: list[Observation],
     found: list[Observation],
-    measured: Measured,
+    measured: LogitChanges,
     metadata: dict[str, str],
 ) -> Check:
     """
@@ -165,7 +165,7 @@ def _observe_in_a_bare_process(
     folder: Path, code: str, batches: list[Batch], device: torch.device, scratch: Path
 ) -> tuple[list[Observation], dict[str, str]]:
     scratch = scratch.absolute()
-    request = Request(
+    request = CheckRequest(
         code=code,
         prompts=str(scratch / "prompts.safetensors"),
         answers=str(scratch / "answers.safetensors"),

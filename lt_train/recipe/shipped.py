@@ -53,20 +53,20 @@ def find_recipe(name: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Header:
+class RecipeHeader:
     """What the comment at the head of a recipe says: what it is about (up to the first colon), and the hardware for it."""
 
     subject: str
     hardware: str
 
 
-def read_header(recipe: Path) -> Header:
+def read_header(recipe: Path) -> RecipeHeader:
     lines = [
         line for line in recipe.read_text(encoding="utf-8").split("\nname:")[0].splitlines() if "yaml-language-server" not in line
     ]
     text = " ".join(line.removeprefix("#").strip() for line in lines).strip()
     hardware = HARDWARE.search(text)
-    return Header(text.split(": ")[0], hardware[1] if hardware else "")
+    return RecipeHeader(text.split(": ")[0], hardware[1] if hardware else "")
 
 
 def locate_files(values: Any, recipe: Path) -> Any:

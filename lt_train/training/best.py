@@ -15,14 +15,14 @@ from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights,
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMetric:
     """A measured metric: eval_loss (nats per held-out answer token, lower is better) or a probe's accuracy (higher is better)."""
 
     metric: str
     value: float
     step: int
 
-    def is_better_than(self, other: "Measured") -> bool:
+    def is_better_than(self, other: "MeasuredMetric") -> bool:
         return self.value < other.value if self.metric == EVAL_LOSS else self.value > other.value
 
 
@@ -37,7 +37,7 @@ class Best:
 
     def offer(self, checkpoint: Checkpoint, value: float) -> None:
         """Keep the checkpoint's weights if they are better than the best so far; of equally good ones the first are kept."""
-        offered, before = Measured(self.metric, value, checkpoint.step), self.found()
+        offered, before = MeasuredMetric(self.metric, value, checkpoint.step), self.found()
         if math.isnan(value) or (before is not None and not offered.is_better_than(before[1])):
             return
         new = self.out / f"best-{checkpoint.step}"
@@ -47,12 +47,12 @@ class Best:
             if old != new:
                 shutil.rmtree(old)
 
-    def found(self) -> tuple[Checkpoint, Measured] | None:
+    def found(self) -> tuple[Checkpoint, MeasuredMetric] | None:
         """The best weights so far. After a kill there may be two folders: the new one, and the old one not yet deleted."""
-        best: tuple[Checkpoint, Measured] | None = None
+        best: tuple[Checkpoint, MeasuredMetric] | None = None
         for folder in self._folders():
             if fault_of(folder) is None:
-                measured = Measured(**read_json(folder / MEASURED, "record of the metric"))
+                measured = MeasuredMetric(**read_json(folder / MEASURED, "record of the metric"))
                 if measured.metric == self.metric and (best is None or measured.is_better_than(best[1])):
                     best = read_checkpoint(folder), measured
         return best

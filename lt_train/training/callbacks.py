@@ -23,7 +23,7 @@ from lt_train.training.checkpoints import (
     write_manifest,
 )
 from lt_train.training.log import resume_log, track_row
-from lt_train.training.probes.launching import Probes
+from lt_train.training.probes.launching import ProbeLauncher
 from lt_train.training.saved_shapes import check_saved_shapes, full_shapes
 
 DISTILLED = ("sft_loss", "kl", "hidden_difference")
@@ -33,7 +33,7 @@ DISTILLED = ("sft_loss", "kl", "hidden_difference")
 class DueAfterStep(TrainerCallback):
     """Requests saving, evaluation and logging after a step, in addition to Trainer's own intervals. Add it before all others."""
 
-    def __init__(self, probes: Probes | None, evaluate_checkpoints: bool) -> None:
+    def __init__(self, probes: ProbeLauncher | None, evaluate_checkpoints: bool) -> None:
         self.probes = probes
         self.evaluate_checkpoints = evaluate_checkpoints
 
@@ -91,9 +91,9 @@ class KeepBestLoss(TrainerCallback):
 
 
 class ProbesDuringTraining(TrainerCallback):
-    """Probes the checkpoints that are due, while training continues. Add it after WriteManifest."""
+    """Probe the checkpoints that are due, while training continues. Add it after WriteManifest."""
 
-    def __init__(self, probes: Probes) -> None:
+    def __init__(self, probes: ProbeLauncher) -> None:
         self.probes = probes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

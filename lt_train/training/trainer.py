@@ -46,7 +46,7 @@ from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, St
 from lt_train.training.distillation.top_k import open_top_k
 from lt_train.training.interruption import SaveOnSigterm
 from lt_train.training.log import read_log
-from lt_train.training.probes.launching import Probes, environment_for
+from lt_train.training.probes.launching import ProbeLauncher, environment_for
 from lt_train.training.probes.results import ProbeResult, read_probes, track_probe
 from lt_train.training.saved_shapes import full_size
 from lt_train.training.sequence_parallel import shard_sequences
@@ -143,7 +143,7 @@ def _probes(
     best: Best | None,
     tracker: Tracker,
     report: Callable[[str], None],
-) -> Probes | None:
+) -> ProbeLauncher | None:
     if train.probes is None:
         return None
     assert command is not None, "training with probes needs the command that starts them"
@@ -155,10 +155,10 @@ def _probes(
                 best.offer(weights, score.accuracy)
 
     environment = environment_for(train.probes.device, os.environ)
-    return Probes(out, train.probes.steps, command, environment, on_result, report)
+    return ProbeLauncher(out, train.probes.steps, command, environment, on_result, report)
 
 
-def _resume_best_and_probes(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: Probes | None) -> None:
+def _resume_best_and_probes(out: Path, checkpoint: Checkpoint | None, best: Best | None, probes: ProbeLauncher | None) -> None:
     """Finish what a kill between a checkpoint's manifest and the later callbacks left undone."""
     if best is not None and best.metric == EVAL_LOSS and checkpoint is not None:
         measured = [row[EVAL_LOSS] for row in read_log(out / TRAINING_LOG) if row["step"] == checkpoint.step and EVAL_LOSS in row]
@@ -173,7 +173,7 @@ def _add_callbacks(
     recipe: Recipe,
     settings: Settings,
     best: Best | None,
-    probes: Probes | None,
+    probes: ProbeLauncher | None,
     save_on_sigterm: SaveOnSigterm,
     log: TrainingLog,
 ) -> None:

@@ -2,19 +2,19 @@ import pytest
 import torch
 
 from lt_train.export.bare_process import COMPUTED_IN, NEW_TOKENS, computing_in, logits_of
-from lt_train.export.tolerance import Measured, check_batches, measure
+from lt_train.export.tolerance import LogitChanges, check_batches, measure
 from lt_train.hybrid.spec import HybridSpec
 from tests.support.tiny_exports import tiny_hybrid
 
 
 def test_the_tolerance_is_a_multiple_of_rounding_that_lies_below_every_fault_that_is_noticed():
-    assert Measured(1e-6, {"no sinks": 1.0}).tolerance == pytest.approx(16e-6)
-    near = Measured(1e-4, {"a window longer by one": 4e-3, "no sinks": 1.0})
+    assert LogitChanges(1e-6, {"no sinks": 1.0}).tolerance == pytest.approx(16e-6)
+    near = LogitChanges(1e-4, {"a window longer by one": 4e-3, "no sinks": 1.0})
     assert near.tolerance == pytest.approx(6.3e-4, rel=0.01) and set(near.noticed) == set(near.faults)
 
 
 def test_a_fault_that_changes_no_more_than_rounding_is_not_said_to_be_noticed():
-    measured = Measured(1e-3, {"a window longer by one": 2e-3, "no sinks": 1.0})
+    measured = LogitChanges(1e-3, {"a window longer by one": 2e-3, "no sinks": 1.0})
     assert set(measured.noticed) == {"no sinks"} and measured.tolerance == pytest.approx(16e-3)
 
 

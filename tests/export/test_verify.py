@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lt_train.export.bare_process import NEW_TOKENS, Observation
-from lt_train.export.tolerance import Measured
+from lt_train.export.tolerance import LogitChanges
 from lt_train.export.verify import compare
 from lt_train.runtime.errors import UserError
 
@@ -18,7 +18,7 @@ def observation():
 
 
 METADATA = {"model_class": "Class", "dtype": "float32"}
-MEASURED = Measured(rounding=1e-6, faults={"no sinks": 0.5})
+MEASURED = LogitChanges(rounding=1e-6, faults={"no sinks": 0.5})
 
 
 def compared(found, wanted=None):

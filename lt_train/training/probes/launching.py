@@ -50,7 +50,7 @@ def environment_for(device: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass
-class Probes:
+class ProbeLauncher:
     """
     Attributes:
         out: the folder of the checkpoints.
