@@ -38,12 +38,11 @@ class Result:
 
     @property
     def label(self) -> str:
-        """The variant's name in tables and charts."""
+        """The variant's name in tables and charts: "base", or what chose a hybrid's layers, and whether it is trained."""
         if self.variant == BASE:
             return "base"
         chosen_by = self.strategy if self.variant in (CONVERTED, TRAINED) else self.variant.removeprefix(converted_by(""))
-        hybrid = f"hybrid by {chosen_by}" if chosen_by else "hybrid"
-        return f"{hybrid}, {'trained' if self.variant == TRAINED else 'untrained'}"
+        return f"{chosen_by or 'hybrid'}, {'trained' if self.variant == TRAINED else 'untrained'}"
 
 
 def read_results(run: Path) -> list[Result]:
@@ -87,6 +86,8 @@ def show_results(run: Path, console: Console) -> None:
         rows = [result for result in results if result.evaluation == evaluation]
         console.print(_title(rows), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(results_table(rows))
+    if results:
+        console.print(f"{f'KV at {KV_TOKENS // 1024}K':<14}{_kv_line(results)}", markup=False, highlight=False, soft_wrap=True)
     if line := trained_weights(run):
         console.print(f"{'trained model':<14}{line}", markup=False, highlight=False, soft_wrap=True)
     paths = RunPaths(run)
@@ -119,7 +120,6 @@ def results_table(results: list[Result]) -> Table:
         "minus base [95 %]",
         *(["truncated", "unanswered"] if generated else []),
         *(["not graded"] if failures else []),
-        f"KV at {KV_TOKENS // 1024}K",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     base = next((result.scores for result in results if result.variant == BASE), None)
@@ -129,8 +129,14 @@ def results_table(results: list[Result]) -> Table:
         if isinstance(result.scores, AnswerScores):
             row += [f"{100 * result.scores.truncated:.1f} %", f"{100 * result.scores.unanswered:.1f} %"]
             row += [f"{result.scores.grading_errors:,}"] if failures else []
-        table.add_row(*row, format_bytes(result.kv_bytes))
+        table.add_row(*row)
     return table
+
+
+def _kv_line(results: list[Result]) -> str:
+    """The hybrids of a run stream as many layers each, so that they have one size."""
+    sizes = {"base" if result.variant == BASE else "hybrids": format_bytes(result.kv_bytes) for result in results}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def results_as_json(results: list[Result]) -> list[dict[str, object]]:

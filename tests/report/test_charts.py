@@ -289,7 +289,7 @@ def test_several_runs_are_told_apart_by_name_and_shape(tmp_path):
     rows = [each for run in runs for each in run.measured if each.result.evaluation == "ledger"]
     chart = charts.accuracy_by_tokens(rows, several_runs=True)
     assert labels(chart) == [
-        f"{run}: {label}" for run in ("one", "two") for label in ("base", "hybrid by reach, untrained", "hybrid by reach, trained")
+        f"{run}: {label}" for run in ("one", "two") for label in ("base", "reach, untrained", "reach, trained")
     ]
     shapes = [point.get_marker() for point, _ in bars_of_error(chart.figure.axes[0])]
     assert shapes == ["o"] * 3 + ["s"] * 3

@@ -56,14 +56,14 @@ def page(tmp_path_factory) -> Page:
 
 
 def test_the_page_shows_scores_charts_and_every_sample(page):
-    for text in ("75.0 ± 25.0", "hybrid by reach, trained", "1.200 ± 0.115", "KV cache against length",
+    for text in ("75.0 ± 25.0", "reach, trained", "1.200 ± 0.115", "KV cache against length",
                  "Layer profile", "lazy_ratio: attention of the last queries", "gradient norm",
                  "Accuracy within a budget of tokens", "4 problems, greedy",
                  "truncated answers count as incorrect"):  # fmt: skip
         assert text in page.visible, text
     sets = page.data["index"]
     assert [(each["variant"], len(each["samples"])) for each in sets] == [
-        ("base", 4), ("hybrid by reach, untrained", 4), ("hybrid by reach, trained", 4)
+        ("base", 4), ("reach, untrained", 4), ("reach, trained", 4)
     ]  # fmt: skip
     for number, records in enumerate(ANSWERS.values()):
         assert ["".join(both) for both in page.data[f"texts-{number}"]] == [record.text for record in records]
@@ -151,7 +151,7 @@ def test_samples_that_are_gone_are_named_and_the_rest_is_shown(run):
     (run / "eval/base/ledger/samples.jsonl").unlink()
     page = page_of(run)
     assert "the samples of base under ledger are not in the run folder any more" in page.visible
-    assert [each["variant"] for each in page.data["index"]] == ["hybrid by reach, untrained", "hybrid by reach, trained"]
+    assert [each["variant"] for each in page.data["index"]] == ["reach, untrained", "reach, trained"]
     assert "75.0 ± 25.0" in page.visible
 
 

@@ -132,7 +132,7 @@ def test_filters_find_evaluation_model_verdict_and_text(tab):
     assert count(tab) == "12 of 12 samples"
     choose(tab, "verdict", "incorrect")
     assert count(tab) == "5 of 12 samples"
-    choose(tab, "variant", "hybrid by reach, untrained")
+    choose(tab, "variant", "reach, untrained")
     assert count(tab) == "3 of 12 samples"
     choose(tab, "verdict", "truncated")
     assert [row.split()[:3] for row in listed(tab)] == [["✂", "truncated", "p1"]]
@@ -161,7 +161,7 @@ def test_filters_come_back_with_the_address(tab, report):
 def test_a_sample_opens_to_problem_folded_reasoning_and_both_answers(tab):
     choose(tab, "text", "so on and so on")
     choose(tab, "text", "")
-    choose(tab, "variant", "hybrid by reach, trained")
+    choose(tab, "variant", "reach, trained")
     tab.run("document.querySelector('.sample > summary').click()")
     tab.wait_for("document.querySelector('.sample .body')")
     shown = tab.run("document.querySelector('.sample .body').innerText")
@@ -172,7 +172,7 @@ def test_a_sample_opens_to_problem_folded_reasoning_and_both_answers(tab):
     reasoning = tab.run("document.querySelector('.body details pre').textContent")
     assert reasoning == LONG[: LONG.index("</think>") + len("</think>")]
     tab.run("[...document.querySelectorAll('.chips button')].find((chip) => chip.innerText.includes('untrained')).click()")
-    assert tab.run("document.querySelector('.chips [aria-pressed=true]').innerText").startswith("hybrid by reach, untrained")
+    assert tab.run("document.querySelector('.chips [aria-pressed=true]').innerText").startswith("reach, untrained")
 
 
 def test_what_was_searched_for_is_marked_in_an_opened_sample(tab):

@@ -96,8 +96,8 @@ def test_rows_go_from_the_base_over_the_untrained_hybrids_to_the_trained_one(run
     found = [(result.evaluation, result.variant) for result in read_results(run)]
     order = ["base", "converted-by-periodic", "converted", "trained"]
     assert found == [*(("ledger", variant) for variant in order), *(("heldout_loss", variant) for variant in order)]
-    labels = ("base", "hybrid by periodic, untrained", "hybrid by reach, untrained", "hybrid by reach, trained")
-    printed = [line for line in shown(run) if line.startswith(("base", "hybrid"))]
+    labels = ("base", "periodic, untrained", "reach, untrained", "reach, trained")
+    printed = [line for line in shown(run) if line.startswith(("base ", "periodic", "reach"))]
     assert all(line.startswith(label) for line, label in zip(printed, labels * 2, strict=True))
 
 
@@ -119,8 +119,8 @@ def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
     score(run, "base", base)
     score(run, "trained", trained)
     paired = paired_difference(trained.by_problem, base.by_problem)
-    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "0.0", "%", "32", "MiB"]
-    line = row(run, "hybrid by reach, trained")
+    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "0.0", "%"]
+    line = row(run, "reach, trained")
     assert "50.0 [15.0, 85.0]" in line
     assert f"-25.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]" in line
 
@@ -131,22 +131,22 @@ def test_unanswered_and_ungraded_answers_are_counted_and_how_truncated_ones_coun
     assert "25.0 % 50.0 %" in " ".join(row(run, "base").split()) and not any("not graded" in line for line in shown(run))
     score(run, "trained", replace(answers([1.0, 0.0]), grading_errors=3, truncated_as="graded"))
     assert "not graded" in shown(run)[1]
-    assert row(run, "hybrid by reach, trained").split()[-3:] == ["3", "16", "MiB"]
+    assert row(run, "reach, trained").split()[-1] == "3"
     score(run, "base", replace(answers([1.0, 0.0], truncated=0.25), truncated_as="graded"))
     assert "truncated answers are graded by their text" in shown(run)[0]
 
 
 def test_without_a_measured_base_there_is_no_difference(run):
     score(run, "trained", answers([1.0, 0.0]))
-    figures = row(run, "hybrid by reach, trained").removeprefix("hybrid by reach, trained").split()
-    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "0.0", "%", "16", "MiB"]
+    figures = row(run, "reach, trained").removeprefix("reach, trained").split()
+    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "0.0", "%"]
 
 
 def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
     score(run, "base", answers([1.0, 0.0, 1.0]))  # measured anew with a greater limit; the trained model is still to come
     score(run, "trained", answers([1.0, 0.0]))
-    assert "50.0 [9.5, 90.5]" in row(run, "hybrid by reach, trained")
-    assert "not comparable" in row(run, "hybrid by reach, trained")
+    assert "50.0 [9.5, 90.5]" in row(run, "reach, trained")
+    assert "not comparable" in row(run, "reach, trained")
 
 
 def test_several_answers_to_a_problem_are_shown_with_their_majority(run):
@@ -195,9 +195,7 @@ def test_losses_are_shown_in_nats_a_token_with_their_difference(run):
     assert any("nats per token ± SE" in line for line in lines)
     assert not any("truncated" in line for line in lines)
     assert "1.200 ± 0.115" in row(run, "base")
-    assert "1.300 ± 0.115" in row(run, "hybrid by reach, trained") and "+0.100 [+0.100, +0.100]" in row(
-        run, "hybrid by reach, trained"
-    )
+    assert "1.300 ± 0.115" in row(run, "reach, trained") and "+0.100 [+0.100, +0.100]" in row(run, "reach, trained")
 
 
 def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_their_own(run):
@@ -205,10 +203,10 @@ def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_thei
     path.write_text(path.read_text().replace("eval:\n", "eval:\n- {benchmark: heldout_kl, name: heldout_kl}\n"))
     score(run, "trained", replace(losses(0.1, 0.3), benchmark="heldout_kl"))
     assert "heldout_kl: KL(base || model) over 2 samples, 20 answer tokens; hybrids stream 2 of 4 layers" in shown(run)
-    assert "0.0200 ± 0.0100" in row(run, "hybrid by reach, trained") and "[" not in row(run, "hybrid by reach, trained")
+    assert "0.0200 ± 0.0100" in row(run, "reach, trained") and "[" not in row(run, "reach, trained")
     assert summary_values(read_results(run))["trained/heldout_kl/kl"] == pytest.approx(0.02)
     score(run, "trained", replace(losses(0.001, 0.003), benchmark="heldout_kl"))
-    assert "0.000200 ± 0.000100" in row(run, "hybrid by reach, trained")
+    assert "0.000200 ± 0.000100" in row(run, "reach, trained")
 
 
 def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):
@@ -332,11 +330,10 @@ def test_kv_bytes_are_what_the_cache_of_that_model_holds(family, dtype, tmp_path
     assert [timing.kv_bytes for timing in timings] == [cache_bytes(config, 3, 20), cache_bytes(config, 3, 70)]
 
 
-def test_the_memory_column_is_that_of_a_sequence_of_32k_tokens(run):
+def test_the_memory_named_below_the_tables_is_that_of_a_sequence_of_32k_tokens(run):
     for variant in ("base", "trained"):
         score(run, variant, answers([1.0, 0.0]))
     per_token = 2 * 2 * 16 * 4
     assert KV_TOKENS == 32768
     assert [result.kv_bytes for result in read_results(run)] == [per_token * 4 * 32768, per_token * (2 * 32768 + 2 * 8)]
-    assert any("KV at 32K" in line for line in shown(run))
-    assert row(run, "base").endswith("32 MiB") and row(run, "hybrid by reach, trained").endswith("16 MiB")
+    assert [line for line in shown(run) if line.startswith("KV at 32K")] == ["KV at 32K     base 32 MiB, hybrids 16 MiB"]

@@ -19,7 +19,7 @@ def table_of(*folders, evaluation="ledger"):
 def test_every_variant_has_its_scores_with_their_uncertainty(run):
     table = table_of(run)
     base, converted, trained = table.rows
-    assert [row.label for row in table.rows] == ["base", "hybrid by reach, untrained", "hybrid by reach, trained"]
+    assert [row.label for row in table.rows] == ["base", "reach, untrained", "reach, trained"]
     assert base.score == "75.0 ± 25.0" and base.difference == "–"
     scores = {variant: read_scores(run / "eval" / variant / "ledger/scores.json") for variant in ("base", "converted", "trained")}
     found = difference(scores["converted"], scores["base"])
