@@ -39,6 +39,9 @@ FAST = (
 """The fast tier, `pytest -m fast`: files whose tests build no model and train nothing; a test that is marked slow is not in it."""
 
 
+LONGEST = ("test_whole_path.py", "test_launched_trainings.py", "test_pipeline.py", "test_sequence_parallel.py")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real benchmark files and traces that are not part of the project."""
@@ -113,5 +116,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_fast(item.path) and not item.get_closest_marker("slow"):
             item.add_marker("fast")
-    # The longest file first: two processes then end at about the same time.
-    items.sort(key=lambda item: item.path.name != "test_whole_path.py")
+    # The longest files first: two processes then end at about the same time.
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

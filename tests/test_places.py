@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from jinja2 import FileSystemLoader
+from markupsafe import Markup
 
 from tests.support.made_runs import made_run
 from tests.support.repository import REPOSITORY
@@ -110,9 +112,14 @@ def test_a_read_only_place_is_told_in_one_sentence(lt_train: Command, recipe: Pa
         assert "runs/tiny/.lock: Permission denied, so" in told(lt_train(command, readable, "--runs", runs))
 
 
-def test_a_run_of_another_user_can_be_shown_and_reported_but_not_worked_in(lt_train: Command, shared: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_user_can_be_shown_and_reported_but_not_worked_in(
+    lt_train: Command, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = made_run(shared, "mine")
     assert lt_train("report", run, "--out", tmp_path / "page.html")[0] == 0  # imports what the other user may not read
+    templates = Path(shutil.copytree(REPOSITORY / "lt_train/report/templates", shared / "templates"))
+    monkeypatch.setattr("lt_train.report.page.PackageLoader", lambda *_: FileSystemLoader(templates))
+    monkeypatch.setattr("lt_train.report.page.asset", lambda name: Markup((templates / name).read_text(encoding="utf-8")))
     with another_user(shared, run):
         code, out, err = lt_train("show", run)
         assert (code, err) == (0, "") and "ledger" in out

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ import yaml
 from lt_train.benchmarks import BENCHMARKS, Problem, load_problems
 from lt_train.recipe.evaluations import Eval, ProblemColumns
 from lt_train.recipe.schema import identity_of
-from lt_train.report.problems import known_problems
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.fingerprints import hash_of_json
 from tests.support.repository import REPOSITORY
 
 CUSTOM = BENCHMARKS["custom"]
@@ -76,15 +73,6 @@ def test_two_rows_with_one_id_are_an_error_whatever_column_holds_it(tmp_path: Pa
     path.write_text(f"{json.dumps(AIME)}\n" * 2)
     with pytest.raises(UserError, match=r"rows\.jsonl:2: a second problem with the id '2024-II-4'"):
         load_problems(CUSTOM, str(path), None, columns={"question": "Problem", "answer": "Answer", "id": "ID"})
-
-
-def test_the_report_shows_the_problems_that_columns_name(tmp_path: Path) -> None:
-    columns = {"question": "Problem", "answer": "Answer", "id": "ID"}
-    (problem,) = problems_of(tmp_path, AIME, columns)
-    fingerprint = {"problems": hash_of_json([["2024-II-4", "6 x 7?", ["42"], []]])}
-    scores: Any = SimpleNamespace(benchmark="custom", by_problem=("2024-II-4",), fingerprint=fingerprint)
-    known = known_problems(custom(tmp_path / "rows.jsonl", columns).model_dump(), scores)
-    assert known.by_id == {"2024-II-4": problem}, known.unknown
 
 
 def test_without_columns_an_evaluation_has_the_identity_that_it_had_before_there_were_any() -> None:

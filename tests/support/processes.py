@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
@@ -123,6 +124,9 @@ def free_port() -> int:
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], outputs: tuple[Path, Path], environment: dict[str, str], folder: str
 ) -> None:
+    atexit._clear()  # what the server's libraries would do at its end, such as removing their temporary folders
+    weakref.finalize._registered_with_atexit = False
+    weakref.finalize._registry.clear()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
