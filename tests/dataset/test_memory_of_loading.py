@@ -8,7 +8,6 @@ import pytest
 
 from lt_train.dataset.examples import lengths
 from lt_train.dataset.loading import load_examples
-from lt_train.inference.loading import load_tokenizer
 from lt_train.recipe.schema import Data, Model, Prompt
 from tests.support.peak_memory import anonymous_peak_of
 from tests.support.processes import exit_code, start
@@ -46,6 +45,8 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def measure(folder: Path) -> None:
+    from lt_train.inference.loading import load_tokenizer  # here, for the fast tier imports no models
+
     tokenizer = load_tokenizer(Model(base=str(REPOSITORY / "data/tiny-reasoner"), dtype="fp32"), None)
 
     def read(source: Path) -> int:
