@@ -39,7 +39,20 @@ FAST = (
 """The fast tier, `pytest -m fast`: files whose tests build no model and train nothing; a test that is marked slow is not in it."""
 
 
-LONGEST = ("test_whole_path.py", "test_launched_trainings.py", "test_pipeline.py", "test_sequence_parallel.py")
+LONGEST = (
+    "test_whole_path.py",
+    "test_launched_trainings.py",
+    "test_sequence_parallel.py",
+    "test_pipeline.py",
+    "test_measured_memory.py",
+    "test_training_processes.py",
+    "test_export_in_bare_process.py",
+    "test_two_processes.py",
+    "test_mutants.py",
+    "test_tracking_after_kills.py",
+    "test_probing.py",
+)
+"""Files that take minutes or share two processes' work, in the order in which they are begun."""
 
 
 @pytest.fixture(scope="session")
