@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -236,7 +237,7 @@ def env(as_json: AsJson = False) -> None:
 
     found = read_environment()
     if as_json:
-        _print_json(found.as_json())
+        _print_json(asdict(found))
     else:
         show_environment(found, Console())
 

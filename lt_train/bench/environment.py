@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -53,9 +53,6 @@ class Environment:
     dtype: str
     kernels: list[KernelReport]
     variables: dict[str, str]
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def read_environment() -> Environment:
