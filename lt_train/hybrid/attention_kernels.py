@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,9 +48,18 @@ class Choice:
 
 class StreamingAttention(Protocol):
     def __call__(
-        self, documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+        self,
+        documents: Documents,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        *,
+        w_sink: int,
+        w_recent: int,
+        scaling: float,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """Streaming attention within each document; padding gets zeros. Returns out_BHTD."""
+        """Streaming attention within each document; padding gets zeros. `sinks_H`: learned sinks. Returns out_BHTD."""
         ...
 
 
@@ -135,10 +144,8 @@ def _package(name: str, use: Use) -> str:
 def _by_document(attention: Callable[..., Tensor]) -> StreamingAttention:
     """A kernel for rows of one document each as one for any documents."""
 
-    def streaming(
-        documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
-    ) -> Tensor:
-        one_by_one = partial(attention, w_sink=w_sink, w_recent=w_recent, scaling=scaling)
+    def streaming(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, **settings: Any) -> Tensor:
+        one_by_one = partial(attention, **settings)
         return documents.attend(one_by_one, q_BHTD, k_BGTD, v_BGTD)
 
     return streaming
@@ -149,13 +156,21 @@ def _none(use: Use) -> None:
 
 
 def _flash_streaming(
-    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+    documents: Documents,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    w_sink: int,
+    w_recent: int,
+    scaling: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     device = q_BHTD.device
     parts = documents.once(
         ("streaming parts", device, w_sink, w_recent), lambda: streaming_parts(documents.lengths, w_sink, w_recent, device)
     )
-    return _attend_by_flash(documents, q_BHTD, k_BGTD, v_BGTD, parts, scaling)
+    return _attend_by_flash(documents, q_BHTD, k_BGTD, v_BGTD, parts, scaling, sinks_H)
 
 
 def _flash_full(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scaling: float) -> Tensor:
@@ -165,11 +180,17 @@ def _flash_full(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Te
 
 
 def _attend_by_flash(
-    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, parts: tuple[AttentionPart, ...], scaling: float
+    documents: Documents,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    parts: tuple[AttentionPart, ...],
+    scaling: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     kernel = _flash_on(q_BHTD.device)
     assert kernel is not None, "_flash_obstacle refuses a device without flash attention"
-    return attend_by_parts(documents, q_BHTD, k_BGTD, v_BGTD, parts=parts, scaling=scaling, kernel=kernel)
+    return attend_by_parts(documents, q_BHTD, k_BGTD, v_BGTD, parts=parts, scaling=scaling, kernel=kernel, sinks_H=sinks_H)
 
 
 def _flash_on(device: torch.device) -> FlashKernel | None:

@@ -31,13 +31,21 @@ _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 
 
 def blocked_streaming_attention(
-    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    w_sink: int,
+    w_recent: int,
+    scaling: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Streaming attention over rows that are one document each.
 
     Args:
         q_BHTD: queries after rotary embedding. k_BGTD, v_BGTD: keys and values; G divides H (grouped-query attention).
         w_sink, w_recent: sizes in tokens; the window includes the query itself.
+        sinks_H: learned sinks, in fp32 or better.
 
     Returns:
         out_BHTD, equal to the reference attention. It can be differentiated once.
@@ -45,28 +53,38 @@ def blocked_streaming_attention(
     Raises:
         HybridError: in a backward pass with create_graph=True.
     """
-    if q_BHTD.shape[2] <= w_sink + w_recent:  # every query sees all before it
+    if q_BHTD.shape[2] <= w_sink + w_recent and sinks_H is None:  # every query sees all before it
         grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
         return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
     device = q_BHTD.device.type
     if torch.is_autocast_enabled(device):  # autocast casts for scaled_dot_product_attention, but not for this function
         q_BHTD, k_BGTD, v_BGTD = (x.to(torch.get_autocast_dtype(device)) for x in (q_BHTD, k_BGTD, v_BGTD))
     with torch.autocast(device, enabled=False):
-        return _BlockedAttention.apply(q_BHTD, k_BGTD, v_BGTD, w_sink, w_recent, scaling)
+        return _BlockedAttention.apply(q_BHTD, k_BGTD, v_BGTD, sinks_H, w_sink, w_recent, scaling)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, w_sink: int, w_recent: int, scaling: float) -> Tensor:
-        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD)
+    def forward(
+        ctx: Any,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        sinks_H: Tensor | None,
+        w_sink: int,
+        w_recent: int,
+        scaling: float,
+    ) -> Tensor:
         ctx.sizes = w_sink, w_recent, scaling
         q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
         out_PRTD = v_PTD.new_empty(*q_PRTD.shape[:3], v_PTD.shape[2])
-        work = _Workspace(q_PRTD, w_sink, w_recent)
+        work = _Workspace(q_PRTD, w_sink, w_recent, sinks_H)
         for block in work.blocks():
             probabilities = work.probabilities(block, block.rows(q_PRTD), block.span(k_PTD))
             block.put_rows(torch.bmm(probabilities, block.span(v_PTD)), out_PRTD)
-        return out_PRTD.view(*q_BHTD.shape[:3], v_BGTD.shape[3])
+        out_BHTD = out_PRTD.view(*q_BHTD.shape[:3], v_BGTD.shape[3])
+        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, sinks_H, None if sinks_H is None else out_BHTD, work.on_sink_PRT)
+        return out_BHTD
 
     @staticmethod
     def backward(ctx: Any, d_out_BHTD: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,21 +92,33 @@ class _BlockedAttention(torch.autograd.Function):
             raise HybridError(
                 "attention: blocked: no second derivative, which create_graph=True requests. Fix: set attention to reference"
             )
-        q_BHTD, k_BGTD, v_BGTD = ctx.saved_tensors
+        q_BHTD, k_BGTD, v_BGTD, sinks_H, out_BHTD, on_sink_PRT = ctx.saved_tensors
         w_sink, w_recent, scaling = ctx.sizes
         with torch.autocast(d_out_BHTD.device.type, enabled=False):
-            return *_gradients(q_BHTD, k_BGTD, v_BGTD, d_out_BHTD, w_sink, w_recent, scaling), None, None, None
+            d_qkv = _gradients(q_BHTD, k_BGTD, v_BGTD, sinks_H, d_out_BHTD, w_sink, w_recent, scaling)
+            d_sinks_H = None
+            if sinks_H is not None:  # the value of a sink is zero, so the gradient of its score is 0 - D times its probability
+                d_BHT = torch.linalg.vecdot(d_out_BHTD.to(sinks_H.dtype), out_BHTD.to(sinks_H.dtype))
+                d_sinks_H = -(on_sink_PRT.view_as(d_BHT) * d_BHT).sum((0, 2))
+            return *d_qkv, d_sinks_H, None, None, None
 
 
 def _gradients(
-    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, d_out_BHTD: Tensor, w_sink: int, w_recent: int, scaling: float
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    sinks_H: Tensor | None,
+    d_out_BHTD: Tensor,
+    w_sink: int,
+    w_recent: int,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
     d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], d_out_BHTD.shape[3])
     d_q_PRTD = torch.empty_like(q_PRTD, dtype=q_BHTD.dtype)
     # Several blocks add to the same keys.
     d_k_PTD, d_v_PTD = (torch.zeros_like(x, dtype=_precise(x.dtype)) for x in (k_PTD, v_PTD))
-    work = _Workspace(q_PRTD, w_sink, w_recent)
+    work = _Workspace(q_PRTD, w_sink, w_recent, sinks_H)
     for block in work.blocks():
         q, d_out, k, v = block.rows(q_PRTD), block.rows(d_out_PRTD), block.span(k_PTD), block.span(v_PTD)
         probabilities = work.probabilities(block, q, k)
@@ -144,9 +174,13 @@ class _Block:
 
 
 class _Workspace:
-    """The blocks of one pass, and the memory that they reuse for scores and probabilities."""
+    """The blocks of one pass, and the memory that they reuse for scores and probabilities.
 
-    def __init__(self, q_PRTD: Tensor, w_sink: int, w_recent: int) -> None:
+    Attributes:
+        on_sink_PRT: with learned sinks, the probability that each query of the blocks so far leaves to its sink.
+    """
+
+    def __init__(self, q_PRTD: Tensor, w_sink: int, w_recent: int, sinks_H: Tensor | None) -> None:
         self.groups, repeats, self.length, _ = q_PRTD.shape
         self.w_sink, self.w_recent = w_sink, w_recent
         on_cpu = q_PRTD.device.type == "cpu"
@@ -157,6 +191,10 @@ class _Workspace:
         self.memory = q_PRTD.new_empty(2, self.at_a_time * per_group, dtype=_precise(q_PRTD.dtype))
         self.position_T = torch.arange(self.length, device=q_PRTD.device)
         self.corners: dict[tuple[int, ...], Tensor] = {}
+        self.sinks_PR1 = self.on_sink_PRT = None
+        if sinks_H is not None:
+            self.sinks_PR1 = sinks_H.view(-1, repeats).repeat(self.groups * repeats // sinks_H.numel(), 1)[..., None]
+            self.on_sink_PRT = q_PRTD.new_empty(q_PRTD.shape[:3], dtype=self.memory.dtype)
 
     def blocks(self) -> Iterator[_Block]:
         for group in range(0, self.groups, self.at_a_time):
@@ -175,7 +213,13 @@ class _Workspace:
         left_QC = self._hidden_behind(block)
         if left_QC is not None:
             scores_NRQS[..., block.sinks : block.sinks + left_QC.shape[1]] += left_QC
-        return torch.softmax(scores, -1, out=probabilities)
+        torch.softmax(scores, -1, out=probabilities)
+        if self.sinks_PR1 is not None and self.on_sink_PRT is not None:
+            lse_NRQ = (scores.amax(-1) - probabilities.amax(-1).log()).unflatten(1, scores_NRQS.shape[1:3])
+            to_sink_NRQ = torch.sigmoid(self.sinks_PR1[block.groups] - lse_NRQ)
+            self.on_sink_PRT[block.groups, :, block.start : block.end] = to_sink_NRQ
+            probabilities.mul_(1 - to_sink_NRQ.flatten(1)[..., None])
+        return probabilities
 
     def d_scores(self, probabilities: Tensor, d_out: Tensor, v: Tensor) -> Tensor:
         """The gradient through the values and the softmax, P * (dP - sum(P * dP)): [N, RQ, S]; it overwrites the scores."""

@@ -1,6 +1,7 @@
 """Configs of the hybrid classes: the base's own config with native `layer_types` and `sliding_window`, plus `w_sink`.
 
-Each has a `model_type` of its own, so that software without sinks stops instead of ignoring them.
+Each has a `model_type` of its own, so that software without sinks stops instead of ignoring them; and with learned sinks a
+`hybrid_version` at which earlier code of ours stops.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.models.ministral.configuration_ministral import MinistralConfi
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec
+from .spec import FULL, HYBRID_VERSION, LEARNED_SINKS_VERSION, STREAMING, HybridError, HybridSpec
 
 
 class HybridConfigMixin:
@@ -22,6 +23,7 @@ class HybridConfigMixin:
     num_hidden_layers: int
     sliding_window: int | None
     w_sink: int
+    learned_sinks: bool
     hybrid_version: str
 
     def check_hybrid(self) -> None:
@@ -34,10 +36,12 @@ class HybridConfigMixin:
                 f"layer_types: {len(self.layer_types)} layers, and num_hidden_layers is {self.num_hidden_layers}. "
                 "Fix: name one type for each layer"
             )
-        if self.hybrid_version != HYBRID_VERSION:
+        version = LEARNED_SINKS_VERSION if self.learned_sinks else HYBRID_VERSION
+        if self.hybrid_version != version:
             raise HybridError(
-                f"hybrid_version: {self.hybrid_version!r}: this code computes version {HYBRID_VERSION!r}. Fix: load the checkpoint "
-                "with its own code (trust_remote_code=True), or with the version of lt_train that made it"
+                f"hybrid_version: {self.hybrid_version!r}: for learned_sinks {self.learned_sinks} this code computes version "
+                f"{version!r}. Fix: load the checkpoint with its own code (trust_remote_code=True), or with the version of lt_train "
+                "that made it"
             )
         _ = self.spec  # HybridSpec checks the sizes
 
@@ -45,7 +49,7 @@ class HybridConfigMixin:
     def spec(self) -> HybridSpec:
         if self.sliding_window is None:
             raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
-        return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window)
+        return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
 
 
 @strict
@@ -53,6 +57,7 @@ class HybridQwen2Config(HybridConfigMixin, Qwen2Config):
     model_type = "lt_hybrid_qwen2"
     use_sliding_window: bool = True
     w_sink: int = 4
+    learned_sinks: bool = False
     hybrid_version: str = HYBRID_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -65,6 +70,7 @@ class HybridQwen3Config(HybridConfigMixin, Qwen3Config):
     model_type = "lt_hybrid_qwen3"
     use_sliding_window: bool = True
     w_sink: int = 4
+    learned_sinks: bool = False
     hybrid_version: str = HYBRID_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -78,6 +84,7 @@ class HybridMinistralConfig(HybridConfigMixin, MinistralConfig):
 
     model_type = "lt_hybrid_ministral"
     w_sink: int = 4
+    learned_sinks: bool = False
     hybrid_version: str = HYBRID_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:

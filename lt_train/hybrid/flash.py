@@ -120,15 +120,19 @@ def attend_by_parts(
     parts: tuple[AttentionPart, ...],
     scaling: float,
     kernel: FlashKernel,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """The attention that `parts` make up, within each document; padding gets zeros. Returns out_BHTD."""
+    """The attention that `parts` make up, within each document; padding gets zeros. Returns out_BHTD.
+
+    `sinks_H`: learned sinks, one more part that has no keys: its output is zero and its log-sum-exp the logit.
+    """
     batch, _, length, _ = q_BHTD.shape
     q_NHD, k_NGD, v_NGD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
     real_N = documents.once(("real tokens", q_BHTD.device), lambda: _real_tokens(documents, q_BHTD.device))
     if real_N is None:
-        out_NHD = _Merged.apply(q_NHD, k_NGD, v_NGD, parts, scaling, kernel)
+        out_NHD = _Merged.apply(q_NHD, k_NGD, v_NGD, sinks_H, parts, scaling, kernel)
     else:
-        real_NHD = _Merged.apply(q_NHD[real_N], k_NGD[real_N], v_NGD[real_N], parts, scaling, kernel)
+        real_NHD = _Merged.apply(q_NHD[real_N], k_NGD[real_N], v_NGD[real_N], sinks_H, parts, scaling, kernel)
         out_NHD = real_NHD.new_zeros(batch * length, *real_NHD.shape[1:]).index_put((real_N,), real_NHD)
     return out_NHD.unflatten(0, (batch, length)).transpose(1, 2)
 
@@ -136,21 +140,35 @@ def attend_by_parts(
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, parts: tuple[AttentionPart, ...], scaling: float, kernel: FlashKernel
+        ctx: Any,
+        q_NHD: Tensor,
+        k_NGD: Tensor,
+        v_NGD: Tensor,
+        sinks_H: Tensor | None,
+        parts: tuple[AttentionPart, ...],
+        scaling: float,
+        kernel: FlashKernel,
     ) -> Tensor:
         results = (_forward(kernel, part, q_NHD, k_NGD, v_NGD, scaling) for part in parts)
         if len(parts) == 1:  # all queries and all keys
             out_NHD, lse_HN = next(results)
         else:
             out_NHD, lse_HN = _joined(parts, results, q_NHD)
-        ctx.save_for_backward(q_NHD, k_NGD, v_NGD, out_NHD, lse_HN)
+        if sinks_H is not None:
+            out_NHD = (out_NHD * torch.sigmoid(lse_HN - sinks_H[:, None]).T[..., None]).to(out_NHD.dtype)
+            lse_HN = torch.logaddexp(lse_HN, sinks_H[:, None].to(lse_HN.dtype))
+        ctx.save_for_backward(q_NHD, k_NGD, v_NGD, sinks_H, out_NHD, lse_HN)
         ctx.parts, ctx.scaling, ctx.kernel = parts, scaling, kernel
         return out_NHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_NHD: Tensor) -> tuple[Tensor | None, ...]:
-        q_NHD, k_NGD, v_NGD, out_NHD, lse_HN = ctx.saved_tensors
+        q_NHD, k_NGD, v_NGD, sinks_H, out_NHD, lse_HN = ctx.saved_tensors
+        d_sinks_H = None
+        if sinks_H is not None:  # the value of a sink is zero, so the gradient of its score is 0 - D times its probability
+            d_HN = torch.linalg.vecdot(dout_NHD.to(lse_HN.dtype), out_NHD.to(lse_HN.dtype)).T
+            d_sinks_H = -((sinks_H[:, None] - lse_HN).exp() * d_HN).sum(1)
         dq_NHD, dk_NGD, dv_NGD = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NGD, v_NGD))
         for part in ctx.parts:
             dq, dk, dv = ctx.kernel.backward(
@@ -163,11 +181,11 @@ class _Merged(torch.autograd.Function):
                 part.varlen(ctx.scaling),
             )
             if len(ctx.parts) == 1:
-                return dq, dk, dv, None, None, None
+                return dq, dk, dv, d_sinks_H, None, None, None
             dq_NHD[part.q_rows] += dq
             dk_NGD[part.k_rows] += dk
             dv_NGD[part.k_rows] += dv
-        return dq_NHD, dk_NGD, dv_NGD, None, None, None
+        return dq_NHD, dk_NGD, dv_NGD, d_sinks_H, None, None, None
 
 
 def _forward(

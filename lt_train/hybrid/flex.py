@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
 from .documents import Documents
@@ -22,7 +22,15 @@ TILE = 128
 
 
 def flex_streaming_attention(
-    documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, w_sink: int, w_recent: int, scaling: float
+    documents: Documents,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    *,
+    w_sink: int,
+    w_recent: int,
+    scaling: float,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Streaming attention within each document; padding gets zeros. Returns out_BHTD.
 
@@ -34,7 +42,11 @@ def flex_streaming_attention(
     q_BHSD, k_BGSD, v_BGSD = (pad(x, (0, 0, 0, rounded_length(length) - length)) for x in (q_BHTD, k_BGTD, v_BGTD))
     flex = flex_attention if device.type == "cpu" else _compiled_flex_attention()
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-    return flex(q_BHSD, k_BGSD, v_BGSD, block_mask=mask, scale=scaling, enable_gqa=grouped)[:, :, :length]
+    settings = dict(block_mask=mask, scale=scaling, enable_gqa=grouped)
+    if sinks_H is None:
+        return flex(q_BHSD, k_BGSD, v_BGSD, **settings)[:, :, :length]
+    out_BHSD, found = flex(q_BHSD, k_BGSD, v_BGSD, **settings, return_aux=AuxRequest(lse=True))
+    return (out_BHSD * torch.sigmoid(found.lse - sinks_H[:, None])[..., None]).to(q_BHTD.dtype)[:, :, :length]
 
 
 def flex_full_attention(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scaling: float) -> Tensor:

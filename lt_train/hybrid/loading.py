@@ -20,7 +20,7 @@ from .modeling import (
     HybridQwen2ForCausalLM,
     HybridQwen3ForCausalLM,
 )
-from .spec import STREAMING, HybridError, HybridSpec
+from .spec import HYBRID_VERSION, LEARNED_SINKS_VERSION, STREAMING, HybridError, HybridSpec
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ _NOT_CARRIED_OVER = {
     "max_window_layers",
     "use_cache",
     "output_attentions",
+    "w_sink",
+    "learned_sinks",
+    "hybrid_version",
 }
 
 
@@ -83,7 +86,14 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())
         carried = {name: value for name, value in carried.items() if name in known}
-    return family.config_class(**carried, layer_types=spec.layer_types, sliding_window=spec.w_recent, w_sink=spec.w_sink)
+    return family.config_class(
+        **carried,
+        layer_types=spec.layer_types,
+        sliding_window=spec.w_recent,
+        w_sink=spec.w_sink,
+        learned_sinks=spec.learned_sinks,
+        hybrid_version=LEARNED_SINKS_VERSION if spec.learned_sinks else HYBRID_VERSION,
+    )
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -112,7 +122,8 @@ def load_hybrid(
     """Load a base model's weights into the hybrid class, without a second copy in memory or on disk.
 
     Args:
-        base: folder or hub id of the base model. spec: an empty `lazy_layers` gives the base itself.
+        base: folder or hub id of the base model. spec: an empty `lazy_layers` gives the base itself. Learned sinks are 0: a base has
+            none.
         config: the base's config, to override the one in its folder.
         from_pretrained: arguments of transformers' `from_pretrained`, for example `device_map`.
 
@@ -120,7 +131,8 @@ def load_hybrid(
         HybridError: see `hybrid_config`; weights that are missing, unexpected or of other shapes.
     """
     base_config = AutoConfig.from_pretrained(base, revision=revision) if config is None else config
-    model = _load(base, hybrid_config(base_config, spec), dtype=dtype, revision=revision, **from_pretrained)
+    config = hybrid_config(base_config, spec)
+    model = _load(base, config, new=_LEARNED_SINKS, dtype=dtype, revision=revision, **from_pretrained)
     model.set_attention_kernel(attention_kernel)
     return model
 
@@ -141,10 +153,16 @@ def load_hybrid_checkpoint(
     return model
 
 
-def _load(source: str | Path, config: HybridConfig, **from_pretrained: Any) -> HybridForCausalLM:
+_LEARNED_SINKS = ".self_attn.sinks.weight"
+
+
+def _load(source: str | Path, config: HybridConfig, *, new: str | None = None, **from_pretrained: Any) -> HybridForCausalLM:
+    """`new`: how the names of weights end that are not in the source."""
     model, info = family_of(config).model_class.from_pretrained(
         source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
     )  # mismatched sizes raise an error below, which names them
+    if new is not None:
+        info["missing_keys"] = {name for name in info["missing_keys"] if not name.endswith(new)}
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if faults:
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in faults.items())

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
@@ -22,6 +23,7 @@ from .attention_kernels import AUTO, KERNELS, unknown_kernel
 from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
 from .documents import Documents, find_documents
+from .learned_sinks import LearnedSinks
 from .sequence_parallel import Exchange, sharded_views
 from .spec import FULL, STREAMING, HybridError, HybridSpec
 from .views import (
@@ -70,6 +72,11 @@ class OwnAttention(PreTrainedModel):
             )
         return ATTENTION_NAME
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LearnedSinks):
+            init.zeros_(module.weight)
+
 
 class HybridBody(OwnAttention):
     """The decoder stack: finds the documents, builds the cache, and passes each layer the view of its kind."""
@@ -85,6 +92,9 @@ class HybridBody(OwnAttention):
         self.attends_fully = False
         self.exchange: Exchange | None = None
         super().__init__(config)
+        if config.learned_sinks:
+            for layer in config.spec.lazy_layers:
+                self.layers[layer].self_attn.sinks = LearnedSinks(config.num_attention_heads)
 
     @property
     def spec(self) -> HybridSpec:
@@ -133,6 +143,11 @@ class HybridBody(OwnAttention):
             raise HybridError("input_ids: missing. Fix: pass input_ids or inputs_embeds")
         batch, new, device = given.shape[0], given.shape[1], given.device
         if self.exchange is not None and self.training:
+            if self.spec.learned_sinks:
+                raise HybridError(
+                    "learned_sinks: a process that holds a shard of a sequence computes some heads only, and learned sinks are not "
+                    "divided among processes. Fix: train without sequence parallelism, or with sink tokens"
+                )
             return sharded_views(self.exchange, self._views_of_gathered, attention_mask, position_ids)
         if cache is not None and cache.rows.columns > 0:
             return self._views_after_cache(cache, batch, new, device, attention_mask, position_ids)

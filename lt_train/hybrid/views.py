@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention_kernels import AUTO, computed_in, kernel_for
 from .cache import HybridCache, slot_positions
 from .documents import Documents
+from .learned_sinks import sdpa_with_sinks, sinks_of
 from .mask import at_least_one, full_visible, streaming_visible
 from .spec import HybridError, HybridSpec
 
@@ -58,8 +59,9 @@ class StreamingView(AttentionView):
         dtype = computed_in(v_BGKD)
         kernel = kernel_for(self.kernel, q_BHTD, dtype)
         qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
-        w_sink, w_recent = self.spec.w_sink, self.spec.w_recent
-        return kernel.streaming(self.documents, *qkv, w_sink=w_sink, w_recent=w_recent, scaling=scaling).transpose(1, 2)
+        sizes = {"w_sink": self.spec.w_sink, "w_recent": self.spec.w_recent}
+        sinks_H = sinks_of(module, self.spec, q_BHTD)
+        return kernel.streaming(self.documents, *qkv, **sizes, scaling=scaling, sinks_H=sinks_H).transpose(1, 2)
 
 
 class CachedView(AttentionView):
@@ -90,6 +92,13 @@ class CachedFullView(CachedView):
 
 
 class CachedStreamingView(CachedView):
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
+        sinks_H = sinks_of(module, self.cache.spec, q_BHTD)
+        if sinks_H is None:
+            return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
+        refuse_dropout(dropout)
+        return sdpa_with_sinks(q_BHTD, k_BGKD, v_BGKD, self.visible_BTK, sinks_H, scaling).transpose(1, 2)
+
     @cached_property
     def visible_BTK(self) -> Tensor | None:
         rows, spec = self.cache.rows, self.cache.spec

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lt_train.hybrid.cache import slot_of, slot_positions
+from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.views import AttentionView
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
@@ -30,12 +31,14 @@ class StepView(AttentionView):
         groups = k_BG1D.shape[1]
         q_BGRD = q_BH1D[:, :, 0].unflatten(1, (groups, -1))
         if isinstance(layer, RingLayer):
-            out_BGRD = self._ring(layer, indices, q_BGRD, k_BG1D[:, :, 0], v_BG1D[:, :, 0], scaling)
+            sinks_H = sinks_of(module, self.store.spec, q_BH1D)
+            sinks_GR = None if sinks_H is None else sinks_H.unflatten(0, (groups, -1))
+            out_BGRD = self._ring(layer, indices, q_BGRD, k_BG1D[:, :, 0], v_BG1D[:, :, 0], scaling, sinks_GR)
         else:
             out_BGRD = self._paged(layer, indices, q_BGRD, k_BG1D[:, :, 0], v_BG1D[:, :, 0], scaling)
         return out_BGRD.flatten(1, 2)[:, None]
 
-    def _ring(self, layer: RingLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
+    def _ring(self, layer: RingLayer, indices, q_BGRD, k_BGD, v_BGD, scaling, sinks_GR):
         rows = q_BGRD.shape[0]
         layer.keys[indices.row_B, :, indices.place_B] = k_BGD
         layer.values[indices.row_B, :, indices.place_B] = v_BGD
@@ -44,7 +47,7 @@ class StepView(AttentionView):
         weights_BGRW = scaling * _product(q_BGRD, k_BGWD.transpose(-1, -2))
         if indices.empty_BW is not None:
             weights_BGRW = weights_BGRW.masked_fill(indices.empty_BW[:, None, None, :used], float("-inf"))
-        return _product(weights_BGRW.softmax(-1), v_BGWD).to(q_BGRD.dtype)
+        return _product(softmax_with_sinks(weights_BGRW, sinks_GR), v_BGWD).to(q_BGRD.dtype)
 
     def _paged(self, layer: PagedLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
         """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax."""
@@ -153,7 +156,9 @@ class LaterChunkView(AttentionView):
         layer = self.store.layers[module.layer_idx]
         position_T1 = torch.arange(self.before, self.after, device=layer.device)[:, None]
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
+        sinks_H = None
         if isinstance(layer, RingLayer):
+            sinks_H = sinks_of(module, self.store.spec, q_1HTD)
             spec = self.store.spec
             held = min(self.before, spec.window)
             before_1 = torch.tensor([self.before], device=layer.device)
@@ -166,6 +171,8 @@ class LaterChunkView(AttentionView):
             layer.write(k_GTD, v_GTD, self.before, self.store.pages[self.slot])
             k_GKD, v_GKD = layer.read(self.after, self.store.pages[self.slot])
             visible_TK = full_visible(position_T1, torch.arange(self.after, device=layer.device))
+        if sinks_H is not None:
+            return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], visible_TK[None], sinks_H, scaling).transpose(1, 2)
         grouped = q_1HTD.shape[1] != k_GKD.shape[0]
         out_1HTD = scaled_dot_product_attention(
             q_1HTD, k_GKD[None], v_GKD[None], attn_mask=visible_TK, scale=scaling, enable_gqa=grouped

@@ -116,8 +116,9 @@ def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(model, tokeni
         HybridSpec(3, (1,), 0, 5),
         HybridSpec(3, (0, 2), 9, 1),
         HybridSpec(3, (0, 2), 3, 500),
+        HybridSpec(3, (0, 2), 0, 6, learned_sinks=True),
     ],
-    ids=["all full", "all streaming", "no sinks", "window of one", "window longer than all"],
+    ids=["all full", "all streaming", "no sinks", "window of one", "window longer than all", "learned sinks"],
 )
 def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec: HybridSpec) -> None:
     model = tiny_model(spec)
