@@ -73,7 +73,11 @@ def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
     spec = config.spec
     layers = ", ".join(map(str, spec.lazy_layers)) or "none"
     sinks = f"the first `w_sink` = {spec.w_sink} tokens and " if spec.w_sink else ""
-    plain = "" if spec.w_sink else " (`w_sink` = 0: a plain sliding window)"
+    plain = " (`w_sink` = 0: a plain sliding window)"
+    if spec.learned_sinks:
+        plain = "; the softmax's denominator has a learned logit for each query head, whose value is zero (a sink as in gpt-oss)"
+    elif spec.w_sink:
+        plain = ""
     return (
         "## Layers\n\n"
         f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})\n"
@@ -158,7 +162,8 @@ def _limits(config: HybridConfig, own_code: bool) -> str:
         f"What lies further back than {config.spec.w_recent:,} tokens reaches a streaming layer only through {ways}: test exact "
         "recall over long distances before relying on it."
     )
-    limits = [reach, *(_LIMITS_OF_OWN_CODE if own_code else [])]
+    servers = [_SERVERS_OF_LEARNED_SINKS if config.learned_sinks else _SERVERS_OF_SINK_TOKENS]
+    limits = [reach, *([*_LIMITS_OF_OWN_CODE, *servers] if own_code else [])]
     return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
@@ -167,8 +172,12 @@ _LIMITS_OF_OWN_CODE = [
     "batching raise an error; nothing runs without the sinks.",
     "Batches for generation are padded on the left.",
     "`attn_implementation` cannot be chosen: stock attention kernels do not know sinks.",
-    "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it.",
 ]
+_SERVERS_OF_SINK_TOKENS = "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it."
+_SERVERS_OF_LEARNED_SINKS = (
+    "vLLM serves it where `lt-train` is installed beside it, whose plugin knows these sinks: `vllm serve FOLDER`. SGLang, TGI and "
+    "llama.cpp do not load it."
+)
 
 
 def _check(check: Check) -> str:

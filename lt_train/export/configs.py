@@ -21,12 +21,12 @@ STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedMod
 }
 """What computes a hybrid without sinks: a plain sliding window, which these know."""
 
-_NOT_STOCK = {"model_type", "architectures", "auto_map", "w_sink", "hybrid_version", "transformers_version"}
+_NOT_STOCK = {"model_type", "architectures", "auto_map", "w_sink", "learned_sinks", "hybrid_version", "transformers_version"}
 
 
 def needs_own_code(config: HybridConfig) -> bool:
     """Sinks are known to no stock class."""
-    return config.w_sink > 0
+    return config.w_sink > 0 or config.learned_sinks
 
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:

@@ -83,6 +83,8 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Logit
         faults["a window shorter by one"] = {"sliding_window": w_recent - 1}
     if w_sink > 0:
         faults["no sinks"] = {"w_sink": 0}
+    if model.spec.learned_sinks:
+        faults["no sinks"] = {"learned_sinks": False}
     return LogitChanges(change(EXACT), {fault: change(COMPUTED_IN, **settings) for fault, settings in faults.items()})
 
 

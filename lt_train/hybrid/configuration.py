@@ -40,8 +40,8 @@ class HybridConfigMixin:
         if self.hybrid_version != version:
             raise HybridError(
                 f"hybrid_version: {self.hybrid_version!r}: for learned_sinks {self.learned_sinks} this code computes version "
-                f"{version!r}. Fix: load the checkpoint with its own code (trust_remote_code=True), or with the version of lt_train "
-                "that made it"
+                f"{version!r}. Fix: load the checkpoint with its own code (trust_remote_code=True), or with the version of "
+                "lt_train that made it"
             )
         _ = self.spec  # HybridSpec checks the sizes
 

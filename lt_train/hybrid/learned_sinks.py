@@ -62,9 +62,11 @@ def sdpa_with_sinks(
     if visible_BQK is not None:
         bias_BHQK = bias_BHQK.masked_fill(~visible_BQK[:, None].to(q_BHQD.device), float("-inf"))
     sinks_BHQ1 = sinks_H[:, None, None].to(q_BHQD.dtype).expand(batch, -1, queries, 1)
+    k_BGKD, v_BGKD = (pad(x, (0, 0, 0, 1)) for x in (k_BGKD, v_BGKD))
     return scaled_dot_product_attention(
         q_BHQD,
-        *(pad(x, (0, 0, 0, 1)) for x in (k_BGKD, v_BGKD)),
+        k_BGKD,
+        v_BGKD,
         attn_mask=torch.cat([bias_BHQK, sinks_BHQ1], dim=-1),
         scale=scaling,
         enable_gqa=heads != k_BGKD.shape[1],

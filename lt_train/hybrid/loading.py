@@ -1,11 +1,14 @@
 """Loading a base model as a hybrid: only the config changes; the base's weights load directly into the hybrid class."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
 
 from .configuration import (
     HybridConfig,
@@ -122,8 +125,8 @@ def load_hybrid(
     """Load a base model's weights into the hybrid class, without a second copy in memory or on disk.
 
     Args:
-        base: folder or hub id of the base model. spec: an empty `lazy_layers` gives the base itself. Learned sinks are 0: a base has
-            none.
+        base: folder or hub id of the base model.
+        spec: an empty `lazy_layers` gives the base itself. A base has no learned sinks: they are 0.
         config: the base's config, to override the one in its folder.
         from_pretrained: arguments of transformers' `from_pretrained`, for example `device_map`.
 
@@ -158,9 +161,10 @@ _LEARNED_SINKS = ".self_attn.sinks.weight"
 
 def _load(source: str | Path, config: HybridConfig, *, new: str | None = None, **from_pretrained: Any) -> HybridForCausalLM:
     """`new`: how the names of weights end that are not in the source."""
-    model, info = family_of(config).model_class.from_pretrained(
-        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
-    )  # mismatched sizes raise an error below, which names them
+    with _without_report():
+        model, info = family_of(config).model_class.from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
+        )  # mismatched sizes raise an error below, which names them
     if new is not None:
         info["missing_keys"] = {name for name in info["missing_keys"] if not name.endswith(new)}
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
@@ -171,6 +175,17 @@ def _load(source: str | Path, config: HybridConfig, *, new: str | None = None, *
             "Fix: restore the config.json or the weights of this folder"
         )
     return model.eval()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without the table of missing weights that transformers logs: what is wrong is raised, and new sinks are not."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:

@@ -22,6 +22,7 @@ from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
+from lt_train.inference.sinks_file import read_sinks
 from lt_train.inference.text import check_stop_tokens
 from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.devices import compute_device, compute_dtype
@@ -151,8 +152,13 @@ def attention_choice(model: Model, config: PreTrainedConfig, trains: bool) -> Ch
         raise UserError(f"model.{error}") from error
 
 
-def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pretrained: Any) -> HybridForCausalLM:
+def load_weights(
+    model: Model, spec: HybridSpec, dtype: torch.dtype, *, sinks: Path | None = None, **from_pretrained: Any
+) -> HybridForCausalLM:
     """The base's weights in the hybrid class of its architecture; an empty `spec.lazy_layers` gives the base itself.
+
+    Args:
+        sinks: the file of the learned sinks, if the spec has them. Without it they are 0.
 
     Raises:
         UserError: a base that cannot become a hybrid, no weights, or files that are cut or do not fit.
@@ -163,7 +169,7 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
         if settings:  # checked by transformers, too
             from_pretrained = {"generation_config": GenerationConfig.from_dict(settings), **from_pretrained}
     with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
-        return load_hybrid(
+        hybrid = load_hybrid(
             resolve_model(model.base),
             spec,
             dtype=dtype,
@@ -172,9 +178,14 @@ def load_weights(model: Model, spec: HybridSpec, dtype: torch.dtype, **from_pret
             attention_kernel=model.attention,
             **from_pretrained,
         )
+    if sinks is not None and spec.learned_sinks:
+        read_sinks(hybrid, sinks)
+    return hybrid
 
 
-def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype, *, others_wait: bool = False) -> HybridForCausalLM:
+def load_for_inference(
+    model: Model, spec: HybridSpec, dtype: torch.dtype, *, sinks: Path | None = None, others_wait: bool = False
+) -> HybridForCausalLM:
     """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all; so it does where
     the other processes of its launch wait for it and hold nothing (`others_wait`): afterwards, `release_memory`.
 
@@ -183,7 +194,7 @@ def load_for_inference(model: Model, spec: HybridSpec, dtype: torch.dtype, *, ot
     """
     if dtype != compute_dtype(model.dtype):
         model = model.model_copy(update={"attention": AUTO})
-    return load_weights(model, spec, dtype, device_map=device_map(others_wait))
+    return load_weights(model, spec, dtype, sinks=sinks, device_map=device_map(others_wait))
 
 
 def device_map(others_wait: bool = False) -> str | dict[str, torch.device]:

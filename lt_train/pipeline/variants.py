@@ -18,7 +18,7 @@ from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe, converted_by, identity_of, settings_that_may_change
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
-from lt_train.runtime.fingerprints import hash_of
+from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import MANIFEST, RunPaths
 from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
 from lt_train.selection.profile import LayerProfile
@@ -65,18 +65,27 @@ class Variants:
         if variant != BASE:
             path = self.paths.layers
             lazy = read_json(path, "choice of layers")[CONVERTED if variant == TRAINED else variant]
-        hybrid = self.recipe.hybrid
-        return HybridSpec(self.base_config.num_hidden_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent)
+        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        if variant == BASE:
+            return HybridSpec(num_layers, (), hybrid.scored_w_sink, hybrid.w_recent)
+        return HybridSpec(num_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+
+    def sinks(self, variant: str) -> Path | None:
+        """The file of the learned sinks with which a hybrid begins; None where the recipe has none."""
+        if self.recipe.hybrid.sink != "learned" or variant == BASE:
+            return None
+        return self.paths.sinks(CONVERTED if variant == TRAINED else variant)
 
     def load(self, variant: str, dtype: torch.dtype) -> HybridForCausalLM:
         if variant != TRAINED:
-            return load_for_inference(self.recipe.model, self.spec(variant), dtype)
+            return load_for_inference(self.recipe.model, self.spec(variant), dtype, sinks=self.sinks(variant))
         return self.load_from(self.paths.trained, dtype)
 
     def load_from(self, weights: Path, dtype: torch.dtype) -> HybridForCausalLM:
         """The model that training left in a folder: the trained one, or that of a checkpoint."""
         model = self.recipe.model
-        trained = load_trained(self.recipe, weights, partial(load_for_inference, model, self.spec(TRAINED)), dtype).model
+        load_base = partial(load_for_inference, model, self.spec(TRAINED), sinks=self.sinks(TRAINED))
+        trained = load_trained(self.recipe, weights, load_base, dtype).model
         if dtype == compute_dtype(model.dtype):  # merged in fp32 perhaps, where the kernel that the recipe names need not work
             trained.set_attention_kernel(model.attention)
         return trained
@@ -84,7 +93,7 @@ class Variants:
     def fingerprint(self, variant: str) -> str:
         """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""
         training = self._training() if variant == TRAINED else None
-        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training)
+        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training, *self._sinks_hash(variant))
 
     def _training(self) -> dict[str, Any]:
         """All settings that decide the trained weights, of which some may have changed without effect since."""
@@ -102,7 +111,12 @@ class Variants:
     def fingerprint_of(self, weights: Path) -> str:
         """As `fingerprint`, of the model in a folder that training left: it follows from the files themselves."""
         files = read_json(weights / MANIFEST, "checkpoint manifest")["files"]
-        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files)
+        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files, *self._sinks_hash(TRAINED))
+
+    def _sinks_hash(self, variant: str) -> list[str]:
+        """Of the learned sinks with which a hybrid begins; empty where the recipe has none."""
+        file = self.sinks(variant)
+        return [] if file is None else [file_hash(file)]
 
     def _base_fingerprint(self) -> str:
         return read_json(self.paths.inputs, "record of a run's inputs")["model.base"]
@@ -116,6 +130,10 @@ class Variants:
         """The variants that an evaluation asks for; with `converted` come the hybrids of `hybrid.compare`."""
         variants = eval_config.variants or []
         return [*variants, *(self._compared() if CONVERTED in variants else [])]
+
+    def converted(self) -> list[str]:
+        """The hybrids before training: the recipe's own, and those that it compares."""
+        return [CONVERTED, *self._compared()]
 
     def _compared(self) -> list[str]:
         return [converted_by(strategy) for strategy in self.recipe.hybrid.compare]

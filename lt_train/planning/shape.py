@@ -104,9 +104,9 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
         HybridError: a base that cannot become a hybrid.
     """
     hybrid = recipe.hybrid
-    spec = HybridSpec(
-        base_config.num_hidden_layers, _lazy_layers(hybrid, base_config.num_hidden_layers), hybrid.w_sink, hybrid.w_recent
-    )
+    num_layers = base_config.num_hidden_layers
+    lazy = _lazy_layers(hybrid, num_layers)
+    spec = HybridSpec(num_layers, lazy, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
     with torch.device("meta"):
         model = build_hybrid(base_config, spec)
         _freeze_what_is_not_trained(recipe, spec, model)

@@ -90,6 +90,12 @@ def _training(recipe: Recipe, train: Train) -> Iterator[Fault]:
             problem = f"{train.batch_tokens:,} is not a multiple of {data.max_length:,} x {train.micro_batch_size}"
             fix = f"set batch_tokens to {nearest_multiples(train.batch_tokens, at_once)}"
             yield Fault(("train.batch_tokens", "data.max_length", "train.micro_batch_size"), problem, fix)
+    if train.sink_learning_rate is not None and recipe.hybrid.sink != "learned":
+        fix = "set hybrid.sink to learned, or remove sink_learning_rate"
+        yield Fault(("train.sink_learning_rate", "hybrid.sink"), "there are no learned sinks", fix)
+    if train.sequence_parallel > 1 and recipe.hybrid.sink == "learned":
+        problem = "processes that share sequences divide the heads, and learned sinks are not divided"
+        yield Fault(("train.sequence_parallel", "hybrid.sink"), problem, "set sequence_parallel to 1, or sink to tokens")
     for setting, measures in (("eval_steps", train.eval_steps is not None), ("keep_best", train.keep_best == EVAL_LOSS)):
         if measures and data.heldout == 0:
             fix = f"set data.heldout above 0, or {setting} to null"

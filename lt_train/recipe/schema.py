@@ -94,6 +94,15 @@ class Calibration(Part):
     long_reach_fraction: float = Field(default=0.1, gt=0, le=1, json_schema_extra=formerly("long_reach_share"))
     """Fraction of answer tokens that count as long-reach tokens: those whose loss rises most when every layer streams. The strategy
     reach measures the loss on them."""
+    sink_steps: Natural = Field(default=24, json_schema_extra=ADDED)
+    """Optimizer steps of one sample each that fit learned sinks to the answers' loss before any training, all else frozen. 0: they
+    start where the scores of the first tokens are."""
+    sink_learning_rate: float = Field(default=0.1, gt=0, le=1, json_schema_extra=ADDED)
+    """Learning rate of Adam in these steps."""
+
+
+SCORED_W_SINK = 4
+"""Sink tokens by which layers are scored for learned sinks: the paper's number."""
 
 
 class Hybrid(Part):
@@ -106,20 +115,35 @@ class Hybrid(Part):
     where attention goes (the paper's score). periodic: evenly spaced. Default: reach, or null where `layers` is set."""
     layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = None
     """Indices of the layers that stream, from 0, instead of a choice by strategy."""
+    sink: Literal["tokens", "learned"] = Field(default="tokens", json_schema_extra=ADDED)
+    """What a streaming layer has at the start of a sequence. tokens: the first w_sink tokens. learned: a logit for each query head
+    in the softmax's denominator, as in gpt-oss: no tokens, and vLLM serves it. The logits are fitted when the base is converted,
+    and trained with everything else."""
     w_sink: Natural = 4
-    """Number of first tokens of a sequence that a streaming layer always sees."""
+    """Number of first tokens of a sequence that a streaming layer always sees. 0 where sink is learned."""
     w_recent: Count = 1020
     """Number of most recent tokens that a streaming layer sees. The query itself counts."""
     compare: Annotated[list[Strategy], EachOnce] = Field(default=[])
     """Further strategies to score. Where converted is evaluated, the hybrid of each is evaluated too, untrained."""
     calibration: Calibration = Calibration()
 
+    @property
+    def scored_w_sink(self) -> int:
+        """Sink tokens of the streaming layers that a strategy tries: before learned sinks are fitted, tokens stand for them."""
+        return SCORED_W_SINK if self.sink == "learned" else self.w_sink
+
     @model_validator(mode="before")
     @classmethod
-    def _reach_unless_layers(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("layers") is None and values.get("strategy") is None:
-            return {**values, "strategy": "reach"}
-        return values
+    def _with_defaults_that_depend(cls, values: Any) -> Any:
+        """Strategy reach where no layers are named, and no sink tokens where sinks are learned."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        if values.get("layers") is None and values.get("strategy") is None:
+            filled["strategy"] = "reach"
+        if values.get("sink") == "learned":
+            filled.setdefault("w_sink", 0)
+        return filled
 
     def conflicts(self) -> Iterator[Fault]:
         if self.layers is None and self.lazy_layer_ratio is None:
@@ -128,6 +152,12 @@ class Hybrid(Part):
         for name in ("lazy_layer_ratio", "strategy"):
             if self.layers is not None and getattr(self, name) is not None:
                 yield Fault(("layers", name), "both choose the layers that stream", f"set layers or {name} to null")
+        if self.sink == "learned" and self.w_sink:
+            yield Fault(("sink", "w_sink"), "learned sinks take the place of tokens", "remove w_sink, or set sink to tokens")
+        for name in ("sink_steps", "sink_learning_rate"):
+            if self.sink == "tokens" and getattr(self.calibration, name) != Calibration.model_fields[name].default:
+                problem = "no sinks are fitted"
+                yield Fault((f"calibration.{name}", "sink"), problem, f"set sink to learned, or remove {name}")
         if self.strategy in self.compare:
             problem = f"{self.strategy} is the strategy of this recipe; compare lists others"
             yield Fault(("compare", "strategy"), problem, f"remove {self.strategy} from compare")
@@ -246,6 +276,8 @@ class Train(Part):
     reasoning damages recall there."""
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate."""
+    sink_learning_rate: float | None = Field(default=None, gt=0, le=1, json_schema_extra=ADDED)
+    """Peak learning rate of learned sinks (hybrid.sink): a few hundred logits, which move further than weights. null: 0.05."""
     epochs: float | None = Field(default=None, gt=0, le=MOST)
     """Passes over the data. Set either this or `max_steps`."""
     max_steps: Count | None = None

@@ -2,9 +2,10 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -122,7 +123,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
     found = [
         ("base", str(run.setting("model", "base"))),
         ("streams", f"{len(chosen)} of {total} layers, chosen by {run.setting('hybrid', 'strategy') or 'the recipe'}"),
-        ("a streaming layer sees", f"{run.config['w_sink']} sink and {run.config['sliding_window']:,} recent tokens"),
+        ("a streaming layer sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
     ]
     steps = max((row["step"] for row in run.log), default=0)
     training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
@@ -135,3 +136,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
             f"{format_bytes(hybrid)} instead of {format_bytes(base)}, {100 * hybrid / base:.0f} %",
         ),
     ]
+
+
+def _sinks(config: Mapping[str, Any]) -> str:
+    return "a learned sink" if config.get("learned_sinks") else f"{config['w_sink']} sink"

@@ -58,6 +58,10 @@ class RunPaths:
         """Written when a stage is done: its key, its files, its seconds."""
         return self.root / "stages" / f"{stage}.json"
 
+    def sinks(self, variant: str) -> Path:
+        """The learned sinks of an untrained hybrid."""
+        return self.hybrid / f"sinks-{variant}.safetensors"
+
     def evaluation(self, variant: str, name: str) -> Path:
         """The folder of one evaluation of one variant."""
         return self.stage("eval") / variant / name

@@ -17,29 +17,24 @@ from torch import Tensor, nn
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import FullView
+from lt_train.inference.observed_layers import run_observed
 from lt_train.selection.fingerprint import Sizes
 
 
-@torch.no_grad()
 def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes) -> list[float]:
     """Lazy ratio of each layer for one sample, with every layer full: in (0, 1]; 1: no attention on other tokens.
 
     `model` is a hybrid in evaluation mode; its own lazy layers do not matter. For a sample shorter than `sizes.w_last`, all its
     queries count.
     """
-    input_ids_1T = torch.tensor([list(input_ids)], device=model.device)
-    views = model.model.attention_views(input_ids=input_ids_1T, attention_mask=None, position_ids=None)
-    hidden_1TD = model.model.embed_tokens(input_ids_1T)
-    position_embeddings = model.model.rotary_emb(hidden_1TD, views.position_ids)
-    ratios = []
-    assert isinstance(views.full, FullView), "without a cache every layer sees the documents of the input"
-    for layer in model.model.layers:
-        view = ObservedView(views.full.documents, views.full.kernel, sizes=sizes)
-        hidden_1TD = layer(
-            hidden_1TD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
-        )
-        ratios.append(view.lazy_ratio)
-    return ratios
+    views: list[ObservedView] = []
+
+    def observed(index: int, full: FullView) -> ObservedView:
+        views.append(ObservedView(full.documents, full.kernel, sizes=sizes))
+        return views[-1]
+
+    run_observed(model, input_ids, observed)
+    return [view.lazy_ratio for view in views]
 
 
 def most_often_lazy(ratios: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:

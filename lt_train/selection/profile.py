@@ -125,7 +125,7 @@ def profile_layers(
     """Score every layer of `model` on every calibration example by every strategy that scores the model.
 
     Args:
-        model: a hybrid with the recipe's `w_sink` and `w_recent` and any lazy layers; it is set to evaluation mode.
+        model: a hybrid with the recipe's `scored_w_sink` and `w_recent` and any lazy layers; it is set to evaluation mode.
         hybrid: the recipe's hybrid part.
         strategies: names; `periodic` needs no scores and is skipped.
         out: folder for `profile.json` and `samples.jsonl`, in which an interrupted run resumes.
@@ -135,7 +135,7 @@ def profile_layers(
         UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
         data's scores.
     """
-    sizes = Sizes(hybrid.w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_fraction)
+    sizes = Sizes(hybrid.scored_w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_fraction)
     scored = tuple(strategy for strategy in SCORED if strategy in strategies)
     if (model.spec.w_sink, model.spec.w_recent) != (sizes.w_sink, sizes.w_recent):
         raise ValueError(f"the model's spec {model.spec} does not have the recipe's sizes {sizes}")

@@ -128,6 +128,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "lazy layers": list(spec.lazy_layers),
         "hybrid.w_sink": spec.w_sink,
         "hybrid.w_recent": spec.w_recent,
+        **({"hybrid.sink": "learned"} if spec.learned_sinks else {}),
         "data.max_length": recipe.data.max_length,
         "data.packing": recipe.data.packing,
         "SHA-256 of the training data": data_sha256,

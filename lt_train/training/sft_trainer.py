@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer with six changes: a distillation loss, an exact evaluation loss, a stop at NaN, an error for a full disk,
-shards of sequences, and no model card.
+"""TRL's SFTTrainer with seven changes: a distillation loss, an exact evaluation loss, a stop at NaN, an error for a full disk,
+shards of sequences, a learning rate for learned sinks, and no model card.
 """
 
 import math
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerControl
 from trl import SFTTrainer
 
 from lt_train.dataset.examples import Example
+from lt_train.inference.sinks_file import learned_sinks
 from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import newest_checkpoint, reporting_write_errors
 from lt_train.training.distillation.loss import Distillation
@@ -37,6 +38,8 @@ class HybridSFTTrainer(SFTTrainer):
     distillation: Distillation | None = None
     sharded_sequences: ShardedSequences | None = None
     """Set with sequence parallelism. Held-out samples are not sharded: one process evaluates each."""
+    sink_learning_rate: float | None = None
+    """Peak learning rate of learned sinks."""
     _logged_step = 0  # the last step whose terms of the distilled loss are logged
 
     def compute_loss(
@@ -62,6 +65,18 @@ class HybridSFTTrainer(SFTTrainer):
             means = self.distillation.means.take(self.state.global_step - self._logged_step)
             logs = logs | {name: self.accelerator.gather(value).mean().item() for name, value in means.items()}
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """With the logits of learned sinks in a group of their own: with its learning rate, and without weight decay, which would
+        pull them to 0, where they are no smaller."""
+        optimizer = super().create_optimizer(model)
+        sinks = {id(x) for x in learned_sinks(self.model if model is None else model).values() if x.requires_grad}
+        if sinks and self.sink_learning_rate is not None:
+            own = [x for group in optimizer.param_groups for x in group["params"] if id(x) in sinks]
+            for group in optimizer.param_groups:
+                group["params"] = [x for x in group["params"] if id(x) not in sinks]
+            optimizer.add_param_group({"params": own, "lr": self.sink_learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         if self.sharded_sequences is None:

@@ -13,6 +13,7 @@ from lt_train.runtime.errors import UserError, shortened
 
 LAYERS = "layers"  # the name of the decoder layers in every hybrid class: model.layers.<i>
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SINKS = "sinks"  # the module of a layer's learned sinks
 
 
 def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
@@ -25,6 +26,9 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
     if not layers:
         raise UserError("lora.layers: lazy: no layer of this model streams, so nothing would be trained. Fix: set lora.layers: all")
     check_names(lora, model)
+    peft = dict(lora.peft)
+    if spec.learned_sinks:
+        peft["modules_to_save"] = [*(peft.get("modules_to_save") or ()), SINKS]
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -33,12 +37,12 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
         layers_to_transform=layers,
         layers_pattern=LAYERS,
         task_type="CAUSAL_LM",
-        **lora.peft,
+        **peft,
     )
 
 
 def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
-    """Keep only the attention projections of streaming layers trainable; only they have optimizer states.
+    """Keep only the attention projections and learned sinks of streaming layers trainable; only they have optimizer states.
 
     Raises:
         UserError: no layer streams.
@@ -48,7 +52,7 @@ def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
             "train.parameters: lazy_projections: no layer of this model streams, so nothing would be trained. "
             "Fix: set train.parameters: all"
         )
-    trained = re.compile(attention_modules(spec.lazy_layers, PROJECTIONS))
+    trained = re.compile(attention_modules(spec.lazy_layers, (*PROJECTIONS, SINKS)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.search(name) is not None)
 

@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from lt_train.dataset.examples import ExampleSet, examples_fingerprint
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.sinks_file import learned_sinks
 from lt_train.inference.trained_weights import LoadModel
 from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
 from lt_train.runtime.errors import UserError
@@ -53,6 +54,9 @@ from lt_train.training.sequence_parallel import shard_sequences
 from lt_train.training.settings import settings_of_training, sft_config, teacher_fingerprint, trains_in_bf16, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
+
+SINK_LEARNING_RATE = 0.05
+"""Of learned sinks where the recipe names none."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,9 @@ def _build_trainer(
     # With a name, PEFT would load the base's config at each save and read it as a hybrid's (peft/utils/save_and_load.py,
     # get_peft_model_state_dict). The manifest and the resolved recipe contain the name of the base.
     model.name_or_path = ""
+    if spec.learned_sinks and not recipe.train.deepspeed:  # DeepSpeed's optimizer has fp32 copies of its own
+        for logits_H in learned_sinks(model).values():
+            logits_H.data = logits_H.data.float()
     if recipe.train.parameters == "lazy_projections":
         freeze_all_but_lazy_projections(model, spec)
     trainer = HybridSFTTrainer(
@@ -216,6 +223,8 @@ def _build_trainer(
     )
     if recipe.train.sequence_parallel > 1:
         trainer.sharded_sequences = shard_sequences(model, recipe.train.sequence_parallel)
+    if spec.learned_sinks:
+        trainer.sink_learning_rate = recipe.train.sink_learning_rate or SINK_LEARNING_RATE
     trainer.examples, trainer.heldout = example_set.train, heldout
     trainer.remove_callback(PrinterCallback)  # it prints every row of the log, which TrainingLog writes to log.jsonl
     return trainer

@@ -173,17 +173,17 @@ def test_a_checkpoint_holds_the_logits_and_one_without_them_is_refused(tmp_path)
 def test_code_that_knows_no_learned_sinks_would_stop_at_the_version():
     config = build_hybrid(BASES["qwen3"], SPEC).config.to_dict()
     assert config["hybrid_version"] == "2"
-    with pytest.raises(HybridError, match="for learned_sinks False this code computes version '1'"):
+    with pytest.raises(HybridError, match=r"for learned_sinks False this code computes version '1'"):
         AutoConfig.for_model(**config | {"learned_sinks": False})
 
 
 def test_two_kinds_of_sinks_are_refused():
-    with pytest.raises(HybridError, match="w_sink: 4: learned sinks take the place of sink tokens. Fix: set w_sink to 0"):
+    with pytest.raises(HybridError, match=r"w_sink: 4: learned sinks take the place of sink tokens. Fix: set w_sink to 0"):
         HybridSpec(4, (1,), w_sink=4, learned_sinks=True)
 
 
 def test_shards_of_a_sequence_are_refused():
     model = hybrid(BASES["qwen3"]).train()
     model.shard_sequences(lambda *args, **kwargs: None)
-    with pytest.raises(HybridError, match="learned_sinks: .* Fix: train without sequence parallelism"):
+    with pytest.raises(HybridError, match=r"learned_sinks: .* Fix: train without sequence parallelism"):
         model(torch.ones(1, 8, dtype=torch.long), position_ids=torch.arange(8)[None])

@@ -368,6 +368,13 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["hybrid.sink=learned", "hybrid.w_sink=4"], "hybrid.sink + hybrid.w_sink: learned sinks take the place of tokens"),
+        (["hybrid.calibration.sink_steps=3"], "hybrid.calibration.sink_steps + hybrid.sink: no sinks are fitted"),
+        (["train.sink_learning_rate=0.1"], "train.sink_learning_rate + hybrid.sink: there are no learned sinks"),
+        (
+            ["hybrid.sink=learned", "train.sequence_parallel=2", "train.deepspeed=launch/zero3.json"],
+            "train.sequence_parallel + hybrid.sink: processes that share sequences divide the heads",
+        ),
         (["train=null", "lora={}"], "lora + train: this recipe trains nothing. Fix: set lora to null"),
         (
             ["model.attention=flash", "model.dtype=fp32"],

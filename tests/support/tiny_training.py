@@ -31,11 +31,16 @@ SPEC = HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=1, w_recent=4)
 
 
 def train_in(
-    out: Path, settings: dict[str, Any], tracker: Tracker, examples: int = 22, load: LoadModel | None = None
+    out: Path,
+    settings: dict[str, Any],
+    tracker: Tracker,
+    examples: int = 22,
+    load: LoadModel | None = None,
+    spec: HybridSpec = SPEC,
 ) -> TrainResult:
     recipe = tiny_recipe(settings)
     data = tiny_examples(recipe.data.heldout, examples)
-    return train(recipe, load or load_tiny, tiny_tokenizer(), data, SPEC, out, tracker, teacher=out.with_name("teacher"))
+    return train(recipe, load or load_tiny, tiny_tokenizer(), data, spec, out, tracker, teacher=out.with_name("teacher"))
 
 
 def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Path:

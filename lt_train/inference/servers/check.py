@@ -43,7 +43,7 @@ MOST_PROMPTS = 12
 ROUNDING = 2**-5
 """Largest error of a logit, over the largest logit: servers compute in bf16, whose step is 2^-8, and every layer rounds."""
 
-MATHEMATICS = ("num_hidden_layers", "layer_types", "sliding_window", "w_sink", "vocab_size", "rope_parameters")
+MATHEMATICS = ("num_hidden_layers", "layer_types", "sliding_window", "w_sink", "learned_sinks", "vocab_size", "rope_parameters")
 """Settings in config.json that decide what a query sees and where."""
 
 
@@ -145,7 +145,7 @@ def compare_config(url: str, folder: Path, served: str | None) -> None:
 def _mathematics(path: Path) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf-8"))
     values = {name: config.get(name) for name in MATHEMATICS}
-    values["w_sink"] = config.get("w_sink", 0)
+    values |= {"w_sink": config.get("w_sink", 0), "learned_sinks": config.get("learned_sinks", False)}
     full = ["full_attention"] * config.get("num_hidden_layers", 0)
     values["layer_types"] = config.get("layer_types") or full
     if values["layer_types"] == full:
@@ -180,13 +180,13 @@ def telling_prompts(
 
 def mistaken_specs(spec: HybridSpec) -> dict[str, HybridSpec]:
     """What engines compute that do not know hybrids."""
-    mistakes = {"every layer full": spec.all_full, "sinks ignored": replace(spec, w_sink=0)}
+    mistakes = {"every layer full": spec.all_full, "sinks ignored": replace(spec, w_sink=0, learned_sinks=False)}
     return {name: mistaken for name, mistaken in mistakes.items() if spec.lazy_layers and mistaken != spec}
 
 
 def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
     """Within it the model computes another spec with its weights."""
-    return changed(model.config, layer_types=spec.layer_types, w_sink=spec.w_sink)
+    return changed(model.config, layer_types=spec.layer_types, w_sink=spec.w_sink, learned_sinks=spec.learned_sinks)
 
 
 def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:

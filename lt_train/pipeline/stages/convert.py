@@ -1,9 +1,18 @@
-"""Choose the layers that stream. Leaves the hybrid's config; no weights are copied: the base's load straight into it."""
+"""Choose the layers that stream, and fit learned sinks where the recipe has them.
 
+Leaves the hybrid's config and the sinks; no weights are copied: the base's load straight into it.
+"""
+
+from lt_train.dataset.examples import calibration_examples
 from lt_train.hybrid.loading import hybrid_config
+from lt_train.inference.loading import load_for_inference
+from lt_train.inference.sinks_file import write_sinks
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import CONVERTED
+from lt_train.runtime.devices import release_memory
+from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.picture import draw_profile
+from lt_train.training.sink_fitting import FIRST_TOKENS, fit_sinks
 
 NAME = "hybrid"
 NEEDS: tuple[str, ...] = ("profile",)
@@ -30,6 +39,9 @@ def run(context: RunContext) -> None:
     profile = context.layer_profile
     with context.folder.doing(NAME):
         context.variants.choose(profile)
+        if context.recipe.hybrid.sink == "learned":
+            for variant in context.variants.converted():
+                _fit_sinks(context, variant)
         spec = context.variants.spec(CONVERTED)
         hybrid_config(context.base_config, spec).save_pretrained(context.paths.hybrid)
         if profile is not None:
@@ -38,3 +50,20 @@ def run(context: RunContext) -> None:
     chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
     layers = ", ".join(map(str, spec.lazy_layers))
     context.report("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {chosen}: {layers}")
+
+
+def _fit_sinks(context: RunContext, variant: str) -> None:
+    recipe, calibration = context.recipe, context.recipe.hybrid.calibration
+    file = context.paths.sinks(variant)
+    file.unlink(missing_ok=True)
+    spec = context.variants.spec(variant)
+    usable, _ = samples_beyond_window(calibration_examples(context.examples, calibration, recipe.seed), FIRST_TOKENS, spec.w_recent)
+    context.report("convert", f"fitting the learned sinks of {variant}: {calibration.sink_steps} steps")
+    model = load_for_inference(recipe.model, spec, context.dtype, others_wait=True)
+    fitted = fit_sinks(model, usable, steps=calibration.sink_steps, learning_rate=calibration.sink_learning_rate)
+    write_sinks(model, file)
+    del model
+    release_memory()  # before the other ranks, which wait for the hybrid, load theirs
+    if fitted.first is not None and fitted.last is not None:
+        course = f"loss {fitted.first:.3f} in the first quarter of the steps, {fitted.last:.3f} in the last"
+        context.report("convert", f"{fitted.logits:,} logits fitted: {course}")

@@ -66,7 +66,7 @@ def _train(context: RunContext, tracker: Tracker, report: Callable[[str], None])
     spec = context.variants.spec(TRAINED)
     trainer.train(
         context.recipe,
-        lambda dtype: load_weights(context.recipe.model, spec, dtype),
+        lambda dtype: load_weights(context.recipe.model, spec, dtype, sinks=context.variants.sinks(TRAINED)),
         context.tokenizer,
         context.examples,
         spec,
