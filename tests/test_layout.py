@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lt_train"
 ALLOWED = {
     "runtime": "",
     "hybrid": "",
+    "vllm_plugin": "hybrid",
     "benchmarks": "runtime",
     "recipe": "benchmarks runtime",
     "dataset": "benchmarks recipe runtime",
