@@ -24,12 +24,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from lt_train.hybrid.spec import STREAMING
-
-VERSION = "0.32"
-"""The version of vLLM whose classes these extend."""
-
-ANY_VERSION = "LT_TRAIN_ANY_VLLM"
-"""Environment variable that allows another version."""
+from lt_train.vllm_plugin.checks import ANY_VERSION, check_sinks, check_version
 
 
 class HybridForCausalLM(LlamaForCausalLM):
@@ -128,19 +123,3 @@ class ShardedSinks(nn.Module):
     def _load(self, parameter: nn.Parameter, loaded_H: Tensor) -> None:
         heads = parameter.shape[0]
         parameter.data.copy_(loaded_H.narrow(0, get_tensor_model_parallel_rank() * heads, heads))
-
-
-def check_version(version: str, allowed: str | None) -> None:
-    if not version.startswith(f"{VERSION}.") and not allowed:
-        raise ValueError(
-            f"vLLM {version}: lt_train's plugin extends classes of vLLM {VERSION} and was not checked with others. Fix: install "
-            f"vllm=={VERSION}.0, or set {ANY_VERSION}=1 and compare its answers with `lt-train eval` first"
-        )
-
-
-def check_sinks(config: PreTrainedConfig) -> None:
-    if getattr(config, "w_sink", 0):
-        raise ValueError(
-            f"w_sink: {config.w_sink}: vLLM's attention kernels know no sink tokens and would leave them out. Fix: convert with "
-            "hybrid.sink: learned or hybrid.w_sink: 0, or evaluate this export with the built-in engine (backend: hybrid)"
-        )

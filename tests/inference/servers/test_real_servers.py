@@ -19,10 +19,12 @@ from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.check import chat_messages, check_server
 from lt_train.inference.servers.pool import ServerSettings
+from lt_train.inference.sinks_file import learned_sinks
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
@@ -35,6 +37,7 @@ DATA = Path(__file__).parents[3] / "data"
 LAUNCH = Path(__file__).parents[3] / "launch"
 BASE = DATA / "tiny-reasoner"
 LAZY = (1, 3, 5, 7)
+LEARNED = HybridSpec(8, LAZY, 0, 28, learned_sinks=True)
 STOP = (3,)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
 DRAWN = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=60, top_k=50, min_p=0.01)
@@ -47,12 +50,22 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, tokenizer):
-    """w_sink -> folder."""
+    """w_sink, or "learned" -> folder."""
     folder = tmp_path_factory.mktemp("exports")
-    for w_sink in (0, 4):
-        model = load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28))
-        export_hybrid(model, tokenizer, folder / f"sinks{w_sink}", metadata(), dtype=torch.float32)
-    return {w_sink: folder / f"sinks{w_sink}" for w_sink in (0, 4)}
+    models = {w_sink: load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28)) for w_sink in (0, 4)} | {"learned": with_learned_sinks()}
+    for kind, model in models.items():
+        export_hybrid(model, tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
+    return {kind: folder / f"sinks-{kind}" for kind in models}
+
+
+def with_learned_sinks():
+    """With logits so large that answers change where they are left out."""
+    model = load_hybrid(BASE, LEARNED)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for logits_H in learned_sinks(model).values():
+            torch.nn.init.uniform_(logits_H, 0, 4)
+    return model
 
 
 @contextmanager
@@ -97,15 +110,29 @@ def transformers_serve(tmp_path_factory):
         yield url
 
 
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory, exports):
-    """Serves the export without sinks."""
+@contextmanager
+def served_by_vllm(export, log):
+    """Prompts are read in chunks smaller than they are, and answers share what their prompts have in common."""
     python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
     if python is None:
         pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
-    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
-    command = ["env", f"VLLM_PYTHON={python}", str(LAUNCH / "serve-vllm.sh"), str(exports[0]), "{port}", *options]
-    with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=400) as url:
+    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--max-num-batched-tokens", "32"]
+    options += ["--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
+    command = ["env", f"VLLM_PYTHON={python}", str(LAUNCH / "serve-vllm.sh"), str(export), "{port}", *options]
+    with running(command, log, "/health", seconds=400) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory, exports):
+    """Serves the export without sinks."""
+    with served_by_vllm(exports[0], tmp_path_factory.mktemp("vllm") / "log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vllm_with_learned_sinks(tmp_path_factory, exports):
+    with served_by_vllm(exports["learned"], tmp_path_factory.mktemp("vllm") / "log") as url:
         yield url
 
 
@@ -234,3 +261,22 @@ def test_vllm_is_checked_against_the_checkpoint_by_tokens_and_probabilities(vllm
     for spec in (HybridSpec(8, LAZY, 4, 28), HybridSpec(8, (), 0, 28), HybridSpec(8, LAZY, 0, 16)):
         with pytest.raises(UserError, match="computes something else"):
             check_server(settings, load_hybrid(BASE, spec), exports[0], tokenizer, Prompt(), STOP)
+
+
+def test_vllm_gives_the_greedy_answers_of_the_engine_with_learned_sinks(vllm_with_learned_sinks, exports, tokenizer):
+    requests, _ = ledger_requests(tokenizer, 20)
+    assert min(len(request.prompt_ids) for request in requests) > LEARNED.window
+    answers = OpenAIBackend(tokenizer, STOP, ServerSettings((vllm_with_learned_sinks,))).answers(requests, GREEDY)
+    assert texts(answers) == texts(Engine(with_learned_sinks(), tokenizer).answers(requests, GREEDY))
+    without = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
+    assert texts(Engine(without, tokenizer).answers(requests, GREEDY)) != texts(
+        Engine(with_learned_sinks(), tokenizer).answers(requests, GREEDY)
+    )
+
+
+def test_vllm_with_learned_sinks_is_checked_against_the_checkpoint(vllm_with_learned_sinks, exports, tokenizer):
+    settings = ServerSettings((vllm_with_learned_sinks,))
+    check = check_server(settings, with_learned_sinks(), exports["learned"], tokenizer, Prompt(), STOP)
+    assert check.tokens == check.logprobs > 40
+    with pytest.raises(UserError, match="computes something else"):
+        check_server(settings, load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28)), exports[0], tokenizer, Prompt(), STOP)

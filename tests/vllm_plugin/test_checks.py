@@ -1,0 +1,25 @@
+"""What vLLM's plugin refuses. What it serves is tested with a real server, in inference/servers/test_real_servers.py."""
+
+import pytest
+
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.vllm_plugin.checks import check_sinks, check_version
+from tests.support.families import BASES
+
+
+def test_another_version_of_vllm_is_refused_unless_it_is_allowed():
+    check_version("0.32.0", None)
+    check_version("0.33.1", "1")
+    for version in ("0.33.1", "0.3.2", "1.32.0"):
+        with pytest.raises(ValueError, match=rf"vLLM {version}: .*Fix: install vllm==0\.32\.0, or set LT_TRAIN_ANY_VLLM=1"):
+            check_version(version, None)
+
+
+def test_sink_tokens_are_refused_and_other_exports_are_not():
+    for spec in (HybridSpec(4, (1,), 0, 8), HybridSpec(4, (1,), 0, 8, learned_sinks=True)):
+        check_sinks(build_hybrid(BASES["qwen3"], spec).config)
+    with pytest.raises(
+        ValueError, match=r"w_sink: 4: vLLM's attention kernels know no sink tokens.*Fix: convert with hybrid\.sink"
+    ):
+        check_sinks(build_hybrid(BASES["qwen3"], HybridSpec(4, (1,), 4, 8)).config)
