@@ -13,6 +13,8 @@
 # without sinks are served, by the slower transformers backend. vLLM's own classes would be wrong: its Qwen2 does not know
 # `layer_types` and runs full attention everywhere, silently.
 #
+# --max-num-batched-tokens: streaming layers hold that many tokens beside their window, and vLLM's own default takes most of the gain.
+#
 # Several servers, one for each GPU or machine: give all their addresses in `servers`. Exports with sink tokens bring code of their
 # own, which vLLM does not start with: evaluate them with the built-in engine.
 set -eu
@@ -28,7 +30,7 @@ family = json.load(open(sys.argv[1] + "/config.json"))["model_type"].removeprefi
 there = any(point.name == "lt_train" for point in entry_points(group="vllm.general_plugins"))
 print(f"Hybrid{family}ForCausalLM" if there else "")' "$model")
 if [ -n "$class" ]; then
-    set -- --hf-overrides "{\"architectures\": [\"$class\"]}" "$@"
+    set -- --max-num-batched-tokens 1024 --hf-overrides "{\"architectures\": [\"$class\"]}" "$@"
 else
     set -- --model-impl transformers "$@"
 fi

@@ -11,7 +11,8 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
-from lt_train.hybrid.spec import HYBRID_VERSION
+from lt_train.hybrid.spec import HYBRID_VERSION, HybridSpec
+from lt_train.inference.servers.vllm_capacity import BLOCK, CHUNK, VllmCache, with_as_many
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
 
@@ -123,6 +124,22 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
         f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {dtype_name(dtype)}:\n\n"
         "| full attention | this hybrid | fraction |\n|---|---|---|\n"
         f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
+        f"{_in_vllm(config.spec)}"
+    )
+
+
+def _in_vllm(spec: HybridSpec) -> str:
+    """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
+    lazy = len(spec.lazy_layers)
+    if spec.w_sink or not lazy:
+        return ""
+    cache = VllmCache()
+    counts = [count for count in (lazy - 1, lazy, lazy + 1) if 0 < count < spec.num_layers]
+    gains = {count: f"{cache.gain(with_as_many(spec, count), KV_TOKENS):.2f}" for count in counts}
+    others = " and ".join(f"{gain} with {count}" for count, gain in gains.items() if count != lazy)
+    return (
+        f"\n\nvLLM, with blocks of {BLOCK} tokens and `--max-num-batched-tokens {CHUNK}`, holds {gains[lazy]} times as many "
+        f"sequences of this length as without streaming layers. It groups layers and fills groups up: {others} streaming layers."
     )
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
-from lt_train.hybrid.kv_size import kv_bytes
+from lt_train.hybrid.kv_size import kv_bytes, token_bytes
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.servers.vllm_capacity import VllmCache, with_as_many
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe.schema import Eval, Recipe
@@ -18,6 +20,8 @@ class KVCache:
         evaluation: its name. tokens: of its longest answers.
         hybrid, full: bytes of one sequence, with and without streaming layers.
         sequences: how many such sequences fit beside the weights: (hybrid, full).
+        vllm: how many vLLM holds there, by the number of streaming layers: as many as in the recipe, one fewer and one more, and 0.
+            Empty where it does not serve the hybrid.
     """
 
     evaluation: str
@@ -25,6 +29,7 @@ class KVCache:
     hybrid: int
     full: int
     sequences: tuple[int, int]
+    vllm: dict[int, int]
 
 
 def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, machine: Machine) -> KVCache | None:
@@ -40,7 +45,23 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
     tokens, spec = _tokens(longest), shape.spec
     hybrid, full = (kv_bytes(base_config.to_dict(), each, tokens, itemsize) for each in (spec, spec.all_full))
     left = max(machine.gpus * machine.usable - itemsize * shape.base_parameters, 0)
-    return KVCache(longest.name or longest.benchmark, tokens, hybrid, full, (left // hybrid, left // full))
+    layer_tokens = left // token_bytes(base_config.to_dict(), itemsize)
+    return KVCache(
+        longest.name or longest.benchmark,
+        tokens,
+        hybrid,
+        full,
+        (left // hybrid, left // full),
+        _in_vllm(spec, tokens, layer_tokens),
+    )
+
+
+def _in_vllm(spec: HybridSpec, tokens: int, layer_tokens: int) -> dict[int, int]:
+    lazy = len(spec.lazy_layers)
+    if spec.w_sink:
+        return {}
+    counts = [count for count in (lazy, lazy - 1, lazy + 1) if 0 < count < spec.num_layers]
+    return {count: int(VllmCache().sequences(with_as_many(spec, count), tokens, layer_tokens)) for count in (*counts, 0)}
 
 
 def _tokens(eval_config: Eval) -> int:

@@ -41,7 +41,8 @@ def _machine(machine: Machine) -> str:
 def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     shape = plan.shape
     spec = shape.spec
-    streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({spec.w_sink} sinks, window {spec.w_recent:,})"
+    sinks = "learned sinks" if spec.learned_sinks else f"{spec.w_sink} sinks"
+    streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({sinks}, window {spec.w_recent:,})"
     return [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters; {streams}")]
 
 
@@ -129,7 +130,14 @@ def _evaluation(plan: RecipePlan) -> list[tuple[str, str]]:
         return []
     hybrid, full = cache.sequences
     sizes = f"{format_bytes(cache.hybrid)} for {cache.tokens:,} tokens, {format_bytes(cache.full)} without streaming layers"
-    return [("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} sequences fit beside the weights")]
+    found = [
+        ("KV cache", f"of a sequence of {cache.evaluation}: {sizes}; {hybrid:,} and {full:,} sequences fit beside the weights")
+    ]
+    if cache.vllm:
+        lazy, *others = cache.vllm
+        counts = ", ".join(f"{cache.vllm[count]:,} with {count}" for count in others)
+        found.append(("in vLLM", f"{cache.vllm[lazy]:,} such sequences ({counts} streaming layers; it groups layers)"))
+    return found
 
 
 def _verdict(plan: RecipePlan) -> list[str]:

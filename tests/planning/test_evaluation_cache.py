@@ -12,6 +12,8 @@ from lt_train.runtime.units import GIB
 from tests.support.families import BASES
 from tests.support.public_models import public_recipe
 
+AIME = [{"benchmark": "aime24", "max_new_tokens": 32_768}]
+
 
 @pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize(("dtype", "number"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
@@ -34,3 +36,16 @@ def test_the_planned_kv_cache_is_what_the_engine_allocates_for_one_sequence(fami
 
 def held(layer: object) -> int:
     return sum(value.nbytes for value in vars(layer).values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("sink", "counts"), [({"w_sink": 0}, [18, 17, 19, 0]), ({"sink": "learned"}, [18, 17, 19, 0]), ({"w_sink": 4}, [])]
+)
+def test_sequences_in_vllm_are_planned_where_it_serves_the_hybrid(sink, counts):
+    recipe = public_recipe("qwen3-8b", hybrid={"lazy_layer_ratio": 0.5, "w_recent": 1020, **sink}, eval=AIME)
+    config = load_base_config(recipe.model)
+    planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
+    assert list(planned.vllm) == counts
+    if counts:
+        assert 1.9 * planned.vllm[0] < planned.vllm[18] <= 2 * planned.vllm[0] + 1 and planned.vllm[17] < planned.vllm[18]
+        assert planned.vllm[0] == pytest.approx(planned.sequences[1], abs=1)
