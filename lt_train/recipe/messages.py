@@ -82,6 +82,39 @@ STAND_INS = {
 }
 """What stands for a faulty setting without a default, by its own name, so that the rest is checked; no such recipe is returned."""
 
+NAMES_ELSEWHERE = {
+    "model.base": ("model_name_or_path", "model_id", "base_model", "pretrained_model_name_or_path"),
+    "model.dtype": ("bf16", "fp16", "torch_dtype", "precision"),
+    "model.attention": ("attn_implementation", "flash_attention", "use_flash_attention_2"),
+    "hybrid.w_recent": ("sliding_window", "window", "window_size", "recent_size"),
+    "hybrid.w_sink": ("sink_size", "num_sinks", "keep_first", "start_size"),
+    "hybrid.layers": ("lazy_layers", "sliding_layers", "streaming_layers"),
+    "data.source": ("dataset", "datasets", "dataset_name", "train_file", "data_path"),
+    "data.max_length": ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "model_max_length"),
+    "data.packing": ("sample_packing", "packing_strategy"),
+    "data.heldout": ("val_size", "val_set_size", "test_size", "eval_dataset"),
+    "train.epochs": ("num_train_epochs", "num_epochs"),
+    "train.max_steps": ("total_steps", "training_steps"),
+    "train.batch_size": ("gradient_accumulation_steps", "global_batch_size", "train_batch_size"),
+    "train.micro_batch_size": ("per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
+    "train.learning_rate": ("lr",),
+    "train.lr_scheduler": ("lr_scheduler_type",),
+    "train.warmup_ratio": ("warmup_steps",),
+    "train.gradient_checkpointing": ("activation_checkpointing",),
+    "train.keep_checkpoints": ("save_total_limit",),
+    "train.sequence_parallel": ("sequence_parallel_size", "context_parallel_size", "sp_size"),
+    "lora.rank": ("r", "lora_r", "lora_rank"),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout",),
+    "lora.targets": ("target_modules", "lora_target_modules", "lora_target"),
+    "eval.*.max_new_tokens": ("max_gen_toks", "max_completion_tokens"),
+    "eval.*.samples": ("num_samples", "num_return_sequences"),
+    "track.wandb": ("report_to", "wandb_mode"),
+    "track.project": ("wandb_project", "project_name"),
+    "name": ("run_name", "output_dir", "experiment"),
+}
+"""Setting -> what transformers, TRL, PEFT, DeepSpeed, vLLM and other trainers call it, where that is no setting of ours."""
+
 MOST_LISTED = 8
 """Of more allowed values than these only the one that may have been meant is named."""
 
@@ -172,6 +205,8 @@ def _unknown(schema: type[Part], path: Path, part: type[Part]) -> tuple[str, str
     elsewhere = [setting for setting in settings if setting.rpartition(".")[2] == name]
     if elsewhere:
         return f"unknown setting here; did you mean {min(elsewhere, key=lambda setting: setting.count('.'))}?", ""
+    if meant := next((setting for setting, names in NAMES_ELSEWHERE.items() if name in names), None):
+        return f"unknown setting; here it is {meant}", ""
     if close := did_you_mean(name, part.model_fields):
         return f"unknown setting{close}", ""
     return "unknown setting", f"use one of {', '.join(part.model_fields)}"

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt_train.recipe.loading import load_recipe, load_recipe_and_remarks, recorded_recipe, resolved_yaml
+from lt_train.recipe.messages import NAMES_ELSEWHERE, all_settings
+from lt_train.recipe.schema import Recipe
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.runtime.errors import UserError
 
@@ -207,6 +209,11 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
     [
         ("model.bass=x", "model.bass: unknown setting; did you mean base?"),
         ("w_recent=3", "w_recent: unknown setting here; did you mean hybrid.w_recent?"),
+        ("train.num_train_epochs=3", "train.num_train_epochs: unknown setting; here it is train.epochs"),
+        ("train.per_device_train_batch_size=3", "unknown setting; here it is train.micro_batch_size"),
+        ("lora.r=8", "lora.r: unknown setting; here it is lora.rank"),
+        ("model.attn_implementation=sdpa", "unknown setting; here it is model.attention"),
+        ("eval.0.max_gen_toks=5", "eval.0.max_gen_toks: unknown setting; here it is eval.*.max_new_tokens"),
         ("hybrid.calibration.sample=3", "hybrid.calibration.sample: unknown setting; did you mean samples?"),
         (
             "eval.1.samples=3",
@@ -625,3 +632,11 @@ def test_faults_of_a_rope_scaling_are_named_one_by_one(recipe_file: Path) -> Non
     assert "model.rope_scaling.rope_type: 'dynamic'" in told and "model.rope_scaling.factor: 0.5: not above 1" in told
     assert "model.rope_scaling.factor: missing. Fix: set it to" in faults(recipe_file, "model.rope_scaling={rope_type: yarn}")
     assert load_recipe(recipe_file, ["model.rope_scaling={rope_type: yarn, factor: 4}"]).model.rope_scaling.factor == 4
+
+
+def test_names_of_other_trainers_lead_to_settings_that_exist_and_are_none_of_ours() -> None:
+    settings = all_settings(Recipe)
+    names = [name for others in NAMES_ELSEWHERE.values() for name in others]
+    assert NAMES_ELSEWHERE.keys() <= set(settings)
+    assert len(set(names)) == len(names)
+    assert not set(names) & {setting.rpartition(".")[2] for setting in settings}
