@@ -7,6 +7,7 @@ import argparse
 import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lt_train.dataset.examples import Example, ExampleSet, examples_fingerprint
 from lt_train.hybrid.loading import build_hybrid, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.sinks_file import read_sinks
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.processes import leave, this_process
 from lt_train.runtime.tracking import NoTracker, Tracker
@@ -28,6 +30,7 @@ from lt_train.training.trainer import LoadModel, TrainResult, train
 
 EOS, PAD, VOCABULARY = 0, 1, 40
 SPEC = HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=1, w_recent=4)
+LEARNED = replace(SPEC, w_sink=0, learned_sinks=True)
 
 
 def train_in(
@@ -36,9 +39,9 @@ def train_in(
     tracker: Tracker,
     examples: int = 22,
     load: LoadModel | None = None,
-    spec: HybridSpec = SPEC,
 ) -> TrainResult:
     recipe = tiny_recipe(settings)
+    spec = LEARNED if recipe.hybrid.sink == "learned" else SPEC
     data = tiny_examples(recipe.data.heldout, examples)
     return train(recipe, load or load_tiny, tiny_tokenizer(), data, spec, out, tracker, teacher=out.with_name("teacher"))
 
@@ -85,8 +88,17 @@ def load_decided(dtype: torch.dtype) -> HybridForCausalLM:
         return build_hybrid(config, SPEC).to(dtype)
 
 
-def hybrid_from(base: Path) -> LoadModel:
-    return lambda dtype: load_hybrid(base, SPEC, dtype=dtype)
+def hybrid_from(base: Path, settings: dict[str, Any] | None = None) -> LoadModel:
+    """The base as a hybrid; its learned sinks, if the settings ask for them, are read from sinks.safetensors beside its weights."""
+    if "sink" not in (settings or {}).get("hybrid", {}):
+        return lambda dtype: load_hybrid(base, SPEC, dtype=dtype)
+
+    def load(dtype: torch.dtype) -> HybridForCausalLM:
+        model = load_hybrid(base, LEARNED, dtype=dtype)
+        read_sinks(model, base / "sinks.safetensors")
+        return model
+
+    return load
 
 
 def tiny_config() -> Qwen3Config:
@@ -149,8 +161,8 @@ class SignalAt(NoTracker):
 def train_each(trainings: dict[Path, dict[str, Any]], base: Path | None = None, examples: int = 22) -> None:
     """Train in each folder with its settings, one after the other; all the work of a process."""
     torch.set_num_threads(1)
-    load = load_tiny if base is None else hybrid_from(base)
     for folder, settings in trainings.items():
+        load = load_tiny if base is None else hybrid_from(base, settings)
         print(train_in(folder, settings, NoTracker(), examples=examples, load=load))
     if this_process().launched:
         leave(0)  # as the commands do

@@ -1,5 +1,6 @@
 """Learned sinks: their first values, and their training beside the weights."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 from lt_train.hybrid.documents import find_documents
 from lt_train.hybrid.loading import build_hybrid
@@ -17,9 +19,11 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.sink_fitting import FirstTokensView, answer_loss, fit_sinks, start_from_first_tokens
 from lt_train.training.trainable import freeze_all_but_lazy_projections
-from tests.support.tiny_training import SPEC, tiny_config, tiny_examples, tiny_recipe, train_in
+from tests.support.launched_training import train_in_ranks
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_training import LEARNED, SPEC, hybrid_from, tiny_config, tiny_examples, tiny_recipe, train_in
+from tests.support.training_log import assert_same_course
 
-LEARNED = replace(SPEC, w_sink=0, learned_sinks=True)
 RECIPE: dict[str, Any] = {"hybrid": {"layers": list(SPEC.lazy_layers), "sink": "learned", "w_sink": 0, "w_recent": SPEC.w_recent}}
 LORA: dict[str, Any] = RECIPE | {"train": {"method": "lora", "learning_rate": 1e-3}, "lora": {"rank": 4, "alpha": 8}}
 
@@ -42,7 +46,7 @@ def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def train(out: Path, settings: dict[str, Any]) -> HybridForCausalLM:
     """The trained model, as it is loaded for evaluation and export."""
-    result = train_in(out, settings, NoTracker(), load=load_learned, spec=LEARNED)
+    result = train_in(out, settings, NoTracker(), load=load_learned)
     return load_trained(tiny_recipe(settings), result.folder, load_learned, torch.float32).model
 
 
@@ -130,7 +134,7 @@ def test_weight_decay_does_not_pull_sinks_to_zero(tmp_path: Path) -> None:
 def test_lora_in_bf16_trains_sinks_in_fp32(tmp_path: Path) -> None:
     """A step of 1e-5 is lost in bf16."""
     settings = LORA | {"model": {"dtype": "bf16"}, "train": {**LORA["train"], "sink_learning_rate": 1e-5}}
-    result = train_in(tmp_path, settings, NoTracker(), load=load_learned, spec=LEARNED)
+    result = train_in(tmp_path, settings, NoTracker(), load=load_learned)
     saved = load_file(result.folder / "adapter_model.safetensors")
     logits_H = next(value for name, value in saved.items() if "layers.1.self_attn.sinks" in name)
     moved = (logits_H - load_learned(torch.bfloat16).model.layers[1].self_attn.sinks.weight.float()).abs()
@@ -152,3 +156,21 @@ def test_projections_alone_are_trained_with_their_sinks() -> None:
     trained = {name.rpartition("layers.")[2] for name, weight in model.named_parameters() if weight.requires_grad}
     assert {f"{layer}.self_attn.sinks.weight" for layer in LEARNED.lazy_layers} <= trained
     assert len(trained) == 5 * len(LEARNED.lazy_layers)
+
+
+@pytest.mark.slow
+def test_zero3_reads_trains_and_saves_sinks_as_one_process_does(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(tiny_config()).save_pretrained(base)
+    write_sinks(load_learned(torch.float32), base / "sinks.safetensors")
+    one = RECIPE | {"train": {"micro_batch_size": 1}}
+    zero3 = json.loads((REPOSITORY / "launch/zero3.json").read_text()) | {"zero_force_ds_cpu_optimizer": False}
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    two = RECIPE | {"train": {"micro_batch_size": 1, "deepspeed": str(tmp_path / "zero3.json")}}
+    train_in(tmp_path / "one", one, NoTracker(), load=hybrid_from(base, one))
+    train_in_ranks({tmp_path / "two": two}, base, tmp_path / "printed")
+    assert_same_course(tmp_path / "two", tmp_path / "one", tolerance=1e-3, but=["token_accuracy", "grad_norm"])
+    saved = [load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two")]
+    for name in values(load_learned(torch.float32)):
+        torch.testing.assert_close(saved[1][name], saved[0][name], atol=1e-3, rtol=0)
