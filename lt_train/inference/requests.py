@@ -40,8 +40,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. `seed` is the sample's own (`sample_seed`); `max_new_tokens`, where given, its own limit below the
-    sampling's.
+    """One sample to draw.
+
+    Attributes:
+        seed: the sample's own (`sample_seed`).
+        max_new_tokens: its own limit below the sampling's.
+        logprobs: report the log-probability of each new token and of this number of the likeliest; None: none.
     """
 
     problem: str
@@ -49,6 +53,19 @@ class Request:
     seed: int
     prompt_ids: tuple[int, ...]
     max_new_tokens: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities, before temperature, filters and penalties.
+
+    Attributes:
+        chosen: of the token that was chosen. top: (token id, log-probability) of the likeliest tokens, the likeliest first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """When an answer ends, and what of its tokens is text: stop tokens, stop strings, the end of the reasoning."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,3 +60,9 @@ def cut_at_stop_string(text: str, stop: Sequence[str]) -> str | None:
     """The text before the first stop string in it; None where there is none."""
     found = [text.index(string) for string in stop if string in text]
     return text[: min(found)] if found else None
+
+
+def unfinished(text: str, strings: Iterable[str]) -> int:
+    """Characters at the end of a text with which one of the strings begins that may still be completed."""
+    longest = max((min(len(string) - 1, len(text)) for string in strings), default=0)
+    return next((n for n in range(longest, 0, -1) if any(string.startswith(text[-n:]) for string in strings if len(string) > n)), 0)

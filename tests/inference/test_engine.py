@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference import kv_store as kv
+from lt_train.inference.continuous_batch import ContinuousBatch
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Answer, Request, Sampling, sample_seed
 from lt_train.runtime.errors import UserError
@@ -176,10 +178,8 @@ def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: p
     seen: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def note(slots: int) -> None:
-        from lt_train.inference import engine
-
         seen[slots] = {}
-        take = engine._Run._take
+        take = ContinuousBatch._take
 
         def noting(run, sequences, logits_BV):
             for sequence, logits_V in zip(sequences, logits_BV, strict=True):
@@ -187,7 +187,7 @@ def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: p
             return take(run, sequences, logits_BV)
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._Run, "_take", noting)
+            patch.setattr(ContinuousBatch, "_take", noting)
             answered(Engine(model, tokenizer, max_slots=slots), requests(MANY), GREEDY)
 
     note(1)
@@ -248,3 +248,94 @@ def test_times_add_up_to_the_time_it_took(model, tokenizer) -> None:
     started = time.perf_counter()
     seconds = sum(answer.seconds for answer in Engine(model, tokenizer, max_slots=4).answers(requests(MANY), GREEDY))
     assert 0.3 * (time.perf_counter() - started) < seconds <= time.perf_counter() - started
+
+
+def run_to_end(batch: ContinuousBatch) -> dict[tuple[str, int], Answer]:
+    found = {}
+    while not batch.is_empty:
+        found |= {(t.answer.request.problem, t.answer.request.sample): t.answer for t in batch.step() if t.answer is not None}
+    return found
+
+
+def test_requests_that_come_while_others_run_get_the_answers_they_get_alone(precise, tokenizer) -> None:
+    """Each with a sampling of its own."""
+    asked = requests(MANY)
+    samplings = [Sampling(0.1 * n, 0.95, 10 + n, top_k=n % 3 * 4, repetition_penalty=1 + n % 2) for n in range(len(MANY))]
+    alone: dict[tuple[str, int], Answer] = {}
+    for request, sampling in zip(asked, samplings, strict=True):
+        alone |= answered(Engine(precise, tokenizer, max_slots=1), [request], sampling)
+    engine = Engine(precise, tokenizer, max_slots=4, prefill_chunk=8)
+    batch = engine.batch(engine.lay_out(len(MANY), 64))
+    found: dict[tuple[str, int], Answer] = {}
+    for request, sampling in zip(asked, samplings, strict=True):
+        batch.add(request, sampling)
+        for _ in range(3):
+            found |= {(t.answer.request.problem, 0): t.answer for t in batch.step() if t.answer is not None}
+    assert texts(found | run_to_end(batch)) == texts(alone)
+
+
+def test_the_tokens_that_come_are_those_of_the_answer(model, tokenizer) -> None:
+    engine = Engine(model, tokenizer, max_slots=3)
+    batch = engine.batch(engine.lay_out(3, 64))
+    come: dict[str, list[int]] = {}
+    for request in requests([3, 8, 20]):
+        batch.add(request, GREEDY)
+    while not batch.is_empty:
+        for token in batch.step():
+            ids = come.setdefault(token.sequence.request.problem, [])
+            ids.append(token.token_id)
+            if token.answer is not None:
+                assert len(ids) == token.answer.tokens
+                assert tokenizer.decode(ids[:-1] if ids[-1] == EOS else ids) == token.answer.text
+    assert len(come) == 3
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_cancelled_request_frees_what_it_held_and_changes_no_other_answer(model, tokenizer, steps: int) -> None:
+    engine = Engine(model, tokenizer, max_slots=2)
+    asked = requests([9, 15, 16, 17])
+    expected = texts(answered(engine, asked, GREEDY))
+    batch = engine.batch(engine.lay_out(4, 64))
+    free = batch.store.free_pages
+    sequences = [batch.add(request, GREEDY) for request in asked]
+    found = {}
+    for _ in range(steps):
+        found |= {(t.answer.request.problem, 0): t.answer for t in batch.step() if t.answer is not None}
+    for cancelled in (sequences[0], sequences[3], sequences[0]):  # in a slot, waiting, gone already
+        batch.cancel(cancelled)
+    found |= run_to_end(batch)
+    kept = {key: value for key, value in expected.items() if key[0] in {asked[1].problem, asked[2].problem}}
+    assert kept.items() <= texts(found).items() <= expected.items()
+    assert (batch.store.free_pages, batch.store.lengths) == (free, [])
+
+
+def test_log_probabilities_are_those_of_the_model(model, tokenizer) -> None:
+    (request,) = requests([9])
+    engine = Engine(model, tokenizer)
+    batch = engine.batch(engine.lay_out(1, 64))
+    batch.add(replace(request, logprobs=2), Sampling(2.0, 1.0, 6, repetition_penalty=1.5))
+    ids = list(request.prompt_ids)
+    while not batch.is_empty:
+        for token in batch.step():
+            logprobs_V = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            assert token.logprobs is not None
+            assert token.logprobs.chosen == pytest.approx(logprobs_V[token.token_id].item(), abs=1e-4)
+            assert [each for each, _ in token.logprobs.top] == logprobs_V.topk(2).indices.tolist()
+            ids.append(token.token_id)
+    assert len(ids) > 9
+
+
+def test_the_longest_sequence_is_what_context_and_budget_allow(model, tokenizer) -> None:
+    sizes = kv.kv_sizes(model)
+    assert Engine(model, tokenizer, kv_budget=2**30).longest() == 1024
+    assert Engine(model, tokenizer, kv_budget=sizes.sequence(17)).longest() == 24  # three pages of eight tokens
+    assert Engine(model, tokenizer, kv_budget=sizes.slot).longest() == 0
+
+
+def test_slots_for_usual_sequences_leave_pages_for_the_longest(model, tokenizer) -> None:
+    sizes = kv.kv_sizes(model)
+    engine = Engine(model, tokenizer, kv_budget=8 * sizes.slot + 12 * sizes.page, max_slots=64)
+    store = engine.lay_out(64, longest=80, usual=8)
+    assert store.slots > engine.lay_out(64, longest=80).slots
+    assert store.free_pages >= kv.pages_for(80)
+    assert store.slots * sizes.slot + store.free_pages * sizes.page <= engine.budget

@@ -1,0 +1,232 @@
+"""The sequences that an engine generates together: they come and go at any time, each with its own sampling.
+
+A sequence that ends frees its slot at once for the next one. Prompts are read in chunks; then all running sequences take a step
+together. When pages run out, the youngest sequence is put back and later read again with the tokens it has; none is lost, and none
+changes, because random numbers follow from (seed, position) alone.
+
+Shapes: B running sequences, V vocab_size.
+"""
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.inference.kv_store import KVStore, pages_for
+from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
+from lt_train.inference.runner import ModelRunner
+from lt_train.inference.sampler import choose_tokens, penalise_repetition
+from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
+
+
+@dataclass(eq=False)
+class Running:
+    """One request on its way. `ids` are prompt and new tokens; `forced` come next, whatever the logits are."""
+
+    request: Request
+    sampling: Sampling
+    ids: list[int]
+    seconds: float = 0.0
+    forced: deque[int] = field(default_factory=deque)
+
+    @property
+    def new(self) -> int:
+        return len(self.ids) - len(self.request.prompt_ids)
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[len(self.request.prompt_ids) :]
+
+    @property
+    def limit(self) -> int:
+        """The new tokens that this sequence may have."""
+        return limit(self.request, self.sampling)
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that a step gave a sequence.
+
+    Attributes:
+        logprobs: where the request asks for them.
+        answer: the whole answer, where this token is its last.
+    """
+
+    sequence: Running
+    token_id: int
+    logprobs: Logprobs | None
+    answer: Answer | None
+
+
+def limit(request: Request, sampling: Sampling) -> int:
+    """The new tokens that a request may have."""
+    return sampling.max_new_tokens if request.max_new_tokens is None else min(request.max_new_tokens, sampling.max_new_tokens)
+
+
+class ContinuousBatch:
+    """Sequences in one KV store. `running[slot]` is the sequence in that slot; the last one admitted is the youngest.
+
+    Args:
+        store: it must hold any one sequence that is added, up to its limit.
+        prefill_chunk: prompt tokens in one forward pass.
+        stop_ids: the tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        model: HybridForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        store: KVStore,
+        prefill_chunk: int,
+        stop_ids: Collection[int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.store = store
+        self.runner = ModelRunner(model, store, prefill_chunk)
+        self.stop_ids = stop_ids
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self.admitted: list[Running] = []
+        """The running sequences, oldest first."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Request, sampling: Sampling) -> Running:
+        """Queue a request; it begins as soon as there is a slot."""
+        sequence = Running(request, sampling, list(request.prompt_ids))
+        self.waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Running) -> None:
+        """Drop a sequence and free what it holds; one that has ended is none of the batch's any more."""
+        if sequence in self.running:
+            self._remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def step(self) -> list[NewToken]:
+        """Read the prompts of sequences that there is room for, then give every running sequence its next token."""
+        fresh = self._admit()
+        tokens = self._read(fresh) if fresh else []
+        if self.running:
+            self._make_room()
+            tokens += self._step()
+        return tokens
+
+    def _admit(self) -> list[Running]:
+        """Fill free slots as long as there are pages for what waits, and one for the next token of each running sequence."""
+        fresh: list[Running] = []
+        while self.waiting and len(self.running) < self.store.slots:
+            pages = pages_for(len(self.waiting[0].ids) + 1)
+            if self.running and pages + len(self.running) > self.store.free_pages:
+                break
+            sequence = self.waiting.popleft()
+            self.store.admit(len(sequence.ids))
+            self.running.append(sequence)
+            self.admitted.append(sequence)
+            fresh.append(sequence)
+        return fresh
+
+    def _make_room(self) -> None:
+        """See that every running sequence has a page for its next token; put the youngest back until that is so."""
+        while sum(self.store.missing_pages(slot, len(s.ids)) for slot, s in enumerate(self.running)) > self.store.free_pages:
+            youngest = self.admitted[-1]
+            self._remove(youngest)
+            self.waiting.appendleft(youngest)
+        for slot, sequence in enumerate(self.running):
+            self.store.reserve(slot, len(sequence.ids))
+
+    def _remove(self, sequence: Running) -> None:
+        slot = self.running.index(sequence)
+        moved = self.store.release(slot)
+        self.running[slot] = self.running[moved]
+        self.running.pop()
+        self.admitted.remove(sequence)
+
+    def _read(self, fresh: Sequence[Running]) -> list[NewToken]:
+        started = time.perf_counter()
+        logits_NV = self.runner.prefill([(self.running.index(sequence), sequence.ids) for sequence in fresh])
+        self._divide_time(fresh, started)
+        return self._take(fresh, logits_NV)
+
+    def _step(self) -> list[NewToken]:
+        started = time.perf_counter()
+        sequences = list(self.running)
+        logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
+        self._divide_time(sequences, started)
+        return self._take(sequences, logits_BV)
+
+    def _divide_time(self, sequences: Sequence[Running], started: float) -> None:
+        for sequence in sequences:
+            sequence.seconds += (time.perf_counter() - started) / len(sequences)
+
+    def _take(self, sequences: Sequence[Running], logits_BV: Tensor) -> list[NewToken]:
+        """Choose the next token of each sequence; those that end leave their slot."""
+        taken = []
+        for row, (sequence, chosen) in enumerate(zip(sequences, _choose(sequences, logits_BV), strict=True)):
+            token_id = sequence.forced.popleft() if sequence.forced else chosen
+            sequence.ids.append(token_id)
+            if sequence.new == sequence.sampling.thinking_budget:
+                self._close_reasoning(sequence)
+            answer = self._finished(sequence)
+            if answer is not None:
+                self._remove(sequence)
+            taken.append(NewToken(sequence, token_id, _logprobs(sequence.request, logits_BV[row], token_id), answer))
+        return taken
+
+    def _close_reasoning(self, sequence: Running) -> None:
+        if thinking_tokens(self.tokenizer, sequence.new_ids) is None and sequence.ids[-1] not in self.stop_ids:
+            sequence.forced.extend(self.tokenizer(sequence.sampling.thinking_close, add_special_tokens=False)["input_ids"])
+
+    def _finished(self, sequence: Running) -> Answer | None:
+        stop = sequence.sampling.stop
+        if sequence.ids[-1] in self.stop_ids:
+            return self._answer(sequence, decode(self.tokenizer, sequence.new_ids[:-1]), "stop")
+        if stop and cut_at_stop_string(decode(self.tokenizer, _latest_tokens(sequence, stop)), stop) is not None:
+            text = decode(self.tokenizer, sequence.new_ids)
+            before_stop = cut_at_stop_string(text, stop)
+            return self._answer(sequence, text if before_stop is None else before_stop, "stop")
+        if sequence.new == sequence.limit:
+            return self._answer(sequence, decode(self.tokenizer, sequence.new_ids), "length")
+        return None
+
+    def _answer(self, sequence: Running, text: str, reason: FinishReason) -> Answer:
+        new_ids = sequence.new_ids
+        thinking = thinking_tokens(self.tokenizer, new_ids)
+        return Answer(sequence.request, text, len(new_ids), thinking, reason, sequence.seconds)
+
+
+def _choose(sequences: Sequence[Running], logits_BV: Tensor) -> list[int]:
+    """The next token of each sequence; those with the same sampling are drawn together."""
+    chosen = [0] * len(sequences)
+    for sampling in dict.fromkeys(sequence.sampling for sequence in sequences):
+        rows = [row for row, sequence in enumerate(sequences) if sequence.sampling == sampling]
+        alike = [sequences[row] for row in rows]
+        logits_RV = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+        if sampling.repetition_penalty != 1:
+            logits_RV = penalise_repetition(logits_RV.clone(), [s.ids for s in alike], sampling.repetition_penalty)
+        tokens = choose_tokens(logits_RV, sampling, [s.request.seed for s in alike], [s.new for s in alike])
+        for row, token_id in zip(rows, tokens, strict=True):
+            chosen[row] = token_id
+    return chosen
+
+
+def _logprobs(request: Request, logits_V: Tensor, token_id: int) -> Logprobs | None:
+    if request.logprobs is None:
+        return None
+    logprobs_V = logits_V.log_softmax(-1)
+    top = torch.topk(logprobs_V, request.logprobs)
+    return Logprobs(logprobs_V[token_id].item(), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def _latest_tokens(sequence: Running, stop: Sequence[str]) -> list[int]:
+    """The last new tokens, among which a stop string must lie that the newest one has completed: a byte each at worst."""
+    most = 1 + max(len(string.encode()) for string in stop)
+    return sequence.ids[-min(most, sequence.new) :]
