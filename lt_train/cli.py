@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import closing
@@ -167,6 +168,32 @@ def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pat
     _work("export", recipe, overrides, runs, only)
 
 
+Hybrid = Annotated[
+    Path, typer.Argument(metavar="EXPORT|RUN", help="An export, or a run's folder: its trained hybrid.", show_default=False)
+]
+
+
+@app.command()
+def serve(
+    folder: Hybrid,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free one.")] = 8000,
+    kv_budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="KV cache, such as 8GiB. Default: most of what is free.", show_default=False)
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait; more are refused (429).")] = 256,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, by the built-in engine."""
+    budget = _bytes("--kv-budget", kv_budget)
+    quiet_upstream()
+    from lt_train.serving.server import serve as serve_hybrid
+
+    try:
+        serve_hybrid(folder, host, port, budget, max_waiting, Console())
+    except Interrupted as stop:  # how a server is meant to end
+        raise typer.Exit(0 if stop.number == signal.SIGTERM else stop.exit_code) from None
+
+
 @app.command(hidden=True)
 def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
@@ -243,6 +270,18 @@ def env(as_json: AsJson = False) -> None:
 
 
 app.add_typer(bench, name="bench")
+
+
+def _bytes(option: str, given: str | None) -> int | None:
+    """A size such as 8GiB, as recipes write it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from lt_train.recipe.part import Bytes
+
+    try:
+        return None if given is None else int(TypeAdapter(Bytes).validate_python(given))
+    except ValidationError as error:
+        raise UserError(f"{option}: {shortened(given or '')}: no size. Fix: write it as 8GiB") from error
 
 
 def _print_json(value: object) -> None:

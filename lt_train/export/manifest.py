@@ -48,7 +48,53 @@ def read_manifest(folder: Path) -> Manifest:
     found = files.read_json(folder / MANIFEST, "export manifest")
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise UserError(f"{folder / MANIFEST}: not an export manifest of this version of lt_train. Export into another folder")
-    return Manifest(found["content"], found["files"], Check(**found["check"]))
+    try:
+        return Manifest(found["content"], {name: dict(known) for name, known in found["files"].items()}, Check(**found["check"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST}: not a whole export manifest ({error!r}). Fix: export or download it again"
+        ) from error
+
+
+def verify_files(folder: Path) -> Manifest:
+    """The manifest of an export whose files are those that were exported, and no others.
+
+    Hidden files, such as those of git and of the hub's client, are left out. The manifest itself has no signature.
+
+    Raises:
+        UserError: no export, or a file is missing, changed or none of the export's; the message names it.
+    """
+    if not (folder / MANIFEST).is_file():
+        what = f"no export: there is no {MANIFEST}" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}. Fix: name the folder of an export, runs/<name>/export")
+    manifest = read_manifest(folder)
+    faults = [
+        f"{name}: {'changed since it was exported' if (folder / name).is_file() else 'missing'}"
+        for name in damaged_files(folder, manifest)
+    ]
+    faults += [f"{name}: not a file of the export" for name in _other_files(folder, manifest)]
+    if faults:
+        raise UserError(f"{folder}: {'; '.join(faults)}. Fix: run no code of it, and export or download it again")
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Manifest, *, by_size: bool = False) -> list[str]:
+    """Names of the files that are missing or changed.
+
+    Args:
+        by_size: compare sizes alone, which reads no file.
+    """
+
+    def is_whole(path: Path, known: dict[str, Any]) -> bool:
+        return path.is_file() and (path.stat().st_size == known.get("bytes") if by_size else _described(path) == known)
+
+    return [name for name, known in manifest.files.items() if not is_whole(folder / name, known)]
+
+
+def _other_files(folder: Path, manifest: Manifest) -> list[str]:
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    known = {MANIFEST, *manifest.files}
+    return [str(name) for name in names if str(name) not in known and not any(part.startswith(".") for part in name.parts)]
 
 
 def content_fingerprint(described: Path, model: nn.Module, metadata: ExportMetadata) -> str:
@@ -81,9 +127,7 @@ def is_exported(folder: Path, content: str) -> bool:
             f"{folder}: holds another export (other weights, settings, scores or versions); nothing is overwritten. "
             "Export into another folder, or move this one away"
         )
-    damaged = [
-        name for name, known in manifest.files.items() if not (folder / name).is_file() or _described(folder / name) != known
-    ]
+    damaged = damaged_files(folder, manifest)
     if damaged:
         raise UserError(
             f"{folder}: files are missing or changed since it was exported: {', '.join(damaged)}. Move it away and export again"

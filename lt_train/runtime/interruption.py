@@ -18,6 +18,7 @@ class Interrupted(BaseException):
     def __init__(self, number: int, detail: str = "") -> None:
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
         super().__init__(f"stopped{by}{'; ' if detail else ''}{detail}")
+        self.number = number
         self.exit_code = 128 + number
         """As a shell reports a process that a signal ended."""
 

@@ -1,0 +1,130 @@
+"""The hybrid that a run's folder or an export holds, with its tokenizer, ready to answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lt_train.export.checkpoint import exported_tokenizer
+from lt_train.export.manifest import MANIFEST, damaged_files, read_manifest
+from lt_train.hybrid.configuration import is_hybrid
+from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import FULL, HybridSpec
+from lt_train.inference.engine import FRACTION_OF_FREE_MEMORY, Engine, free_memory
+from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config, load_tokenizer
+from lt_train.inference.requests import Sampling
+from lt_train.pipeline.variants import Variants
+from lt_train.recipe.evaluations import CONVERTED, TRAINED
+from lt_train.recipe.loading import recorded_recipe
+from lt_train.recipe.schema import Model, Recipe
+from lt_train.runtime.devices import compute_dtype, computes_in_bf16
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.units import GIB
+
+BUDGET_ON_CPU = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A hybrid to talk to.
+
+    Attributes:
+        source: what it is, in words.
+        system: the system turn that it was trained with; None: none, or unknown.
+    """
+
+    folder: Path
+    source: str
+    model: HybridForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How `generate()` samples by the checkpoint's generation_config.json: greedily, unless it says to sample."""
+        config = self.model.generation_config
+        penalty = config.repetition_penalty or 1.0
+        if not config.do_sample:
+            return Sampling(0.0, 1.0, 1, repetition_penalty=penalty)
+        temperature = 1.0 if config.temperature is None else config.temperature
+        top_p = 1.0 if config.top_p is None else config.top_p
+        return Sampling(temperature, top_p, 1, top_k=config.top_k or 0, min_p=config.min_p or 0.0, repetition_penalty=penalty)
+
+    def engine(self, kv_budget: int | None, max_slots: int = 64) -> Engine:
+        """
+        Args:
+            kv_budget: bytes; None: most of what is free, and on a CPU, where other programs share it, BUDGET_ON_CPU at most.
+        """
+        if kv_budget is None:
+            kv_budget = int(FRACTION_OF_FREE_MEMORY * free_memory(self.model.device))
+            kv_budget = min(kv_budget, BUDGET_ON_CPU) if self.model.device.type == "cpu" else kv_budget
+        return Engine(self.model, self.tokenizer, kv_budget=kv_budget, max_slots=max_slots)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """
+    Args:
+        folder: of an export, or of a run: its trained hybrid, or the converted one where its recipe does not train.
+
+    Raises:
+        UserError: neither, a run that has not come so far, or an export of which files are missing.
+    """
+    if (folder / MANIFEST).is_file():
+        return _export(folder)
+    paths = RunPaths(folder)
+    if paths.recipe.is_file():
+        return _run(paths)
+    what = "neither a run nor an export" if folder.is_dir() else "no such folder"
+    raise UserError(f"{folder}: {what}. Fix: name a run's folder, runs/<name>, or an export, runs/<name>/export")
+
+
+def _export(folder: Path) -> Checkpoint:
+    damaged = damaged_files(folder, read_manifest(folder), by_size=True)
+    if damaged:
+        raise UserError(
+            f"{folder}: {', '.join(damaged)}: missing, or of another size than exported. Fix: export or download it again"
+        )
+    source = Model(base=str(folder))
+    tokenizer = load_tokenizer(source)
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) and computes_in_bf16() else torch.float32
+    with bar_if_it_takes_long(source):
+        if is_hybrid(config):
+            model = load_hybrid_checkpoint(folder, dtype=dtype, device_map=device_map())
+        else:
+            spec, base = _without_window(config)
+            model = load_hybrid(folder, spec, dtype=dtype, config=base, device_map=device_map())
+    return Checkpoint(folder, "export", model, tokenizer, None)
+
+
+def _without_window(config: PreTrainedConfig) -> tuple[HybridSpec, PreTrainedConfig]:
+    """A stock class's config with a window in some layers, as the spec of these and the config of the base."""
+    spec = HybridSpec.from_layer_types(config.layer_types, 0, config.sliding_window)
+    values = {**config.to_dict(), "layer_types": [FULL] * spec.num_layers, "sliding_window": None}
+    return spec, type(config)(**values)
+
+
+def _run(paths: RunPaths) -> Checkpoint:
+    recipe = _recipe(paths)
+    variant = CONVERTED if recipe.train is None else TRAINED
+    left = paths.layers if variant == CONVERTED else paths.trained_manifest
+    if not left.is_file():
+        stage = "convert" if variant == CONVERTED else "train"
+        raise UserError(f"{paths.root}: there is no {variant} hybrid in this run yet. Fix: lt-train {stage} RECIPE")
+    template = recipe.prompt.chat_template
+    tokenizer = exported_tokenizer(
+        load_tokenizer(recipe.model, recipe.prompt.stop_token), Path(template).read_text(encoding="utf-8") if template else None
+    )
+    model = Variants(recipe, paths, load_base_config(recipe.model)).load(variant, compute_dtype(recipe.model.dtype))
+    return Checkpoint(paths.root, f"{variant} hybrid", model, tokenizer, recipe.prompt.system)
+
+
+def _recipe(paths: RunPaths) -> Recipe:
+    try:
+        return recorded_recipe(paths.recipe.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{paths.recipe}: not the record of a run ({reason}). Fix: name a run's folder, runs/<name>") from error
