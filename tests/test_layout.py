@@ -27,7 +27,8 @@ ALLOWED = {
     "pipeline": "benchmarks dataset evaluation export hybrid inference recipe report runtime selection training",
     "serving": "benchmarks dataset export hybrid inference pipeline recipe runtime",
     "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
-    "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection serving training",
+    "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection "
+    "serving training",
 }
 """Folder -> the folders it may import. pipeline/ imports report/, for a run ends with its table and its rows in wandb."""
 
