@@ -173,14 +173,35 @@ Hybrid = Annotated[
 ]
 
 
+KVBudget = Annotated[
+    str | None,
+    typer.Option("--kv-budget", metavar="BYTES", help="KV cache, such as 8GiB. Default: most of what is free.", show_default=False),
+]
+
+
+@app.command()
+def chat(
+    folder: Hybrid,
+    fold: Annotated[bool, typer.Option("--fold", help="Hide the reasoning; /fold shows it again.")] = False,
+    kv_budget: KVBudget = None,
+) -> None:
+    """Talk to a hybrid in the terminal; with piped input, a question a line."""
+    budget = _bytes("--kv-budget", kv_budget)
+    quiet_upstream()
+    from lt_train.serving.chat import chat as talk
+
+    try:
+        talk(folder, Console(), folded=fold, kv_budget=budget)
+    except Interrupted as stop:
+        raise typer.Exit(stop.exit_code) from None
+
+
 @app.command()
 def serve(
     folder: Hybrid,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free one.")] = 8000,
-    kv_budget: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="KV cache, such as 8GiB. Default: most of what is free.", show_default=False)
-    ] = None,
+    kv_budget: KVBudget = None,
     max_waiting: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait; more are refused (429).")] = 256,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, by the built-in engine."""

@@ -96,6 +96,7 @@ class Answering:
     def __init__(self, name: str, checkpoint: Checkpoint, engine: EngineThread) -> None:
         self.name = name
         self.engine = engine
+        self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
         self.defaults = checkpoint.sampling
         self.vocab_size = checkpoint.model.config.vocab_size
@@ -162,9 +163,10 @@ class Answering:
         seed = secrets.randbits(63) if body.seed is None else body.seed
         made = []
         for prompt in prompts:
+            limit = body.limit or self.checkpoint.room(len(prompt), engine.longest)
             for sample in range(body.n):
                 own = seed if sample == 0 else sample_seed(seed, "", sample)
-                made.append(Request("", sample, own, prompt, body.limit or engine.longest - len(prompt), body.alternatives))
+                made.append(Request("", sample, own, prompt, limit, body.alternatives))
         return engine.submit(made, sampling)
 
     def _check_length(self, body: AnswerRequest, prompt_tokens: int) -> None:

@@ -53,6 +53,14 @@ class Checkpoint:
         top_p = 1.0 if config.top_p is None else config.top_p
         return Sampling(temperature, top_p, 1, top_k=config.top_k or 0, min_p=config.min_p or 0.0, repetition_penalty=penalty)
 
+    def room(self, prompt_tokens: int, longest: int) -> int:
+        """New tokens of an answer that nothing else limits: the generation_config.json's max_new_tokens, if there are so many left.
+
+        Args:
+            longest: tokens that prompt and answer may have together.
+        """
+        return min(longest - prompt_tokens, self.model.generation_config.max_new_tokens or longest)
+
     def engine(self, kv_budget: int | None, max_slots: int = 64) -> Engine:
         """
         Args:
