@@ -163,9 +163,41 @@ def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pat
 
 
 @app.command()
-def export(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
+def export(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="As of the other commands; with --adapter a run's folder.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    runs: RunsRoot = Path("runs"),
+    only: Only = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", metavar="OUT", help="Write the adapter that RUN trained, alone, to this folder.", show_default=False
+        ),
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option("--verify", metavar="EXPORT", help="Compare an export's files with their hashes instead.", show_default=False),
+    ] = None,
+) -> None:
     """Write the hybrid as a checkpoint that others load without lt_train."""
-    _work("export", recipe, overrides, runs, only)
+    if (recipe is None) == (verify is None) or (verify and adapter):
+        raise UserError("export: name a recipe, or RUN --adapter OUT, or --verify EXPORT. Fix: name one of them")
+    if verify is not None:
+        quiet_upstream()
+        from lt_train.export.manifest import verify_files
+
+        typer.echo(f"{verify}: all {len(verify_files(verify).files)} files are those that were exported, and there are no others")
+    elif adapter is not None and recipe is not None:
+        quiet_upstream()
+        from lt_train.pipeline.adapter import export_adapter_of
+
+        export_adapter_of(recipe, adapter)
+        typer.echo(f"adapter: {adapter}")
+    elif recipe is not None:
+        _work("export", recipe, overrides, runs, only)
 
 
 Hybrid = Annotated[

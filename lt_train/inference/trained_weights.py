@@ -109,9 +109,14 @@ def load_with_query_key_of_base(folder: Path, load_base: LoadModel, dtype: torch
 def adapter_without_query_key(folder: Path, spec: HybridSpec) -> PeftConfig:
     """The configuration of the adapter in `folder`, less the adapters of queries and keys in full-attention layers."""
     config = PeftConfig.from_pretrained(str(folder))
-    config.exclude_modules = rf".*{attention_modules(_full_layers(spec), ('q_proj', 'k_proj'))}"
+    config.exclude_modules = rf".*{query_key_of_full_layers(spec)}"
     config.inference_mode = True
     return config
+
+
+def query_key_of_full_layers(spec: HybridSpec) -> str:
+    """A regular expression that finds the names of the modules with adapters that make queries and keys there."""
+    return attention_modules(_full_layers(spec), ("q_proj", "k_proj"))
 
 
 def attention_modules(layers: Iterable[int], modules: Iterable[str]) -> str:

@@ -151,6 +151,24 @@ class RunFolder:
         }
 
 
+def recipe_of(paths: RunPaths) -> Recipe:
+    """The recipe that a run was begun with.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    if not paths.recipe.is_file():
+        what = f"no run: there is no {paths.recipe.name}" if paths.root.is_dir() else "no such folder"
+        raise UserError(f"{paths.root}: {what}. Fix: name the folder of a run, runs/<name>")
+    try:
+        return recorded_recipe(paths.recipe.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{paths.recipe}: not the record of a run ({reason}). Fix: name the folder of a run, runs/<name>"
+        ) from error
+
+
 def _lies_in(difference: str, settings: frozenset[str]) -> bool:
     """Whether a line of `differences` is of one of the settings, or of one inside them."""
     changed = difference.partition(": ")[0]

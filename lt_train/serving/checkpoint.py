@@ -15,10 +15,10 @@ from lt_train.hybrid.spec import FULL, HybridSpec
 from lt_train.inference.engine import FRACTION_OF_FREE_MEMORY, Engine, free_memory
 from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config, load_tokenizer
 from lt_train.inference.requests import Sampling
+from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
-from lt_train.recipe.loading import recorded_recipe
-from lt_train.recipe.schema import Model, Recipe
+from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
@@ -116,7 +116,7 @@ def _without_window(config: PreTrainedConfig) -> tuple[HybridSpec, PreTrainedCon
 
 
 def _run(paths: RunPaths) -> Checkpoint:
-    recipe = _recipe(paths)
+    recipe = recipe_of(paths)
     variant = CONVERTED if recipe.train is None else TRAINED
     left = paths.layers if variant == CONVERTED else paths.trained_manifest
     if not left.is_file():
@@ -128,11 +128,3 @@ def _run(paths: RunPaths) -> Checkpoint:
     )
     model = Variants(recipe, paths, load_base_config(recipe.model)).load(variant, compute_dtype(recipe.model.dtype))
     return Checkpoint(paths.root, f"{variant} hybrid", model, tokenizer, recipe.prompt.system)
-
-
-def _recipe(paths: RunPaths) -> Recipe:
-    try:
-        return recorded_recipe(paths.recipe.read_text(encoding="utf-8"))
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{paths.recipe}: not the record of a run ({reason}). Fix: name a run's folder, runs/<name>") from error

@@ -66,3 +66,57 @@ def test_the_fingerprint_follows_weights_files_and_facts(tmp_path):
     (tmp_path / "config.json").write_text("{ }")
     seen.append(content_fingerprint(tmp_path, model, metadata()))
     assert len(set(seen)) == 4
+
+
+def verified(lt_train, folder):
+    code, out, err = lt_train("export", "--verify", folder)
+    assert "Traceback" not in out + err and err.count("\n") == (code != 0)
+    return code, out + err
+
+
+def test_an_export_as_it_was_written_is_verified(lt_train, folder):
+    (folder / ".gitattributes").touch()  # the hub's
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/config.json.metadata").touch()
+    assert verified(lt_train, folder) == (0, f"{folder}: all 2 files are those that were exported, and there are no others\n")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "fault"),
+    [
+        (lambda folder: (folder / "weights").write_bytes(b"1235"), "weights: changed since it was exported"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
+        (lambda folder: (folder / "modeling.py").write_text("import os"), "modeling.py: not a file of the export"),
+        (lambda folder: (folder / "code").mkdir() or (folder / "code/run.py").touch(), "code/run.py: not a file of the export"),
+        (lambda folder: (folder / "link.py").symlink_to("/nowhere"), "link.py: not a file of the export"),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_named(lt_train, folder, tamper, fault):
+    tamper(folder)
+    assert verified(lt_train, folder) == (
+        2,
+        f"error {folder}: {fault}. Fix: run no code of it, and export or download it again\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"format": 1}', "not a whole export manifest"),
+        ('{"format": 1, "content": "", "files": {"a": 1}, "check": {}}', "not a whole export manifest"),
+        ('{"format": 1, "content": "", "files": [], "check": {}}', "not a whole export manifest"),
+        ('{"form', "not a whole export manifest"),
+        (None, f"no export: there is no {MANIFEST}"),
+    ],
+)
+def test_what_has_no_manifest_cannot_be_verified(lt_train, folder, written, message):
+    (folder / MANIFEST).unlink() if written is None else (folder / MANIFEST).write_text(written)
+    code, shown = verified(lt_train, folder)
+    assert (code, message in shown) == (2, True), shown
+
+
+def test_a_folder_that_is_not_there_cannot_be_verified(lt_train, tmp_path):
+    assert verified(lt_train, tmp_path / "none") == (
+        2,
+        f"error {tmp_path / 'none'}: no such folder. Fix: name the folder of an export, runs/<name>/export\n",
+    )
