@@ -237,12 +237,15 @@ def serve(
     max_waiting: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait; more are refused (429).")] = 256,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, by the built-in engine."""
-    budget = _bytes("--kv-budget", kv_budget)
-    quiet_upstream()
-    from lt_train.serving.server import serve as serve_hybrid
+    from lt_train.serving.address import listening
 
+    budget = _bytes("--kv-budget", kv_budget)
     try:
-        serve_hybrid(folder, host, port, budget, max_waiting, Console())
+        with listening(host, port) as taken:  # first of all: an address that is in use costs no time
+            quiet_upstream()
+            from lt_train.serving.server import serve as serve_hybrid
+
+            serve_hybrid(folder, taken, budget, max_waiting, Console())
     except Interrupted as stop:  # how a server is meant to end
         raise typer.Exit(0 if stop.number == signal.SIGTERM else stop.exit_code) from None
 

@@ -15,8 +15,8 @@ import pytest
 
 from lt_train import cli
 from lt_train.runtime.errors import UserError
-from lt_train.serving.server import listening
-from tests.support.processes import exit_code, start
+from lt_train.serving.address import listening
+from tests.support.processes import exit_code, free_port, start
 from tests.support.repository import REPOSITORY
 from tests.support.served import until
 
@@ -86,9 +86,10 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(lt_train, monke
 
 def test_it_listens_at_127_0_0_1_unless_told(lt_train, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, host, port, *_: asked.append((host, port)))
-    assert lt_train("serve", EXPORT)[0] == lt_train("serve", EXPORT, "--host", "0.0.0.0", "--port", "9000")[0] == 0
-    assert asked == [("127.0.0.1", 8000), ("0.0.0.0", 9000)]
+    monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, taken, *_: asked.append(taken.getsockname()))
+    for host in ([], ["--host", "0.0.0.0"]):
+        assert lt_train("serve", EXPORT, "--port", free_port(), *host)[0] == 0
+    assert [host for host, _ in asked] == ["127.0.0.1", "0.0.0.0"]
 
 
 @pytest.mark.parametrize(

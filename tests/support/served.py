@@ -8,10 +8,10 @@ from pathlib import Path
 
 import uvicorn
 
+from lt_train.serving.address import listening, url_of
 from lt_train.serving.app import make_app
 from lt_train.serving.checkpoint import Checkpoint
 from lt_train.serving.engine_thread import EngineThread
-from lt_train.serving.server import listening
 
 NAME = "tiny"
 
@@ -26,7 +26,7 @@ def served(checkpoint: Checkpoint, *, max_slots: int = 8, max_waiting: int = 64)
         thread = threading.Thread(target=server.run, args=([taken],))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{taken.getsockname()[1]}", engine
+            yield url_of(taken), engine
         finally:
             engine.stop()
             server.should_exit = True
