@@ -139,6 +139,14 @@ def test_a_stop_string_ends_an_answer_before_it_in_every_chunk(client) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
+def test_text_that_a_stop_string_might_have_begun_with_comes_at_the_end(client) -> None:
+    asked = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 8}
+    whole = client.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "length"
+    chunks = client.completions.create(**asked, stop=[f"{whole.text[-3:]}never"], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
+
+
 def test_log_probabilities_come_with_their_tokens(client) -> None:
     asked = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 6}
     reported = client.completions.create(**asked, logprobs=2).choices[0]
