@@ -78,6 +78,8 @@ def adapter_card(spec: HybridSpec, metadata: ExportMetadata) -> str:
     header: dict[str, Any] = {"base_model": metadata.base} if is_hub_id(metadata.base) else {}
     header |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lt-train", "lora", "hybrid-attention"]}
     layers = ", ".join(map(str, spec.lazy_layers))
+    sinks = "learned, in this adapter" if spec.learned_sinks else f"`w_sink`: {spec.w_sink} tokens"
+    kind = ", learned_sinks=True" if spec.learned_sinks else ""
     revision = f", revision={metadata.base_revision!r}" if metadata.base_revision else ""
     training = "".join(f"\n| {name} | {value} |" for name, value in (metadata.training or {}).items())
     versions = "".join(f"\n- {name} {version}" for name, version in metadata.versions.items())
@@ -91,7 +93,7 @@ attention. It belongs to this hybrid: on the base with full attention, or with o
 
 - base: `{metadata.base}`{f", revision `{metadata.base_revision}`" if metadata.base_revision else ""}
 - streaming layers: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})
-- `w_sink`: {spec.w_sink}, `w_recent`: {spec.w_recent} tokens
+- sinks: {sinks}; `w_recent`: {spec.w_recent} tokens
 
 ## How to load
 
@@ -103,7 +105,7 @@ from peft import PeftModel
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 
-spec = HybridSpec({spec.num_layers}, lazy_layers={spec.lazy_layers}, w_sink={spec.w_sink}, w_recent={spec.w_recent})
+spec = HybridSpec({spec.num_layers}, lazy_layers={spec.lazy_layers}, w_sink={spec.w_sink}, w_recent={spec.w_recent}{kind})
 base = load_hybrid({metadata.base!r}, spec{revision})
 model = PeftModel.from_pretrained(base, ".")  # this folder, if Python was started in it; else its path, or its id on the hub
 ```

@@ -10,9 +10,12 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from lt_train.export.adapter import adapter_card
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.serving.checkpoint import load_checkpoint
 from tests.support.repository import REPOSITORY
+from tests.support.tiny_exports import metadata
 
 FIXTURE = REPOSITORY / "tests/fixtures/run_before_the_folders"
 LtTrain = Callable[..., tuple[int, str, str]]
@@ -53,8 +56,13 @@ def test_its_card_names_base_and_spec(lt_train: LtTrain, run: Path) -> None:
     card = Path("adapter/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     assert "A PEFT adapter for `base`" in card and re.search(r"streaming layers: \d(, \d)* \(of 0 to \d; chosen by: reach\)", card)
-    assert "`w_sink`: 4, `w_recent`: 12 tokens" in card and "| lora_rank |" in card
+    assert "sinks: `w_sink`: 4 tokens; `w_recent`: 12 tokens" in card and "| lora_rank |" in card
     assert '"base_model_name_or_path": "base"' in Path("adapter/adapter_config.json").read_text()
+
+
+def test_its_card_says_where_learned_sinks_are() -> None:
+    card = adapter_card(HybridSpec(4, (1, 2), 0, 12, learned_sinks=True), metadata())
+    assert "sinks: learned, in this adapter; `w_recent`: 12 tokens" in card and "w_recent=12, learned_sinks=True)" in card
 
 
 def test_queries_and_keys_that_the_recipe_restores_have_no_adapter(lt_train: LtTrain, run: Path) -> None:
