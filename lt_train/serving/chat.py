@@ -4,7 +4,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ COMMANDS = {"/fold": "hide or show the reasoning", "/new": "begin a new conversa
 
 
 def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None) -> None:
-    """Answer questions, a line each, until the input ends.
+    """Answer questions, a line each, until the input ends. A line that ends in a backslash goes on in the next one.
 
     Raises:
         UserError: nothing to talk to in the folder, or a model without a chat template.
@@ -35,8 +35,7 @@ def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None)
     typed = sys.stdin.isatty()
     if typed:
         conversation.introduce(folder)
-    for line in _typed_lines(console) if typed else sys.stdin:
-        question = line.strip()
+    for question in _questions(_typed_lines(console) if typed else sys.stdin):
         if question == "/exit":
             return
         if question == "/fold":
@@ -45,6 +44,18 @@ def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None)
             conversation.forget()
         elif question:
             conversation.ask(question)
+
+
+def _questions(lines: Iterable[str]) -> Iterator[str]:
+    begun: list[str] = []
+    for line in lines:
+        begun.append(line.rstrip("\r\n"))
+        if begun[-1].endswith("\\"):
+            begun[-1] = begun[-1][:-1]
+        else:
+            yield "\n".join(begun).strip()
+            begun = []
+    yield "\n".join(begun).strip()
 
 
 def _typed_lines(console: Console) -> Iterator[str]:
