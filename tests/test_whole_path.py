@@ -25,7 +25,7 @@ from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.loading import load_recipe
 from tests.support import processes
 from tests.support.repository import REPOSITORY
-from tests.support.training_log import GOLDEN, evaluations
+from tests.support.training_log import GOLDEN, evaluations, steps
 
 QUICKSTART = "recipes/quickstart.yaml"
 # The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
@@ -69,19 +69,23 @@ def run_forked(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a whole quickstart, and what it printed.
+    """The folder of a quickstart, and what it printed.
 
     LT_TRAIN_QUICKSTART_RUNS names the folder of runs where this very code has just done it: then it only prints its table again.
+    Otherwise it is done with a third of its problems.
     """
-    runs = Path(os.environ.get("LT_TRAIN_QUICKSTART_RUNS") or tmp_path_factory.mktemp("runs"))
     os.chdir(REPOSITORY)  # before the fixture of a single test could do it
-    printed = run(command("run", runs), COLUMNS="120")  # where no name of a hybrid is wrapped
+    if there := os.environ.get("LT_TRAIN_QUICKSTART_RUNS"):
+        runs, changed = Path(there), {}
+    else:
+        runs, changed = tmp_path_factory.mktemp("runs"), {"eval.0.limit": 500}
+    printed = run(command("run", runs, **changed), COLUMNS="120")  # where no name of a hybrid is wrapped
     return runs / "quickstart", printed
 
 
 def scores(folder: Path, variant: str) -> AnswerScores:
     found = read_scores(folder / "eval" / variant / "ledger/scores.json")
-    assert isinstance(found, AnswerScores) and found.problems >= 1500
+    assert isinstance(found, AnswerScores) and found.problems in (500, 1500)
     return found
 
 
@@ -92,12 +96,15 @@ def test_the_quickstart_loses_by_conversion_what_training_brings_back(quickstart
     assert difference(trained, base).low >= -0.03
 
 
-def test_the_quickstart_trains_along_its_golden_losses(quickstart: tuple[Path, str]) -> None:
-    """Each row is the mean of ten steps, computed by as many threads as there are."""
-    means = [sum(GOLDEN["losses"][end - 10 : end]) / 10 for end in range(10, 61, 10)]
-    assert list(losses(quickstart[0]).values()) == pytest.approx(means, rel=1e-2)
+def test_the_quickstart_trains_along_its_golden_losses_and_gradients(quickstart: tuple[Path, str]) -> None:
+    """Two threads instead of one change a loss by 2e-7 of it, `lora.alpha` of 33 instead of 32 the third one by 2e-3."""
+    rows = steps(quickstart[0] / "train")
+    ends = range(10, 61, 10)  # each row has the mean loss of ten steps, and the gradient of the last
+    assert [row["step"] for row in rows] == list(ends)
+    assert [row["loss"] for row in rows] == pytest.approx([sum(GOLDEN["losses"][end - 10 : end]) / 10 for end in ends], rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([GOLDEN["grad_norms"][end - 1] for end in ends], rel=1e-4)
     (held_out,) = evaluations(quickstart[0] / "train").values()
-    assert held_out == pytest.approx(GOLDEN["eval_loss"], rel=1e-2)
+    assert held_out == pytest.approx(GOLDEN["eval_loss"], rel=1e-5)
 
 
 def test_layers_chosen_by_reach_score_above_those_of_the_papers_lazy_ratio(quickstart: tuple[Path, str]) -> None:
@@ -118,9 +125,10 @@ def test_with_every_layer_streaming_the_tiny_reasoner_solves_hardly_anything(tmp
     spec = HybridSpec(8, tuple(range(8)), recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     model = load_for_inference(recipe.model, spec, None)
     tokenizer = load_tokenizer(recipe.model)
-    plan = make_plan(recipe.eval[0], recipe.prompt, tokenizer, context=model.config.max_position_embeddings, seed=0)
+    some = recipe.eval[0].model_copy(update={"limit": 250})
+    plan = make_plan(some, recipe.prompt, tokenizer, context=model.config.max_position_embeddings, seed=0)
     found = evaluate(plan, Engine(model, tokenizer, max_slots=250), tmp_path, progress=False)
-    assert found.problems >= 1500
+    assert found.problems == 250
     assert found.accuracy <= 0.20
 
 

@@ -78,11 +78,11 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     except (ValueError, TypeError, ImportError) as error:  # transformers checks values and combinations here
         raise UserError(f"train: TRL refuses these settings: {error}. Fix: change them in train or train.trl") from error
     if config.deepspeed is not None:
-        _start_deepspeed()
+        start_deepspeed()
     return config
 
 
-def _start_deepspeed() -> None:
+def start_deepspeed() -> None:
     """Start DeepSpeed's own communication, in addition to accelerate's.
 
     Without a GPU, accelerate starts only torch.distributed, and DeepSpeed would shard a model during loading (zero.Init) for a

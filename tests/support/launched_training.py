@@ -12,12 +12,10 @@ from tests.support.repository import ENVIRONMENT
 SCRIPT = Path(tiny_training.__file__)
 
 
-def start_launch(
-    trainings: dict[Path, dict[str, Any]], base: Path, output: Path, *, processes: int = 2, examples: int = 22
-) -> subprocess.Popen[bytes]:
+def start_launch(trainings: dict[Path, dict[str, Any]], base: Path, output: Path, *, examples: int = 22) -> subprocess.Popen[bytes]:
     """DeepSpeed's launcher, whose processes train in each folder with its settings, one after the other."""
     given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
-    command = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port()), str(SCRIPT), *given]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(SCRIPT), *given]
     with open(output, "wb") as file:
         command += ["--base", str(base), "--examples", str(examples)]
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +14,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.training.sequence_parallel import shard_of, shard_sequences
+from lt_train.training.settings import start_deepspeed
 
 SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=2, w_recent=5)
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -60,7 +60,7 @@ def logits_and_gradients(model: HybridForCausalLM, batch: dict[str, Tensor]) -> 
 def compute_together(out: Path) -> None:
     """The work of each process of a launch of two: `out` holds the results by case."""
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    start_deepspeed()
     results = {}
     for case in CASES:
         model = model_of(case)

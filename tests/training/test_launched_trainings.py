@@ -4,6 +4,8 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lt_train.inference.trained_weights import load_trained
 from lt_train.runtime.errors import UserError
 from tests.support import tiny_training
 from tests.support.launched_training import SCRIPT, start_launch, train_in_ranks
+from tests.support.processes import exit_code, start_ranks
 from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, steps
 
@@ -27,21 +30,20 @@ MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero2": ("zero2.json", {}),
     "zero2-lora": ("zero2.json", LORA),
     "zero3": ("zero3.json", {}),
-    "zero3-lora": ("zero3.json", LORA),
-    "zero3-offload": ("zero3-offload.json", {}),
+    "zero3-offload-lora": ("zero3-offload.json", LORA),
 }
 DROPOUT: dict[str, Any] = {
     "train": {"method": "lora", "max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "save_steps": 2},
     "lora": {"rank": 4, "dropout": 0.1},
 }
 IN_BF16 = ("zero2", "zero3", "zero3-bf16-sums")
-TWO_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 2, "save_steps": 4}  # of 15 steps each
+TWO_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 2}  # of 8 steps each
 
 
 def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
-    """12 steps of 4 samples, for one process or several."""
+    """8 steps of 4 samples, 6 of them in the first epoch, for one process or several."""
     file, method = MODES[mode]
-    train = {"max_steps": 12, "batch_size": 4, "micro_batch_size": 1, "save_steps": 6, **method}
+    train = {"max_steps": 8, "batch_size": 4, "micro_batch_size": 1, "save_steps": 4, **method}
     if launched and file is not None:
         train["deepspeed"] = str(deepspeed_file(file, folder))
     return {"train": train, "data": {"heldout": 5}, **({"lora": {"rank": 4}} if method else {})}
@@ -49,7 +51,7 @@ def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
 
 def bf16_settings(name: str, folder: Path) -> dict[str, Any]:
     """Steps of 8 samples, 4 one after the other in each of two processes."""
-    train = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
+    train = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
     return {"model": {"dtype": "bf16"}, "train": train}
 
 
@@ -79,22 +81,26 @@ def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def one(base: Path, tmp_path: Path) -> Any:
-    """Train a mode in this process, where one process accumulates what two share."""
+@pytest.fixture(scope="module")
+def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train a mode in this process, where one process accumulates what two share; returns its folder."""
+    folder = tmp_path_factory.mktemp("one")
 
-    def train(mode: str, folder: Path = tmp_path) -> Path:
-        settings = settings_of(mode, tmp_path, launched=False)
-        load = tiny_training.hybrid_from(base)
-        tiny_training.train_in(folder / mode, settings, tiny_training.NoTracker(), load=load)
+    @cache
+    def train(mode: str) -> Path:
+        train_alone(folder / mode, settings_of(mode, folder, launched=False), base)
         return folder / mode
 
     return train
 
 
+def train_alone(folder: Path, settings: dict[str, Any], base: Path) -> None:
+    tiny_training.train_in(folder, settings, tiny_training.NoTracker(), load=tiny_training.hybrid_from(base))
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str, two: Path, one: Any) -> None:
-    assert [row["step"] for row in steps(two / mode)] == list(range(1, 13))
+def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str, two: Path, one: Callable[[str], Path]) -> None:
+    assert [row["step"] for row in steps(two / mode)] == list(range(1, 9))
     # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
     alone = one(mode)
     assert_same_course(two / mode, alone, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
@@ -102,9 +108,9 @@ def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str
     assert norms[0] == pytest.approx(norms[1], rel=2e-3)
 
 
-@pytest.mark.parametrize("mode", ["zero3", "zero3-lora", "zero3-offload"])
+@pytest.mark.parametrize("mode", ["zero3", "zero3-offload-lora"])
 def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_trained(
-    mode: str, two: Path, one: Any, base: Path
+    mode: str, two: Path, one: Callable[[str], Path], base: Path
 ) -> None:
     recipe = tiny_training.tiny_recipe(settings_of(mode, two, launched=False))
     load = tiny_training.hybrid_from(base)
@@ -116,13 +122,13 @@ def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_train
         assert (mine(input_ids).logits - load(torch.float32)(input_ids).logits).abs().max() > 0.02, "it was trained"
 
 
-def test_without_deepspeed_another_number_of_processes_resumes_to_the_same_losses(two: Path, one: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed" / "ddp"
+def test_without_deepspeed_another_number_of_processes_resumes_to_the_same_losses(two: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ddp"
     shutil.copytree(two / "ddp", folder)
-    for later in ("final", "checkpoint-12"):
+    for later in ("final", "checkpoint-8"):
         shutil.rmtree(folder / later)
-    one("ddp", folder.parent)
-    assert '"resumed_from": 6' in (folder / "log.jsonl").read_text()
+    train_alone(folder, settings_of("ddp", folder, launched=False), base)
+    assert '"resumed_from": 4' in (folder / "log.jsonl").read_text()
     assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
 
 
@@ -132,7 +138,7 @@ def test_dropout_is_not_drawn_by_another_number_of_processes(two: Path, base: Pa
     for later in ("final", "checkpoint-4"):
         shutil.rmtree(folder / later)
     with pytest.raises(UserError, match="each of which draws its own dropout: 2, 1"):
-        tiny_training.train_in(folder, DROPOUT, tiny_training.NoTracker(), load=tiny_training.hybrid_from(base))
+        train_alone(folder, DROPOUT, base)
 
 
 def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_otherwise(two: Path) -> None:
@@ -142,30 +148,29 @@ def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_oth
         assert mine["grad_norm"] != theirs["grad_norm"]
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
     for folder, dtype in ((zero2, "fp32"), (zero3, "fp32"), (bf16_sums, "bf16")):
-        (states, _) = folder.glob("checkpoint-4/global_step4/*optim_states.pt")
+        (states, _) = folder.glob("checkpoint-2/global_step2/*optim_states.pt")
         assert torch.load(states, weights_only=False)["ds_config"]["data_types"] == {"grad_accum_dtype": dtype}
 
 
 def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base: Path, tmp_path: Path) -> None:
-    process = start_launch(
-        {two / "zero2": settings_of("zero2", two, launched=True)}, base, output := tmp_path / "o.txt", processes=1
-    )
-    assert process.wait(timeout=200) != 0
-    assert "number of processes, among which DeepSpeed splits the optimizer's states: 2, 1" in output.read_text()
+    trainings = {two / "zero2": settings_of("zero2", two, launched=True)}
+    (process,) = start_ranks(tiny_training.train_each, trainings, base, outputs=tmp_path, world_size=1)
+    assert exit_code(process) != 0
+    assert "number of processes, among which DeepSpeed splits the optimizer's states: 2, 1" in (tmp_path / "0.txt").read_text()
 
 
 def test_a_training_of_which_one_process_is_killed_resumes_to_the_same_losses(base: Path, tmp_path: Path) -> None:
-    train = {**settings_of("zero3", tmp_path, launched=True)["train"], **TWO_EPOCHS}
+    settings = {"train": {**settings_of("zero2", tmp_path, launched=True)["train"], **TWO_EPOCHS}}
     output, killed, uninterrupted = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "uninterrupted"
-    process = start_launch({killed: {"train": train}}, base, output, examples=60)
-    while len(steps(killed)) < 18:
+    process = start_launch({killed: settings}, base, output, examples=32)
+    while len(steps(killed)) < 10:
         assert process.poll() is None, output.read_text()
         time.sleep(0.02)
     (second,) = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_second(p)]
     second.send_signal(signal.SIGKILL)
     assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
-    assert 18 <= len(steps(killed)) < 30, "in the second epoch"
-    printed = train_in_ranks({killed: {"train": train}, uninterrupted: {"train": train}}, base, tmp_path / "printed", examples=60)
+    assert 10 <= len(steps(killed)) < 16, "in the second epoch"
+    printed = train_in_ranks({killed: settings, uninterrupted: settings}, base, tmp_path / "printed", examples=32)
     assert "resumed from checkpoint-" in printed
     assert_same_course(killed, uninterrupted)
 
