@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def seeded() -> None:
     """Every test that uses torch starts from one seed; the others do not wait for its import."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_libraries() -> None:
+    """What is there when a file begins is no garbage: a training collects twice, and would look through all that libraries hold."""
+    gc.freeze()
 
 
 @pytest.fixture

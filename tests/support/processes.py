@@ -6,6 +6,7 @@ or a variable of the environment that a library reads when it is imported, there
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,7 +28,7 @@ import pytest
 from tests.support.repository import ENVIRONMENT
 
 IMPORTED = [
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function: the compiler's import takes four seconds
     "transformers.models.auto.modeling_auto",
     "transformers.generation.utils",
     "transformers.models.qwen3.modeling_qwen3",
@@ -92,8 +93,8 @@ def checks_of_exports_are_forked() -> Iterator[None]:
 def start_ranks(function: Callable[..., Any], *arguments: Any, outputs: Path, world_size: int = 2) -> list[ForkServerProcess]:
     """Call it in the processes of one launch, with the environment that launchers set; rank 0 prints into `outputs`/0.txt."""
     outputs.mkdir(parents=True, exist_ok=True)
-    launch = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    launch["MASTER_PORT"] = str(free_port())
+    launch = dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"], str(world_size))  # the last one by deepspeed
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(function, *arguments, output=outputs / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **launch)
         for rank in range(world_size)
@@ -124,6 +125,7 @@ def free_port() -> int:
 def _call(
     function: Callable[..., Any], arguments: tuple[Any, ...], outputs: tuple[Path, Path], environment: dict[str, str], folder: str
 ) -> None:
+    gc.freeze()  # or each training looks twice for garbage in all that the libraries hold
     atexit._clear()  # what the server's libraries would do at its end, such as removing their temporary folders
     weakref.finalize._registered_with_atexit = False
     weakref.finalize._registry.clear()
