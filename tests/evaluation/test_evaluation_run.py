@@ -18,10 +18,17 @@ from lt_train.inference.engine import Engine
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
 from tests.support.full_disk import files_of_at_most
+from tests.support.graders import graders_are_kept
 
 
 class Interrupted(Exception):
     pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_graders() -> Iterator[None]:
+    with graders_are_kept():
+        yield
 
 
 @pytest.fixture
