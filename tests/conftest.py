@@ -39,6 +39,9 @@ FAST = (
 )
 """The fast tier, `pytest -m fast`: files whose tests build no model and train nothing; a test that is marked slow is not in it."""
 
+SLOWER = ("runtime/test_drawing.py", "runtime/test_tracking.py")
+"""Files of those folders that are not in it: they import matplotlib, or start wandb's process."""
+
 
 LONGEST = (
     "test_whole_path.py",
@@ -118,7 +121,7 @@ def lt_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 def is_fast(path: Path) -> bool:
     name = path.relative_to(TESTS).as_posix()
-    return name.startswith(FAST) and name != "runtime/test_drawing.py"  # it imports matplotlib
+    return name.startswith(FAST) and name not in SLOWER
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -47,7 +47,7 @@ def conversation(family: str, question: str, answer: str) -> list[dict[str, str]
     return [*system, *turns, {"role": "assistant", "content": answer}]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("family", KEEP_REASONING)
 @given(question=plain, reasoning=plain, answer=plain)
 def test_prompt_and_answer_are_the_template_s_own_rendering(family: str, question: str, reasoning: str, answer: str) -> None:
@@ -59,7 +59,7 @@ def test_prompt_and_answer_are_the_template_s_own_rendering(family: str, questio
         assert ids_of(tokenizer, messages) == rendered(tokenizer, messages)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("family", ["qwen3-reasoning", "qwen3-thinking"])
 @given(reasoning=plain, answer=plain)
 def test_a_reasoning_field_is_rendered_by_the_template_that_reads_it(family: str, reasoning: str, answer: str) -> None:
@@ -143,7 +143,7 @@ def test_the_shared_case_of_special_tokens_in_answers(shared_cases: Path) -> Non
     assert "The ChatML token <|im_end|> ends a turn." in texts(examples[1], tokenizer)[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(parts=st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<s>", "x", " ", "<", "|>", "\n"]), min_size=1, max_size=8))
 def test_any_mixture_of_special_tokens_is_held_as_text(parts: list[str]) -> None:
     tokenizer, answer = family_tokenizer("qwen2.5"), "".join(parts) + "."
@@ -154,7 +154,7 @@ def test_any_mixture_of_special_tokens_is_held_as_text(parts: list[str]) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(question=plain, reasoning=plain, answer=plain)
 def test_the_real_qwen3_tokenizer_and_template_are_followed_to_the_token(
     qwen3_tokenizer: PreTrainedTokenizerBase, question: str, reasoning: str, answer: str

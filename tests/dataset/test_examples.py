@@ -131,7 +131,7 @@ def examples_of(tmp_path: Path, row: dict[str, str], tokenizer: PreTrainedTokeni
 def test_any_text_is_held_whole_by_the_answer_s_ids(answer: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("any") / "rows.jsonl"
     path.write_text(json.dumps({"question": "x", "combined_text": answer}) + "\n")
-    data = Data(source=str(path), format="still", max_length=4096)
+    data = Data(source=str(path), format="still", max_length=4096, reasoning_tags="keep")  # hypothesis knows the tags from the code
     example = load_examples(data, Prompt(), family_tokenizer("qwen3"), model_max_length=4096, seed=0).train[0]
     assert family_tokenizer("qwen3").decode(example.answer_ids) == unicodedata.normalize("NFC", answer) + "<|im_end|>"
 

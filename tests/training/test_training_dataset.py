@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lt_train.dataset.examples import IGNORED, Example, examples_fingerprint
+from lt_train.dataset.examples import IGNORED, Example, StoredExamples, examples_fingerprint
+from lt_train.dataset.loading import load_examples
+from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.training.dataset import training_dataset
+from tests.support.chat_templates import family_tokenizer
 from tests.support.tiny_training import EOS, PAD, tiny_examples
 
 
@@ -83,3 +88,14 @@ def test_the_fingerprint_sees_tokens_labels_and_order() -> None:
     prints = {examples_fingerprint(e) for e in ([one], [other], [one, other], [other, one])}
     assert len(prints) == 4
     assert examples_fingerprint([one]) == examples_fingerprint([example((5, 6), (7, EOS))])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_stored_examples_are_trained_on_as_listed_ones_are(tmp_path: Path, packing: bool) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "question {at}", "response": "{"x" * (20 + at % 7)}"}}\n' for at in range(40)))
+    data, tokenizer = Data(source=str(rows), max_length=4096), family_tokenizer("qwen2.5")
+    stored = load_examples(data, Prompt(), tokenizer, model_max_length=4096, seed=0, folder=tmp_path / "kept").train
+    assert isinstance(stored, StoredExamples)
+    one, other = (training_dataset(examples, max_length=256, packing=packing) for examples in (stored, list(stored)))
+    assert one.column_names == other.column_names and one.to_list() == other.to_list()

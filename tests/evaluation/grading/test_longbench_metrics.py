@@ -84,7 +84,7 @@ def test_code_similarity_by_hand() -> None:
     assert metrics.code_similarity("", "return b") == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SENTENCES, SENTENCES)
 def test_rouge_l_is_that_of_the_package_longbench_calls(answer: str, right: str) -> None:
     rouge = pytest.importorskip("rouge")
@@ -114,7 +114,7 @@ def test_a_long_text_without_full_stops_has_a_score_though_the_package_gives_up(
             rouge.Rouge().get_scores([answer], [right])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab(){} =.+", max_size=60), st.text(alphabet="ab(){} =.+", max_size=60))
 def test_code_similarity_is_fuzzywuzzy_s_ratio(answer: str, right: str) -> None:
     with warnings.catch_warnings():
@@ -125,7 +125,7 @@ def test_code_similarity_is_fuzzywuzzy_s_ratio(answer: str, right: str) -> None:
     assert metrics.code_similarity(answer, right) == fuzz.ratio(answer, right) / 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab A.!the", max_size=30), st.text(alphabet="ab A.!the", max_size=30))
 def test_f1_is_symmetric_within_0_and_1_and_1_only_for_the_same_words(first: str, second: str) -> None:
     score = metrics.qa_f1(first, second)
