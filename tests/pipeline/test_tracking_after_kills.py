@@ -19,8 +19,8 @@ from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs
 from tests.support.wandb_files import history, run_ids
 
-STEPS = 32
-SHORT = [f"train.max_steps={STEPS}", "train.save_steps=6", "eval=[{benchmark: heldout_loss, batch_size: 4}]", "track.wandb=offline"]
+STEPS = 18
+SHORT = [f"train.max_steps={STEPS}", "train.save_steps=4", "eval=[{benchmark: heldout_loss, batch_size: 4}]", "track.wandb=offline"]
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_wandbs_folders_have_each_step_and_the_picture_once_after_kills_at_any_m
     write_inputs(tmp_path)
     recipe, moment = load_recipe(tmp_path / "recipe.yaml", SHORT), random.Random(5)
     run = RunPaths(tmp_path / "runs" / recipe.name)
-    for number in range(4):
+    for number in range(2):
         process = start_evaluation(recipe, tmp_path)
         until(has_logged, run, logged(run) + moment.randrange(1, 7))
         time.sleep(moment.random() / 2)

@@ -100,7 +100,6 @@ def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of
 @pytest.mark.parametrize(
     ("kind", "failing", "told", "tracebacks"),
     [
-        ("mistake", "1", "this recipe is spoilt", 0),
         ("mistake", "01", "this recipe is spoilt", 0),
         ("bug", "1", "ZeroDivisionError: a bug", 1),
     ],

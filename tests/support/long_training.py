@@ -22,7 +22,7 @@ from lt_train.training.trainer import train
 from tests.support.peak_memory import peak_of
 from tests.support.tiny_training import tiny_recipe, tiny_tokenizer
 
-PACK = [9_000, 6_000, 4_000, 1_000, *[26] * 20]  # tokens of its documents: 20,520 in all
+PACK = [4_500, 3_000, 2_000, 500, *[26] * 10]  # tokens of its documents: 10,260 in all
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "warm up": {"documents": [64], "checkpointing": True},
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     peaks = {name: peak_of(partial(train_once, folder / name, **settings)) for name, settings in TRAININGS.items()}
     (folder / "peaks.json").write_text(json.dumps(peaks))
 

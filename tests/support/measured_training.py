@@ -1,6 +1,6 @@
-"""Trains a model of given sizes and prints the bytes it took at its peak: started by a test as a process of its own.
+"""Trains models of given sizes and prints the bytes that each took at its peak: started by a test as a process of its own.
 
-python -m tests.support.measured_training FOLDER '{"config": {…}, "layers": […], "recipe": {"train": {…}}}'
+python -m tests.support.measured_training FOLDER '{"name": {"config": {…}, "recipe": {"train": {…}}}, …}'
 
 The peak is the process's largest resident set during the training less what it held before, as Linux counts both. What a first
 training loads and sets up by itself (libraries, threads, buffers) is there before, because a tiny one was trained already.
@@ -9,7 +9,7 @@ training loads and sets up by itself (libraries, threads, buffers) is there befo
 import argparse
 import json
 import random
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,14 @@ def train_rows(settings: dict[str, Any], folder: Path) -> None:
     train(recipe, load, tiny_tokenizer(), ExampleSet(examples, [], {}), spec, folder, NoTracker(), lambda line: None)
 
 
-def peak_of_training(settings: dict[str, Any], folder: Path) -> int:
-    with tempfile.TemporaryDirectory() as aside:
-        train_rows(WARM_UP, Path(aside))
-    return peak_of(lambda: train_rows(settings, folder))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("runs", type=json.loads)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(peak_of_training(given.settings, given.folder))
+    train_rows(WARM_UP, given.folder / "warm up")
+    print(json.dumps({name: peak_of(partial(train_rows, each, given.folder / name)) for name, each in given.runs.items()}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The resident set has what the C library keeps of freed memory, so it depends on 
 """
 
 import ctypes
+import gc
 import re
 import threading
 import weakref
@@ -26,6 +27,7 @@ def peak_of(run: Callable[[], None]) -> int:
 
     Libraries that a first run loads count too: run something small before.
     """
+    gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)

@@ -1,17 +1,15 @@
-"""`lt-train train` under torchrun, as launch/README.md says it."""
+"""`lt-train train` in two processes, with the environment that torchrun sets."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from lt_train.recipe.loading import load_recipe
+from tests.support.processes import call_in_ranks
 from tests.support.repository import REPOSITORY
-from tests.support.runs import run_in_folder
+from tests.support.runs import call_lt_train, run_in_folder
 from tests.support.training_log import assert_same_course, steps
 
 RECIPE = f"""
@@ -35,17 +33,12 @@ def write_recipe(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_torchrun_trains_as_one_process_does_and_the_first_process_alone_speaks(tmp_path: Path) -> None:
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
-    logs = ["--log-dir", str(tmp_path / "printed"), "--redirects", "3"]  # standard output and error of each process, in files
-    train = ["-m", "lt_train", "train", str(write_recipe(tmp_path, "two")), "--runs", str(tmp_path)]
-    talkative = {"TRANSFORMERS_VERBOSITY": "info"}
-    environment = {**os.environ, **talkative, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *logs, *train], env=environment, capture_output=True, text=True, timeout=300)
-    printed = {rank: "".join(path.read_text() for path in sorted(tmp_path.glob(f"printed/*/*/{rank}/*.log"))) for rank in "01"}
-    assert done.returncode == 0, done.stderr + "".join(printed.values())
-    assert "the trained model has the weights of step 4" in printed["0"] and "training 4/4" in printed["0"]
-    assert (printed["1"], done.stdout) == ("", "")
+def test_two_processes_train_as_one_does_and_the_first_alone_speaks(tmp_path: Path) -> None:
+    command = ["train", str(write_recipe(tmp_path, "two")), "--runs", str(tmp_path)]
+    first, second = call_in_ranks(call_lt_train, command, outputs=tmp_path / "printed")
+    assert first[0] == 0, first
+    assert "the trained model has the weights of step 4" in first[1] and "training 4/4" in first[1]
+    assert second == (0, "")
 
     run_in_folder(load_recipe(write_recipe(tmp_path, "one")), tmp_path, "train")
     two, one = (tmp_path / name / "train" for name in ("two", "one"))

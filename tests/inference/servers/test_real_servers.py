@@ -28,6 +28,7 @@ from lt_train.inference.sinks_file import learned_sinks
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
+from tests.support.processes import checks_of_exports_are_forked
 from tests.support.runs import run_in_folder
 from tests.support.tiny_exports import metadata
 
@@ -53,8 +54,9 @@ def exports(tmp_path_factory, tokenizer):
     """w_sink, or "learned" -> folder."""
     folder = tmp_path_factory.mktemp("exports")
     models = {w_sink: load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28)) for w_sink in (0, 4)} | {"learned": with_learned_sinks()}
-    for kind, model in models.items():
-        export_hybrid(model, tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
+    with checks_of_exports_are_forked():
+        for kind, model in models.items():
+            export_hybrid(model, tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
     return {kind: folder / f"sinks-{kind}" for kind in models}
 
 
