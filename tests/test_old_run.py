@@ -5,7 +5,6 @@ The fixture was made by commit d27557d from a base of 0.05 M random parameters; 
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,14 +71,7 @@ def test_an_old_export_loads_with_its_own_code(old):
         "ids = torch.arange(4, 44)[None]\n"
         "print(json.dumps([type(model).__module__.split('.')[0], model(ids).logits[0, -1, :4].tolist()]))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=old,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={"HF_HOME": str(old / "hub"), "PATH": "", "OMP_NUM_THREADS": "1"},
-    )
+    printed = processes.run([sys.executable, "-P", "-c", program], cwd=old, env={"HF_MODULES_CACHE": str(old / "hub")})
     assert printed.returncode == 0, printed.stderr
     module, logits = json.loads(printed.stdout)
     assert module == "transformers_modules"

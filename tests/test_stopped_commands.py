@@ -1,7 +1,6 @@
 """`lt-train train` that is stopped by a signal: what it says, what it keeps, and that the same command resumes."""
 
 import signal
-import sys
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -9,15 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lt_train import cli
 from lt_train.recipe.loading import load_recipe
 from lt_train.training.checkpoints import fault_of
 from tests.support.processes import exit_code, start
-from tests.support.runs import run_in_folder
+from tests.support.runs import call_lt_train, run_in_folder
 from tests.support.tiny_run import write_inputs
 from tests.support.training_log import assert_same_course, steps
 
-STEPS = 16
+STEPS = 12
 SETTINGS = [f"train.max_steps={STEPS}", "hybrid.strategy=periodic", "track.wandb=offline"]
 SECONDS_UNTIL_SIGKILL = 30  # SLURM's KillWait
 
@@ -70,14 +68,8 @@ def resumes(inputs: Path, folder: Path, *more: str) -> None:
 
 def start_train(inputs: Path, folder: Path, *more: str) -> ForkServerProcess:
     settings = [f"--set={each}" for each in (*SETTINGS, *more)]
-    command = ["lt-train", "train", str(inputs / "recipe.yaml"), "--runs", str(folder / "runs"), *settings]
+    command = ["train", str(inputs / "recipe.yaml"), "--runs", str(folder / "runs"), *settings]
     return start(call_lt_train, command, output=folder / "output.txt")
-
-
-def call_lt_train(command: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    sys.argv = command
-    cli.main()
 
 
 def terminate_job(process: ForkServerProcess) -> None:

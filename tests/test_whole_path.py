@@ -31,12 +31,14 @@ QUICKSTART = "recipes/quickstart.yaml"
 # The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
 SMALL = {
     "hybrid.calibration.samples": 12,
-    "train.max_steps": 12,
+    "data.limit": 200,
+    "train.max_steps": 8,
     "train.batch_size": 8,
     "train.micro_batch_size": 8,
     "train.save_steps": 3,
     "train.logging_steps": 1,
-    "eval.0.limit": 60,
+    "eval.0.limit": 30,
+    "eval.0.max_new_tokens": 60,
     "eval.0.batch_size": 10,
     "eval.0.variants": "[base, trained]",
     "hybrid.compare": "[]",
@@ -178,13 +180,13 @@ def losses(folder: Path) -> dict[int, float]:
 
 def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
     rows = [json.loads(line) for line in (folder / "eval" / variant / "ledger/samples.jsonl").read_text().splitlines()]
-    assert len(rows) == len({row["problem"] for row in rows}) == 60
+    assert len(rows) == len({row["problem"] for row in rows}) == 30
     return {row["problem"]: (row["text"], row["correct"]) for row in rows}
 
 
 def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
     full = {"train.method": "full", "lora": "null", "train.micro_batch_size": 4, "train.deepspeed": "launch/zero3.json"}
-    changed = {**SMALL, **full, "train.max_steps": 2, "eval.0.limit": 41}
+    changed = {**SMALL, **full, "train.max_steps": 2, "eval.0.limit": 11}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618"]
     logs = ["--enable_each_rank_log", str(tmp_path / "said"), "--module"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -199,8 +201,8 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_
     run([*torchrun, *command("eval", tmp_path, **changed)[1:]])
     for variant in ("base", "trained"):
         parts = [folder / "eval" / variant / f"ledger/samples-{rank}.jsonl" for rank in range(2)]
-        assert sorted(len(part.read_text().splitlines()) for part in parts) == [20, 21]
-        assert read_scores(folder / "eval" / variant / "ledger/scores.json").problems == 41
+        assert sorted(len(part.read_text().splitlines()) for part in parts) == [5, 6]
+        assert read_scores(folder / "eval" / variant / "ledger/scores.json").problems == 11
 
     run_forked(command("export", tmp_path, **changed))
     assert (folder / "train/final/model.safetensors").stat().st_mtime_ns == trained
