@@ -67,7 +67,7 @@ def test_a_choice_that_does_not_look_at_the_model_needs_nothing_and_lazy_ratio_o
     assert lazy.states == 4096 * 5120 * BF16
 
 
-@pytest.mark.parametrize(("mlp", "layers"), [(4096, 2), (512, 12)])
+@pytest.mark.parametrize(("mlp", "layers"), [(4096, 2), (512, 24)])
 def test_the_states_and_the_work_are_what_scoring_a_sample_takes(mlp: int, layers: int, tmp_path) -> None:
     """With a broad MLP mostly work, with many layers mostly states."""
     sizes = {**SIZES, "hidden_size": 512, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 16}
