@@ -197,7 +197,7 @@ def test_any_text_gives_a_stripped_answer_or_none(text: str) -> None:
     ["answer ", "the answer is ", "the answer to ", "答案", r"\boxed{", "$", "(", "option A ", " ", "*", "{", r"\(", "answer is"],
 )
 def test_no_text_takes_long(part: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for kind in ("math", "choice"):
         extract(part * (200_000 // len(part)), kind)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
