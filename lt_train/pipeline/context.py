@@ -105,10 +105,12 @@ class RunContext:
         """Report once what computes attention here, and why.
 
         Raises:
-            UserError: what the recipe names cannot, or cannot train as the recipe wants to.
+            UserError: what the recipe names cannot, or has no gradients where the recipe needs them.
         """
         if not self._attention_is_reported:
-            choice = attention_choice(self.recipe.model, self.base_config, trains=self.recipe.train is not None)
+            hybrid = self.recipe.hybrid
+            needs_gradients = self.recipe.train is not None or "gates" in (hybrid.strategy, *hybrid.compare)
+            choice = attention_choice(self.recipe.model, self.base_config, trains=needs_gradients)
             self.report("attention", f"{choice.name}: {choice.reason}")
             self._attention_is_reported = True
 

@@ -33,7 +33,7 @@ from lt_train.recipe.part import (
     value_fault,
 )
 
-Strategy = Literal["reach", "nll", "lazy_ratio", "periodic"]
+Strategy = Literal["gates", "reach", "nll", "lazy_ratio", "periodic"]
 """A way to rank layers by how little they lose by streaming."""
 
 
@@ -92,8 +92,8 @@ class Calibration(Part):
     w_last: Count = 64
     """Number of queries at the end of a sample over which lazy_ratio averages (LightTransfer, Eq. 1)."""
     long_reach_fraction: float = Field(default=0.1, gt=0, le=1, json_schema_extra=formerly("long_reach_share"))
-    """Fraction of answer tokens that count as long-reach tokens: those whose loss rises most when every layer streams. The strategy
-    reach measures the loss on them."""
+    """Fraction of answer tokens that count as long-reach tokens: those whose loss rises most when every layer streams. Strategies
+    reach and gates measure the loss on them."""
     sink_steps: Natural = Field(default=24, json_schema_extra=ADDED)
     """Optimizer steps of one sample each that fit learned sinks to the answers' loss before any training, all else frozen. 0: they
     start where the scores of the first tokens are."""
@@ -111,8 +111,10 @@ class Hybrid(Part):
     lazy_layer_ratio: Fraction | None = None
     """Fraction of layers that stream. Set either this or `layers`."""
     strategy: Strategy | None = None
-    """How the layers are chosen. reach: by the loss on long-reach tokens. nll: by the loss on all answer tokens. lazy_ratio: by
-    where attention goes (the paper's score). periodic: evenly spaced. Default: reach, or null where `layers` is set."""
+    """How the layers are chosen. gates: by each layer's share of the loss on long-reach tokens when every layer streams, from
+    gradients. reach: by the loss on long-reach tokens when the layer alone streams. nll: by the loss on all answer tokens then.
+    lazy_ratio: by where attention goes (the paper's score). periodic: evenly spaced. Default: reach, or null where `layers` is
+    set."""
     layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = None
     """Indices of the layers that stream, from 0, instead of a choice by strategy."""
     sink: Literal["tokens", "learned"] = Field(default="tokens", json_schema_extra=ADDED)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from markupsafe import Markup
@@ -15,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
-from lt_train.recipe.schema import converted_by
+from lt_train.recipe.schema import Strategy, converted_by
 from lt_train.report.contents import EvaluatedVariant
 from lt_train.report.formatting import percent
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, to_svg
@@ -28,7 +29,7 @@ VARIANT_COLOURS = {
     BASE: "base",
     CONVERTED: "converted",
     TRAINED: "trained",
-    **{converted_by(strategy): strategy for strategy in ("reach", "nll", "lazy_ratio", "periodic")},
+    **{converted_by(strategy): strategy for strategy in get_args(Strategy)},
 }
 MARKERS = "osD^"
 DASHES = ("-", "--", ":", "-.")

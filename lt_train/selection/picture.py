@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, prin
 from lt_train.selection.profile import LayerProfile
 
 MEANINGS = {
+    "gates": ("share of the rise of the loss on long-reach tokens when every layer streams", "nats per token"),
     "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
     "nll": ("rise of the loss on all answer tokens when this layer alone streams", "nats per token"),
     "lazy_ratio": ("attention of the last queries on sink and recent tokens; higher is lazier", "fraction"),
@@ -90,7 +90,7 @@ def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: Colle
         axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=1)
     meaning, unit = MEANINGS[strategy]
     if strategy in profile.samples[0].all_streaming:
-        meaning += f" (all layers: {fmean(sample.all_streaming[strategy] for sample in profile.samples):+.3g})"
+        meaning += f" (all layers: {profile.mean_all_streaming(strategy):+.3g})"
     axes.set_title(textwrap.fill(f"{strategy}: {meaning}", 58))
     axes.set_ylabel(unit)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +23,7 @@ from lt_train.runtime.progress import show_progress
 from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
+from lt_train.selection.gates import check_sum_of_shares, gate_shares
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
 from lt_train.selection.nll import nll_rise
 from lt_train.selection.periodic import periodic_layers
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 _FromFile = TypeVar("_FromFile")
 
-SCORED = ("reach", "nll", "lazy_ratio")
+SCORED = ("gates", "reach", "nll", "lazy_ratio")
 """Strategies that score the model; `periodic` does not."""
 
 
@@ -46,7 +48,11 @@ class SampleScores:
     """Prompt and answer."""
     scores: dict[str, tuple[float, ...]]
     all_streaming: dict[str, float]
-    """`nll` and `reach`: the rise when every layer streams, for comparison with a single layer's rise."""
+    """The measured rise when every layer streams, by each strategy whose scores are rises of a loss."""
+    head_shares: tuple[tuple[float, ...], ...] = ()
+    """`gates`: the share of each KV head, `head_shares[layer][kv_head]`."""
+    sum_of_shares: float | None = None
+    """`gates`: the shares together, to compare with `all_streaming`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,15 @@ class LayerProfile:
         select = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
         return select(self.scores[strategy], n_layers)
 
+    def mean_all_streaming(self, strategy: str) -> float:
+        """The measured rise when every layer streams, averaged over samples; of strategies whose scores are rises of a loss."""
+        return fmean(sample.all_streaming[strategy] for sample in self.samples)
+
+    @property
+    def mean_sum_of_shares(self) -> float:
+        """The rise when every layer streams as the shares of `gates` add up to it, averaged over samples."""
+        return fmean(math.fsum(sample.scores["gates"]) for sample in self.samples)
+
     def save(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
 
@@ -125,22 +140,23 @@ def profile_layers(
     """Score every layer of `model` on every calibration example by every strategy that scores the model.
 
     Args:
-        model: a hybrid with the recipe's `scored_w_sink` and `w_recent` and any lazy layers; it is set to evaluation mode.
+        model: a hybrid with the recipe's `scored_w_sink` and `w_recent` and any lazy layers. It is set to evaluation mode, and its
+            weights require no gradients afterwards.
         hybrid: the recipe's hybrid part.
         strategies: names; `periodic` needs no scores and is skipped.
         out: folder for `profile.json` and `samples.jsonl`, in which an interrupted run resumes.
         progress: show samples done, rate and time left on stderr.
 
     Raises:
-        UserError: too many samples fit inside the window, a score is not finite, or `out` holds another model's or
-        data's scores.
+        UserError: too many samples fit inside the window, a score is not finite, the shares of `gates` do not add up to the
+            measured rise, or `out` holds another model's or data's scores.
     """
     sizes = Sizes(hybrid.scored_w_sink, hybrid.w_recent, hybrid.calibration.w_last, hybrid.calibration.long_reach_fraction)
     scored = tuple(strategy for strategy in SCORED if strategy in strategies)
     if (model.spec.w_sink, model.spec.w_recent) != (sizes.w_sink, sizes.w_recent):
         raise ValueError(f"the model's spec {model.spec} does not have the recipe's sizes {sizes}")
     usable, fitting = samples_beyond_window(examples, sizes.w_sink, sizes.w_recent)
-    model.eval()
+    model.eval().requires_grad_(False)
     header = Header(
         fingerprint=fingerprint(model, examples, sizes, scored),
         num_layers=model.config.num_hidden_layers,
@@ -157,6 +173,8 @@ def profile_layers(
                 append_json_line(out / "samples.jsonl", dataclasses.asdict(samples[-1]))
             bar.advance()
     profile = LayerProfile(header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started)
+    if "gates" in scored:
+        check_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"), len(samples))
     if out is not None:
         profile.save(out / LAYER_PROFILE)
     return profile
@@ -165,6 +183,10 @@ def profile_layers(
 def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, strategies: Sequence[str]) -> SampleScores:
     scores: dict[str, list[float]] = {}
     all_streaming: dict[str, float] = {}
+    shares = None
+    if "gates" in strategies:
+        shares = gate_shares(model, example.prompt_ids, example.answer_ids, sizes.long_reach_share)
+        scores["gates"], all_streaming["gates"] = shares.layers, shares.measured_rise
     if "reach" in strategies or "nll" in strategies:
         losses = token_losses(model, example.prompt_ids, example.answer_ids)
         if "reach" in strategies:
@@ -179,7 +201,14 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
                 f"model.base: {strategy} of sample {example.id} is not finite in {model.dtype}, so layers cannot be ranked. "
                 "Fix: set model.dtype to fp32; if that does not help, the base's weights are damaged"
             )
-    return SampleScores(example.id, len(example), {name: tuple(score_L) for name, score_L in scores.items()}, all_streaming)
+    return SampleScores(
+        id=example.id,
+        tokens=len(example),
+        scores={name: tuple(score_L) for name, score_L in scores.items()},
+        all_streaming=all_streaming,
+        head_shares=() if shares is None else shares.heads,
+        sum_of_shares=None if shares is None else math.fsum(shares.layers),
+    )
 
 
 def _begin_or_resume(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:

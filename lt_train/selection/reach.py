@@ -9,10 +9,10 @@ from decimal import Decimal
 
 from torch import Tensor
 
-from lt_train.selection.token_losses import TokenLosses
+from lt_train.selection.token_losses import EndpointLosses, TokenLosses
 
 
-def long_reach_tokens(losses: TokenLosses, fraction: float) -> Tensor:
+def long_reach_tokens(losses: EndpointLosses, fraction: float) -> Tensor:
     """Indices, ascending, of the `ceil(fraction * A)` answer tokens whose loss rises most; the earlier of equal ones."""
     rise_A = losses.all_streaming_A - losses.full_A
     # Decimal, because the binary float 0.1 * 30 is a little more than 3.

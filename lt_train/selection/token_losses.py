@@ -8,7 +8,7 @@ Shape legend: V variants of the model, T tokens of one sample, A answer tokens, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +26,28 @@ ALL_TOKENS = slice(None)
 
 
 @dataclass(frozen=True)
-class TokenLosses:
-    """Negative log-likelihood, in nats, of each answer token of one sample; fp32 on the CPU."""
+class EndpointLosses:
+    """Negative log-likelihood, in nats, of each answer token of one sample when no layer streams, and when all do; on the CPU."""
 
     full_A: Tensor
     all_streaming_A: Tensor
+
+    def rise_of_all(self, tokens: Tensor | slice = ALL_TOKENS) -> float:
+        """Rise of the mean loss over these answer tokens when every layer streams."""
+        return (self.all_streaming_A - self.full_A)[tokens].double().mean().item()
+
+
+@dataclass(frozen=True)
+class TokenLosses(EndpointLosses):
+    """The same losses, and those when one layer streams."""
+
     one_streaming_LA: Tensor
     """Row i: layer i streams, all others are full."""
 
     def rise(self, tokens: Tensor | slice = ALL_TOKENS) -> tuple[list[float], float]:
         """Rise of the mean loss over these answer tokens, in nats: for each layer streaming alone, and for all streaming."""
         rise_L = (self.one_streaming_LA - self.full_A)[:, tokens].double().mean(dim=1)
-        return rise_L.tolist(), (self.all_streaming_A - self.full_A)[tokens].double().mean().item()
+        return rise_L.tolist(), self.rise_of_all(tokens)
 
 
 @torch.no_grad()
@@ -50,6 +60,20 @@ def token_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids
     hidden_VTD = _variants_after_last_layer(model, input_ids_1T)
     loss_VA = _answer_losses(model, hidden_VTD, input_ids_1T[0], first_answer=len(prompt_ids))
     return TokenLosses(full_A=loss_VA[0], one_streaming_LA=loss_VA[1:-1], all_streaming_A=loss_VA[-1])
+
+
+@torch.no_grad()
+def endpoint_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> EndpointLosses:
+    """As `token_losses`, without the variants in which one layer streams: two forward passes."""
+    input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
+    embedded_1TD = model.model.embed_tokens(input_ids_1T)
+    full_1TD = streaming_1TD = embedded_1TD
+    for index in range(len(model.model.layers)):
+        full_1TD = _run_layer(model, index, input_ids_1T, full_1TD, streaming=False)
+        streaming_1TD = _run_layer(model, index, input_ids_1T, streaming_1TD, streaming=True)
+    hidden_2TD = torch.cat([full_1TD, streaming_1TD])
+    full_A, all_streaming_A = _answer_losses(model, hidden_2TD, input_ids_1T[0], first_answer=len(prompt_ids))
+    return EndpointLosses(full_A, all_streaming_A)
 
 
 def _variants_after_last_layer(model: HybridForCausalLM, input_ids_1T: Tensor) -> Tensor:
@@ -86,20 +110,27 @@ def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidde
 
 
 def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, first_answer: int) -> Tensor:
-    """fp32 losses `[V, A]` on the CPU; the hidden state at position t - 1 predicts the token at position t."""
+    """Losses `[V, A]` on the CPU; the hidden state at position t - 1 predicts the token at position t."""
     targets_A = ids_T[first_answer:]
     predicting_VAD = hidden_VTD[:, first_answer - 1 : -1]
-    size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
     rows = []
     for hidden_AD in predicting_VAD:
-        parts = zip(hidden_AD.split(size), targets_A.split(size), strict=True)
-        rows.append(torch.cat([_losses(model, hidden, targets) for hidden, targets in parts]))
+        parts = in_parts(model, hidden_AD, targets_A)
+        rows.append(torch.cat([next_token_losses(model, hidden, targets).cpu() for hidden, targets in parts]))
     return torch.stack(rows)
 
 
-def _losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> Tensor:
+def in_parts(model: HybridForCausalLM, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors, each with a row for every token, so that the logits of a part are at most `LOGITS_PER_CALL` numbers."""
+    size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
+    return zip(*(rows.split(size) for rows in per_token), strict=True)
+
+
+def next_token_losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> Tensor:
+    """Losses `[A]`, in fp32 or better, of the tokens that hidden states after the last layer predict."""
     logits = model.lm_head(model.model.norm(hidden_AD))
-    return nn.functional.cross_entropy(logits.float(), targets_A.to(logits.device), reduction="none").cpu()
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(precise, targets_A.to(logits.device), reduction="none")
 
 
 def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:

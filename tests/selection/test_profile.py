@@ -7,11 +7,13 @@ import torch
 
 from lt_train.recipe.schema import Calibration, Hybrid
 from lt_train.runtime.errors import UserError
+from lt_train.selection import gates
 from lt_train.selection import profile as module
 from lt_train.selection.choose import choose_layers
+from lt_train.selection.gates import LARGEST_GAP
 from lt_train.selection.profile import LayerProfile, profile_layers
 
-STRATEGIES = ("reach", "nll", "lazy_ratio")
+STRATEGIES = ("gates", "reach", "nll", "lazy_ratio")
 
 
 @pytest.fixture
@@ -69,6 +71,7 @@ def test_layers_without_attention_output_are_the_first_to_stream(make, hybrid_of
     # Answers that the model itself gives: whatever changes it makes them less likely.
     own = [dataclasses.replace(example, answer_ids=answer_of(model, example.prompt_ids)) for example in examples]
     profile = make(model=model, examples=own)
+    assert profile.choose("gates", 2) == (1, 3)
     assert profile.choose("nll", 2) == (1, 3)
     assert profile.choose("reach", 2) == (1, 3)
 
@@ -78,6 +81,24 @@ def test_the_recipes_ratio_and_strategy_choose_from_the_profile(make):
     for strategy in STRATEGIES:
         hybrid = Hybrid(lazy_layer_ratio=0.5, strategy=strategy)
         assert choose_layers(hybrid, profile.num_layers, profile) == profile.choose(strategy, 2)
+
+
+def test_a_profile_by_gates_keeps_the_share_of_every_head_their_sum_and_the_measured_rise(make, tmp_path):
+    profile = make(tmp_path, strategies=["gates", "reach"])
+    for sample in json.loads((tmp_path / "profile.json").read_text())["samples"]:
+        share_LG = torch.tensor(sample["head_shares"], dtype=torch.float64)
+        assert share_LG.shape == (profile.num_layers, 2)
+        torch.testing.assert_close(share_LG.sum(dim=1).tolist(), sample["scores"]["gates"])
+        assert sample["sum_of_shares"] == pytest.approx(share_LG.sum().item())
+        assert sample["all_streaming"]["gates"] == pytest.approx(sample["all_streaming"]["reach"], abs=1e-5)
+    assert profile.mean_sum_of_shares == pytest.approx(profile.mean_all_streaming("gates"), rel=LARGEST_GAP)
+
+
+def test_shares_that_do_not_add_up_to_the_measured_rise_are_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "LARGEST_GAP", 1e-4)
+    with pytest.raises(UserError, match=r"hybrid\.strategy: gates: over 5 samples the shares .* use reach instead of gates"):
+        make(tmp_path)
+    assert not (tmp_path / "profile.json").exists()
 
 
 def test_periodic_needs_no_scores(make):
@@ -162,12 +183,13 @@ def test_a_model_of_another_window_than_the_recipes_is_a_bug(make, hybrid_of):
         make(model=hybrid_of((), 2, 7))
 
 
-def test_a_score_that_is_not_finite_is_refused(make, hybrid_of):
+@pytest.mark.parametrize("strategy", ["gates", "reach", "nll"])
+def test_a_score_that_is_not_finite_is_refused(make, hybrid_of, strategy):
     model = hybrid_of()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"reach of sample sample-0 is not finite in torch\.float32"):
-        make(model=model)
+    with pytest.raises(UserError, match=rf"{strategy} of sample sample-0 is not finite in torch\.float32"):
+        make(model=model, strategies=[strategy, "lazy_ratio"])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -5,6 +5,7 @@ from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
+from lt_train.selection.gates import describe_sum_of_shares
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 
 NAME = "profile"
@@ -35,6 +36,8 @@ def run(context: RunContext) -> None:
     with context.folder.doing(NAME, samples=context.examples.counts):
         profile = _score_layers(context, strategies)
         release_memory()  # before the other ranks, which wait for the hybrid, load theirs
+    if "gates" in profile.strategies:
+        context.report(NAME, describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates")))
     if profile.fitting:
         context.report(NAME, f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers")
 
