@@ -52,11 +52,11 @@ class Variants:
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on the layers of every hybrid and write them down."""
-        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
-        layers = {CONVERTED: choose_layers(hybrid, num_layers, profile)}
+        hybrid, num_layers, seed = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.seed
+        layers = {CONVERTED: choose_layers(hybrid, num_layers, seed, profile)}
         for strategy in hybrid.compare:
             as_many = {"strategy": strategy, "layers": None, "lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
-            layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, profile)
+            layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
         write_json(self.paths.layers, layers)
 
     def spec(self, variant: str) -> HybridSpec:

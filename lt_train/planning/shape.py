@@ -115,7 +115,7 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
 
 def _lazy_layers(hybrid: Hybrid, num_layers: int) -> tuple[int, ...]:
     """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size."""
-    return choose_layers(hybrid.model_copy(update={"strategy": "periodic"}), num_layers)
+    return choose_layers(hybrid.model_copy(update={"strategy": "periodic"}), num_layers, seed=0)
 
 
 def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:

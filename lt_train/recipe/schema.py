@@ -33,7 +33,7 @@ from lt_train.recipe.part import (
     value_fault,
 )
 
-Strategy = Literal["gates", "reach", "nll", "lazy_ratio", "periodic"]
+Strategy = Literal["gates", "reach", "nll", "kl", "lazy_ratio", "periodic", "random"]
 """A way to rank layers by how little they lose by streaming."""
 
 
@@ -113,8 +113,8 @@ class Hybrid(Part):
     strategy: Strategy | None = None
     """How the layers are chosen. gates: by each layer's share of the loss on long-reach tokens when every layer streams, from
     gradients. reach: by the loss on long-reach tokens when the layer alone streams. nll: by the loss on all answer tokens then.
-    lazy_ratio: by where attention goes (the paper's score). periodic: evenly spaced. Default: reach, or null where `layers` is
-    set."""
+    kl: by the divergence from the full model then. lazy_ratio: by where attention goes (the paper's score). periodic: evenly
+    spaced. random: drawn by `seed`. Default: reach, or null where `layers` is set."""
     layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = None
     """Indices of the layers that stream, from 0, instead of a choice by strategy."""
     sink: Literal["tokens", "learned"] = Field(default="tokens", json_schema_extra=ADDED)

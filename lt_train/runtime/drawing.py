@@ -34,6 +34,8 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "lazy_ratio": ("#8658c6", "#b797ec"),
     "nll": ("#bd4b88", "#e88fbe"),
     "reach": ("#0c87a8", "#4fc4e4"),
+    "kl": ("#4a8f3c", "#84c977"),
+    "random": ("#5b5f66", "#b9bec6"),
     "gates": ("#b3493a", "#f08a7a"),
     "periodic": ("#8a6a0b", "#d6ae43"),
     "incorrect": ("#d5671c", "#f29350"),

@@ -7,12 +7,13 @@ from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.profile import LayerProfile
+from lt_train.selection.random import random_layers
 
 
-def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
-    """The layers, ascending, that the recipe's hybrid part requests.
+def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
+    """The layers, ascending, that the recipe's hybrid part requests; `seed` is the recipe's.
 
-    `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers and `periodic`.
+    `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers, `periodic` and `random`.
 
     Raises:
         UserError: see `explicit_layers`, `number_of_lazy_layers` and `LayerProfile.choose`.
@@ -22,6 +23,8 @@ def choose_layers(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None 
     assert hybrid.lazy_layer_ratio is not None and hybrid.strategy is not None, "the schema has one of layers and ratio"
     if hybrid.strategy == "periodic":
         return evenly_spread_layers(hybrid.lazy_layer_ratio, num_layers)
+    if hybrid.strategy == "random":
+        return random_layers(number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers), num_layers, seed)
     assert profile is not None, f"{hybrid.strategy} needs scores"
     return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
 

@@ -21,7 +21,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView, Views
 from lt_train.runtime.errors import UserError
 from lt_train.selection.reach import long_reach_tokens
-from lt_train.selection.token_losses import endpoint_losses, in_parts, next_token_losses
+from lt_train.selection.token_losses import endpoint_losses, next_token_losses, tokens_per_part
 
 POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
 """(value of all gates, weight): Gauss-Legendre quadrature on [0, 1]."""
@@ -144,7 +144,8 @@ def _run_layer(
 def _loss_gradients(model: HybridForCausalLM, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
     """Gradient `[R, D]` of the mean loss with respect to hidden states after the last layer, for a part of the logits at a time."""
     found = []
-    for hidden, target in in_parts(model, hidden_RD, target_R):
-        hidden = hidden.requires_grad_()
+    size = tokens_per_part(model)
+    for hidden, target in zip(hidden_RD.split(size), target_R.split(size), strict=True):
+        hidden.requires_grad_()
         found += torch.autograd.grad(next_token_losses(model, hidden, target).sum(), hidden)
     return torch.cat(found) / len(target_R)

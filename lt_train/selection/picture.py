@@ -18,6 +18,7 @@ MEANINGS = {
     "gates": ("share of the rise of the loss on long-reach tokens when every layer streams", "nats per token"),
     "reach": ("rise of the loss on long-reach tokens when this layer alone streams", "nats per token"),
     "nll": ("rise of the loss on all answer tokens when this layer alone streams", "nats per token"),
+    "kl": ("divergence from the full model on answer tokens when this layer alone streams", "nats per token"),
     "lazy_ratio": ("attention of the last queries on sink and recent tokens; higher is lazier", "fraction"),
 }
 """Strategy -> what its score is, and its unit."""

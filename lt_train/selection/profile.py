@@ -24,19 +24,20 @@ from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
 from lt_train.selection.gates import check_sum_of_shares, gate_shares
+from lt_train.selection.kl import mean_divergence
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
 from lt_train.selection.nll import nll_rise
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.reach import reach_rise
-from lt_train.selection.token_losses import smallest_rise, token_losses
+from lt_train.selection.token_losses import Variants, smallest_rise
 
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example
 
 _FromFile = TypeVar("_FromFile")
 
-SCORED = ("gates", "reach", "nll", "lazy_ratio")
-"""Strategies that score the model; `periodic` does not."""
+SCORED = ("gates", "reach", "nll", "kl", "lazy_ratio")
+"""Strategies that score the model; `periodic` and `random` do not."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SampleScores:
     """Prompt and answer."""
     scores: dict[str, tuple[float, ...]]
     all_streaming: dict[str, float]
-    """The measured rise when every layer streams, by each strategy whose scores are rises of a loss."""
+    """The measured rise, or divergence, when every layer streams, for each strategy but `lazy_ratio`."""
     head_shares: tuple[tuple[float, ...], ...] = ()
     """`gates`: the share of each KV head, `head_shares[layer][kv_head]`."""
     sum_of_shares: float | None = None
@@ -103,7 +104,7 @@ class LayerProfile:
         return select(self.scores[strategy], n_layers)
 
     def mean_all_streaming(self, strategy: str) -> float:
-        """The measured rise when every layer streams, averaged over samples; of strategies whose scores are rises of a loss."""
+        """The measured rise, or divergence, when every layer streams, averaged over samples; not of `lazy_ratio`."""
         return fmean(sample.all_streaming[strategy] for sample in self.samples)
 
     @property
@@ -143,7 +144,7 @@ def profile_layers(
         model: a hybrid with the recipe's `scored_w_sink` and `w_recent` and any lazy layers. It is set to evaluation mode, and its
             weights require no gradients afterwards.
         hybrid: the recipe's hybrid part.
-        strategies: names; `periodic` needs no scores and is skipped.
+        strategies: names; `periodic` and `random` need no scores and are skipped.
         out: folder for `profile.json` and `samples.jsonl`, in which an interrupted run resumes.
         progress: show samples done, rate and time left on stderr.
 
@@ -187,12 +188,16 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
     if "gates" in strategies:
         shares = gate_shares(model, example.prompt_ids, example.answer_ids, sizes.long_reach_share)
         scores["gates"], all_streaming["gates"] = shares.layers, shares.measured_rise
-    if "reach" in strategies or "nll" in strategies:
-        losses = token_losses(model, example.prompt_ids, example.answer_ids)
+    if {"reach", "nll", "kl"} & set(strategies):
+        variants = Variants(model, example.prompt_ids, example.answer_ids)
+        if "reach" in strategies or "nll" in strategies:
+            losses = variants.losses()
         if "reach" in strategies:
             scores["reach"], all_streaming["reach"] = reach_rise(losses, sizes.long_reach_share)
         if "nll" in strategies:
             scores["nll"], all_streaming["nll"] = nll_rise(losses)
+        if "kl" in strategies:
+            scores["kl"], all_streaming["kl"] = mean_divergence(variants.divergences())
     if "lazy_ratio" in strategies:
         scores["lazy_ratio"] = lazy_ratios(model, example.input_ids, sizes)
     for strategy, score_L in scores.items():

@@ -1,14 +1,15 @@
 """The loss of every answer token when all layers are full, when one of them streams, and when all of them stream.
 
-`nll` and `reach` are both computed from these losses. Running each variant separately would cost L forward passes. Below
+`nll`, `reach` and `kl` are computed from these variants. Running each separately would cost L forward passes. Below
 the layer that streams, a variant equals the full model, so these hidden states are computed once: a single pass through
 the layers computes the full model and every variant that already differs from it, about L/2 forward passes in all.
 
-Shape legend: V variants of the model, T tokens of one sample, A answer tokens, D hidden size, L layers.
+Shape legend: V variants of the model, T tokens of one sample, A answer tokens, D hidden size, L layers,
+W vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,29 +51,56 @@ class TokenLosses(EndpointLosses):
         return rise_L.tolist(), self.rise_of_all(tokens)
 
 
-@torch.no_grad()
-def token_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TokenLosses:
-    """The losses of one sample, question and answer as one input; (L + 2) x T x D hidden values stay on the model's device.
+@dataclass(frozen=True)
+class TokenDivergences:
+    """KL(full || variant), in nats, over the vocabulary at each answer token of one sample; on the CPU."""
+
+    all_streaming_A: Tensor
+    one_streaming_LA: Tensor
+
+
+class Variants:
+    """One sample, question and answer as one input, run through every variant; (L + 2) x T x D values stay on the model's device.
 
     `model` is a hybrid in evaluation mode; of its spec only `w_sink` and `w_recent` matter, not its lazy layers.
     """
-    input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
-    hidden_VTD = _variants_after_last_layer(model, input_ids_1T)
-    loss_VA = _answer_losses(model, hidden_VTD, input_ids_1T[0], first_answer=len(prompt_ids))
-    return TokenLosses(full_A=loss_VA[0], one_streaming_LA=loss_VA[1:-1], all_streaming_A=loss_VA[-1])
+
+    @torch.no_grad()
+    def __init__(self, model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> None:
+        self.model = model
+        input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
+        first = len(prompt_ids)
+        self.target_A = input_ids_1T[0, first:]
+        # The hidden state at position t - 1 predicts the token at position t.
+        self.predicting_VAD = _variants_after_last_layer(model, input_ids_1T)[:, first - 1 : -1]
+
+    @torch.no_grad()
+    def losses(self) -> TokenLosses:
+        loss_VA = _losses(self.model, self.predicting_VAD, self.target_A)
+        return TokenLosses(full_A=loss_VA[0], one_streaming_LA=loss_VA[1:-1], all_streaming_A=loss_VA[-1])
+
+    @torch.no_grad()
+    def divergences(self) -> TokenDivergences:
+        """The logits of the full model and those of one variant are in memory at a time, of a part of the tokens."""
+        found = []
+        for hidden_VAD in self.predicting_VAD.split(tokens_per_part(self.model), dim=1):
+            full_AW = _log_probabilities(self.model, hidden_VAD[0])
+            found.append(torch.stack([_divergence(full_AW, _log_probabilities(self.model, each)) for each in hidden_VAD[1:]]))
+        divergence_VA = torch.cat(found, dim=1)
+        return TokenDivergences(one_streaming_LA=divergence_VA[:-1], all_streaming_A=divergence_VA[-1])
 
 
 @torch.no_grad()
 def endpoint_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> EndpointLosses:
-    """As `token_losses`, without the variants in which one layer streams: two forward passes."""
+    """The losses of one sample without the variants in which one layer streams: two forward passes."""
     input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
     embedded_1TD = model.model.embed_tokens(input_ids_1T)
     full_1TD = streaming_1TD = embedded_1TD
     for index in range(len(model.model.layers)):
         full_1TD = _run_layer(model, index, input_ids_1T, full_1TD, streaming=False)
         streaming_1TD = _run_layer(model, index, input_ids_1T, streaming_1TD, streaming=True)
-    hidden_2TD = torch.cat([full_1TD, streaming_1TD])
-    full_A, all_streaming_A = _answer_losses(model, hidden_2TD, input_ids_1T[0], first_answer=len(prompt_ids))
+    predicting_2AD = torch.cat([full_1TD, streaming_1TD])[:, len(prompt_ids) - 1 : -1]
+    full_A, all_streaming_A = _losses(model, predicting_2AD, input_ids_1T[0, len(prompt_ids) :])
     return EndpointLosses(full_A, all_streaming_A)
 
 
@@ -109,28 +137,39 @@ def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidde
     return output_VTD.to(hidden_VTD.device)  # of a model on several devices, the output is on the layer's device
 
 
-def _answer_losses(model: HybridForCausalLM, hidden_VTD: Tensor, ids_T: Tensor, first_answer: int) -> Tensor:
-    """Losses `[V, A]` on the CPU; the hidden state at position t - 1 predicts the token at position t."""
-    targets_A = ids_T[first_answer:]
-    predicting_VAD = hidden_VTD[:, first_answer - 1 : -1]
+def tokens_per_part(model: HybridForCausalLM) -> int:
+    """Of how many tokens the logits are at most `LOGITS_PER_CALL` numbers."""
+    return max(1, LOGITS_PER_CALL // model.config.vocab_size)
+
+
+def _losses(model: HybridForCausalLM, hidden_VAD: Tensor, target_A: Tensor) -> Tensor:
+    """Losses `[V, A]` on the CPU."""
+    size = tokens_per_part(model)
     rows = []
-    for hidden_AD in predicting_VAD:
-        parts = in_parts(model, hidden_AD, targets_A)
-        rows.append(torch.cat([next_token_losses(model, hidden, targets).cpu() for hidden, targets in parts]))
+    for hidden_AD in hidden_VAD:
+        parts = zip(hidden_AD.split(size), target_A.split(size), strict=True)
+        rows.append(torch.cat([next_token_losses(model, hidden, target).cpu() for hidden, target in parts]))
     return torch.stack(rows)
 
 
-def in_parts(model: HybridForCausalLM, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors, each with a row for every token, so that the logits of a part are at most `LOGITS_PER_CALL` numbers."""
-    size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
-    return zip(*(rows.split(size) for rows in per_token), strict=True)
-
-
-def next_token_losses(model: HybridForCausalLM, hidden_AD: Tensor, targets_A: Tensor) -> Tensor:
+def next_token_losses(model: HybridForCausalLM, hidden_AD: Tensor, target_A: Tensor) -> Tensor:
     """Losses `[A]`, in fp32 or better, of the tokens that hidden states after the last layer predict."""
-    logits = model.lm_head(model.model.norm(hidden_AD))
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(precise, targets_A.to(logits.device), reduction="none")
+    logits_AW = _logits(model, hidden_AD)
+    return nn.functional.cross_entropy(logits_AW, target_A.to(logits_AW.device), reduction="none")
+
+
+def _log_probabilities(model: HybridForCausalLM, hidden_AD: Tensor) -> Tensor:
+    return _logits(model, hidden_AD).log_softmax(dim=-1)
+
+
+def _logits(model: HybridForCausalLM, hidden_AD: Tensor) -> Tensor:
+    logits_AW = model.lm_head(model.model.norm(hidden_AD))
+    return logits_AW.to(torch.promote_types(logits_AW.dtype, torch.float32))
+
+
+def _divergence(full_AW: Tensor, variant_AW: Tensor) -> Tensor:
+    """KL(full || variant) `[A]` from log-probabilities, on the CPU."""
+    return nn.functional.kl_div(variant_AW, full_AW, reduction="none", log_target=True).sum(dim=-1).cpu()
 
 
 def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
-from lt_train.selection.token_losses import token_losses
+from lt_train.selection.token_losses import Variants
 from tests.support.families import SIZES
 from tests.support.peak_memory import LiveBytes
 from tests.support.public_models import public_recipe
@@ -87,4 +87,4 @@ def test_the_states_and_the_work_are_what_scoring_a_sample_takes(mlp: int, layer
 
 def score(model: HybridForCausalLM, length: int) -> None:
     ids = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    token_losses(model, ids[:8], ids[8:])
+    Variants(model, ids[:8], ids[8:]).losses()

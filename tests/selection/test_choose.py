@@ -39,8 +39,17 @@ def test_the_ratios_that_an_error_offers_work(num_layers):
 
 
 def test_layers_that_need_no_scores_are_chosen_without_a_profile():
-    assert choose_layers(Hybrid(layers=[3, 1]), num_layers=8) == (1, 3)
-    assert choose_layers(Hybrid(lazy_layer_ratio=0.5, strategy="periodic"), num_layers=8) == (0, 2, 4, 6)
+    assert choose_layers(Hybrid(layers=[3, 1]), num_layers=8, seed=0) == (1, 3)
+    assert choose_layers(Hybrid(lazy_layer_ratio=0.5, strategy="periodic"), num_layers=8, seed=0) == (0, 2, 4, 6)
+
+
+def test_random_layers_follow_from_the_seed_alone():
+    hybrid = Hybrid(lazy_layer_ratio=0.5, strategy="random")
+    drawn = [choose_layers(hybrid, num_layers=12, seed=seed) for seed in range(30)]
+    assert drawn == [choose_layers(hybrid, num_layers=12, seed=seed) for seed in range(30)]
+    assert all(len(set(layers)) == 6 and list(layers) == sorted(layers) for layers in drawn)
+    assert len(set(drawn)) > 20
+    assert {layer for layers in drawn for layer in layers} == set(range(12))
 
 
 def test_explicit_layers_are_put_in_order():

@@ -13,7 +13,7 @@ from lt_train.selection.choose import choose_layers
 from lt_train.selection.gates import LARGEST_GAP
 from lt_train.selection.profile import LayerProfile, profile_layers
 
-STRATEGIES = ("gates", "reach", "nll", "lazy_ratio")
+STRATEGIES = ("gates", "reach", "nll", "kl", "lazy_ratio")
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def test_layers_without_attention_output_are_the_first_to_stream(make, hybrid_of
     own = [dataclasses.replace(example, answer_ids=answer_of(model, example.prompt_ids)) for example in examples]
     profile = make(model=model, examples=own)
     assert profile.choose("gates", 2) == (1, 3)
+    assert profile.choose("kl", 2) == (1, 3)
     assert profile.choose("nll", 2) == (1, 3)
     assert profile.choose("reach", 2) == (1, 3)
 
@@ -80,7 +81,7 @@ def test_the_recipes_ratio_and_strategy_choose_from_the_profile(make):
     profile = make()
     for strategy in STRATEGIES:
         hybrid = Hybrid(lazy_layer_ratio=0.5, strategy=strategy)
-        assert choose_layers(hybrid, profile.num_layers, profile) == profile.choose(strategy, 2)
+        assert choose_layers(hybrid, profile.num_layers, seed=0, profile=profile) == profile.choose(strategy, 2)
 
 
 def test_a_profile_by_gates_keeps_the_share_of_every_head_their_sum_and_the_measured_rise(make, tmp_path):
@@ -183,7 +184,7 @@ def test_a_model_of_another_window_than_the_recipes_is_a_bug(make, hybrid_of):
         make(model=hybrid_of((), 2, 7))
 
 
-@pytest.mark.parametrize("strategy", ["gates", "reach", "nll"])
+@pytest.mark.parametrize("strategy", ["gates", "reach", "nll", "kl"])
 def test_a_score_that_is_not_finite_is_refused(make, hybrid_of, strategy):
     model = hybrid_of()
     with torch.no_grad():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lt_train.selection import token_losses as module
-from lt_train.selection.token_losses import smallest_rise, token_losses
+from lt_train.selection.token_losses import Variants, endpoint_losses, smallest_rise
 
 
 def plain_losses(model, example) -> torch.Tensor:
@@ -18,7 +18,7 @@ def plain_losses(model, example) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [5, 9, 40, 150])
 def test_every_variant_equals_a_plain_forward_of_the_hybrid_it_stands_for(hybrid_of, example_of, tokens):
     example = example_of(1, tokens)
-    losses = token_losses(hybrid_of(), example.prompt_ids, example.answer_ids)
+    losses = Variants(hybrid_of(), example.prompt_ids, example.answer_ids).losses()
     close = dict(rtol=0, atol=1e-5)
     torch.testing.assert_close(losses.full_A, plain_losses(hybrid_of(()), example), **close)
     torch.testing.assert_close(losses.all_streaming_A, plain_losses(hybrid_of((0, 1, 2, 3)), example), **close)
@@ -26,30 +26,38 @@ def test_every_variant_equals_a_plain_forward_of_the_hybrid_it_stands_for(hybrid
         torch.testing.assert_close(losses.one_streaming_LA[layer], plain_losses(hybrid_of((layer,)), example), **close)
 
 
+def test_endpoints_are_the_losses_of_the_full_model_and_of_the_one_whose_every_layer_streams(hybrid_of, example_of):
+    example = example_of(1)
+    losses = endpoint_losses(hybrid_of((1,)), example.prompt_ids, example.answer_ids)
+    variants = Variants(hybrid_of(), example.prompt_ids, example.answer_ids).losses()
+    torch.testing.assert_close(losses.full_A, variants.full_A, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses.all_streaming_A, variants.all_streaming_A, rtol=0, atol=1e-5)
+
+
 def test_streaming_changes_losses_beyond_the_window_only(hybrid_of, example_of):
     example = example_of(2, tokens=60)
-    losses = token_losses(hybrid_of(), example.prompt_ids, example.answer_ids)
+    losses = Variants(hybrid_of(), example.prompt_ids, example.answer_ids).losses()
     changed_LA = (losses.one_streaming_LA - losses.full_A).abs() > 1e-4
     # The first answer token is token 20, long beyond sinks and window (8 tokens).
     assert changed_LA.float().mean(dim=1).min() > 0.5
     short = example_of(2, tokens=9)
-    losses = token_losses(hybrid_of(), short.prompt_ids, short.answer_ids)
+    losses = Variants(hybrid_of(), short.prompt_ids, short.answer_ids).losses()
     assert (losses.all_streaming_A - losses.full_A).abs().max() < 1e-5
 
 
 def test_the_models_own_lazy_layers_do_not_matter(hybrid_of, example_of):
     example = example_of(3)
-    one = token_losses(hybrid_of((1, 3)), example.prompt_ids, example.answer_ids)
-    other = token_losses(hybrid_of(()), example.prompt_ids, example.answer_ids)
+    one = Variants(hybrid_of((1, 3)), example.prompt_ids, example.answer_ids).losses()
+    other = Variants(hybrid_of(()), example.prompt_ids, example.answer_ids).losses()
     assert torch.equal(one.one_streaming_LA, other.one_streaming_LA)
 
 
 def test_losses_do_not_depend_on_how_many_variants_and_positions_go_together(hybrid_of, example_of, monkeypatch):
     model, example = hybrid_of(), example_of(4, tokens=70)
-    together = token_losses(model, example.prompt_ids, example.answer_ids)
+    together = Variants(model, example.prompt_ids, example.answer_ids).losses()
     monkeypatch.setattr(module, "TOKENS_PER_CALL", 1)
     monkeypatch.setattr(module, "LOGITS_PER_CALL", 7 * model.config.vocab_size)
-    apart = token_losses(model, example.prompt_ids, example.answer_ids)
+    apart = Variants(model, example.prompt_ids, example.answer_ids).losses()
     for one, other in zip(vars(together).values(), vars(apart).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -59,7 +67,7 @@ def test_layers_below_the_one_that_streams_run_once(hybrid_of, example_of):
     rows = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _layer, inputs, _output: rows.append(inputs[0].shape[0]))
-    token_losses(model, example.prompt_ids, example.answer_ids)
+    Variants(model, example.prompt_ids, example.answer_ids).losses()
     layers = len(model.model.layers)
     # Full and later variants: 1 + 2 + ... + L rows; the streaming one that is born in each layer; the one streaming in all.
     assert sum(rows) == layers * (layers + 1) / 2 + 2 * layers
