@@ -33,8 +33,12 @@ WIDE = 20
 
 def layer_profile(run: Run, profile: LayerProfile) -> Chart:
     """The picture of selection/, which the run folder has as profile/profile.png."""
+    chosen = run.layers[CONVERTED]
     caption = f"Scores by layer, mean and interquartile range over {len(profile.samples)} samples."
-    return Chart("Layer profile", caption, profile_figure(profile, run.layers[CONVERTED]))
+    for strategy in profile.strategies:
+        stability = profile.stability(strategy, len(chosen))
+        caption += "" if stability is None else f" By {strategy}, {stability.overlap}."
+    return Chart("Layer profile", caption, profile_figure(profile, chosen))
 
 
 @styled

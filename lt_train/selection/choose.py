@@ -29,6 +29,14 @@ def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProf
     return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
 
 
+def number_that_stream(hybrid: Hybrid, num_layers: int) -> int:
+    """How many layers the recipe's hybrid part lets stream. Raises UserError: see `number_of_lazy_layers`."""
+    if hybrid.layers is not None:
+        return len(hybrid.layers)
+    assert hybrid.lazy_layer_ratio is not None, "the schema has one of layers and ratio"
+    return number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+
+
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
     """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
 

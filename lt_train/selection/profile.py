@@ -29,6 +29,7 @@ from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
 from lt_train.selection.nll import nll_rise
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.reach import reach_rise
+from lt_train.selection.stability import Select, Stability, compare_halves
 from lt_train.selection.token_losses import Variants, smallest_rise
 
 if TYPE_CHECKING:
@@ -100,8 +101,15 @@ class LayerProfile:
                 f"hybrid.strategy: {strategy}: not in this layer profile, which has {', '.join(self.strategies)}. "
                 "Fix: score the layers again with it"
             )
-        select = most_often_lazy if strategy == "lazy_ratio" else smallest_rise
-        return select(self.scores[strategy], n_layers)
+        return _selection(strategy)(self.scores[strategy], n_layers)
+
+    def stability(self, strategy: str, n_layers: int) -> Stability | None:
+        """How far two halves of the samples agree on the layers; None for a single sample. `strategy` is one that was scored."""
+        if len(self.samples) < 2:
+            return None
+        scores = self.scores[strategy]
+        costs = [[-score for score in score_L] for score_L in scores] if strategy == "lazy_ratio" else scores
+        return compare_halves(scores, costs, _selection(strategy), n_layers)
 
     def mean_all_streaming(self, strategy: str) -> float:
         """The measured rise, or divergence, when every layer streams, averaged over samples; not of `lazy_ratio`."""
@@ -214,6 +222,10 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
         head_shares=() if shares is None else shares.heads,
         sum_of_shares=None if shares is None else math.fsum(shares.layers),
     )
+
+
+def _selection(strategy: str) -> Select:
+    return most_often_lazy if strategy == "lazy_ratio" else smallest_rise
 
 
 def _begin_or_resume(path: Path, header: Header) -> tuple[Header, list[SampleScores]]:

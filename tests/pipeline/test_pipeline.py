@@ -84,7 +84,14 @@ def test_a_run_leaves_what_each_stage_makes_in_their_order(finished):
 
 def test_a_run_shows_what_it_does_and_found(finished):
     _, printed = finished
-    for line in ("4 of 8 layers stream, chosen by reach", "rows 16", "train 12", "heldout 4", "reach, trained"):
+    for line in (
+        "reach: the halves of the samples choose",
+        "4 of 8 layers stream, chosen by reach",
+        "rows 16",
+        "train 12",
+        "heldout 4",
+        "reach, trained",
+    ):
         assert line in printed
 
 

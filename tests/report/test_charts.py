@@ -169,6 +169,8 @@ def test_the_layer_profile_of_the_page_is_the_picture_of_the_run_folder(contents
     assert [panel.get_title(loc="left").partition(":")[0] for panel in panels] == ["reach", "lazy_ratio"]
     assert [to_hex(bar.get_facecolor()) for bar in strip.patches] == [COLOURS[name] for name in ("trained", "base") * 2]
     assert "layer 2: 0.1 (interquartile range over 2 samples 0.05 to 0.15); streams in this run" in tooltips(chart)
+    same = contents.profile.stability("reach", 2).same
+    assert f"By reach, the halves of the samples choose {same} of 2 layers alike (1.0 by chance)." in chart.caption
 
 
 def test_losses_are_drawn_at_their_steps(contents):

@@ -246,3 +246,12 @@ def test_a_damaged_row_in_the_middle_stops_a_resumed_run(make, tmp_path):
     path.write_text("".join([*lines[:2], '{"id": "sample-1"}\n', *lines[3:]]))
     with pytest.raises(UserError, match=r"samples\.jsonl:3: not a valid layer profile"):
         make(tmp_path, strategies=["nll"])
+
+
+def test_a_profile_compares_the_layers_that_halves_of_its_samples_choose(make):
+    profile = make()
+    for strategy in STRATEGIES:
+        halves = [dataclasses.replace(profile, samples=profile.samples[start::2]) for start in (0, 1)]
+        alike = set.intersection(*(set(half.choose(strategy, 2)) for half in halves))
+        assert profile.stability(strategy, 2).same == len(alike)
+    assert dataclasses.replace(profile, samples=profile.samples[:1]).stability("reach", 2) is None

@@ -1,12 +1,16 @@
 """Score the layers by every strategy that the recipe names and that looks at the model. Leaves the layer profile."""
 
+from collections.abc import Iterator
+
 from lt_train.dataset.examples import calibration_examples
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
+from lt_train.selection.choose import number_that_stream
 from lt_train.selection.gates import describe_sum_of_shares
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
+from lt_train.selection.stability import describe_stability
 
 NAME = "profile"
 NEEDS: tuple[str, ...] = ()
@@ -36,10 +40,18 @@ def run(context: RunContext) -> None:
     with context.folder.doing(NAME, samples=context.examples.counts):
         profile = _score_layers(context, strategies)
         release_memory()  # before the other ranks, which wait for the hybrid, load theirs
-    if "gates" in profile.strategies:
-        context.report(NAME, describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates")))
+    for line in _findings(profile, number_that_stream(context.recipe.hybrid, profile.num_layers)):
+        context.report(NAME, line)
+
+
+def _findings(profile: LayerProfile, n_layers: int) -> Iterator[str]:
+    """What a user has to know of the scores before relying on them."""
     if profile.fitting:
-        context.report(NAME, f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers")
+        yield f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers"
+    if "gates" in profile.strategies:
+        yield describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"))
+    for strategy in profile.strategies:
+        yield from describe_stability(strategy, profile.stability(strategy, n_layers))
 
 
 def _score_layers(context: RunContext, strategies: list[str]) -> LayerProfile:
