@@ -8,7 +8,7 @@ from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.evaluation import KVCache, kv_cache
 from lt_train.planning.memory import Memory, training_memory
 from lt_train.planning.options import ShardingOption, sharding_options, suggestions
-from lt_train.planning.profiling import ProfileMemory, profile_memory, profile_suggestions
+from lt_train.planning.profiling import ProfileMemory, profile_hours, profile_memory, profile_suggestions
 from lt_train.planning.setup import Machine, Setup, setup_of
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.workload import Workload, training_samples, training_work
@@ -51,6 +51,8 @@ class RecipePlan:
     """None for a recipe without training."""
     profile: ProfileMemory | None
     """None where no strategy scores the layers."""
+    profile_hours: float
+    """Of scoring the layers, on GPUs."""
     profile_suggestions: list[str]
     cache: KVCache | None
 
@@ -94,6 +96,7 @@ def plan_recipe(
         shape,
         training,
         profile=profile_memory(recipe, shape, machine),
+        profile_hours=profile_hours(recipe, shape, machine),
         profile_suggestions=list(profile_suggestions(recipe, shape, machine)),
         cache=kv_cache(recipe, base_config, shape, machine),
     )

@@ -1,29 +1,35 @@
-"""Memory of scoring the layers (selection/): one process loads the base over all GPUs of its machine, the other processes wait."""
+"""Memory and time of scoring the layers (selection/): one process loads the base over all GPUs of its machine, the others wait."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lt_train.planning.activations import FP32
+from lt_train.planning.activations import FP32, ElementBytes, backward_workspace_bytes, layer_bytes
+from lt_train.planning.compute import HOUR, MULTIPLY_ADD, TERA, causal_pairs, streaming_pairs
 from lt_train.planning.options import shorter_lengths
 from lt_train.planning.setup import Machine, inference_itemsize
-from lt_train.planning.shape import ModelShape
+from lt_train.planning.shape import Layer, Linear, ModelShape
 from lt_train.recipe.schema import Recipe
+from lt_train.selection.gates import POINTS
 from lt_train.selection.profile import SCORED
 from lt_train.selection.token_losses import LOGITS_PER_CALL, TOKENS_PER_CALL
 
 GPUS_OF_A_MACHINE = 8
 """The usual number; GPUs of other machines cannot hold layers of this process."""
 
+ONE_AT_A_TIME = {"reach", "nll", "kl"}
+"""Strategies that let one layer stream at a time. They share their passes."""
+
 
 @dataclass(frozen=True)
 class ProfileMemory:
-    """Bytes of the GPU that holds the most.
+    """Bytes of the GPU that holds the most, by the strategy that needs the most.
 
     Attributes:
         gpus: over which the weights are distributed.
         length: most tokens of a calibration sample.
-        states: hidden states of all variants of the model: full, one streaming layer each, all streaming.
-        workspace: one layer's forward pass, and a chunk of logits.
+        states: hidden states: of all variants of the model (full, one streaming layer each, all streaming), or for `gates` the
+            input of every layer.
+        workspace: one layer's forward pass and a chunk of logits; for `gates` the larger of a layer's backward pass and the chunk.
     """
 
     gpus: int
@@ -37,30 +43,113 @@ class ProfileMemory:
         return self.weights + self.states + self.workspace
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What scoring one sample takes, in forward passes through one layer, and through the head.
+
+    Attributes:
+        linear: of the layer's linear modules; a backward pass through frozen weights counts as one.
+        full, streaming: of attention; a backward pass counts as two.
+        head: over all tokens.
+    """
+
+    linear: float
+    full: float
+    streaming: float
+    head: float
+
+    def of_the_model(self, num_layers: int) -> float:
+        """In forward passes through all layers, without the head."""
+        return self.linear / num_layers
+
+
+def passes(strategy: str, num_layers: int, long_reach_fraction: float) -> Passes:
+    """What scoring one sample by `strategy` alone takes."""
+    if strategy == "lazy_ratio":
+        return Passes(linear=num_layers, full=num_layers, streaming=0, head=0)
+    if strategy == "gates":  # the full and the all-streaming model, then at each point forward, forward again, backward
+        of_points = len(POINTS) * num_layers
+        attention = num_layers + 4 * of_points
+        head = 2 + 2 * len(POINTS) * long_reach_fraction
+        return Passes(linear=2 * num_layers + 3 * of_points, full=attention, streaming=attention, head=head)
+    full = num_layers * (num_layers + 1) / 2  # a layer runs for the full model and the variants of the layers before it
+    return Passes(linear=full + 2 * num_layers, full=full, streaming=2 * num_layers, head=num_layers + 2)
+
+
+def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> float:
+    """Hours of scoring samples of the greatest length; the GPUs that hold the layers compute one after the other."""
+    length, layers = _length(recipe), len(shape.layers)
+    full, streaming = causal_pairs(length), streaming_pairs(length, shape.spec.window)
+    operations = 0.0
+    for strategy in _without_shared(_scored(recipe)):
+        needed = passes(strategy, layers, recipe.hybrid.calibration.long_reach_fraction)
+        linear = needed.linear * shape.layer_linears / layers + needed.head * shape.head
+        attention = 2 * shape.queries * (needed.full * full + needed.streaming * streaming)
+        operations += MULTIPLY_ADD * (linear * length + attention)
+    samples = recipe.hybrid.calibration.samples
+    return samples * operations / (machine.tflops * TERA * machine.efficiency) / HOUR
+
+
 def profile_memory(recipe: Recipe, shape: ModelShape, machine: Machine) -> ProfileMemory | None:
     """The memory, or None where no strategy scores the layers."""
-    scored = {name for name in (recipe.hybrid.strategy, *recipe.hybrid.compare) if name in SCORED}
+    scored = _scored(recipe)
     if not scored:
         return None
-    itemsize, length = inference_itemsize(recipe, machine), recipe.hybrid.calibration.max_length or recipe.data.max_length
-    length = min(length, recipe.data.max_length)
+    itemsize = inference_itemsize(recipe, machine)
     gpus = 1 if machine.cpu else min(machine.gpus, GPUS_OF_A_MACHINE)
     weights = -(-shape.base_parameters // gpus)
     if gpus > 1:  # a layer lies on one GPU
         weights += max(layer.parameters for layer in shape.layers)
-    by_loss = scored != {"lazy_ratio"}
-    variants = len(shape.layers) + 2 if by_loss else 1
-    at_once = max(2 * length, TOKENS_PER_CALL) if by_loss else length  # two variants stream in one call
-    logits = min(length * shape.vocab_size, LOGITS_PER_CALL) if by_loss else 0
-    return ProfileMemory(
-        gpus=gpus,
-        length=length,
-        weights=weights * itemsize,
-        states=variants * length * shape.hidden * itemsize,
-        # The input, its sum with attention, the norm of that, the output, and the outputs of the two streaming variants; in the
-        # MLP silu(gate), up and their product
-        workspace=at_once * (6 * shape.hidden + 3 * shape.mlp) * itemsize + logits * (itemsize + 2 * FP32),
-    )
+    needed = []
+    for strategy in scored:
+        states, workspace = _states_and_workspace(strategy, shape, itemsize, _length(recipe))
+        needed.append(ProfileMemory(gpus, _length(recipe), weights * itemsize, states, workspace))
+    return max(needed, key=lambda memory: memory.peak)
+
+
+def _scored(recipe: Recipe) -> list[str]:
+    return [name for name in SCORED if name in (recipe.hybrid.strategy, *recipe.hybrid.compare)]
+
+
+def _without_shared(scored: list[str]) -> list[str]:
+    """Of the strategies that let one layer stream at a time, one: they share their passes through the layers."""
+    shared = [name for name in scored if name in ONE_AT_A_TIME]
+    return [name for name in scored if name not in shared[1:]]
+
+
+def _length(recipe: Recipe) -> int:
+    return min(recipe.hybrid.calibration.max_length or recipe.data.max_length, recipe.data.max_length)
+
+
+def _states_and_workspace(strategy: str, shape: ModelShape, itemsize: int, length: int) -> tuple[int, int]:
+    state, layers = length * shape.hidden * itemsize, len(shape.layers)
+    # The input, its sum with attention, the norm of that, the output; in the MLP silu(gate), up and their product
+    forward = (4 * shape.hidden + 3 * shape.mlp) * itemsize
+    logits = min(length * shape.vocab_size, LOGITS_PER_CALL)
+    if strategy == "lazy_ratio":
+        return state, length * (forward + 2 * shape.hidden * itemsize)
+    if strategy == "gates":
+        return layers * state, max(length * _gated_layer_bytes(shape, itemsize), logits * (itemsize + 3 * FP32))
+    # Two variants stream in one call, and their outputs are held beside those of the others.
+    at_once = max(2 * length, TOKENS_PER_CALL)
+    of_logits = itemsize + (3 if strategy == "kl" else 2) * FP32
+    return (layers + 2) * state, at_once * (forward + 2 * shape.hidden * itemsize) + logits * of_logits
+
+
+def _gated_layer_bytes(shape: ModelShape, itemsize: int) -> int:
+    """Bytes per token of one layer's backward pass by `gates`: weights are frozen, and attention runs both ways."""
+    element = ElementBytes(itemsize, itemsize, itemsize, autocast=False)
+    frozen = _frozen(shape.layers[0])
+    saved = layer_bytes(shape, frozen, element, gathered=False, dense=False, length=0)
+    second_attention = itemsize * shape.queries + FP32 * shape.heads
+    mixed_in_fp32 = 2 * FP32 * shape.queries if itemsize != FP32 else 0
+    kept_as_input = FP32 * shape.hidden if itemsize == FP32 else 0  # what the first norm saves is then the checkpoint itself
+    return saved - kept_as_input + second_attention + mixed_in_fp32 + backward_workspace_bytes(shape, frozen, element)
+
+
+def _frozen(layer: Layer) -> Layer:
+    linears = {name: Linear(name, linear.weights, trained=False) for name, linear in layer.linears.items()}
+    return replace(layer, linears=linears, norms_trained=False)
 
 
 def profile_suggestions(recipe: Recipe, shape: ModelShape, machine: Machine) -> Iterator[str]:

@@ -56,7 +56,13 @@ def _profile(plan: RecipePlan) -> list[tuple[str, str]]:
         f"{format_bytes(needed.weights)} of weights, {format_bytes(needed.states)} of hidden states, "
         f"{format_bytes(needed.workspace)} of workspace for samples of up to {needed.length:,} tokens"
     )
-    return [("profile", f"{format_bytes(needed.peak)} {over}: {sizes}")]
+    rows = [("profile", f"{format_bytes(needed.peak)} {over}: {sizes}")]
+    if not plan.machine.cpu:
+        samples = plan.recipe.hybrid.calibration.samples
+        time = format_duration(3600 * plan.profile_hours)
+        at = f"{100 * plan.machine.efficiency:.0f} % of {plan.machine.tflops:,.0f} TFLOP/s, one GPU at a time"
+        rows.append(("", f"{time} for {samples} samples of {needed.length:,} tokens at {at}"))
+    return rows
 
 
 def _training(training: TrainingPlan, shape: ModelShape) -> list[tuple[str, str]]:

@@ -81,11 +81,15 @@ class Variants:
 
     @torch.no_grad()
     def divergences(self) -> TokenDivergences:
-        """The logits of the full model and those of one variant are in memory at a time, of a part of the tokens."""
+        """KL = sum p log p - sum p z + logsumexp z, of the full model's p and a variant's logits z: few passes over logits."""
         found = []
         for hidden_VAD in self.predicting_VAD.split(tokens_per_part(self.model), dim=1):
-            full_AW = _log_probabilities(self.model, hidden_VAD[0])
-            found.append(torch.stack([_divergence(full_AW, _log_probabilities(self.model, each)) for each in hidden_VAD[1:]]))
+            full_AW = _logits(self.model, hidden_VAD[0]).log_softmax(dim=-1)
+            p_AW = full_AW.exp()
+            negentropy_A = torch.linalg.vecdot(p_AW, full_AW)
+            del full_AW
+            parts = [negentropy_A + _cross_entropies(p_AW, _logits(self.model, hidden_AD)) for hidden_AD in hidden_VAD[1:]]
+            found.append(torch.stack(parts).cpu())
         divergence_VA = torch.cat(found, dim=1)
         return TokenDivergences(one_streaming_LA=divergence_VA[:-1], all_streaming_A=divergence_VA[-1])
 
@@ -158,18 +162,13 @@ def next_token_losses(model: HybridForCausalLM, hidden_AD: Tensor, target_A: Ten
     return nn.functional.cross_entropy(logits_AW, target_A.to(logits_AW.device), reduction="none")
 
 
-def _log_probabilities(model: HybridForCausalLM, hidden_AD: Tensor) -> Tensor:
-    return _logits(model, hidden_AD).log_softmax(dim=-1)
-
-
 def _logits(model: HybridForCausalLM, hidden_AD: Tensor) -> Tensor:
     logits_AW = model.lm_head(model.model.norm(hidden_AD))
     return logits_AW.to(torch.promote_types(logits_AW.dtype, torch.float32))
 
 
-def _divergence(full_AW: Tensor, variant_AW: Tensor) -> Tensor:
-    """KL(full || variant) `[A]` from log-probabilities, on the CPU."""
-    return nn.functional.kl_div(variant_AW, full_AW, reduction="none", log_target=True).sum(dim=-1).cpu()
+def _cross_entropies(p_AW: Tensor, logits_AW: Tensor) -> Tensor:
+    return logits_AW.logsumexp(dim=-1) - torch.linalg.vecdot(p_AW, logits_AW)
 
 
 def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
         "launch/zero2.json",
         "optimizer steps",
         "operations",
+        "TFLOP/s, one GPU at a time",
         "TFLOP/s per GPU",
         "from data.limit and --mean-tokens",
         "fits:",

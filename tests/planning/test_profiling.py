@@ -1,17 +1,24 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import Qwen3Config
 
 from lt_train.hybrid.loading import build_hybrid
-from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
-from lt_train.planning.profiling import profile_memory, profile_suggestions
+from lt_train.planning.profiling import passes, profile_hours, profile_memory, profile_suggestions
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
+from lt_train.selection.gates import gate_shares
 from lt_train.selection.token_losses import Variants
 from tests.support.families import SIZES
 from tests.support.peak_memory import LiveBytes
@@ -67,24 +74,83 @@ def test_a_choice_that_does_not_look_at_the_model_needs_nothing_and_lazy_ratio_o
     assert lazy.states == 4096 * 5120 * BF16
 
 
-@pytest.mark.parametrize(("mlp", "layers"), [(4096, 2), (512, 24)])
-def test_the_states_and_the_work_are_what_scoring_a_sample_takes(mlp: int, layers: int, tmp_path) -> None:
-    """With a broad MLP mostly work, with many layers mostly states."""
+SCORE = {
+    "reach": lambda model, prompt_ids, answer_ids: Variants(model, prompt_ids, answer_ids).losses(),
+    "kl": lambda model, prompt_ids, answer_ids: Variants(model, prompt_ids, answer_ids).divergences(),
+    "gates": partial(gate_shares, long_reach_fraction=0.1),
+}
+
+
+def small(folder: Path, strategy: str, mlp: int, layers: int) -> tuple[Recipe, ModelShape, Callable[[], object]]:
+    """Recipe and shape of a small model, and what scores one sample of it."""
     sizes = {**SIZES, "hidden_size": 512, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 16}
-    Qwen3Config(**sizes).save_pretrained(tmp_path)
-    path = tmp_path / "recipe.yaml"
+    Qwen3Config(**sizes).save_pretrained(folder)
+    path = folder / "recipe.yaml"
     path.write_text(
-        f"{{name: x, model: {{base: {tmp_path}}}, hybrid: {{lazy_layer_ratio: 0.5, w_sink: 4, w_recent: 60}}, "
+        f"{{name: x, model: {{base: {folder}}}, "
+        f"hybrid: {{lazy_layer_ratio: 0.5, w_sink: 4, w_recent: 60, strategy: {strategy}, calibration: {{samples: 1}}}}, "
         f"data: {{source: a/b, format: still, max_length: {LENGTH}}}}}"
     )
     recipe, shape = planned(load_recipe(path))
+    model = build_hybrid(load_base_config(recipe.model), HybridSpec(layers, (), 4, 60)).eval().requires_grad_(False)
+    ids = torch.randint(0, 96, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    return recipe, shape, partial(SCORE[strategy], model, ids[:8], ids[8:])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mlp", "layers"), [("reach", 4096, 2), ("reach", 512, 24), ("kl", 4096, 2), ("gates", 2048, 2), ("gates", 512, 12)]
+)
+def test_the_states_and_the_work_are_what_scoring_a_sample_takes(strategy: str, mlp: int, layers: int, tmp_path: Path) -> None:
+    """With a broad MLP mostly work, with many layers mostly states."""
+    recipe, shape, score = small(tmp_path, strategy, mlp, layers)
     needed = profile_memory(recipe, shape, Machine(1, GIB, cpu=True))
-    model = build_hybrid(load_base_config(recipe.model), HybridSpec(layers, (), 4, 60)).eval()
-    with LiveBytes(held=model.parameters()) as counted:
-        score(model, LENGTH)
+    with LiveBytes(held=score.args[0].parameters()) as counted:
+        score()
     assert counted.peak == pytest.approx(needed.states + needed.workspace, rel=0.1)
 
 
-def score(model: HybridForCausalLM, length: int) -> None:
-    ids = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    Variants(model, ids[:8], ids[8:]).losses()
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations; torch's own FlopCounterMode does not support `torch.autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("strategy", SCORE)
+def test_the_time_follows_from_the_operations_that_scoring_a_sample_takes(strategy: str, tmp_path: Path) -> None:
+    recipe, shape, score = small(tmp_path, strategy, mlp=512, layers=8)
+    with Operations() as counted:
+        score()
+    machine = Machine(1, GIB, tflops=1.0, efficiency=1.0)
+    assert profile_hours(recipe, shape, machine) * 3600 * 1e12 == pytest.approx(counted.total, rel=0.1)
+
+
+def test_gates_take_the_same_passes_whatever_the_depth_and_one_layer_at_a_time_half_as_many_as_layers():
+    assert [passes("gates", layers, 0.1).of_the_model(layers) for layers in (30, 64)] == [11, 11]
+    assert [passes("reach", layers, 0.1).of_the_model(layers) for layers in (30, 64)] == [17.5, 34.5]
+    assert passes("lazy_ratio", 64, 0.1).of_the_model(64) == 1
+
+
+def test_strategies_that_share_their_passes_take_no_longer_together(of_32b):
+    _, shape = of_32b
+    machine = Machine(8, 80 * GIB)
+    alone, shared, more = (
+        profile_hours(public_recipe("qwq-32b", hybrid={"strategy": "reach", "compare": others}), shape, machine)
+        for others in ([], ["nll"], ["gates"])
+    )
+    assert alone == shared < more < 1.5 * alone
+
+
+def test_gates_of_a_32b_model_fit_where_one_at_a_time_does(of_32b):
+    _, shape = of_32b
+    machine = Machine(8, 80 * GIB)
+    gates, reach = (
+        profile_memory(public_recipe("qwq-32b", hybrid={"strategy": name}), shape, machine) for name in ("gates", "reach")
+    )
+    assert gates.states < reach.states
+    assert gates.peak < machine.usable
