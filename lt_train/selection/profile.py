@@ -267,6 +267,8 @@ def _check_sample(sample: SampleScores, strategies: Sequence[str], num_layers: i
         score_L = sample.scores.get(strategy, ())
         if len(score_L) != num_layers or not all(map(math.isfinite, score_L)):
             raise _invalid(where, f"sample {sample.id} lacks a finite {strategy} score for each of {num_layers} layers")
+    if "gates" in strategies and [math.fsum(head_G) for head_G in sample.head_shares] != list(sample.scores["gates"]):
+        raise _invalid(where, f"sample {sample.id}: the head_shares of its layers do not add up to their gates scores")
 
 
 def _invalid(where: str, fault: str) -> UserError:

@@ -239,6 +239,16 @@ def test_a_profile_with_wrong_content_is_refused(make, tmp_path, how):
         LayerProfile.load(path)
 
 
+def test_shares_of_heads_that_do_not_add_up_to_their_layers_scores_are_refused(make, tmp_path):
+    make(tmp_path, strategies=["gates"])
+    path = tmp_path / "profile.json"
+    values = json.loads(path.read_text())
+    values["samples"][1]["head_shares"][2][0] += 0.1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"profile\.json: not a valid layer profile \(sample sample-1: the head_shares"):
+        LayerProfile.load(path)
+
+
 def test_a_damaged_row_in_the_middle_stops_a_resumed_run(make, tmp_path):
     make(tmp_path, strategies=["nll"])
     path = tmp_path / "samples.jsonl"
