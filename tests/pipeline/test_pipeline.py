@@ -112,6 +112,14 @@ def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage,
         run_in_folder(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention has gradients on a GPU")
+def test_attention_without_gradients_is_refused_for_gates_in_a_recipe_that_trains_nothing(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("lt_train.pipeline.stages.profile.load_for_inference", lambda *given, **settings: pytest.fail("loaded"))
+    overrides = ["model.attention=flex", "train=null", "hybrid.strategy=gates"]
+    with pytest.raises(UserError, match=r"model\.attention: flex: FlexAttention has no gradients on a CPU"):
+        run_in_folder(load_recipe(inputs / "recipe.yaml", overrides), tmp_path, "profile")
+
+
 @pytest.mark.parametrize("stage", ["convert", "teacher"])
 def test_a_model_on_all_gpus_is_gone_before_the_other_processes_that_wait_go_on(stage, inputs, tmp_path, monkeypatch):
     loaded, released = [], []
