@@ -81,7 +81,9 @@ SCORE = {
 }
 
 
-def small(folder: Path, strategy: str, mlp: int, layers: int) -> tuple[Recipe, ModelShape, Callable[[], object]]:
+def small(
+    folder: Path, strategy: str, mlp: int, layers: int, length: int = LENGTH
+) -> tuple[Recipe, ModelShape, Callable[[], object]]:
     """Recipe and shape of a small model, and what scores one sample of it."""
     sizes = {**SIZES, "hidden_size": 512, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 16}
     Qwen3Config(**sizes).save_pretrained(folder)
@@ -89,11 +91,11 @@ def small(folder: Path, strategy: str, mlp: int, layers: int) -> tuple[Recipe, M
     path.write_text(
         f"{{name: x, model: {{base: {folder}}}, "
         f"hybrid: {{lazy_layer_ratio: 0.5, w_sink: 4, w_recent: 60, strategy: {strategy}, calibration: {{samples: 1}}}}, "
-        f"data: {{source: a/b, format: still, max_length: {LENGTH}}}}}"
+        f"data: {{source: a/b, format: still, max_length: {length}}}}}"
     )
     recipe, shape = planned(load_recipe(path))
     model = build_hybrid(load_base_config(recipe.model), HybridSpec(layers, (), 4, 60)).eval().requires_grad_(False)
-    ids = torch.randint(0, 96, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     return recipe, shape, partial(SCORE[strategy], model, ids[:8], ids[8:])
 
 
@@ -123,11 +125,12 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("strategy", SCORE)
 def test_the_time_follows_from_the_operations_that_scoring_a_sample_takes(strategy: str, tmp_path: Path) -> None:
-    recipe, shape, score = small(tmp_path, strategy, mlp=512, layers=8)
+    """Short samples: torch does not count its own attention on a CPU. Checkpointing stops before down_proj, which a plan counts."""
+    recipe, shape, score = small(tmp_path, strategy, mlp=512, layers=8, length=256)
     with Operations() as counted:
         score()
     machine = Machine(1, GIB, tflops=1.0, efficiency=1.0)
-    assert profile_hours(recipe, shape, machine) * 3600 * 1e12 == pytest.approx(counted.total, rel=0.1)
+    assert 1.0 < profile_hours(recipe, shape, machine) * 3600 * 1e12 / counted.total < 1.15
 
 
 def test_gates_take_the_same_passes_whatever_the_depth_and_one_layer_at_a_time_half_as_many_as_layers():
