@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lt_train.inference.partial_logits import LOGITS_PER_CALL
 from lt_train.planning.activations import FP32, ElementBytes, backward_workspace_bytes, layer_bytes
 from lt_train.planning.compute import HOUR, MULTIPLY_ADD, TERA, causal_pairs, streaming_pairs
 from lt_train.planning.options import shorter_lengths
@@ -11,7 +12,7 @@ from lt_train.planning.shape import Layer, Linear, ModelShape
 from lt_train.recipe.schema import Recipe
 from lt_train.selection.gates import POINTS
 from lt_train.selection.profile import SCORED
-from lt_train.selection.token_losses import LOGITS_PER_CALL, TOKENS_PER_CALL
+from lt_train.selection.token_losses import TOKENS_PER_CALL
 
 GPUS_OF_A_MACHINE = 8
 """The usual number; GPUs of other machines cannot hold layers of this process."""

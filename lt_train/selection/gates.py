@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView, Views
+from lt_train.inference.partial_logits import tokens_per_part
 from lt_train.runtime.errors import UserError
 from lt_train.selection.reach import long_reach_tokens
-from lt_train.selection.token_losses import endpoint_losses, next_token_losses, tokens_per_part
+from lt_train.selection.token_losses import endpoint_losses, next_token_losses
 
 POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
 """(value of all gates, weight): Gauss-Legendre quadrature on [0, 1]."""

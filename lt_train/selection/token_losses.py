@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.inference.partial_logits import tokens_per_part
 
 # Variants run through a layer together up to this many tokens: enough to use a device fully with short samples, while a
 # long sample runs one variant at a time, with the activations of one forward pass.
 TOKENS_PER_CALL = 4096
-# Logits in memory at a time (positions x vocab_size), 64 MiB in fp32; all logits of 20,000 tokens would be 20,000 x 152,000.
-LOGITS_PER_CALL = 2**24
 
 ALL_TOKENS = slice(None)
 
@@ -139,11 +138,6 @@ def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidde
         position_embeddings=model.model.rotary_emb(hidden_VTD, views.position_ids),
     )
     return output_VTD.to(hidden_VTD.device)  # of a model on several devices, the output is on the layer's device
-
-
-def tokens_per_part(model: HybridForCausalLM) -> int:
-    """Of how many tokens the logits are at most `LOGITS_PER_CALL` numbers."""
-    return max(1, LOGITS_PER_CALL // model.config.vocab_size)
 
 
 def _losses(model: HybridForCausalLM, hidden_VAD: Tensor, target_A: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lt_train.dataset.examples import Example
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import FullView
 from lt_train.inference.observed_layers import run_observed
+from lt_train.inference.partial_logits import tokens_per_part
 from lt_train.inference.sinks_file import learned_sinks
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
@@ -28,9 +29,6 @@ FIRST_TOKENS = 4
 
 SAMPLES_OF_START = 8
 """Samples over which the scores of the first tokens are averaged."""
-
-LOGITS_PER_CALL = 2**24
-"""Logits in memory at a time (positions x vocab_size), 64 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def answer_loss(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_ids:
     ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
     hidden_AD = model.model(ids_1T, use_cache=False).last_hidden_state[0, len(prompt_ids) - 1 : -1]
     targets_A = ids_1T[0, len(prompt_ids) :].to(hidden_AD.device)
-    size = max(1, LOGITS_PER_CALL // model.config.vocab_size)
+    size = tokens_per_part(model)
     total = hidden_AD.new_zeros((), dtype=torch.float32)
     for hidden, targets in zip(hidden_AD.split(size), targets_A.split(size), strict=True):
         total = total + checkpoint(_summed_loss, model.lm_head, hidden, targets, use_reentrant=False)

@@ -10,7 +10,6 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_tokenizer
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
-from lt_train.selection import token_losses
 from lt_train.selection.gates import (
     LARGEST_GAP,
     POINTS,
@@ -109,7 +108,7 @@ def test_a_head_whose_output_is_not_used_has_no_share(hybrid_of, example_of):
 def test_the_models_own_lazy_layers_and_the_parts_of_the_logits_do_not_matter(hybrid_of, example_of, monkeypatch):
     example = example_of(4, tokens=70)
     one = gate_shares(hybrid_of((1, 3)), example.prompt_ids, example.answer_ids, 0.5)
-    monkeypatch.setattr(token_losses, "LOGITS_PER_CALL", 7 * 64)
+    monkeypatch.setattr("lt_train.inference.partial_logits.LOGITS_PER_CALL", 7 * 64)
     other = gate_shares(hybrid_of(()), example.prompt_ids, example.answer_ids, 0.5)
     torch.testing.assert_close(one.layers, other.layers, rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from lt_train.selection import token_losses as module
 from lt_train.selection.kl import mean_divergence
 from lt_train.selection.token_losses import Variants
 
@@ -30,7 +29,7 @@ def test_divergences_do_not_depend_on_how_many_positions_go_together(hybrid_of, 
     example = example_of(2, tokens=70)
     variants = Variants(hybrid_of(), example.prompt_ids, example.answer_ids)
     together = variants.divergences()
-    monkeypatch.setattr(module, "LOGITS_PER_CALL", 7 * 64)
+    monkeypatch.setattr("lt_train.inference.partial_logits.LOGITS_PER_CALL", 7 * 64)
     apart = variants.divergences()
     torch.testing.assert_close(together.one_streaming_LA, apart.one_streaming_LA, rtol=0, atol=1e-5)
     torch.testing.assert_close(together.all_streaming_A, apart.all_streaming_A, rtol=0, atol=1e-5)

@@ -56,7 +56,7 @@ def test_losses_do_not_depend_on_how_many_variants_and_positions_go_together(hyb
     model, example = hybrid_of(), example_of(4, tokens=70)
     together = Variants(model, example.prompt_ids, example.answer_ids).losses()
     monkeypatch.setattr(module, "TOKENS_PER_CALL", 1)
-    monkeypatch.setattr(module, "LOGITS_PER_CALL", 7 * model.config.vocab_size)
+    monkeypatch.setattr("lt_train.inference.partial_logits.LOGITS_PER_CALL", 7 * model.config.vocab_size)
     apart = Variants(model, example.prompt_ids, example.answer_ids).losses()
     for one, other in zip(vars(together).values(), vars(apart).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
