@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from lt_train.benchmarks import BENCHMARKS, answer_tokens
 from lt_train.recipe.faults import Fault
-from lt_train.recipe.part import ADDED, MOST, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text, formerly
+from lt_train.recipe.part import ADDED, MOST, PATH, Bytes, Count, EachOnce, Name, Natural, Part, Seed, Text, formerly
 from lt_train.recipe.reasoning_tags import THINK
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Eval(EvalConfig):
     """What is measured."""
     batch_size: Count = 64
     """Largest number of sequences that generate at a time. `kv_budget` may hold fewer."""
-    path: Text | None = None
+    path: Text | None = Field(default=None, json_schema_extra=PATH)
     """Local file or hub id to use instead of the benchmark's own source. For needle, passkey and copying: a folder of texts to hide
     things in."""
     columns: ProblemColumns | None = Field(default=None, json_schema_extra=ADDED)

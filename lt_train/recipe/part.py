@@ -27,12 +27,16 @@ ADDED: dict[str, JsonValue] = {"added": True}
 """`json_schema_extra` of a setting that runs of before do not have. At its default it enters no fingerprint, so they resume."""
 
 
+PATH: dict[str, JsonValue] = {"path": True}
+"""`json_schema_extra` of a setting whose value may be the path of a file or folder: it may count from the recipe's folder."""
+
+
 def formerly(name: str) -> dict[str, JsonValue]:
     """`json_schema_extra` of a setting that recipes may still give under a former name."""
     return {"formerly": name}
 
 
-MARKERS = ("may_change", "added", "formerly")
+MARKERS = ("may_change", "added", "path", "formerly")
 """Names of what `json_schema_extra` holds of ours."""
 
 MOST = 10**12
@@ -112,6 +116,16 @@ def former_name(field: FieldInfo) -> str | None:
 def is_marked(field: FieldInfo, marker: dict[str, JsonValue]) -> bool:
     extra = field.json_schema_extra
     return isinstance(extra, dict) and marker.items() <= extra.items()
+
+
+def names_marked(part: type["Part"], marker: dict[str, JsonValue]) -> set[str]:
+    """The names of the settings with this marker, in this part and those inside it."""
+    found: set[str] = set()
+    for name, field in part.model_fields.items():
+        found |= {name} if is_marked(field, marker) else set()
+        for inner in parts_in(field.annotation):
+            found |= names_marked(inner, marker)
+    return found
 
 
 def parts_in(annotation: Any) -> list[type[Part]]:

@@ -17,6 +17,7 @@ from lt_train.recipe.part import (
     ADDED,
     MAY_CHANGE,
     MOST,
+    PATH,
     Count,
     EachOnce,
     Fraction,
@@ -62,7 +63,7 @@ class RopeScaling(Part):
 class Model(Part):
     """The full-attention model that becomes a hybrid, and how it computes."""
 
-    base: Text
+    base: Text = Field(json_schema_extra=PATH)
     """Hub id or local folder of the full-attention model."""
     revision: Text | None = None
     """Branch, tag or commit of a hub id. null: main."""
@@ -168,7 +169,7 @@ class Hybrid(Part):
 class Data(Part):
     """The traces to train on."""
 
-    source: Text
+    source: Text = Field(json_schema_extra=PATH)
     """Hub id; local .jsonl, .ndjson, .json, .csv, .tsv (all of these also with .gz), .parquet or .arrow file; folder of such files;
     or folder of save_to_disk."""
     split: Text = "train"
@@ -319,7 +320,7 @@ class Train(Part):
     sequence_parallel: Count = 1
     """Number of processes that share each sequence (Ulysses), for samples too long for one device. It divides the number of
     attention heads."""
-    deepspeed: Text | None = Field(default=None, json_schema_extra=MAY_CHANGE)
+    deepspeed: Text | None = Field(default=None, json_schema_extra=MAY_CHANGE | PATH)
     """Path of a DeepSpeed configuration, such as launch/zero3.json. null: no DeepSpeed."""
     distill: Distill = Distill()
     trl: dict[str, Any] = Field(default={})
@@ -403,7 +404,7 @@ class Prompt(Part):
     """System turn. null: none, not even the one that a chat template inserts by default."""
     user: Annotated[Text, AfterValidator(_with_question)] = "{question}"
     """User turn. {question} is replaced; all other braces stay as they are."""
-    chat_template: Text | None = None
+    chat_template: Text | None = Field(default=None, json_schema_extra=PATH)
     """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only one that stands
     by itself before the first user turn is left out."""
     stop_token: Text | None = Field(default=None, json_schema_extra=ADDED)

@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+from lt_train.recipe.part import PATH, names_marked
+from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError, shortened
 
 INSTALLED = "share/lt_train/recipes/quickstart.yaml"
-PATHS = ("base", "source", "path", "chat_template", "deepspeed")
-"""Settings, in whatever part, whose value may be the path of a file or folder."""
 
 HARDWARE = re.compile(r"\bon (\d+ GPUs? of \d+ GB|a CPU with \d+ GB)")
 
@@ -76,15 +76,15 @@ def locate_files(values: Any, recipe: Path) -> Any:
     """
     folder = recipe.absolute().parent
     places = [folder, folder.parent] if folder.name == "recipes" else [folder]
-    return _located(values, places)
+    return _located(values, places, names_marked(Recipe, PATH))
 
 
-def _located(value: Any, places: list[Path], setting: Any = None) -> Any:
+def _located(value: Any, places: list[Path], paths: set[str], setting: Any = None) -> Any:
     if isinstance(value, dict):
-        return {name: _located(inner, places, name) for name, inner in value.items()}
+        return {name: _located(inner, places, paths, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_located(inner, places, setting) for inner in value]
-    if setting not in PATHS or not isinstance(value, str) or not value or _exists(Path(value)):
+        return [_located(inner, places, paths, setting) for inner in value]
+    if setting not in paths or not isinstance(value, str) or not value or _exists(Path(value)):
         return value
     return next((str(place / value) for place in places if _exists(place / value)), value)
 
