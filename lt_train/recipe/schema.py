@@ -280,7 +280,7 @@ class Train(Part):
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate."""
     sink_learning_rate: float | None = Field(default=None, gt=0, le=1, json_schema_extra=ADDED)
-    """Peak learning rate of learned sinks (hybrid.sink): a few hundred logits, which move further than weights. null: 0.05."""
+    """Peak learning rate of learned sinks (hybrid.sink): a few hundred logits, which move further than weights. null: 0.003."""
     epochs: float | None = Field(default=None, gt=0, le=MOST)
     """Passes over the data. Set either this or `max_steps`."""
     max_steps: Count | None = None

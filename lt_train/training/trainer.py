@@ -55,7 +55,7 @@ from lt_train.training.settings import settings_of_training, sft_config, teacher
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
-SINK_LEARNING_RATE = 0.05
+SINK_LEARNING_RATE = 0.003
 """Of learned sinks where the recipe names none."""
 
 

@@ -118,7 +118,7 @@ def test_sinks_are_trained_at_a_rate_of_their_own_saved_and_merged(tmp_path: Pat
     slow = settings | {"train": {**settings.get("train", {}), "sink_learning_rate": 1e-9}}
     before, trained, kept = values(load_learned(torch.float32)), train(tmp_path / "a", settings), train(tmp_path / "b", slow)
     moved = [(values(trained)[name] - logits_H).abs().mean() for name, logits_H in before.items()]
-    assert min(moved) > 0.03, "0.05 a step where the recipe names no rate"
+    assert min(moved) > 0.002, "0.003 a step where the recipe names no rate"
     torch.testing.assert_close(values(kept), before, atol=1e-6, rtol=0)
     assert trained.model.layers[1].self_attn.sinks.weight.dtype == torch.float32
     if settings is LORA:
