@@ -202,8 +202,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_or_drops_a_line_and_ctrl_d_leaves(
     terminal = _Terminal(ours)
     try:
         terminal.read_until("> ", 120)
-        terminal.type("half a line\x03")
-        terminal.read_until("Ctrl-D leaves", 20)
+        terminal.type_until("half a line\x03", "Ctrl-D leaves", 60)
         terminal.type("12+34\r")
         terminal.read_until("tokens/s", 120)
         terminal.read_until("> ", 20)
@@ -224,6 +223,17 @@ class _Terminal:
     def type(self, text: str) -> None:
         time.sleep(0.2)
         os.write(self.descriptor, text.encode())
+
+    def type_until(self, text: str, answer: str, seconds: float) -> None:
+        """What is typed before the prompt is ready is lost."""
+        while True:
+            self.type(text)
+            try:
+                return self.read_until(answer, 5)
+            except AssertionError:
+                seconds -= 5
+                if seconds <= 0:
+                    raise
 
     def read_until(self, text: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds

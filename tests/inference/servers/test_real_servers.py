@@ -113,13 +113,11 @@ def transformers_serve(tmp_path_factory):
 
 
 @contextmanager
-def served_by_vllm(export, log):
-    """Prompts are read in chunks smaller than they are, and answers share what their prompts have in common."""
+def served_by_vllm(export, log, *more_options):
     python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
     if python is None:
         pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
-    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--max-num-batched-tokens", "32"]
-    options += ["--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
+    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", *more_options]
     command = ["env", f"VLLM_PYTHON={python}", str(LAUNCH / "serve-vllm.sh"), str(export), "{port}", *options]
     with running(command, log, "/health", seconds=400) as url:
         yield url
@@ -134,7 +132,9 @@ def vllm(tmp_path_factory, exports):
 
 @pytest.fixture(scope="module")
 def vllm_with_learned_sinks(tmp_path_factory, exports):
-    with served_by_vllm(exports["learned"], tmp_path_factory.mktemp("vllm") / "log") as url:
+    """Prompts are read in chunks smaller than they are, and answers share what their prompts have in common."""
+    chunked = ["--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
+    with served_by_vllm(exports["learned"], tmp_path_factory.mktemp("vllm") / "log", *chunked) as url:
         yield url
 
 
@@ -281,4 +281,4 @@ def test_vllm_with_learned_sinks_is_checked_against_the_checkpoint(vllm_with_lea
     check = check_server(settings, with_learned_sinks(), exports["learned"], tokenizer, Prompt(), STOP)
     assert check.tokens == check.logprobs > 40
     with pytest.raises(UserError, match="computes something else"):
-        check_server(settings, load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28)), exports[0], tokenizer, Prompt(), STOP)
+        check_server(settings, load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28)), exports["learned"], tokenizer, Prompt(), STOP)
