@@ -196,7 +196,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_or_drops_a_line_and_ctrl_d_leaves(
         env=environment,
         cwd=tmp_path,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C then reaches it
+        preexec_fn=_take_terminal,
     )
     os.close(theirs)
     terminal = _Terminal(ours)
@@ -212,6 +212,12 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_or_drops_a_line_and_ctrl_d_leaves(
         process.kill()
         os.close(ours)
     assert "Traceback" not in terminal.seen
+
+
+def _take_terminal() -> None:
+    """Ctrl-C then reaches the process, also where the tests were started in the background, which ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class _Terminal:
