@@ -11,8 +11,8 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
-from lt_train.hybrid.spec import HYBRID_VERSION, HybridSpec
-from lt_train.inference.servers.vllm_capacity import BLOCK, CHUNK, VllmCache, with_as_many
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.servers.vllm_capacity import BLOCK, CHUNK, VllmCache, with_one_more_or_fewer
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
 
@@ -29,7 +29,7 @@ def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtyp
         _scores(metadata.scores),
         _limits(config, own_code),
         _check(check),
-        _versions(metadata),
+        _versions(metadata, config),
     ]
     header = yaml.safe_dump(front_matter(metadata, own_code=own_code), sort_keys=False, allow_unicode=True)
     return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
@@ -130,15 +130,12 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
 
 def _in_vllm(spec: HybridSpec) -> str:
     """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
-    lazy = len(spec.lazy_layers)
-    if spec.w_sink or not lazy:
+    if not spec.lazy_layers or not (specs := with_one_more_or_fewer(spec)):
         return ""
-    cache = VllmCache()
-    counts = [count for count in (lazy - 1, lazy, lazy + 1) if 0 < count < spec.num_layers]
-    gains = {count: f"{cache.gain(with_as_many(spec, count), KV_TOKENS):.2f}" for count in counts}
-    others = " and ".join(f"{gain} with {count}" for count, gain in gains.items() if count != lazy)
+    gain, *others_gain = (f"{VllmCache().gain(each, KV_TOKENS):.2f}" for each in specs.values())
+    others = " and ".join(f"{other} with {count}" for other, count in zip(others_gain, list(specs)[1:], strict=True))
     return (
-        f"\n\nvLLM, with blocks of {BLOCK} tokens and `--max-num-batched-tokens {CHUNK}`, holds {gains[lazy]} times as many "
+        f"\n\nvLLM, with blocks of {BLOCK} tokens and `--max-num-batched-tokens {CHUNK}`, holds {gain} times as many "
         f"sequences of this length as without streaming layers. It groups layers and fills groups up: {others} streaming layers."
     )
 
@@ -209,9 +206,9 @@ def _check(check: Check) -> str:
     )
 
 
-def _versions(metadata: ExportMetadata) -> str:
+def _versions(metadata: ExportMetadata, config: HybridConfig) -> str:
     rows = "".join(f"\n- {name} {version}" for name, version in metadata.versions.items())
-    return f"## Versions\n\n- hybrid code {HYBRID_VERSION}{rows}"
+    return f"## Versions\n\n- hybrid code {config.hybrid_version}{rows}"
 
 
 def _value(value: str | int | float | bool | None) -> str:

@@ -12,7 +12,7 @@ from transformers.models.ministral.configuration_ministral import MinistralConfi
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from .spec import FULL, HYBRID_VERSION, LEARNED_SINKS_VERSION, STREAMING, HybridError, HybridSpec
+from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec, version_for
 
 
 class HybridConfigMixin:
@@ -36,7 +36,7 @@ class HybridConfigMixin:
                 f"layer_types: {len(self.layer_types)} layers, and num_hidden_layers is {self.num_hidden_layers}. "
                 "Fix: name one type for each layer"
             )
-        version = LEARNED_SINKS_VERSION if self.learned_sinks else HYBRID_VERSION
+        version = version_for(self.learned_sinks)
         if self.hybrid_version != version:
             raise HybridError(
                 f"hybrid_version: {self.hybrid_version!r}: for learned_sinks {self.learned_sinks} this code computes version "

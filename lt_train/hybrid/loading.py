@@ -23,7 +23,7 @@ from .modeling import (
     HybridQwen2ForCausalLM,
     HybridQwen3ForCausalLM,
 )
-from .spec import HYBRID_VERSION, LEARNED_SINKS_VERSION, STREAMING, HybridError, HybridSpec
+from .spec import STREAMING, HybridError, HybridSpec, version_for
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
         sliding_window=spec.w_recent,
         w_sink=spec.w_sink,
         learned_sinks=spec.learned_sinks,
-        hybrid_version=LEARNED_SINKS_VERSION if spec.learned_sinks else HYBRID_VERSION,
+        hybrid_version=version_for(spec.learned_sinks),
     )
 
 

@@ -5,6 +5,13 @@ from dataclasses import dataclass, field, replace
 HYBRID_VERSION = "1"
 LEARNED_SINKS_VERSION = "2"
 """The version of a hybrid with learned sinks: code of version 1 would stop at it instead of leaving them out."""
+
+
+def version_for(learned_sinks: bool) -> str:
+    """The version of the code that a hybrid needs."""
+    return LEARNED_SINKS_VERSION if learned_sinks else HYBRID_VERSION
+
+
 FULL = "full_attention"
 STREAMING = "sliding_attention"  # the name in transformers and vLLM for a layer with a window
 

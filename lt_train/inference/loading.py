@@ -178,7 +178,7 @@ def load_weights(
             attention_kernel=model.attention,
             **from_pretrained,
         )
-    if sinks is not None and spec.learned_sinks:
+    if sinks is not None:
         read_sinks(hybrid, sinks)
     return hybrid
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import kv_bytes, token_bytes
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.servers.vllm_capacity import VllmCache, with_as_many
+from lt_train.inference.servers.vllm_capacity import VllmCache, with_one_more_or_fewer
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
 from lt_train.recipe.schema import Eval, Recipe
@@ -57,11 +57,10 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
 
 
 def _in_vllm(spec: HybridSpec, tokens: int, layer_tokens: int) -> dict[int, int]:
-    lazy = len(spec.lazy_layers)
-    if spec.w_sink:
-        return {}
-    counts = [count for count in (lazy, lazy - 1, lazy + 1) if 0 < count < spec.num_layers]
-    return {count: int(VllmCache().sequences(with_as_many(spec, count), tokens, layer_tokens)) for count in (*counts, 0)}
+    specs = with_one_more_or_fewer(spec)
+    if specs:
+        specs[0] = spec.all_full
+    return {count: int(VllmCache().sequences(each, tokens, layer_tokens)) for count, each in specs.items()}
 
 
 def _tokens(eval_config: Eval) -> int:

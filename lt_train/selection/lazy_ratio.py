@@ -27,13 +27,7 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
     `model` is a hybrid in evaluation mode; its own lazy layers do not matter. For a sample shorter than `sizes.w_last`, all its
     queries count.
     """
-    views: list[ObservedView] = []
-
-    def observed(index: int, full: FullView) -> ObservedView:
-        views.append(ObservedView(full.documents, full.kernel, sizes=sizes))
-        return views[-1]
-
-    run_observed(model, input_ids, observed)
+    views = run_observed(model, input_ids, lambda _, full: ObservedView(full.documents, full.kernel, sizes=sizes))
     return [view.lazy_ratio for view in views]
 
 

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lt_train.inference.requests import Sampling
+from lt_train.recipe.faults import did_you_mean
 from lt_train.runtime.errors import shown
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -95,9 +95,8 @@ class AnswerRequest(BaseModel, ABC):
                     {"name": name, "value": shown(value)},
                 )
             if name not in cls.model_fields and name not in NEUTRAL and name not in IGNORED:
-                near = get_close_matches(name, cls.model_fields, n=1)
-                hint = f"did you mean {near[0]}?" if near else "Fix: leave it out"
-                raise PydanticCustomError("unknown", "{name}: unknown parameter; {hint}", {"name": name, "hint": hint})
+                hint = did_you_mean(name, cls.model_fields) or "; Fix: leave it out"
+                raise PydanticCustomError("unknown", "{name}: unknown parameter{hint}", {"name": name, "hint": hint})
         return {name: value for name, value in values.items() if name in cls.model_fields and value is not None}
 
     @property

@@ -78,23 +78,15 @@ def fit_sinks(
 @torch.no_grad()
 def start_from_first_tokens(model: HybridForCausalLM, examples: Sequence[Example]) -> None:
     """Set each sink to the mean log-sum-exp of the first tokens' scores, over the queries from whose window they have gone."""
-    sinks = {layer: model.model.layers[layer].self_attn.sinks for layer in model.spec.lazy_layers}
-    means: dict[int, list[Tensor]] = {layer: [] for layer in sinks}
-    for example in examples:
-        views: dict[int, FirstTokensView] = {}
 
-        def observed(index: int, full: FullView, views: dict[int, FirstTokensView] = views) -> FullView:
-            if index not in sinks:
-                return full
-            views[index] = FirstTokensView(full.documents, full.kernel, w_recent=model.spec.w_recent)
-            return views[index]
+    def view_of(index: int, full: FullView) -> FullView:
+        streams = model.spec.is_lazy(index)
+        return FirstTokensView(full.documents, full.kernel, w_recent=model.spec.w_recent) if streams else full
 
-        run_observed(model, example.input_ids, observed)
-        for layer, view in views.items():
-            assert view.mean_H is not None
-            means[layer].append(view.mean_H)
-    for layer, mean in means.items():
-        sinks[layer].weight.copy_(torch.stack(mean).mean(0))
+    views_of_samples = [run_observed(model, example.input_ids, view_of) for example in examples]
+    for layer in model.spec.lazy_layers:
+        mean_BH = torch.stack([views[layer].mean_H for views in views_of_samples])
+        model.model.layers[layer].self_attn.sinks.weight.copy_(mean_BH.mean(0))
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_the_export_holds_the_trained_sinks_and_says_what_they_are(finished, rec
     with torch.no_grad():
         assert torch.equal(model(ids).logits, variants_of(recipe, finished[0]).load(TRAINED, torch.float32)(ids).logits)
     card = (run / "export/README.md").read_text()
-    assert "a learned logit for each query head" in card and "no sinks by" in card
+    assert "a learned logit for each query head" in card and "no sinks by" in card and "hybrid code 2" in card
 
 
 def test_an_evaluation_follows_from_the_sinks(finished, recipe, tmp_path):

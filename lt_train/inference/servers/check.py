@@ -289,6 +289,6 @@ def _other_mathematics(url: str, expected: Continuation, step: int, difference: 
     return UserError(
         f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} tokens, "
         f"new token {step} {difference}. Fix: let the server load this checkpoint, in an engine that knows its layer types and "
-        "sinks: lt-train serve does, and with w_sink 0 vLLM with --model-impl transformers; or set eval.backend to hybrid (the "
+        "sinks: lt-train serve does, and but for sink tokens vLLM by launch/serve-vllm.sh; or set eval.backend to hybrid (the "
         "built-in engine)"
     )

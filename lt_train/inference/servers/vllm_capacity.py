@@ -50,6 +50,13 @@ def with_as_many(spec: HybridSpec, lazy: int) -> HybridSpec:
     return HybridSpec(spec.num_layers, tuple(range(lazy)), spec.w_sink, spec.w_recent, spec.learned_sinks)
 
 
+def with_one_more_or_fewer(spec: HybridSpec) -> dict[int, HybridSpec]:
+    """A hybrid and its neighbours by their number of streaming layers, its own first; empty where vLLM does not serve it."""
+    lazy = len(spec.lazy_layers)
+    counts = () if spec.w_sink else (lazy, lazy - 1, lazy + 1)
+    return {count: with_as_many(spec, count) for count in counts if 0 < count < spec.num_layers}
+
+
 def _groups(spec: HybridSpec) -> tuple[int, int, int]:
     """Layers of a group, and the numbers of full and of streaming groups."""
     lazy = len(spec.lazy_layers)

@@ -54,14 +54,12 @@ def run(context: RunContext) -> None:
 
 def _fit_sinks(context: RunContext, variant: str) -> None:
     recipe, calibration = context.recipe, context.recipe.hybrid.calibration
-    file = context.paths.sinks(variant)
-    file.unlink(missing_ok=True)
     spec = context.variants.spec(variant)
     usable, _ = samples_beyond_window(calibration_examples(context.examples, calibration, recipe.seed), FIRST_TOKENS, spec.w_recent)
     context.report("convert", f"fitting the learned sinks of {variant}: {calibration.sink_steps} steps")
     model = load_for_inference(recipe.model, spec, context.dtype, others_wait=True)
     fitted = fit_sinks(model, usable, steps=calibration.sink_steps, learning_rate=calibration.sink_learning_rate)
-    write_sinks(model, file)
+    write_sinks(model, context.paths.sinks(variant))
     del model
     release_memory()  # before the other ranks, which wait for the hybrid, load theirs
     if fitted.first is not None and fitted.last is not None:
