@@ -22,7 +22,7 @@ from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name
+from lt_train.runtime.devices import compute_device, compute_dtype, device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 
@@ -92,7 +92,7 @@ def bench_attention(
     print_lines(
         console,
         f"one row, {shape.heads} query heads, {shape.groups} key/value heads, head size {shape.head_size}, "
-        f"{dtype_name(dtype)} on {device.type}, {torch.get_num_threads()} threads; w_sink {w_sink}; forward and "
+        f"{dtype_name(dtype)} on {device_name(device)}; w_sink {w_sink}; forward and "
         f"backward, medians of {runs} interleaved runs",
     )
     console.print(attention_table(timings, w_sink))

@@ -25,7 +25,7 @@ from lt_train.inference.kv_store import kv_sizes
 from lt_train.inference.loading import load_base_config, load_for_inference, load_tokenizer
 from lt_train.inference.requests import Request, Sampling
 from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.devices import compute_dtype, device_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
@@ -123,7 +123,7 @@ def bench_batching(
     engine_rate, static_rate = work.tokens / seconds["engine"], work.tokens / seconds["static"]
     print_lines(
         console,
-        f"{model.base}, {len(lazy)} of {spec.num_layers} layers stream, {hybrid.device.type}, {torch.get_num_threads()} threads; "
+        f"{model.base}, {len(lazy)} of {spec.num_layers} layers stream, {device_name(hybrid.device)}; "
         f"{count} answers of {min(work.answer_tokens):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
         f"{work.tokens:,} in all; KV budget {budget / 2**20:,.0f} MiB for each\n"
         f"engine          {engine_rate:8,.1f} tokens/s, {engine.lay_out(count, work.longest).slots} slots\n"

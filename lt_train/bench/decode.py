@@ -6,13 +6,14 @@ hybrid's step has more sequences; `limit` is the ratio of its tokens per byte to
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -21,7 +22,7 @@ from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.inference.runner import ModelRunner
 from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype, dtype_name
+from lt_train.runtime.devices import compute_dtype, device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.units import MIB, format_bytes
@@ -31,6 +32,7 @@ DEFAULT_LENGTHS = (2048, 8192, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
 TIMED_STEPS = 16
 """A time is the median over this number of steps."""
+STEPS = TIMED_STEPS + 1  # the last is for the profiler
 PAPER = "the paper reports 2.17x at 16K for 50 % (LightTransfer-Train, QwQ-32B, arXiv 2410.13846)"
 
 
@@ -44,6 +46,8 @@ class Throughput:
     moved_bytes: int
     """What a step reads: weights, keys and values."""
     milliseconds: float
+    busy: float | None = None
+    """Fraction of a step in which the GPU computes; the rest it waits for Python. None on a CPU."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,11 +68,11 @@ def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughpu
         UserError: the budget is below one such sequence.
     """
     sizes = kv_sizes(model)
-    needed = sizes.sequence(context + TIMED_STEPS)
+    needed = sizes.sequence(context + STEPS)
     slots = budget // needed
     if slots == 0:
         raise UserError(budget_too_small(budget, context, needed))
-    store = KVStore(model, slots, slots * pages_for(context + TIMED_STEPS))
+    store = KVStore(model, slots, slots * pages_for(context + STEPS))
     fill(store, slots, context)
     runner = ModelRunner(model, store, prefill_chunk=1)
     times = []
@@ -78,7 +82,17 @@ def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughpu
         times.append(time.perf_counter() - started)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     held = slots * sizes.sequence(context)
-    return Throughput(slots, held, weights + held, 1000 * median(times))
+    seconds = median(times)
+    busy = device_seconds(lambda: runner.step([1] * slots)) / seconds if model.device.type == "cuda" else None
+    return Throughput(slots, held, weights + held, 1000 * seconds, busy)
+
+
+def device_seconds(step: Callable[[], object]) -> float:
+    """Seconds that the GPU's kernels and copies of one step take, one after the other."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
 
 
 def budget_too_small(budget: int, tokens: int, needed: int) -> str:
@@ -90,7 +104,7 @@ def budget_too_small(budget: int, tokens: int, needed: int) -> str:
 
 def fill(store: KVStore, slots: int, context: int) -> None:
     for _ in range(slots):
-        slot = store.admit(context + TIMED_STEPS)
+        slot = store.admit(context + STEPS)
         store.lengths[slot] = context
     for layer in store.layers:
         used = slice(None) if isinstance(layer, PagedLayer) else slice(slots)
@@ -122,7 +136,7 @@ def bench_decode(
                 found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
                 bar.advance()
             about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
-            about += f" on {hybrid.device.type}, {torch.get_num_threads()} threads"
+            about += f" on {device_name(hybrid.device)}"
             del hybrid
     print_lines(
         console,
@@ -132,11 +146,15 @@ def bench_decode(
     console.print(throughput_table(num_layers, lengths, found))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
     print_lines(console, legend)
+    if found[()][0].busy is not None:
+        print_lines(console, "busy: of a step's time, what the GPU computes; the rest it waits for Python")
     print_lines(console, PAPER)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
-    table = measurement_table("context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached")
+    titles = ["context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"]
+    on_gpu = found[()][0].busy is not None
+    table = measurement_table(*titles, *(["busy"] if on_gpu else []))
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():
@@ -146,5 +164,9 @@ def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[
             if lazy:
                 faster, limit = ours.tokens_per_second / full.tokens_per_second, ours.tokens_per_byte / full.tokens_per_byte
                 row += [f"{faster:.2f}x", f"{limit:.2f}x", f"{100 * faster / limit:.0f} %"]
+            elif on_gpu:
+                row += ["", "", ""]
+            if ours.busy is not None:
+                row.append(f"{100 * ours.busy:.0f} %")
             table.add_row(*row, end_section=lazy == list(found)[-1])
     return table

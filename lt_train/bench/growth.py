@@ -15,7 +15,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype, dtype_name
+from lt_train.runtime.devices import compute_dtype, device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
@@ -77,7 +77,7 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
         parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
         del hybrid
     title = (
-        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device.type}; {len(lazy)} of "
+        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device_name(device)}; {len(lazy)} of "
         f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
     )
     print_lines(console, title)

@@ -28,6 +28,7 @@ from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.workload import Samples, Workload
 from lt_train.recipe.schema import Recipe
+from lt_train.runtime.devices import device_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.sources import resolve_model
@@ -159,7 +160,7 @@ def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
     checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
     print_lines(
         console,
-        f"{recipe.model.base}, {device.type}, {torch.get_num_threads()} threads; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
+        f"{recipe.model.base}, {device_name(device)}; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
         f"w_sink {hybrid.w_sink}, w_recent {hybrid.w_recent}; one document of {recipe.data.max_length:,} tokens a step, {trained}, "
         f"{checkpointing} gradient checkpointing; medians of {runs}\n"
         f"unconverted, stock TRL  {found.stock:9,.2f} s a step, loss {found.stock_loss:.3f}\n"

@@ -6,7 +6,6 @@ Shapes: n queries and m keys of documents laid end to end, H query heads, G key/
 """
 
 import importlib
-import inspect
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,7 +17,7 @@ from torch import Tensor
 from .flash import FlashKernel, Varlen
 
 # Named as strings, because transformers refuses remote code whose `import`s are not installed.
-_FLASH_3, _FLASH_2, _TORCH_VARLEN = "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"
+_FLASH_3, _FLASH_2 = "flash_attn_interface", "flash_attn"
 
 
 class Flash3:
@@ -128,25 +127,25 @@ class Flash2:
 
 
 class TorchFlash:
-    """The flash-attention 2 inside torch: `varlen_attn` forward; it has no public backward, so backward by its operator."""
+    """The flash-attention 2 inside torch, by its operators: its public `varlen_attn` has no grouped queries before torch 2.13."""
 
     name = f"flash attention of torch {torch.__version__}"
 
-    def __init__(self) -> None:
-        self._varlen: ModuleType = importlib.import_module(_TORCH_VARLEN)
-
     def forward(self, q_nHD: Tensor, k_mGD: Tensor, v_mGD: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
-        return self._varlen.varlen_attn(
+        out_nHD, lse_Hn, _, _, _ = torch.ops.aten._flash_attention_forward(
             *_last_dense(q_nHD, k_mGD, v_mGD),
             varlen.cu_seqlens_q,
             varlen.cu_seqlens_k,
             varlen.max_seqlen_q,
             varlen.max_seqlen_k,
-            return_aux=self._varlen.AuxRequest(lse=True),
+            0.0,  # dropout
+            varlen.window == (-1, 0),  # causal
+            False,  # return_debug_mask
             scale=varlen.scaling,
-            window_size=varlen.window,
-            enable_gqa=q_nHD.shape[1] != k_mGD.shape[1],
+            window_size_left=varlen.window[0],
+            window_size_right=varlen.window[1],
         )
+        return out_nHD, lse_Hn
 
     def backward(
         self,
@@ -188,17 +187,9 @@ def flash_kernel(capability: tuple[int, int]) -> FlashKernel | None:
         return Flash3()
     if capability >= (8, 0) and find_spec(_FLASH_2):
         return Flash2()
-    if capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available() and _torch_has_windows():
+    if capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available():
         return TorchFlash()
     return None
-
-
-def _torch_has_windows() -> bool:
-    """Whether torch's `varlen_attn` supports windows and grouped queries, and returns the log-sum-exp."""
-    if find_spec(_TORCH_VARLEN) is None:
-        return False
-    parameters = inspect.signature(importlib.import_module(_TORCH_VARLEN).varlen_attn).parameters
-    return {"window_size", "enable_gqa", "return_aux", "scale"} <= parameters.keys()
 
 
 def _flash_2_arguments(varlen: Varlen) -> dict[str, Any]:

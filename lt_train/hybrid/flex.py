@@ -9,6 +9,7 @@ D head size.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .documents import Documents
 from .mask import streaming_visible
 
 TILE = 128
+_MOST_KERNELS = 64
+"""Kernels that may be compiled in one process: an error after that many means that one is compiled again and again."""
 
 
 def flex_streaming_attention(
@@ -40,7 +43,7 @@ def flex_streaming_attention(
     mask = documents.once(("flex", device, w_sink, w_recent), lambda: block_mask(documents, w_sink, w_recent, device))
     length = q_BHTD.shape[2]
     q_BHSD, k_BGSD, v_BGSD = (pad(x, (0, 0, 0, rounded_length(length) - length)) for x in (q_BHTD, k_BGTD, v_BGTD))
-    flex = flex_attention if device.type == "cpu" else _compiled_flex_attention()
+    flex = flex_attention if device.type == "cpu" else compiled_flex_attention()
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
     settings = dict(block_mask=mask, scale=scaling, enable_gqa=grouped)
     if sinks_H is None:
@@ -56,9 +59,16 @@ def flex_full_attention(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def compiled_flex_attention(backend: str = "inductor") -> Callable[..., Any]:
     """fullgraph: without it, torch computes what it cannot compile with dense scores, in memory quadratic in T."""
-    return torch.compile(flex_attention, fullgraph=True)
+    compiled = torch.compile(flex_attention, fullgraph=True, backend=backend)
+
+    def flex(*tensors: Tensor, **settings: Any) -> Any:
+        # torch's limit of 8 is soon reached: one row or several, gradients or none, each dtype and head size has its own kernel.
+        with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
+            return compiled(*tensors, **settings)
+
+    return flex
 
 
 def rounded_length(length: int) -> int:

@@ -16,6 +16,11 @@ def compute_device() -> torch.device:
     return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else accelerator
 
 
+def device_name(device: torch.device) -> str:
+    """Such as "cpu, 2 threads" or "NVIDIA H100 80GB HBM3": what a measurement was taken on."""
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def release_memory() -> None:
     """Give back what deleted tensors held on accelerators, on all of them: other processes may need it."""
     gc.collect()

@@ -109,7 +109,7 @@ def test_the_newest_package_that_runs_on_the_device_is_taken(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert isinstance(choose((8, 0)), TorchFlash)
     assert choose((7, 5)) is None
-    packages = {"flash_attn", flash_kernels._TORCH_VARLEN}
+    packages = {"flash_attn"}
     monkeypatch.setattr(flash_kernels, "find_spec", lambda name: name in packages)
     with flash_2_package(), flash_3_package():
         assert isinstance(choose((9, 0)), Flash2)

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from lt_train.hybrid import flex
 from lt_train.hybrid.flex import TILE, block_mask, flex_streaming_attention, rounded_length, tiles_seen
 from lt_train.hybrid.mask import streaming_visible
-from tests.support.streaming_cases import CASES, Case, documents_of, tensors_of
+from tests.support.streaming_cases import CASES, Case, documents_of, expected_output, tensors_of
 
 packs = st.builds(
     Case,
@@ -85,3 +85,19 @@ def test_new_batches_lengths_and_windows_compile_no_new_kernels(monkeypatch):
             q, k, v, _ = tensors_of(case, torch.float32)
             flex_streaming_attention(documents_of(case), q, k, v, **case.sizes)
     assert counter.frame_count <= 3
+
+
+def test_more_kinds_of_batches_than_torchs_limit_of_kernels_can_be_computed():
+    """Head sizes, one row or several, gradients or none: each compiles a kernel, and torch's own limit is 8."""
+    torch._dynamo.reset()
+    flex.compiled_flex_attention.cache_clear()
+    compiled = flex.compiled_flex_attention(backend="eager")
+    for size in (16, 24, 32, 40, 48):
+        for rows in (1, 2):
+            case = Case(rows * ((200, 20),))
+            q, k, v, _ = tensors_of(case, torch.float32, size=size)
+            documents = documents_of(case)
+            mask = flex.block_mask(documents, case.w_sink, case.w_recent, q.device)
+            inputs = [torch.nn.functional.pad(x, (0, 0, 0, rounded_length(220) - 220)) for x in (q, k, v)]
+            found = compiled(*inputs, block_mask=mask, scale=0.3, enable_gqa=True)[:, :, :220]
+            torch.testing.assert_close(found, expected_output(case, documents, q, k, v), atol=1e-5, rtol=1e-4)

@@ -80,6 +80,25 @@ def test_full_layers_in_bf16_see_their_own_document_alone(name, case):
     assert_is_the_reference(full, documents, partial(KERNELS[name].full, documents, scaling=full.sizes["scaling"]))
 
 
+@pytest.mark.parametrize("case", ["packed, rows of unequal length", "left-padded", "longer than two tiles", "one group"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_learned_sinks_in_bf16_give_what_the_reference_gives_in_fp32(name, case):
+    """Output and the gradients of q, k, v and of the logits."""
+    can(name)
+    case = dataclasses.replace(CASES[case], w_sink=0)
+    documents, (*qkv, dout) = documents_of(case, GPU), tensors_of(case, torch.bfloat16, GPU, 64)
+    sinks = torch.linspace(-2, 3, case.heads[0], device=GPU)
+
+    def computed(kernel, *tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        out = KERNELS[kernel].streaming(documents, *leaves[:3], **case.sizes, sinks_H=leaves[3])
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    found, expected = computed(name, *qkv, sinks), computed("reference", *(x.float() for x in qkv), sinks)
+    errors = [float((x.float() - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
+    assert max(errors) < LARGEST_ERROR, errors
+
+
 def test_auto_takes_a_fast_kernel_for_bf16():
     choice = choose("auto", Use(GPU, torch.bfloat16, 128, trains=True))
     assert choice.name in ("flash", "flex"), choice.reason

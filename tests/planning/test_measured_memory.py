@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lt_train.planning.memory import Phase, training_memory
 from lt_train.planning.setup import Machine, setup_of
@@ -54,14 +57,58 @@ RUNS = {
     },
 }
 
+QWEN3_1_7B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
+QWEN3_0_6B = {**QWEN3_1_7B, "hidden_size": 1024, "intermediate_size": 3072}
+LORA = {"train": {"method": "lora", "gradient_checkpointing": True}, "lora": {}}
+ON_GPU = {
+    "LoRA of 1.7 B, 16K tokens, gradient checkpointing": {
+        "config": QWEN3_1_7B,
+        "recipe": {"model": {"dtype": "bf16"}, "data": {"max_length": 16384}, **LORA},
+    },
+    "LoRA of 0.6 B, 4K tokens": {
+        "config": QWEN3_0_6B,
+        "recipe": {
+            "model": {"dtype": "bf16"},
+            "data": {"max_length": 4096},
+            "train": {"method": "lora", "gradient_checkpointing": False},
+            "lora": {},
+        },
+    },
+    "all of 0.6 B, two rows of 4K tokens packed": {
+        "config": QWEN3_0_6B,
+        "recipe": {
+            "model": {"dtype": "bf16"},
+            "data": {"max_length": 4096, "packing": True},
+            "train": {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": True},
+        },
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """The peak of each run in bytes: one process measures them all."""
     # The C library gives freed tensors back at once only above these sizes, which grow by themselves unless they are set.
     environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    folder = tmp_path_factory.mktemp("measured")
-    command = [sys.executable, "-m", "tests.support.measured_training", str(folder), json.dumps(RUNS)]
+    return peaks(tmp_path_factory.mktemp("measured"), RUNS, environment)
+
+
+@pytest.fixture(scope="module")
+def measured_on_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    return peaks(tmp_path_factory.mktemp("measured"), ON_GPU, dict(ENVIRONMENT))
+
+
+def peaks(folder: Path, runs: dict[str, Any], environment: dict[str, str]) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.support.measured_training", str(folder), json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -70,10 +117,22 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_peak_of_a_real_training_is_that_of_its_plan(kind: str, measured: dict[str, int]) -> None:
-    config = config_of(RUNS[kind]["config"])
-    recipe = recipe_of(RUNS[kind]["recipe"], config.num_hidden_layers)
+    assert_planned(kind, RUNS[kind], Machine(1, 16 * GIB, cpu=True), measured[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ON_GPU)
+def test_the_peak_of_a_training_on_a_gpu_is_that_of_its_plan(kind: str, measured_on_gpu: dict[str, int]) -> None:
+    assert_planned(kind, ON_GPU[kind], Machine(1, 80 * GIB), measured_on_gpu[kind])
+
+
+def assert_planned(kind: str, run: dict[str, Any], machine: Machine, measured: int) -> None:
+    config = config_of(run["config"])
+    recipe = recipe_of(run["recipe"], config.num_hidden_layers)
     shape = model_shape(recipe, config)
-    setup = setup_of(recipe, recipe.train, Machine(1, 16 * GIB, cpu=True), len(shape.spec.lazy_layers))
+    setup = setup_of(recipe, recipe.train, machine, len(shape.spec.lazy_layers))
     memory = training_memory(shape, setup)
-    print(f"{kind}: plan {memory.peak / 2**20:.0f} MiB ({memory.phase.name}), measured {measured[kind] / 2**20:.0f} MiB")
-    assert memory.peak == pytest.approx(measured[kind], rel=WITHIN), {phase.name: memory.at(phase) for phase in Phase}
+    print(f"{kind}: plan {memory.peak / 2**20:.0f} MiB ({memory.phase.name}), measured {measured / 2**20:.0f} MiB")
+    assert memory.peak == pytest.approx(measured, rel=WITHIN), {phase.name: memory.at(phase) for phase in Phase}

@@ -2,8 +2,9 @@
 
 python -m tests.support.measured_training FOLDER '{"name": {"config": {…}, "recipe": {"train": {…}}}, …}'
 
-The peak is the process's largest resident set during the training less what it held before, as Linux counts both. What a first
-training loads and sets up by itself (libraries, threads, buffers) is there before, because a tiny one was trained already.
+On a GPU the peak is that of torch's allocator there. On a CPU it is the process's largest resident set during the training less
+what it held before, as Linux counts both. What a first training loads and sets up by itself (libraries, threads, buffers) is there
+before, because a tiny one was trained already.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from lt_train.dataset.examples import Example, ExampleSet
 from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainer import train
-from tests.support.peak_memory import peak_of
+from tests.support.peak_memory import cuda_peak_of, peak_of
 from tests.support.tiny_training import tiny_tokenizer
 
 WARM_UP = {
@@ -59,7 +61,11 @@ def train_rows(settings: dict[str, Any], folder: Path) -> None:
         [drawn.randrange(2, config.vocab_size) for _ in range(recipe.data.max_length)] for _ in range(2 * recipe.train.batch_size)
     ]
     examples = [Example(str(at), f"made up:{at}", tuple(row[:8]), tuple(row[8:])) for at, row in enumerate(rows)]
-    load = lambda dtype: build_hybrid(config, spec).to(dtype)  # noqa: E731
+
+    def load(dtype: torch.dtype) -> HybridForCausalLM:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return build_hybrid(config, spec).to(dtype)
+
     train(recipe, load, tiny_tokenizer(), ExampleSet(examples, [], {}), spec, folder, NoTracker(), lambda line: None)
 
 
@@ -68,9 +74,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs", type=json.loads)
     given = parser.parse_args()
+    measure = cuda_peak_of if torch.cuda.is_available() else peak_of
     torch.set_num_threads(1)
     train_rows(WARM_UP, given.folder / "warm up")
-    print(json.dumps({name: peak_of(partial(train_rows, each, given.folder / name)) for name, each in given.runs.items()}))
+    print(json.dumps({name: measure(partial(train_rows, each, given.folder / name)) for name, each in given.runs.items()}))
 
 
 if __name__ == "__main__":

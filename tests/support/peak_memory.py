@@ -35,6 +35,15 @@ def peak_of(run: Callable[[], None]) -> int:
     return resident("VmHWM") - before
 
 
+def cuda_peak_of(run: Callable[[], None]) -> int:
+    """Bytes of tensors on the GPU at the peak while `run` ran, less those that were there before."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def anonymous_peak_of(run: Callable[[], object]) -> int:
     """As `peak_of`, without the pages of mapped files, which the kernel drops when it needs memory. It looks every 5 ms."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,46 @@
+"""The engine, `generate()` and recomputation on a GPU: the same greedy tokens, in fp32."""
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.engine import Engine
+from lt_train.inference.requests import Request, Sampling, sample_seed
+from tests.support.families import BASES
+from tests.support.tiny_training import VOCABULARY, tiny_tokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SPECS = {
+    "full": HybridSpec(4, (), 2, 6),
+    "token sinks": HybridSpec(4, (0, 1, 3), 2, 6),
+    "learned sinks": HybridSpec(4, (0, 1, 3), 0, 6, learned_sinks=True),
+}
+NEW = 24
+PROMPTS = [tuple(3 + (n * 5 + i * i) % 30 for i in range(length)) for n, length in enumerate([1, 2, 3, 7, 15, 33, 300])]
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(spec: HybridSpec) -> None:
+    tokenizer = tiny_tokenizer()
+    config = Qwen3Config(**{**BASES["qwen3"].to_dict(), "vocab_size": VOCABULARY, "initializer_range": 0.3})
+    torch.manual_seed(0)
+    model = build_hybrid(config, spec).to("cuda").eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    asked = [Request(f"p{n}", 0, sample_seed(7, f"p{n}", 0), prompt) for n, prompt in enumerate(PROMPTS)]
+    engine = Engine(model, tokenizer, max_slots=4, prefill_chunk=8)
+    answers = {answer.request.problem: answer for answer in engine.answers(asked, Sampling(0.0, 1.0, NEW))}
+    for request in asked:
+        ids = torch.tensor([request.prompt_ids], device="cuda")
+        cached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[
+            0, ids.shape[1] :
+        ].tolist()
+        for _ in range(len(cached)):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        alone = ids[0, len(request.prompt_ids) :].tolist()
+        assert cached == alone
+        answer = answers[request.problem]
+        assert answer.tokens == len(alone)
+        stopped = alone[-1] == tokenizer.eos_token_id
+        assert answer.text == tokenizer.decode(alone[:-1] if stopped else alone)
