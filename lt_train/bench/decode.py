@@ -46,8 +46,8 @@ class Throughput:
     moved_bytes: int
     """What a step reads: weights, keys and values."""
     milliseconds: float
-    busy: float | None = None
-    """Fraction of a step in which the GPU computes; the rest it waits for Python. None on a CPU."""
+    gpu_milliseconds: float | None = None
+    """Of a step, while the GPU computes; else it waits for Python. None on a CPU."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,17 +82,16 @@ def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughpu
         times.append(time.perf_counter() - started)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     held = slots * sizes.sequence(context)
-    seconds = median(times)
-    busy = device_seconds(lambda: runner.step([1] * slots)) / seconds if model.device.type == "cuda" else None
-    return Throughput(slots, held, weights + held, 1000 * seconds, busy)
+    on_gpu = gpu_milliseconds(lambda: runner.step([1] * slots)) if model.device.type == "cuda" else None
+    return Throughput(slots, held, weights + held, 1000 * median(times), on_gpu)
 
 
-def device_seconds(step: Callable[[], object]) -> float:
-    """Seconds that the GPU's kernels and copies of one step take, one after the other."""
+def gpu_milliseconds(step: Callable[[], object]) -> float:
+    """What the GPU's kernels and copies of one step take, one after the other."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
+    return sum(event.self_device_time_total for event in profiled.key_averages()) / 1e3
 
 
 def budget_too_small(budget: int, tokens: int, needed: int) -> str:
@@ -146,15 +145,17 @@ def bench_decode(
     console.print(throughput_table(num_layers, lengths, found))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
     print_lines(console, legend)
-    if found[()][0].busy is not None:
-        print_lines(console, "busy: of a step's time, what the GPU computes; the rest it waits for Python")
+    if found[()][0].gpu_milliseconds is not None:
+        print_lines(
+            console, "GPU ms: of a step, while the GPU computes; else it waits for Python. faster by it: tokens per GPU second"
+        )
     print_lines(console, PAPER)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
     titles = ["context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"]
-    on_gpu = found[()][0].busy is not None
-    table = measurement_table(*titles, *(["busy"] if on_gpu else []))
+    on_gpu = found[()][0].gpu_milliseconds is not None
+    table = measurement_table(*titles, *(["GPU ms", "faster by it"] if on_gpu else []))
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():
@@ -164,9 +165,10 @@ def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[
             if lazy:
                 faster, limit = ours.tokens_per_second / full.tokens_per_second, ours.tokens_per_byte / full.tokens_per_byte
                 row += [f"{faster:.2f}x", f"{limit:.2f}x", f"{100 * faster / limit:.0f} %"]
-            elif on_gpu:
+            else:
                 row += ["", "", ""]
-            if ours.busy is not None:
-                row.append(f"{100 * ours.busy:.0f} %")
+            if ours.gpu_milliseconds is not None and full.gpu_milliseconds is not None:
+                by_gpu = ours.slots / ours.gpu_milliseconds / (full.slots / full.gpu_milliseconds)
+                row += [f"{ours.gpu_milliseconds:,.1f}", f"{by_gpu:.2f}x" if lazy else ""]
             table.add_row(*row, end_section=lazy == list(found)[-1])
     return table

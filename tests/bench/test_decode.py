@@ -2,7 +2,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from lt_train.bench.decode import TIMED_STEPS, bench_decode, throughput
+from lt_train.bench.decode import TIMED_STEPS, Throughput, bench_decode, throughput, throughput_table
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Model
@@ -37,3 +37,13 @@ def test_a_budget_below_one_sequence_is_refused() -> None:
     model = build_hybrid(BASES["qwen3"], HybridSpec(4, (), 2, 30)).eval()
     with pytest.raises(UserError, match=r"less than one sequence of 300 tokens\. Fix: set at least"):
         throughput(model, context=300, budget=1000)
+
+
+def test_on_a_gpu_the_ratio_by_the_gpus_own_time_is_shown_too() -> None:
+    """A step that waits for Python has another ratio than one that computes."""
+    full, ours = Throughput(10, 0, 100, 50.0, gpu_milliseconds=20.0), Throughput(30, 0, 150, 60.0, gpu_milliseconds=24.0)
+    console = Console(record=True, width=160)
+    console.print(throughput_table(4, [8192], {(): [full], (1, 3): [ours]}))
+    titles, *rows = (line.split() for line in console.export_text().splitlines() if line.strip() and "─" not in line)
+    assert titles[-5:] == ["GPU", "ms", "faster", "by", "it"]
+    assert rows[0][-1] == "20.0" and rows[1][-2:] == ["24.0", "2.50x"]

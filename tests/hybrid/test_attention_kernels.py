@@ -1,9 +1,11 @@
 """Which kernel computes, and that one which cannot is refused, with the reason and the way out."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from lt_train.hybrid import attention_kernels
 from lt_train.hybrid.attention_kernels import KERNELS, Choice, Use, choose, computed_in
@@ -141,6 +143,19 @@ def test_a_trial_leaves_the_rng_of_the_run_as_it_is(flash_on_a_cpu):
     before = torch.get_rng_state()
     attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_first_use_under_gradient_checkpointing_leaves_nothing_in_the_layers_graph(flash_on_a_cpu):
+    """The trial runs in the first pass alone; recomputation would miss the tensors that it saved. Seen on an H200."""
+    trial = cache(attention_kernels._self_test_fault.__wrapped__)
+
+    def layer(x):
+        assert trial("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
+        return x.sin()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3).cos())
 
 
 def test_attention_is_computed_in_the_dtype_of_autocast():
