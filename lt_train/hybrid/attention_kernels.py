@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,6 @@ from .blocked import blocked_streaming_attention
 from .documents import Documents, find_documents
 from .flash import AttentionPart, FlashKernel, attend_by_parts, full_parts, streaming_parts
 from .flash_kernels import flash_kernel
-from .flex import flex_full_attention, flex_streaming_attention
 from .reference import reference_streaming_attention
 from .spec import HybridError
 
@@ -125,13 +123,10 @@ def _best(use: Use) -> Choice:
         return Choice("blocked", f"on a device of type {where} the others are slower or have no gradients")
     if use.dtype not in _HALF:
         return Choice("blocked", f"exact in {precision}; flash attention computes in bf16 and fp16")
-    obstacles: list[str] = []
-    for name in ("flash", "flex"):
-        obstacle = KERNELS[name].obstacle(use)
-        if obstacle is None:
-            return Choice(name, "; ".join([f"the fastest for {precision} on this device{_package(name, use)}", *obstacles]))
-        obstacles.append(f"not {name}: {obstacle}")
-    return Choice("blocked", "; ".join(obstacles))
+    obstacle = KERNELS["flash"].obstacle(use)
+    if obstacle is None:
+        return Choice("flash", f"the fastest for {precision} on this device{_package('flash', use)}")
+    return Choice("blocked", f"not flash: {obstacle}")
 
 
 def _package(name: str, use: Use) -> str:
@@ -218,20 +213,6 @@ def _flash_obstacle(use: Use) -> str | None:
     return _self_test_fault("flash", use)
 
 
-def _flex_obstacle(use: Use) -> str | None:
-    if use.device.type == "cpu":
-        if use.trains:
-            return "FlexAttention has no gradients on a CPU. Fix: to train, set blocked or auto"
-        return None
-    if use.device.type != "cuda" or find_spec("triton") is None:
-        return f"FlexAttention is compiled by triton, which is not installed for {use.device.type}. Fix: set auto"
-    if use.dtype not in (*_HALF, torch.float32):
-        return "FlexAttention computes in bf16, fp16 or fp32 only. Fix: set auto"
-    if use.head_size < 16:
-        return f"FlexAttention takes head sizes of 16 or more, and this model has {use.head_size}. Fix: set auto"
-    return _self_test_fault("flex", use)
-
-
 @cache
 def _self_test_fault(name: str, use: Use) -> str | None:
     """The fault of a compiled kernel on a small input on its device, found before training and not during it; None: it works.
@@ -287,6 +268,5 @@ _LARGEST_ERROR = 0.02
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(_by_document(reference_streaming_attention), None, _none),
     "blocked": Kernel(_by_document(blocked_streaming_attention), None, _none),
-    "flex": Kernel(flex_streaming_attention, flex_full_attention, _flex_obstacle),
     "flash": Kernel(_flash_streaming, _flash_full, _flash_obstacle),
 }

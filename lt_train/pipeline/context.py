@@ -105,7 +105,7 @@ class RunContext:
         """Report once what computes attention here, and why.
 
         Raises:
-            UserError: what the recipe names cannot, or has no gradients where the recipe needs them.
+            UserError: what the recipe names cannot compute here.
         """
         if not self._attention_is_reported:
             hybrid = self.recipe.hybrid

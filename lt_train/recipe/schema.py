@@ -69,10 +69,10 @@ class Model(Part):
     """Branch, tag or commit of a hub id. null: main."""
     dtype: Precision = "auto"
     """Dtype of matrix products. auto: bf16 where the device computes in it, else fp32."""
-    attention: Literal["auto", "reference", "blocked", "flex", "flash"] = "auto"
+    attention: Literal["auto", "reference", "blocked", "flash"] = "auto"
     """Attention kernel. All kernels compute the same attention. auto: the fastest that works on the device; the log reports which
-    one and why. flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. flex: FlexAttention,
-    compiled for a GPU. blocked: plain torch on any device. reference: slow, to compare with."""
+    one and why. flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. blocked: plain torch
+    on any device. reference: slow, to compare with."""
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings with its tokenizer or config."""
     rope_scaling: RopeScaling | None = Field(default=None, json_schema_extra=ADDED)

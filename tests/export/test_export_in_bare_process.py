@@ -278,8 +278,8 @@ kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".attention_ke
 choice = kernels.choose("auto", kernels.Use(torch.device("cpu"), torch.float32, head_size=16, trains=False))
 assert choice.name == "blocked", choice
 by_auto = logits(model)
-model.set_attention_kernel("flex")
-save_file(dict(auto=by_auto, flex=logits(model)), "logits.safetensors")
+model.set_attention_kernel("reference")
+save_file(dict(auto=by_auto, reference=logits(model)), "logits.safetensors")
 model.set_attention_kernel("flash")
 try:
     logits(model)

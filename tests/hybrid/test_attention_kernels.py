@@ -20,10 +20,9 @@ SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As on a GPU of compute capability 9.0 on which flash attention and FlexAttention run."""
+    """As on a GPU of compute capability 9.0 on which flash attention runs."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: DenseFlash())
-    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: name)
     monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: None)
 
 
@@ -51,10 +50,12 @@ def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
     assert choose("auto", without(GPU, dtype=torch.float32)).name == "blocked"
     monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: None)
     choice = choose("auto", GPU)
-    assert choice.name == "flex" and "not flash: neither the flash-attn package" in choice.reason
+    assert choice.name == "blocked" and "not flash: neither the flash-attn package" in choice.reason
+
+
+def test_auto_takes_no_kernel_that_failed_its_trial(on_a_gpu, monkeypatch):
     monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: "it is broken")
-    choice = choose("auto", GPU)
-    assert choice.name == "blocked" and "not flex: it is broken" in choice.reason
+    assert choose("auto", GPU) == Choice("blocked", "not flash: it is broken")
 
 
 def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
@@ -82,21 +83,8 @@ def test_a_missing_or_broken_flash_package_is_named(on_a_gpu, monkeypatch):
         choose("flash", GPU)
 
 
-def test_what_flex_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
-    assert choose("flex", GPU).name == choose("flex", CPU).name == "flex"
-    with pytest.raises(HybridError, match=r"no gradients on a CPU\. Fix: to train, set blocked or auto"):
-        choose("flex", without(CPU, trains=True))
-    with pytest.raises(HybridError, match=r"this model has 8\. Fix: set auto"):
-        choose("flex", without(GPU, head_size=8))
-    with pytest.raises(HybridError, match="bf16, fp16 or fp32"):
-        choose("flex", without(GPU, dtype=torch.float64))
-    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: None)
-    with pytest.raises(HybridError, match="compiled by triton, which is not installed"):
-        choose("flex", GPU)
-
-
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(HybridError, match="auto, reference, blocked, flex, flash"):
+    with pytest.raises(HybridError, match="auto, reference, blocked, flash"):
         choose("eager", CPU)
 
 
@@ -180,7 +168,7 @@ def packed_and_padded():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["flex", "flash", "blocked"])
+@pytest.mark.parametrize("name", ["flash", "blocked"])
 def test_whole_models_give_the_logits_of_the_reference(name, base_config, flash_on_a_cpu):
     hybrid = build_hybrid(base_config, SPEC).eval()
     batch = packed_and_padded()
@@ -196,7 +184,7 @@ def test_generation_goes_on_from_a_prompt_that_any_kernel_read(qwen3_config, fla
     hybrid = build_hybrid(qwen3_config, SPEC).eval()
     prompt = torch.randint(2, 96, (1, 30))
     answers = []
-    for name in ("reference", "flex", "flash"):
+    for name in ("reference", "blocked", "flash"):
         hybrid.set_attention_kernel(name)
         answers.append(hybrid.generate(prompt, max_new_tokens=20, do_sample=False))
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
@@ -229,10 +217,3 @@ def test_flash_trains_under_autocast_with_weights_in_fp32(qwen3_config, flash_on
         loss = hybrid(ids, labels=ids).loss
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in hybrid.parameters())
-
-
-def test_a_model_that_is_to_train_by_flex_on_a_cpu_stops(qwen3_config):
-    hybrid = build_hybrid(qwen3_config, SPEC)
-    hybrid.set_attention_kernel("flex")
-    with pytest.raises(HybridError, match="no gradients on a CPU"):
-        hybrid(torch.randint(2, 96, (1, 10)))

@@ -48,7 +48,7 @@ def test_every_kernel_in_bf16_gives_what_the_reference_gives_in_fp32(name, case)
 
 
 @pytest.mark.parametrize("size", [16, 80, 128, 256])
-@pytest.mark.parametrize("name", ["blocked", "flex", "flash"])
+@pytest.mark.parametrize("name", ["blocked", "flash"])
 def test_heads_of_every_usual_size(name, size):
     can(name, size)
     case = CASES["packed, rows of unequal length"]
@@ -72,12 +72,11 @@ def test_every_flash_attention_that_is_installed_gives_what_the_reference_gives(
 
 
 @pytest.mark.parametrize("case", ["packed, rows of unequal length", "left-padded", "all shorter than the window"])
-@pytest.mark.parametrize("name", ["flex", "flash"])
-def test_full_layers_in_bf16_see_their_own_document_alone(name, case):
-    can(name)
+def test_full_layers_in_bf16_see_their_own_document_alone(case):
+    can("flash")
     documents = documents_of(CASES[case], GPU)
     full = dataclasses.replace(CASES[case], w_sink=0, w_recent=10_000)
-    assert_is_the_reference(full, documents, partial(KERNELS[name].full, documents, scaling=full.sizes["scaling"]))
+    assert_is_the_reference(full, documents, partial(KERNELS["flash"].full, documents, scaling=full.sizes["scaling"]))
 
 
 @pytest.mark.parametrize("case", ["packed, rows of unequal length", "left-padded", "longer than two tiles", "one group"])
@@ -99,9 +98,9 @@ def test_learned_sinks_in_bf16_give_what_the_reference_gives_in_fp32(name, case)
     assert max(errors) < LARGEST_ERROR, errors
 
 
-def test_auto_takes_a_fast_kernel_for_bf16():
+def test_auto_takes_flash_attention_for_bf16():
     choice = choose("auto", Use(GPU, torch.bfloat16, 128, trains=True))
-    assert choice.name in ("flash", "flex"), choice.reason
+    assert choice.name == "flash", choice.reason
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -126,16 +125,15 @@ def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flash", "flex"])
-def test_streaming_beats_full_causal_flash_attention_from_16k_tokens_on(name):
+def test_streaming_beats_full_causal_flash_attention_from_16k_tokens_on():
     """Forward and backward, 32 heads to 8 of keys and values, of 128 numbers, window 1,020; medians, one run. Prints the table."""
-    can(name, head_size=128)
+    can("flash", head_size=128)
     ratios = {}
     for length in (4096, 8192, 16384, 32768, 65536):
         shapes = [(1, heads, length, 128) for heads in (32, 8, 8, 32)]
         *qkv, dout = (torch.randn(shape, device=GPU, dtype=torch.bfloat16) for shape in shapes)
         documents = find_documents(1, length, GPU, None, None)
-        streaming = partial(KERNELS[name].streaming, documents, w_sink=4, w_recent=1020, scaling=128**-0.5)
+        streaming = partial(KERNELS["flash"].streaming, documents, w_sink=4, w_recent=1020, scaling=128**-0.5)
         full = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
         times = []
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -144,5 +142,5 @@ def test_streaming_beats_full_causal_flash_attention_from_16k_tokens_on(name):
                 times.append(Timer("step(*given)", globals=work).blocked_autorange(min_run_time=1).median)
         ratios[length] = times[0] / times[1]
         full_ms, streaming_ms = (1e3 * time for time in times)
-        print(f"{name:<6} {length:>6} tokens  full {full_ms:8.2f} ms  streaming {streaming_ms:8.2f} ms  {ratios[length]:5.2f}x")
+        print(f"{length:>6} tokens  full {full_ms:8.2f} ms  streaming {streaming_ms:8.2f} ms  {ratios[length]:5.2f}x")
     assert ratios[16384] > 1.5 and ratios[65536] > ratios[16384]

@@ -100,24 +100,20 @@ def test_a_run_says_once_what_computes_attention_and_why(finished):
     assert printed.count("attention ") == 1 and "attention blocked: " in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention trains on a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU flash attention can train")
 @pytest.mark.parametrize("stage", ["profile", "train", "eval"])
 @pytest.mark.parametrize("overrides", [(), PERIODIC])
-def test_attention_that_cannot_train_is_refused_before_weights_are_loaded(stage, overrides, inputs, tmp_path, monkeypatch):
+def test_attention_that_the_device_cannot_compute_is_refused_before_weights_are_loaded(
+    stage, overrides, inputs, tmp_path, monkeypatch
+):
     if stage == "profile" and overrides == PERIODIC:
         pytest.skip("a choice without scores has nothing to profile")
     for load in ("lt_train.pipeline.stages.profile.load_for_inference", "lt_train.pipeline.stages.train.load_weights"):
         monkeypatch.setattr(load, lambda *given, **settings: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=r"model\.attention: flex: .* Fix: to train, set blocked or auto"):
-        run_in_folder(load_recipe(inputs / "recipe.yaml", ["model.attention=flex", *overrides]), tmp_path, stage)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention has gradients on a GPU")
-def test_attention_without_gradients_is_refused_for_gates_in_a_recipe_that_trains_nothing(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("lt_train.pipeline.stages.profile.load_for_inference", lambda *given, **settings: pytest.fail("loaded"))
-    overrides = ["model.attention=flex", "train=null", "hybrid.strategy=gates"]
-    with pytest.raises(UserError, match=r"model\.attention: flex: FlexAttention has no gradients on a CPU"):
-        run_in_folder(load_recipe(inputs / "recipe.yaml", overrides), tmp_path, "profile")
+    with pytest.raises(UserError, match=r"model\.attention: flash: .* Fix: set auto"):
+        run_in_folder(
+            load_recipe(inputs / "recipe.yaml", ["model.attention=flash", "model.dtype=bf16", *overrides]), tmp_path, stage
+        )
 
 
 @pytest.mark.parametrize("stage", ["convert", "teacher"])
