@@ -1,5 +1,6 @@
 """README and docs/ agree with the code."""
 
+import ast
 import re
 
 import pytest
@@ -30,3 +31,22 @@ def test_every_file_that_is_linked_is_there(page):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))]
     gone = [link for link in links if link and not link.startswith("http") and not (page.parent / link).exists()]
     assert gone == []
+
+
+def test_what_troubleshooting_quotes_is_said_by_the_code():
+    """Its headings quote parts of messages: a reader searches the page for them."""
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = {part for heading in re.findall(r"^## (.*)$", page, re.MULTILINE) for part in re.findall(r"`([^`]+)`", heading)}
+    said = "\n".join(
+        node.value
+        for file in (REPOSITORY / "lt_train").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    assert len(quoted) > 4
+    assert {part for part in quoted if part not in said} == set()
+
+
+def test_every_page_is_in_the_sites_navigation():
+    listed = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in (REPOSITORY / "docs").glob("*.md") if f": {page.name}" not in listed] == []
