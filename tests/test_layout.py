@@ -24,7 +24,7 @@ ALLOWED = {
     "export": "benchmarks dataset hybrid inference recipe runtime",
     "report": "benchmarks evaluation hybrid recipe runtime selection training",
     "planning": "benchmarks dataset hybrid inference recipe runtime selection training",
-    "pipeline": "benchmarks dataset evaluation export hybrid inference recipe report runtime selection training",
+    "pipeline": "benchmarks dataset evaluation export hybrid inference planning recipe report runtime selection training",
     "serving": "benchmarks dataset export hybrid inference pipeline recipe runtime",
     "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
     "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection "

@@ -3,6 +3,7 @@
 Prompts are made once, before anything is trained; the models then answer them one after the other.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe
 from lt_train.runtime.fingerprints import hash_of
 from lt_train.runtime.run_paths import SCORES, RunPaths
 from lt_train.runtime.sources import resolve_model
+from lt_train.runtime.units import format_duration
 
 
 @dataclass
@@ -62,8 +64,15 @@ class Evaluations:
                 self.plan(eval_config)
 
     def measure_all(self) -> None:
+        variants = self.variants.to_evaluate()
+        pending = [variant for variant in variants if not self._is_measured(variant)]
+        started = time.monotonic()
         try:
-            for variant in self.variants.to_evaluate():
+            for number, variant in enumerate(variants, start=1):
+                if self.rank == 0:
+                    named = ", ".join(str(eval_config.name) for eval_config in self._asking_for(variant))
+                    left = _time_left(time.monotonic() - started, pending, variant)
+                    self.report("; ".join(filter(None, [f"{number} of {len(variants)}: {variant}: {named}", left])))
                 self.measure(variant)
         finally:
             while self._base_answers:
@@ -71,9 +80,7 @@ class Evaluations:
 
     def measure(self, variant: str) -> None:
         """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
-        eval_configs = [eval_config for eval_config in self.recipe.eval if variant in self.variants.of(eval_config)]
-        if self.rank == 0:
-            self.report(f"{variant}: {', '.join(str(eval_config.name) for eval_config in eval_configs)}")
+        eval_configs = self._asking_for(variant)
         outs = {eval_config.name: self.paths.evaluation(variant, str(eval_config.name)) for eval_config in eval_configs}
         for eval_config in eval_configs:
             if isinstance(eval_config, HeldoutKL) and self.rank == 0 and not (outs[eval_config.name] / SCORES).exists():
@@ -84,6 +91,13 @@ class Evaluations:
                 self.measure_answers(eval_config, variant, model, outs[eval_config.name])
             elif self.rank == 0:
                 self.measure_heldout(eval_config, variant, model, outs[eval_config.name])
+
+    def _asking_for(self, variant: str) -> list[Eval | HeldoutLoss | HeldoutKL]:
+        return [eval_config for eval_config in self.recipe.eval if variant in self.variants.of(eval_config)]
+
+    def _is_measured(self, variant: str) -> bool:
+        names = [str(eval_config.name) for eval_config in self._asking_for(variant)]
+        return all((self.paths.evaluation(variant, name) / SCORES).exists() for name in names)
 
     def measure_heldout(self, eval_config: HeldoutLoss | HeldoutKL, variant: str, model: HybridForCausalLM, out: Path) -> None:
         identity = self.variants.fingerprint(variant)
@@ -125,3 +139,9 @@ class Evaluations:
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
         prompt, questions = plan.prompt, plan.questions
         return servers_for(eval_config, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)
+
+
+def _time_left(seconds: float, pending: Sequence[str], variant: str) -> str:
+    """Of `pending` variants, those before `variant` took so many seconds; "" where none is measured yet."""
+    measured = pending.index(variant) if variant in pending else 0
+    return f"about {format_duration(seconds / measured * (len(pending) - measured))} left" if measured else ""

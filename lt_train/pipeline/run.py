@@ -5,11 +5,13 @@ the next are files there, so a run resumes at the first stage that is not done.
 """
 
 import time
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Protocol
 
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.stages import convert, evaluate, export, profile, sample, teach, train
+from lt_train.pipeline.time_left import time_left
 from lt_train.report.results import show_results
 from lt_train.runtime.errors import UserError
 
@@ -91,9 +93,17 @@ def run_up_to(wanted: Stage, context: RunContext, *, announce: str | None = None
         context.report(announce, f"first: {listed}")
     for stage in pending:
         stage.check(context)
-    for stage in stages:
+    for number, stage in enumerate(stages, start=1):
         if not stage.is_done(context):  # asked again: new scores make a finished export one of former scores
+            if len(stages) > 1:
+                _announce(stage, number, stages, context)
             stage.run(context)
+
+
+def _announce(stage: Stage, number: int, stages: Sequence[Stage], context: RunContext) -> None:
+    names = [each.NAME for each in stages]
+    left = time_left(context, names[: number - 1], names[number - 1 :])
+    context.report("run", "; ".join(filter(None, [f"stage {number} of {len(stages)}: {stage.describe(context)}", left])))
 
 
 def follow_command(context: RunContext, command: str) -> None:

@@ -1,6 +1,6 @@
 """Memory and time of scoring the layers (selection/): one process loads the base over all GPUs of its machine, the others wait."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lt_train.inference.partial_logits import LOGITS_PER_CALL
@@ -79,16 +79,22 @@ def passes(strategy: str, num_layers: int, long_reach_fraction: float) -> Passes
 
 def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> float:
     """Hours of scoring samples of the greatest length; the GPUs that hold the layers compute one after the other."""
-    length, layers = _length(recipe), len(shape.layers)
-    full, streaming = causal_pairs(length), streaming_pairs(length, shape.spec.window)
+    operations = profile_operations(recipe, shape, [_length(recipe)] * recipe.hybrid.calibration.samples)
+    return operations / (machine.tflops * TERA * machine.efficiency) / HOUR
+
+
+def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int]) -> float:
+    """Floating-point operations of scoring samples of so many tokens by all strategies of the recipe."""
+    layers, tokens = len(shape.layers), sum(lengths)
+    full = sum(causal_pairs(length) for length in lengths)
+    streaming = sum(streaming_pairs(length, shape.spec.window) for length in lengths)
     operations = 0.0
     for strategy in _without_shared(_scored(recipe)):
         needed = passes(strategy, layers, recipe.hybrid.calibration.long_reach_fraction)
         linear = needed.linear * shape.layer_linears / layers + needed.head * shape.head
         attention = 2 * shape.queries * (needed.full * full + needed.streaming * streaming)
-        operations += MULTIPLY_ADD * (linear * length + attention)
-    samples = recipe.hybrid.calibration.samples
-    return samples * operations / (machine.tflops * TERA * machine.efficiency) / HOUR
+        operations += MULTIPLY_ADD * (linear * tokens + attention)
+    return operations
 
 
 def profile_memory(recipe: Recipe, shape: ModelShape, machine: Machine) -> ProfileMemory | None:

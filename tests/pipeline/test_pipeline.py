@@ -1,22 +1,30 @@
 """The stages on the shipped tiny reasoner, in this process, each shrunk to seconds."""
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from lt_train.evaluation.plan import make_plan
 from lt_train.evaluation.scores import read_scores
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline import evaluations
+from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.evaluations import _time_left
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.time_left import time_left
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import release_memory
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.processes import Process
 from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs, write_recipe
@@ -98,6 +106,32 @@ def test_a_run_shows_what_it_does_and_found(finished):
 def test_a_run_says_once_what_computes_attention_and_why(finished):
     _, printed = finished
     assert printed.count("attention ") == 1 and "attention blocked: " in printed
+
+
+def test_each_stage_is_announced_with_its_number_and_from_the_second_on_with_the_time_left(finished):
+    heads = re.findall(r"run +stage (\d) of 5: (\w+)(.*)", finished[1])
+    assert [(int(number), name) for number, name, _ in heads] == list(
+        enumerate(("profile", "convert", "train", "eval", "export"), 1)
+    )
+    assert [bool(re.search(r"; about .* left, evaluation aside$", rest)) for *_, rest in heads] == [False, True, True, False, False]
+
+
+def test_the_time_left_is_the_operations_left_at_the_measured_rate(recipe, runs):
+    context = RunContext(recipe, RunFolder(recipe, runs), Console(quiet=True), Process(0, 1, launched=False))
+    marker, left = context.paths.marker("profile"), {}
+    for hours in (1, 2):
+        write_json(marker, {**read_json(marker, "stage marker"), "seconds": 3600 * hours})
+        line = time_left(context, ["profile"], ["convert", "train", "eval"])
+        number, unit = re.fullmatch(r"about ([\d.]+) (hours|minutes) left, evaluation aside", line).groups()
+        left[hours] = float(number) * {"hours": 60, "minutes": 1}[unit]
+    assert left[2] == pytest.approx(2 * left[1], rel=0.02)
+    assert time_left(context, [], ["profile", "train"]) == time_left(context, ["profile", "train"], ["eval"]) == ""
+
+
+def test_the_rest_of_an_evaluation_follows_from_the_variants_measured_now_and_not_from_those_of_before():
+    pending = ["converted", "trained"]  # base was measured before
+    assert _time_left(5.0, pending, "base") == _time_left(5.0, pending, "converted") == ""
+    assert _time_left(60.0, pending, "trained") == "about 60 seconds left"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU flash attention can train")
