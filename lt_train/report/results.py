@@ -118,8 +118,8 @@ def results_table(results: list[Result]) -> Table:
     for name in (
         "accuracy, % [95 %]" if generated else "nats per token ± SE",
         "minus base [95 %]",
-        *(["truncated", "unanswered"] if generated else []),
-        *(["not graded"] if failures else []),
+        *(["cut off", "no\nanswer"] if generated else []),
+        *(["not\ngraded"] if failures else []),
     ):
         table.add_column(name, justify="right", no_wrap=True)
     base = next((result.scores for result in results if result.variant == BASE), None)
@@ -127,7 +127,7 @@ def results_table(results: list[Result]) -> Table:
         row = [result.label, _score(result.scores)]
         row.append("" if result.variant == BASE or base is None else difference_from(result.scores, base)[0])
         if isinstance(result.scores, AnswerScores):
-            row += [f"{100 * result.scores.truncated:.1f} %", f"{100 * result.scores.unanswered:.1f} %"]
+            row += [f"{100 * result.scores.truncated:.1f}%", f"{100 * result.scores.unanswered:.1f}%"]
             row += [f"{result.scores.grading_errors:,}"] if failures else []
         table.add_row(*row)
     return table

@@ -119,7 +119,7 @@ def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
     score(run, "base", base)
     score(run, "trained", trained)
     paired = paired_difference(trained.by_problem, base.by_problem)
-    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0", "%", "0.0", "%"]
+    assert row(run, "base").split() == ["base", "75.0", "[30.1,", "95.4]", "25.0%", "0.0%"]
     line = row(run, "reach, trained")
     assert "50.0 [15.0, 85.0]" in line
     assert f"-25.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]" in line
@@ -128,9 +128,9 @@ def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
 def test_unanswered_and_ungraded_answers_are_counted_and_how_truncated_ones_count_is_named(run):
     score(run, "base", replace(answers([1.0, 0.0], truncated=0.25), unanswered=0.5))
     assert "truncated answers count as incorrect" in shown(run)[0]
-    assert "25.0 % 50.0 %" in " ".join(row(run, "base").split()) and not any("not graded" in line for line in shown(run))
+    assert "25.0% 50.0%" in " ".join(row(run, "base").split()) and not any("graded" in line for line in shown(run)[1:])
     score(run, "trained", replace(answers([1.0, 0.0]), grading_errors=3, truncated_as="graded"))
-    assert "not graded" in shown(run)[1]
+    assert "graded" in shown(run)[2]
     assert row(run, "reach, trained").split()[-1] == "3"
     score(run, "base", replace(answers([1.0, 0.0], truncated=0.25), truncated_as="graded"))
     assert "truncated answers are graded by their text" in shown(run)[0]
@@ -139,7 +139,7 @@ def test_unanswered_and_ungraded_answers_are_counted_and_how_truncated_ones_coun
 def test_without_a_measured_base_there_is_no_difference(run):
     score(run, "trained", answers([1.0, 0.0]))
     figures = row(run, "reach, trained").removeprefix("reach, trained").split()
-    assert figures == ["50.0", "[9.5,", "90.5]", "0.0", "%", "0.0", "%"]
+    assert figures == ["50.0", "[9.5,", "90.5]", "0.0%", "0.0%"]
 
 
 def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
@@ -337,3 +337,13 @@ def test_the_memory_named_below_the_tables_is_that_of_a_sequence_of_32k_tokens(r
     assert KV_TOKENS == 32768
     assert [result.kv_bytes for result in read_results(run)] == [per_token * 4 * 32768, per_token * (2 * 32768 + 2 * 8)]
     assert [line for line in shown(run) if line.startswith("KV at 32K")] == ["KV at 32K     base 32 MiB, hybrids 16 MiB"]
+
+
+def test_the_widest_rows_fit_80_columns_and_no_name_is_broken(run):
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("strategy: reach", "strategy: lazy_ratio"))
+    score(run, "base", answers([1.0] * 60))
+    score(run, "converted", answers([0.0] * 60, truncated=1.0))
+    printed = shown(run, width=80)[1:]  # the title stays on one line
+    assert max(map(len, printed)) <= 80
+    assert any(line.startswith("lazy_ratio, untrained ") for line in printed)
