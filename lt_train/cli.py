@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from contextlib import closing
@@ -235,19 +236,45 @@ def serve(
     port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0: any free one.")] = 8000,
     kv_budget: KVBudget = None,
     max_waiting: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait; more are refused (429).")] = 256,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON", envvar="VLLM_PYTHON", help="Python of an environment with vLLM: serves what it can compute."
+        ),
+    ] = None,
+    vllm_options: Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of vLLM.")] = None,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does, by the built-in engine."""
+    """Answer over HTTP as OpenAI's API does, by vLLM or by the built-in engine."""
     from lt_train.serving.address import listening
 
     budget = _bytes("--kv-budget", kv_budget)
     try:
         with listening(host, port) as taken:  # first of all: an address that is in use costs no time
+            if vllm is not None:
+                _serve_by_vllm(folder, taken, budget, vllm, vllm_options or [])
+            elif vllm_options:
+                raise UserError(f"serve: {' '.join(vllm_options)}: options of vLLM, which is not used. Fix: add --vllm PYTHON")
             quiet_upstream()
             from lt_train.serving.server import serve as serve_hybrid
 
             serve_hybrid(folder, taken, budget, max_waiting, Console())
     except Interrupted as stop:  # how a server is meant to end
         raise typer.Exit(0 if stop.number == signal.SIGTERM else stop.exit_code) from None
+
+
+def _serve_by_vllm(folder: Path, taken: socket.socket, budget: int | None, python: Path, options: list[str]) -> None:
+    """Returns where vLLM cannot serve it, after saying why."""
+    from lt_train.serving.by_vllm import become_vllm, check_environment, export_in, obstacle
+
+    export = export_in(folder)
+    if reason := obstacle(export):
+        Console().print(f"not by vLLM: {reason}", markup=False, highlight=False, soft_wrap=True)
+        return
+    assert export is not None, "no export is an obstacle"
+    check_environment(python)
+    host, port = taken.getsockname()[:2]
+    taken.close()
+    become_vllm(python, export, host, port, budget, options)
 
 
 @app.command(hidden=True)

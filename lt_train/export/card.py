@@ -12,9 +12,10 @@ from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.servers.vllm_capacity import BLOCK, CHUNK, VllmCache, with_one_more_or_fewer
+from lt_train.inference.servers.vllm_capacity import BLOCK, VllmCache, with_one_more_or_fewer
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
+from lt_train.vllm_plugin.command import CHUNK
 
 
 def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from lt_train.hybrid.spec import HybridSpec
-
-CHUNK = 1024
-"""Tokens that a step computes at most (`--max-num-batched-tokens`), as launch/serve-vllm.sh sets it: streaming layers hold as many
-beside their window, and vLLM's own default, up to 8,192, would leave little of the gain."""
+from lt_train.vllm_plugin.command import CHUNK
 
 BLOCK = 16
 """Tokens of a block on a GPU; 128 on a CPU."""

@@ -112,29 +112,32 @@ def transformers_serve(tmp_path_factory):
         yield url
 
 
-@contextmanager
-def served_by_vllm(export, log, *more_options):
+def python_of_vllm():
     python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
     if python is None:
         pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
-    options = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", *more_options]
-    command = ["env", f"VLLM_PYTHON={python}", str(LAUNCH / "serve-vllm.sh"), str(export), "{port}", *options]
-    with running(command, log, "/health", seconds=400) as url:
-        yield url
+    return python
+
+
+OPTIONS = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
 
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory, exports):
-    """Serves the export without sinks."""
-    with served_by_vllm(exports[0], tmp_path_factory.mktemp("vllm") / "log") as url:
+    """Serves the export without sinks, started by the script."""
+    command = ["env", f"VLLM_PYTHON={python_of_vllm()}", str(LAUNCH / "serve-vllm.sh"), str(exports[0]), "{port}", *OPTIONS]
+    with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=400) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def vllm_with_learned_sinks(tmp_path_factory, exports):
-    """Prompts are read in chunks smaller than they are, and answers share what their prompts have in common."""
+    """Started by `lt-train serve`. Prompts are read in chunks smaller than they are, and answers share what their prompts have in
+    common."""
     chunked = ["--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
-    with served_by_vllm(exports["learned"], tmp_path_factory.mktemp("vllm") / "log", *chunked) as url:
+    serve = [sys.executable, "-m", "lt_train", "serve", str(exports["learned"]), "--vllm", python_of_vllm(), "--port", "{port}"]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with running([*serve, "--kv-budget", "1GiB", "--", *OPTIONS, *chunked], log, "/health", seconds=400) as url:
         yield url
 
 

@@ -1,0 +1,34 @@
+"""The command that starts vLLM for an export."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lt_train.vllm_plugin.command import server_command
+
+
+def checkpoint(folder: Path, **config: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("lt_hybrid_qwen3", "HybridQwen3ForCausalLM"),
+        ("qwen2", "HybridQwen2ForCausalLM"),
+        ("ministral", "HybridMinistralForCausalLM"),
+    ],
+)
+def test_every_export_is_computed_by_our_class_and_options_of_the_user_come_last(tmp_path, model_type: str, name: str) -> None:
+    command = server_command(checkpoint(tmp_path, model_type=model_type), ["--port", "1", "--max-num-batched-tokens", "32"])
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {"architectures": [name]}
+    assert command[-2:] == ["--max-num-batched-tokens", "32"] and command.index("1024") < command.index("32")
+
+
+def test_sink_tokens_and_what_is_no_checkpoint_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint: No such file"):
+        server_command(tmp_path, [])
+    with pytest.raises(ValueError, match="w_sink: 4: vLLM's attention kernels know no sink tokens"):
+        server_command(checkpoint(tmp_path, model_type="lt_hybrid_qwen3", w_sink=4), [])
