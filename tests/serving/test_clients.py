@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer
 
 from lt_train.dataset import prompts
+from lt_train.export.checkpoint import export_hybrid
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -20,9 +21,11 @@ from lt_train.inference.requests import Request, Sampling
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.serving.checkpoint import Checkpoint, load_checkpoint
+from tests.support.processes import checks_of_exports_are_forked
 from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
 from tests.support.served import NAME, checkpoint_of, served
+from tests.support.tiny_exports import metadata
 
 pytestmark = pytest.mark.slow
 
@@ -57,11 +60,16 @@ def greedy_texts(checkpoint: Checkpoint, chat: bool) -> list[str]:
     return [answer.text for answer in sorted(answers, key=lambda answer: int(answer.request.problem))]
 
 
-@pytest.mark.parametrize(("model", "path"), [("local-completions", "completions"), ("local-chat-completions", "chat/completions")])
-def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, tmp_path: Path, model: str, path: str) -> None:
-    python = os.environ.get("LT_TRAIN_LM_EVAL_PYTHON", sys.executable)
-    if python == sys.executable and find_spec("lm_eval") is None:
-        pytest.skip('lm-eval is not installed: pip install "lm-eval[api]", or set LT_TRAIN_LM_EVAL_PYTHON to a python that has it')
+@pytest.fixture(scope="module")
+def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "export"
+    with checks_of_exports_are_forked():
+        return export_hybrid(checkpoint.model, checkpoint.tokenizer, folder, metadata(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model", ["local-completions", "local-chat-completions", "hf"])
+def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, export: Path, tmp_path: Path, model: str) -> None:
+    """Its two models that ask servers, and the one that loads the export by transformers and its own code."""
     task = {
         "task": "ledger",
         "dataset_path": "json",
@@ -77,11 +85,32 @@ def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, tmp_
         ],
     }
     (tmp_path / "ledger.yaml").write_text(yaml.safe_dump(task))
+    path = "chat/completions" if "chat" in model else "completions"
     arguments = f"model={NAME},base_url={url}/v1/{path},num_concurrent=4,tokenizer_backend=None,tokenized_requests=False"
-    command = [python, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks", "ledger", "--log_samples"]
+    if model == "hf":
+        arguments = f"pretrained={export},trust_remote_code=True,dtype=float32"
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        model,
+        "--model_args",
+        arguments,
+        "--tasks",
+        "ledger",
+        "--log_samples",
+    ]
     command += ["--include_path", str(tmp_path), "--limit", str(LIMIT), "--output_path", str(tmp_path / "out")]
     command += ["--apply_chat_template"] if "chat" in model else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command += ["--device", "cpu", "--batch_size", str(LIMIT)] if model == "hf" else []
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_MODULES_CACHE": str(tmp_path),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (samples,) = (tmp_path / "out").rglob("samples_ledger_*.jsonl")
