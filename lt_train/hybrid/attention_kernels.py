@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .blocked import blocked_streaming_attention
 from .documents import Documents, find_documents
@@ -170,6 +171,10 @@ def _flash_streaming(
 
 
 def _flash_full(documents: Documents, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scaling: float) -> Tensor:
+    """Where each row is one document torch chooses the kernel, as for the unconverted model: it may be a faster one (cuDNN's)."""
+    if documents.fill_rows:
+        grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
+        return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
     device = q_BHTD.device
     parts = documents.once(("full parts", device), lambda: full_parts(documents.lengths, device))
     return _attend_by_flash(documents, q_BHTD, k_BGTD, v_BGTD, parts, scaling)

@@ -12,6 +12,7 @@ from lt_train.hybrid.attention_kernels import KERNELS, Choice, Use, choose, comp
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash
+from tests.support.streaming_cases import Case, documents_of, expected_output, tensors_of
 
 CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
 GPU = Use(torch.device("cuda", 0), torch.bfloat16, head_size=128, trains=True)
@@ -188,6 +189,16 @@ def test_generation_goes_on_from_a_prompt_that_any_kernel_read(qwen3_config, fla
         hybrid.set_attention_kernel(name)
         answers.append(hybrid.generate(prompt, max_new_tokens=20, do_sample=False))
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_full_layers_of_rows_that_are_one_document_let_torch_choose_the_kernel(monkeypatch):
+    """As the unconverted model does, so that no full layer is slower than there."""
+    case = Case(((40,), (40,)))
+    q, k, v, _ = tensors_of(case, torch.float32)
+    monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: pytest.fail("flash attention was asked"))
+    found = KERNELS["flash"].full(documents_of(case), q, k, v, scaling=0.3)
+    whole = dataclasses.replace(case, w_sink=0, w_recent=99)
+    torch.testing.assert_close(found, expected_output(whole, documents_of(case), q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_flash_trains_with_the_gradients_of_the_reference(qwen3_config, flash_on_a_cpu):
