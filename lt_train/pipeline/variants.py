@@ -15,12 +15,21 @@ from lt_train.inference.loading import load_for_inference
 from lt_train.inference.trained_weights import load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
-from lt_train.recipe.schema import Eval, HeldoutKL, HeldoutLoss, Recipe, converted_by, identity_of, settings_that_may_change
+from lt_train.recipe.schema import (
+    HOW_MANY,
+    Eval,
+    HeldoutKL,
+    HeldoutLoss,
+    Recipe,
+    converted_by,
+    identity_of,
+    settings_that_may_change,
+)
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import MANIFEST, RunPaths
-from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
+from lt_train.selection.choose import choose_layers, number_that_stream
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
 
@@ -42,10 +51,7 @@ class Variants:
             UserError: the recipe's ratio, layers or adapters do not fit this model.
         """
         hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
-        if hybrid.layers is not None:
-            explicit_layers(hybrid.layers, num_layers)
-        elif hybrid.lazy_layer_ratio is not None:
-            number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+        number_that_stream(hybrid, num_layers)
         if self.recipe.lora is not None:
             with torch.device("meta"):
                 check_names(self.recipe.lora, build_hybrid(self.base_config, HybridSpec(num_layers, ())))
@@ -55,7 +61,8 @@ class Variants:
         hybrid, num_layers, seed = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.seed
         layers = {CONVERTED: choose_layers(hybrid, num_layers, seed, profile)}
         for strategy in hybrid.compare:
-            as_many = {"strategy": strategy, "layers": None, "lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
+            as_many = dict.fromkeys(("layers", *HOW_MANY)) | {"lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
+            as_many["strategy"] = strategy
             layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
         write_json(self.paths.layers, layers)
 

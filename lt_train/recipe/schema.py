@@ -106,11 +106,20 @@ SCORED_W_SINK = 4
 """Sink tokens by which layers are scored for learned sinks: the paper's number."""
 
 
+HOW_MANY = ("lazy_layer_ratio", "kv_budget", "max_rise")
+"""Settings of `hybrid` that say how many layers stream."""
+
+
 class Hybrid(Part):
     """Which layers stream, and what a streaming layer sees."""
 
     lazy_layer_ratio: Fraction | None = None
-    """Fraction of layers that stream. Set either this or `layers`."""
+    """Fraction of layers that stream. Set one of this, `kv_budget`, `max_rise` and `layers`."""
+    kv_budget: Fraction | None = Field(default=None, json_schema_extra=ADDED)
+    """KV cache of a sequence of 32,768 tokens, as a fraction of full attention's, at most: as few layers stream as this needs."""
+    max_rise: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=ADDED)
+    """Rise of the loss on long-reach tokens, in nats, that the scores predict without training, at most: as many layers stream as
+    stay below it. Strategy gates predicts it."""
     strategy: Strategy | None = None
     """How the layers are chosen. gates: by each layer's share of the loss on long-reach tokens when every layer streams, from
     gradients. reach: by the loss on long-reach tokens when the layer alone streams. nll: by the loss on all answer tokens then.
@@ -149,12 +158,17 @@ class Hybrid(Part):
         return filled
 
     def conflicts(self) -> Iterator[Fault]:
-        if self.layers is None and self.lazy_layer_ratio is None:
+        sized_by = [name for name in HOW_MANY if getattr(self, name) is not None]
+        if self.layers is None and not sized_by:
             problem, fix = "neither is set, so no layer streams", "set lazy_layer_ratio (0.5 in the paper), or list the layers"
             yield Fault(("lazy_layer_ratio", "layers"), problem, fix)
-        for name in ("lazy_layer_ratio", "strategy"):
+        if len(sized_by) > 1:
+            yield Fault(tuple(sized_by), "each says how many layers stream", "set one of them, and the others to null")
+        for name in (*sized_by, "strategy"):
             if self.layers is not None and getattr(self, name) is not None:
                 yield Fault(("layers", name), "both choose the layers that stream", f"set layers or {name} to null")
+        if self.max_rise is not None and self.layers is None and self.strategy != "gates":
+            yield Fault(("max_rise", "strategy"), f"{self.strategy} predicts no rise", "set strategy to gates, or lazy_layer_ratio")
         if self.sink == "learned" and self.w_sink:
             yield Fault(("sink", "w_sink"), "learned sinks take the place of tokens", "remove w_sink, or set sink to tokens")
         for name in ("sink_steps", "sink_learning_rate"):

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import accumulate
+from math import ceil
 
+from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.periodic import periodic_layers
@@ -20,21 +23,67 @@ def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProf
     """
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
-    assert hybrid.lazy_layer_ratio is not None and hybrid.strategy is not None, "the schema has one of layers and ratio"
+    assert hybrid.strategy is not None, "the schema has one of layers and strategy"
+    count = number_that_stream(hybrid, num_layers, profile)
     if hybrid.strategy == "periodic":
-        return evenly_spread_layers(hybrid.lazy_layer_ratio, num_layers)
+        return periodic_layers(count, num_layers)
     if hybrid.strategy == "random":
-        return random_layers(number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers), num_layers, seed)
+        return random_layers(count, num_layers, seed)
     assert profile is not None, f"{hybrid.strategy} needs scores"
-    return profile.choose(hybrid.strategy, number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers))
+    return profile.choose(hybrid.strategy, count)
 
 
-def number_that_stream(hybrid: Hybrid, num_layers: int) -> int:
-    """How many layers the recipe's hybrid part lets stream. Raises UserError: see `number_of_lazy_layers`."""
+def number_that_stream(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None = None) -> int:
+    """How many layers the recipe's hybrid part lets stream.
+
+    Args:
+        profile: needed by `max_rise`; without one the fewest layers, one, whose training takes the most memory.
+
+    Raises:
+        UserError: none or all would; see `number_of_lazy_layers`, `number_within_kv_budget` and `number_below_rise`.
+    """
     if hybrid.layers is not None:
-        return len(hybrid.layers)
-    assert hybrid.lazy_layer_ratio is not None, "the schema has one of layers and ratio"
+        return len(explicit_layers(hybrid.layers, num_layers))
+    if hybrid.kv_budget is not None:
+        return number_within_kv_budget(hybrid.kv_budget, num_layers, hybrid.w_sink + hybrid.w_recent)
+    if hybrid.max_rise is not None:
+        return 1 if profile is None else number_below_rise(hybrid.max_rise, profile.mean_shares)
+    assert hybrid.lazy_layer_ratio is not None, "the schema has one setting of how many layers stream"
     return number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+
+
+def number_within_kv_budget(budget: float, num_layers: int, window: int) -> int:
+    """The fewest streaming layers with which a sequence of KV_TOKENS tokens takes at most `budget` of full attention's KV cache.
+
+    Raises:
+        UserError: even all layers but one would not be enough.
+    """
+    saved = num_layers * KV_TOKENS * (1 - budget)
+    count = max(1, ceil(round(saved / max(KV_TOKENS - window, 1), 6)))
+    if count < num_layers:
+        return count
+    least = 1 - (num_layers - 1) * max(KV_TOKENS - window, 0) / (num_layers * KV_TOKENS)
+    raise UserError(
+        f"hybrid.kv_budget: {budget:g}: with all of {num_layers} layers but one streaming, a sequence of {KV_TOKENS:,} tokens "
+        f"takes {least:.3g} of full attention's KV cache. Fix: set it to at least {ceil(1000 * least) / 1000:g}, or lower "
+        "hybrid.w_recent"
+    )
+
+
+def number_below_rise(max_rise: float, share_L: Sequence[float]) -> int:
+    """The most streaming layers whose shares of the rise add up to at most `max_rise`.
+
+    Raises:
+        UserError: no layer has so small a share.
+    """
+    sums = list(accumulate(sorted(share_L)))
+    count = sum(total <= max_rise for total in sums[:-1])
+    if count:
+        return count
+    raise UserError(
+        f"hybrid.max_rise: {max_rise:g}: the layer that loses least by streaming has a share of {sums[0]:.3g} nats. "
+        f"Fix: set it to at least {ceil(1000 * sums[0]) / 1000:g}"
+    )
 
 
 def number_of_lazy_layers(ratio: float, num_layers: int) -> int:

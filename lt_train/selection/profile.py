@@ -116,6 +116,11 @@ class LayerProfile:
         return fmean(sample.all_streaming[strategy] for sample in self.samples)
 
     @property
+    def mean_shares(self) -> list[float]:
+        """By layer, the share that `gates` gives it of the rise when every layer streams, averaged over samples."""
+        return [fmean(share_S) for share_S in zip(*self.scores["gates"], strict=True)]
+
+    @property
     def mean_sum_of_shares(self) -> float:
         """The rise when every layer streams as the shares of `gates` add up to it, averaged over samples."""
         return fmean(math.fsum(sample.scores["gates"]) for sample in self.samples)

@@ -257,6 +257,16 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "hybrid.layers + hybrid.lazy_layer_ratio: both choose the layers that stream. Fix: set layers or lazy_layer_ratio",
         ),
         (
+            "hybrid.kv_budget=0.5",
+            "hybrid.lazy_layer_ratio + hybrid.kv_budget: each says how many layers stream. Fix: set one of them, and the others",
+        ),
+        ("hybrid={max_rise: 0.1}", "hybrid.max_rise + hybrid.strategy: reach predicts no rise. Fix: set strategy to gates"),
+        ("hybrid={lazy_layer_ratio: 0.5, max_rise: 0}", "hybrid.max_rise: 0: not above 0. Fix: set it above 0"),
+        (
+            "hybrid={layers: [1], kv_budget: 0.5}",
+            "hybrid.layers + hybrid.kv_budget: both choose the layers that stream. Fix: set layers or kv_budget to null",
+        ),
+        (
             "hybrid={layers: [1], strategy: nll}",
             "hybrid.layers + hybrid.strategy: both choose the layers that stream. Fix: set layers or strategy to null",
         ),

@@ -2,9 +2,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
-from lt_train.selection.choose import choose_layers, explicit_layers, number_of_lazy_layers
+from lt_train.selection.choose import (
+    choose_layers,
+    explicit_layers,
+    number_below_rise,
+    number_of_lazy_layers,
+    number_within_kv_budget,
+)
 
 
 @pytest.mark.parametrize(("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)])
@@ -36,6 +44,35 @@ def test_the_ratios_that_an_error_offers_work(num_layers):
     words = str(refused.value).partition("Fix: ")[2].split()
     assert number_of_lazy_layers(float(words[words.index("from") + 1]), num_layers) == 1
     assert number_of_lazy_layers(float(words[words.index("to") + 1]), num_layers) == num_layers - 1
+
+
+@given(st.floats(0.01, 0.99), st.integers(2, 80), st.integers(1, 9000))
+def test_a_kv_budget_is_met_by_as_few_layers_as_can_or_refused_with_one_that_works(budget, num_layers, window):
+    config = {"num_attention_heads": 1, "hidden_size": 64}
+
+    def fraction(count):
+        spec, full = (HybridSpec(num_layers, tuple(range(n)), 0, window) for n in (count, 0))
+        return kv_bytes(config, spec, KV_TOKENS, 2) / kv_bytes(config, full, KV_TOKENS, 2)
+
+    try:
+        count = number_within_kv_budget(budget, num_layers, window)
+    except UserError as error:
+        assert fraction(num_layers - 1) > budget - 1e-6
+        offered = float(str(error).partition("at least ")[2].partition(",")[0])
+        assert fraction(number_within_kv_budget(min(offered, 0.999), num_layers, window)) <= offered + 1e-6
+    else:
+        assert fraction(count) <= budget + 1e-6
+        assert count == 1 or fraction(count - 1) > budget - 1e-6
+
+
+def test_layers_stream_while_their_shares_stay_below_the_rise():
+    shares = [0.4, -0.1, 0.3, 0.05]
+    assert [number_below_rise(rise, shares) for rise in (0.01, 0.2, 0.25, 0.6, 9.0)] == [2, 2, 3, 3, 3]
+    with pytest.raises(
+        UserError, match=r"hybrid\.max_rise: 0\.01: the layer that loses least .* share of 0\.0496 nats\. .*least 0\.05$"
+    ):
+        number_below_rise(0.01, [0.4, 0.0496])
+    assert number_below_rise(0.05, [0.4, 0.0496]) == 1
 
 
 def test_layers_that_need_no_scores_are_chosen_without_a_profile():

@@ -3,6 +3,8 @@
 Leaves the hybrid's config and the sinks; no weights are copied: the base's load straight into it.
 """
 
+from math import fsum
+
 from lt_train.dataset.examples import calibration_examples
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.inference.loading import load_for_inference
@@ -28,7 +30,13 @@ def is_done(context: RunContext) -> bool:
 
 def describe(context: RunContext) -> str:
     hybrid = context.recipe.hybrid
-    return f"convert ({len(hybrid.layers)} layers)" if hybrid.layers else f"convert ({hybrid.lazy_layer_ratio:.0%} of the layers)"
+    if hybrid.layers is not None:
+        return f"convert ({len(hybrid.layers)} layers)"
+    if hybrid.kv_budget is not None:
+        return f"convert (to {hybrid.kv_budget:.0%} of the KV cache)"
+    if hybrid.max_rise is not None:
+        return f"convert (to a predicted rise of {hybrid.max_rise:g} nats)"
+    return f"convert ({hybrid.lazy_layer_ratio:.0%} of the layers)"
 
 
 def check(context: RunContext) -> None:
@@ -48,6 +56,9 @@ def run(context: RunContext) -> None:
             draw_profile(profile, spec.lazy_layers, context.paths.profile_picture)
     hybrid = context.recipe.hybrid
     chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
+    if hybrid.strategy == "gates" and profile is not None:
+        rise = fsum(profile.mean_shares[layer] for layer in spec.lazy_layers)
+        chosen += f" (predicted rise on long-reach tokens {rise:.3g} nats)"
     layers = ", ".join(map(str, spec.lazy_layers))
     context.report("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {chosen}: {layers}")
 

@@ -40,7 +40,7 @@ def run(context: RunContext) -> None:
     with context.folder.doing(NAME, samples=context.examples.counts):
         profile = _score_layers(context, strategies)
         release_memory()  # before the other ranks, which wait for the hybrid, load theirs
-    for line in _findings(profile, number_that_stream(context.recipe.hybrid, profile.num_layers)):
+    for line in _findings(profile, number_that_stream(context.recipe.hybrid, profile.num_layers, profile)):
         context.report(NAME, line)
 
 
