@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import traceback
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -384,17 +383,9 @@ def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, o
     quiet_upstream()
     if not process.speaks:
         silence()
-    from lt_train.pipeline.context import RunContext
-    from lt_train.pipeline.run import follow_command, run_command
-    from lt_train.pipeline.run_folder import RunFolder
+    from lt_train.pipeline.run import work
 
-    folder = RunFolder(checked, runs)
-    context = RunContext(checked, folder, Console(), process)
-    if not process.speaks:
-        follow_command(context, command)
-        return
-    with folder.begin(), closing(context):
-        run_command(context, command, only=only)
+    work(checked, command, runs, process, only=only)
 
 
 def main() -> None:

@@ -1,13 +1,18 @@
-"""Loading a base model as a hybrid: only the config changes; the base's weights load directly into the hybrid class."""
+"""Loading a base model as a hybrid: only the config changes; the base's weights load directly into the hybrid class.
 
-from collections.abc import Iterator
+`hybrid_of` does so with a model that is in memory already.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration import (
@@ -156,6 +161,46 @@ def load_hybrid_checkpoint(
     return model
 
 
+def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
+    """A hybrid on the weights of a model in memory: no weight is copied, so training either model changes both.
+
+    Its parameters are objects of their own on the same storage: freezing the hybrid, or moving it to another device, leaves the
+    model as it is. Learned sinks that the model lacks are 0.
+
+    Raises:
+        HybridError: see `hybrid_config`; a model whose weights are not those of its config (it has adapters, say), or that lies on
+            several devices.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise HybridError(
+            "device_map: the model lies on several devices. Fix: pass its folder or hub id instead, or use one device"
+        )
+    config = hybrid_config(model.config, spec)
+    config.name_or_path = model.config.name_or_path
+    with torch.device("meta"):
+        hybrid = family_of(config).model_class(config)
+    own = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in model.parameters()}  # tied ones once
+    weights = {name: own[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
+    for name, weight in hybrid.named_parameters():
+        if name.endswith(_LEARNED_SINKS) and name not in weights:
+            weights[name] = nn.Parameter(torch.zeros(weight.shape, dtype=model.dtype, device=model.device))
+    expected = dict(hybrid.named_parameters(remove_duplicate=False))
+    _check_weights(
+        type(model).__name__,
+        config,
+        {
+            "missing_keys": expected.keys() - weights.keys(),
+            "unexpected_keys": weights.keys() - expected.keys(),
+            "mismatched_keys": [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape],
+        },
+        fix="pass the model as transformers loads it, without adapters or changed modules",
+    )
+    hybrid.load_state_dict(weights, assign=True)
+    hybrid.model.rotary_emb = type(hybrid.model.rotary_emb)(config).to(model.device)
+    hybrid.generation_config = deepcopy(model.generation_config)
+    return hybrid.train(model.training)
+
+
 _LEARNED_SINKS = ".self_attn.sinks.weight"
 
 
@@ -167,14 +212,16 @@ def _load(source: str | Path, config: HybridConfig, *, new: str | None = None, *
         )  # mismatched sizes raise an error below, which names them
     if new is not None:
         info["missing_keys"] = {name for name in info["missing_keys"] if not name.endswith(new)}
+    _check_weights(str(source), config, info, fix="restore the config.json or the weights of this folder")
+    return model.eval()
+
+
+def _check_weights(source: str, config: HybridConfig, info: Mapping[str, Any], *, fix: str) -> None:
+    """Raises HybridError if `info` lists weights that are missing, unexpected, or of other shapes."""
     faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if faults:
         found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:4])}" for kind, names in faults.items())
-        raise HybridError(
-            f"{source}: its weights do not match a {config.model_type} model ({found}). "
-            "Fix: restore the config.json or the weights of this folder"
-        )
-    return model.eval()
+        raise HybridError(f"{source}: its weights do not match a {config.model_type} model ({found}). Fix: {fix}")
 
 
 @contextmanager

@@ -6,14 +6,21 @@ the next are files there, so a run resumes at the first stage that is not done.
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from rich.console import Console
+
 from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages import convert, evaluate, export, profile, sample, teach, train
 from lt_train.pipeline.time_left import time_left
+from lt_train.recipe.schema import Recipe
 from lt_train.report.results import show_results
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -48,6 +55,22 @@ COMMANDS = MappingProxyType(
 
 FOLLOWERS = MappingProxyType({"train": train, "eval": evaluate})
 """Commands that several processes share: all ranks but the first `follow` the stage."""
+
+
+def work(recipe: Recipe, command: str, runs: Path, process: Process, *, only: bool = False) -> Path:
+    """Do a command's work in the run folder of a recipe, and return that folder; ranks other than the first follow.
+
+    Raises:
+        UserError: see `RunFolder.begin` and `run_command`.
+    """
+    folder = RunFolder(recipe, runs)
+    context = RunContext(recipe, folder, Console(), process)
+    if process.speaks:
+        with folder.begin(), closing(context):
+            run_command(context, command, only=only)
+    else:
+        follow_command(context, command)
+    return folder.paths.root
 
 
 def run_command(context: RunContext, command: str, *, only: bool = False) -> None:

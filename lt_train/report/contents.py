@@ -12,7 +12,7 @@ from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Recipe
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.report.problems import KnownProblems, known_problems
-from lt_train.report.results import Result, read_results
+from lt_train.report.results import Result, read_results, results_as_json
 from lt_train.report.samples import read_samples
 from lt_train.report.stages import FinishedStage, described, finished_stages, missing
 from lt_train.runtime.errors import UserError
@@ -75,6 +75,56 @@ class Run:
     def setting(self, part: str, name: str) -> Any:
         """A setting of the recipe; None where the recipe has no such part."""
         return (self.settings.get(part) or {}).get(name)
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What a run has measured so far, as plain data.
+
+    Attributes:
+        scores: one dictionary for each evaluated variant, as `lt-train show --json` prints them: `variant` (base, converted,
+            trained, converted-by-<strategy>), `label`, `evaluation`, `kind` (answers or loss), `scores` with the names of
+            scores.json (of answers: accuracy, interval, standard_error, truncated, …; of a loss: loss, standard_error, …),
+            `layers`, `num_layers`, `strategy`, `kv_bytes`.
+        profile: the scores of the layers; None where the recipe names the layers, or none are scored yet.
+        layers: the layers that stream, by variant; empty before the base is converted.
+        curves: (step, value) in the order of the steps, by the names of the trackers: "train/loss", "train/eval_loss",
+            "train/learning_rate", …, "probes/<name>".
+    """
+
+    folder: Path
+    scores: tuple[Mapping[str, Any], ...]
+    profile: LayerProfile | None
+    layers: Mapping[str, tuple[int, ...]]
+    curves: Mapping[str, tuple[tuple[int, float], ...]]
+
+
+def read_run_results(folder: Path) -> RunResults:
+    """
+    Raises:
+        UserError: the folder is no run, or a file of it is damaged.
+    """
+    paths, results = RunPaths(folder), read_results(folder)
+    layers = read_json(paths.layers, "choice of layers") if paths.layers.is_file() else {}
+    return RunResults(
+        folder=folder,
+        scores=tuple(results_as_json(results)),
+        profile=LayerProfile.load(paths.layer_profile) if paths.layer_profile.exists() else None,
+        layers={variant: tuple(chosen) for variant, chosen in layers.items()},
+        curves={name: tuple(points) for name, points in _curves(paths).items()},
+    )
+
+
+def _curves(paths: RunPaths) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_training_log(paths.training_log):
+        for name, value in row.items():
+            if name != "step":
+                found.setdefault(f"train/{name}", []).append((row["step"], value))
+    for probe in read_probes(paths.train):
+        for score in probe.scores:
+            found.setdefault(f"probes/{score.probe}", []).append((probe.step, score.accuracy))
+    return found
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

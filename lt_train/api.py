@@ -1,0 +1,254 @@
+"""The Python API, `import lt_train`: what the commands do, as five functions. Each loads torch only when it is called.
+
+A mistake of the caller raises `lt_train.runtime.errors.UserError`, with the same text as on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from lt_train.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lt_train.dataset.examples import Example
+    from lt_train.hybrid.modeling import HybridForCausalLM
+    from lt_train.hybrid.spec import HybridSpec
+    from lt_train.recipe.part import Part
+    from lt_train.recipe.schema import Model, Recipe, Strategy
+    from lt_train.report.contents import RunResults
+    from lt_train.selection.profile import LayerProfile
+
+    Settings = TypeVar("Settings", bound=Part)
+
+UpTo = Literal["profile", "convert", "teacher", "train", "eval", "export"]
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe, as `lt-train validate` does. Nothing is loaded.
+
+    Args:
+        path_or_name: a YAML file, or the name of a recipe of `lt-train recipes`.
+        overrides: as after `--set`: "hybrid.w_recent=252".
+
+    Returns:
+        The recipe with all defaults; every setting is an attribute: `recipe.hybrid.w_recent`.
+
+    Raises:
+        UserError: one error that lists every fault of the file and of the overrides.
+    """
+    from lt_train.recipe.loading import load_recipe as load
+
+    return load(Path(path_or_name), overrides)
+
+
+def run(recipe: Recipe | str | Path, runs: str | Path = "runs", up_to: UpTo = "export") -> Path:
+    """Do all that a recipe says, as `lt-train run` does; a run that was stopped resumes.
+
+    Args:
+        recipe: what `load_recipe` returned, or what it takes.
+        runs: the folder in which the run's own folder lies.
+        up_to: the last stage, by the name of its command; what it needs is done before it.
+
+    Returns:
+        The run's folder, `runs/<name>`, which `read_results` reads; the checkpoint is its subfolder `export`.
+
+    Raises:
+        UserError: the recipe, the data or the base cannot be used, or the folder is another run's.
+    """
+    from lt_train.recipe.schema import Recipe
+    from lt_train.runtime.processes import this_process
+    from lt_train.runtime.upstream import quiet_upstream
+
+    checked, process = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), this_process()
+    if process.count > 1:
+        raise UserError(
+            f"lt_train.run: runs in one process, not in {process.count}. Fix: start the command lt-train train with deepspeed or "
+            "torchrun, and call this afterwards"
+        )
+    quiet_upstream()
+    from lt_train.pipeline.run import COMMANDS, work
+
+    if up_to not in COMMANDS:
+        raise UserError(f"up_to: {up_to!r}: no stage. Fix: use one of {', '.join(COMMANDS)}")
+    with _as_user_error():
+        return work(checked, "run" if up_to == "export" else up_to, Path(runs), process)
+
+
+def score_layers(
+    model: PreTrainedModel | str | Path,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    strategy: Strategy | Sequence[Strategy] = "reach",
+    w_sink: int = 4,
+    w_recent: int = 1020,
+    w_last: int = 64,
+    long_reach_fraction: float = 0.1,
+) -> LayerProfile:
+    """Score every layer of a full-attention model: how much does the model lose when this layer streams?
+
+    Args:
+        model: a causal language model as transformers loads it, which stays as it is, or its folder or hub id.
+        texts: documents, or their token ids. Every token after the first counts as one of an answer. Documents of fewer than
+            `w_sink + w_recent + 2` tokens distinguish no layers and are skipped.
+        tokenizer: of the model; not needed where the model is a path, or where `texts` are token ids.
+        strategy: one or several of gates, reach, nll, kl and lazy_ratio, which docs/recipes.md explains, as it does the sizes.
+
+    Returns:
+        The layer profile: `profile.scores["reach"][sample][layer]`. `profile.choose("reach", 14)` gives the 14 layers that lose
+        least by streaming, as `convert` takes them.
+
+    Raises:
+        UserError: no hybrid can be made of the model, a setting is out of range, more than half of the texts fit inside the window,
+            or a score is not finite.
+    """
+    from lt_train.hybrid.spec import HybridSpec
+    from lt_train.recipe.schema import Hybrid
+    from lt_train.selection.profile import SCORED, profile_layers
+
+    strategies = [strategy] if isinstance(strategy, str) else list(strategy)
+    unknown = [name for name in strategies if name not in SCORED]
+    if unknown or not strategies:
+        raise UserError(f"strategy: {', '.join(unknown) or 'none'}: scores no layers. Fix: use {', '.join(SCORED)}")
+    calibration = {"w_last": w_last, "long_reach_fraction": long_reach_fraction}
+    hybrid = _checked(Hybrid, {"lazy_layer_ratio": 0.5, "w_sink": w_sink, "w_recent": w_recent, "calibration": calibration})
+    if isinstance(model, str | Path) and tokenizer is None:
+        tokenizer = _tokenizer(model)
+    examples = _examples(texts, tokenizer)
+    with _as_user_error():
+        scored = _hybrid(model, lambda layers: HybridSpec(layers, (), hybrid.w_sink, hybrid.w_recent))
+        _check_ids(examples, scored.config.vocab_size)
+        return profile_layers(scored, examples, hybrid, strategies)
+
+
+def convert(
+    model: PreTrainedModel | str | Path,
+    *,
+    layers: Sequence[int],
+    w_sink: int = 4,
+    w_recent: int = 1020,
+    learned_sinks: bool = False,
+) -> HybridForCausalLM:
+    """The hybrid of a full-attention model: its own weights, and the named layers stream. Untrained.
+
+    Args:
+        model: a causal language model (Qwen2, Qwen3, Llama, Mistral, Ministral) as transformers loads it, which stays as it is; no
+            weights are copied, so training either model changes both. Or a folder or hub id, whose weights are loaded on the
+            accelerator, if there is one.
+        layers: the layers that stream, from 0.
+        w_sink: the first tokens of a sequence that a streaming layer sees.
+        w_recent: the most recent tokens that it sees, the query itself included.
+        learned_sinks: a logit for each query head in place of sink tokens, with `w_sink=0`. They start at 0, and want training.
+
+    Returns:
+        A transformers model: `generate`, `save_pretrained` and training work as for any other. While
+        `with hybrid.full_attention():` runs, it is the base.
+
+    Raises:
+        UserError: no hybrid can be made of the model, or a layer or a size is out of range.
+    """
+    from lt_train.hybrid.spec import HybridSpec
+    from lt_train.selection.choose import explicit_layers
+
+    with _as_user_error():
+        return _hybrid(model, lambda n: HybridSpec(n, explicit_layers(list(layers), n), w_sink, w_recent, learned_sinks))
+
+
+def read_results(run_folder: str | Path) -> RunResults:
+    """What a run has measured so far: scores, layer profile, streaming layers and curves, as plain data.
+
+    Raises:
+        UserError: the folder is no run, or a file of it is damaged.
+    """
+    from lt_train.report.contents import read_run_results
+
+    return read_run_results(Path(run_folder))
+
+
+def _hybrid(model: PreTrainedModel | str | Path, spec: Callable[[int], HybridSpec]) -> HybridForCausalLM:
+    """`spec`: from the model's number of layers."""
+    from transformers import PreTrainedModel
+
+    from lt_train.hybrid.loading import hybrid_of
+    from lt_train.inference.loading import load_base_config, load_for_inference
+    from lt_train.runtime.devices import compute_dtype
+    from lt_train.runtime.upstream import quiet_upstream
+
+    if isinstance(model, PreTrainedModel):
+        return hybrid_of(model, spec(model.config.get_text_config().num_hidden_layers))
+    if not isinstance(model, str | Path):
+        raise UserError(
+            f"model: {type(model).__name__}: neither a transformers model nor a path. Fix: pass what from_pretrained returns; of a "
+            "model with adapters, what merge_and_unload() returns"
+        )
+    quiet_upstream()
+    base = _base(model)
+    return load_for_inference(base, spec(load_base_config(base).num_hidden_layers), compute_dtype(base.dtype))
+
+
+def _base(model: str | Path) -> Model:
+    from lt_train.recipe.schema import Model
+
+    return _checked(Model, {"base": str(model)})
+
+
+def _tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    from lt_train.inference.loading import load_tokenizer
+
+    return load_tokenizer(_base(model))
+
+
+def _examples(texts: Sequence[str | Sequence[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[Example]:
+    """Each text as an answer whose prompt is its first token, which nothing predicts."""
+    from lt_train.dataset.examples import Example
+
+    if isinstance(texts, str):
+        raise UserError("texts: a single text. Fix: pass a list of texts")
+    examples = []
+    for number, text in enumerate(texts):
+        ids = _token_ids(text, tokenizer)
+        examples.append(Example(f"texts[{number}]", f"texts[{number}]", ids[:1], ids[1:]))
+    return examples
+
+
+def _token_ids(text: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    if not isinstance(text, str):
+        return tuple(map(int, text))
+    if tokenizer is None:
+        raise UserError("tokenizer: missing, and texts are to be tokenized. Fix: pass the model's tokenizer, or token ids")
+    return tuple(tokenizer(text)["input_ids"])
+
+
+def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    for example in examples:
+        unknown = next((token for token in example.input_ids if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise UserError(
+                f"{example.id}: token {unknown}: the model embeds {vocab_size:,} tokens. Fix: use the tokenizer of this model"
+            )
+
+
+def _checked(part: type[Settings], values: dict[str, Any]) -> Settings:
+    """A part of a recipe. Raises UserError with every fault of the values."""
+    from lt_train.recipe.messages import validate_all
+
+    settings, faults, _ = validate_all(part, values)
+    if faults:
+        raise UserError("\n".join(map(str, faults)))
+    return settings
+
+
+@contextmanager
+def _as_user_error() -> Iterator[None]:
+    """A request that a hybrid cannot compute is the caller's mistake, too."""
+    from lt_train.hybrid.spec import HybridError
+
+    try:
+        yield
+    except HybridError as error:
+        raise UserError(str(error)) from error
