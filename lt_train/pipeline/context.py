@@ -99,7 +99,14 @@ class RunContext:
     @cached_property
     def tracker(self) -> Tracker:
         track = self.recipe.track
-        return open_tracker(track.wandb, track.project, self.paths.root, self.recipe.model_dump())
+        return open_tracker(
+            track.wandb,
+            track.project,
+            self.paths.root,
+            self.recipe.model_dump(),
+            tensorboard=track.tensorboard,
+            trackio=track.trackio,
+        )
 
     def check_attention(self) -> None:
         """Report once what computes attention here, and why.
@@ -127,7 +134,7 @@ class RunContext:
         """
         if "tracker" in self.__dict__ and not self._close_tracker():
             raise UserError(
-                f"track.wandb: {self.recipe.track.wandb}: wandb's own process ended, and what it had not written yet is lost. "
+                "track: a tracker's own process ended, and what it had not written yet is lost. "
                 "Fix: run the same command again; it tracks what is missing"
             )
 

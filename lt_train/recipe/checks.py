@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
     for path, part in all_parts(recipe):
         for fault in part.conflicts():
             yield replace(fault, settings=tuple(f"{path}.{setting}" if path else setting for setting in fault.settings))
-    yield from chain(_sources(recipe), _files(recipe), _evaluations(recipe))
+    yield from chain(_sources(recipe), _files(recipe), _trackers(recipe), _evaluations(recipe))
     if recipe.train is not None:
         yield from chain(_training(recipe, recipe.train), _distillation(recipe, recipe.train))
     if recipe.lora is not None:
@@ -64,6 +65,12 @@ def _files(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("train.deepspeed",), str(error))
         else:
             yield from (Fault(("train.deepspeed",), f"{train.deepspeed}: {contradiction}") for contradiction in found)
+
+
+def _trackers(recipe: Recipe) -> Iterator[Fault]:
+    for name in ("tensorboard", "trackio"):
+        if getattr(recipe.track, name) and find_spec(name) is None:
+            yield Fault((f"track.{name}",), f"{name} is not installed", f"pip install 'lt-train[{name}]', or set it to false")
 
 
 def _evaluations(recipe: Recipe) -> Iterator[Fault]:

@@ -427,12 +427,16 @@ class Prompt(Part):
 
 
 class Track(Part):
-    """Where metrics are logged, besides the run folder."""
+    """Where curves, pictures and tables are logged, besides the run folder: in as many trackers as are named."""
 
     wandb: Literal["online", "offline", "off"] = "off"
     """Mode of Weights & Biases. offline: upload later with `wandb sync`."""
+    tensorboard: bool = Field(default=False, json_schema_extra=ADDED)
+    """Write event files to runs/<name>/tensorboard, which `tensorboard --logdir runs` shows (extra: tensorboard)."""
+    trackio: bool = Field(default=False, json_schema_extra=ADDED)
+    """Write to trackio's database on this machine, which `trackio show` shows (extra: trackio)."""
     project: Text = "lt-train"
-    """Project of Weights & Biases."""
+    """Project of Weights & Biases and of trackio."""
 
     @model_validator(mode="before")
     @classmethod

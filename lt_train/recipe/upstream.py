@@ -183,7 +183,7 @@ TRL_SET_BY_RECIPE = {
     "logging_nan_inf_filter": "a loss of NaN must show",
     "include_num_input_tokens_seen": "tokens are always counted",
     "disable_tqdm": "progress is shown by lt-train",
-    "report_to": "use track.wandb",
+    "report_to": "use track.wandb, track.tensorboard and track.trackio",
     "project": "use track.project",
     "deepspeed": "use train.deepspeed",
     "ddp_find_unused_parameters": "every trained weight takes part in each step",

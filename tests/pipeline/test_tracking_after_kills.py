@@ -17,14 +17,16 @@ from lt_train.training.log import read_log
 from tests.support.processes import exit_code, start
 from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs
+from tests.support.tracked import tensorboard_curves, tensorboard_pictures, tensorboard_texts
 from tests.support.wandb_files import history, run_ids
 
 STEPS = 18
-SHORT = [f"train.max_steps={STEPS}", "train.save_steps=4", "eval=[{benchmark: heldout_loss, batch_size: 4}]", "track.wandb=offline"]
+SHORT = [f"train.max_steps={STEPS}", "train.save_steps=4", "eval=[{benchmark: heldout_loss, batch_size: 4}]"]
+SHORT += ["track.wandb=offline", "track.tensorboard=true"]
 
 
 @pytest.mark.slow
-def test_wandbs_folders_have_each_step_and_the_picture_once_after_kills_at_any_moment(tmp_path: Path) -> None:
+def test_each_tracker_has_each_step_and_the_picture_once_after_kills_at_any_moment(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     recipe, moment = load_recipe(tmp_path / "recipe.yaml", SHORT), random.Random(5)
     run = RunPaths(tmp_path / "runs" / recipe.name)
@@ -40,9 +42,13 @@ def test_wandbs_folders_have_each_step_and_the_picture_once_after_kills_at_any_m
 
     segments = sorted(run.root.glob("wandb/offline-run-*/run-*.wandb"))
     rows = [row for segment in segments for row in history(segment)]
-    tracked = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
-    assert tracked == pytest.approx({row["step"]: row["loss"] for row in read_log(run.training_log) if "loss" in row}, abs=1e-5)
+    in_wandb = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    logged_losses = {row["step"]: row["loss"] for row in read_log(run.training_log) if "loss" in row}
+    for tracked in (in_wandb, tensorboard_curves(run.root)["train/loss"]):
+        assert [step for step, _ in tracked] == list(range(1, STEPS + 1))
+        assert dict(tracked) == pytest.approx(logged_losses, abs=1e-5)
+    assert tensorboard_pictures(run.root) == {"layer profile": 1}
+    assert [len(texts) for texts in tensorboard_texts(run.root).values()] == [1, 1, 1]
     assert len([row for row in rows if "layer profile/path" in row]) == 1
     assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
     assert len(set.union(*map(run_ids, segments))) == 1

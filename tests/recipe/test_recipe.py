@@ -46,6 +46,17 @@ def faults_of(tmp_path: Path, text: str) -> str:
     return faults(path)
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_extra_that_brings_it(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setattr("lt_train.recipe.checks.find_spec", lambda name: None)
+    said = faults(recipe_file, f"track.{tracker}=true")
+    assert f"track.{tracker}: {tracker} is not installed. Fix: pip install 'lt-train[{tracker}]', or set it to false" in said
+    monkeypatch.setattr("lt_train.recipe.checks.find_spec", lambda name: name)
+    assert getattr(load_recipe(recipe_file, [f"track.{tracker}=true"]).track, tracker)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPES.parent)  # relative paths count from the working directory
