@@ -100,19 +100,24 @@ def plan(
     tflops: Annotated[float, typer.Option(help="Peak of a GPU in dense bf16 products, in TFLOP/s; an H100's by default.")] = 989,
     efficiency: Annotated[float, typer.Option(help="Fraction of that peak that the training reaches; a guess.")] = 0.4,
     runs: RunsRoot = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """Memory, tokens, FLOPs and hours of a training, from the base's config alone; exit code 1 where it does not fit."""
     from lt_train.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     quiet_upstream()
+    from lt_train.planning.as_json import plan_as_json
     from lt_train.planning.plan import plan_recipe
     from lt_train.planning.setup import Machine
     from lt_train.planning.table import show_plan
     from lt_train.runtime.units import GIB
 
     made = plan_recipe(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens, runs)
-    show_plan(made, Console())
+    if as_json:
+        _print_json(plan_as_json(made))
+    else:
+        show_plan(made, Console())
     if not made.works:
         raise typer.Exit(1)
 

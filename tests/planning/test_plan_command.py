@@ -52,6 +52,60 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
         assert figure in said
 
 
+KEYS = {
+    "": ["name", "works", "machine", "model", "training", "profile", "kv_cache"],
+    "machine": ["gpus", "cpu", "memory_bytes", "usable_bytes", "tflops", "efficiency"],
+    "model": ["base", "parameters", "layers", "streaming_layers", "w_sink", "w_recent", "learned_sinks"],
+    "training": [
+        *("fits", "trained_parameters", "dtype", "sharding", "micro_batch_size", "row_tokens", "sequence_parallel"),
+        *("accumulation_steps", "undivided", "peak_bytes", "peak_phase", "host_bytes", "allocations", "options", "suggestions"),
+        *("samples", "tokens", "epochs", "optimizer_steps", "flop", "hours"),
+    ],
+    "profile": [
+        *("fits", "gpus", "peak_bytes", "weights_bytes", "hidden_states_bytes", "workspace_bytes", "sample_tokens", "hours"),
+        "suggestions",
+    ],
+    "kv_cache": [
+        *("evaluation", "sequence_tokens", "hybrid_bytes", "full_bytes", "hybrid_sequences", "full_sequences"),
+        "vllm_sequences_by_streaming_layers",
+    ],
+}
+"""The keys of `plan --json`, which programs rely on."""
+
+
+def test_a_plan_as_json_has_stable_keys_and_the_numbers_of_the_table(plan):
+    base = f"model.base={CONFIGS / 'qwq-32b'}"
+    code, said = plan("recipes/qwq-32b.yaml", "--set", base, "--gpus", 8, "--mean-tokens", 6000, "--json")
+    found = json.loads(said)
+    assert code == 0 and found["works"] and found["training"]["fits"] and found["profile"]["fits"]
+    assert {part: list(found[part] if part else found) for part in KEYS} == KEYS
+    training = found["training"]
+    assert found["model"]["parameters"] == 32_763_876_352
+    assert training["peak_bytes"] == sum(each["bytes"] for each in training["allocations"] if each["at_peak"])
+    assert training["peak_bytes"] <= found["machine"]["usable_bytes"] and "launch/zero2.json" in [
+        option["deepspeed"] for option in training["options"]
+    ]
+    assert training["hours"] > 0 and training["tokens"] > training["optimizer_steps"] > 0 and training["suggestions"] == []
+    assert found["kv_cache"]["hybrid_bytes"] < found["kv_cache"]["full_bytes"]
+
+
+def test_a_plan_as_json_that_does_not_fit_leaves_with_1_and_suggestions(plan):
+    base = f"model.base={CONFIGS / 'qwq-32b'}"
+    code, said = plan("recipes/qwq-32b.yaml", "--set", base, "--gpus", 8, "--gpu-memory", 24, "--mean-tokens", 6000, "--json")
+    found = json.loads(said)
+    assert (code, found["works"], found["training"]["fits"]) == (1, False, False)
+    assert found["training"]["peak_bytes"] > found["machine"]["usable_bytes"]
+
+
+def test_what_a_recipe_lacks_or_nobody_knows_is_null(plan):
+    arguments = ("recipes/quickstart.yaml", "--gpus", 1, "--gpu-memory", 4, "--cpu", "--json")
+    nothing = ("train=null", "lora=null", "eval=[]", "hybrid.strategy=periodic", "hybrid.compare=[]")
+    found = json.loads(plan(*arguments, *(f"--set={each}" for each in nothing))[1])
+    assert (found["training"], found["profile"], found["kv_cache"]) == (None, None, None)
+    found = json.loads(plan(*arguments)[1])
+    assert found["training"]["hours"] is None and found["training"]["optimizer_steps"] == 60 and found["machine"]["cpu"]
+
+
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 FLOP"), (999.4, "999.4 FLOP"), (5.024e12, "5.024 TFLOP"), (1.725e19, "17.25 EFLOP")]
 )
