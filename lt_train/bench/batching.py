@@ -16,16 +16,15 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from lt_train.bench.base import Base
 from lt_train.bench.decode import budget_too_small
 from lt_train.bench.printing import print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import kv_sizes
-from lt_train.inference.loading import load_base_config, load_for_inference, load_tokenizer
 from lt_train.inference.requests import Request, Sampling
-from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype, device_name
+from lt_train.runtime.devices import device_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
@@ -100,17 +99,17 @@ def time_static_batches(model: HybridForCausalLM, work: MixedAnswers, batch_size
 
 
 def bench_batching(
-    model: Model, ratio: float, w_sink: int, w_recent: int, count: int, longest: int, budget: int, console: Console
+    base: Base, ratio: float, w_sink: int, w_recent: int, count: int, longest: int, budget: int, console: Console
 ) -> None:
     """Print both rates.
 
     Raises:
         UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
     """
-    config, tokenizer = load_base_config(model), load_tokenizer(model)
+    config, tokenizer = base.config(), base.tokenizer()
     lazy = evenly_spread_layers(ratio, config.num_hidden_layers)
     spec = HybridSpec(config.num_hidden_layers, lazy, w_sink, w_recent)
-    hybrid = load_for_inference(model, spec, compute_dtype(model.dtype))
+    hybrid = base.for_inference(spec)
     hybrid.generation_config = GenerationConfig(eos_token_id=None)
     work = mixed_lengths(count, longest, config.vocab_size)
     needed = kv_sizes(hybrid).sequence(work.longest)
@@ -123,7 +122,7 @@ def bench_batching(
     engine_rate, static_rate = work.tokens / seconds["engine"], work.tokens / seconds["static"]
     print_lines(
         console,
-        f"{model.base}, {len(lazy)} of {spec.num_layers} layers stream, {device_name(hybrid.device)}; "
+        f"{base.name}, {len(lazy)} of {spec.num_layers} layers stream, {device_name(hybrid.device)}; "
         f"{count} answers of {min(work.answer_tokens):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
         f"{work.tokens:,} in all; KV budget {budget / 2**20:,.0f} MiB for each\n"
         f"engine          {engine_rate:8,.1f} tokens/s, {engine.lay_out(count, work.longest).slots} slots\n"

@@ -10,14 +10,26 @@ from lt_train.runtime.upstream import quiet_upstream
 
 bench = typer.Typer(help="Measure speed and memory, as ratios taken in one run.", no_args_is_help=True)
 
-BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)]
+BaseModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Base model: a local folder or hub id.", show_default=False)
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME",
+        help="Instead of a model: random weights of a published shape (135m, 0.5b, 1.5b, 8b, 32b) or of a config.json.",
+        show_default=False,
+    ),
+]
 Sinks = Annotated[int, typer.Option(help="Sink tokens.")]
 Window = Annotated[int, typer.Option(help="Window in tokens.")]
 
 
 @bench.command()
 def decode(
-    model: BaseModel,
+    model: BaseModel = None,
+    shape: Shape = None,
     lengths: Annotated[
         list[int] | None,
         typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
@@ -33,16 +45,17 @@ def decode(
     w_recent: Window = 1020,
 ) -> None:
     """Tokens per second with a given KV budget: hybrids against full attention."""
+    from lt_train.bench.base import named_base
     from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
-    from lt_train.recipe.schema import Model
 
     sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, kv_budget * MIB)
-    bench_decode(Model(base=model), ratios or DEFAULT_RATIOS, *sizes, Console())
+    bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console())
 
 
 @bench.command()
 def batching(
-    model: BaseModel,
+    model: BaseModel = None,
+    shape: Shape = None,
     count: Annotated[int, typer.Option("--answers", help="How many answers.")] = 64,
     longest: Annotated[int, typer.Option("--longest", help="Tokens of the longest answer; the shortest has a sixteenth.")] = 1024,
     kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of both, in MiB.")] = 256,
@@ -51,16 +64,17 @@ def batching(
     w_recent: Window = 1020,
 ) -> None:
     """Answers of mixed lengths: the engine against generate() with static batches, at equal memory."""
+    from lt_train.bench.base import named_base
     from lt_train.bench.batching import bench_batching
-    from lt_train.recipe.schema import Model
 
     budget = kv_budget * MIB
-    bench_batching(Model(base=model), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
+    bench_batching(named_base(model, shape), lazy_layer_ratio, w_sink, w_recent, count, longest, budget, Console())
 
 
 @bench.command()
 def growth(
-    model: BaseModel,
+    model: BaseModel = None,
+    shape: Shape = None,
     lengths: Annotated[
         list[int] | None,
         typer.Option("--at", metavar="TOKENS", help="Time the tokens before this length (repeatable). Default: 1K, 8K, 32K."),
@@ -70,10 +84,10 @@ def growth(
     w_recent: Window = 1020,
 ) -> None:
     """Time per token of the hybrid and of full attention, as one sequence grows."""
+    from lt_train.bench.base import named_base
     from lt_train.bench.growth import DEFAULT_LENGTHS, bench_growth
-    from lt_train.recipe.schema import Model
 
-    bench_growth(Model(base=model), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
+    bench_growth(named_base(model, shape), lazy_layer_ratio, w_sink, w_recent, lengths or DEFAULT_LENGTHS, Console())
 
 
 @bench.command()
@@ -100,7 +114,8 @@ def attention(
 
 @bench.command()
 def training_step(
-    model: BaseModel,
+    model: BaseModel = None,
+    shape: Shape = None,
     method: Annotated[Literal["lora", "full"], typer.Option(help="What is trained: adapters, or all weights.")] = "lora",
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the one document of a step.")] = 8192,
     lazy_layer_ratio: Annotated[float, typer.Option(help="Fraction of layers that stream.")] = 0.5,
@@ -111,7 +126,9 @@ def training_step(
 ) -> None:
     """One training step of a hybrid against one of the unconverted model with stock TRL."""
     quiet_upstream()
+    from lt_train.bench.base import named_base
     from lt_train.bench.training_step import bench_training_step, step_recipe
 
-    recipe = step_recipe(model, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
-    bench_training_step(recipe, runs, Console())
+    base = named_base(model, shape)
+    recipe = step_recipe(base.name, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
+    bench_training_step(base, recipe, runs, Console())

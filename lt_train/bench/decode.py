@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from lt_train.bench.base import Base
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
-from lt_train.inference.loading import load_base_config, load_for_inference
 from lt_train.inference.runner import ModelRunner
-from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype, device_name, dtype_name
+from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.units import MIB, format_bytes
@@ -112,7 +111,7 @@ def fill(store: KVStore, slots: int, context: int) -> None:
 
 
 def bench_decode(
-    model: Model,
+    base: Base,
     ratios: Sequence[float],
     w_sink: int,
     w_recent: int,
@@ -125,16 +124,16 @@ def bench_decode(
     Raises:
         UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
     """
-    num_layers = load_base_config(model).num_hidden_layers
+    num_layers = base.config().num_hidden_layers
     variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
     found: dict[tuple[int, ...], list[Throughput]] = {}
     with show_progress("timing", total=len(variants) * len(lengths)) as bar:
         for lazy in variants:
-            hybrid = load_for_inference(model, HybridSpec(num_layers, lazy, w_sink, w_recent), compute_dtype(model.dtype))
+            hybrid = base.for_inference(HybridSpec(num_layers, lazy, w_sink, w_recent))
             for context in lengths:
                 found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
                 bar.advance()
-            about = f"{model.base}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
+            about = f"{base.name}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {device_name(hybrid.device)}"
             del hybrid
     print_lines(

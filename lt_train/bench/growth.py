@@ -9,13 +9,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.bench.base import Base
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.loading import load_base_config, load_for_inference
-from lt_train.recipe.schema import Model
-from lt_train.runtime.devices import compute_dtype, device_name, dtype_name
+from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
@@ -58,7 +57,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
     return timings
 
 
-def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
+def bench_growth(base: Base, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
     """Print the table. The streaming layers are evenly spread: which layers stream does not matter for speed.
 
     Raises:
@@ -68,16 +67,16 @@ def bench_growth(model: Model, ratio: float, w_sink: int, w_recent: int, lengths
         raise UserError(
             f"--at: {min(lengths)}: below the {TIMED_TOKENS} tokens of which a time is the median. Fix: set at least {TIMED_TOKENS}"
         )
-    num_layers = load_base_config(model).num_hidden_layers
+    num_layers = base.config().num_hidden_layers
     lazy = evenly_spread_layers(ratio, num_layers)
     timings: dict[str, list[TokenTiming]] = {}
     for name, layers in (("hybrid", lazy), ("full", ())):
-        hybrid = load_for_inference(model, HybridSpec(num_layers, layers, w_sink, w_recent), compute_dtype(model.dtype))
+        hybrid = base.for_inference(HybridSpec(num_layers, layers, w_sink, w_recent))
         timings[name] = time_decoding(hybrid, sorted(set(lengths)))
         parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
         del hybrid
     title = (
-        f"{model.base}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device_name(device)}; {len(lazy)} of "
+        f"{base.name}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device_name(device)}; {len(lazy)} of "
         f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
     )
     print_lines(console, title)

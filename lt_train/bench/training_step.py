@@ -17,13 +17,13 @@ import datasets
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
+from lt_train.bench.base import Base
 from lt_train.bench.printing import print_lines
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_tokenizer, load_weights
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.workload import Samples, Workload
@@ -31,7 +31,6 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import device_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.runtime.sources import resolve_model
 from lt_train.selection.choose import evenly_spread_layers
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
@@ -98,14 +97,10 @@ def step_recipe(
         raise UserError(f"{'; '.join(faults)}. Fix: change the option that sets it") from error
 
 
-def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
+def compare_steps(base: Base, recipe: Recipe, runs: int) -> StepComparison:
     """Each trainer takes one warm-up step; then `runs` steps of both are interleaved."""
     assert recipe.train is not None and recipe.hybrid.lazy_layer_ratio is not None
-    config, tokenizer, tokens = (
-        load_base_config(recipe.model),
-        load_tokenizer(recipe.model, recipe.prompt.stop_token),
-        recipe.data.max_length,
-    )
+    config, tokenizer, tokens = base.config(), base.tokenizer(), recipe.data.max_length
     layers = config.num_hidden_layers
     lazy = evenly_spread_layers(recipe.hybrid.lazy_layer_ratio, layers)
     spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
@@ -115,9 +110,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
     with TemporaryDirectory() as folder:
         args = sft_config(recipe, recipe.train, Path(folder))
         args.save_strategy = SaveStrategy.NO
-        with bar_if_it_takes_long(recipe.model):
-            stock = AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model.base), dtype=dtype)
-        hybrid = load_weights(recipe.model, spec, dtype)
+        stock, hybrid = base.for_training(spec, dtype)
         hybrid.name_or_path = ""
         trainers = [
             kind(
@@ -145,7 +138,7 @@ def compare_steps(recipe: Recipe, runs: int) -> StepComparison:
     return StepComparison(stock_seconds, hybrid_seconds, losses[0], losses[1], compute)
 
 
-def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
+def bench_training_step(base: Base, recipe: Recipe, runs: int, console: Console) -> None:
     """Print both times, their ratio and the limit.
 
     Raises:
@@ -154,13 +147,13 @@ def bench_training_step(recipe: Recipe, runs: int, console: Console) -> None:
     if runs < 1:
         raise UserError(f"--runs: {runs}: too few. Fix: set at least 1")
     assert recipe.train is not None
-    found = compare_steps(recipe, runs)
+    found = compare_steps(base, recipe, runs)
     hybrid, device = recipe.hybrid, torch.accelerator.current_accelerator() or torch.device("cpu")
     trained = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank} on q, k, v and o of all layers"
     checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
     print_lines(
         console,
-        f"{recipe.model.base}, {device_name(device)}; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
+        f"{base.name}, {device_name(device)}; {hybrid.lazy_layer_ratio:.0%} of layers stream, "
         f"w_sink {hybrid.w_sink}, w_recent {hybrid.w_recent}; one document of {recipe.data.max_length:,} tokens a step, {trained}, "
         f"{checkpointing} gradient checkpointing; medians of {runs}\n"
         f"unconverted, stock TRL  {found.stock:9,.2f} s a step, loss {found.stock_loss:.3f}\n"

@@ -1,11 +1,12 @@
 import pytest
 from rich.console import Console
 
+from lt_train.bench.base import StoredBase
 from lt_train.bench.batching import PROMPT_TOKENS, bench_batching, mixed_lengths
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 
-TINY = Model(base="data/tiny-reasoner", dtype="fp32")
+TINY = StoredBase(Model(base="data/tiny-reasoner", dtype="fp32"))
 
 
 def test_lengths_are_spread_from_a_sixteenth_to_the_longest_and_always_the_same() -> None:

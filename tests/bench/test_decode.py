@@ -2,6 +2,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from lt_train.bench.base import StoredBase
 from lt_train.bench.decode import TIMED_STEPS, Throughput, bench_decode, throughput, throughput_table
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
@@ -24,10 +25,10 @@ def test_the_budget_is_filled_with_sequences_and_the_bytes_of_a_step_are_counted
 
 def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_says_so(tmp_path, capsys) -> None:
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
-    model = Model(base=str(tmp_path), dtype="fp32")
+    base = StoredBase(Model(base=str(tmp_path), dtype="fp32"))
     console = Console(record=True, width=160)
     tight = ENTRY * 4 * 640 * 3 + 1  # three full sequences of 600 tokens and what they still write
-    bench_decode(model, [0.5, 0.75], 2, 30, [600 - TIMED_STEPS], tight, console)
+    bench_decode(base, [0.5, 0.75], 2, 30, [600 - TIMED_STEPS], tight, console)
     rows = [line.split() for line in console.export_text().splitlines() if "/4" in line]
     assert [(row[1], int(row[2])) for row in rows] == [("0/4", 3), ("2/4", 5), ("3/4", 10)]
     assert all(row[-1] == "%" for row in rows[1:])

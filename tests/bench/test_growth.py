@@ -2,6 +2,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from lt_train.bench.base import StoredBase
 from lt_train.bench.growth import TIMED_TOKENS, bench_growth, time_decoding
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
@@ -23,7 +24,7 @@ def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds():
 def test_the_table_sets_hybrid_and_full_attention_side_by_side(tmp_path):
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
     console = Console(record=True, width=160)
-    bench_growth(Model(base=str(tmp_path), dtype="fp32"), 0.5, 2, 30, [64, 128], console)
+    bench_growth(StoredBase(Model(base=str(tmp_path), dtype="fp32")), 0.5, 2, 30, [64, 128], console)
     printed = console.export_text()
     assert "2 of 4 layers stream" in printed
     assert "128" in printed and "limit" in printed
@@ -31,4 +32,4 @@ def test_the_table_sets_hybrid_and_full_attention_side_by_side(tmp_path):
 
 def test_a_length_shorter_than_what_is_timed_is_refused():
     with pytest.raises(UserError, match=str(TIMED_TOKENS)):
-        bench_growth(Model(base="."), 0.5, 2, 30, [8], Console())
+        bench_growth(StoredBase(Model(base=".")), 0.5, 2, 30, [8], Console())
