@@ -356,6 +356,32 @@ def env(as_json: AsJson = False) -> None:
         show_environment(found, Console())
 
 
+@app.command()
+def doctor(
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Of the model that decodes, as in `lt-train bench`. Default: 8b on a GPU, 135m on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check kernels, training, generation, speed and DeepSpeed on this machine, in under 3 minutes; exit code 1 on a failure."""
+    quiet_upstream()
+    from lt_train.bench.doctor import diagnose, show_diagnosis
+
+    found = diagnose(shape)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        show_diagnosis(found, Console())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
 app.add_typer(bench, name="bench")
 
 

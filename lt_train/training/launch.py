@@ -1,4 +1,4 @@
-"""Checks of a launch before anything long starts: the first step of a run, not after hours of scoring layers."""
+"""The start of a launch: checks before anything long begins, in the first step of a run, and DeepSpeed's communication."""
 
 from importlib.util import find_spec
 
@@ -38,3 +38,18 @@ def check_launch(recipe: Recipe, train: Train, process: Process) -> None:
             f"train.deepspeed: {train.deepspeed}: no launcher started this process. Fix: start it with "
             "deepspeed --num_gpus N --module lt_train train RECIPE (--num_accelerators N on CPUs), or set train.deepspeed to null"
         )
+
+
+def start_deepspeed() -> None:
+    """Start DeepSpeed's own communication, in addition to accelerate's.
+
+    Without a GPU, accelerate starts only torch.distributed, and DeepSpeed would shard a model during loading (zero.Init) for a
+    world size of 1.
+    """
+    import deepspeed
+
+    if not torch.accelerator.is_available():
+        # DeepSpeed's shared-memory collectives need a compiler and a minute or two at the first start, and wait forever for a
+        # process that has died; gloo does not need them. deepspeed/ops/__init__.py makes this table for such edits.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()

@@ -15,7 +15,7 @@ from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import this_process
 from lt_train.training.checkpoints import Settings
-from lt_train.training.launch import check_launch
+from lt_train.training.launch import check_launch, start_deepspeed
 
 
 def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
@@ -80,21 +80,6 @@ def sft_config(recipe: Recipe, train: Train, out: Path) -> SFTConfig:
     if config.deepspeed is not None:
         start_deepspeed()
     return config
-
-
-def start_deepspeed() -> None:
-    """Start DeepSpeed's own communication, in addition to accelerate's.
-
-    Without a GPU, accelerate starts only torch.distributed, and DeepSpeed would shard a model during loading (zero.Init) for a
-    world size of 1.
-    """
-    import deepspeed
-
-    if not torch.accelerator.is_available():
-        # DeepSpeed's shared-memory collectives need a compiler and a minute or two at the first start, and wait forever for a
-        # process that has died; gloo does not need them. deepspeed/ops/__init__.py makes this table for such edits.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
 
 
 def trains_in_bf16(recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ from lt_train.hybrid import attention_kernels
 from lt_train.hybrid.attention_kernels import KERNELS, Choice, Use, choose, computed_in
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.support.dense_flash import DenseFlash
+from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
 from tests.support.streaming_cases import Case, documents_of, expected_output, tensors_of
 
 CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
@@ -91,28 +91,6 @@ def test_an_unknown_kernel_is_refused():
 
 def test_a_kernel_that_works_passes_its_trial(flash_on_a_cpu):
     assert attention_kernels._self_test_fault("flash", without(CPU, dtype=torch.bfloat16, trains=True)) is None
-
-
-class OffByOne(DenseFlash):
-    """A window of one key too few."""
-
-    def forward(self, q_nHD, k_mGD, v_mGD, varlen):
-        left, right = varlen.window
-        shorter = varlen if left < 1 else dataclasses.replace(varlen, window=(left - 1, right))
-        return super().forward(q_nHD, k_mGD, v_mGD, shorter)
-
-
-class WrongGradient(DenseFlash):
-    """Right in the forward pass; dv comes from the first key/value group alone."""
-
-    def backward(self, *given):
-        dq, dk, dv = super().backward(*given)
-        return dq, dk, dv[:, :1].expand_as(dv)
-
-
-class Unbuilt(DenseFlash):
-    def forward(self, *given):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ of those: flash-attn 2.8.3 and the operators of flash-attn 3 and of torch.
 Shapes: n queries and m keys of documents laid end to end, H query heads, G key/value heads, D head size.
 """
 
+import dataclasses
 import sys
 from contextlib import contextmanager
 from types import ModuleType
@@ -43,6 +44,28 @@ class DenseFlash:
             for gradient, by_head in ((dk_mGD, dk_mHD), (dv_mGD, dv_mHD)):
                 gradient[keys] = by_head.unflatten(1, (gradient.shape[1], -1)).sum(2).to(gradient.dtype)
         return dq_nHD, dk_mGD, dv_mGD
+
+
+class OffByOne(DenseFlash):
+    """A window of one key too few."""
+
+    def forward(self, q_nHD, k_mGD, v_mGD, varlen):
+        left, right = varlen.window
+        shorter = varlen if left < 1 else dataclasses.replace(varlen, window=(left - 1, right))
+        return super().forward(q_nHD, k_mGD, v_mGD, shorter)
+
+
+class WrongGradient(DenseFlash):
+    """Right in the forward pass; dv comes from the first key/value group alone."""
+
+    def backward(self, *given):
+        dq, dk, dv = super().backward(*given)
+        return dq, dk, dv[:, :1].expand_as(dv)
+
+
+class Unbuilt(DenseFlash):
+    def forward(self, *given):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
 
 def precise(x):

@@ -13,8 +13,8 @@ from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.training.launch import start_deepspeed
 from lt_train.training.sequence_parallel import shard_of, shard_sequences
-from lt_train.training.settings import start_deepspeed
 
 SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=2, w_recent=5)
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
