@@ -87,6 +87,33 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
 
 @app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Base model: a local folder or hub id.", show_default=False)],
+    data: Annotated[
+        str, typer.Option("--data", metavar="DATA", help="Traces to train on: a file, folder or hub id.", show_default=False)
+    ],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RECIPE", help="Start from this recipe (see lt-train recipes).", show_default=False),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs to train on. Default: those here, or the CPU.", show_default=False)
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of each GPU. Default: of those here, or 80.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a commented recipe for a base and data, after a look at both, that fits the machine."""
+    quiet_upstream()
+    from lt_train.planning.new_recipe import machine_here, write_recipe
+    from lt_train.planning.table import verdict
+
+    made = write_recipe(out, base, data, start, machine_here(gpus, gpu_memory))
+    typer.echo("\n".join([f"recipe: {out}", *verdict(made), "next: the commands at its head"]))
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -169,7 +169,8 @@ def profile_suggestions(recipe: Recipe, shape: ModelShape, machine: Machine) -> 
     needed = profile_memory(recipe, shape, machine)
     if needed is None or needed.peak <= machine.usable:
         return
-    length = next((length for length in shorter_lengths(needed.length) if fits(_shortened(recipe, length), machine)), None)
+    shorter = shorter_lengths(needed.length)
+    length = next((length for length in shorter if fits(shortened_calibration(recipe, length), machine)), None)
     if length is not None and length > recipe.hybrid.w_sink + recipe.hybrid.w_recent + 1:  # shorter samples fit into the window
         yield f"--set hybrid.calibration.max_length={length}"
     more = [] if machine.cpu else [replace(machine, gpus=gpus) for gpus in range(needed.gpus + 1, GPUS_OF_A_MACHINE + 1)]
@@ -180,6 +181,7 @@ def profile_suggestions(recipe: Recipe, shape: ModelShape, machine: Machine) -> 
     yield "layers without scores: hybrid.layers, or hybrid.strategy=periodic, with hybrid.compare=[]"
 
 
-def _shortened(recipe: Recipe, length: int) -> Recipe:
+def shortened_calibration(recipe: Recipe, length: int) -> Recipe:
+    """With at most so many tokens of each calibration sample."""
     calibration = recipe.hybrid.calibration.model_copy(update={"max_length": length})
     return recipe.model_copy(update={"hybrid": recipe.hybrid.model_copy(update={"calibration": calibration})})

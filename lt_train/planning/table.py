@@ -26,7 +26,7 @@ def show_plan(plan: RecipePlan, console: Console) -> None:
             console.print(_options_table(training))
         _print_rows(console, _work(training))
     _print_rows(console, _evaluation(plan))
-    for line in _verdict(plan):
+    for line in verdict(plan):
         _print_line(console, line, bold=True)
 
 
@@ -146,7 +146,7 @@ def _evaluation(plan: RecipePlan) -> list[tuple[str, str]]:
     return found
 
 
-def _verdict(plan: RecipePlan) -> list[str]:
+def verdict(plan: RecipePlan) -> list[str]:
     training, lines = plan.training, _profile_verdict(plan)
     if training is None:
         return [*lines, "nothing is trained in this recipe"]

@@ -72,7 +72,8 @@ def read_header(recipe: Path) -> RecipeHeader:
 def locate_files(values: Any, recipe: Path) -> Any:
     """The values of a recipe, in which each relative path that the working directory lacks is taken from the recipe's folder.
 
-    A recipe in a folder `recipes` may also count from the folder above: there `data/` and `launch/` lie beside `recipes/`.
+    A recipe in a folder `recipes` may also count from the folder above: there `data/` and `launch/` lie beside `recipes/`. The
+    DeepSpeed configurations that come with lt_train are found from anywhere, as `launch/zero3.json`.
     """
     folder = recipe.absolute().parent
     places = [folder, folder.parent] if folder.name == "recipes" else [folder]
@@ -86,6 +87,8 @@ def _located(value: Any, places: list[Path], paths: set[str], setting: Any = Non
         return [_located(inner, places, paths, setting) for inner in value]
     if setting not in paths or not isinstance(value, str) or not value or _exists(Path(value)):
         return value
+    if setting == "deepspeed" and value.startswith("launch/"):
+        places = [*places, *(path.parents[1] for path in shipped_recipes()[:1])]
     return next((str(place / value) for place in places if _exists(place / value)), value)
 
 

@@ -5,6 +5,7 @@ are text (YAML 1.1 reads 10 and 90). A key that is given twice, a key that is no
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -93,9 +94,14 @@ for first, resolvers in _Loader.yaml_implicit_resolvers.items():
         _Dumper.add_implicit_resolver(tag, regular_expression, [first])
 
 
-def to_yaml(values: Any) -> str:
-    """Plain values as YAML that this module, and any reader of YAML 1.1, reads back."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def to_yaml(values: Any, in_one_line: bool = False) -> str:
+    """Plain values as YAML that this module, and any reader of YAML 1.1, reads back.
+
+    Args:
+        in_one_line: of a list or mapping.
+    """
+    width = sys.maxsize if in_one_line else 120
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=in_one_line)
 
 
 def read_recipe_text(text: str, overrides: Sequence[str] = (), former_names: Mapping[str, str] | None = None) -> RecipeText:
