@@ -69,7 +69,8 @@ def machine_here(gpus: int | None, gpu_memory: float | None) -> Machine:
     if gpus is None and gpu_memory is None and not torch.cuda.is_available():
         return Machine(1, psutil.virtual_memory().available, cpu=True)
     here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else GPU_GIB * GIB
-    return Machine(gpus or torch.cuda.device_count() or 1, here if gpu_memory is None else int(gpu_memory * GIB))
+    count = (torch.cuda.device_count() or 1) if gpus is None else gpus
+    return Machine(count, here if gpu_memory is None else int(gpu_memory * GIB))
 
 
 def write_recipe(out: Path, base: str, source: str, start: str | None, machine: Machine) -> RecipePlan:

@@ -43,6 +43,13 @@ def test_paths_also_count_from_the_folder_of_the_recipe(tmp_path):
     assert located == {"model": {"base": "owner/name"}, "data": {"source": found}, "eval": [{"path": found}]}
 
 
+def test_the_deepspeed_configurations_are_found_from_any_folder(tmp_path):
+    values = {"train": {"deepspeed": "launch/zero3.json"}, "data": {"source": "launch/zero3.json"}}
+    located = locate_files(values, tmp_path / "mine.yaml")
+    assert located["train"]["deepspeed"] == str(REPOSITORY / "launch/zero3.json")
+    assert located["data"]["source"] == "launch/zero3.json", "nothing else is"
+
+
 def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"quikstart: there is no such file in .*ships .*quickstart"):
         load_recipe(Path("quikstart"))
