@@ -127,6 +127,7 @@ def _decode(base: RandomBase, sizes: Sizes) -> Finding:
             budget = max(one, min(sizes.kv_budget, room))
         found.append(throughput(hybrid, sizes.context, budget))
         del hybrid
+        release_memory()
     full, ours = found
     faster = ours.tokens_per_second / full.tokens_per_second
     limit = ours.tokens_per_byte / full.tokens_per_byte
