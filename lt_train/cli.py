@@ -106,7 +106,8 @@ def init(
 ) -> None:
     """Write a commented recipe for a base and data, after a look at both, that fits the machine."""
     quiet_upstream()
-    from lt_train.planning.new_recipe import machine_here, write_recipe
+    from lt_train.planning.new_recipe import write_recipe
+    from lt_train.planning.setup import machine_here
     from lt_train.planning.table import verdict
 
     made = write_recipe(out, base, data, start, machine_here(gpus, gpu_memory))

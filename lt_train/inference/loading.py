@@ -64,6 +64,14 @@ def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> 
     return type(config)(**{**config.to_dict(), **changes})
 
 
+def has_local_tokenizer(model: Model) -> bool:
+    """Whether the base's tokenizer is in its folder, or in the cache of the hub: `load_tokenizer` then downloads nothing."""
+    name = resolve_model(model.base)
+    if Path(name).is_dir():
+        return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
+    return any(isinstance(try_to_load_from_cache(name, file, revision=model.revision), str) for file in _TOKENIZER_FILES)
+
+
 def load_tokenizer(model: Model, stop_token: str | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding on the left as generation needs it.
 

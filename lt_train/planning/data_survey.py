@@ -21,7 +21,7 @@ LOOKED_AT = 512
 """Rows that are looked at, drawn from all of them."""
 
 BYTES_PER_TOKEN = 3
-"""Of UTF-8, where no tokenizer is there to count with. English with formulas has 3 to 4, so lengths are rather overestimated."""
+"""Of UTF-8, where no tokenizer counts. Qwen3's has 4.3 of traces in English; formulas have fewer, so this rather overestimates."""
 
 
 @dataclass(frozen=True)

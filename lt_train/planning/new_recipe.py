@@ -7,33 +7,26 @@ data, base and machine do not decide is as there.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.hybrid.context_length import context_length
-from lt_train.inference.loading import eos_ids, load_base_config, load_tokenizer
+from lt_train.inference.loading import eos_ids, has_local_tokenizer, load_base_config, load_tokenizer
 from lt_train.planning.data_survey import BYTES_PER_TOKEN, DataSurvey, survey_data
+from lt_train.planning.draft import Draft
 from lt_train.planning.fitting import FittingTraining, fitting_calibration, fitting_training
 from lt_train.planning.plan import RecipePlan, plan_recipe
-from lt_train.planning.setup import Machine
-from lt_train.recipe.commented_yaml import commented_yaml
+from lt_train.planning.setup import GPU_GIB, Machine
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.part import parts_in
 from lt_train.recipe.schema import Model, Prompt, Recipe
 from lt_train.recipe.shipped import find_recipe, locate_files
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.sources import resolve_model
 from lt_train.runtime.units import GIB, format_bytes
 
 PAPER = "as in the paper (LightTransfer, arXiv 2410.13846)"
-GPU_GIB = 80
 HELDOUT, CALIBRATION = 64, 64
 BATCH = 32
 KEPT = 0.99
@@ -46,31 +39,6 @@ LEARNING = {
     "lora": (1e-4, 1, "as SWAA (arXiv 2512.10411) adapts models to windows by LoRA", "as SWAA"),
 }
 """Learning rate, epochs, and where each comes from."""
-
-
-@dataclass
-class Draft:
-    """A recipe in the making: the settings by part, and why each has its value."""
-
-    values: dict[str, Any]
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def set(self, setting: str, value: Any, reason: str | None = None) -> None:
-        part, _, name = setting.rpartition(".")
-        (self.values.setdefault(part, {}) if part else self.values)[name] = value
-        if reason is None:
-            self.reasons.pop(setting, None)
-        else:
-            self.reasons[setting] = reason
-
-
-def machine_here(gpus: int | None, gpu_memory: float | None) -> Machine:
-    """The machine to plan for: GPUs as given, else those that are here, else this machine's CPU."""
-    if gpus is None and gpu_memory is None and not torch.cuda.is_available():
-        return Machine(1, psutil.virtual_memory().available, cpu=True)
-    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else GPU_GIB * GIB
-    count = (torch.cuda.device_count() or 1) if gpus is None else gpus
-    return Machine(count, here if gpu_memory is None else int(gpu_memory * GIB))
 
 
 def write_recipe(out: Path, base: str, source: str, start: str | None, machine: Machine) -> RecipePlan:
@@ -90,14 +58,14 @@ def write_recipe(out: Path, base: str, source: str, start: str | None, machine: 
     draft, model = _start(start), Model(base=base)
     config = load_base_config(model)
     prompt = Prompt.model_validate(draft.values.get("prompt", {}))
-    local = _has_local_tokenizer(model)
+    local = has_local_tokenizer(model)
     tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(model) if local else None
     context = context_length(config.to_dict())
     survey = survey_data(source, prompt, tokenizer, eos_ids(model) if local else (), context)
     _fill_from_base(draft, out, _from_folder_of(out, base), config, machine)
     _fill_from_data(draft, _from_folder_of(out, source), survey, context, from_recipe=start is not None)
     fitting = _fill_from_plan(draft, config, machine, survey, out, from_recipe=start is not None)
-    text = _header(draft, out, start, machine, fitting) + commented_yaml(_ordered(draft.values), draft.reasons)
+    text = _header(draft, out, start, machine, fitting) + draft.text()
     checked = _checked(text, out)
     plan = plan_recipe(checked, machine, survey.rows, min(survey.median, checked.data.max_length))
     assert plan.works, "the same code has found a training that fits"
@@ -170,7 +138,7 @@ def _fill_from_data(draft: Draft, source: str, survey: DataSurvey, context: int,
     heldout = max(1, min(HELDOUT, survey.rows // 10))
     draft.set("data.heldout", heldout, "rows that are not trained on, for the evaluation loss")
     hybrid = draft.values["hybrid"]
-    if not from_recipe or hybrid.get("w_sink", 4) + hybrid.get("w_recent", 1020) >= draft.values["data"]["max_length"]:
+    if not from_recipe or hybrid.get("w_sink", 4) + hybrid.get("w_recent", 1020) >= survey.median:
         _fill_window(draft, survey)
     samples = max(1, min(CALIBRATION, survey.rows - heldout))
     draft.set("hybrid.calibration", {**hybrid.get("calibration", {}), "samples": samples})
@@ -206,7 +174,7 @@ def _fill_from_plan(
     first = str(train.get("method", "lora" if machine.cpu else "full"))
     methods = [first] if first == "lora" else [first, "lora"]
     drafts = {method: _with_method(draft.values, method, from_recipe) for method in methods}
-    recipes = {method: _recipe(drafts[method], out) for method in methods}
+    recipes = {method: Draft(drafts[method]).recipe(out) for method in methods}
     on = "this machine's CPU" if machine.cpu else _gpus(machine)
     fitting = fitting_training(list(recipes.values()), config, machine, shortest=survey.median)
     if fitting is None:
@@ -231,16 +199,20 @@ def _fill_from_plan(
     if fitting.length < draft.values["data"]["max_length"]:
         longer = f"{survey.longer_than(fitting.length):,} of {len(survey.lengths):,} samples looked at are longer, and left out"
         draft.set("data.max_length", fitting.length, f"the longest that fits {on}: {longer}; {_lengths(survey)}")
-    calibration = fitting_calibration(_recipe(draft.values, out), config, machine)
-    if calibration is None:
+    _fill_calibration(draft, config, machine, out, on)
+    return fitting
+
+
+def _fill_calibration(draft: Draft, config: PreTrainedConfig, machine: Machine, out: Path, on: str) -> None:
+    length = fitting_calibration(draft.recipe(out), config, machine)
+    if length is None:
         raise UserError(
             f"--base: {draft.values['model']['base']}: scoring its layers does not fit {on}. Fix: give more GPUs (--gpus), or "
             "name a recipe by --from that names layers"
         )
-    if calibration < draft.values["data"]["max_length"]:
-        given = {**draft.values["hybrid"]["calibration"], "max_length": calibration}
+    if length < draft.values["data"]["max_length"]:
+        given = {**draft.values["hybrid"]["calibration"], "max_length": length}
         draft.set("hybrid.calibration", given, f"scoring the layers on longer samples does not fit {on}")
-    return fitting
 
 
 def _fill_batch(draft: Draft, machine: Machine, survey: DataSurvey) -> None:
@@ -293,10 +265,6 @@ def _explain_method(draft: Draft, method: str, first: str, on: str, machine: Mac
 # Files
 
 
-def _recipe(values: Mapping[str, Any], out: Path) -> Recipe:
-    return Recipe.model_validate(locate_files(dict(values), out))
-
-
 def _checked(text: str, out: Path) -> Recipe:
     """Read as `lt-train validate` reads it, under another name in the same folder."""
     temporary = out.with_name(f".{out.name}.tmp")
@@ -328,27 +296,6 @@ def _header(draft: Draft, out: Path, start: str | None, machine: Machine, fittin
     if start is not None:
         lines.append(f"Settings without a comment are those of {start}.")
     return "".join(f"# {line}\n" for line in lines) + "\n"
-
-
-def _ordered(values: dict[str, Any]) -> dict[str, Any]:
-    """Parts, and settings in them, in the order of the schema, without empty parts."""
-    found = {}
-    for name, declared in Recipe.model_fields.items():
-        value = values.get(name)
-        part = next(iter(parts_in(declared.annotation)), None)
-        if isinstance(value, dict) and part is not None:
-            value = {setting: value[setting] for setting in part.model_fields if setting in value}
-        if value not in (None, {}):
-            found[name] = value
-    return found
-
-
-def _has_local_tokenizer(model: Model) -> bool:
-    folder = Path(resolve_model(model.base))
-    names = ("tokenizer.json", "tokenizer.model")
-    if folder.is_dir():
-        return any((folder / name).is_file() for name in names)
-    return any(isinstance(try_to_load_from_cache(model.base, name), str) for name in names)
 
 
 def _gpus(machine: Machine) -> str:

@@ -4,13 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+import torch
+
 from lt_train.planning.activations import FP32, ElementBytes
 from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.deepspeed_file import deepspeed_settings
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.units import GIB
 
 BF16 = 2
+GPU_GIB = 80
+"""Memory of a GPU where none is here to ask."""
 
 ZERO_DEFAULT = 10**9
 """DeepSpeed's default of `live_parameters` and `sub_group` (deepspeed/runtime/zero/config.py)."""
@@ -47,6 +53,15 @@ class Machine:
     @property
     def usable(self) -> int:
         return self.memory if self.cpu else int(self.memory * USABLE)
+
+
+def machine_here(gpus: int | None, gpu_memory: float | None) -> Machine:
+    """The machine to plan for: GPUs as given, else those that are here, else this machine's CPU."""
+    if gpus is None and gpu_memory is None and not torch.cuda.is_available():
+        return Machine(1, psutil.virtual_memory().available, cpu=True)
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else GPU_GIB * GIB
+    count = (torch.cuda.device_count() or 1) if gpus is None else gpus
+    return Machine(count, here if gpu_memory is None else int(gpu_memory * GIB))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.runtime.sources import load_rows, resolve_data, resolve_model
+from lt_train.runtime.sources import load_rows, resolve_data
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Sampl
     """The samples of the data themselves, where they and the tokenizer are local; as the run has tokenized them, where it has."""
     if not isinstance(resolve_data(recipe.data.source), Path):
         return None
-    folder = Path(resolve_model(recipe.model.base))
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        return None
     from lt_train.dataset.loading import training_lengths
-    from lt_train.inference.loading import eos_ids, load_tokenizer
+    from lt_train.inference.loading import eos_ids, has_local_tokenizer, load_tokenizer
+
+    if not has_local_tokenizer(recipe.model):
+        return None
 
     lengths = training_lengths(
         recipe.data,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lt_train.planning import new_recipe
+from lt_train.planning import setup
 from lt_train.planning.data_survey import BYTES_PER_TOKEN
 from lt_train.planning.new_recipe import write_recipe
 from lt_train.planning.setup import Machine
@@ -42,7 +42,7 @@ def comments(text):
 
 
 def test_the_recipe_validates_fits_and_says_why_each_value_was_chosen(lt_train, data, monkeypatch):
-    monkeypatch.setattr(new_recipe, "machine_here", lambda gpus, memory: CPU)
+    monkeypatch.setattr(setup, "machine_here", lambda gpus, memory: CPU)
     code, out, err = lt_train("init", "my.yaml", "--base", TINY, "--data", "rows.jsonl")
     assert code == 0, err
     assert "recipe: my.yaml" in out and "fits: " in out
