@@ -46,6 +46,7 @@ def test_the_recipe_validates_fits_and_says_why_each_value_was_chosen(lt_train, 
     code, out, err = lt_train("init", "my.yaml", "--base", TINY, "--data", "rows.jsonl")
     assert code == 0, err
     assert "recipe: my.yaml" in out and "fits: " in out
+    assert sorted(path.name for path in Path().iterdir()) == ["my.yaml", "rows.jsonl"]
     text = Path("my.yaml").read_text(encoding="utf-8")
     made, why = yaml.safe_load(text), comments(text)
     assert made["name"] == "my" and made["data"]["source"] == "rows.jsonl" and made["model"]["base"] == str(TINY)
