@@ -44,8 +44,9 @@ def _launch(name: str) -> Finding:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")}
     command = [*launcher, "-m", __name__, name]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as launch:
+    with subprocess.Popen(
+        command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as launch:
         try:
             out, err = launch.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired as error:
