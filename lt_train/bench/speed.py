@@ -48,7 +48,7 @@ class Sizes:
     kv_budget: int
 
 
-ON_CPU = Sizes(256 * MIB, 2048, Shape((2048, 4096, 8192), heads=4, groups=4, head_size=64), "135m", 16384, 2 * GIB)
+ON_CPU = Sizes(256 * MIB, 2048, Shape((2048, 4096, 8192), heads=4, groups=4, head_size=64), "135m", 16384, GIB)
 ON_GPU = Sizes(GIB, 8192, Shape((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128), "8b", 16384, 24 * GIB)
 
 
