@@ -20,8 +20,9 @@ from lt_train.planning.fitting import FittingTraining, fitting_calibration, fitt
 from lt_train.planning.plan import RecipePlan, plan_recipe
 from lt_train.planning.setup import GPU_GIB, Machine
 from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Model, Prompt, Recipe
-from lt_train.recipe.shipped import find_recipe, locate_files
+from lt_train.recipe.shipped import absolute_files, find_recipe, locate_files
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.units import GIB, format_bytes
@@ -100,7 +101,8 @@ def _settings_of(start: str) -> dict[str, Any]:
     recipe = load_recipe(path)
     if recipe.train is None:
         raise UserError(f"--from: {start}: this recipe trains nothing. Fix: name one that has a train part")
-    values = locate_files(read_recipe_text(path.read_text(encoding="utf-8")).values, path)
+    written = read_recipe_text(path.read_text(encoding="utf-8"), former_names=former_names(Recipe)).values
+    values = absolute_files(locate_files(written, path))
     kept = {name: value for name, value in values.items() if name not in ("name", "model", "data", "sample")}
     kept["model"] = {name: value for name, value in values["model"].items() if name in ("dtype", "attention")}
     kept["data"] = {name: value for name, value in values["data"].items() if name in ("overlong", "packing")}

@@ -4,7 +4,9 @@ They lie in the repository, where lt_train runs from one (`pip install -e .`), e
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -77,19 +79,34 @@ def locate_files(values: Any, recipe: Path) -> Any:
     """
     folder = recipe.absolute().parent
     places = [folder, folder.parent] if folder.name == "recipes" else [folder]
-    return _located(values, places, names_marked(Recipe, PATH))
+
+    def located(setting: str, path: str) -> str:
+        if _exists(Path(path)):
+            return path
+        shipped = shipped_recipes()[:1] if setting == "deepspeed" and path.startswith("launch/") else []
+        found = (place / path for place in (*places, *(recipe.parents[1] for recipe in shipped)))
+        return next((str(place) for place in found if _exists(place)), path)
+
+    return _with_paths(values, located)
 
 
-def _located(value: Any, places: list[Path], paths: set[str], setting: Any = None) -> Any:
+def absolute_files(values: Any) -> Any:
+    """The values of a recipe, in which each path that exists is absolute: for a recipe in another folder."""
+    return _with_paths(values, lambda _, path: str(Path(path).absolute()) if _exists(Path(path)) else path)
+
+
+@cache
+def _path_settings() -> frozenset[str]:
+    return frozenset(names_marked(Recipe, PATH))
+
+
+def _with_paths(value: Any, change: Callable[[str, str], str], setting: Any = None) -> Any:
+    """`change` gets the name and the value of each setting that holds a path."""
     if isinstance(value, dict):
-        return {name: _located(inner, places, paths, name) for name, inner in value.items()}
+        return {name: _with_paths(inner, change, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_located(inner, places, paths, setting) for inner in value]
-    if setting not in paths or not isinstance(value, str) or not value or _exists(Path(value)):
-        return value
-    if setting == "deepspeed" and value.startswith("launch/"):
-        places = [*places, *(path.parents[1] for path in shipped_recipes()[:1])]
-    return next((str(place / value) for place in places if _exists(place / value)), value)
+        return [_with_paths(inner, change, setting) for inner in value]
+    return change(setting, value) if setting in _path_settings() and isinstance(value, str) and value else value
 
 
 def _exists(path: Path) -> bool:

@@ -10,6 +10,7 @@ from lt_train.planning import setup
 from lt_train.planning.data_survey import BYTES_PER_TOKEN
 from lt_train.planning.new_recipe import write_recipe
 from lt_train.planning.setup import Machine
+from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.units import GIB, MIB
 from tests.support.families import BASES
@@ -109,6 +110,15 @@ def test_what_a_shipped_recipe_sets_is_kept_where_base_data_and_machine_do_not_d
     assert made["hybrid"]["compare"] == ["lazy_ratio"] and made["hybrid"]["w_recent"] == 12
     assert made["data"]["source"] == "rows.jsonl" and made["eval"][0]["benchmark"] == "ledger"
     assert Path(made["eval"][0]["path"]).is_file()
+
+
+def test_files_of_a_recipe_elsewhere_are_still_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # there the recipe's own paths lie
+    data = write_rows(tmp_path / "rows.jsonl", rows_of_the_ledger(80))
+    write_recipe(tmp_path / "my.yaml", "data/tiny-reasoner", str(data), "recipes/quickstart.yaml", CPU)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(Path("my.yaml"))
+    assert recipe.data.source == "rows.jsonl" and recipe.eval[0].path == str(REPOSITORY / "data/ledger/test.jsonl")
 
 
 def test_a_window_that_would_show_whole_samples_is_shortened_also_with_a_shipped_recipe(data):
