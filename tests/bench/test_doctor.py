@@ -25,7 +25,8 @@ SMALL = speed.Sizes(2**20, 64, Shape((64, 2048), heads=2, groups=2, head_size=16
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     BASES["qwen3"].save_pretrained(tmp_path)
-    monkeypatch.setattr(speed, "ON_CPU", dataclasses.replace(SMALL, shape=str(tmp_path / "config.json")))
+    for sizes in ("ON_CPU", "ON_GPU"):
+        monkeypatch.setattr(speed, sizes, dataclasses.replace(SMALL, shape=str(tmp_path / "config.json")))
 
 
 @pytest.fixture
@@ -57,6 +58,15 @@ def test_on_a_cpu_all_that_can_run_passes_and_the_rest_says_why_not(lt_train):
     assert checks["decode"].keys() == {"key", "title", "outcome", "text", "numbers", "seconds"}
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_everything_passes_or_is_measured(lt_train):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    code, found, whole = outcomes(lt_train)
+    print(json.dumps(whole, indent=2))
+    assert code == 0 and set(found.values()) == {"pass", "measured"}
+
+
 @on_a_cpu
 def test_the_table_fits_80_columns_and_names_each_kernel_that_cannot_run_once(lt_train, without_processes):
     code, out, _ = lt_train("doctor")
@@ -72,6 +82,7 @@ def flash_with(monkeypatch, flash, obstacle):
     monkeypatch.setitem(KERNELS, "flash", dataclasses.replace(KERNELS["flash"], obstacle=obstacle))
 
 
+@on_a_cpu
 def test_a_broken_kernel_is_found_and_the_other_checks_go_on(lt_train, without_processes, monkeypatch):
     flash_with(monkeypatch, OffByOne(), lambda use: None)
     code, found, whole = outcomes(lt_train)
@@ -90,12 +101,14 @@ class NotANumber(DenseFlash):
         return dq, dk * float("nan"), dv
 
 
+@on_a_cpu
 @pytest.mark.parametrize("broken", [WrongGradient, NotANumber, Unbuilt])
 def test_a_wrong_gradient_or_a_kernel_that_does_not_run_is_a_failure(broken, monkeypatch):
     flash_with(monkeypatch, broken(), lambda use: None)
     assert {result.outcome for result in flash_results()} == {"fail"}
 
 
+@on_a_cpu
 @pytest.mark.parametrize("broken", [OffByOne, Unbuilt])
 def test_a_fault_that_the_kernels_own_trial_finds_is_a_failure(broken, monkeypatch):
     """Then `auto` takes another kernel; that this one is broken is still reported."""
@@ -103,6 +116,7 @@ def test_a_fault_that_the_kernels_own_trial_finds_is_a_failure(broken, monkeypat
     assert {result.outcome for result in flash_results()} == {"fail"}
 
 
+@on_a_cpu
 @pytest.mark.parametrize("only_bf16", [False, True])
 def test_a_kernel_that_works_passes(only_bf16, monkeypatch):
     """The stand-in in which the faults above are planted; in bf16 alone, as flash attention computes."""
