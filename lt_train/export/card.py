@@ -18,8 +18,12 @@ from lt_train.runtime.units import format_bytes
 from lt_train.vllm_plugin.command import CHUNK
 
 
-def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check, *, own_code: bool) -> str:
-    """The whole README.md. Depends on nothing but its arguments."""
+def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check | str, *, own_code: bool) -> str:
+    """The whole README.md. Depends on nothing but its arguments.
+
+    Args:
+        check: its result, or why there was none.
+    """
     sections = [
         _title(metadata, config),
         _layers(metadata, config),
@@ -195,7 +199,12 @@ _SERVERS_OF_LEARNED_SINKS = (
 )
 
 
-def _check(check: Check) -> str:
+def _check(check: Check | str) -> str:
+    if isinstance(check, str):
+        return (
+            f"## Check\n\nNot compared with the model in memory: {check}. The weights were written one by one from those of the "
+            "base and of the training."
+        )
     ties = f", but for {check.ties} rows that part between equally likely tokens" if check.ties else ""
     rounding = "" if check.rounding is None else f"; rounding changes one by {check.rounding:.1e}"
     faults = "".join(f", {fault} by {change:.1e}" for fault, change in check.faults.items())

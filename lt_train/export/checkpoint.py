@@ -1,6 +1,7 @@
 """A hybrid becomes one folder that runs anywhere: written beside its place, checked by a process of its own, then renamed."""
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,37 +9,46 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lt_train.export.card import loading_code, model_card
 from lt_train.export.code_files import hybrid_code_files
 from lt_train.export.configs import exported_config, exported_generation_config, needs_own_code
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
 from lt_train.export.metadata import ExportMetadata
-from lt_train.export.verify import check_export
+from lt_train.export.room import lacking_room
+from lt_train.export.verify import Check, check_export
+from lt_train.export.weights import ExportedHybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.errors import UserError
 
 CARD = "README.md"
 
+MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of a file of weights, as in transformers."""
+
 
 def export_hybrid(
-    model: HybridForCausalLM,
+    hybrid: ExportedHybrid,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     metadata: ExportMetadata,
     *,
     dtype: torch.dtype,
+    max_shard_size: int = MAX_SHARD_SIZE,
     chat_template: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `model` to the folder `out`; with `w_sink=0` as an ordinary checkpoint of a stock class, else with its own code.
+    """Write a hybrid to the folder `out`; with `w_sink=0` as an ordinary checkpoint of a stock class, else with its own code.
 
-    An export of the same content that lies there already is recognised and kept.
+    One shard of the weights is in memory at a time; only the check loads the model, where there is room for it. An export of the
+    same content that lies there already is recognised and kept.
 
     Args:
-        model: adapters merged. It is cast to `dtype` in place, and is in evaluation mode afterwards.
+        max_shard_size: bytes of the largest file of weights.
         chat_template: text of a Jinja template to ship instead of the tokenizer's own.
         report: called with a line before each long step.
 
@@ -46,24 +56,28 @@ def export_hybrid(
         UserError: something else lies at `out`; no token ends an answer; the export does not load in a process without lt_train, or
             computes something else there (see `check_export`). Then what was written lies beside `out`, to look at.
     """
-    out = Path(out)
-    own_code = needs_own_code(model.config)
-    model.to(dtype).eval()
+    out, skeleton = Path(out), hybrid.skeleton
+    own_code = needs_own_code(skeleton.config)
     tokenizer = exported_tokenizer(tokenizer, chat_template)
-    generation = exported_generation_config(model, tokenizer)
+    generation = exported_generation_config(skeleton, tokenizer)
     with _empty_folder(out, "partial") as partial, _empty_folder(out, "check") as scratch:
-        _describe(partial, model, tokenizer, generation, dtype)
+        _describe(partial, skeleton, tokenizer, generation, dtype)
         report("comparing with what is exported already" if out.exists() else "taking the fingerprint of the weights")
-        content = content_fingerprint(partial, model, metadata)
+        content = content_fingerprint(partial, hybrid, dtype, metadata)
         if is_exported(out, content):
             report(f"{out} holds this export already")
             return out
         report("writing weights")
-        _write_weights(partial, model)
-        report("checking the export in a process without lt_train")
-        with _kept_if_refused(partial, out):
-            check = check_export(partial, loading_code(own_code=own_code), model, tokenizer, generation, dtype, scratch)
-        card = model_card(metadata, model.config, dtype, check, own_code=own_code)
+        _write_weights(partial, hybrid, dtype, max_shard_size)
+        check: Check | str | None = lacking_room(hybrid, dtype)
+        if check is None:
+            report("checking the export in a process without lt_train")
+            with _kept_if_refused(partial, out):
+                model = hybrid.load().to(dtype).eval()
+                check = check_export(partial, loading_code(own_code=own_code), model, tokenizer, generation, dtype, scratch)
+        else:
+            report(f"warning: the export is not compared with the model in memory: {check}")
+        card = model_card(metadata, skeleton.config, dtype, check, own_code=own_code)
         (partial / CARD).write_text(card, encoding="utf-8")
         make_manifest(partial, content, check).write(partial)
         _sync(partial)
@@ -116,12 +130,16 @@ def _describe(
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_weights(folder: Path, model: HybridForCausalLM) -> None:
-    """Not by model.save_pretrained, which writes its dtype and class into the config of the model in memory."""
-    tied = list(model._tied_weights_keys or ())
-    save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=tied)
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", file)  # safetensors makes files that their owner alone can read
+def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max_shard_size: int) -> None:
+    """Files and index as transformers' save_pretrained names them, a shard at a time."""
+    shapes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in hybrid.parameters.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: hybrid.weight(name, dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files that their owner alone can read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

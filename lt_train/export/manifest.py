@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lt_train.export.metadata import ExportMetadata
 from lt_train.export.verify import Check
+from lt_train.export.weights import ExportedHybrid
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import file_hash
@@ -25,19 +25,23 @@ class Manifest:
     Attributes:
         content: fingerprint of all that was exported (`content_fingerprint`).
         files: name -> SHA-256 and size in bytes of every other file of the folder.
-        check: how the export was found to compute what the model in memory computes.
+        check: how the export was found to compute what the model in memory computes; None: it was not compared.
+        unchecked: why not.
     """
 
     content: str
     files: dict[str, dict[str, Any]]
-    check: Check
+    check: Check | None
+    unchecked: str | None = None
 
     def write(self, folder: Path) -> None:
         files.write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
 
 
-def make_manifest(folder: Path, content: str, check: Check) -> Manifest:
-    return Manifest(content, {path.name: _described(path) for path in sorted(folder.iterdir())}, check)
+def make_manifest(folder: Path, content: str, check: Check | str) -> Manifest:
+    """Args: check: its result, or why there was none."""
+    found = {path.name: _described(path) for path in sorted(folder.iterdir())}
+    return Manifest(content, found, None, check) if isinstance(check, str) else Manifest(content, found, check)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -49,7 +53,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise UserError(f"{folder / MANIFEST}: not an export manifest of this version of lt_train. Export into another folder")
     try:
-        return Manifest(found["content"], {name: dict(known) for name, known in found["files"].items()}, Check(**found["check"]))
+        known = {name: dict(known) for name, known in found["files"].items()}
+        unchecked = found.get("unchecked")
+        return Manifest(found["content"], known, None if unchecked else Check(**found["check"]), unchecked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder / MANIFEST}: not a whole export manifest ({error!r}). Fix: export or download it again"
@@ -97,14 +103,16 @@ def _other_files(folder: Path, manifest: Manifest) -> list[str]:
     return [str(name) for name in names if str(name) not in known and not any(part.startswith(".") for part in name.parts)]
 
 
-def content_fingerprint(described: Path, model: nn.Module, metadata: ExportMetadata) -> str:
-    """SHA-256 of what goes into an export: the small files in `described`, the weights, the metadata of the card."""
+def content_fingerprint(described: Path, hybrid: ExportedHybrid, dtype: torch.dtype, metadata: ExportMetadata) -> str:
+    """SHA-256 of what goes into an export: the small files in `described`, the weights in `dtype`, the metadata of the card."""
     digest = hashlib.sha256()
     for path in sorted(described.iterdir()):
         digest.update(f"{path.name}\0{_described(path)['sha256']}\0".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    names = {id(parameter): name for name, parameter in hybrid.parameters.items()}
+    for name, parameter in sorted(hybrid.skeleton.state_dict(keep_vars=True).items()):  # tied weights under each of their names
+        weight = hybrid.weight(names[id(parameter)], dtype)
+        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy())
     digest.update(json.dumps(asdict(metadata), sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.kv_size import head_size
-from lt_train.hybrid.loading import family_of, hybrid_config, load_hybrid
+from lt_train.hybrid.loading import build_hybrid, family_of, hybrid_config, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
@@ -131,10 +131,10 @@ def eos_ids(model: Model) -> list[int]:
         UserError: it has one that cannot be read.
     """
     with _failures_named(model, "generation config"):
-        return listed(_generation_settings(model).get("eos_token_id"))
+        return listed(generation_settings(model).get("eos_token_id"))
 
 
-def _generation_settings(model: Model) -> dict[str, Any]:
+def generation_settings(model: Model) -> dict[str, Any]:
     """Of the base's generation_config.json; empty where it has none, as a base need not."""
     try:
         file = cached_file(resolve_model(model.base), GENERATION_CONFIG_NAME, revision=model.revision)
@@ -173,7 +173,7 @@ def load_weights(
     """
     config = load_base_config(model)
     with _failures_named(model, "generation config"):
-        settings = _generation_settings(model)
+        settings = generation_settings(model)
         if settings:  # checked by transformers, too
             from_pretrained = {"generation_config": GenerationConfig.from_dict(settings), **from_pretrained}
     with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
@@ -188,6 +188,27 @@ def load_weights(
         )
     if sinks is not None:
         read_sinks(hybrid, sinks)
+    return hybrid
+
+
+def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) -> HybridForCausalLM:
+    """What `load_weights` gives, without any weights: they are on the meta device."""
+    with torch.device("meta"):
+        hybrid = build_hybrid(base_config, spec)
+    with _failures_named(model, "generation config"):
+        settings = generation_settings(model)
+        if settings:
+            hybrid.generation_config = GenerationConfig.from_dict(settings)
+    return hybrid
+
+
+def empty_checkpoint(folder: Path) -> HybridForCausalLM:
+    """What `load_hybrid_checkpoint` gives, without any weights: they are on the meta device."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        hybrid = family_of(config).model_class(config)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        hybrid.generation_config = GenerationConfig.from_pretrained(folder)
     return hybrid
 
 

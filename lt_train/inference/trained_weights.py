@@ -68,13 +68,23 @@ def merge_adapter(folder: Path, base: HybridForCausalLM, dtype: torch.dtype, *, 
     before = _probe_logits(adapted)
     merged = adapted.merge_and_unload()
     after = _probe_logits(merged)
+    difference = check_merged(before, after, folder)
+    return TrainedModel(merged.to(dtype), difference)
+
+
+def check_merged(before: Tensor, after: Tensor, folder: Path) -> float:
+    """The largest difference of what merged weights compute (`after`) to what base + adapter computed.
+
+    Raises:
+        UserError: it is more than rounding.
+    """
     difference = (after - before).abs().max().item()
     if not difference <= MERGE_TOLERANCE * before.abs().max().item():  # a NaN fails as well
         raise UserError(
-            f"{folder}: the logits of the merged model differ by {difference:.2e} from those of base + adapter, so the model to "
+            f"{folder}: the outputs of the merged model differ by {difference:.2e} from those of base + adapter, so the model to "
             "evaluate is not the trained one. Fix: find the setting in lora.peft that cannot be merged, and train without it"
         )
-    return TrainedModel(merged.to(dtype), difference)
+    return difference
 
 
 def load_with_query_key_of_base(folder: Path, load_base: LoadModel, dtype: torch.dtype) -> HybridForCausalLM:
@@ -88,7 +98,7 @@ def load_with_query_key_of_base(folder: Path, load_base: LoadModel, dtype: torch
     """
     model = load_base(dtype)
     parameters = dict(model.named_parameters())  # tied weights once
-    restored = re.compile(attention_modules(_full_layers(model.spec), QUERY_KEY))
+    restored = restored_weights(model.spec)
     missing = {name for name in parameters if not restored.search(name)}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened, torch.no_grad():
@@ -104,6 +114,11 @@ def load_with_query_key_of_base(folder: Path, load_base: LoadModel, dtype: torch
             "command again: it publishes the weights again"
         )
     return model.eval()
+
+
+def restored_weights(spec: HybridSpec) -> re.Pattern[str]:
+    """Finds the names of the weights that make queries and keys in full-attention layers."""
+    return re.compile(attention_modules(_full_layers(spec), QUERY_KEY))
 
 
 def adapter_without_query_key(folder: Path, spec: HybridSpec) -> PeftConfig:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from lt_train.recipe.columns import Columns
 from lt_train.recipe.evaluations import CONVERTED, TRAINED, Eval, HeldoutKL, HeldoutLoss, Sample
@@ -18,6 +18,7 @@ from lt_train.recipe.part import (
     MAY_CHANGE,
     MOST,
     PATH,
+    Bytes,
     Count,
     EachOnce,
     Fraction,
@@ -448,8 +449,10 @@ class Track(Part):
 class Export(Part):
     """The exported checkpoint."""
 
-    dtype: Precision = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Dtype of the exported weights. auto: the base's own."""
+    max_shard_size: Bytes = Field(default=ByteSize(5 * 10**9), json_schema_extra=ADDED)
+    """Size of the largest file of weights; one is in memory at a time."""
 
 
 Evaluation = Eval | HeldoutLoss | HeldoutKL

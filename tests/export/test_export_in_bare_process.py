@@ -18,6 +18,7 @@ from lt_train.export.card import loading_code
 from lt_train.export.checkpoint import CARD, export_hybrid
 from lt_train.export.configs import exported_config
 from lt_train.export.manifest import MANIFEST, read_manifest
+from lt_train.export.weights import in_memory
 from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
 from tests.support import processes
@@ -45,9 +46,8 @@ def logits(model):
 
 
 def export(model, out, **kwargs):
-    return export_hybrid(
-        model, tiny_tokenizer(), out, kwargs.pop("metadata", metadata()), dtype=kwargs.pop("dtype", torch.float32), **kwargs
-    )
+    settings = {"metadata": metadata(), "dtype": torch.float32} | kwargs
+    return export_hybrid(in_memory(model), tiny_tokenizer(), out, settings.pop("metadata"), **settings)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import torch
 
 from lt_train.export.manifest import MANIFEST, content_fingerprint, is_exported, make_manifest, read_manifest
 from lt_train.export.verify import Check
+from lt_train.export.weights import in_memory
 from lt_train.runtime.errors import UserError
 from tests.support.tiny_exports import metadata, tiny_hybrid
 
@@ -58,13 +59,17 @@ def test_a_cut_or_foreign_manifest_is_an_error(folder, text):
 def test_the_fingerprint_follows_weights_files_and_facts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     model = tiny_hybrid()
-    seen = [content_fingerprint(tmp_path, model, metadata()), content_fingerprint(tmp_path, model, metadata(recipe="other"))]
-    assert content_fingerprint(tmp_path, model, metadata()) == seen[0]
+
+    def fingerprint(**changed):
+        return content_fingerprint(tmp_path, in_memory(model), torch.float32, metadata(**changed))
+
+    seen = [fingerprint(), fingerprint(recipe="other")]
+    assert fingerprint() == seen[0]
     with torch.no_grad():
         model.lm_head.weight[3, 5] += 1e-3
-    seen.append(content_fingerprint(tmp_path, model, metadata()))
+    seen.append(fingerprint())
     (tmp_path / "config.json").write_text("{ }")
-    seen.append(content_fingerprint(tmp_path, model, metadata()))
+    seen.append(fingerprint())
     assert len(set(seen)) == 4
 
 

@@ -5,11 +5,15 @@ from pathlib import Path
 import torch
 
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.weights import ExportedHybrid, MergedWeights, NotOnDisk, WeightFiles, base_files, files_by_name, in_memory
+from lt_train.inference.loading import empty_checkpoint, empty_hybrid
+from lt_train.inference.trained_weights import adapter_without_query_key, restored_weights
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.runtime.files import set_aside
+from lt_train.runtime.sources import resolve_model
 
 NAME = "export"
 NEEDS: tuple[str, ...] = ("eval",)
@@ -40,18 +44,59 @@ def run(context: RunContext) -> None:
     template = recipe.prompt.chat_template
     with context.folder.doing(NAME, export_key(recipe, context.paths)):
         export_hybrid(
-            context.variants.load(exported, torch.float32),
+            _hybrid(context, exported),
             context.tokenizer,
             out,
             export_metadata(recipe, context.paths.root, context.examples.counts),
             dtype=_dtype(context),
+            max_shard_size=recipe.export.max_shard_size,
             chat_template=Path(template).read_text(encoding="utf-8") if template else None,
             report=lambda line: context.report(NAME, line),
         )
+
+
+def _hybrid(context: RunContext, exported: str) -> ExportedHybrid:
+    """Its weights from their files where that can be, else in memory."""
+    try:
+        return hybrid_on_disk(context, exported)
+    except NotOnDisk as reason:
+        context.report(NAME, f"the whole model is loaded: {reason}")
+        return in_memory(context.variants.load(exported, torch.float32))
+
+
+def hybrid_on_disk(context: RunContext, exported: str) -> ExportedHybrid:
+    """
+    Raises:
+        NotOnDisk: the whole model must be loaded.
+    """
+    recipe, variants, paths = context.recipe, context.variants, context.paths
+    spec, sinks = variants.spec(exported), variants.sinks(exported)
+    skeleton = empty_hybrid(recipe.model, spec, context.base_config)
+    full = exported == TRAINED and recipe.lora is None
+    restores = recipe.train is not None and recipe.train.restore_query_key
+    files: dict[str, Path] = {}
+    if not full or restores:
+        files |= files_by_name(base_files(resolve_model(recipe.model.base), recipe.model.revision))
+    if sinks is not None and not full:
+        files |= files_by_name([sinks])
+    if full:
+        trained = files_by_name(sorted(paths.trained.glob("*.safetensors")))
+        kept = restored_weights(spec) if restores else None
+        files |= {name: path for name, path in trained.items() if not (kept and kept.search(name))}
+        if not restores:
+            skeleton = empty_checkpoint(paths.trained)
+    weights = WeightFiles(files)
+    weights.check_fits(skeleton)
+    if exported == TRAINED and not full:
+        config = adapter_without_query_key(paths.trained, spec) if restores else None
+        merged = MergedWeights(weights, empty_hybrid(recipe.model, spec, context.base_config), paths.trained, config)
+        return ExportedHybrid(skeleton, merged.read, lambda: variants.load(exported, torch.float32), torch.float32)
+    dtype = _dtype(context)
+    return ExportedHybrid(skeleton, weights.read, lambda: variants.load(exported, dtype), dtype)
 
 
 def _dtype(context: RunContext) -> torch.dtype:
     if context.recipe.export.dtype == "auto":
         dtype = context.base_config.dtype
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[context.recipe.export.dtype]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[context.recipe.export.dtype]

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.weights import in_memory
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -56,7 +57,7 @@ def exports(tmp_path_factory, tokenizer):
     models = {w_sink: load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28)) for w_sink in (0, 4)} | {"learned": with_learned_sinks()}
     with checks_of_exports_are_forked():
         for kind, model in models.items():
-            export_hybrid(model, tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
+            export_hybrid(in_memory(model), tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
     return {kind: folder / f"sinks-{kind}" for kind in models}
 
 
