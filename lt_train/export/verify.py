@@ -2,8 +2,8 @@
 
 Both compute in fp32, whatever the export's dtype, so that a window that is off by one shows.
 
-The process loads a copy of its own, so the check needs room for the weights twice in host memory (see room.py). A model on an accelerator waits
-in host memory meanwhile, so that the accelerator holds one copy at a time.
+The process loads a copy of its own, so the check needs room for the weights twice in host memory (see room.py). A model on an
+accelerator waits in host memory meanwhile, so that the accelerator holds one copy at a time.
 
 Shapes: B rows, T columns, N new tokens, V vocab_size.
 """
