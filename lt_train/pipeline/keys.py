@@ -18,7 +18,7 @@ def export_key(recipe: Recipe, paths: RunPaths) -> str:
     weights = [path for path in (paths.layers, paths.trained_manifest) if path.is_file()]
     scores = sorted(paths.stage("eval").rglob(paths.scores("", "").name))
     named = [(str(path.relative_to(paths.root)), file_hash(path)) for path in (*weights, *scores)]
-    return hash_of(identity_of(recipe.export), _published(recipe.train), named)
+    return hash_of(identity_of(recipe.export, without={"push"}), _published(recipe.train), named)
 
 
 def training_notes(train: Train) -> dict[str, Any]:

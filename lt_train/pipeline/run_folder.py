@@ -97,6 +97,10 @@ class RunFolder:
         }
         write_json(self.paths.marker(stage), marker)
 
+    def note(self, stage: str, **notes: Any) -> None:
+        """Add to the marker of a finished stage what was done with its result."""
+        write_json(self.paths.marker(stage), self.marker(stage) | notes)
+
     def _files(self, stage: str) -> list[str]:
         """What the stage left, but for hidden files: those are other processes' half-written ones."""
         found = [path for path in self.paths.stage(stage).rglob("*") if path.is_file() and not path.name.startswith(".")]

@@ -49,6 +49,8 @@ EVAL_LOSS = "eval_loss"
 
 Precision = Literal["auto", "bf16", "fp32"]
 
+HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+
 
 class RopeScaling(Part):
     """Scaling of the rotary embeddings, for contexts longer than the base was trained on. Names and meaning are transformers'."""
@@ -453,6 +455,9 @@ class Export(Part):
     """Dtype of the exported weights. auto: the base's own."""
     max_shard_size: Bytes = Field(default=ByteSize(5 * 10**9), json_schema_extra=ADDED)
     """Size of the largest file of weights; one is in memory at a time."""
+    push: Annotated[str, Field(pattern=HUB_REPOSITORY, max_length=96)] | None = Field(default=None, json_schema_extra=ADDED)
+    """Repository owner/name of the Hugging Face hub to which the checked export is uploaded. It is made, private, if it does not
+    exist. The token comes from the environment alone, as HF_TOKEN. null: the export stays here."""
 
 
 Evaluation = Eval | HeldoutLoss | HeldoutKL

@@ -1,10 +1,12 @@
-"""Write the hybrid as a checkpoint that loads without lt_train, and check that it does."""
+"""Write the hybrid as a checkpoint that loads without lt_train, check that it does, and push it to the hub if that is asked."""
 
 from pathlib import Path
 
 import torch
 
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.manifest import MANIFEST
+from lt_train.export.push import check_push, push_export
 from lt_train.export.weights import ExportedHybrid, MergedWeights, NotOnDisk, WeightFiles, base_files, files_by_name, in_memory
 from lt_train.inference.loading import empty_checkpoint, empty_hybrid
 from lt_train.inference.trained_weights import adapter_without_query_key, restored_weights
@@ -13,6 +15,7 @@ from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.runtime.files import set_aside
+from lt_train.runtime.fingerprints import file_hash
 from lt_train.runtime.sources import resolve_model
 
 NAME = "export"
@@ -24,18 +27,46 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME, export_key(context.recipe, context.paths))
+    return _is_written(context) and (context.recipe.export.push is None or _pushed(context) == _to_push(context))
 
 
 def describe(context: RunContext) -> str:
-    return f"export (to {context.paths.export})"
+    push = context.recipe.export.push
+    to_hub = f", and push it to {push}" if push else ""
+    return f"push the export to {push}" if push and _is_written(context) else f"export (to {context.paths.export}{to_hub})"
 
 
 def check(context: RunContext) -> None:
-    pass
+    if context.recipe.export.push is not None:
+        check_push(context.recipe.export.push)
 
 
 def run(context: RunContext) -> None:
+    if not _is_written(context):
+        _write(context)
+    push = context.recipe.export.push
+    if push is not None:
+        context.report(NAME, f"pushing to {push}")
+        push_export(context.paths.export, push, lambda line: context.report(NAME, line))
+        context.folder.note(NAME, pushed=_to_push(context))
+
+
+def _is_written(context: RunContext) -> bool:
+    return context.folder.is_done(NAME, export_key(context.recipe, context.paths))
+
+
+def _to_push(context: RunContext) -> list[str]:
+    """Where to, and what: the manifest has the hash of every file."""
+    manifest = context.paths.export / MANIFEST
+    return [str(context.recipe.export.push), file_hash(manifest) if manifest.is_file() else ""]
+
+
+def _pushed(context: RunContext) -> list[str] | None:
+    pushed: list[str] | None = context.folder.marker(NAME).get("pushed")
+    return pushed
+
+
+def _write(context: RunContext) -> None:
     recipe, out = context.recipe, context.paths.export
     if context.folder.is_marked(NAME):  # finished with other settings, weights or scores
         context.report(NAME, f"the former export now lies in {set_aside(out)}")
