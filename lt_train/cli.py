@@ -363,6 +363,28 @@ def recipes() -> None:
     Console().print(table, markup=False, highlight=False)
 
 
+@app.command("import-layers")
+def import_layers(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint with layer_types, SWAA settings, DuoAttention's gates, or LightTransfer's code."
+        ),
+    ],
+    ratio: Annotated[
+        float | None, typer.Option("--lazy-layer-ratio", help="Fraction of layers that stream, for gates.", show_default=False)
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option("--num-layers", min=1, help="Decoder layers of the base; SWAA settings need it.", show_default=False),
+    ] = None,
+) -> None:
+    """Print the layers that a published hybrid streams as the `hybrid` part of a recipe."""
+    from lt_train.selection.imported import import_hybrid
+
+    typer.echo(import_hybrid(source, num_layers, ratio).as_recipe())
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, by which editors complete and explain settings."""
