@@ -29,6 +29,8 @@ _MERGED_BY_MODULE = {
 }
 """The settings of LoRA with which each module merges by itself. Any other may reach beyond a module."""
 
+_PUBLISH_AGAIN = "Fix: delete this folder, and run the same command again: it publishes the weights of the training again"
+
 _INITIAL = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -151,7 +153,7 @@ class MergedWeights:
 
     Raises:
         NotOnDisk: a setting of the adapter reaches beyond single modules.
-        UserError: the adapter lacks weights of this hybrid.
+        UserError: the adapter is of another base or of other layers.
     """
 
     def __init__(self, base: WeightFiles, skeleton: HybridForCausalLM, folder: Path, config: PeftConfig | None) -> None:
@@ -161,12 +163,16 @@ class MergedWeights:
             for name, parameter in module.named_parameters(recurse=False):  # PEFT puts an adapter where its base is: not on meta
                 setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
         self._empty = {id(parameter): parameter for parameter in skeleton.parameters()}
-        loaded = PeftModel.from_pretrained(skeleton, folder, config=config, low_cpu_mem_usage=True, torch_device="cpu").eval()
+        try:
+            loaded = PeftModel.from_pretrained(skeleton, folder, config=config, low_cpu_mem_usage=True, torch_device="cpu").eval()
+        except (RuntimeError, KeyError, ValueError) as error:  # other shapes, or modules that are not there
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder}: the adapter does not fit this hybrid: {reason}. {_PUBLISH_AGAIN}") from error
         missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
         if missing:
             raise UserError(
                 f"{folder}: the adapter lacks {len(missing)} weights of this hybrid, such as {missing[0]}: it is of another "
-                "base or of other layers. Fix: delete this folder, and run the same command again: it publishes the weights again"
+                f"base or of other layers. {_PUBLISH_AGAIN}"
             )
         self._adapted = loaded.base_model.model
 

@@ -119,6 +119,12 @@ def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
         MergedWeights(weights_of(base), empty(base), adapter, None)
 
 
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    base, other = base_in(tmp_path / "base", "llama"), base_in(tmp_path / "other", "llama", intermediate_size=32)
+    with pytest.raises(UserError, match=r"does not fit this hybrid: .*size mismatch for .*down_proj"):
+        MergedWeights(weights_of(base), empty(base), adapter_in(tmp_path / "adapter", other), None)
+
+
 def test_a_module_that_does_not_merge_to_what_was_trained_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_in(tmp_path / "base", "llama")
     merged = MergedWeights(weights_of(base), empty(base), adapter_in(tmp_path / "adapter", base), None)

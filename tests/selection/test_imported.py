@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
+from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.imported import GATES, import_hybrid
+from tests.support.families import BASES
 
 CODE = """
 import flash_attention_that_is_not_installed
@@ -60,6 +65,29 @@ def test_a_hybrid_of_ours_gives_its_sinks_too(tmp_path: Path) -> None:
     assert as_part(import_hybrid(tmp_path).as_recipe()).w_sink == 4
     written(tmp_path / "config.json", ours | {"w_sink": 0, "learned_sinks": True})
     assert as_part(import_hybrid(tmp_path).as_recipe()).sink == "learned"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_checkpoint_that_slides_natively_computes_the_same_as_a_hybrid_of_its_copy_with_full_attention(
+    family: str, tmp_path: Path
+) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    config = type(BASES[family])(
+        **BASES[family].to_dict() | {"layer_types": kinds, "sliding_window": 5, "use_sliding_window": True}
+    )
+    native = AutoModelForCausalLM.from_config(config).eval()
+    native.save_pretrained(tmp_path / "native")
+    found = import_hybrid(tmp_path / "native")
+    spec = HybridSpec(4, found.layers, found.w_sink or 0, found.w_recent or 0)
+    with pytest.raises(HybridError, match="the base's config sets one"):
+        load_hybrid(tmp_path / "native", spec)
+    settings = json.loads((tmp_path / "native/config.json").read_text())
+    settings |= {"layer_types": ["full_attention"] * 4, "sliding_window": None, "use_sliding_window": False}
+    written(tmp_path / "native/config.json", settings)
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        there, here = (model(ids, use_cache=False).logits for model in (native, load_hybrid(tmp_path / "native", spec)))
+    torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
 
 
 def test_swaa_settings_give_the_layers_that_slide_and_say_what_is_not_taken_over(tmp_path: Path) -> None:
