@@ -183,9 +183,13 @@ def _from_code(path: Path) -> ImportedHybrid | None:
     except ValueError as error:
         raise UserError(f"{path}: lazy_list: not one list of numbers. Fix: write hybrid.layers by hand") from error
     sinks, window = _last_key_compared(tree, "kv_idx"), _last_key_compared(tree, "q_idx - kv_idx")
-    sizes = (None, None) if sinks is None or window is None else (sinks + 1, window + 1)  # both are written with <=
-    told = "the sizes are its mask's" if sizes[0] is not None else "the code names no sizes: set w_sink and w_recent"
-    return ImportedHybrid("LightTransfer's lazy_list", _checked(path, "lazy_list", layers, None), *sizes, None, remarks=(told,))
+    if sinks is None or window is None:
+        w_sink, w_recent, told = None, None, "the code names no sizes: set w_sink and w_recent"
+    else:  # the mask is written with <=
+        w_sink, w_recent, told = sinks + 1, window + 1, "the sizes are its mask's"
+    return ImportedHybrid(
+        "LightTransfer's lazy_list", _checked(path, "lazy_list", layers, None), w_sink, w_recent, None, remarks=(told,)
+    )
 
 
 def _last_key_compared(tree: ast.AST, what: str) -> int | None:

@@ -100,12 +100,13 @@ def test_swaa_settings_give_the_layers_that_slide_and_say_what_is_not_taken_over
 
 
 def test_duo_attentions_gates_give_the_layers_with_the_lowest_means(tmp_path: Path) -> None:
-    rows = [[1.0, 1.0, 0.9], [-5e-5, 1.0, 0.1], [1.7, 0.3, 0.8], [0.0, 0.02, 0.2]]  # 1.7 counts as 1
+    rows = [[1.0, 1.0, 0.9], [-5e-5, 1.0, 0.1], [2.7, 0.3, 0.8], [0.0, 0.02, 0.2]]  # 2.7 counts as 1
     found = import_hybrid(gates(tmp_path / "pattern", rows), ratio=0.5)
     assert (found.layers, found.w_sink, found.w_recent) == ((1, 3), 128, 256)
     assert "1 KV heads of these layers have full attention" in found.as_recipe()
     assert "1 KV heads of the other layers stream there" in found.as_recipe()
     assert import_hybrid(tmp_path / "pattern" / GATES, ratio=0.25).layers == (3,)
+    assert import_hybrid(tmp_path / "pattern", ratio=0.75).layers == (1, 2, 3)
     assert as_part(found.as_recipe()).w_recent == 256
 
 
