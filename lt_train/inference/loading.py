@@ -131,10 +131,10 @@ def eos_ids(model: Model) -> list[int]:
         UserError: it has one that cannot be read.
     """
     with _failures_named(model, "generation config"):
-        return listed(generation_settings(model).get("eos_token_id"))
+        return listed(_generation_settings(model).get("eos_token_id"))
 
 
-def generation_settings(model: Model) -> dict[str, Any]:
+def _generation_settings(model: Model) -> dict[str, Any]:
     """Of the base's generation_config.json; empty where it has none, as a base need not."""
     try:
         file = cached_file(resolve_model(model.base), GENERATION_CONFIG_NAME, revision=model.revision)
@@ -173,7 +173,7 @@ def load_weights(
     """
     config = load_base_config(model)
     with _failures_named(model, "generation config"):
-        settings = generation_settings(model)
+        settings = _generation_settings(model)
         if settings:  # checked by transformers, too
             from_pretrained = {"generation_config": GenerationConfig.from_dict(settings), **from_pretrained}
     with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
@@ -196,7 +196,7 @@ def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) 
     with torch.device("meta"):
         hybrid = build_hybrid(base_config, spec)
     with _failures_named(model, "generation config"):
-        settings = generation_settings(model)
+        settings = _generation_settings(model)
         if settings:
             hybrid.generation_config = GenerationConfig.from_dict(settings)
     return hybrid
