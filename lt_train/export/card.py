@@ -11,10 +11,10 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.servers.vllm_capacity import BLOCK, VllmCache, with_one_more_or_fewer
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
+from lt_train.vllm_plugin.checks import serves_family
 from lt_train.vllm_plugin.command import CHUNK
 
 
@@ -111,7 +111,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))
 """
 _OWN_CODE = (
     "The model's code lies beside its weights. Without `trust_remote_code=True` loading stops with an error: no stock class "
-    "computes the sinks."
+    "computes these layers."
 )
 _STOCK = (
     "An ordinary checkpoint: no code of its own. In vLLM: `vllm serve FOLDER --model-impl transformers` (vLLM's own classes of "
@@ -129,13 +129,14 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
         f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {dtype_name(dtype)}:\n\n"
         "| full attention | this hybrid | fraction |\n|---|---|---|\n"
         f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
-        f"{_in_vllm(config.spec)}"
+        f"{_in_vllm(config)}"
     )
 
 
-def _in_vllm(spec: HybridSpec) -> str:
+def _in_vllm(config: HybridConfig) -> str:
     """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
-    if not spec.lazy_layers or not (specs := with_one_more_or_fewer(spec)):
+    spec = config.spec
+    if not spec.lazy_layers or not (specs := with_one_more_or_fewer(spec, config.model_type)):
         return ""
     gain, *others_gain = (f"{VllmCache().gain(each, KV_TOKENS):.2f}" for each in specs.values())
     others = " and ".join(f"{other} with {count}" for other, count in zip(others_gain, list(specs)[1:], strict=True))
@@ -181,7 +182,10 @@ def _limits(config: HybridConfig, own_code: bool) -> str:
         f"What lies further back than {config.spec.w_recent:,} tokens reaches a streaming layer only through {ways}: test exact "
         "recall over long distances before relying on it."
     )
-    servers = [_SERVERS_OF_LEARNED_SINKS if config.learned_sinks else _SERVERS_OF_SINK_TOKENS]
+    if config.learned_sinks and serves_family(config.model_type):
+        servers = [_SERVERS_OF_LEARNED_SINKS]
+    else:
+        servers = [_SERVERS_OF_SINK_TOKENS if config.spec.w_sink else _SERVERS_OF_OTHER_FAMILIES]
     limits = [reach, *([*_LIMITS_OF_OWN_CODE, *servers] if own_code else [])]
     return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
@@ -193,6 +197,7 @@ _LIMITS_OF_OWN_CODE = [
     "`attn_implementation` cannot be chosen: stock attention kernels do not know sinks.",
 ]
 _SERVERS_OF_SINK_TOKENS = "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it."
+_SERVERS_OF_OTHER_FAMILIES = "vLLM, SGLang, TGI and llama.cpp have no such layers in this architecture and do not load it."
 _SERVERS_OF_LEARNED_SINKS = (
     "vLLM serves it where `lt-train` is installed beside it, whose plugin knows these sinks: `vllm serve FOLDER`. SGLang, TGI and "
     "llama.cpp do not load it."

@@ -7,10 +7,17 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
-from lt_train.hybrid.configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from lt_train.hybrid.configuration import (
+    HybridConfig,
+    HybridMinistralConfig,
+    HybridQwen2Config,
+    HybridQwen3Config,
+    HybridSmolLM3Config,
+)
+from lt_train.hybrid.families import __name__ as FAMILIES
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.modeling import __name__ as MODELING
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.runtime.errors import UserError
 
@@ -18,15 +25,16 @@ STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedMod
     HybridQwen2Config: (Qwen2Config, Qwen2ForCausalLM),
     HybridQwen3Config: (Qwen3Config, Qwen3ForCausalLM),
     HybridMinistralConfig: (MinistralConfig, MinistralForCausalLM),
+    HybridSmolLM3Config: (SmolLM3Config, SmolLM3ForCausalLM),
 }
-"""What computes a hybrid without sinks: a plain sliding window, which these know."""
+"""What computes a hybrid without sinks: a plain sliding window in some layers, which these know, and other families do not."""
 
 _NOT_STOCK = {"model_type", "architectures", "auto_map", "w_sink", "learned_sinks", "hybrid_version", "transformers_version"}
 
 
 def needs_own_code(config: HybridConfig) -> bool:
-    """Sinks are known to no stock class."""
-    return config.w_sink > 0 or config.learned_sinks
+    """Sinks are known to no stock class, and a window in some layers to few."""
+    return config.w_sink > 0 or config.learned_sinks or type(config) not in STOCK
 
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:
@@ -40,11 +48,13 @@ def stock_config(config: HybridConfig) -> PreTrainedConfig:
     """A hybrid without sinks as a config of the stock class with the same `layer_types`."""
     config_class, model_class = STOCK[type(config)]
     values = {name: value for name, value in config.to_dict().items() if name not in _NOT_STOCK}
-    if config_class is not MinistralConfig:
+    if "use_sliding_window" in values:
+        values["use_sliding_window"] = True
+    if "max_window_layers" in values:
         # layer_types decides. Software that reads max_window_layers instead cannot express a hybrid; vLLM's own Qwen2 class stops
         # with an error unless it equals num_hidden_layers, and then runs full attention everywhere. So it never does.
         lazy = config.spec.lazy_layers
-        values |= {"use_sliding_window": True, "max_window_layers": lazy[0] if lazy else 0}
+        values["max_window_layers"] = lazy[0] if lazy else 0
     return config_class(**values, architectures=[model_class.__name__])
 
 
@@ -75,7 +85,7 @@ def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # Both through the same file: transformers keeps one copy of the code per file named here, and two would mean two HybridErrors.
-    module = MODELING.rsplit(".", 1)[-1]
+    module = FAMILIES.rsplit(".", 1)[-1]
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
         "AutoModelForCausalLM": f"{module}.{type(model).__name__}",

@@ -9,22 +9,30 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.ministral.configuration_ministral import MinistralConfig
+from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.seed_oss.configuration_seed_oss import SeedOssConfig
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 
 from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec, version_for
 
 
-class HybridConfigMixin:
-    """What the configs of all families add. Mixed in before the family's config, whose fields it reads."""
+@strict
+class HybridConfig(PreTrainedConfig):
+    """What the configs of all families add. Mixed in before the family's config."""
 
-    # Annotations alone: the configs below declare these fields.
-    layer_types: list[str]
-    num_hidden_layers: int
-    sliding_window: int | None
-    w_sink: int
-    learned_sinks: bool
-    hybrid_version: str
+    layer_types: list[str] | None = None
+    sliding_window: int | None = 4096
+    w_sink: int = 4
+    learned_sinks: bool = False
+    hybrid_version: str = HYBRID_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.layer_types is None:
+            self.layer_types = [FULL] * self.num_hidden_layers
+        self.check_hybrid()
 
     def check_hybrid(self) -> None:
         """Raises HybridError unless the fields describe a hybrid that this code computes."""
@@ -53,47 +61,39 @@ class HybridConfigMixin:
 
 
 @strict
-class HybridQwen2Config(HybridConfigMixin, Qwen2Config):
+class HybridQwen2Config(HybridConfig, Qwen2Config):
     model_type = "lt_hybrid_qwen2"
     use_sliding_window: bool = True
-    w_sink: int = 4
-    learned_sinks: bool = False
-    hybrid_version: str = HYBRID_VERSION
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check_hybrid()
 
 
 @strict
-class HybridQwen3Config(HybridConfigMixin, Qwen3Config):
+class HybridQwen3Config(HybridConfig, Qwen3Config):
     model_type = "lt_hybrid_qwen3"
     use_sliding_window: bool = True
-    w_sink: int = 4
-    learned_sinks: bool = False
-    hybrid_version: str = HYBRID_VERSION
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check_hybrid()
 
 
 @strict
-class HybridMinistralConfig(HybridConfigMixin, MinistralConfig):
+class HybridMinistralConfig(HybridConfig, MinistralConfig):
     """Llama and Mistral bases: Ministral has the same mathematics, and is their only stock class with layer types."""
 
     model_type = "lt_hybrid_ministral"
-    w_sink: int = 4
-    learned_sinks: bool = False
-    hybrid_version: str = HYBRID_VERSION
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check_hybrid()
 
 
-HybridConfig = HybridQwen2Config | HybridQwen3Config | HybridMinistralConfig
+@strict
+class HybridSmolLM3Config(HybridConfig, SmolLM3Config):
+    model_type = "lt_hybrid_smollm3"
+    use_sliding_window: bool = True
+
+
+@strict
+class HybridOlmo2Config(HybridConfig, Olmo2Config):
+    model_type = "lt_hybrid_olmo2"
+
+
+@strict
+class HybridSeedOssConfig(HybridConfig, SeedOssConfig):
+    model_type = "lt_hybrid_seed_oss"
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
-    return isinstance(config, HybridConfigMixin)
+    return isinstance(config, HybridConfig)

@@ -6,7 +6,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration import (
-    HybridConfig,
-    HybridMinistralConfig,
-    HybridQwen2Config,
-    HybridQwen3Config,
-    is_hybrid,
-)
-from .modeling import (
-    HybridForCausalLM,
-    HybridMinistralForCausalLM,
-    HybridQwen2ForCausalLM,
-    HybridQwen3ForCausalLM,
-)
+from .configuration import HybridConfig, is_hybrid
+from .families import BASES, FAMILIES, MINISTRAL, Family
+from .modeling import HybridForCausalLM
 from .spec import STREAMING, HybridError, HybridSpec, version_for
 
-
-@dataclass(frozen=True)
-class Family:
-    """The classes that a base architecture becomes."""
-
-    config_class: type[HybridConfig]
-    model_class: type[HybridForCausalLM]
-
-
-QWEN2 = Family(HybridQwen2Config, HybridQwen2ForCausalLM)
-QWEN3 = Family(HybridQwen3Config, HybridQwen3ForCausalLM)
-MINISTRAL = Family(HybridMinistralConfig, HybridMinistralForCausalLM)
-
-FAMILIES: dict[str, Family] = {
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "llama": MINISTRAL,
-    "mistral": MINISTRAL,
-    "ministral": MINISTRAL,
-    HybridQwen2Config.model_type: QWEN2,
-    HybridQwen3Config.model_type: QWEN3,
-    HybridMinistralConfig.model_type: MINISTRAL,
-}
-
 # AutoConfig and AutoModelForCausalLM find the classes in a process that imports lt_train.
-for _family in (QWEN2, QWEN3, MINISTRAL):
+for _family in set(FAMILIES.values()):
     AutoConfig.register(_family.config_class.model_type, _family.config_class)
     AutoModelForCausalLM.register(_family.config_class, _family.model_class)
 
@@ -106,7 +71,7 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
 
 def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(name for name in FAMILIES if not name.startswith("lt_hybrid")))
+        known = ", ".join(sorted(BASES))
         raise HybridError(f"model_type: {config.model_type!r}: no hybrid class. Fix: choose a base of one of {known}")
     return FAMILIES[config.model_type]
 
@@ -237,7 +202,7 @@ def _without_report() -> Iterator[None]:
 
 def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:
     values = config.to_dict()
-    if not is_hybrid(config) and _slides(config, values):
+    if not is_hybrid(config) and _slides(values):
         raise HybridError(
             "sliding_window: the base's config sets one, and a hybrid starts from full attention in every layer. "
             "Fix: name a base without a window, or the model that this hybrid was made from; if no sequence is longer than "
@@ -254,8 +219,8 @@ def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:
         raise HybridError("quantization_config: the base's weights are quantized. Fix: start from its bf16 or fp32 weights")
 
 
-def _slides(config: PreTrainedConfig, values: dict[str, Any]) -> bool:
+def _slides(values: dict[str, Any]) -> bool:
     layer_types = values.get("layer_types")
     if layer_types is not None:
         return STREAMING in layer_types
-    return config.model_type == "mistral" and values.get("sliding_window") is not None
+    return values.get("sliding_window") is not None

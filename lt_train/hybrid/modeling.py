@@ -1,8 +1,12 @@
-"""The hybrid model classes: transformers' own, with masks, cache and attention kernels replaced.
+"""What all hybrid model classes share: transformers' own classes, with masks, cache and attention kernels replaced.
 
-Each family is its stock class with `HybridBody` / `HybridCausalLM` mixed in. transformers' `AttentionInterface` calls
-`hybrid_attention` under a name that is unique to this copy of the code, so exports of different versions can be loaded in one
+Each family (families.py) is its stock class with `HybridBody` / `HybridForCausalLM` mixed in. transformers' `AttentionInterface`
+calls `hybrid_attention` under a name that is unique to this copy of the code, so exports of different versions can be loaded in one
 process, and no process-wide setting can switch the sinks off.
+
+A stock forward pass makes no mask for a name without a mask function, neither one for all layers nor one for each layer type, and
+hands other keyword arguments through to the attention of every layer: `views`, which know what each layer sees, reach it in every
+family.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,22 +19,20 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from .attention_kernels import AUTO, KERNELS, unknown_kernel
 from .cache import CACHE_ARGUMENT, HybridCache
-from .configuration import HybridConfig, HybridMinistralConfig, HybridQwen2Config, HybridQwen3Config
+from .configuration import HybridConfig
 from .documents import Documents, find_documents
 from .learned_sinks import LearnedSinks
 from .sequence_parallel import Exchange, sharded_views
-from .spec import FULL, STREAMING, HybridError, HybridSpec
+from .spec import HybridError, HybridSpec
 from .views import (
     AttentionView,
     CachedFullView,
     CachedStreamingView,
     FullView,
+    LayerViews,
     StreamingView,
     Views,
 )
@@ -43,17 +45,22 @@ def hybrid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: AttentionView,
+    attention_mask: AttentionView | None,
     scaling: float,
     dropout: float = 0.0,
+    views: AttentionView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]."""
-    if not isinstance(attention_mask, AttentionView):
+    """The function that transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D].
+
+    A forward pass of the model gives one object for all layers, `views`; a layer that is called alone takes its view as its mask.
+    """
+    view = attention_mask if views is None else views
+    if not isinstance(view, AttentionView):
         raise HybridError(
             "attention_mask: a layer of a hybrid got no view of what it sees. Fix: call the hybrid's forward, not its layers alone"
         )
-    return attention_mask.attend(module, query, key, value, scaling, dropout), None
+    return view.attend(module, query, key, value, scaling, dropout), None
 
 
 AttentionInterface.register(ATTENTION_NAME, hybrid_attention)
@@ -235,10 +242,10 @@ class HybridBody(OwnAttention):
         views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
         return super().forward(
             input_ids=input_ids,
-            attention_mask={FULL: views.full, STREAMING: views.streaming},
             position_ids=views.position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=cache is not None,
+            views=LayerViews(views, self.spec),
             **{CACHE_ARGUMENT: cache},
             **{name: value for name, value in kwargs.items() if name not in _PACKING_HINTS},
         )
@@ -264,7 +271,7 @@ class HybridBody(OwnAttention):
         return HybridCache(self.spec) if use_cache else None
 
 
-class HybridCausalLM(OwnAttention):
+class HybridForCausalLM(OwnAttention):
     """The decoder stack with its language-model head: generation with the hybrid cache, by greedy search or sampling."""
 
     body_class: type[HybridBody]
@@ -339,41 +346,6 @@ class HybridCausalLM(OwnAttention):
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-
-class HybridQwen2Model(HybridBody, Qwen2Model):
-    config_class = HybridQwen2Config
-    config: HybridQwen2Config
-
-
-class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
-    config_class = HybridQwen2Config
-    config: HybridQwen2Config
-    body_class = HybridQwen2Model
-
-
-class HybridQwen3Model(HybridBody, Qwen3Model):
-    config_class = HybridQwen3Config
-    config: HybridQwen3Config
-
-
-class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
-    config_class = HybridQwen3Config
-    config: HybridQwen3Config
-    body_class = HybridQwen3Model
-
-
-class HybridMinistralModel(HybridBody, MinistralModel):
-    config_class = HybridMinistralConfig
-    config: HybridMinistralConfig
-
-
-class HybridMinistralForCausalLM(HybridCausalLM, MinistralForCausalLM):
-    config_class = HybridMinistralConfig
-    config: HybridMinistralConfig
-    body_class = HybridMinistralModel
-
-
-HybridForCausalLM = HybridQwen2ForCausalLM | HybridQwen3ForCausalLM | HybridMinistralForCausalLM
 
 _PACKING_HINTS = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 

@@ -124,6 +124,18 @@ class Views:
     position_ids: Tensor
 
 
+@dataclass(frozen=True)
+class LayerViews(AttentionView):
+    """One view for all layers: by the `layer_idx` of its attention module, each layer gets that of its kind."""
+
+    views: Views
+    spec: HybridSpec
+
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
+        view = self.views.streaming if self.spec.is_lazy(module.layer_idx) else self.views.full
+        return view.attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
+
+
 def refuse_dropout(dropout: float) -> None:
     if dropout:
         raise HybridError(

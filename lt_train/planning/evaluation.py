@@ -52,12 +52,12 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
         hybrid,
         full,
         (left // hybrid, left // full),
-        _in_vllm(spec, tokens, layer_tokens),
+        _in_vllm(spec, base_config.model_type, tokens, layer_tokens),
     )
 
 
-def _in_vllm(spec: HybridSpec, tokens: int, layer_tokens: int) -> dict[int, int]:
-    specs = with_one_more_or_fewer(spec)
+def _in_vllm(spec: HybridSpec, model_type: str, tokens: int, layer_tokens: int) -> dict[int, int]:
+    specs = with_one_more_or_fewer(spec, model_type)
     if specs:
         specs[0] = spec.all_full
     return {count: int(VllmCache().sequences(each, tokens, layer_tokens)) for count, each in specs.items()}

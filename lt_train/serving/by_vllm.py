@@ -11,7 +11,7 @@ from lt_train.export.manifest import MANIFEST
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.vllm_plugin.checks import check_sinks
+from lt_train.vllm_plugin.checks import check_served
 
 NEEDED = ("vllm", "lt_train")
 
@@ -26,7 +26,7 @@ def obstacle(export: Path | None) -> str | None:
     if export is None:
         return "there is no export yet, and vLLM loads nothing else"
     try:
-        check_sinks(SimpleNamespace(**read_json(export / "config.json", "config of a checkpoint")))
+        check_served(SimpleNamespace(**read_json(export / "config.json", "config of a checkpoint")))
     except ValueError as error:
         return str(error)
     return None

@@ -21,11 +21,25 @@ def check_version(version: str, allowed: str | None) -> None:
         )
 
 
-def check_sinks(config: Any) -> None:
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")
+"""By the `model_type` of a base or of an export without its prefix: those that differ from vLLM's Llama in what model.py knows."""
+
+
+def serves_family(model_type: str) -> bool:
+    return model_type.removeprefix("lt_hybrid_") in FAMILIES
+
+
+def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: a config with sink tokens.
+        ValueError: a family other than those of FAMILIES, or a config with sink tokens.
     """
+    if not serves_family(config.model_type):
+        raise ValueError(
+            f"model_type: {config.model_type}: lt_train's plugin computes {', '.join(FAMILIES)} by vLLM's Llama classes, and this "
+            "family differs from them. Fix: evaluate this export with the built-in engine (backend: hybrid), or serve it with "
+            "lt-train serve"
+        )
     if getattr(config, "w_sink", 0):
         raise ValueError(
             f"w_sink: {config.w_sink}: vLLM's attention kernels know no sink tokens and would leave them out. Fix: convert with "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from lt_train.vllm_plugin.checks import check_sinks
+from lt_train.vllm_plugin.checks import check_served
 
 CHUNK = 1024
 """Tokens that a step computes at most (`--max-num-batched-tokens`): streaming layers hold as many beside their window, and vLLM's
@@ -28,7 +28,7 @@ def server_command(export: Path, options: Sequence[str]) -> list[str]:
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{export}: no checkpoint: {error.strerror}: config.json. Fix: name an export") from error
-    check_sinks(SimpleNamespace(**config))
+    check_served(SimpleNamespace(**config))
     family = config["model_type"].removeprefix("lt_hybrid_").capitalize()
     ours = ["--max-num-batched-tokens", str(CHUNK), "--hf-overrides", json.dumps({"architectures": [f"Hybrid{family}ForCausalLM"]})]
     # Not the command `vllm`: the CPU build's does not start, for it looks for a package named vllm.

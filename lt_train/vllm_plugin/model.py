@@ -24,7 +24,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
 from lt_train.hybrid.spec import STREAMING
-from lt_train.vllm_plugin.checks import ANY_VERSION, check_sinks, check_version
+from lt_train.vllm_plugin.checks import ANY_VERSION, check_served, check_version
 
 
 class HybridForCausalLM(LlamaForCausalLM):
@@ -35,7 +35,7 @@ class HybridForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_version(vllm.__version__, os.environ.get(ANY_VERSION))
-        check_sinks(vllm_config.model_config.hf_config)
+        check_served(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=HybridDecoderLayer)
 
 

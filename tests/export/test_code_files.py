@@ -18,7 +18,7 @@ def imports(file):
 def test_every_relative_import_is_among_the_files():
     files = hybrid_code_files()
     names = {file.stem for file in files}
-    assert set().union(*(imports(file)[1] for file in files)) | {"modeling"} == names
+    assert set().union(*(imports(file)[1] for file in files)) | {"families"} == names
     assert {"configuration", "cache", "mask", "spec"} <= names
     assert "loading" not in names and "__init__" not in names
 

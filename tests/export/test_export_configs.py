@@ -4,12 +4,12 @@ from transformers import GenerationConfig
 
 from lt_train.export.configs import STOCK, exported_config, exported_generation_config, stock_config
 from lt_train.runtime.errors import UserError
-from tests.support.families import BASES
+from tests.support.families import BASES, WITH_LAYER_TYPES
 from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", WITH_LAYER_TYPES)
 def test_without_sinks_the_stock_class_computes_the_same(family):
     hybrid = tiny_hybrid(family, w_sink=0)
     config = exported_config(hybrid, torch.float32)
@@ -19,6 +19,12 @@ def test_without_sinks_the_stock_class_computes_the_same(family):
     torch.testing.assert_close(stock(ids).logits, hybrid(ids).logits, atol=1e-4, rtol=1e-5)
     assert "w_sink" not in config.to_dict() and "auto_map" not in config.to_dict()
     assert config.architectures == [type(stock).__name__]
+
+
+@pytest.mark.parametrize("family", sorted(BASES.keys() - set(WITH_LAYER_TYPES)))
+def test_without_sinks_a_family_whose_stock_class_knows_no_layer_types_keeps_its_own_code(family):
+    config = exported_config(tiny_hybrid(family, w_sink=0), torch.float32)
+    assert config.model_type == f"lt_hybrid_{family}" and config.auto_map["AutoConfig"].startswith("families.")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -34,8 +40,8 @@ def test_with_sinks_the_config_names_its_code_and_the_model_in_memory_stays_as_i
     hybrid = tiny_hybrid("llama")
     config = exported_config(hybrid, torch.bfloat16)
     assert config.auto_map == {
-        "AutoConfig": "modeling.HybridMinistralConfig",
-        "AutoModelForCausalLM": "modeling.HybridMinistralForCausalLM",
+        "AutoConfig": "families.HybridMinistralConfig",
+        "AutoModelForCausalLM": "families.HybridMinistralForCausalLM",
     }
     assert config.model_type == "lt_hybrid_ministral" and config.w_sink == 3 and config.dtype == torch.bfloat16
     assert "auto_map" not in hybrid.config.to_dict()

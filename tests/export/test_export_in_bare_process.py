@@ -19,7 +19,7 @@ from lt_train.export.checkpoint import CARD, export_hybrid
 from lt_train.export.configs import exported_config
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.export.weights import in_memory
-from lt_train.hybrid.modeling import HybridQwen3ForCausalLM
+from lt_train.hybrid.families import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
 from tests.support import processes
 from tests.support.families import BASES

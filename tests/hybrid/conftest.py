@@ -1,15 +1,14 @@
 import pytest
+from transformers import PreTrainedConfig
+
+from tests.support.families import BASES
 
 
-@pytest.fixture(params=["qwen2", "qwen3", "llama", "mistral"])
-def base_config(request):
-    from tests.support.families import BASES
-
+@pytest.fixture(params=BASES)
+def base_config(request: pytest.FixtureRequest) -> PreTrainedConfig:
     return BASES[request.param]
 
 
 @pytest.fixture
-def qwen3_config():
-    from tests.support.families import BASES
-
+def qwen3_config() -> PreTrainedConfig:
     return BASES["qwen3"]

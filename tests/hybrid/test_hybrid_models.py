@@ -1,5 +1,7 @@
 """The hybrid classes against transformers' own."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, MinistralConfig, MinistralForCausalLM
@@ -53,49 +55,59 @@ def test_with_full_attention_switched_on_it_is_the_base_and_afterwards_the_hybri
     assert hybrid.spec == SPEC
 
 
-def stock_model(base_config, spec):
-    """The transformers class that knows layer types, with the hybrid's: no code of ours in it."""
-    values = {name: value for name, value in base_config.to_dict().items() if name not in ("model_type", "architectures")}
-    values |= dict(layer_types=spec.layer_types, sliding_window=spec.w_recent)
+def stock_model(base_config):
+    """The base's class without a layer that slides: no code of ours in it."""
     if base_config.model_type in ("llama", "mistral"):
         known = set(MinistralConfig().to_dict())
-        return MinistralForCausalLM(MinistralConfig(**{name: value for name, value in values.items() if name in known}))
-    return AutoModelForCausalLM.from_config(type(base_config)(**values | dict(use_sliding_window=True)))
+        values = {name: value for name, value in base_config.to_dict().items() if name in known - {"model_type", "sliding_window"}}
+        return MinistralForCausalLM(MinistralConfig(**values, layer_types=["full_attention"] * 4)).eval()
+    return AutoModelForCausalLM.from_config(base_config).eval()
+
+
+def stock_logits(model, spec, ids, position_ids, sinks=None):
+    """Logits of a stock model, each of whose layers gets transformers' own mask for its kind in `spec`, with `sinks` or-ed in."""
+    config = deepcopy(model.config)
+    config.sliding_window = spec.w_recent
+    made_for = dict(config=config, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=None)
+    made_for |= {CACHE_ARGUMENT: None, "position_ids": position_ids}
+    full = create_causal_mask(**made_for)
+    streaming = create_sliding_window_causal_mask(**made_for, or_mask_function=sinks)
+    masks = [streaming if spec.is_lazy(layer) else full for layer in range(spec.num_layers)]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, given, mask=mask: (args, given | {"attention_mask": mask}), with_kwargs=True
+        )
+        for layer, mask in zip(model.model.layers, masks, strict=True)
+    ]
+    logits = model(ids, position_ids=position_ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 @torch.no_grad()
-def test_without_sinks_it_is_the_stock_class_with_the_same_layer_types(base_config):
+def test_without_sinks_it_is_the_stock_class_with_a_window_in_its_streaming_layers(base_config):
     spec = HybridSpec(4, (1, 3), w_sink=0, w_recent=7)
     hybrid = build_hybrid(base_config, spec).eval()
-    duplicate = stock_model(base_config, spec).eval()
+    duplicate = stock_model(base_config)
     duplicate.load_state_dict(hybrid.state_dict())
     ids = tokens(2, 40)
-    torch.testing.assert_close(hybrid(ids).logits, duplicate(ids).logits, atol=1e-5, rtol=1e-5)
+    expected = stock_logits(duplicate, spec, ids, torch.arange(40)[None].expand(2, -1))
+    torch.testing.assert_close(hybrid(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_config):
     hybrid = build_hybrid(base_config, SPEC).eval()
-    duplicate = stock_model(base_config, SPEC).eval()
+    duplicate = stock_model(base_config)
     duplicate.load_state_dict(hybrid.state_dict())
     ids = tokens(1, 40)
     position_ids = torch.cat([torch.arange(25), torch.arange(15)])[None]
-    made_for = dict(
-        config=duplicate.config,
-        inputs_embeds=duplicate.get_input_embeddings()(ids),
-        attention_mask=None,
-        **{CACHE_ARGUMENT: None},
-        position_ids=position_ids,
-    )
 
     def sinks_of_own_document(batch, head, query, key):
         return (position_ids[0][key] < 3) & (key <= query) & (query - key <= position_ids[0][query])
 
-    masks = {
-        "full_attention": create_causal_mask(**made_for),
-        "sliding_attention": create_sliding_window_causal_mask(**made_for, or_mask_function=sinks_of_own_document),
-    }
-    expected = duplicate(ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
+    expected = stock_logits(duplicate, SPEC, ids, position_ids, sinks_of_own_document)
     torch.testing.assert_close(hybrid(ids, position_ids=position_ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 

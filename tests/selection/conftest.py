@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lt_train.dataset.examples import Example
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Calibration, Hybrid
+from tests.support.families import BASES
 
 LAYERS, VOCABULARY = 4, 64
 # Weights ten times as wide as usual, so that heads look at single keys and layers matter to the loss.
@@ -44,7 +45,7 @@ def family() -> str:
 
 @pytest.fixture
 def base_config(family) -> PreTrainedConfig:
-    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**_SHAPE)
+    return type(BASES[family])(**BASES[family].to_dict() | _SHAPE)
 
 
 @pytest.fixture

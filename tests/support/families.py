@@ -1,6 +1,7 @@
 """Small configs of every base architecture."""
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from torch import nn
+from transformers import LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config, Qwen3Config, SeedOssConfig, SmolLM3Config
 
 SIZES = dict(
     vocab_size=96,
@@ -19,4 +20,15 @@ BASES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "llama": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "smollm3": SmolLM3Config(**SIZES),  # layer 3 has no rotary embedding
+    "olmo2": Olmo2Config(**SIZES),
+    "seed_oss": SeedOssConfig(**SIZES, head_dim=16, attention_dropout=0.0, residual_dropout=0.0),
 }
+
+WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
+"""Families of which a stock class has a window in some layers."""
+
+
+def attention_linears(model: nn.Module) -> list[str]:
+    """The names of the linear modules of a layer's attention: q_proj and so on, or the fused qkv_proj."""
+    return [name for name, module in model.model.layers[0].self_attn.named_children() if isinstance(module, nn.Linear)]

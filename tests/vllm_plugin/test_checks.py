@@ -4,7 +4,7 @@ import pytest
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.vllm_plugin.checks import check_sinks, check_version
+from lt_train.vllm_plugin.checks import FAMILIES, check_served, check_version
 from tests.support.families import BASES
 
 
@@ -18,6 +18,12 @@ def test_another_version_of_vllm_is_refused_unless_it_is_allowed():
 
 def test_sink_tokens_are_refused_and_other_exports_are_not():
     for spec in (HybridSpec(4, (1,), 0, 8), HybridSpec(4, (1,), 0, 8, learned_sinks=True)):
-        check_sinks(build_hybrid(BASES["qwen3"], spec).config)
+        check_served(build_hybrid(BASES["qwen3"], spec).config)
     with pytest.raises(ValueError, match=r"w_sink: 4: vLLM's attention kernels know no sink tokens.*Fix: convert"):
-        check_sinks(build_hybrid(BASES["qwen3"], HybridSpec(4, (1,), 4, 8)).config)
+        check_served(build_hybrid(BASES["qwen3"], HybridSpec(4, (1,), 4, 8)).config)
+
+
+@pytest.mark.parametrize("family", sorted(BASES.keys() - set(FAMILIES)))
+def test_a_family_that_the_plugin_was_not_written_for_is_refused(family):
+    with pytest.raises(ValueError, match=f"model_type: lt_hybrid_{family}: .*qwen3.* Fix: evaluate .* built-in engine"):
+        check_served(build_hybrid(BASES[family], HybridSpec(4, (1,), 0, 8)).config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.vllm_plugin.checks import serves_family
 from lt_train.vllm_plugin.command import CHUNK
 
 BLOCK = 16
@@ -47,10 +48,10 @@ def with_as_many(spec: HybridSpec, lazy: int) -> HybridSpec:
     return HybridSpec(spec.num_layers, tuple(range(lazy)), spec.w_sink, spec.w_recent, spec.learned_sinks)
 
 
-def with_one_more_or_fewer(spec: HybridSpec) -> dict[int, HybridSpec]:
+def with_one_more_or_fewer(spec: HybridSpec, model_type: str) -> dict[int, HybridSpec]:
     """A hybrid and its neighbours by their number of streaming layers, its own first; empty where vLLM does not serve it."""
     lazy = len(spec.lazy_layers)
-    counts = () if spec.w_sink else (lazy, lazy - 1, lazy + 1)
+    counts = () if spec.w_sink or not serves_family(model_type) else (lazy, lazy - 1, lazy + 1)
     return {count: with_as_many(spec, count) for count in counts if 0 < count < spec.num_layers}
 
 

@@ -1,0 +1,29 @@
+"""The built-in engine over every family of bases."""
+
+import pytest
+import torch
+
+from lt_train.inference.engine import Engine
+from lt_train.inference.requests import Request, Sampling
+from tests.support.families import BASES
+from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
+
+NEW = 12
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BASES)
+def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(family: str) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = tiny_hybrid(family), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    prompts = [torch.randint(3, 60, (length,)).tolist() for length in (1, 5, 11, 30)]
+    requests = [Request(f"p{n}", 0, n, tuple(ids)) for n, ids in enumerate(prompts)]
+    answers = {answer.request.problem: answer for answer in Engine(model, tokenizer, prefill_chunk=16).answers(requests, GREEDY)}
+    for n, prompt in enumerate(prompts):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + NEW and (not ids[len(prompt) :] or ids[-1] != tokenizer.eos_token_id):
+            ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        new = [token for token in ids[len(prompt) :] if token != tokenizer.eos_token_id]
+        assert answers[f"p{n}"].text == tokenizer.decode(new), prompt

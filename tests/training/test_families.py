@@ -1,0 +1,46 @@
+"""Training over every family of bases."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.recipe.schema import Lora
+from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
+from tests.support.families import BASES, attention_linears
+
+SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_adapters_on_streaming_layers_alone_learn_and_merging_them_changes_no_logit(family: str) -> None:
+    torch.manual_seed(0)
+    hybrid = build_hybrid(BASES[family], SPEC)
+    lora = Lora(rank=4, alpha=8, targets=attention_linears(hybrid))
+    model = get_peft_model(hybrid, lora_config(lora, SPEC, hybrid)).train()
+    optimizer = torch.optim.SGD((weight for weight in model.parameters() if weight.requires_grad), lr=1.0)
+    ids = torch.randint(3, 96, (2, 40))
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.item())
+        learned = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in learned} == {1, 3}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapted = model.eval()(ids, use_cache=False).logits
+    merged = model.merge_and_unload()(ids, use_cache=False).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_lazy_projections_are_all_linear_modules_of_attention_in_streaming_layers(family: str) -> None:
+    hybrid = build_hybrid(BASES[family], SPEC)
+    freeze_all_but_lazy_projections(hybrid, SPEC)
+    trained = {
+        name.removesuffix(".weight").removesuffix(".bias") for name, weight in hybrid.named_parameters() if weight.requires_grad
+    }
+    assert trained == {f"model.layers.{layer}.self_attn.{name}" for layer in (1, 3) for name in attention_linears(hybrid)}
