@@ -8,8 +8,11 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.models.glm4.configuration_glm4 import Glm4Config
+from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.ministral.configuration_ministral import MinistralConfig
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.seed_oss.configuration_seed_oss import SeedOssConfig
@@ -36,6 +39,7 @@ class HybridConfig(PreTrainedConfig):
 
     def check_hybrid(self) -> None:
         """Raises HybridError unless the fields describe a hybrid that this code computes."""
+        assert self.layer_types is not None, "__post_init__ sets them"
         unknown = set(self.layer_types) - {FULL, STREAMING}
         if unknown:
             raise HybridError(f"layer_types: {sorted(unknown)}: unknown. Fix: name only {FULL} and {STREAMING}")
@@ -55,6 +59,7 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def spec(self) -> HybridSpec:
+        assert self.layer_types is not None, "__post_init__ sets them"
         if self.sliding_window is None:
             raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
         return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
@@ -93,6 +98,31 @@ class HybridOlmo2Config(HybridConfig, Olmo2Config):
 @strict
 class HybridSeedOssConfig(HybridConfig, SeedOssConfig):
     model_type = "lt_hybrid_seed_oss"
+
+
+@strict
+class HybridGraniteConfig(HybridConfig, GraniteConfig):
+    """Granite divides its logits by a constant. Here the hidden states before the head are divided by it, so that any code that
+    computes logits from them and the head's weights gets the model's. With a power of two, as in the published models, both are
+    equal to the last bit.
+    """
+
+    model_type = "lt_hybrid_granite"
+    hidden_scaling: float | int = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.hidden_scaling, self.logits_scaling = self.hidden_scaling * self.logits_scaling, 1.0
+
+
+@strict
+class HybridGlm4Config(HybridConfig, Glm4Config):
+    model_type = "lt_hybrid_glm4"
+
+
+@strict
+class HybridPhi3Config(HybridConfig, Phi3Config):
+    model_type = "lt_hybrid_phi3"
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:

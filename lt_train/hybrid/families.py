@@ -1,9 +1,14 @@
 """The families of base models: for each, transformers' classes with the hybrid's mixed in, and the bases that become it."""
 
 from dataclasses import dataclass
+from functools import partial
 
+from torch import Tensor, nn
+from transformers.models.glm4.modeling_glm4 import Glm4ForCausalLM, Glm4Model
+from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
 from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2Model
+from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssForCausalLM, SeedOssModel
@@ -11,8 +16,11 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, Smo
 
 from .configuration import (
     HybridConfig,
+    HybridGlm4Config,
+    HybridGraniteConfig,
     HybridMinistralConfig,
     HybridOlmo2Config,
+    HybridPhi3Config,
     HybridQwen2Config,
     HybridQwen3Config,
     HybridSeedOssConfig,
@@ -83,12 +91,54 @@ class HybridSeedOssForCausalLM(HybridForCausalLM, SeedOssForCausalLM):
     body_class = HybridSeedOssModel
 
 
+class HybridGraniteModel(HybridBody, GraniteModel):
+    """Embedding and final norm scale what they return, for code that runs the layers one by one as well."""
+
+    config: HybridGraniteConfig
+
+    def __init__(self, config: HybridGraniteConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens.register_forward_hook(partial(_scaled, self.embedding_multiplier))
+        self.embedding_multiplier = 1.0
+        self.norm.register_forward_hook(partial(_scaled, 1 / config.hidden_scaling))
+
+
+class HybridGraniteForCausalLM(HybridForCausalLM, GraniteForCausalLM):
+    config: HybridGraniteConfig
+    body_class = HybridGraniteModel
+
+
+def _scaled(factor: float, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * factor
+
+
+class HybridGlm4Model(HybridBody, Glm4Model):
+    config: HybridGlm4Config
+
+
+class HybridGlm4ForCausalLM(HybridForCausalLM, Glm4ForCausalLM):
+    config: HybridGlm4Config
+    body_class = HybridGlm4Model
+
+
+class HybridPhi3Model(HybridBody, Phi3Model):
+    config: HybridPhi3Config
+
+
+class HybridPhi3ForCausalLM(HybridForCausalLM, Phi3ForCausalLM):
+    config: HybridPhi3Config
+    body_class = HybridPhi3Model
+
+
 QWEN2 = Family(HybridQwen2Config, HybridQwen2ForCausalLM)
 QWEN3 = Family(HybridQwen3Config, HybridQwen3ForCausalLM)
 MINISTRAL = Family(HybridMinistralConfig, HybridMinistralForCausalLM)
 SMOLLM3 = Family(HybridSmolLM3Config, HybridSmolLM3ForCausalLM)
 OLMO2 = Family(HybridOlmo2Config, HybridOlmo2ForCausalLM)
 SEED_OSS = Family(HybridSeedOssConfig, HybridSeedOssForCausalLM)
+GRANITE = Family(HybridGraniteConfig, HybridGraniteForCausalLM)
+GLM4 = Family(HybridGlm4Config, HybridGlm4ForCausalLM)
+PHI3 = Family(HybridPhi3Config, HybridPhi3ForCausalLM)
 
 BASES: dict[str, Family] = {
     "qwen2": QWEN2,
@@ -99,6 +149,9 @@ BASES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
     "seed_oss": SEED_OSS,
+    "granite": GRANITE,
+    "glm4": GLM4,
+    "phi3": PHI3,
 }
 """By the `model_type` of a base."""
 

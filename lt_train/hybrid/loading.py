@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from .configuration import HybridConfig, is_hybrid
-from .families import BASES, FAMILIES, MINISTRAL, Family
+from .families import BASES, FAMILIES, MINISTRAL, PHI3, Family
 from .modeling import HybridForCausalLM
 from .spec import STREAMING, HybridError, HybridSpec, version_for
 
@@ -215,6 +215,12 @@ def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:
                 f"{' and '.join(biases)}: Llama and Mistral models become `ministral`, which has no such biases. "
                 "Fix: choose a base without them"
             )
+    if family is PHI3 and values["rope_parameters"]["rope_type"] == "longrope":
+        raise HybridError(
+            "rope_parameters: rope_type longrope: its frequencies change once a sequence is longer than "
+            "original_max_position_embeddings, and cached keys would keep the old ones. "
+            "Fix: choose a base without it, such as Phi-4"
+        )
     if values.get("quantization_config"):
         raise HybridError("quantization_config: the base's weights are quantized. Fix: start from its bf16 or fp32 weights")
 

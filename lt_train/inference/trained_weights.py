@@ -121,6 +121,18 @@ def restored_weights(spec: HybridSpec) -> re.Pattern[str]:
     return re.compile(attention_modules(_full_layers(spec), QUERY_KEY))
 
 
+def check_restorable(model: HybridForCausalLM) -> None:
+    """
+    Raises:
+        UserError: a family that makes queries, keys and values by one projection.
+    """
+    if not hasattr(model.model.layers[0].self_attn, "q_proj"):
+        raise UserError(
+            f"train.restore_query_key: {model.config.model_type}: its layers make queries, keys and values by one projection, so "
+            "queries and keys cannot be restored alone. Fix: set restore_query_key to false"
+        )
+
+
 def adapter_without_query_key(folder: Path, spec: HybridSpec) -> PeftConfig:
     """The configuration of the adapter in `folder`, less the adapters of queries and keys in full-attention layers."""
     config = PeftConfig.from_pretrained(str(folder))

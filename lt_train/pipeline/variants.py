@@ -12,7 +12,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
-from lt_train.inference.trained_weights import load_trained
+from lt_train.inference.trained_weights import check_restorable, load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import (
@@ -48,13 +48,18 @@ class Variants:
     def check_fits(self) -> None:
         """
         Raises:
-            UserError: the recipe's ratio, layers or adapters do not fit this model.
+            UserError: the recipe's ratio, layers, adapters or restored projections do not fit this model.
         """
-        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        hybrid, num_layers, train = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.train
         number_that_stream(hybrid, num_layers)
+        if train is None:
+            return
+        with torch.device("meta"):
+            model = build_hybrid(self.base_config, HybridSpec(num_layers, ()))
+        if train.restore_query_key:
+            check_restorable(model)
         if self.recipe.lora is not None:
-            with torch.device("meta"):
-                check_names(self.recipe.lora, build_hybrid(self.base_config, HybridSpec(num_layers, ())))
+            check_names(self.recipe.lora, model)
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on the layers of every hybrid and write them down."""

@@ -3,7 +3,7 @@
 Every term names the saved tensor. tests/planning/ compares the sum with what autograd saves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lt_train.planning.shape import Layer, ModelShape
 
@@ -36,11 +36,12 @@ def layer_bytes(shape: ModelShape, layer: Layer, element: ElementBytes, *, gathe
         dense: this layer computes attention by the reference kernel (attention: reference), which saves its probabilities.
         length: tokens of a row.
     """
-    attention_norm = _norm(shape.hidden, element, layer.norms_trained) + _inputs(
-        layer, ("q_proj", "k_proj", "v_proj"), shape, element
-    )
-    mlp_norm = _norm(shape.hidden, element, layer.norms_trained) + _inputs(layer, ("gate_proj", "up_proj"), shape, element)
-    return attention_norm + _attention(shape, layer, element, gathered, dense, length) + mlp_norm + _mlp(shape, layer, element)
+    norms = 2 * _norm(shape, element, layer.norms_trained)
+    if shape.norms_of_outputs:
+        norms += 2 * _norm(shape, replace(element, residual=element.product), layer.norms_trained)
+    inputs = _inputs(layer, ("q_proj", "k_proj", "v_proj", "qkv_proj"), shape, element)
+    inputs += _inputs(layer, ("gate_proj", "up_proj", "gate_up_proj"), shape, element)
+    return norms + inputs + _attention(shape, layer, element, gathered, dense, length) + _mlp(shape, layer, element)
 
 
 def checkpoint_bytes(shape: ModelShape, element: ElementBytes) -> int:
@@ -50,7 +51,7 @@ def checkpoint_bytes(shape: ModelShape, element: ElementBytes) -> int:
 
 def after_layers_bytes(shape: ModelShape, element: ElementBytes) -> int:
     """Bytes per token of the last RMSNorm and of its output, from which TRL's fused head computes logits tile by tile."""
-    return _norm(shape.hidden, element, shape.head_trained) + element.residual * shape.hidden
+    return _norm(shape, element, shape.head_trained) + element.residual * shape.hidden
 
 
 def backward_workspace_bytes(shape: ModelShape, layer: Layer, element: ElementBytes) -> int:
@@ -63,14 +64,16 @@ def backward_workspace_bytes(shape: ModelShape, layer: Layer, element: ElementBy
     return gradients * element.product * shape.mlp + 2 * element.residual * shape.hidden
 
 
-def _norm(width: int, element: ElementBytes, trained: bool) -> int:
+def _norm(shape: ModelShape, element: ElementBytes, trained: bool) -> int:
     """RMSNorm: its input in fp32, the reciprocal of its root mean square, and the normalised input where its weight is trained."""
-    return FP32 * (width + 1) + (element.residual * width if trained else 0)
+    normalised = FP32 if shape.norms_in_fp32 else element.residual
+    return FP32 * (shape.hidden + 1) + (normalised * shape.hidden if trained else 0)
 
 
 def _inputs(layer: Layer, names: tuple[str, ...], shape: ModelShape, element: ElementBytes) -> int:
-    """The common input of several linear modules: saved once; under autocast each module that casts it saves its own copy."""
-    linears = [layer.linears[name] for name in names]
+    """The common input of those of these linear modules that the family has: saved once; under autocast each module that casts it
+    saves its own copy."""
+    linears = [layer.linears[name] for name in names if name in layer.linears]
     trained = sum(linear.trained for linear in linears)
     adapters = sum(linear.rank > 0 for linear in linears)
     # Under autocast a frozen module, in bf16, takes the input as it is; trained modules and adapters, in fp32, cast it.
@@ -81,16 +84,19 @@ def _inputs(layer: Layer, names: tuple[str, ...], shape: ModelShape, element: El
 def _attention(shape: ModelShape, layer: Layer, element: ElementBytes, gathered: bool, dense: bool, length: int) -> int:
     """Queries, keys and values after the rotary embedding, the output, and its log-sum-exp, as fused kernels save them.
 
-    The output is also the input of o_proj: the same tensor unless documents were gathered.
+    The output is also the input of o_proj: the same tensor unless documents were gathered, or the family copies it.
     """
     saved = element.product * (2 * shape.queries + 2 * shape.keys) + FP32 * shape.heads
-    if shape.query_key_norm:
+    if shape.query_key_norms:
         width = shape.queries + shape.keys
-        saved += FP32 * (width + shape.heads + shape.key_heads) + (element.product * width if layer.norms_trained else 0)
+        normalised = FP32 if shape.norms_in_fp32 else element.product
+        saved += FP32 * (width + shape.query_key_norms) + (normalised * width if layer.norms_trained else 0)
+    if shape.fused_qkv and not gathered:
+        saved += element.product * (shape.queries + shape.keys)
     if dense:  # softmax in fp32 and its copy for the product; the boolean mask is shared by heads
         saved += shape.heads * length * (FP32 + (element.product if element.product != FP32 else 0)) + length
     out = layer.linears["o_proj"]
-    if out.keeps_input and (gathered or (element.autocast and out.rank > 0)):
+    if out.keeps_input and (gathered or shape.copies_output or (element.autocast and out.rank > 0)):
         saved += element.product * shape.queries
     return saved + out.rank * element.product
 

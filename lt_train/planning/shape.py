@@ -22,7 +22,7 @@ class Linear:
     """A linear module of a decoder layer.
 
     Attributes:
-        name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj.
+        name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj; qkv_proj and gate_up_proj where a family fuses them.
         weights: parameters of the module itself, without an adapter's.
         trained: whether the weights are trained.
         rank: of its LoRA adapter; 0 without one.
@@ -73,8 +73,16 @@ class ModelShape:
     vocab_size: int
     tied: bool
     """The head shares the embedding's weights."""
-    query_key_norm: bool
-    """Queries and keys are normalised head by head (Qwen3)."""
+    query_key_norms: int
+    """Vectors of a token's queries and keys that are normalised: one for each head (Qwen3), 2 (OLMo 2: all heads as one), or 0."""
+    norms_of_outputs: bool
+    """What attention and MLP return is normalised as well as what they take (glm4)."""
+    norms_in_fp32: bool
+    """RMSNorms multiply by their weight before they cast back (OLMo 2), and keep what they multiply in fp32."""
+    fused_qkv: bool
+    """One projection makes queries, keys and values (phi3), and values keep all of its output."""
+    copies_output: bool
+    """Queries are joined of parts with and without rotary embedding (phi3, glm4), and o_proj needs a copy of attention's output."""
     head_trained: bool
     embedding_trained: bool
     context: int
@@ -130,6 +138,8 @@ def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridF
 def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
     config = model.config
     attention = model.model.layers[0].self_attn
+    olmo2 = config.model_type == "lt_hybrid_olmo2"
+    heads = 2 if olmo2 else config.num_attention_heads + config.num_key_value_heads
     parameters = list(model.parameters())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return ModelShape(
@@ -145,7 +155,11 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         mlp=config.intermediate_size,
         vocab_size=config.vocab_size,
         tied=head.weight is embedding.weight,
-        query_key_norm=hasattr(attention, "q_norm"),
+        query_key_norms=heads if hasattr(attention, "q_norm") else 0,
+        norms_of_outputs=config.model_type == "lt_hybrid_glm4",
+        norms_in_fp32=olmo2,
+        fused_qkv=hasattr(attention, "qkv_proj"),
+        copies_output=config.model_type in ("lt_hybrid_phi3", "lt_hybrid_glm4"),
         head_trained=_trains(head),
         embedding_trained=_trains(embedding),
         context=context_length(config.to_dict()),

@@ -12,7 +12,7 @@ from lt_train.recipe.schema import Lora
 from lt_train.runtime.errors import UserError, shortened
 
 LAYERS = "layers"  # the name of the decoder layers in every hybrid class: model.layers.<i>
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")  # qkv_proj: of families that make all three at once
 SINKS = "sinks"  # the module of a layer's learned sinks
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, SmolLM3Config
 
 from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.spec import HybridError, HybridSpec
@@ -69,6 +69,9 @@ def test_rope_scaling_of_a_llama_is_kept():
     torch.testing.assert_close(hybrid.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq, atol=0, rtol=0)
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+
+
 @pytest.mark.parametrize(
     ("base", "reason"),
     [
@@ -77,6 +80,9 @@ def test_rope_scaling_of_a_llama_is_kept():
         (Qwen2Config(use_sliding_window=True, max_window_layers=2), "sliding_window: the base"),
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (Phi3Config(sliding_window=2047), "sliding_window: the base"),
+        (SmolLM3Config(use_sliding_window=True, sliding_window=64), "sliding_window: the base"),
+        (Phi3Config(rope_parameters=LONGROPE), "longrope"),
         (Qwen2Config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
     ],
 )

@@ -180,3 +180,11 @@ def test_every_variant_follows_from_the_bases_weights_and_their_precision(varian
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(base)
     assert changed(before, fingerprints(variants())) == set(before)
+
+
+def test_queries_and_keys_that_one_projection_makes_with_the_values_cannot_be_restored(variants):
+    made = variants("train.restore_query_key=true")
+    made.check_fits()
+    fused = Variants(made.recipe, made.paths, BASES["phi3"])
+    with pytest.raises(UserError, match=r"train\.restore_query_key: lt_hybrid_phi3: .*one projection"):
+        fused.check_fits()

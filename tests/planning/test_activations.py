@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Glm4Config, GraniteConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config, SeedOssConfig, SmolLM3Config
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
@@ -28,6 +28,16 @@ SIZES = {
     "max_position_embeddings": 4096,
 }
 FAMILIES = {"qwen3": Qwen3Config(**SIZES), "llama": LlamaConfig(**SIZES)}
+OTHER_FAMILIES = {
+    "smollm3": SmolLM3Config(**SIZES, pad_token_id=0),
+    "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
+    "seed_oss": SeedOssConfig(**SIZES, attention_dropout=0.0, residual_dropout=0.0),
+    "granite": GraniteConfig(**SIZES),
+    "glm4": Glm4Config(**SIZES, pad_token_id=0),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0),
+}
+OTHER_TOLERANCE = 0.02
+"""Rotary embeddings, of less than a head's size or in fp32, are counted as those of Qwen3."""
 LENGTH = 640
 STREAMING_TOLERANCE = 0.05
 """The plan counts q, k, v, out and log-sum-exp, as flash attention keeps them; attention: blocked keeps q, k and v alone."""
@@ -105,6 +115,19 @@ def test_a_layer_keeps_what_the_plan_counts(family, case, method, dtype, shardin
         weights = torch.bfloat16 if element.weight == 2 else torch.float32
         kept = kept_by_two_layers(recipe, FAMILIES[family], element.autocast, weights)
         assert counted == pytest.approx(kept, rel=tolerance), f"{case}, lazy {lazy}, packing {packing}"
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("full", "bf16"), ("lora", "fp32"), ("lora", "bf16")])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_layer_of_every_family_keeps_what_the_plan_counts(family, method, dtype, packing):
+    targets = [["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj"]][family == "phi3"] if method == "lora" else None
+    recipe = recipe_for(method, [0], dtype, targets, packing)
+    shape = model_shape(recipe, OTHER_FAMILIES[family])
+    element = setup_of(recipe, recipe.train, Machine(1, 2**34), 1).element
+    counted = sum(layer_bytes(shape, layer, element, gathered=packing, dense=False, length=LENGTH) for layer in shape.layers[1:])
+    kept = kept_by_two_layers(recipe, OTHER_FAMILIES[family], element.autocast, torch.float32)
+    assert counted == pytest.approx(kept, rel=OTHER_TOLERANCE)
 
 
 def test_attention_written_out_keeps_probabilities_and_is_counted_so():

@@ -1,7 +1,18 @@
 """Small configs of every base architecture."""
 
 from torch import nn
-from transformers import LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config, Qwen3Config, SeedOssConfig, SmolLM3Config
+from transformers import (
+    Glm4Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 SIZES = dict(
     vocab_size=96,
@@ -23,6 +34,11 @@ BASES = {
     "smollm3": SmolLM3Config(**SIZES),  # layer 3 has no rotary embedding
     "olmo2": Olmo2Config(**SIZES),
     "seed_oss": SeedOssConfig(**SIZES, head_dim=16, attention_dropout=0.0, residual_dropout=0.0),
+    "granite": GraniteConfig(
+        **SIZES, embedding_multiplier=12.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=0.25
+    ),
+    "glm4": Glm4Config(**SIZES, head_dim=16),  # half of each head has rotary embedding
+    "phi3": Phi3Config(**SIZES),
 }
 
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
