@@ -53,10 +53,19 @@ def load_base_config(model: Model) -> PreTrainedConfig:
 
 
 def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> PreTrainedConfig:
-    """A config whose rotary embeddings are scaled as the recipe says (`model.rope_scaling`)."""
+    """A config whose rotary embeddings are scaled as the recipe says (`model.rope_scaling`).
+
+    Raises:
+        UserError: a family that transformers scales in no such way.
+    """
     if scaling is None:
         return config
-    rope = {"rope_theta": config.rope_parameters["rope_theta"], **scaling.model_dump(exclude_none=True)}
+    if config.model_type == "phi3":
+        raise UserError(
+            f"model.rope_scaling: {scaling.rope_type}: transformers' phi3 has no scaling but longrope. Fix: leave rope_scaling out"
+        )
+    kept = {name: value for name, value in config.rope_parameters.items() if name in ("rope_theta", "partial_rotary_factor")}
+    rope = {**kept, **scaling.model_dump(exclude_none=True)}
     changes: dict[str, Any] = {"rope_parameters": rope}
     if scaling.rope_type == "yarn":  # transformers warns of a config whose two statements about its context differ
         rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
