@@ -1,14 +1,20 @@
 """Training over every family of bases."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Lora
+from lt_train.training import trainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
+from tests.support import tiny_training
 from tests.support.families import BASES, attention_linears
+from tests.support.tiny_training import tiny_examples, tiny_recipe, tiny_tokenizer
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 
@@ -44,3 +50,20 @@ def test_lazy_projections_are_all_linear_modules_of_attention_in_streaming_layer
         name.removesuffix(".weight").removesuffix(".bias") for name, weight in hybrid.named_parameters() if weight.requires_grad
     }
     assert trained == {f"model.layers.{layer}.self_attn.{name}" for layer in (1, 3) for name in attention_linears(hybrid)}
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_the_loss_that_training_reports_is_that_of_the_models_logits(family: str, tmp_path: Path) -> None:
+    def load(dtype: torch.dtype) -> HybridForCausalLM:
+        torch.manual_seed(0)
+        return build_hybrid(BASES[family], tiny_training.SPEC).to(dtype).eval()
+
+    recipe, examples = tiny_recipe({"data": {"heldout": 3, "packing": False}}), tiny_examples(heldout=3)
+    config = trainer.sft_config(recipe, recipe.train, tmp_path)
+    training = trainer._build_trainer(recipe, config, load, tiny_tokenizer(), examples, tiny_training.SPEC)
+    model, losses = load(torch.float32), []
+    for example in examples.heldout:
+        ids = torch.tensor([example.input_ids])
+        logits = model(ids, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(example.prompt_ids) :], reduction="none"))
+    assert training.evaluate()["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
