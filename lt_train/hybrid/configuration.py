@@ -108,6 +108,7 @@ class HybridGraniteConfig(HybridConfig, GraniteConfig):
     """
 
     model_type = "lt_hybrid_granite"
+    logits_scaling: float | int = 1.0
     hidden_scaling: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:

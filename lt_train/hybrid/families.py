@@ -95,6 +95,7 @@ class HybridGraniteModel(HybridBody, GraniteModel):
     """Embedding and final norm scale what they return, for code that runs the layers one by one as well."""
 
     config: HybridGraniteConfig
+    embedding_multiplier: float
 
     def __init__(self, config: HybridGraniteConfig) -> None:
         super().__init__(config)
