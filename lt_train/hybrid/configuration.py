@@ -15,6 +15,7 @@ from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.seed_oss.configuration_seed_oss import SeedOssConfig
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 
@@ -124,6 +125,12 @@ class HybridGlm4Config(HybridConfig, Glm4Config):
 @strict
 class HybridPhi3Config(HybridConfig, Phi3Config):
     model_type = "lt_hybrid_phi3"
+
+
+@strict
+class HybridQwen3MoeConfig(HybridConfig, Qwen3MoeConfig):
+    model_type = "lt_hybrid_qwen3_moe"
+    use_sliding_window: bool = True
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:

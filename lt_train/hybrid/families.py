@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.glm4.modeling_glm4 import Glm4ForCausalLM, Glm4Model
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
 from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
@@ -11,6 +12,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2Mode
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssForCausalLM, SeedOssModel
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, SmolLM3Model
 
@@ -23,6 +25,7 @@ from .configuration import (
     HybridPhi3Config,
     HybridQwen2Config,
     HybridQwen3Config,
+    HybridQwen3MoeConfig,
     HybridSeedOssConfig,
     HybridSmolLM3Config,
 )
@@ -131,6 +134,28 @@ class HybridPhi3ForCausalLM(HybridForCausalLM, Phi3ForCausalLM):
     body_class = HybridPhi3Model
 
 
+class HybridQwen3MoeModel(HybridBody, Qwen3MoeModel):
+    config: HybridQwen3MoeConfig
+
+
+class HybridQwen3MoeForCausalLM(HybridForCausalLM, Qwen3MoeForCausalLM):
+    """Its attention is Qwen3's; the experts, their router and its loss stay what they are."""
+
+    config: HybridQwen3MoeConfig
+    body_class = HybridQwen3MoeModel
+
+    def __init__(self, config: HybridQwen3MoeConfig) -> None:
+        super().__init__(config)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+
+
+# Checkpoints hold each expert's weights, and the module those of all experts in one.
+register_checkpoint_conversion_mapping(
+    HybridQwen3MoeConfig.model_type, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
+
 QWEN2 = Family(HybridQwen2Config, HybridQwen2ForCausalLM)
 QWEN3 = Family(HybridQwen3Config, HybridQwen3ForCausalLM)
 MINISTRAL = Family(HybridMinistralConfig, HybridMinistralForCausalLM)
@@ -140,6 +165,7 @@ SEED_OSS = Family(HybridSeedOssConfig, HybridSeedOssForCausalLM)
 GRANITE = Family(HybridGraniteConfig, HybridGraniteForCausalLM)
 GLM4 = Family(HybridGlm4Config, HybridGlm4ForCausalLM)
 PHI3 = Family(HybridPhi3Config, HybridPhi3ForCausalLM)
+QWEN3_MOE = Family(HybridQwen3MoeConfig, HybridQwen3MoeForCausalLM)
 
 BASES: dict[str, Family] = {
     "qwen2": QWEN2,
@@ -153,6 +179,7 @@ BASES: dict[str, Family] = {
     "granite": GRANITE,
     "glm4": GLM4,
     "phi3": PHI3,
+    "qwen3_moe": QWEN3_MOE,
 }
 """By the `model_type` of a base."""
 

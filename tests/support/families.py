@@ -10,6 +10,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -39,6 +40,7 @@ BASES = {
     ),
     "glm4": Glm4Config(**SIZES, head_dim=16),  # half of each head has rotary embedding
     "phi3": Phi3Config(**SIZES),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
