@@ -41,8 +41,8 @@ class Compute:
 def training_compute(shape: ModelShape, train: Train, work: Workload) -> Compute:
     recomputed = 1 if train.gradient_checkpointing else 0  # forward passes of all layers
     linears = [linear for layer in shape.layers for linear in layer.linears.values()]
-    weights = sum(linear.weights for linear in linears)
-    trained = sum(linear.weights for linear in linears if linear.trained)
+    weights = shape.used_linears
+    trained = sum(int(linear.weights * linear.used) for linear in linears if linear.trained)
     per_token = weights * (2 + recomputed) + trained  # forward and gradients of inputs; gradients of weights
     per_token += shape.adapters * (3 + recomputed)
     per_token += shape.head * (3 + (1 if shape.head_trained else 0))  # TRL's head computes each tile of logits twice

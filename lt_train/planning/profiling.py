@@ -91,7 +91,7 @@ def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int]
     operations = 0.0
     for strategy in _without_shared(_scored(recipe)):
         needed = passes(strategy, layers, recipe.hybrid.calibration.long_reach_fraction)
-        linear = needed.linear * shape.layer_linears / layers + needed.head * shape.head
+        linear = needed.linear * shape.used_linears / layers + needed.head * shape.head
         attention = 2 * shape.queries * (needed.full * full + needed.streaming * streaming)
         operations += MULTIPLY_ADD * (linear * tokens + attention)
     return operations
@@ -155,7 +155,7 @@ def _gated_layer_bytes(shape: ModelShape, itemsize: int) -> int:
 
 
 def _frozen(layer: Layer) -> Layer:
-    linears = {name: Linear(name, linear.weights, trained=False) for name, linear in layer.linears.items()}
+    linears = {name: Linear(name, linear.weights, trained=False, used=linear.used) for name, linear in layer.linears.items()}
     return replace(layer, linears=linears, norms_trained=False)
 
 

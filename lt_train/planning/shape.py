@@ -25,6 +25,7 @@ class Linear:
         name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj; qkv_proj and gate_up_proj where a family fuses them.
         weights: parameters of the module itself, without an adapter's.
         trained: whether the weights are trained.
+        used: the fraction of the weights that a token uses: those of its experts, where the module stands for all experts.
         rank: of its LoRA adapter; 0 without one.
         adapter: parameters of the adapter.
     """
@@ -34,6 +35,7 @@ class Linear:
     trained: bool
     rank: int = 0
     adapter: int = 0
+    used: float = 1.0
 
     @property
     def keeps_input(self) -> bool:
@@ -70,6 +72,10 @@ class ModelShape:
     heads: int
     key_heads: int
     mlp: int
+    """Width of a token's MLP: that of all its experts together, where the family has experts."""
+    experts: int
+    """Of a layer; 0 where the family has none."""
+    experts_of_token: int
     vocab_size: int
     tied: bool
     """The head shares the embedding's weights."""
@@ -99,6 +105,11 @@ class ModelShape:
     @property
     def layer_linears(self) -> int:
         return sum(linear.weights for layer in self.layers for linear in layer.linears.values())
+
+    @property
+    def used_linears(self) -> int:
+        """Weights of `layer_linears` that one token uses."""
+        return sum(int(linear.weights * linear.used) for layer in self.layers for linear in layer.linears.values())
 
     @property
     def adapters(self) -> int:
@@ -139,6 +150,7 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
     config = model.config
     attention = model.model.layers[0].self_attn
     olmo2 = config.model_type == "lt_hybrid_olmo2"
+    of_token = config.num_experts_per_tok if config.model_type == "lt_hybrid_qwen3_moe" else 0
     heads = 2 if olmo2 else config.num_attention_heads + config.num_key_value_heads
     parameters = list(model.parameters())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -152,7 +164,9 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         keys=config.num_key_value_heads * attention.head_dim,
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
-        mlp=config.intermediate_size,
+        mlp=of_token * config.moe_intermediate_size if of_token else config.intermediate_size,
+        experts=config.num_experts if of_token else 0,
+        experts_of_token=of_token,
         vocab_size=config.vocab_size,
         tied=head.weight is embedding.weight,
         query_key_norms=heads if hasattr(attention, "q_norm") else 0,
@@ -178,6 +192,10 @@ def _layer(layer: nn.Module, streams: bool) -> Layer:
             linears[name] = Linear(name, weights, _trains(base), module.r["default"], adapter)
         elif isinstance(module, nn.Linear) and not path.startswith(inside):
             linears[name] = Linear(name, sum(p.numel() for p in module.parameters()), _trains(module))
+        elif name == "experts":
+            used = layer.mlp.gate.top_k / module.num_experts
+            for projection, weight in module.named_parameters():
+                linears[projection] = Linear(projection, weight.numel(), weight.requires_grad, used=used)
     norms = [p for name, p in layer.named_parameters() if "norm" in name]
     return Layer(streams, linears, sum(p.numel() for p in layer.parameters()), any(p.requires_grad for p in norms))
 

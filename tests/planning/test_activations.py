@@ -7,7 +7,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Glm4Config, GraniteConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config, SeedOssConfig, SmolLM3Config
+from transformers import (
+    Glm4Config,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
@@ -35,6 +45,7 @@ OTHER_FAMILIES = {
     "granite": GraniteConfig(**SIZES),
     "glm4": Glm4Config(**SIZES, pad_token_id=0),
     "phi3": Phi3Config(**SIZES, pad_token_id=0),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
 }
 OTHER_TOLERANCE = 0.02
 """Rotary embeddings, of less than a head's size or in fp32, are counted as those of Qwen3."""
@@ -125,6 +136,8 @@ def test_a_layer_of_every_family_keeps_what_the_plan_counts(family, method, dtyp
     recipe = recipe_for(method, [0], dtype, targets, packing)
     shape = model_shape(recipe, OTHER_FAMILIES[family])
     element = setup_of(recipe, recipe.train, Machine(1, 2**34), 1).element
+    if family == "qwen3_moe" and element.autocast:
+        pytest.skip("kept_by_two_layers takes the rows of experts for cast weights")
     counted = sum(layer_bytes(shape, layer, element, gathered=packing, dense=False, length=LENGTH) for layer in shape.layers[1:])
     kept = kept_by_two_layers(recipe, OTHER_FAMILIES[family], element.autocast, torch.float32)
     assert counted == pytest.approx(kept, rel=OTHER_TOLERANCE)

@@ -1,4 +1,5 @@
 import pytest
+from transformers import Qwen3MoeConfig
 
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.shape import ModelShape, model_shape
@@ -42,6 +43,16 @@ def test_lazy_projections_trains_the_projections_of_streaming_layers():
 def test_the_recipes_own_layers_are_taken():
     shape = shape_of("qwen3-8b", hybrid={"layers": [3, 5], "lazy_layer_ratio": None, "strategy": None})
     assert [index for index, layer in enumerate(shape.layers) if layer.streams] == [3, 5]
+
+
+def test_a_token_uses_the_weights_of_its_experts_alone(tmp_path):
+    # Qwen3-30B-A3B, by its model card: 30.5 billion parameters, 3.3 billion of them active
+    config = Qwen3MoeConfig(num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    config.save_pretrained(tmp_path)
+    recipe = public_recipe("qwen3-8b", model={"base": str(tmp_path), "dtype": "bf16"})
+    shape = model_shape(recipe, load_base_config(recipe.model))
+    assert round(shape.parameters / 1e9, 1) == 30.5
+    assert (shape.parameters - shape.layer_linears + shape.used_linears) / 1e9 == pytest.approx(3.3, abs=0.1)
 
 
 def test_targets_that_no_layer_has_are_an_error():
