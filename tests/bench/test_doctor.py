@@ -137,14 +137,14 @@ def test_a_window_too_short_changes_the_losses_of_training_steps(monkeypatch):
 
 
 def test_a_wrong_cache_changes_what_is_generated(monkeypatch):
-    from lt_train.hybrid.modeling import HybridCausalLM
+    from lt_train.hybrid.modeling import HybridForCausalLM
 
-    generate = HybridCausalLM.generate
+    generate = HybridForCausalLM.generate
 
     def skewed(self, ids, **given):
         return generate(self, ids + (0 if given["generation_config"].use_cache else 1), **given)
 
-    monkeypatch.setattr(HybridCausalLM, "generate", skewed)
+    monkeypatch.setattr(HybridForCausalLM, "generate", skewed)
     (_, generation) = correctness.model_checks()
     assert run_check(generation).outcome == "fail"
 
