@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.weights import in_memory
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -69,7 +70,7 @@ def test_pipelines_batches_and_streams_of_transformers_give_the_engines_answers(
     answers = Engine(model, tokenizer).answers(asked, Sampling(0.0, 1.0, TOKENS))
     expected = [answer.text for answer in sorted(answers, key=lambda answer: int(answer.request.problem))]
     with processes.checks_of_exports_are_forked():
-        folder = export_hybrid(model, tokenizer, tmp_path / "export", metadata(), dtype=torch.float32)
+        folder = export_hybrid(in_memory(model), tokenizer, tmp_path / "export", metadata(), dtype=torch.float32)
     given = json.dumps([str(folder), QUESTIONS, TOKENS])
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = processes.run([sys.executable, "-P", "-c", CLIENTS, given], cwd=tmp_path, env=environment)

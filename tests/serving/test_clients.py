@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.weights import in_memory
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
@@ -64,7 +65,7 @@ def greedy_texts(checkpoint: Checkpoint, chat: bool) -> list[str]:
 def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "export"
     with checks_of_exports_are_forked():
-        return export_hybrid(checkpoint.model, checkpoint.tokenizer, folder, metadata(), dtype=torch.float32)
+        return export_hybrid(in_memory(checkpoint.model), checkpoint.tokenizer, folder, metadata(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("model", ["local-completions", "local-chat-completions", "hf"])
