@@ -50,29 +50,34 @@ class StepView(AttentionView):
         return _product(softmax_with_sinks(weights_BGRW, sinks_GR), v_BGWD).to(q_BGRD.dtype)
 
     def _paged(self, layer: PagedLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
-        """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax."""
-        rows, pages = q_BGRD.shape[0], indices.owner_N.shape[0]
-        layer.keys[indices.newest_B, :, indices.offset_B] = k_BGD
-        layer.values[indices.newest_B, :, indices.offset_B] = v_BGD
-        k_NGPD, v_NGPD = layer.keys[:pages], layer.values[:pages]
-        q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[indices.owner_N]
-        logits_NGRP = scaling * _product(q_NGRD, k_NGPD.transpose(-1, -2))
-        logits_NGRP[indices.partial_M] = logits_NGRP[indices.partial_M].masked_fill(indices.empty_MP[:, None, None], float("-inf"))
-        largest_NGR = logits_NGRP.amax(-1)
-        shape = (rows + 1, *largest_NGR.shape[1:])
-        owner_NGR = indices.owner_N[:, None, None].expand_as(largest_NGR)
-        largest_BGR = largest_NGR.new_full(shape, float("-inf")).scatter_reduce(0, owner_NGR, largest_NGR, "amax")
-        largest_BGR[rows] = 0  # nobody's pages: whatever is finite
-        weights_NGRP = (logits_NGRP - largest_BGR[indices.owner_N].unsqueeze(-1)).exp_()
-        total_BGR = largest_NGR.new_zeros(shape).index_add(0, indices.owner_N, weights_NGRP.sum(-1))
-        part_NGRD = _product(weights_NGRP, v_NGPD)
-        sum_BGRD = part_NGRD.new_zeros(*shape, part_NGRD.shape[-1]).index_add(0, indices.owner_N, part_NGRD)
-        return (sum_BGRD[:rows] / total_BGR[:rows].unsqueeze(-1)).to(q_BGRD.dtype)
+        pages = indices.pages
+        layer.keys[pages.newest_B, :, pages.offset_B] = k_BGD
+        layer.values[pages.newest_B, :, pages.offset_B] = v_BGD
+        used = pages.owner_N.shape[0]
+        return attend_pages(q_BGRD, layer.keys[:used], layer.values[:used], pages, scaling)
 
     def _indices(self, device: torch.device) -> "StepIndices":
         if device not in self._on_device:
             self._on_device[device] = StepIndices.of(self.store, self.page_map, device)
         return self._on_device[device]
+
+
+def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageIndices", scaling: float) -> Tensor:
+    """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax. Returns out_BGRD."""
+    rows = q_BGRD.shape[0]
+    q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[pages.owner_N]
+    logits_NGRP = scaling * _product(q_NGRD, k_NGPD.transpose(-1, -2))
+    logits_NGRP[pages.partial_M] = logits_NGRP[pages.partial_M].masked_fill(pages.empty_MP[:, None, None], float("-inf"))
+    largest_NGR = logits_NGRP.amax(-1)
+    shape = (rows + 1, *largest_NGR.shape[1:])
+    owner_NGR = pages.owner_N[:, None, None].expand_as(largest_NGR)
+    largest_BGR = largest_NGR.new_full(shape, float("-inf")).scatter_reduce(0, owner_NGR, largest_NGR, "amax")
+    largest_BGR[rows] = 0  # nobody's pages: whatever is finite
+    weights_NGRP = (logits_NGRP - largest_BGR[pages.owner_N].unsqueeze(-1)).exp_()
+    total_BGR = largest_NGR.new_zeros(shape).index_add(0, pages.owner_N, weights_NGRP.sum(-1))
+    part_NGRD = _product(weights_NGRP, v_NGPD)
+    sum_BGRD = part_NGRD.new_zeros(*shape, part_NGRD.shape[-1]).index_add(0, pages.owner_N, part_NGRD)
+    return (sum_BGRD[:rows] / total_BGR[:rows].unsqueeze(-1)).to(q_BGRD.dtype)
 
 
 def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
@@ -86,21 +91,39 @@ def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
 
 
 @dataclass
-class StepIndices:
-    """Where a step finds its cached tokens, on one device; all layers share it.
+class PageIndices:
+    """Where a step finds the pages of a layer, on one device. partial_M are the pages that are not full, empty_MP their places that
+    hold no token yet."""
 
-    partial_M are the pages that are not full, empty_MP their places that hold no token yet; empty_BW the like for rings, None where
-    all are full.
-    """
-
-    row_B: Tensor
-    place_B: Tensor
-    empty_BW: Tensor | None
     owner_N: Tensor
     newest_B: Tensor
     offset_B: Tensor
     partial_M: Tensor
     empty_MP: Tensor
+
+    @classmethod
+    def of(cls, owner: list[int], filled: list[int], newest: list[int], offset: list[int], device: torch.device) -> "PageIndices":
+        """owner, filled: by page, its slot and its cached tokens. newest, offset: by slot, the page and place of the new token."""
+        filled_N = torch.tensor(filled, device=device)
+        partial_M = (filled_N < PAGE).nonzero()[:, 0]
+        return cls(
+            owner_N=torch.tensor(owner, device=device),
+            newest_B=torch.tensor(newest, device=device),
+            offset_B=torch.tensor(offset, device=device),
+            partial_M=partial_M,
+            empty_MP=torch.arange(PAGE, device=device) >= filled_N[partial_M, None],
+        )
+
+
+@dataclass
+class StepIndices:
+    """Where a step finds its cached tokens, on one device; all layers share it. empty_BW are the places of rings that hold no token
+    yet, None where all are full."""
+
+    row_B: Tensor
+    place_B: Tensor
+    empty_BW: Tensor | None
+    pages: PageIndices
 
     @classmethod
     def of(cls, store: KVStore, pages: PageMap, device: torch.device) -> "StepIndices":
@@ -109,17 +132,12 @@ class StepIndices:
         empty_BW = None
         if min(store.lengths) + 1 < min(max(store.lengths) + 1, spec.window):
             empty_BW = torch.arange(spec.window, device=device) > length_B[:, None]
-        filled_N = torch.tensor(pages.filled, device=device)
-        partial_M = (filled_N < PAGE).nonzero()[:, 0]
+        offset = [length % PAGE for length in store.lengths]
         return cls(
             row_B=torch.arange(len(store.lengths), device=device),
             place_B=slot_of(length_B, spec.w_sink, spec.w_recent),
             empty_BW=empty_BW,
-            owner_N=torch.tensor(pages.owner, device=device),
-            newest_B=torch.tensor(pages.newest, device=device),
-            offset_B=length_B % PAGE,
-            partial_M=partial_M,
-            empty_MP=torch.arange(PAGE, device=device) >= filled_N[partial_M, None],
+            pages=PageIndices.of(pages.owner, pages.filled, pages.newest, offset, device),
         )
 
 

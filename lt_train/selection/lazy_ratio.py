@@ -1,9 +1,8 @@
 """Strategy `lazy_ratio`, the paper's: the attention mass of a sample's last queries on sinks and recent tokens.
 
-LightTransfer (arXiv 2410.13846), Eq. 1, with question and answer as input as in LightTransfer-Train. Only the
-[w_last, T] logits of one group of query heads are in memory at a time, and two log-sum-exps over them give the ratio.
+LightTransfer (arXiv 2410.13846), Eq. 1, with question and answer as input as in LightTransfer-Train.
 
-Shapes: B = 1, H query heads, G key/value heads, R = H / G, W last queries, T tokens, D head size, L layers.
+Shapes: B = 1, H query heads, G key/value heads, T tokens, K keys, D head size, L layers.
 """
 
 import math
@@ -11,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import FullView
+from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.observed_layers import run_observed
 from lt_train.selection.fingerprint import Sizes
 
@@ -56,34 +54,7 @@ class ObservedView(FullView):
     lazy_ratio: float = math.nan
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        self.lazy_ratio = lazy_ratio(q_BHTD, k_BGKD, scaling, self.sizes)
+        self.lazy_ratio = lazy_ratio(
+            q_BHTD, k_BGKD, scaling, w_sink=self.sizes.w_sink, w_recent=self.sizes.w_recent, w_last=self.sizes.w_last
+        )
         return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
-
-
-def lazy_ratio(q_BHTD: Tensor, k_BGTD: Tensor, scaling: float, sizes: Sizes) -> float:
-    """Eq. 1 for one layer and one sample, averaged over heads and the last `w_last` queries.
-
-    The ratio of a query is its attention probability on the keys that it would see if the layer streamed; so its recent
-    keys are its own latest `w_recent`. Eq. 1 uses the input's last `w_recent` keys for all queries: the same for the
-    last query, and up to `w_last - 1` keys fewer for the earlier ones.
-
-    Args:
-        q_BHTD, k_BGTD: queries and keys after rotary embedding, B = 1.
-    """
-    groups, length = k_BGTD.shape[1:3]
-    position_T = torch.arange(length, device=k_BGTD.device)
-    query_W1 = position_T[-sizes.w_last :, None]
-    causal_WT = full_visible(query_W1, position_T)
-    streaming_WT = streaming_visible(query_W1, position_T, sizes.w_sink, sizes.w_recent)
-    q_GRWD = q_BHTD[0, :, -sizes.w_last :].unflatten(0, (groups, -1)).float()
-    total = 0.0
-    for q_RWD, k_TD in zip(q_GRWD, k_BGTD[0].float(), strict=True):
-        logits_RWT = scaling * (q_RWD @ k_TD.T)
-        log_ratio_RW = _log_sum_exp(logits_RWT, streaming_WT) - _log_sum_exp(logits_RWT, causal_WT)
-        # Eq. 1 averages probabilities over heads, not their logarithms.
-        total += log_ratio_RW.exp().double().sum().item()
-    return total / (q_BHTD.shape[1] * query_W1.shape[0])
-
-
-def _log_sum_exp(logits_RWT: Tensor, visible_WT: Tensor) -> Tensor:
-    return logits_RWT.masked_fill(~visible_WT, float("-inf")).logsumexp(dim=-1)
