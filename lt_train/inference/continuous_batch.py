@@ -2,7 +2,8 @@
 
 A sequence that ends frees its slot at once for the next one. Prompts are read in chunks; then all running sequences take a step
 together. When pages run out, the youngest sequence is put back and later read again with the tokens it has; none is lost, and none
-changes, because random numbers follow from (seed, position) alone.
+changes, because random numbers follow from (seed, position) alone. Where each prompt decides which layers stream, a sequence begins
+only when there are pages for all of it, and is not put back.
 
 Shapes: B running sequences, V vocab_size.
 """
@@ -17,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.inference.kv_store import KVStore, pages_for
+from lt_train.inference.kv_store import KVStore
+from lt_train.inference.per_prompt_store import PerPromptStore
 from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
 from lt_train.inference.runner import ModelRunner
 from lt_train.inference.sampler import choose_tokens, penalise_repetition
 from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
+from lt_train.runtime.errors import UserError
 
 
 @dataclass(eq=False)
@@ -81,7 +84,7 @@ class ContinuousBatch:
         self,
         model: HybridForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        store: KVStore,
+        store: KVStore | PerPromptStore,
         prefill_chunk: int,
         stop_ids: Collection[int],
     ) -> None:
@@ -99,7 +102,17 @@ class ContinuousBatch:
         return not self.waiting and not self.running
 
     def add(self, request: Request, sampling: Sampling) -> Running:
-        """Queue a request; it begins as soon as there is a slot."""
+        """Queue a request; it begins as soon as there is a slot.
+
+        Raises:
+            UserError: a prompt that decides which layers stream does not fit in one forward pass.
+        """
+        prompt, chunk = len(request.prompt_ids), self.runner.prefill_chunk
+        if isinstance(self.store, PerPromptStore) and prompt > chunk:
+            raise UserError(
+                f"prefill_chunk: {chunk:,}: prompt {request.problem} has {prompt:,} tokens, and a prompt that decides which layers "
+                f"stream is read in one pass. Fix: set prefill_chunk to at least {prompt:,}"
+            )
         sequence = Running(request, sampling, list(request.prompt_ids))
         self.waiting.append(sequence)
         return sequence
@@ -121,18 +134,23 @@ class ContinuousBatch:
         return tokens
 
     def _admit(self) -> list[Running]:
-        """Fill free slots as long as there are pages for what waits, and one for the next token of each running sequence."""
+        """Fill free slots as long as the store has room for what waits."""
         fresh: list[Running] = []
         while self.waiting and len(self.running) < self.store.slots:
-            pages = pages_for(len(self.waiting[0].ids) + 1)
-            if self.running and pages + len(self.running) > self.store.free_pages:
+            tokens = self._tokens_to_admit(self.waiting[0])
+            if self.running and not self.store.has_room(tokens):
                 break
             sequence = self.waiting.popleft()
-            self.store.admit(len(sequence.ids))
+            self.store.admit(tokens)
             self.running.append(sequence)
             self.admitted.append(sequence)
             fresh.append(sequence)
         return fresh
+
+    def _tokens_to_admit(self, sequence: Running) -> int:
+        if isinstance(self.store, PerPromptStore):
+            return len(sequence.request.prompt_ids) + sequence.limit
+        return len(sequence.ids)
 
     def _make_room(self) -> None:
         """See that every running sequence has a page for its next token; put the youngest back until that is so."""

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.continuous_batch import ContinuousBatch, limit
-from lt_train.inference.kv_store import KVStore, kv_sizes, pages_for
+from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes, pages_for
+from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
 from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.text import stop_tokens
 from lt_train.runtime.errors import UserError
@@ -26,6 +27,10 @@ class Engine:
         kv_budget: bytes for the KV cache; None: most of what is free on the model's device.
         max_slots: sequences at a time, at most.
         prefill_chunk: prompt tokens in one forward pass.
+        per_prompt: each prompt decides which layers stream in its answer (LightTransfer-Test); None: the model's own layers.
+
+    Raises:
+        UserError: `per_prompt` does not fit the model.
     """
 
     def __init__(
@@ -36,19 +41,23 @@ class Engine:
         kv_budget: int | None = None,
         max_slots: int = 64,
         prefill_chunk: int = 2048,
+        per_prompt: PerPrompt | None = None,
     ) -> None:
+        if per_prompt is not None:
+            per_prompt.check(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.kv_budget = kv_budget
         self.max_slots = max_slots
         self.prefill_chunk = prefill_chunk
+        self.per_prompt = per_prompt
         self.stop_ids = stop_tokens(model, tokenizer)
 
     def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
         """Answer every request, each as soon as it is done.
 
         Raises:
-            UserError: the budget does not hold the longest sequence that may come.
+            UserError: the budget does not hold the longest sequence that may come; see also `ContinuousBatch.add`.
         """
         if requests:
             longest = max(len(request.prompt_ids) + limit(request, sampling) for request in requests)
@@ -60,7 +69,7 @@ class Engine:
                 watch(len(tokens))
                 yield from (token.answer for token in tokens if token.answer is not None)
 
-    def batch(self, store: KVStore) -> ContinuousBatch:
+    def batch(self, store: KVStore | PerPromptStore) -> ContinuousBatch:
         """An empty batch in a store of this model: requests may be added and cancelled between its steps."""
         return ContinuousBatch(self.model, self.tokenizer, store, self.prefill_chunk, self.stop_ids)
 
@@ -71,10 +80,14 @@ class Engine:
 
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer, that the model's context and the budget allow; 0: not one page."""
-        sizes, context = kv_sizes(self.model), context_length(self.model.config.to_dict())
-        return bisect_right(range(1, context + 1), self.budget, key=sizes.sequence)
+        context = context_length(self.model.config.to_dict())
+        return bisect_right(range(1, context + 1), self.budget, key=self.sizes.sequence)
 
-    def lay_out(self, requests: int, longest: int, usual: int | None = None) -> KVStore:
+    @property
+    def sizes(self) -> KVSizes | PerPromptSizes:
+        return kv_sizes(self.model) if self.per_prompt is None else PerPromptSizes.of(self.model, self.per_prompt)
+
+    def lay_out(self, requests: int, longest: int, usual: int | None = None) -> KVStore | PerPromptStore:
         """Divide the budget: as many slots as hold sequences of the usual length, all else pages.
 
         Sequences seldom reach the limit together; where they do, the youngest waits.
@@ -82,7 +95,7 @@ class Engine:
         Args:
             longest: tokens of the longest sequence that may come. usual: of a usual one; None: three quarters of the longest.
         """
-        budget, sizes = self.budget, kv_sizes(self.model)
+        budget, sizes = self.budget, self.sizes
         needed = sizes.sequence(longest)
         if budget < needed:
             raise UserError(
@@ -90,6 +103,11 @@ class Engine:
                 f"takes {needed:,}. Raise kv_budget to at least that, or lower max_new_tokens"
             )
         slots = min(self.max_slots, requests, budget // max(sizes.sequence(usual or 3 * longest // 4), 1))
+        if isinstance(sizes, PerPromptSizes):
+            assert self.per_prompt is not None
+            slots = max(1, slots)
+            pages = min(sizes.pages(longest) * slots, budget // sizes.page)
+            return PerPromptStore(self.model, self.per_prompt, slots, pages)
         if sizes.slot:  # all slots leave pages for the longest sequence
             slots = min(slots, (budget - pages_for(longest) * sizes.page) // sizes.slot)
         slots = max(1, slots)

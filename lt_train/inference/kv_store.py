@@ -75,6 +75,10 @@ class KVStore:
     def free_pages(self) -> int:
         return len(self._free)
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether there are pages for one more sequence of `tokens` tokens, and one for the next token of each running sequence."""
+        return pages_for(tokens + 1) + len(self.lengths) <= self.free_pages
+
     def admit(self, tokens: int) -> int:
         """Allocate a slot, and pages for `tokens` tokens. The caller checks that there are enough."""
         self.lengths.append(0)

@@ -11,6 +11,8 @@ from torch import Tensor
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView, Views
 from lt_train.inference.kv_store import KVStore
+from lt_train.inference.per_prompt_store import PerPromptStore
+from lt_train.inference.per_prompt_views import PerPromptStepView, PromptsView
 from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
 
 Prompt = tuple[int, Sequence[int]]
@@ -18,9 +20,13 @@ Prompt = tuple[int, Sequence[int]]
 
 
 class ModelRunner:
-    """Runs one model on one store; a forward pass of prefill has at most `prefill_chunk` tokens."""
+    """Runs one model on one store; a forward pass of prefill has at most `prefill_chunk` tokens.
 
-    def __init__(self, model: HybridForCausalLM, store: KVStore, prefill_chunk: int) -> None:
+    With a `PerPromptStore` a prompt is never longer than that: its last queries decide which layers stream, and later chunks
+    would need every layer's cache until then.
+    """
+
+    def __init__(self, model: HybridForCausalLM, store: KVStore | PerPromptStore, prefill_chunk: int) -> None:
         self.model = model
         self.store = store
         self.prefill_chunk = prefill_chunk
@@ -36,7 +42,7 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, ids_B: Sequence[int]) -> Tensor:
         """Add one token to every running sequence, by slot; returns the logits [B, V] of the next token of each."""
-        view = StepView(self.store)
+        view = PerPromptStepView(self.store) if isinstance(self.store, PerPromptStore) else StepView(self.store)
         positions_B1 = self._tensor([[length] for length in self.store.lengths])
         hidden_B1D = self._forward(self._tensor([[token] for token in ids_B]), Views(view, view, positions_B1))
         self.store.lengths = [length + 1 for length in self.store.lengths]
@@ -67,7 +73,12 @@ class ModelRunner:
             positions += range(tokens)
         ids_1T, positions_1T = self._tensor([ids]), self._tensor([positions])
         inner = self.model.model.attention_views(input_ids=ids_1T, position_ids=positions_1T)
-        full, streaming = (FirstChunksView(self.store, view, spans) for view in (inner.full, inner.streaming))
+        full: AttentionView
+        streaming: AttentionView
+        if isinstance(self.store, PerPromptStore):
+            full = streaming = PromptsView(self.store, inner.full, spans)
+        else:
+            full, streaming = (FirstChunksView(self.store, view, spans) for view in (inner.full, inner.streaming))
         hidden_1TD = self._forward(ids_1T, Views(full, streaming, positions_1T))
         for slot, _, tokens in spans:
             self.store.lengths[slot] = tokens
@@ -79,6 +90,7 @@ class ModelRunner:
         return logits_NV
 
     def _prefill_rest(self, slot: int, prompt: Sequence[int]) -> Tensor:
+        assert isinstance(self.store, KVStore), "a prompt that decides on its layers is read in one pass"
         for start in range(self.prefill_chunk, len(prompt), self.prefill_chunk):
             ids = prompt[start : start + self.prefill_chunk]
             view = LaterChunkView(self.store, slot, len(ids))

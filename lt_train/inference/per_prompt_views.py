@@ -1,0 +1,79 @@
+"""What a layer's queries see while the engine runs sequences that stream in layers of their own.
+
+Shapes as in views.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lt_train.hybrid.cache import slot_of
+from lt_train.hybrid.views import AttentionView
+from lt_train.inference.kv_store import PAGE
+from lt_train.inference.lazy_ratio import lazy_ratio
+from lt_train.inference.per_prompt_store import PerPromptStore
+from lt_train.inference.views import PageIndices, attend_pages
+
+
+class PromptsView(AttentionView):
+    """Several whole prompts, packed into one row: full attention in every layer; each prompt's lazy ratios decide what is cached."""
+
+    def __init__(self, store: PerPromptStore, inner: AttentionView, spans: list[tuple[int, int, int]]) -> None:
+        """spans: (slot, first column, tokens) of each prompt. inner: the hybrid's own view of a full layer."""
+        self.store = store
+        self.inner = inner
+        self.spans = spans
+
+    def attend(self, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout):
+        spec, w_last = self.store.spec, self.store.per_prompt.w_last
+        for slot, first, tokens in self.spans:
+            q_1HSD, k_1GSD, v_1GSD = (x[:, :, first : first + tokens] for x in (q_1HTD, k_1GTD, v_1GTD))
+            ratio = lazy_ratio(q_1HSD, k_1GSD, scaling, spec.w_sink, spec.w_recent, w_last)
+            self.store.write_prompt(slot, module.layer_idx, k_1GSD[0], v_1GSD[0], ratio)
+        return self.inner.attend(module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout)
+
+
+class PerPromptStepView(AttentionView):
+    """One new token for every running sequence: row b is the sequence in slot b.
+
+    The pages of a layer are spread over the pool, so a step copies them together first.
+    """
+
+    def __init__(self, store: PerPromptStore) -> None:
+        self.store = store
+
+    def attend(self, module, q_BH1D, k_BG1D, v_BG1D, scaling, dropout):
+        store, layer = self.store, LayerIndices.of(self.store, module.layer_idx)
+        store.keys[layer.pages.newest_B, :, layer.pages.offset_B] = k_BG1D[:, :, 0]
+        store.values[layer.pages.newest_B, :, layer.pages.offset_B] = v_BG1D[:, :, 0]
+        q_BGRD = q_BH1D[:, :, 0].unflatten(1, (k_BG1D.shape[1], -1))
+        k_NGPD, v_NGPD = store.keys[layer.page_N], store.values[layer.page_N]
+        return attend_pages(q_BGRD, k_NGPD, v_NGPD, layer.pages, scaling).flatten(1, 2)[:, None]
+
+
+@dataclass
+class LayerIndices:
+    """Where a step finds its cached tokens in one layer: page_N are the pages of all sequences there, one after the other."""
+
+    page_N: Tensor
+    pages: PageIndices
+
+    @classmethod
+    def of(cls, store: PerPromptStore, layer: int) -> "LayerIndices":
+        used: list[int] = []
+        owner: list[int] = []
+        filled: list[int] = []
+        newest: list[int] = []
+        offset: list[int] = []
+        for slot, (sequence, length) in enumerate(zip(store.sequences, store.lengths, strict=True)):
+            streams, pages = layer in sequence.streaming, sequence.pages[layer]
+            place = slot_of(length, store.spec.w_sink, store.spec.w_recent) if streams else length
+            places = min(length + 1, store.spec.window) if streams else length + 1
+            newest.append(pages[place // PAGE])
+            offset.append(place % PAGE)
+            used += pages
+            owner += [slot] * len(pages)
+            filled += [min(max(places - number * PAGE, 0), PAGE) for number in range(len(pages))]
+        device = store.keys.device
+        return cls(torch.tensor(used, device=device), PageIndices.of(owner, filled, newest, offset, device))
