@@ -17,7 +17,7 @@ from lt_train.inference.views import PageIndices, attend_pages
 
 
 class PromptsView(AttentionView):
-    """Several whole prompts, packed into one row: full attention in every layer; each prompt's lazy ratios decide what is cached."""
+    """Several whole prompts, packed into one row: full attention in every layer; the lazy ratios of each decide what is cached."""
 
     def __init__(self, store: PerPromptStore, inner: AttentionView, spans: list[tuple[int, int, int]]) -> None:
         """spans: (slot, first column, tokens) of each prompt. inner: the hybrid's own view of a full layer."""
