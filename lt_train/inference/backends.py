@@ -9,15 +9,23 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
+from lt_train.inference.per_prompt_store import PerPrompt
 from lt_train.inference.requests import Backend
 from lt_train.recipe.schema import Eval, Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json
 
 
-def engine_for(eval_config: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def engine_for(
+    eval_config: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, per_prompt: PerPrompt | None = None
+) -> Engine:
     return Engine(
-        model, tokenizer, kv_budget=eval_config.kv_budget, max_slots=eval_config.batch_size, prefill_chunk=eval_config.prefill_chunk
+        model,
+        tokenizer,
+        kv_budget=eval_config.kv_budget,
+        max_slots=eval_config.batch_size,
+        prefill_chunk=eval_config.prefill_chunk,
+        per_prompt=per_prompt,
     )
 
 

@@ -19,12 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.kv_store import KVStore
-from lt_train.inference.per_prompt_store import PerPromptStore
+from lt_train.inference.per_prompt_store import PerPromptStore, check_read_at_once
 from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
 from lt_train.inference.runner import ModelRunner
 from lt_train.inference.sampler import choose_tokens, penalise_repetition
 from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
-from lt_train.runtime.errors import UserError
 
 
 @dataclass(eq=False)
@@ -107,12 +106,8 @@ class ContinuousBatch:
         Raises:
             UserError: a prompt that decides which layers stream does not fit in one forward pass.
         """
-        prompt, chunk = len(request.prompt_ids), self.runner.prefill_chunk
-        if isinstance(self.store, PerPromptStore) and prompt > chunk:
-            raise UserError(
-                f"prefill_chunk: {chunk:,}: prompt {request.problem} has {prompt:,} tokens, and a prompt that decides which layers "
-                f"stream is read in one pass. Fix: set prefill_chunk to at least {prompt:,}"
-            )
+        if isinstance(self.store, PerPromptStore):
+            check_read_at_once(request, self.runner.prefill_chunk)
         sequence = Running(request, sampling, list(request.prompt_ids))
         self.waiting.append(sequence)
         return sequence

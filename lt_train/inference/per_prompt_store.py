@@ -19,6 +19,7 @@ from lt_train.hybrid.kv_size import head_size, token_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import PAGE, pages_for
+from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
 
 
@@ -55,6 +56,20 @@ class PerPrompt:
                 f"per_prompt: the layers lie on {', '.join(sorted(devices))}, and all layers share one pool of pages. "
                 "Fix: load the model on one device"
             )
+
+
+def check_read_at_once(request: Request, prefill_chunk: int) -> None:
+    """
+    Raises:
+        UserError: the prompt is longer than a forward pass. Its last queries decide which layers stream, so earlier passes would
+            have to cache all of it in every layer.
+    """
+    tokens = len(request.prompt_ids)
+    if tokens > prefill_chunk:
+        raise UserError(
+            f"prefill_chunk: {prefill_chunk:,}: prompt {request.problem} has {tokens:,} tokens, and a prompt that decides "
+            f"which layers stream is read in one pass. Fix: set prefill_chunk to at least {tokens:,}"
+        )
 
 
 @dataclass(frozen=True)

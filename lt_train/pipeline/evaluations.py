@@ -20,6 +20,7 @@ from lt_train.evaluation.run import evaluate
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
+from lt_train.inference.per_prompt_store import check_read_at_once
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens
 from lt_train.pipeline.variants import Variants
@@ -57,11 +58,14 @@ class Evaluations:
     def check(self) -> None:
         """
         Raises:
-            UserError: a benchmark that cannot be read, or whose prompts do not fit this model.
+            UserError: a benchmark that cannot be read, or whose prompts do not fit this model or, where they choose its layers,
+                one forward pass.
         """
         for eval_config in self.recipe.eval:
             if isinstance(eval_config, Eval):
-                self.plan(eval_config)
+                plan = self.plan(eval_config)
+                if any(self.variants.per_prompt(variant) for variant in self.variants.of(eval_config)):
+                    check_read_at_once(max(plan.requests, key=lambda request: len(request.prompt_ids)), eval_config.prefill_chunk)
 
     def measure_all(self) -> None:
         variants = self.variants.to_evaluate()
@@ -135,7 +139,7 @@ class Evaluations:
     ) -> Backend:
         eval_config = plan.eval_config
         if eval_config.backend == "hybrid":
-            return engine_for(eval_config, model, self.tokenizer)
+            return engine_for(eval_config, model, self.tokenizer, self.variants.per_prompt(variant))
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
         prompt, questions = plan.prompt, plan.questions
         return servers_for(eval_config, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)

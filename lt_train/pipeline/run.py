@@ -106,6 +106,11 @@ def run_up_to(wanted: Stage, context: RunContext, *, announce: str | None = None
             "train.distill: this training reads no teacher from disk. Fix: set train.distill.teacher to top_k and "
             "train.distill.weight above 0"
         )
+    if not wanted.is_wanted(context) and wanted is export and announce is not None:
+        raise UserError(
+            "hybrid.select: per_prompt: a checkpoint names the layers that stream, and here each prompt chooses them in the "
+            "built-in engine. Fix: set hybrid.select to static, or measure without export, with lt-train eval"
+        )
     stages = [stage for stage in up_to(wanted) if stage.is_wanted(context)]
     pending = [stage for stage in stages if not stage.is_done(context)]
     earlier = [stage for stage in pending if stage is not wanted]

@@ -12,11 +12,13 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_for_inference
+from lt_train.inference.per_prompt_store import PerPrompt
 from lt_train.inference.trained_weights import check_restorable, load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import (
     HOW_MANY,
+    PER_PROMPT,
     Eval,
     HeldoutKL,
     HeldoutLoss,
@@ -62,11 +64,12 @@ class Variants:
             check_names(self.recipe.lora, model)
 
     def choose(self, profile: LayerProfile | None) -> None:
-        """Decide on the layers of every hybrid and write them down."""
+        """Decide on the layers of every hybrid and write them down; none of one whose prompts choose."""
         hybrid, num_layers, seed = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.seed
-        layers = {CONVERTED: choose_layers(hybrid, num_layers, seed, profile)}
+        count = number_that_stream(hybrid, num_layers, profile)
+        layers = {CONVERTED: () if hybrid.select == PER_PROMPT else choose_layers(hybrid, num_layers, seed, profile)}
         for strategy in hybrid.compare:
-            as_many = dict.fromkeys(("layers", *HOW_MANY)) | {"lazy_layer_ratio": len(layers[CONVERTED]) / num_layers}
+            as_many = dict.fromkeys(("layers", *HOW_MANY)) | {"lazy_layer_ratio": count / num_layers}
             as_many["strategy"] = strategy
             layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
         write_json(self.paths.layers, layers)
@@ -81,6 +84,13 @@ class Variants:
         if variant == BASE:
             return HybridSpec(num_layers, (), hybrid.scored_w_sink, hybrid.w_recent)
         return HybridSpec(num_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+
+    def per_prompt(self, variant: str) -> PerPrompt | None:
+        """How prompts choose the layers of `variant`; None: its layers are chosen already."""
+        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        if variant != CONVERTED or hybrid.select != PER_PROMPT:
+            return None
+        return PerPrompt(num_layers - number_that_stream(hybrid, num_layers), hybrid.calibration.w_last)
 
     def sinks(self, variant: str) -> Path | None:
         """The file of the learned sinks with which a hybrid begins; None where the recipe has none."""
@@ -105,7 +115,10 @@ class Variants:
     def fingerprint(self, variant: str) -> str:
         """Follows from all that decides what the variant computes: weights, streaming layers, and its training."""
         training = self._training() if variant == TRAINED else None
-        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training, *self._sinks_hash(variant))
+        by_prompt = self.per_prompt(variant)
+        chosen = [] if by_prompt is None else [by_prompt]
+        known = (self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training)
+        return hash_of(*known, *chosen, *self._sinks_hash(variant))
 
     def _training(self) -> dict[str, Any]:
         """All settings that decide the trained weights, of which some may have changed without effect since."""

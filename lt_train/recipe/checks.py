@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.recipe.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.recipe.evaluations import HELDOUT, TRAINED, Eval
+from lt_train.recipe.evaluations import CONVERTED, HELDOUT, TRAINED, Eval
 from lt_train.recipe.faults import Fault, nearest_multiples
 from lt_train.recipe.part import all_parts
-from lt_train.recipe.schema import EVAL_LOSS, Evaluation, Lora, Recipe, Train
+from lt_train.recipe.schema import EVAL_LOSS, PER_PROMPT, Evaluation, Lora, Recipe, Train
 from lt_train.recipe.upstream import peft_faults, trl_faults, unknown_scheduler
 from lt_train.runtime.errors import UserError, shortened, shown
 from lt_train.runtime.sources import resolve_data, resolve_model
@@ -27,6 +27,8 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
         for fault in part.conflicts():
             yield replace(fault, settings=tuple(f"{path}.{setting}" if path else setting for setting in fault.settings))
     yield from chain(_sources(recipe), _files(recipe), _trackers(recipe), _evaluations(recipe))
+    if recipe.hybrid.select == PER_PROMPT:
+        yield from _chosen_by_prompts(recipe)
     if recipe.train is not None:
         yield from chain(_training(recipe, recipe.train), _distillation(recipe, recipe.train))
     if recipe.lora is not None:
@@ -74,17 +76,38 @@ def _trackers(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _evaluations(recipe: Recipe) -> Iterator[Fault]:
-    evaluations: list[tuple[str, Evaluation]] = [(f"eval.{at}", evaluation) for at, evaluation in enumerate(recipe.eval)]
+    evaluations = _generations_and_losses(recipe)
     for path, evaluation in evaluations:
         if evaluation.benchmark in HELDOUT and recipe.data.heldout == 0:
             problem = f"no samples are held out for {evaluation.benchmark}"
             yield Fault((f"{path}.benchmark", "data.heldout"), problem, "set data.heldout above 0")
-    if recipe.sample is not None:
-        evaluations.append(("sample", recipe.sample))
     for path, evaluation in evaluations:
         if recipe.train is None and TRAINED in (evaluation.variants or []):
             problem, fix = "this recipe trains nothing", "evaluate converted instead of trained, or add a train part"
             yield Fault((f"{path}.variants", "train"), problem, fix)
+
+
+def _chosen_by_prompts(recipe: Recipe) -> Iterator[Fault]:
+    """What cannot be done with layers that each prompt chooses: all that needs them before the built-in engine reads it."""
+    static = "set hybrid.select to static"
+    if recipe.train is not None:
+        problem = "each prompt chooses the layers that stream, so none can be trained for it"
+        yield Fault(("train", "hybrid.select"), problem, f"remove train, or {static}")
+    for path, evaluation in _generations_and_losses(recipe):
+        if CONVERTED not in (evaluation.variants or []):
+            continue
+        if evaluation.benchmark in HELDOUT:
+            problem = f"{evaluation.benchmark} generates nothing, and prompts choose layers for what follows them"
+            yield Fault((f"{path}.benchmark", "hybrid.select"), problem, f"remove it, or {static}")
+        elif isinstance(evaluation, Eval) and evaluation.backend != "hybrid":
+            problem = "servers serve an export, and the built-in engine alone lets prompts choose layers"
+            yield Fault((f"{path}.backend", "hybrid.select"), problem, f"set backend to hybrid, or {static}")
+
+
+def _generations_and_losses(recipe: Recipe) -> list[tuple[str, Evaluation]]:
+    """Every evaluation, and the sampling of answers, with its place."""
+    found: list[tuple[str, Evaluation]] = [(f"eval.{at}", evaluation) for at, evaluation in enumerate(recipe.eval)]
+    return found if recipe.sample is None else [*found, ("sample", recipe.sample)]
 
 
 def _training(recipe: Recipe, train: Train) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ directory. part.py holds what the parts share, evaluations.py the parts that eva
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
@@ -113,6 +113,10 @@ HOW_MANY = ("lazy_layer_ratio", "kv_budget", "max_rise")
 """Settings of `hybrid` that say how many layers stream."""
 
 
+PER_PROMPT: Final = "per_prompt"
+"""Value of `hybrid.select` with which each prompt chooses the layers that stream."""
+
+
 class Hybrid(Part):
     """Which layers stream, and what a streaming layer sees."""
 
@@ -123,11 +127,14 @@ class Hybrid(Part):
     max_rise: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=ADDED)
     """Rise of the loss on long-reach tokens, in nats, that the scores predict without training, at most: as many layers stream as
     stay below it. Strategy gates predicts it."""
+    select: Literal["static", "per_prompt"] = Field(default="static", json_schema_extra=ADDED)
+    """When the layers are chosen. static: once, by `strategy` or `layers`. per_prompt: by each prompt while the built-in engine
+    reads it. Its least lazy layers stay full, and nothing is trained (LightTransfer-Test)."""
     strategy: Strategy | None = None
     """How the layers are chosen. gates: by each layer's share of the loss on long-reach tokens when every layer streams, from
     gradients. reach: by the loss on long-reach tokens when the layer alone streams. nll: by the loss on all answer tokens then.
     kl: by the divergence from the full model then. lazy_ratio: by where attention goes (the paper's score). periodic: evenly
-    spaced. random: drawn by `seed`. Default: reach, or null where `layers` is set."""
+    spaced. random: drawn by `seed`. Default: reach, or null where `layers` is set or prompts choose."""
     layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = None
     """Indices of the layers that stream, from 0, instead of a choice by strategy."""
     sink: Literal["tokens", "learned"] = Field(default="tokens", json_schema_extra=ADDED)
@@ -150,11 +157,11 @@ class Hybrid(Part):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults_that_depend(cls, values: Any) -> Any:
-        """Strategy reach where no layers are named, and no sink tokens where sinks are learned."""
+        """Strategy reach where neither layers are named nor prompts choose, and no sink tokens where sinks are learned."""
         if not isinstance(values, dict):
             return values
         filled = dict(values)
-        if values.get("layers") is None and values.get("strategy") is None:
+        if values.get("layers") is None and values.get("strategy") is None and values.get("select") != PER_PROMPT:
             filled["strategy"] = "reach"
         if values.get("sink") == "learned":
             filled.setdefault("w_sink", 0)
@@ -170,7 +177,15 @@ class Hybrid(Part):
         for name in (*sized_by, "strategy"):
             if self.layers is not None and getattr(self, name) is not None:
                 yield Fault(("layers", name), "both choose the layers that stream", f"set layers or {name} to null")
-        if self.max_rise is not None and self.layers is None and self.strategy != "gates":
+        if self.select == PER_PROMPT:
+            for name in ("layers", "strategy", "kv_budget", "max_rise"):
+                if getattr(self, name) is not None:
+                    problem = "each prompt keeps as many layers full as lazy_layer_ratio leaves, by its own lazy ratios"
+                    yield Fault(("select", name), problem, f"set {name} to null, or select to static")
+            if self.sink == "learned":
+                problem, fix = "learned sinks are fitted to layers that always stream", "set sink to tokens, or select to static"
+                yield Fault(("select", "sink"), problem, fix)
+        elif self.max_rise is not None and self.layers is None and self.strategy != "gates":
             yield Fault(("max_rise", "strategy"), f"{self.strategy} predicts no rise", "set strategy to gates, or lazy_layer_ratio")
         if self.sink == "learned" and self.w_sink:
             yield Fault(("sink", "w_sink"), "learned sinks take the place of tokens", "remove w_sink, or set sink to tokens")

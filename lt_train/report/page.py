@@ -14,12 +14,13 @@ from lt_train import __version__
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.evaluations import CONVERTED
+from lt_train.recipe.schema import PER_PROMPT
 from lt_train.report import charts, run_charts
 from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import EvaluatedVariant, Run
 from lt_train.report.provenance import provenance, stage_times
-from lt_train.report.results import cache_bytes
+from lt_train.report.results import cache_bytes, number_streaming
 from lt_train.report.tables import ResultTable, result_table
 from lt_train.runtime.drawing import PALETTE
 from lt_train.runtime.units import format_bytes
@@ -119,15 +120,17 @@ def run_part(run: Run) -> RunPart:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """The run in short: base, layers, window, training, KV cache."""
-    chosen, total = run.layers[CONVERTED], len(run.config["layer_types"])
+    total, by_prompts = len(run.config["layer_types"]), run.setting("hybrid", "select") == PER_PROMPT
+    streaming = number_streaming(run.settings["hybrid"], run.layers[CONVERTED], total)
+    chosen_by = "each prompt" if by_prompts else run.setting("hybrid", "strategy") or "the recipe"
     found = [
         ("base", str(run.setting("model", "base"))),
-        ("streams", f"{len(chosen)} of {total} layers, chosen by {run.setting('hybrid', 'strategy') or 'the recipe'}"),
+        ("streams", f"{streaming} of {total} layers, chosen by {chosen_by}"),
         ("a streaming layer sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
     ]
     steps = max((row["step"] for row in run.log), default=0)
     training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
-    hybrid, base = (cache_bytes(run.config, lazy, KV_TOKENS) for lazy in (len(chosen), 0))
+    hybrid, base = (cache_bytes(run.config, lazy, KV_TOKENS) for lazy in (streaming, 0))
     return [
         *found,
         ("training", training),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lt_train.recipe.evaluations import CONVERTED
-from lt_train.recipe.schema import converted_by
+from lt_train.recipe.schema import PER_PROMPT, converted_by
 from lt_train.report.contents import Run
 from lt_train.runtime.units import format_duration
 
@@ -11,10 +11,10 @@ from lt_train.runtime.units import format_duration
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Name and value of each property."""
     chosen = run.layers[CONVERTED]
-    found = [
-        ("streaming layers", numbers(chosen)),
-        ("full-attention layers", numbers([layer for layer in range(len(run.config["layer_types"])) if layer not in chosen])),
-    ]
+    full = [layer for layer in range(len(run.config["layer_types"])) if layer not in chosen]
+    found = [("streaming layers", numbers(chosen)), ("full-attention layers", numbers(full))]
+    if run.setting("hybrid", "select") == PER_PROMPT:
+        found = [("streaming layers", "chosen by each prompt")]
     for variant, layers in run.layers.items():
         if variant != CONVERTED:
             found.append((f"streaming layers by {variant.removeprefix(converted_by(''))}", numbers(layers)))

@@ -1,6 +1,6 @@
 """The results of a run: its scores side by side, each with its uncertainty and its difference from the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, read_sc
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, saved_itemsize
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
-from lt_train.recipe.schema import converted_by
+from lt_train.recipe.schema import PER_PROMPT, converted_by
 from lt_train.report.formatting import difference_from, problems_and_sampling
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
+from lt_train.selection.choose import number_of_lazy_layers
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Result:
     layers: tuple[int, ...]
     num_layers: int
     strategy: str | None
-    """Chose the layers of the hybrid that is trained; None: the recipe names them."""
+    """Chose the layers of the recipe's own hybrid; None: the recipe names them."""
     kv_bytes: int
     """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
 
@@ -59,16 +60,28 @@ def read_results(run: Path) -> list[Result]:
     layers = read_json(paths.layers, "choice of layers")
     sizes = read_json(paths.hybrid_config, "hybrid config")
     order = [BASE, *[name for name in layers if name != CONVERTED], CONVERTED, TRAINED]
-    evaluations, strategy = _evaluations_and_strategy(paths.recipe)
+    evaluations, hybrid = _evaluations_and_hybrid(paths.recipe)
+    strategy = hybrid["strategy"] if hybrid.get("select") != PER_PROMPT else PER_PROMPT
     results = []
     for evaluation in evaluations:
         for variant in order:
             path = paths.scores(variant, evaluation)
             if path.is_file():
                 lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
-                kv, num_layers = cache_bytes(sizes, len(lazy), KV_TOKENS), len(sizes["layer_types"])
+                num_layers = len(sizes["layer_types"])
+                streaming = 0 if variant == BASE else number_streaming(hybrid, lazy, num_layers)
+                kv = cache_bytes(sizes, streaming, KV_TOKENS)
                 results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
     return results
+
+
+def number_streaming(hybrid: Mapping[str, Any], layers: Sequence[int], num_layers: int) -> int:
+    """How many layers of a hybrid stream.
+
+    Args:
+        hybrid: the recipe's part. layers: those of hybrid/layers.json, none where each prompt chooses.
+    """
+    return len(layers) or number_of_lazy_layers(hybrid["lazy_layer_ratio"], num_layers)
 
 
 def cache_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
@@ -189,11 +202,11 @@ def summary_values(results: list[Result]) -> dict[str, float]:
     return values
 
 
-def _evaluations_and_strategy(recipe: Path) -> tuple[list[str], str | None]:
-    """Names of the evaluations, and the strategy that chose the layers, if one did."""
+def _evaluations_and_hybrid(recipe: Path) -> tuple[list[str], dict[str, Any]]:
+    """Names of the evaluations, and the hybrid part."""
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        return [eval_config["name"] for eval_config in settings["eval"]], settings["hybrid"]["strategy"]
+        return [eval_config["name"] for eval_config in settings["eval"]], {"strategy": None, **settings["hybrid"]}
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{recipe}: not a valid recipe ({error}). Fix: delete it and run again, which writes it again") from error
 

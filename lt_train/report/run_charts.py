@@ -16,7 +16,7 @@ from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
 from lt_train.report.formatting import percent
-from lt_train.report.results import cache_bytes
+from lt_train.report.results import cache_bytes, number_streaming
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
 from lt_train.selection.picture import profile_figure
@@ -49,9 +49,8 @@ def kv_growth(run: Run) -> Chart:
     unit, size = byte_unit(cache_bytes(run.config, 0, longest))
     lazy = {0: ("base", "base")}
     for variant, layers in run.layers.items():
-        lazy.setdefault(
-            len(layers), (f"{len(layers)} of {total} layers stream", "trained" if variant == CONVERTED else "lazy_ratio")
-        )
+        count = number_streaming(run.settings["hybrid"], layers, total)
+        lazy.setdefault(count, (f"{count} of {total} layers stream", "trained" if variant == CONVERTED else "lazy_ratio"))
     figure, (axes,) = new_figure([HEIGHT])
     window = run.config["w_sink"] + run.config["sliding_window"]
     lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lt_train.recipe.evaluations import CONVERTED
-from lt_train.recipe.schema import converted_by
+from lt_train.recipe.schema import PER_PROMPT, converted_by
 from lt_train.report.results import Result
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
@@ -81,7 +81,7 @@ def missing(
     unscored = without_scores(settings, results)
     if unscored:
         found.append(f"eval ({', '.join(unscored)})")
-    if "export" not in done:
+    if "export" not in done and settings["hybrid"].get("select") != PER_PROMPT:
         found.append("export")
     return tuple(found)
 

@@ -18,7 +18,7 @@ from lt_train.inference.requests import Sampling
 from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
-from lt_train.recipe.schema import Model
+from lt_train.recipe.schema import PER_PROMPT, Model
 from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
@@ -117,6 +117,11 @@ def _without_window(config: PreTrainedConfig) -> tuple[HybridSpec, PreTrainedCon
 
 def _run(paths: RunPaths) -> Checkpoint:
     recipe = recipe_of(paths)
+    if recipe.hybrid.select == PER_PROMPT:
+        raise UserError(
+            f"{paths.root}: hybrid.select: per_prompt: prompts choose the layers that stream in evaluations alone. "
+            "Fix: measure with lt-train eval, or set hybrid.select to static"
+        )
     variant = CONVERTED if recipe.train is None else TRAINED
     left = paths.layers if variant == CONVERTED else paths.trained_manifest
     if not left.is_file():

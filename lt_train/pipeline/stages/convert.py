@@ -11,6 +11,7 @@ from lt_train.inference.loading import load_for_inference
 from lt_train.inference.sinks_file import write_sinks
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import CONVERTED
+from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.devices import release_memory
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.picture import draw_profile
@@ -36,7 +37,8 @@ def describe(context: RunContext) -> str:
         return f"convert (to {hybrid.kv_budget:.0%} of the KV cache)"
     if hybrid.max_rise is not None:
         return f"convert (to a predicted rise of {hybrid.max_rise:g} nats)"
-    return f"convert ({hybrid.lazy_layer_ratio:.0%} of the layers)"
+    chosen = ", by each prompt" if hybrid.select == PER_PROMPT else ""
+    return f"convert ({hybrid.lazy_layer_ratio:.0%} of the layers{chosen})"
 
 
 def check(context: RunContext) -> None:
@@ -54,6 +56,10 @@ def run(context: RunContext) -> None:
         hybrid_config(context.base_config, spec).save_pretrained(context.paths.hybrid)
         if profile is not None:
             draw_profile(profile, spec.lazy_layers, context.paths.profile_picture)
+    if (by_prompt := context.variants.per_prompt(CONVERTED)) is not None:
+        streaming = spec.num_layers - by_prompt.keep
+        context.report("convert", f"{streaming} of {spec.num_layers} layers stream in each answer, chosen by its prompt")
+        return
     hybrid = context.recipe.hybrid
     chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
     if hybrid.strategy == "gates" and profile is not None:

@@ -14,6 +14,7 @@ from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
+from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.files import set_aside
 from lt_train.runtime.fingerprints import file_hash
 from lt_train.runtime.sources import resolve_model
@@ -23,7 +24,7 @@ NEEDS: tuple[str, ...] = ("eval",)
 
 
 def is_wanted(context: RunContext) -> bool:
-    return True
+    return context.recipe.hybrid.select != PER_PROMPT
 
 
 def is_done(context: RunContext) -> bool:
