@@ -105,15 +105,22 @@ def test_a_prompt_longer_than_a_chunk_is_refused_before_anything_is_measured(inp
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "fault"),
+    ("override", "fault"),
     [
-        ("{benchmark: heldout_loss}", r"eval\.0\.benchmark \+ hybrid\.select: heldout_loss generates nothing.*Fix: remove it"),
         (
-            "{benchmark: needle, backend: openai, servers: [http://localhost:1]}",
+            "eval=[{benchmark: heldout_loss}]",
+            r"eval\.0\.benchmark \+ hybrid\.select: heldout_loss generates nothing.*Fix: remove it",
+        ),
+        (
+            "eval=[{benchmark: needle, backend: openai, servers: [http://localhost:1]}]",
             r"eval\.0\.backend \+ hybrid\.select: servers serve an export.*Fix: set backend to hybrid",
         ),
+        ("hybrid.strategy=reach", r"hybrid\.select \+ hybrid\.strategy: each prompt keeps .*Fix: set strategy to null"),
+        ("hybrid.layers=[1]", r"hybrid\.select \+ hybrid\.layers: each prompt keeps .*Fix: set layers to null"),
+        ("hybrid.max_rise=0.1", r"hybrid\.select \+ hybrid\.max_rise: each prompt keeps .*Fix: set max_rise to null"),
+        ("hybrid={lazy_layer_ratio: 0.5, select: per_prompt, sink: learned}", r"hybrid\.select \+ hybrid\.sink: learned sinks"),
     ],
 )
-def test_what_needs_the_layers_before_a_prompt_is_a_fault(inputs, evaluation: str, fault: str) -> None:
+def test_what_chooses_or_needs_layers_before_a_prompt_is_a_fault(inputs, override: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        load_recipe(inputs / "recipe.yaml", (*PER_PROMPT, f"eval=[{evaluation}]"))
+        load_recipe(inputs / "recipe.yaml", (*PER_PROMPT, "eval=[]", override))

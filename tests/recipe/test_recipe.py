@@ -282,19 +282,6 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "hybrid.layers + hybrid.strategy: both choose the layers that stream. Fix: set layers or strategy to null",
         ),
         (
-            "hybrid={lazy_layer_ratio: 0.5, select: per_prompt, strategy: reach}",
-            "hybrid.select + hybrid.strategy: each prompt keeps as many layers full as lazy_layer_ratio leaves, by its own lazy "
-            "ratios. Fix: set strategy to null, or select to static",
-        ),
-        (
-            "hybrid={layers: [1], select: per_prompt}",
-            "hybrid.select + hybrid.layers: each prompt keeps as many layers full as lazy_layer_ratio leaves, by its own lazy",
-        ),
-        (
-            "hybrid={lazy_layer_ratio: 0.5, select: per_prompt, sink: learned}",
-            "hybrid.select + hybrid.sink: learned sinks are fitted to layers that always stream. Fix: set sink to tokens",
-        ),
-        (
             "hybrid={lazy_layer_ratio: 0.5, select: per_prompt}",
             "train + hybrid.select: each prompt chooses the layers that stream, so none can be trained for it. Fix: remove train",
         ),
