@@ -26,6 +26,7 @@ _SHAPE = dict(
     max_position_embeddings=1024,
     initializer_range=0.25,
     tie_word_embeddings=False,
+    pad_token_id=None,  # samples hold every id
 )
 
 

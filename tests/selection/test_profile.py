@@ -33,9 +33,7 @@ def make(hybrid_of, examples, hybrid_part):
 
 
 def answer_of(model, prompt_ids) -> tuple[int, ...]:
-    prompt = torch.tensor([prompt_ids])
-    mask = torch.ones_like(prompt)  # a prompt may hold the pad token's id as any other
-    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=30, do_sample=False, eos_token_id=None)
+    ids = model.generate(torch.tensor([prompt_ids]), max_new_tokens=30, do_sample=False, eos_token_id=None)
     return tuple(ids[0, len(prompt_ids) :].tolist())
 
 
