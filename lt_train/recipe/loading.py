@@ -45,7 +45,7 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
     if isinstance(text.values, dict):
         recipe, faulty, replaced = validate_all(Recipe, locate_files(text.values, path))
         conflicting = [
-            conflict
+            _with_both_places(conflict, path)
             for conflict in all_conflicts(recipe)
             if not any(_overlap(setting, other) for setting in conflict.settings for other in replaced)
         ]
@@ -77,3 +77,11 @@ def _overlap(setting: str, other: str) -> bool:
     """Whether one of two settings is the other or lies inside it."""
     shorter, longer = sorted((setting, other), key=len)
     return longer == shorter or longer.startswith(f"{shorter}.")
+
+
+def _with_both_places(fault: Fault, recipe: Path) -> Fault:
+    """A relative path counts from the working directory, else from the recipe's folder: both are named where it is in neither."""
+    folder = recipe.absolute().parent
+    if "there is no f" not in fault.problem or fault.problem.startswith(("/", "~")) or folder == Path.cwd():
+        return fault
+    return replace(fault, problem=f"{fault.problem}; nor does it lie in the recipe's folder {shortened(str(folder), 300)}")
