@@ -20,7 +20,7 @@ from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype, device_name, dtype_name
+from lt_train.runtime.devices import compute_device, compute_dtype, device_name, dtype_name, wait_for
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 
@@ -139,16 +139,11 @@ def _full(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
 
 
 def _seconds(attention: Attention, qkv: Sequence[Tensor], dout: Tensor) -> float:
-    _wait(dout.device)
+    wait_for(dout.device)
     started = time.perf_counter()
     torch.autograd.grad(attention(*qkv), qkv, dout)
-    _wait(dout.device)
+    wait_for(dout.device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def attention_table(timings: Sequence[KernelTiming], w_sink: int) -> Table:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 
 from lt_train.bench.checks import CannotRun, Check, Finding
-from lt_train.runtime.devices import compute_device, release_memory
+from lt_train.runtime.devices import compute_device, release_memory, wait_for
 
 ON_CPU = 2
 """Processes where there is no GPU."""
@@ -70,10 +70,10 @@ def all_reduce() -> Finding:
     seconds: list[float] = []
     for _ in range(4):
         x.fill_(rank + 1)
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         torch.distributed.all_reduce(x)
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     rate = x.nbytes / min(seconds)
     correct = bool((x == count * (count + 1) / 2).all())
@@ -113,11 +113,6 @@ def deepspeed() -> Finding:
     problem = "" if passed else ": weights differ between processes" if stepped else ": the weights did not change"
     text = f"DeepSpeed {library.__version__}, ZeRO-2, {count} process{'es' if count > 1 else ''}{problem}"
     return Finding(text, {"processes": count}, passed)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {"all_reduce": all_reduce, "deepspeed": deepspeed}

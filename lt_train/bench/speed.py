@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
 import torch
 
 from lt_train.bench.attention import Shape, time_length
@@ -15,9 +14,10 @@ from lt_train.bench.decode import STEPS, Throughput, throughput
 from lt_train.hybrid.attention_kernels import Use, choose
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.engine import free_memory
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, release_memory
+from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, release_memory, wait_for
 from lt_train.runtime.units import GIB, MIB, format_bytes, format_tokens
 from lt_train.selection.choose import evenly_spread_layers
 
@@ -85,8 +85,7 @@ def _least_seconds(run: Callable[[], object]) -> float:
     def seconds() -> float:
         started = time.perf_counter()
         run()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        wait_for(compute_device())
         return time.perf_counter() - started
 
     seconds()
@@ -111,7 +110,7 @@ def _decode(base: RandomBase, sizes: Sizes) -> Finding:
     with torch.device("meta"):
         weights = build_hybrid(base.config(), HybridSpec(layers, (), W_SINK, W_RECENT)).num_parameters() * dtype.itemsize
     release_memory()  # of the checks before
-    free = _free_memory()
+    free = free_memory(compute_device())
     if weights > ROOM * free:
         raise CannotRun(
             f"{base.name}: {format_bytes(weights)} of weights, and {format_bytes(free)} of memory are free. "
@@ -142,7 +141,3 @@ def _decode(base: RandomBase, sizes: Sizes) -> Finding:
     }
     text = f"{ours.tokens_per_second:,.1f} tokens/s of {sizes.shape}, {faster:.2f}x full attention (limit {limit:.2f}x)"
     return Finding(text, numbers)
-
-
-def _free_memory() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

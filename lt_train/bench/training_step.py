@@ -28,7 +28,7 @@ from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.workload import Samples, Workload
 from lt_train.recipe.schema import Recipe
-from lt_train.runtime.devices import device_name
+from lt_train.runtime.devices import compute_device, device_name, wait_for
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.selection.choose import evenly_spread_layers
@@ -47,11 +47,11 @@ class StepTimes(TrainerCallback):
         self._started = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        _wait()
+        wait_for(compute_device())
         self._started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        _wait()
+        wait_for(compute_device())
         self.seconds.append(time.perf_counter() - self._started)
 
 
@@ -161,8 +161,3 @@ def bench_training_step(base: Base, recipe: Recipe, runs: int, console: Console)
         f"faster by               {found.faster:9.2f}x\n"
         f"limit by operations     {found.limit:9.2f}x, {100 * found.faster / found.limit:.0f} % of it reached",
     )
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -21,6 +21,12 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, for a clock to be read."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def release_memory() -> None:
     """Give back what deleted tensors held on accelerators, on all of them: other processes may need it."""
     gc.collect()

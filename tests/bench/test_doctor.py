@@ -179,7 +179,7 @@ def test_processes_that_hang_are_ended(monkeypatch):
 
 
 def test_a_shape_without_room_is_not_measured(monkeypatch):
-    monkeypatch.setattr(speed, "_free_memory", lambda: 2**20)
+    monkeypatch.setattr(speed, "free_memory", lambda device: 2**20)
     (*_, decode) = speed.speed_checks(dataclasses.replace(SMALL, shape="8b"))
     found = run_check(decode)
     assert found.outcome == "not run" and "GiB of weights, and 1 MiB of memory are free" in found.text
