@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
-from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.units import format_bytes
 
@@ -118,11 +117,7 @@ def _kernels() -> list[KernelReport]:
     """A report for each kernel, for training in the dtype of `auto` with heads of HEAD_SIZE."""
     use = Use(compute_device(), compute_dtype("auto"), HEAD_SIZE, trains=True)
     chosen, reports = choose("auto", use).name, []
-    for name in KERNELS:
-        obstacle = None
-        try:
-            choose(name, use)
-        except HybridError as error:
-            obstacle = str(error).removeprefix(f"attention: {name}: ")
-        reports.append(KernelReport(name, obstacle is None, name == chosen, obstacle))
+    for name, kernel in KERNELS.items():
+        obstacle = kernel.obstacle(use)
+        reports.append(KernelReport(name, obstacle is None, name == chosen, obstacle.reason if obstacle else None))
     return reports

@@ -25,6 +25,8 @@ from .spec import HybridError
 
 AUTO = "auto"
 _HALF = (torch.bfloat16, torch.float16)
+LARGEST_ERROR = 0.02
+"""Relative error that a correct kernel stays below in bf16: rounding causes 0.002 to 0.005, one key too many or too few 0.1."""
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -70,17 +72,28 @@ class FullAttention(Protocol):
 
 
 @dataclass(frozen=True)
+class Obstacle:
+    """Why a kernel cannot compute an attention, and the fix. `faulty`: it is here, and its self-test failed."""
+
+    reason: str
+    faulty: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True)
 class Kernel:
     """
     Attributes:
         streaming: computes streaming layers.
         full: computes full layers; None: scaled_dot_product_attention computes them, one document at a time.
-        obstacle: why it cannot compute this attention, and the fix; None where it can.
+        obstacle: what keeps it from computing this attention; None: nothing does.
     """
 
     streaming: StreamingAttention
     full: FullAttention | None
-    obstacle: Callable[[Use], str | None]
+    obstacle: Callable[[Use], Obstacle | None]
 
 
 def choose(name: str, use: Use) -> Choice:
@@ -198,19 +211,21 @@ def _flash_on(device: torch.device) -> FlashKernel | None:
     return flash_kernel(torch.cuda.get_device_capability(device))
 
 
-def _flash_obstacle(use: Use) -> str | None:
+def _flash_obstacle(use: Use) -> Obstacle | None:
     if use.device.type != "cuda":
-        return f"flash attention needs an NVIDIA GPU, and the device is {use.device.type}. Fix: set auto"
+        return Obstacle(f"flash attention needs an NVIDIA GPU, and the device is {use.device.type}. Fix: set auto")
     if use.dtype not in _HALF:
-        return "flash attention computes in bf16 or fp16 only, not in fp32. Fix: set dtype to bf16, or attention to auto"
+        return Obstacle("flash attention computes in bf16 or fp16 only, not in fp32. Fix: set dtype to bf16, or attention to auto")
     if use.head_size % 8 or use.head_size > 256:
-        return f"flash attention takes head sizes of 8, 16, … 256, and this model has {use.head_size}. Fix: set auto"
+        return Obstacle(f"flash attention takes head sizes of 8, 16, … 256, and this model has {use.head_size}. Fix: set auto")
     try:
         kernel = _flash_on(use.device)
     except ImportError as error:
-        return f"the flash-attn package is installed but cannot be loaded ({error}). Fix: rebuild it for this torch, or set auto"
+        return Obstacle(
+            f"the flash-attn package is installed but cannot be loaded ({error}). Fix: rebuild it for this torch, or set auto"
+        )
     if kernel is None:
-        return (
+        return Obstacle(
             "neither the flash-attn package nor a flash attention in this torch works on this device (compute capability "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(use.device)))}; 8.0 is needed). Fix: on a newer device, "
             "pip install 'lt-train[flash]'; on this one, set auto"
@@ -219,7 +234,7 @@ def _flash_obstacle(use: Use) -> str | None:
 
 
 @cache
-def _self_test_fault(name: str, use: Use) -> str | None:
+def _self_test_fault(name: str, use: Use) -> Obstacle | None:
     """The fault of a compiled kernel on a small input on its device, found before training and not during it; None: it works.
 
     The input is two packed documents, one shorter than the sinks, one longer than sinks and window, with four query heads and two
@@ -251,10 +266,12 @@ def _self_test_fault(name: str, use: Use) -> str | None:
             found = computed(kernel.streaming, kernel.full, *qkv)
             exact = computed(reference, full_reference, *(x.float() for x in qkv))
     except RuntimeError as error:  # what torch's operators and compiler raise
-        return f"it does not run on this device ({' '.join(str(error).split())[:200]}). Fix: set auto"
+        return Obstacle(f"it does not run on this device ({' '.join(str(error).split())[:200]}). Fix: set auto", faulty=True)
     errors = [float((x.float() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
-    if not max(errors) < _LARGEST_ERROR:  # also true of a NaN
-        return f"on this device its results differ from the reference's (relative errors {errors}). Fix: set auto"
+    if not max(errors) < LARGEST_ERROR:  # also true of a NaN
+        return Obstacle(
+            f"on this device its results differ from the reference's (relative errors {errors}). Fix: set auto", faulty=True
+        )
     return None
 
 
@@ -266,9 +283,6 @@ def _apart_from_the_callers_graph(use: Use) -> Iterator[None]:
     with torch.inference_mode(False), torch.set_grad_enabled(use.trains), torch.autocast(use.device.type, enabled=False), own:
         yield
 
-
-_LARGEST_ERROR = 0.02
-"""Relative error that a correct kernel stays below: rounding to bf16 causes 0.002 to 0.005, one key too many or too few 0.1."""
 
 KERNELS: dict[str, Kernel] = {
     "reference": Kernel(_by_document(reference_streaming_attention), None, _none),

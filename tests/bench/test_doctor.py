@@ -12,7 +12,7 @@ from lt_train.bench.attention import Shape
 from lt_train.bench.checks import CannotRun, Check, Finding, run_check
 from lt_train.bench.processes import process_checks
 from lt_train.hybrid import attention_kernels
-from lt_train.hybrid.attention_kernels import KERNELS
+from lt_train.hybrid.attention_kernels import KERNELS, Obstacle
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
 from tests.support.families import BASES
@@ -120,7 +120,7 @@ def test_a_fault_that_the_kernels_own_trial_finds_is_a_failure(broken, monkeypat
 @pytest.mark.parametrize("only_bf16", [False, True])
 def test_a_kernel_that_works_passes(only_bf16, monkeypatch):
     """The stand-in in which the faults above are planted; in bf16 alone, as flash attention computes."""
-    flash_with(monkeypatch, DenseFlash(), lambda use: "half precision only" if only_bf16 and use.dtype == torch.float32 else None)
+    flash_with(monkeypatch, DenseFlash(), lambda use: Obstacle("bf16 only") if only_bf16 and use.dtype == torch.float32 else None)
     assert {result.outcome for result in flash_results()} == {"pass"}
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint
 
 from lt_train.hybrid import attention_kernels
-from lt_train.hybrid.attention_kernels import KERNELS, Choice, Use, choose, computed_in
+from lt_train.hybrid.attention_kernels import KERNELS, Choice, Obstacle, Use, choose, computed_in
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
@@ -55,7 +55,7 @@ def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
 
 
 def test_auto_takes_no_kernel_that_failed_its_trial(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: "it is broken")
+    monkeypatch.setattr(attention_kernels, "_self_test_fault", lambda name, use: Obstacle("it is broken"))
     assert choose("auto", GPU) == Choice("blocked", "not flash: it is broken")
 
 
@@ -103,7 +103,7 @@ def test_a_kernel_that_works_passes_its_trial(flash_on_a_cpu):
 )
 def test_a_kernel_that_does_not_work_on_its_device_is_found_out(broken, printed, monkeypatch):
     monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: broken())
-    assert printed in attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True))
+    assert printed in str(attention_kernels._self_test_fault.__wrapped__("flash", without(CPU, dtype=torch.bfloat16, trains=True)))
 
 
 def test_a_trial_leaves_the_rng_of_the_run_as_it_is(flash_on_a_cpu):

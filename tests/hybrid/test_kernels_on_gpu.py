@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
 
-from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
+from lt_train.hybrid.attention_kernels import KERNELS, LARGEST_ERROR, Use, choose
 from lt_train.hybrid.documents import find_documents
 from lt_train.hybrid.flash import attend_by_parts, streaming_parts
 from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
@@ -17,7 +17,6 @@ from lt_train.hybrid.spec import HybridSpec
 from tests.support.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-LARGEST_ERROR = 0.02  # relative; rounding to bf16 makes 0.002 to 0.005
 GPU = torch.device("cuda")
 
 
