@@ -18,7 +18,7 @@ from rich.markup import escape
 from lt_train import __version__
 from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
-from lt_train.runtime.errors import UserError, shortened
+from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.interruption import Interrupted, raising_interrupted
 from lt_train.runtime.processes import (
     Process,
@@ -483,6 +483,10 @@ def main() -> None:
     except Exception as error:
         if _is_full_disk(error):
             error = UserError(f"{error}. What is finished is valid. Fix: free some space; the same command resumes")
+        elif _is_out_of_memory(error):
+            asked = ". ".join(str(error).split(". ")[:2])
+            fix = "Fix: a smaller train.micro_batch_size, train.gradient_checkpointing, or a smaller kv_budget in eval"
+            error = UserError(f"{asked}. {fix}; the same command then goes on{more('out-of-memory')}")
         elif isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
             place = shortened(os.fsdecode(error.filename), 300)
             error = UserError(f"{place}: {error.strerror}. Fix: let this user read and write there, or move it away")
@@ -518,6 +522,11 @@ def _report(error: Exception, process: Process) -> int:
 
 def _is_user_error(error: Exception) -> bool:
     return isinstance(error, UserError | HybridError)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # where it was not imported it raised nothing
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from lt_train import cli
 from tests.support.made_runs import made_run
@@ -82,6 +83,17 @@ def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     code, out, err = lt_train("validate", "recipes/quickstart.yaml")
     assert code == 2 and "Traceback" not in out + err
     assert "No space left on device: 'runs/mine/scores.json'" in err and "free some space" in err
+
+
+def test_a_device_without_memory_is_said_with_the_settings_that_need_less(lt_train, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has a total capacity of 79.1 GiB")
+
+    monkeypatch.setattr("lt_train.recipe.loading.load_recipe_and_remarks", too_large)
+    code, out, err = lt_train("validate", "recipes/quickstart.yaml")
+    assert code == 2 and "Traceback" not in out + err
+    assert "CUDA out of memory. Tried to allocate 8.00 GiB. Fix: a smaller train.micro_batch_size" in err
+    assert "docs/troubleshooting.md#out-of-memory" in err
 
 
 def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):

@@ -47,6 +47,19 @@ def test_what_troubleshooting_quotes_is_said_by_the_code():
     assert {part for part in quoted if part not in said} == set()
 
 
+def test_every_message_that_says_where_to_read_more_names_a_section_that_is_there():
+    page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^## (.*)$", page, re.MULTILINE)
+    }
+    named = {
+        section
+        for file in (REPOSITORY / "lt_train").rglob("*.py")
+        for section in re.findall(r"""\bmore\(["'](.+?)["']\)""", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 6 and named <= anchors
+
+
 def test_every_page_is_in_the_sites_navigation():
     listed = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in (REPOSITORY / "docs").glob("*.md") if f": {page.name}" not in listed] == []

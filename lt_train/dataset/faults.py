@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, more
 
 PLACES = 3
 """Places named of each kind."""
@@ -45,6 +45,7 @@ class FaultyRows:
         return UserError(
             f"data.source: {source}: {self.count:,} of {rows} cannot be trained on:{listed}\n"
             "  Fix: correct these rows or the settings of data, or leave such rows out with data.faulty: drop"
+            + more("cannot-be-trained-on")
         )
 
 

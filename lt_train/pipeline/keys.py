@@ -23,7 +23,7 @@ def export_key(recipe: Recipe, paths: RunPaths) -> str:
 
 def training_notes(train: Train) -> dict[str, Any]:
     """What the marker of a training keeps of the settings that may change afterwards without the trained weights changing."""
-    return {"keep_best": train.keep_best, "deepspeed": train.deepspeed}
+    return {name: getattr(train, name) for name in ("keep_best", "deepspeed", "micro_batch_size", "gradient_checkpointing")}
 
 
 def as_trained(paths: RunPaths, train: Train) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lt_train.pipeline.old_markers import MARKER_FORMAT, bring_up_to_date
 from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
-from lt_train.runtime.errors import UserError, shortened
+from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.files import read_json, write_json, write_text
 from lt_train.runtime.fingerprints import data_fingerprint, differences, model_fingerprint
 from lt_train.runtime.run_paths import RunPaths
@@ -124,6 +124,7 @@ class RunFolder:
             raise UserError(
                 f"{self.paths.root}: this run was begun with another recipe (there, here):\n  {listed}\n"
                 "Fix: give this recipe another name (--set name=…), or delete that folder"
+                + more("the-runs-folder-belongs-to-another-recipe")
             )
         bring_up_to_date(self.paths, begun)
 

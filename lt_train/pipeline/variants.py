@@ -35,7 +35,7 @@ from lt_train.selection.choose import choose_layers, number_that_stream
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
 
-PUBLISHING = ("keep_best", "final_weights", "restore_query_key", "deepspeed")
+IDENTIFYING = ("keep_best", "final_weights", "restore_query_key", "deepspeed", "micro_batch_size", "gradient_checkpointing")
 """Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""
 
 
@@ -123,7 +123,7 @@ class Variants:
     def _training(self) -> dict[str, Any]:
         """All settings that decide the trained weights, of which some may have changed without effect since."""
         settings = identity_of(self.recipe)
-        for name in settings_that_may_change() - {f"train.{name}" for name in PUBLISHING}:
+        for name in settings_that_may_change() - {f"train.{name}" for name in IDENTIFYING}:
             part, _, inner = name.partition(".")
             (settings[part] if inner and settings[part] else settings).pop(inner or part, None)
         if self.recipe.train is not None:

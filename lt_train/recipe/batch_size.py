@@ -7,7 +7,7 @@ import math
 
 from lt_train.recipe.faults import nearest_multiples
 from lt_train.recipe.schema import Data, Train
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, more
 
 
 def batch_samples(train: Train, data: Data) -> int:
@@ -49,6 +49,7 @@ def accumulation_steps(train: Train, data: Data, world_size: int) -> int:
         raise UserError(
             f"train.{setting}: {batch * unit:,}: not a multiple of the {at_once * unit:,} that {world_size} processes with "
             f"train.micro_batch_size {train.micro_batch_size}{parallel} take at a time. Fix: {', or '.join(options)}"
+            + more("not-a-multiple-of-the-batch-does-not-divide")
         )
     return batch // at_once
 

@@ -321,7 +321,7 @@ class Train(Part):
     """Samples (with packing: rows) per optimizer step, over all processes. Set either this or `batch_tokens`."""
     batch_tokens: Count | None = None
     """Tokens per optimizer step, over all processes, in rows of data.max_length tokens. It needs data.packing."""
-    micro_batch_size: Count = 1
+    micro_batch_size: Count = Field(default=1, json_schema_extra=MAY_CHANGE)
     """Samples (with packing: rows) in one forward pass of one process. Gradient accumulation follows from it."""
     lr_scheduler: Text = "cosine"
     """Learning rate schedule, by its name in transformers."""
@@ -331,7 +331,7 @@ class Train(Part):
     """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, ge=0, le=MOST)
     """Norm to which larger gradients are scaled down. 0: never."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, json_schema_extra=MAY_CHANGE)
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     save_steps: Count = Field(default=100, json_schema_extra=MAY_CHANGE)
     """Optimizer steps between two checkpoints."""

@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def more(section: str) -> str:
+    """The end of a message about which docs/troubleshooting.md has more to say, under the heading with this anchor."""
+    return f". More: docs/troubleshooting.md#{section}"
+
+
 class _Yaml(reprlib.Repr):
     """Python's repr with an upper length, and YAML's words for its constants and dates."""
 

@@ -7,7 +7,7 @@ import torch
 from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.devices import compute_dtype
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, more
 from lt_train.runtime.processes import Process
 
 
@@ -37,6 +37,7 @@ def check_launch(recipe: Recipe, train: Train, process: Process) -> None:
         raise UserError(
             f"train.deepspeed: {train.deepspeed}: no launcher started this process. Fix: start it with "
             "deepspeed --num_gpus N --module lt_train train RECIPE (--num_accelerators N on CPUs), or set train.deepspeed to null"
+            + more("no-launcher-started-this-process")
         )
 
 

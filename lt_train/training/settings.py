@@ -119,7 +119,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "SHA-256 of the training data": data_sha256,
         "train.deepspeed (content)": read_deepspeed_file(Path(train.deepspeed)) if train.deepspeed else None,
     }
-    settings |= _processes_that_matter(recipe, train, num_processes)
+    settings |= _division_that_matters(recipe, train, num_processes)
     settings |= {f"train.{k}": v for k, v in identity_of(train, without=may_change).items()}
     settings |= {f"lora.{k}": v for k, v in (identity_of(recipe.lora) if recipe.lora else {}).items()}
     return json.loads(json.dumps(settings))  # as read from a manifest: tuples become lists
@@ -135,12 +135,11 @@ def teacher_fingerprint(recipe: Recipe, data_sha256: str) -> dict[str, str | int
     }
 
 
-def _processes_that_matter(recipe: Recipe, train: Train, count: int) -> Settings:
-    """The number of processes, if a resume with another number would differ: the batch itself is the same with any number."""
+def _division_that_matters(recipe: Recipe, train: Train, count: int) -> Settings:
+    """The number of processes and the micro-batch, where a resume with others would differ: the batch itself is always the same."""
+    drawn = "dropout" if recipe.lora is not None and recipe.lora.dropout > 0 else ""
+    drawn = "noise for train.trl.neftune_noise_alpha" if train.trl.get("neftune_noise_alpha") else drawn
+    by_micro_batch: Settings = {"train.micro_batch_size": train.micro_batch_size} if drawn else {}
     if train.deepspeed is not None:
-        return {"number of processes, among which DeepSpeed splits the optimizer's states": count}
-    if recipe.lora is not None and recipe.lora.dropout > 0:
-        return {"number of processes, each of which draws its own dropout": count}
-    if train.trl.get("neftune_noise_alpha"):
-        return {"number of processes, each of which draws its own noise for train.trl.neftune_noise_alpha": count}
-    return {}
+        return {"number of processes, among which DeepSpeed splits the optimizer's states": count, **by_micro_batch}
+    return {f"number of processes, each of which draws its own {drawn}": count, **by_micro_batch} if drawn else {}

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from lt_train.dataset.examples import Example
 from lt_train.inference.sinks_file import learned_sinks
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, more
 from lt_train.training.checkpoints import newest_checkpoint, reporting_write_errors
 from lt_train.training.distillation.loss import Distillation
 from lt_train.training.samples import SAMPLE_TENSORS, samples_in
@@ -120,12 +120,12 @@ class HybridSFTTrainer(SFTTrainer):
 
     def _stop(self, what: str, samples: Sequence[str]) -> None:
         named = ", ".join(dict.fromkeys(samples[:SAMPLES_NAMED])) or "unknown samples"
-        more = f" and {len(samples) - SAMPLES_NAMED} others" if len(samples) > SAMPLES_NAMED else ""
+        others = f" and {len(samples) - SAMPLES_NAMED} others" if len(samples) > SAMPLES_NAMED else ""
         last = newest_checkpoint(Path(self.args.output_dir))
         kept = f"{last}, written before it, is valid" if last else "There is no checkpoint from before it"
         raise UserError(
-            f"training stopped {what}, on {named}{more}. {kept}. Fix: check these samples; lower train.learning_rate, raise "
-            "train.warmup_ratio or lower train.max_grad_norm, and train in another run folder (--set name=…)"
+            f"training stopped {what}, on {named}{others}. {kept}. Fix: check these samples; lower train.learning_rate, raise "
+            f"train.warmup_ratio or lower train.max_grad_norm, and train in another run folder (--set name=…){more('loss-is-nan')}"
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from lt_train.dataset.examples import ExampleSet, examples_fingerprint
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.sinks_file import learned_sinks
 from lt_train.inference.trained_weights import LoadModel
-from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train
+from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train, settings_that_may_change
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers
@@ -278,7 +278,9 @@ def _first_line(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None) -> str
 
 def _same_settings(found: Checkpoint | None, settings: Settings) -> Checkpoint | None:
     if found is not None:
-        check_same_settings(found, settings)
+        ignored = {f"train.{name}" for name in settings_that_may_change(Train)} - settings.keys()  # older checkpoints hold some
+        held = {name: value for name, value in found.settings.items() if name not in ignored}
+        check_same_settings(replace(found, settings=held), settings)
     return found
 
 

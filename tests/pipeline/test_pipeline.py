@@ -454,7 +454,16 @@ def test_only_does_a_stage_whose_earlier_ones_are_done(recipe, runs):
     assert marked(runs / "tiny")[-1] == "eval"
 
 
-@pytest.mark.parametrize("setting", ["train.keep_checkpoints=5", "train.deepspeed=DEEPSPEED", "train.keep_best=eval_loss"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.keep_checkpoints=5",
+        "train.gradient_checkpointing=true",
+        "train.micro_batch_size=1",
+        "train.deepspeed=DEEPSPEED",
+        "train.keep_best=eval_loss",
+    ],
+)
 def test_a_setting_that_shapes_no_weights_may_change_after_training_and_nothing_is_redone(inputs, runs, setting):
     before = contents(runs / "tiny")
     changed = setting.replace("DEEPSPEED", str(REPOSITORY / "launch/zero2.json"))

@@ -139,6 +139,22 @@ def test_how_often_to_save_may_change_on_the_way(train_tiny, train_until) -> Non
     assert train_tiny("run", train={"save_steps": 3, "keep_checkpoints": 5, "eval_steps": 1}).steps == 4
 
 
+def test_a_training_that_ran_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_losses(
+    train_tiny, train_until, tmp_path: Path, uninterrupted: Path
+) -> None:
+    train_until(5, "cut", **TWO_EPOCHS)
+    smaller = {"micro_batch_size": 1, "gradient_checkpointing": True}
+    train_tiny("cut", train={**TWO_EPOCHS["train"], **smaller})
+    assert_same_course(tmp_path / "cut", uninterrupted, but=["token_accuracy"])  # a mean over micro-batches
+
+
+def test_micro_batches_that_draw_their_own_dropout_stay_as_they_are(train_tiny, train_until) -> None:
+    settings = {"train": {"method": "lora", "save_steps": 2}, "lora": {"dropout": 0.1}}
+    train_until(3, "run", **settings)
+    with pytest.raises(UserError, match=r"train\.micro_batch_size: 2, 1"):
+        train_tiny("run", **{**settings, "train": {**settings["train"], "micro_batch_size": 1}})
+
+
 def test_the_log_forgets_what_was_logged_past_the_checkpoint_and_a_cut_line(train_tiny, train_until, tmp_path: Path) -> None:
     train_until(6, "run", **TWO_EPOCHS)
     log = tmp_path / "run" / "log.jsonl"

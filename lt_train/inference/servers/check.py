@@ -34,7 +34,7 @@ from lt_train.inference.servers.completions_api import Completion
 from lt_train.inference.servers.pool import ServerFailure, ServerSettings
 from lt_train.inference.text import decode
 from lt_train.recipe.schema import Prompt
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, more
 
 NEW_TOKENS = 24
 BEYOND_WINDOW = 48  # tokens
@@ -290,5 +290,5 @@ def _other_mathematics(url: str, expected: Continuation, step: int, difference: 
         f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} tokens, "
         f"new token {step} {difference}. Fix: let the server load this checkpoint, in an engine that knows its layer types and "
         "sinks: lt-train serve does, and but for sink tokens vLLM by launch/serve-vllm.sh; or set eval.backend to hybrid (the "
-        "built-in engine)"
+        "built-in engine)" + more("computes-something-else-than-the-checkpoint-a-server-is-refused")
     )
