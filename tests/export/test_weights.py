@@ -66,18 +66,26 @@ def test_weights_of_a_sharded_base_are_those_that_it_loads_with(family: str, tmp
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "layers_to_transform": [1, 3], "layers_pattern": "layers"},
-        {"modules_to_save": ["norm"]},
-        {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+        ("qwen2", {}),
+        ("llama", {}),
+        ("qwen2", {"use_rslora": True}),
+        ("llama", {"use_dora": True}),
+        (
+            "qwen2",
+            {
+                "rank_pattern": {"q_proj": 2},
+                "alpha_pattern": {"v_proj": 3},
+                "layers_to_transform": [1, 3],
+                "layers_pattern": "layers",
+            },
+        ),
+        ("llama", {"modules_to_save": ["norm"]}),
+        ("qwen2", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_merged_by_module_gives_the_weights_of_the_merged_model(family: str, settings: Any, tmp_path: Path) -> None:
     base = base_in(tmp_path / "base", family)
     adapter = adapter_in(tmp_path / "adapter", base, **settings)

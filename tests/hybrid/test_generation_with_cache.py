@@ -19,17 +19,17 @@ def left_padded(lengths):
     return torch.randint(2, 96, (len(lengths), width)) * mask, mask
 
 
-@pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 20], [5, 9, 10, 8], [1]])
+@pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 9, 20]])
 def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, lengths):
     """Rows shorter than the sinks, than the window, and than both."""
     model = build_hybrid(base_config, SPEC).eval()
     ids, mask = left_padded(lengths)
-    settings = dict(attention_mask=mask, max_new_tokens=24, do_sample=False)
+    settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     cached = model.generate(ids, **settings)
     assert torch.equal(cached, model.generate(ids, **settings, use_cache=False))
     for row, length in enumerate(lengths):
-        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=24, do_sample=False)
-        assert torch.equal(cached[row, -length - 24 :], alone[0])
+        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=12, do_sample=False)
+        assert torch.equal(cached[row, -length - 12 :], alone[0])
 
 
 @settings(max_examples=20, deadline=None)
@@ -73,20 +73,20 @@ def test_prefill_in_chunks_generates_the_same(qwen3_config):
     assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, prefill_chunk_size=5))
 
 
-def test_over_4096_tokens_lazy_layers_stay_within_their_window(qwen3_config):
+def test_over_1024_tokens_lazy_layers_stay_within_their_window(qwen3_config):
     spec = HybridSpec(2, (1,), w_sink=4, w_recent=28)
     model = build_hybrid(type(qwen3_config)(**SIZES | dict(num_hidden_layers=2, head_dim=16)), spec).eval()
     cache, ids = HybridCache(spec), torch.randint(2, 96, (1, 40))
     lazy, bytes_at, most = [cache.layers[layer] for layer in spec.lazy_layers], {}, 0
     with torch.inference_mode():
-        for step in range(4096):
+        for step in range(1024):
             ids = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1:].argmax(-1)
             most = max(most, *(layer.keys.shape[2] for layer in lazy))
             bytes_at[step] = sum(layer.nbytes for layer in lazy)
     assert most == spec.window
-    assert len({bytes_at[step] for step in range(10, 4096)}) == 1
-    assert bytes_at[4095] == 2 * spec.window * 2 * 16 * 4  # keys and values, slots, heads, head size, fp32
-    assert cache.layers[0].keys.shape[2] == 40 + 4095
+    assert len({bytes_at[step] for step in range(10, 1024)}) == 1
+    assert bytes_at[1023] == 2 * spec.window * 2 * 16 * 4  # keys and values, slots, heads, head size, fp32
+    assert cache.layers[0].keys.shape[2] == 40 + 1023
 
 
 @settings(max_examples=100, deadline=None)

@@ -93,11 +93,10 @@ def left_padded(lengths):
     return torch.randint(2, 96, (len(lengths), width)) * mask, mask
 
 
-@pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 20], [1]])
-def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, lengths):
+def test_left_padded_decoding_equals_recomputation_token_for_token(base_config):
     model = hybrid(base_config)
-    ids, mask = left_padded(lengths)
-    settings = dict(attention_mask=mask, max_new_tokens=24, do_sample=False)
+    ids, mask = left_padded([1, 2, 3, 12, 20])
+    settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     cached = model.generate(ids, **settings)
     assert torch.equal(cached, model.generate(ids, **settings, use_cache=False))
 

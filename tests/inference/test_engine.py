@@ -54,12 +54,17 @@ def without_cache(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return tokenizer.decode(chosen[:-1] if stopped else chosen), len(chosen), "stop" if stopped else "length"
 
 
+@pytest.fixture(scope="module")
+def recomputed(model, tokenizer) -> dict[tuple[str, int], tuple[str, int, str]]:
+    """The greedy answer to each prompt alone, without a cache."""
+    return {(request.problem, 0): without_cache(model, tokenizer, request, 24) for request in requests(MANY)}
+
+
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [4, 16, 2048])
-def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(model, tokenizer, slots: int, chunk: int) -> None:
-    asked = requests(MANY)
-    expected = {(r.problem, 0): without_cache(model, tokenizer, r, 24) for r in asked}
-    assert texts(answered(Engine(model, tokenizer, max_slots=slots, prefill_chunk=chunk), asked, GREEDY)) == expected
+def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(model, tokenizer, recomputed, slots: int, chunk: int) -> None:
+    answers = answered(Engine(model, tokenizer, max_slots=slots, prefill_chunk=chunk), requests(MANY), GREEDY)
+    assert texts(answers) == recomputed
 
 
 @pytest.mark.parametrize(
