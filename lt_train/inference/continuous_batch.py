@@ -3,9 +3,10 @@
 A sequence that ends frees its slot at once for the next one. Prompts are read in chunks; then all running sequences take a step
 together. When pages run out, the youngest sequence is put back and later read again with the tokens it has; none is lost, and none
 changes, because random numbers follow from (seed, position) alone. Where each prompt decides which layers stream, a sequence begins
-only when there are pages for all of it, and is not put back.
+only when there are pages for all of it, and is not put back. With a draft a step gives each sequence the tokens that the draft
+guessed, up to the first wrong one, and the model's own token after them.
 
-Shapes: B running sequences, V vocab_size.
+Shapes: B running sequences, T tokens that a step reads of each, V vocab_size.
 """
 
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.inference.draft import Acceptance
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.per_prompt_store import PerPromptStore, check_read_at_once
 from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
@@ -77,6 +79,7 @@ class ContinuousBatch:
         store: it must hold any one sequence that is added, up to its limit.
         prefill_chunk: prompt tokens in one forward pass.
         stop_ids: the tokens that end an answer.
+        acceptance: to count what comes of the draft's tokens.
     """
 
     def __init__(
@@ -86,9 +89,12 @@ class ContinuousBatch:
         store: KVStore | PerPromptStore,
         prefill_chunk: int,
         stop_ids: Collection[int],
+        acceptance: Acceptance | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.store = store
+        self.draft_length = store.sizes.drafted if isinstance(store, KVStore) else 0
+        self.acceptance = Acceptance() if acceptance is None else acceptance
         self.runner = ModelRunner(model, store, prefill_chunk)
         self.stop_ids = stop_ids
         self.waiting: deque[Running] = deque()
@@ -148,13 +154,14 @@ class ContinuousBatch:
         return len(sequence.ids)
 
     def _make_room(self) -> None:
-        """See that every running sequence has a page for its next token; put the youngest back until that is so."""
-        while sum(self.store.missing_pages(slot, len(s.ids)) for slot, s in enumerate(self.running)) > self.store.free_pages:
+        """See that every running sequence has pages for its next tokens; put the youngest back until that is so."""
+        drafted, missing = self.draft_length, self.store.missing_pages
+        while sum(missing(slot, len(s.ids) + drafted) for slot, s in enumerate(self.running)) > self.store.free_pages:
             youngest = self.admitted[-1]
             self._remove(youngest)
             self.waiting.appendleft(youngest)
         for slot, sequence in enumerate(self.running):
-            self.store.reserve(slot, len(sequence.ids))
+            self.store.reserve(slot, len(sequence.ids) + drafted)
 
     def _remove(self, sequence: Running) -> None:
         slot = self.running.index(sequence)
@@ -170,11 +177,42 @@ class ContinuousBatch:
         return self._take(fresh, logits_NV)
 
     def _step(self) -> list[NewToken]:
-        started = time.perf_counter()
         sequences = list(self.running)
-        logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
+        started = time.perf_counter()
+        if not self.draft_length:
+            logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
+            self._divide_time(sequences, started)
+            return self._take(sequences, logits_BV)
+        drafted = self._draft(sequences)
+        logits_BTV = self.runner.verify([[s.ids[-1], *tokens] for s, tokens in zip(sequences, drafted, strict=True)])
         self._divide_time(sequences, started)
-        return self._take(sequences, logits_BV)
+        return self._accept(sequences, drafted, logits_BTV)
+
+    def _draft(self, sequences: Sequence[Running]) -> list[list[int]]:
+        """The draft's guess of the next tokens of each sequence: as many as the longest may still have before its last."""
+        drafted: list[list[int]] = [[] for _ in sequences]
+        for number in range(min(self.draft_length, max(s.limit - s.new for s in sequences) - 1)):
+            latest = [(tokens or sequence.ids)[-1] for sequence, tokens in zip(sequences, drafted, strict=True)]
+            chosen = _choose(sequences, self.runner.draft(latest, number), drafted)
+            for sequence, tokens, token_id in zip(sequences, drafted, chosen, strict=True):
+                tokens.append(sequence.forced[number] if number < len(sequence.forced) else token_id)
+        return drafted
+
+    def _accept(self, sequences: Sequence[Running], drafted: Sequence[Sequence[int]], logits_BTV: Tensor) -> list[NewToken]:
+        """Give each sequence the model's tokens, up to the first that the draft did not guess or that ends it."""
+        taken: list[NewToken] = []
+        rows = list(range(len(sequences)))
+        for number in range(logits_BTV.shape[1]):
+            new = self._take([sequences[row] for row in rows], logits_BTV[rows, number])
+            taken += new
+            if number == len(drafted[0]) or not rows:
+                break
+            guessed = [token.token_id == drafted[row][number] for row, token in zip(rows, new, strict=True)]
+            self.acceptance.add(len(rows), sum(guessed))
+            rows = [row for row, token, right in zip(rows, new, guessed, strict=True) if right and token.answer is None]
+        for slot, sequence in enumerate(self.running):
+            self.store.lengths[slot] = len(sequence.ids) - 1
+        return taken
 
     def _divide_time(self, sequences: Sequence[Running], started: float) -> None:
         for sequence in sequences:
@@ -216,17 +254,23 @@ class ContinuousBatch:
         return Answer(sequence.request, text, len(new_ids), thinking, reason, sequence.seconds)
 
 
-def _choose(sequences: Sequence[Running], logits_BV: Tensor) -> list[int]:
-    """The next token of each sequence; those with the same sampling are drawn together."""
+def _choose(sequences: Sequence[Running], logits_BV: Tensor, ahead: Sequence[Sequence[int]] | None = None) -> list[int]:
+    """The next token of each sequence; those with the same sampling are drawn together.
+
+    Args:
+        ahead: tokens of the draft that follow those of each sequence.
+    """
     chosen = [0] * len(sequences)
+    after = [()] * len(sequences) if ahead is None else ahead
     for sampling in dict.fromkeys(sequence.sampling for sequence in sequences):
         rows = [row for row, sequence in enumerate(sequences) if sequence.sampling == sampling]
-        alike = [sequences[row] for row in rows]
         logits_RV = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
         if sampling.repetition_penalty != 1:
-            logits_RV = penalise_repetition(logits_RV.clone(), [s.ids for s in alike], sampling.repetition_penalty)
-        tokens = choose_tokens(logits_RV, sampling, [s.request.seed for s in alike], [s.new for s in alike])
-        for row, token_id in zip(rows, tokens, strict=True):
+            seen = [[*sequences[row].ids, *after[row]] for row in rows]
+            logits_RV = penalise_repetition(logits_RV.clone(), seen, sampling.repetition_penalty)
+        seeds = [sequences[row].request.seed for row in rows]
+        positions = [sequences[row].new + len(after[row]) for row in rows]
+        for row, token_id in zip(rows, choose_tokens(logits_RV, sampling, seeds, positions), strict=True):
             chosen[row] = token_id
     return chosen
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.continuous_batch import ContinuousBatch, limit
-from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes, pages_for
+from lt_train.inference.draft import Acceptance, Draft
+from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes
 from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
 from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.text import stop_tokens
@@ -28,6 +29,10 @@ class Engine:
         max_slots: sequences at a time, at most.
         prefill_chunk: prompt tokens in one forward pass.
         per_prompt: each prompt decides which layers stream in its answer (LightTransfer-Test); None: the model's own layers.
+        draft: what proposes tokens for speculative decoding, of this model (`Draft.of`); None: nothing does.
+
+    Attributes:
+        acceptance: what came of the draft's tokens, in all answers so far.
 
     Raises:
         UserError: `per_prompt` does not fit the model.
@@ -42,6 +47,7 @@ class Engine:
         max_slots: int = 64,
         prefill_chunk: int = 2048,
         per_prompt: PerPrompt | None = None,
+        draft: Draft | None = None,
     ) -> None:
         if per_prompt is not None:
             per_prompt.check(model)
@@ -51,6 +57,8 @@ class Engine:
         self.max_slots = max_slots
         self.prefill_chunk = prefill_chunk
         self.per_prompt = per_prompt
+        self.draft = draft
+        self.acceptance = Acceptance()
         self.stop_ids = stop_tokens(model, tokenizer)
 
     def answers(self, requests: Sequence[Request], sampling: Sampling, watch: Watch = lambda tokens: None) -> Iterator[Answer]:
@@ -71,7 +79,7 @@ class Engine:
 
     def batch(self, store: KVStore | PerPromptStore) -> ContinuousBatch:
         """An empty batch in a store of this model: requests may be added and cancelled between its steps."""
-        return ContinuousBatch(self.model, self.tokenizer, store, self.prefill_chunk, self.stop_ids)
+        return ContinuousBatch(self.model, self.tokenizer, store, self.prefill_chunk, self.stop_ids, self.acceptance)
 
     @property
     def budget(self) -> int:
@@ -85,7 +93,7 @@ class Engine:
 
     @property
     def sizes(self) -> KVSizes | PerPromptSizes:
-        return kv_sizes(self.model) if self.per_prompt is None else PerPromptSizes.of(self.model, self.per_prompt)
+        return kv_sizes(self.model, self.draft) if self.per_prompt is None else PerPromptSizes.of(self.model, self.per_prompt)
 
     def lay_out(self, requests: int, longest: int, usual: int | None = None) -> KVStore | PerPromptStore:
         """Divide the budget: as many slots as hold sequences of the usual length, all else pages.
@@ -98,9 +106,10 @@ class Engine:
         budget, sizes = self.budget, self.sizes
         needed = sizes.sequence(longest)
         if budget < needed:
+            rings, fix = ("", "") if self.draft is None else (" with the rings of its draft", ", or remove draft")
             raise UserError(
-                f"kv_budget: {budget:,} bytes do not hold one sequence of {longest:,} tokens (prompt and max_new_tokens), which "
-                f"takes {needed:,}. Raise kv_budget to at least that, or lower max_new_tokens"
+                f"kv_budget: {budget:,} bytes do not hold one sequence of {longest:,} tokens (prompt and max_new_tokens){rings}, "
+                f"which takes {needed:,}. Fix: raise kv_budget to at least that, or lower max_new_tokens{fix}"
             )
         slots = min(self.max_slots, requests, budget // max(sizes.sequence(usual or 3 * longest // 4), 1))
         if isinstance(sizes, PerPromptSizes):
@@ -109,12 +118,12 @@ class Engine:
             pages = min(sizes.pages(longest) * slots, budget // sizes.page)
             return PerPromptStore(self.model, self.per_prompt, slots, pages)
         if sizes.slot:  # all slots leave pages for the longest sequence
-            slots = min(slots, (budget - pages_for(longest) * sizes.page) // sizes.slot)
+            slots = min(slots, (budget - sizes.pages(longest) * sizes.page) // sizes.slot)
         slots = max(1, slots)
-        pages = pages_for(longest) * slots
+        pages = sizes.pages(longest) * slots
         if sizes.page:
             pages = min(pages, (budget - slots * sizes.slot) // sizes.page)
-        return KVStore(self.model, slots, pages)
+        return KVStore(self.model, slots, pages, self.draft)
 
 
 def free_memory(device: torch.device) -> int:

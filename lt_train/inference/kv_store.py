@@ -1,8 +1,11 @@
 """The KV cache of many sequences, allocated once: full layers in pages that sequences take as they grow, streaming layers in one
-ring per slot.
+ring per slot. A layer that is full in the model and streams in its draft has both, with the model's own keys and values.
 
 A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values in place: a step copies none
 of them. The lowest free page is allocated first, so the pages in use stay together.
+
+A draft's tokens are cached before it is known which of them stay. So its rings hold as many tokens more than the window: what a
+rejected token overwrote, no later query sees. Dropping rejected tokens is then no more than a smaller length.
 
 Shapes: S slots, B running sequences, N pages, P tokens of a page, W tokens of a ring, H query heads, G key/value heads,
 R = H / G, T new tokens of one sequence, D head size.
@@ -10,6 +13,7 @@ R = H / G, T new tokens of one sequence, D head size.
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +23,7 @@ from lt_train.hybrid.cache import slot_of
 from lt_train.hybrid.kv_size import head_size, token_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.draft import Draft
 
 PAGE = 128
 """Tokens of a page: large enough for an efficient product, small enough to waste little: on average half a page a sequence."""
@@ -31,17 +36,24 @@ class KVSizes:
     page: int
     """One page in all full layers."""
     slot: int
-    """One ring in all streaming layers."""
+    """One ring in all streaming layers, of the draft too."""
+    drafted: int = 0
+    """Tokens of a sequence that are cached before it is known whether they stay."""
+
+    def pages(self, tokens: int) -> int:
+        """Pages of one sequence of `tokens` tokens."""
+        return pages_for(tokens + self.drafted)
 
     def sequence(self, tokens: int) -> int:
         """One sequence of `tokens` tokens."""
-        return self.slot + pages_for(tokens) * self.page
+        return self.slot + self.pages(tokens) * self.page
 
 
-def kv_sizes(model: HybridForCausalLM) -> KVSizes:
+def kv_sizes(model: HybridForCausalLM, draft: Draft | None = None) -> KVSizes:
     spec, token = model.spec, token_bytes(model.config.to_dict(), model.dtype.itemsize)
-    lazy = len(spec.lazy_layers)
-    return KVSizes(page=(spec.num_layers - lazy) * PAGE * token, slot=lazy * spec.window * token)
+    streaming, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
+    page = (spec.num_layers - len(spec.lazy_layers)) * PAGE * token
+    return KVSizes(page, len(streaming.lazy_layers) * (spec.window + drafted) * token, drafted)
 
 
 def pages_for(tokens: int) -> int:
@@ -54,10 +66,12 @@ class KVStore:
     Attributes:
         lengths: cached tokens of each running sequence, by slot.
         pages: the pages of each running sequence, in the order of its tokens, by slot.
+        layers: by layer, what the model attends to. draft_layers: what its draft attends to; the same where both are of a kind.
     """
 
-    def __init__(self, model: HybridForCausalLM, slots: int, pages: int) -> None:
+    def __init__(self, model: HybridForCausalLM, slots: int, pages: int, draft: Draft | None = None) -> None:
         self.spec = model.spec
+        self.sizes = kv_sizes(model, draft)
         self.slots = slots
         self.lengths: list[int] = []
         self.pages: list[list[int]] = []
@@ -65,19 +79,25 @@ class KVStore:
         heads = model.config.num_key_value_heads or model.config.num_attention_heads
         size = head_size(model.config.to_dict())
         self.layers: list[PagedLayer | RingLayer] = []
+        self.draft_layers: list[PagedLayer | RingLayer] = []
         for index, layer in enumerate(model.model.layers):
-            streams = self.spec.is_lazy(index)
-            shape = (2, slots, heads, self.spec.window, size) if streams else (2, pages, heads, PAGE, size)
-            kv = torch.zeros(shape, dtype=model.dtype, device=next(layer.parameters()).device)
-            self.layers.append(RingLayer(kv, self.spec) if streams else PagedLayer(kv))
+            device = next(layer.parameters()).device
+            held: list[PagedLayer | RingLayer] = []
+            if not self.spec.is_lazy(index):
+                held.append(PagedLayer(torch.zeros((2, pages, heads, PAGE, size), dtype=model.dtype, device=device)))
+            if self.spec.is_lazy(index) or (draft is not None and draft.spec.is_lazy(index)):
+                shape = (2, slots, heads, self.spec.window + self.sizes.drafted, size)
+                held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), self.spec))
+            self.layers.append(held[0])
+            self.draft_layers.append(held[-1])
 
     @property
     def free_pages(self) -> int:
         return len(self._free)
 
     def has_room(self, tokens: int) -> bool:
-        """Whether there are pages for one more sequence of `tokens` tokens, and one for the next token of each running sequence."""
-        return pages_for(tokens + 1) + len(self.lengths) <= self.free_pages
+        """Whether there are pages for one more sequence of `tokens` tokens, and for the next tokens of each running sequence."""
+        return self.sizes.pages(tokens + 1) + len(self.lengths) * self.sizes.pages(1) <= self.free_pages
 
     def admit(self, tokens: int) -> int:
         """Allocate a slot, and pages for `tokens` tokens. The caller checks that there are enough."""
@@ -102,23 +122,32 @@ class KVStore:
             heapq.heappush(self._free, page)
         last = len(self.lengths) - 1
         if slot != last:
-            for layer in self.layers:
+            for layer in {*self.layers, *self.draft_layers}:
                 layer.move(last, slot)
         self.lengths[slot], self.pages[slot] = self.lengths[last], self.pages[last]
         self.lengths.pop()
         self.pages.pop()
         return last
 
-    def page_map(self) -> "PageMap":
-        """The pages of the running sequences, for a step that adds one token to each."""
+    def write(self, layer: int, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
+        """Cache new tokens of one sequence in one layer, from position `first` on."""
+        for held in {self.layers[layer], self.draft_layers[layer]}:
+            if isinstance(held, RingLayer):
+                held.write(slot, k_GTD, v_GTD, first)
+            else:
+                held.write(k_GTD, v_GTD, first, self.pages[slot])
+
+    def page_map(self, first: Sequence[int], tokens: int) -> "PageMap":
+        """The pages of the running sequences, for a step that adds `tokens` tokens to each, from the positions `first` on."""
         highest = max((page for pages in self.pages for page in pages), default=-1)
         owner = [len(self.lengths)] * (highest + 1)  # free pages are assigned to an additional row that is not read
         filled = [0] * (highest + 1)
         for slot, pages in enumerate(self.pages):
             for number, page in enumerate(pages):
                 owner[page] = slot
-                filled[page] = min(max(self.lengths[slot] + 1 - number * PAGE, 0), PAGE)
-        return PageMap(owner, filled, [pages[length // PAGE] for pages, length in zip(self.pages, self.lengths, strict=True)])
+                filled[page] = first[slot] + tokens - number * PAGE
+        newest = [[pages[(at + new) // PAGE] for new in range(tokens)] for pages, at in zip(self.pages, first, strict=True)]
+        return PageMap(owner, filled, newest)
 
 
 @dataclass
@@ -128,9 +157,10 @@ class PageMap:
     owner: list[int]
     """By page, the slot it belongs to."""
     filled: list[int]
-    """By page, the number of its tokens that are cached."""
-    newest: list[int]
-    """By slot, the page of the token that is being added."""
+    """By page, the number of its sequence's tokens from its first place on: above PAGE where there are later pages, 0 or less where
+    it holds none yet."""
+    newest: list[list[int]]
+    """By slot, the page of each token that is being added."""
 
 
 class PagedLayer:
@@ -161,11 +191,15 @@ class RingLayer:
     """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
 
     `slot_of`, the rule of the hybrid's own cache, gives the place of each position in the ring.
+
+    Attributes:
+        recent: the number of latest tokens that it holds, w_recent or more.
     """
 
     def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
         self.keys, self.values = kv_2SGWD
-        self.spec = spec
+        self.w_sink = spec.w_sink
+        self.recent = kv_2SGWD.shape[3] - spec.w_sink
         self.device = kv_2SGWD.device
 
     def move(self, source: int, target: int) -> None:
@@ -173,9 +207,9 @@ class RingLayer:
         self.values[target] = self.values[source]
 
     def write(self, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
-        """Write new tokens of one sequence to its ring, from position `first` on, if the window still contains them afterwards."""
+        """Write new tokens of one sequence to its ring, from position `first` on, if the ring still holds them afterwards."""
         position_T = torch.arange(first, first + k_GTD.shape[1], device=self.device)
-        kept_T = (position_T < self.spec.w_sink) | (position_T >= first + k_GTD.shape[1] - self.spec.w_recent)
-        place_K = slot_of(position_T[kept_T], self.spec.w_sink, self.spec.w_recent)
+        kept_T = (position_T < self.w_sink) | (position_T >= first + k_GTD.shape[1] - self.recent)
+        place_K = slot_of(position_T[kept_T], self.w_sink, self.recent)
         self.keys[slot, :, place_K] = k_GTD[:, kept_T]
         self.values[slot, :, place_K] = v_GTD[:, kept_T]

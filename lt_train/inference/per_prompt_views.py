@@ -45,8 +45,8 @@ class PerPromptStepView(AttentionView):
 
     def attend(self, module, q_BH1D, k_BG1D, v_BG1D, scaling, dropout):
         store, layer = self.store, LayerIndices.of(self.store, module.layer_idx)
-        store.keys[layer.pages.newest_B, :, layer.pages.offset_B] = k_BG1D[:, :, 0]
-        store.values[layer.pages.newest_B, :, layer.pages.offset_B] = v_BG1D[:, :, 0]
+        store.keys[layer.newest_B, :, layer.offset_B] = k_BG1D[:, :, 0]
+        store.values[layer.newest_B, :, layer.offset_B] = v_BG1D[:, :, 0]
         q_BGRD = q_BH1D[:, :, 0].unflatten(1, (k_BG1D.shape[1], -1))
         k_NGPD, v_NGPD = store.keys[layer.page_N], store.values[layer.page_N]
         return attend_pages(q_BGRD, k_NGPD, v_NGPD, layer.pages, scaling).flatten(1, 2)[:, None]
@@ -54,9 +54,12 @@ class PerPromptStepView(AttentionView):
 
 @dataclass
 class LayerIndices:
-    """Where a step finds its cached tokens in one layer: page_N are the pages of all sequences there, one after the other."""
+    """Where a step finds its cached tokens in one layer: page_N are the pages of all sequences there, one after the other, newest_B
+    and offset_B the page and place of each new token."""
 
     page_N: Tensor
+    newest_B: Tensor
+    offset_B: Tensor
     pages: PageIndices
 
     @classmethod
@@ -76,4 +79,5 @@ class LayerIndices:
             owner += [slot] * len(pages)
             filled += [min(max(places - number * PAGE, 0), PAGE) for number in range(len(pages))]
         device = store.keys.device
-        return cls(torch.tensor(used, device=device), PageIndices.of(owner, filled, newest, offset, device))
+        page_N, newest_B, offset_B = (torch.tensor(x, device=device) for x in (used, newest, offset))
+        return cls(page_N, newest_B, offset_B, PageIndices.of(owner, filled, device))

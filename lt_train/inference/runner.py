@@ -1,6 +1,6 @@
 """Forward passes of the engine, with keys and values in its store: prefill in chunks, then one step for all running sequences.
 
-Shapes: B running sequences, N sequences in prefill, T tokens, D hidden size, V vocab_size.
+Shapes: B running sequences, N sequences in prefill, T tokens of each, D hidden size, V vocab_size.
 """
 
 from collections.abc import Sequence
@@ -42,11 +42,35 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, ids_B: Sequence[int]) -> Tensor:
         """Add one token to every running sequence, by slot; returns the logits [B, V] of the next token of each."""
-        view = PerPromptStepView(self.store) if isinstance(self.store, PerPromptStore) else StepView(self.store)
-        positions_B1 = self._tensor([[length] for length in self.store.lengths])
-        hidden_B1D = self._forward(self._tensor([[token] for token in ids_B]), Views(view, view, positions_B1))
+        if isinstance(self.store, PerPromptStore):
+            hidden_B1D = self._after_cached(PerPromptStepView(self.store), [[token] for token in ids_B], self.store.lengths)
+            logits_BV = self._logits(hidden_B1D[:, 0])
+        else:
+            logits_BV = self.verify([[token] for token in ids_B])[:, 0]
         self.store.lengths = [length + 1 for length in self.store.lengths]
-        return self._logits(hidden_B1D[:, 0])
+        return logits_BV
+
+    @torch.inference_mode()
+    def draft(self, ids_B: Sequence[int], drafted: int) -> Tensor:
+        """The draft's logits [B, V] of the next token of every running sequence, by slot, after `drafted` tokens of its own."""
+        assert isinstance(self.store, KVStore), "a prompt that decides on its layers has no draft"
+        view = StepView(self.store, drafted=drafted)
+        return self._logits(self._after_cached(view, [[token] for token in ids_B], view.first)[:, 0])
+
+    @torch.inference_mode()
+    def verify(self, ids_BT: Sequence[Sequence[int]]) -> Tensor:
+        """The logits [B, T, V] of the token after each of T new ones of every running sequence, by slot.
+
+        Their keys and values are cached; how many of them stay, `store.lengths` says afterwards.
+        """
+        assert isinstance(self.store, KVStore), "a prompt that decides on its layers has no draft"
+        view = StepView(self.store, tokens=len(ids_BT[0]))
+        return self._logits(self._after_cached(view, ids_BT, view.first))
+
+    def _after_cached(self, view: AttentionView, ids_BT: Sequence[Sequence[int]], first: Sequence[int]) -> Tensor:
+        """Hidden states [B, T, D] of new tokens of every running sequence, from the positions `first` on."""
+        positions = [range(at, at + len(ids)) for at, ids in zip(first, ids_BT, strict=True)]
+        return self._forward(self._tensor(ids_BT), Views(view, view, self._tensor(positions)))
 
     def _groups(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """Groups of prompts whose first chunks fit in one chunk together."""

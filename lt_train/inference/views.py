@@ -4,6 +4,7 @@ Shapes as in store.py.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,53 +14,62 @@ from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.views import AttentionView
-from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
+from lt_train.inference.kv_store import PAGE, KVStore, PageMap, RingLayer
 
 
 class StepView(AttentionView):
-    """One new token for every running sequence: row b is the sequence in slot b."""
+    """New tokens for every running sequence, equally many: row b is the sequence in slot b.
 
-    def __init__(self, store: KVStore) -> None:
+    Q = R x T are the queries of one key/value head.
+    """
+
+    def __init__(self, store: KVStore, tokens: int = 1, drafted: int | None = None) -> None:
+        """
+        Args:
+            tokens: of each sequence.
+            drafted: the draft attends, after this number of tokens of its own; None: the model itself does.
+        """
         self.store = store
-        self.page_map = store.page_map()
-        self.lengths = store.lengths
+        self.tokens = tokens
+        self.layers = store.layers if drafted is None else store.draft_layers
+        self.first = [length + (drafted or 0) for length in store.lengths]
         self._on_device: dict[torch.device, StepIndices] = {}
 
-    def attend(self, module, q_BH1D, k_BG1D, v_BG1D, scaling, dropout):
-        layer = self.store.layers[module.layer_idx]
+    def attend(self, module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout):
+        layer = self.layers[module.layer_idx]
         indices = self._indices(layer.device)
-        groups = k_BG1D.shape[1]
-        q_BGRD = q_BH1D[:, :, 0].unflatten(1, (groups, -1))
+        for held in {layer, self.store.draft_layers[module.layer_idx]}:
+            at = indices.in_ring if isinstance(held, RingLayer) else indices.in_pages
+            held.keys[at[0], :, at[1]] = k_BGTD.transpose(1, 2)
+            held.values[at[0], :, at[1]] = v_BGTD.transpose(1, 2)
+        groups = k_BGTD.shape[1]
+        q_BGQD = q_BHTD.unflatten(1, (groups, -1)).flatten(2, 3)
         if isinstance(layer, RingLayer):
-            sinks_H = sinks_of(module, self.store.spec, q_BH1D)
-            sinks_GR = None if sinks_H is None else sinks_H.unflatten(0, (groups, -1))
-            out_BGRD = self._ring(layer, indices, q_BGRD, k_BG1D[:, :, 0], v_BG1D[:, :, 0], scaling, sinks_GR)
+            sinks_H = sinks_of(module, self.store.spec, q_BHTD)
+            sinks_GQ = None if sinks_H is None else sinks_H.unflatten(0, (groups, -1)).repeat_interleave(self.tokens, 1)
+            out_BGQD = self._ring(layer, indices, q_BGQD, scaling, sinks_GQ)
         else:
-            out_BGRD = self._paged(layer, indices, q_BGRD, k_BG1D[:, :, 0], v_BG1D[:, :, 0], scaling)
-        return out_BGRD.flatten(1, 2)[:, None]
+            used = indices.pages.owner_N.shape[0]
+            out_BGQD = attend_pages(q_BGQD, layer.keys[:used], layer.values[:used], indices.pages, scaling)
+        return out_BGQD.unflatten(2, (-1, self.tokens)).flatten(1, 2).transpose(1, 2)
 
-    def _ring(self, layer: RingLayer, indices, q_BGRD, k_BGD, v_BGD, scaling, sinks_GR):
-        rows = q_BGRD.shape[0]
-        layer.keys[indices.row_B, :, indices.place_B] = k_BGD
-        layer.values[indices.row_B, :, indices.place_B] = v_BGD
-        used = min(max(self.lengths) + 1, layer.keys.shape[2])
+    def _ring(self, layer: RingLayer, indices: "StepIndices", q_BGQD, scaling, sinks_GQ):
+        rows, used = q_BGQD.shape[0], indices.used
         k_BGWD, v_BGWD = layer.keys[:rows, :, :used], layer.values[:rows, :, :used]
-        weights_BGRW = scaling * _product(q_BGRD, k_BGWD.transpose(-1, -2))
-        if indices.empty_BW is not None:
-            weights_BGRW = weights_BGRW.masked_fill(indices.empty_BW[:, None, None, :used], float("-inf"))
-        return _product(softmax_with_sinks(weights_BGRW, sinks_GR), v_BGWD).to(q_BGRD.dtype)
-
-    def _paged(self, layer: PagedLayer, indices, q_BGRD, k_BGD, v_BGD, scaling):
-        pages = indices.pages
-        layer.keys[pages.newest_B, :, pages.offset_B] = k_BGD
-        layer.values[pages.newest_B, :, pages.offset_B] = v_BGD
-        used = pages.owner_N.shape[0]
-        return attend_pages(q_BGRD, layer.keys[:used], layer.values[:used], pages, scaling)
+        weights_BGQW = scaling * _product(q_BGQD, k_BGWD.transpose(-1, -2))
+        if indices.hidden_BTW is not None:
+            weights_BGQW = _hide(weights_BGQW, indices.hidden_BTW)
+        return _product(softmax_with_sinks(weights_BGQW, sinks_GQ), v_BGWD).to(q_BGQD.dtype)
 
     def _indices(self, device: torch.device) -> "StepIndices":
         if device not in self._on_device:
-            self._on_device[device] = StepIndices.of(self.store, self.page_map, device)
+            self._on_device[device] = StepIndices(self.store, self.first, self.tokens, device)
         return self._on_device[device]
+
+
+def _hide(weights_NGQK: Tensor, hidden_NTK: Tensor) -> Tensor:
+    tokens = hidden_NTK.shape[1]
+    return weights_NGQK.unflatten(2, (-1, tokens)).masked_fill(hidden_NTK[:, None, None], float("-inf")).flatten(2, 3)
 
 
 def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageIndices", scaling: float) -> Tensor:
@@ -67,7 +77,7 @@ def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageInd
     rows = q_BGRD.shape[0]
     q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[pages.owner_N]
     logits_NGRP = scaling * _product(q_NGRD, k_NGPD.transpose(-1, -2))
-    logits_NGRP[pages.partial_M] = logits_NGRP[pages.partial_M].masked_fill(pages.empty_MP[:, None, None], float("-inf"))
+    logits_NGRP[pages.partial_M] = _hide(logits_NGRP[pages.partial_M], pages.hidden_MTP)
     largest_NGR = logits_NGRP.amax(-1)
     shape = (rows + 1, *largest_NGR.shape[1:])
     owner_NGR = pages.owner_N[:, None, None].expand_as(largest_NGR)
@@ -92,53 +102,72 @@ def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
 
 @dataclass
 class PageIndices:
-    """Where a step finds the pages of a layer, on one device. partial_M are the pages that are not full, empty_MP their places that
-    hold no token yet."""
+    """Which page belongs to which slot, on one device. partial_M are the pages of which some query does not see every place,
+    hidden_MTP the places that the queries of each new token do not see."""
 
     owner_N: Tensor
-    newest_B: Tensor
-    offset_B: Tensor
     partial_M: Tensor
-    empty_MP: Tensor
+    hidden_MTP: Tensor
 
     @classmethod
-    def of(cls, owner: list[int], filled: list[int], newest: list[int], offset: list[int], device: torch.device) -> "PageIndices":
-        """owner, filled: by page, its slot and its cached tokens. newest, offset: by slot, the page and place of the new token."""
-        filled_N = torch.tensor(filled, device=device)
-        partial_M = (filled_N < PAGE).nonzero()[:, 0]
-        return cls(
-            owner_N=torch.tensor(owner, device=device),
-            newest_B=torch.tensor(newest, device=device),
-            offset_B=torch.tensor(offset, device=device),
-            partial_M=partial_M,
-            empty_MP=torch.arange(PAGE, device=device) >= filled_N[partial_M, None],
-        )
+    def of(cls, owner: list[int], filled: list[int], device: torch.device, tokens: int = 1) -> "PageIndices":
+        """owner, filled: by page, see `PageMap`. tokens: new ones of each sequence, cached already."""
+        seen_NT = torch.tensor(filled, device=device)[:, None] - torch.arange(tokens - 1, -1, -1, device=device)
+        partial_M = (seen_NT[:, 0] < PAGE).nonzero()[:, 0]
+        hidden_MTP = torch.arange(PAGE, device=device) >= seen_NT[partial_M, :, None]
+        return cls(torch.tensor(owner, device=device), partial_M, hidden_MTP)
 
 
-@dataclass
 class StepIndices:
-    """Where a step finds its cached tokens, on one device; all layers share it. empty_BW are the places of rings that hold no token
-    yet, None where all are full."""
+    """Where a step finds its cached tokens, on one device; all layers share it.
 
-    row_B: Tensor
-    place_B: Tensor
-    empty_BW: Tensor | None
-    pages: PageIndices
+    Attributes:
+        used: places of a ring that hold a token of some row.
+    """
 
-    @classmethod
-    def of(cls, store: KVStore, pages: PageMap, device: torch.device) -> "StepIndices":
-        spec = store.spec
-        length_B = torch.tensor(store.lengths, device=device)
-        empty_BW = None
-        if min(store.lengths) + 1 < min(max(store.lengths) + 1, spec.window):
-            empty_BW = torch.arange(spec.window, device=device) > length_B[:, None]
-        offset = [length % PAGE for length in store.lengths]
-        return cls(
-            row_B=torch.arange(len(store.lengths), device=device),
-            place_B=slot_of(length_B, spec.w_sink, spec.w_recent),
-            empty_BW=empty_BW,
-            pages=PageIndices.of(pages.owner, pages.filled, pages.newest, offset, device),
-        )
+    def __init__(self, store: KVStore, first: list[int], tokens: int, device: torch.device) -> None:
+        self.store = store
+        self.first = first
+        self.tokens = tokens
+        self.device = device
+        self.used = min(max(first) + tokens, store.spec.window + store.sizes.drafted)
+
+    @cached_property
+    def in_ring(self) -> tuple[Tensor, Tensor]:
+        """Row and place [B, T] of each new token in a ring."""
+        row_B1 = torch.arange(len(self.first), device=self.device)[:, None]
+        return row_B1, slot_of(self._position_BT, self.store.spec.w_sink, self._recent)
+
+    @cached_property
+    def in_pages(self) -> tuple[Tensor, Tensor]:
+        """Page and place [B, T] of each new token."""
+        return torch.tensor(self._page_map.newest, device=self.device), self._position_BT % PAGE
+
+    @cached_property
+    def pages(self) -> PageIndices:
+        return PageIndices.of(self._page_map.owner, self._page_map.filled, self.device, self.tokens)
+
+    @cached_property
+    def hidden_BTW(self) -> Tensor | None:
+        """The places of a ring that the query of each new token does not see; None where every query sees all of them."""
+        spec = self.store.spec
+        if self.tokens == 1 and min(self.first) + 1 >= self.used and self.used <= spec.window:
+            return None
+        last_B = self._position_BT[:, -1]
+        position_BW = slot_positions(last_B + 1, self.used, spec.w_sink, self._recent)
+        return ~streaming_visible(self._position_BT[:, :, None], position_BW[:, None], spec.w_sink, spec.w_recent)
+
+    @property
+    def _recent(self) -> int:
+        return self.store.spec.w_recent + self.store.sizes.drafted
+
+    @cached_property
+    def _position_BT(self) -> Tensor:
+        return torch.tensor(self.first, device=self.device)[:, None] + torch.arange(self.tokens, device=self.device)
+
+    @cached_property
+    def _page_map(self) -> PageMap:
+        return self.store.page_map(self.first, self.tokens)
 
 
 class FirstChunksView(AttentionView):
@@ -151,13 +180,9 @@ class FirstChunksView(AttentionView):
         self.spans = spans
 
     def attend(self, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout):
-        layer = self.store.layers[module.layer_idx]
         for slot, first, tokens in self.spans:
             k_GTD, v_GTD = k_1GTD[0, :, first : first + tokens], v_1GTD[0, :, first : first + tokens]
-            if isinstance(layer, RingLayer):
-                layer.write(slot, k_GTD, v_GTD, 0)
-            else:
-                layer.write(k_GTD, v_GTD, 0, self.store.pages[slot])
+            self.store.write(module.layer_idx, slot, k_GTD, v_GTD, 0)
         return self.inner.attend(module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout)
 
 
@@ -178,15 +203,15 @@ class LaterChunkView(AttentionView):
         if isinstance(layer, RingLayer):
             sinks_H = sinks_of(module, self.store.spec, q_1HTD)
             spec = self.store.spec
-            held = min(self.before, spec.window)
+            held = min(self.before, spec.w_sink + layer.recent)
             before_1 = torch.tensor([self.before], device=layer.device)
-            position_K = torch.cat([slot_positions(before_1, held, spec.w_sink, spec.w_recent)[0], position_T1[:, 0]])
+            position_K = torch.cat([slot_positions(before_1, held, spec.w_sink, layer.recent)[0], position_T1[:, 0]])
             k_GKD = torch.cat([layer.keys[self.slot, :, :held], k_GTD], dim=1)
             v_GKD = torch.cat([layer.values[self.slot, :, :held], v_GTD], dim=1)
             visible_TK = streaming_visible(position_T1, position_K, spec.w_sink, spec.w_recent)
-            layer.write(self.slot, k_GTD, v_GTD, self.before)
+            self.store.write(module.layer_idx, self.slot, k_GTD, v_GTD, self.before)
         else:
-            layer.write(k_GTD, v_GTD, self.before, self.store.pages[self.slot])
+            self.store.write(module.layer_idx, self.slot, k_GTD, v_GTD, self.before)
             k_GKD, v_GKD = layer.read(self.after, self.store.pages[self.slot])
             visible_TK = full_visible(position_T1, torch.arange(self.after, device=layer.device))
         if sinks_H is not None:
