@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.inference.draft import Acceptance
+from lt_train.inference.draft import Acceptance, DraftLength
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.per_prompt_store import PerPromptStore, check_read_at_once
 from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
@@ -93,8 +93,9 @@ class ContinuousBatch:
     ) -> None:
         self.tokenizer = tokenizer
         self.store = store
-        self.draft_length = store.sizes.drafted if isinstance(store, KVStore) else 0
         self.acceptance = Acceptance() if acceptance is None else acceptance
+        draft = store.draft if isinstance(store, KVStore) else None
+        self.draft_length = None if draft is None else DraftLength(draft, self.acceptance)
         self.runner = ModelRunner(model, store, prefill_chunk)
         self.stop_ids = stop_ids
         self.waiting: deque[Running] = deque()
@@ -155,7 +156,7 @@ class ContinuousBatch:
 
     def _make_room(self) -> None:
         """See that every running sequence has pages for its next tokens; put the youngest back until that is so."""
-        drafted, missing = self.draft_length, self.store.missing_pages
+        drafted, missing = 0 if self.draft_length is None else self.draft_length.draft.length, self.store.missing_pages
         while sum(missing(slot, len(s.ids) + drafted) for slot, s in enumerate(self.running)) > self.store.free_pages:
             youngest = self.admitted[-1]
             self._remove(youngest)
@@ -179,19 +180,21 @@ class ContinuousBatch:
     def _step(self) -> list[NewToken]:
         sequences = list(self.running)
         started = time.perf_counter()
-        if not self.draft_length:
+        if self.draft_length is None:
             logits_BV = self.runner.step([sequence.ids[-1] for sequence in sequences])
             self._divide_time(sequences, started)
             return self._take(sequences, logits_BV)
-        drafted = self._draft(sequences)
+        drafted = self._draft(sequences, self.draft_length.next())
         logits_BTV = self.runner.verify([[s.ids[-1], *tokens] for s, tokens in zip(sequences, drafted, strict=True)])
         self._divide_time(sequences, started)
-        return self._accept(sequences, drafted, logits_BTV)
+        taken = self._accept(sequences, drafted, logits_BTV)
+        self.draft_length.took(len(drafted[0]), time.perf_counter() - started)
+        return taken
 
-    def _draft(self, sequences: Sequence[Running]) -> list[list[int]]:
-        """The draft's guess of the next tokens of each sequence: as many as the longest may still have before its last."""
+    def _draft(self, sequences: Sequence[Running], length: int) -> list[list[int]]:
+        """The draft's guess of the next tokens of each sequence, `length` of them; fewer where all sequences end earlier."""
         drafted: list[list[int]] = [[] for _ in sequences]
-        for number in range(min(self.draft_length, max(s.limit - s.new for s in sequences) - 1)):
+        for number in range(min(length, max(s.limit - s.new for s in sequences) - 1)):
             latest = [(tokens or sequence.ids)[-1] for sequence, tokens in zip(sequences, drafted, strict=True)]
             chosen = _choose(sequences, self.runner.draft(latest, number), drafted)
             for sequence, tokens, token_id in zip(sequences, drafted, chosen, strict=True):
@@ -201,6 +204,7 @@ class ContinuousBatch:
     def _accept(self, sequences: Sequence[Running], drafted: Sequence[Sequence[int]], logits_BTV: Tensor) -> list[NewToken]:
         """Give each sequence the model's tokens, up to the first that the draft did not guess or that ends it."""
         taken: list[NewToken] = []
+        self.acceptance.rounds += len(sequences)
         rows = list(range(len(sequences)))
         for number in range(logits_BTV.shape[1]):
             new = self._take([sequences[row] for row in rows], logits_BTV[rows, number])
@@ -208,7 +212,8 @@ class ContinuousBatch:
             if number == len(drafted[0]) or not rows:
                 break
             guessed = [token.token_id == drafted[row][number] for row, token in zip(rows, new, strict=True)]
-            self.acceptance.add(len(rows), sum(guessed))
+            self.acceptance.compared += len(rows)
+            self.acceptance.accepted += sum(guessed)
             rows = [row for row, token, right in zip(rows, new, guessed, strict=True) if right and token.answer is None]
         for slot, sequence in enumerate(self.running):
             self.store.lengths[slot] = len(sequence.ids) - 1

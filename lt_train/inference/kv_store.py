@@ -71,6 +71,7 @@ class KVStore:
 
     def __init__(self, model: HybridForCausalLM, slots: int, pages: int, draft: Draft | None = None) -> None:
         self.spec = model.spec
+        self.draft = draft
         self.sizes = kv_sizes(model, draft)
         self.slots = slots
         self.lengths: list[int] = []

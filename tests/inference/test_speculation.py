@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference import kv_store as kv
-from lt_train.inference.draft import Draft
+from lt_train.inference.draft import Acceptance, Draft, DraftLength
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.requests import Sampling
@@ -39,7 +39,7 @@ def models() -> dict[HybridSpec, HybridForCausalLM]:
     return {spec: tiny_model(spec, torch.float64) for spec in (FULL, HYBRID)}
 
 
-def speculating(model: HybridForCausalLM, length: int = 3, layers: tuple[int, ...] | None = None, **settings) -> Engine:
+def speculating(model: HybridForCausalLM, length: int | None = 3, layers: tuple[int, ...] | None = None, **settings) -> Engine:
     return Engine(model, TOKENIZER, draft=Draft.of(model.spec, layers, length), **settings)
 
 
@@ -236,3 +236,31 @@ def test_the_budget_holds_the_rings_of_the_draft(models) -> None:
 def test_what_cannot_draft_is_refused(spec: HybridSpec, layers, length: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Draft.of(spec, layers, length)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize(("draft_seconds", "token_seconds"), [(0.1, 0.05), (0.9, 0.3), (0.02, 0.0)])
+def test_the_length_of_a_draft_follows_from_measured_acceptance_and_times(acceptance, draft_seconds, token_seconds) -> None:
+    """With rounds of known times it is the one with most tokens a second; none where a draft costs more than it saves."""
+
+    def seconds(length: int) -> float:
+        return 1 + length * (draft_seconds + token_seconds)
+
+    measured = Acceptance(rounds=100, compared=1000, accepted=round(1000 * acceptance))
+    length = DraftLength(Draft.of(FULL, None, None), measured)
+    chosen = []
+    for _ in range(100):
+        chosen.append(length.next())
+        length.took(chosen[-1], seconds(chosen[-1]))
+    best = max(range(6), key=lambda each: sum(acceptance**n for n in range(each + 1)) / seconds(each))
+    assert set(chosen[:6]) == {5, 2, 0}
+    assert chosen[6:].count(best) >= 80
+    assert {5, 2, 0} <= set(chosen[7:]), "times change, so they are taken again"
+
+
+def test_a_draft_that_adapts_changes_no_answer(models) -> None:
+    asked = requests(MANY)
+    expected = texts(answered(Engine(models[HYBRID], TOKENIZER), asked, SAMPLED))
+    engine = speculating(models[HYBRID], None, max_slots=4)
+    assert texts(answered(engine, asked, SAMPLED)) == expected
+    assert 1 < engine.acceptance.tokens_per_round < 6
