@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
 from lt_train.inference.per_prompt_store import PerPrompt
 from lt_train.inference.requests import Backend
@@ -17,7 +18,11 @@ from lt_train.runtime.files import write_json
 
 
 def engine_for(
-    eval_config: Eval, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, per_prompt: PerPrompt | None = None
+    eval_config: Eval,
+    model: HybridForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    draft: Draft | None = None,
+    per_prompt: PerPrompt | None = None,
 ) -> Engine:
     return Engine(
         model,
@@ -26,6 +31,7 @@ def engine_for(
         max_slots=eval_config.batch_size,
         prefill_chunk=eval_config.prefill_chunk,
         per_prompt=per_prompt,
+        draft=draft,
     )
 
 

@@ -87,6 +87,10 @@ class Acceptance:
         """The fraction of the compared tokens that were accepted; 0 where none was compared."""
         return self.accepted / self.compared if self.compared else 0.0
 
+    def __str__(self) -> str:
+        accepted = f"{100 * self.rate:.0f} % of the draft's tokens accepted"
+        return f"{accepted}, {self.tokens_per_round:.2f} tokens in a forward pass of the model"
+
     @property
     def tokens_per_round(self) -> float:
         """Tokens that a forward pass of the model gives a sequence, its own one included."""

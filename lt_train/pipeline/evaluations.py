@@ -20,6 +20,7 @@ from lt_train.evaluation.run import evaluate
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.backends import engine_for, servers_for
+from lt_train.inference.engine import Engine
 from lt_train.inference.per_prompt_store import check_read_at_once
 from lt_train.inference.requests import Backend
 from lt_train.inference.text import stop_tokens
@@ -123,7 +124,10 @@ class Evaluations:
         """Generate and score the samples of an evaluation; returns its plan."""
         stop_ids = stop_tokens(model, self.tokenizer)
         plan = self.plan(eval_config).for_model(self.variants.fingerprint(variant), stop_ids)
-        evaluate(plan, self._backend(plan, variant, model, stop_ids, out), out, rank=self.rank, world_size=self.world_size)
+        backend = self._backend(plan, variant, model, stop_ids, out)
+        evaluate(plan, backend, out, rank=self.rank, world_size=self.world_size)
+        if self.rank == 0 and isinstance(backend, Engine) and backend.acceptance.compared:
+            self.report(f"{variant}: {eval_config.name}: {backend.acceptance}")
         return plan
 
     def plan(self, eval_config: Eval) -> EvaluationPlan:
@@ -139,7 +143,8 @@ class Evaluations:
     ) -> Backend:
         eval_config = plan.eval_config
         if eval_config.backend == "hybrid":
-            return engine_for(eval_config, model, self.tokenizer, self.variants.per_prompt(variant))
+            draft, per_prompt = self.variants.draft(variant, eval_config), self.variants.per_prompt(variant)
+            return engine_for(eval_config, model, self.tokenizer, draft, per_prompt)
         served = Path(resolve_model(self.recipe.model.base)) if variant == BASE else self.paths.export
         prompt, questions = plan.prompt, plan.questions
         return servers_for(eval_config, model, served, self.tokenizer, prompt, questions, stop_ids, out, self.report)

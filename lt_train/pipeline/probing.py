@@ -14,6 +14,7 @@ from lt_train.inference.backends import engine_for
 from lt_train.inference.loading import load_base_config, load_tokenizer
 from lt_train.inference.text import stop_tokens
 from lt_train.pipeline.variants import Variants
+from lt_train.recipe.evaluations import TRAINED
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError
@@ -51,7 +52,8 @@ def probe_checkpoint(run: Path, step: int) -> None:
         plan = make_plan(eval_config, recipe.prompt, tokenizer, context=context, seed=recipe.seed)
         name = str(eval_config.name)
         plan, out = plan.for_model(fingerprint, stop_ids), place / "evals" / name
-        found = evaluate(plan, engine_for(eval_config, model, tokenizer), out, progress=False)
+        engine = engine_for(eval_config, model, tokenizer, variants.draft(TRAINED, eval_config))
+        found = evaluate(plan, engine, out, progress=False)
         assert found is not None, "a process that is alone gets the scores"
         scores.append(_score(name, found))
         samples += _shown(name, plan, out)

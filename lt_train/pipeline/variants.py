@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.draft import Draft
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.per_prompt_store import PerPrompt
 from lt_train.inference.trained_weights import check_restorable, load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
+from lt_train.recipe.part import all_parts
 from lt_train.recipe.schema import (
     HOW_MANY,
     PER_PROMPT,
@@ -50,10 +52,11 @@ class Variants:
     def check_fits(self) -> None:
         """
         Raises:
-            UserError: the recipe's ratio, layers, adapters or restored projections do not fit this model.
+            UserError: the recipe's ratio, layers, drafts, adapters or restored projections do not fit this model.
         """
         hybrid, num_layers, train = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.train
         number_that_stream(hybrid, num_layers)
+        self._check_drafts()
         if train is None:
             return
         with torch.device("meta"):
@@ -91,6 +94,23 @@ class Variants:
         if variant != CONVERTED or hybrid.select != PER_PROMPT:
             return None
         return PerPrompt(num_layers - number_that_stream(hybrid, num_layers), hybrid.calibration.w_last)
+
+    def draft(self, variant: str, eval_config: Eval) -> Draft | None:
+        """What drafts for `variant` in an evaluation; None: nothing does.
+
+        Raises:
+            UserError: it would be the model itself.
+        """
+        if eval_config.draft is None:
+            return None
+        layers = self.spec(CONVERTED).lazy_layers if eval_config.draft == "hybrid" else eval_config.draft_layers
+        return Draft.of(self.spec(variant), layers, eval_config.draft_length)
+
+    def _check_drafts(self) -> None:
+        every_layer_full = HybridSpec(self.base_config.num_hidden_layers, (), w_recent=self.recipe.hybrid.w_recent)
+        for _, part in all_parts(self.recipe):
+            if isinstance(part, Eval) and part.draft is not None:
+                Draft.of(every_layer_full, part.draft_layers, part.draft_length)
 
     def sinks(self, variant: str) -> Path | None:
         """The file of the learned sinks with which a hybrid begins; None where the recipe has none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.recipe.deepspeed_file import contradictions, read_deepspeed_file
-from lt_train.recipe.evaluations import CONVERTED, HELDOUT, TRAINED, Eval
+from lt_train.recipe.evaluations import BASE, CONVERTED, HELDOUT, TRAINED, Eval
 from lt_train.recipe.faults import Fault, nearest_multiples
 from lt_train.recipe.part import all_parts
 from lt_train.recipe.schema import EVAL_LOSS, PER_PROMPT, Evaluation, Lora, Recipe, Train
@@ -26,7 +26,7 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
     for path, part in all_parts(recipe):
         for fault in part.conflicts():
             yield replace(fault, settings=tuple(f"{path}.{setting}" if path else setting for setting in fault.settings))
-    yield from chain(_sources(recipe), _files(recipe), _trackers(recipe), _evaluations(recipe))
+    yield from chain(_sources(recipe), _files(recipe), _trackers(recipe), _evaluations(recipe), _drafts(recipe))
     if recipe.hybrid.select == PER_PROMPT:
         yield from _chosen_by_prompts(recipe)
     if recipe.train is not None:
@@ -85,6 +85,30 @@ def _evaluations(recipe: Recipe) -> Iterator[Fault]:
         if recipe.train is None and TRAINED in (evaluation.variants or []):
             problem, fix = "this recipe trains nothing", "evaluate converted instead of trained, or add a train part"
             yield Fault((f"{path}.variants", "train"), problem, fix)
+
+
+def _drafts(recipe: Recipe) -> Iterator[Fault]:
+    """What a model with more streaming layers cannot draft for."""
+    hybrid = recipe.hybrid
+    for path, part in all_parts(recipe):
+        if not isinstance(part, Eval) or part.draft is None:
+            continue
+        hybrids = [variant for variant in part.variants or [TRAINED] if variant != BASE]
+        if part.draft_length is not None and part.draft_length >= hybrid.w_recent:
+            problem = f"{part.draft_length:,} tokens are not within the window of {hybrid.w_recent:,}"
+            yield Fault((f"{path}.draft_length", "hybrid.w_recent"), problem, f"set draft_length to at most {hybrid.w_recent - 1}")
+        if hybrid.select == PER_PROMPT and (hybrids or part.draft == "hybrid"):
+            problem, fix = "each prompt chooses the layers that stream", "remove draft, or set hybrid.select to static"
+            yield Fault((f"{path}.draft", "hybrid.select"), problem, fix)
+        elif part.draft == "hybrid" and hybrids:
+            fix = "set draft to streaming, or variants to [base]"
+            yield Fault((f"{path}.draft", f"{path}.variants"), "the hybrid would draft for itself", fix)
+        elif hybrids and hybrid.sink == "learned":
+            problem = "layers that stream in the draft alone have no learned sinks"
+            yield Fault((f"{path}.draft", "hybrid.sink"), problem, "remove draft, or set sink to tokens")
+        elif hybrids and part.draft_layers is not None and set(part.draft_layers) <= set(hybrid.layers or ()):
+            problem, fix = "all of them stream in the hybrid, which would draft for itself", "name others, or remove draft_layers"
+            yield Fault((f"{path}.draft_layers", "hybrid.layers"), problem, fix)
 
 
 def _chosen_by_prompts(recipe: Recipe) -> Iterator[Fault]:

@@ -128,6 +128,15 @@ class Eval(EvalConfig):
     """Memory for the KV cache, such as 8GiB. Sequences that do not fit wait. null: most of what is free."""
     prefill_chunk: Count = 2048
     """Prompt tokens in one forward pass."""
+    draft: Literal["streaming", "hybrid"] | None = Field(default=None, json_schema_extra=ADDED)
+    """Speculative decoding: the same weights with more streaming layers propose tokens, and the model reads these in one forward
+    pass. No answer changes. streaming: all layers stream in the draft, or `draft_layers`. hybrid: those that stream in the run's
+    hybrid, to draft for the base. null: off."""
+    draft_layers: Annotated[list[Natural], Field(min_length=1), EachOnce] | None = Field(default=None, json_schema_extra=ADDED)
+    """Indices of the layers that stream in the draft, besides those that stream in the model. null: all."""
+    draft_length: Count | None = Field(default=None, json_schema_extra=ADDED)
+    """Tokens that the draft proposes in a round. null: as many as give the most tokens per second, by the acceptance and the times
+    that are measured as it runs; none where a draft does not pay."""
     allow_partial: bool = False
     """Score the samples there are when some are missing, and mark the score as partial."""
     truncated: Literal["incorrect", "graded"] = Field(default="incorrect", json_schema_extra=ADDED)
@@ -140,6 +149,7 @@ class Eval(EvalConfig):
     def conflicts(self) -> Iterator[Fault]:
         yield from self._benchmark()
         yield from self._backend()
+        yield from self._draft()
         for name in ("top_p", "top_k", "min_p", "samples"):
             value = getattr(self, name)
             if self.temperature == 0 and value != type(self).model_fields[name].default:
@@ -184,6 +194,18 @@ class Eval(EvalConfig):
             yield Fault(("variants", "backend"), "servers serve one model", "evaluate each variant in an item of its own")
         if self.thinking_budget is not None:
             yield Fault(("thinking_budget", "backend"), "a server cannot close the reasoning", "set backend to hybrid")
+
+    def _draft(self) -> Iterator[Fault]:
+        if self.draft is None:
+            for name in ("draft_layers", "draft_length"):
+                if getattr(self, name) is not None:
+                    yield Fault((name, "draft"), "nothing drafts", f"set draft to streaming, or remove {name}")
+            return
+        if self.backend != "hybrid":
+            yield Fault(("draft", "backend"), "a server decodes in its own way", "remove draft, or set backend to hybrid")
+        if self.draft == "hybrid" and self.draft_layers is not None:
+            problem, fix = "the layers of the run's hybrid stream", "set draft to streaming, or remove draft_layers"
+            yield Fault(("draft_layers", "draft"), problem, fix)
 
 
 _BASE_ALONE: list[Variant] = [BASE]
