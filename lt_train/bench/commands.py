@@ -43,13 +43,25 @@ def decode(
     kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS", min=1, help="Time speculative decoding too: tokens that a streaming draft proposes in a round."
+        ),
+    ] = None,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Fraction of the draft's tokens that is accepted. Default: measured; 0.8 with --shape."),
+    ] = None,
 ) -> None:
     """Tokens per second with a given KV budget: hybrids against full attention."""
     from lt_train.bench.base import named_base
     from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
+    from lt_train.bench.speculation import DraftRounds
 
     sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, kv_budget * MIB)
-    bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console())
+    drafts = None if draft is None else DraftRounds(draft, acceptance)
+    bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console(), drafts)
 
 
 @bench.command()

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lt_train.bench.base import Base
 from lt_train.bench.printing import measurement_table, print_lines
+from lt_train.bench.speculation import DraftRounds
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
@@ -118,11 +119,13 @@ def bench_decode(
     lengths: Sequence[int],
     budget: int,
     console: Console,
+    drafts: DraftRounds | None = None,
 ) -> None:
-    """Print the table. The streaming layers are evenly spread: which layers stream does not matter for speed.
+    """Print the table, and that of `drafts`. The streaming layers are evenly spread: which layers stream does not matter for speed.
 
     Raises:
-        UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
+        UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence; see also
+            `DraftRounds.time`.
     """
     num_layers = base.config().num_hidden_layers
     variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
@@ -133,6 +136,9 @@ def bench_decode(
             for context in lengths:
                 found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
                 bar.advance()
+            if drafts is not None:
+                plain = [(at_length.slots, at_length.tokens_per_second) for at_length in found[lazy]]
+                drafts.time(hybrid, base, lengths, budget, plain)
             about = f"{base.name}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {device_name(hybrid.device)}"
             del hybrid
@@ -149,6 +155,8 @@ def bench_decode(
             console, "GPU ms: of a step, while the GPU computes; else it waits for Python. faster by it: tokens per GPU second"
         )
     print_lines(console, PAPER)
+    if drafts is not None:
+        drafts.print(console)
 
 
 def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:

@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def measurement_table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
