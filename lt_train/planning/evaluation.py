@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import kv_bytes, token_bytes
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.draft import LONGEST
 from lt_train.inference.servers.vllm_capacity import VllmCache, with_one_more_or_fewer
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
@@ -18,7 +19,7 @@ class KVCache:
     """
     Attributes:
         evaluation: its name. tokens: of its longest answers.
-        hybrid, full: bytes of one sequence, with and without streaming layers.
+        hybrid, full: bytes of one sequence, with and without streaming layers, the rings of a draft included.
         sequences: how many such sequences fit beside the weights: (hybrid, full).
         vllm: how many vLLM holds there, by the number of streaming layers: as many as in the recipe, one fewer and one more, and 0.
             Empty where it does not serve the hybrid.
@@ -43,9 +44,13 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
     longest = max(eval_configs, key=_tokens)
     itemsize = inference_itemsize(recipe, machine)
     tokens, spec = _tokens(longest), shape.spec
-    hybrid, full = (kv_bytes(base_config.to_dict(), each, tokens, itemsize) for each in (spec, spec.all_full))
+    token = token_bytes(base_config.to_dict(), itemsize)
+    hybrid, full = (
+        kv_bytes(base_config.to_dict(), each, tokens, itemsize) + token * _tokens_in_rings(longest, each, spec)
+        for each in (spec, spec.all_full)
+    )
     left = max(machine.gpus * machine.usable - itemsize * shape.base_parameters, 0)
-    layer_tokens = left // token_bytes(base_config.to_dict(), itemsize)
+    layer_tokens = left // token
     return KVCache(
         longest.name or longest.benchmark,
         tokens,
@@ -54,6 +59,16 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
         (left // hybrid, left // full),
         _in_vllm(spec, base_config.model_type, tokens, layer_tokens),
     )
+
+
+def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpec) -> int:
+    """Tokens that a draft caches for a sequence, summed over layers: a window where a layer streams in the draft alone, and what it
+    proposes in a round wherever a layer streams."""
+    if eval_config.draft is None:
+        return 0
+    listed = hybrid.lazy_layers if eval_config.draft == "hybrid" else eval_config.draft_layers or range(evaluated.num_layers)
+    streaming, length = {*evaluated.lazy_layers, *listed}, eval_config.draft_length or LONGEST
+    return (len(streaming) - len(evaluated.lazy_layers)) * evaluated.window + len(streaming) * length
 
 
 def _in_vllm(spec: HybridSpec, model_type: str, tokens: int, layer_tokens: int) -> dict[int, int]:

@@ -6,6 +6,7 @@ from transformers import Qwen3Config
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from tests.support.families import BASES
@@ -31,6 +32,10 @@ def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(spec: HybridS
     asked = [Request(f"p{n}", 0, sample_seed(7, f"p{n}", 0), prompt) for n, prompt in enumerate(PROMPTS)]
     engine = Engine(model, tokenizer, max_slots=4, prefill_chunk=8)
     answers = {answer.request.problem: answer for answer in engine.answers(asked, Sampling(0.0, 1.0, NEW))}
+    if not spec.learned_sinks:
+        drafting = Engine(model, tokenizer, max_slots=4, prefill_chunk=8, draft=Draft.of(spec, None, 3))
+        drafted = {answer.request.problem: answer.text for answer in drafting.answers(asked, Sampling(0.0, 1.0, NEW))}
+        assert drafted == {problem: answer.text for problem, answer in answers.items()}
     for request in asked:
         ids = torch.tensor([request.prompt_ids], device="cuda")
         cached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[

@@ -3,6 +3,7 @@ import torch
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.draft import Draft
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.evaluation import kv_cache
@@ -32,6 +33,27 @@ def test_the_planned_kv_cache_is_what_the_engine_allocates_for_one_sequence(fami
         layers = KVStore(model, slots=1, pages=3).layers
         assert any(isinstance(layer, PagedLayer) for layer in layers)
         assert sum(held(layer) for layer in layers) == size
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"draft_layers": [1, 2]}, {"draft_length": 3}], ids=["all layers", "two layers", "a length"]
+)
+def test_the_planned_kv_cache_holds_the_rings_of_a_draft(settings, tmp_path):
+    BASES["qwen3"].save_pretrained(tmp_path)
+    recipe = public_recipe(
+        "qwen3-8b",
+        model={"base": str(tmp_path), "dtype": "fp32"},
+        hybrid={"lazy_layer_ratio": 0.5, "w_sink": 2, "w_recent": 30},
+        eval=[{"benchmark": "aime24", "max_new_tokens": 3 * PAGE, "draft": "streaming", **settings}],
+    )
+    config = load_base_config(recipe.model)
+    shape = model_shape(recipe, config)
+    planned = kv_cache(recipe, config, shape, Machine(1, 80 * GIB))
+    for spec, size in ((shape.spec, planned.hybrid), (shape.spec.all_full, planned.full)):
+        model = build_hybrid(config, spec)
+        draft = Draft.of(model.spec, settings.get("draft_layers"), settings.get("draft_length"))
+        store = KVStore(model, slots=1, pages=3, draft=draft)
+        assert sum(held(layer) for layer in {*store.layers, *store.draft_layers}) == size
 
 
 def held(layer: object) -> int:
