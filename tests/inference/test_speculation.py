@@ -1,5 +1,6 @@
 """Speculative decoding changes no answer: the draft decides how many tokens a forward pass gives, never which."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -102,12 +103,14 @@ def test_each_request_has_its_own_limit_and_sampling(models) -> None:
     batch = engine.batch(engine.lay_out(len(MANY), 64))
     for request, sampling in zip(asked, samplings, strict=True):
         batch.add(request, sampling)
-    found, most = {}, 0
+    found, most, come = {}, 0, Counter()
     while not batch.is_empty:
         tokens = batch.step()
+        come.update(token.sequence.request.problem for token in tokens)
         most = max(most, len(tokens) - len({token.sequence.request for token in tokens}))
         found |= {(t.answer.request.problem, 0): t.answer for t in tokens if t.answer is not None}
     assert texts(found) == alone
+    assert come == {problem: answer.tokens for (problem, _), answer in found.items()}
     assert most > 2, "a step gives several tokens of a sequence"
     assert (batch.store.free_pages, batch.store.lengths) == (engine.lay_out(len(MANY), 64).free_pages, [])
 
