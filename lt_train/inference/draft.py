@@ -107,17 +107,19 @@ class DraftLength:
     def __init__(self, draft: Draft, acceptance: Acceptance) -> None:
         self.draft = draft
         self.acceptance = acceptance
-        self.timed = (draft.length, 0, draft.length // 2) if draft.adapts else (draft.length,)
+        self.timed = (draft.length, 0, draft.length // 2)
         self.rounds = 0
         self.seconds: dict[int, float] = {}
         """Of a round, by its length: a moving average."""
 
     def next(self) -> int:
+        if not self.draft.adapts:
+            return self.draft.length
         if self.rounds < 2 * len(self.timed):  # the first time may include allocations
             return self.timed[self.rounds % len(self.timed)]
         if self.rounds % ROUNDS_BETWEEN_TIMINGS == 0:
             return self.timed[self.rounds // ROUNDS_BETWEEN_TIMINGS % len(self.timed)]
-        return max(range(self.draft.length + 1), key=self._tokens_per_second) if self.draft.adapts else self.draft.length
+        return max(range(self.draft.length + 1), key=self._tokens_per_second)
 
     def took(self, length: int, seconds: float) -> None:
         """Note the time of a round in which this number of tokens was drafted."""
