@@ -8,15 +8,15 @@ the draft; the draft decides how many tokens a forward pass of the model gives.
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
 LONGEST = 8
 """Tokens of a round, at most, where measurements choose the number: at an acceptance of 0.9 a ninth is right in 39 % of rounds."""
 
-ROUNDS_BETWEEN_TIMINGS = 16
+FIRST_ROUNDS = 4
+"""Rounds whose times replace earlier ones, which may include allocations."""
+ROUNDS_BETWEEN_TIMINGS = 32
 
 
 @dataclass(frozen=True)
@@ -100,34 +100,40 @@ class Acceptance:
 class DraftLength:
     """The number of tokens that the draft proposes in the next round.
 
-    A draft that adapts takes what promises the most tokens a second. Three lengths are timed at first, and again from time to time,
-    because a round takes longer as sequences grow and less as they end; between them its time is close to linear.
+    A draft that adapts takes what promises the most tokens a second, by the acceptance so far and by times: a round's is close to
+    linear in its length, so rounds with and without a draft give it. Both kinds are timed at first, and later the one that is not
+    chosen now and then, because times change as sequences grow and end.
     """
 
     def __init__(self, draft: Draft, acceptance: Acceptance) -> None:
         self.draft = draft
         self.acceptance = acceptance
-        self.timed = (draft.length, 0, draft.length // 2)
         self.rounds = 0
-        self.seconds: dict[int, float] = {}
-        """Of a round, by its length: a moving average."""
+        self.without = 0.0
+        """Seconds of a round without a draft: a moving average."""
+        self.each_token = 0.0
+        """Seconds that a drafted token adds: a moving average."""
 
     def next(self) -> int:
+        longest = self.draft.length
         if not self.draft.adapts:
-            return self.draft.length
-        if self.rounds < 2 * len(self.timed):  # the first time may include allocations
-            return self.timed[self.rounds % len(self.timed)]
+            return longest
+        if self.rounds < FIRST_ROUNDS:
+            return 0 if self.rounds % 2 == 0 else (longest + 1) // 2
+        best = max(range(longest + 1), key=self._tokens_per_second)
         if self.rounds % ROUNDS_BETWEEN_TIMINGS == 0:
-            return self.timed[self.rounds // ROUNDS_BETWEEN_TIMINGS % len(self.timed)]
-        return max(range(self.draft.length + 1), key=self._tokens_per_second)
+            return 0 if best else min(2, longest)
+        return best
 
     def took(self, length: int, seconds: float) -> None:
         """Note the time of a round in which this number of tokens was drafted."""
-        before = self.seconds.get(length, seconds) if self.rounds >= 2 * len(self.timed) else seconds
-        self.seconds[length] = (before + seconds) / 2
+        kept = 0.0 if self.rounds < FIRST_ROUNDS else 0.5
+        if length == 0:
+            self.without = kept * self.without + (1 - kept) * seconds
+        else:
+            self.each_token = kept * self.each_token + (1 - kept) * max(seconds - self.without, 0) / length
         self.rounds += 1
 
     def _tokens_per_second(self, length: int) -> float:
         expected_tokens = sum(self.acceptance.rate**number for number in range(length + 1))
-        lengths = sorted(self.seconds)
-        return float(expected_tokens / np.interp(length, lengths, [self.seconds[each] for each in lengths]))
+        return expected_tokens / (self.without + length * self.each_token)
