@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lt_train.export.card import loading_code, model_card
-from lt_train.export.code_files import hybrid_code_files
+from lt_train.export.code_files import hybrid_code
 from lt_train.export.configs import exported_config, exported_generation_config, needs_own_code
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
 from lt_train.export.metadata import ExportMetadata
@@ -126,8 +126,8 @@ def _describe(
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if needs_own_code(model.config):
-        for file in hybrid_code_files():
-            shutil.copyfile(file, folder / file.name)
+        for name, text in hybrid_code(model.config).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max_shard_size: int) -> None:

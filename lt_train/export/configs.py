@@ -9,6 +9,7 @@ from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
+from lt_train.export.code_files import entry_module
 from lt_train.hybrid.configuration import (
     HybridConfig,
     HybridMinistralConfig,
@@ -16,7 +17,6 @@ from lt_train.hybrid.configuration import (
     HybridQwen3Config,
     HybridSmolLM3Config,
 )
-from lt_train.hybrid.families import __name__ as FAMILIES
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.runtime.errors import UserError
@@ -85,7 +85,7 @@ def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # Both through the same file: transformers keeps one copy of the code per file named here, and two would mean two HybridErrors.
-    module = FAMILIES.rsplit(".", 1)[-1]
+    module = entry_module(config)
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
         "AutoModelForCausalLM": f"{module}.{type(model).__name__}",

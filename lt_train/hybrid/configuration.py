@@ -31,6 +31,7 @@ class HybridConfig(PreTrainedConfig):
     w_sink: int = 4
     learned_sinks: bool = False
     hybrid_version: str = HYBRID_VERSION
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -1,6 +1,5 @@
 """The families of base models: for each, transformers' classes with the hybrid's mixed in, and the bases that become it."""
 
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from transformers.models.seed_oss.modeling_seed_oss import SeedOssForCausalLM, S
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, SmolLM3Model
 
 from .configuration import (
-    HybridConfig,
     HybridGlm4Config,
     HybridGraniteConfig,
     HybridMinistralConfig,
@@ -29,15 +27,7 @@ from .configuration import (
     HybridSeedOssConfig,
     HybridSmolLM3Config,
 )
-from .modeling import HybridBody, HybridForCausalLM
-
-
-@dataclass(frozen=True)
-class Family:
-    """The classes that a base architecture becomes."""
-
-    config_class: type[HybridConfig]
-    model_class: type[HybridForCausalLM]
+from .modeling import Family, HybridBody, HybridForCausalLM
 
 
 class HybridQwen2Model(HybridBody, Qwen2Model):

@@ -14,32 +14,27 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .auto_family import PREFIX, auto_family
 from .configuration import HybridConfig, is_hybrid
-from .families import BASES, FAMILIES, MINISTRAL, PHI3, Family
-from .modeling import HybridForCausalLM
-from .spec import STREAMING, HybridError, HybridSpec, version_for
+from .conversion import config_in
+from .families import BASES, FAMILIES, MINISTRAL, PHI3
+from .family_proof import prove_family
+from .modeling import Family, HybridForCausalLM
+from .spec import STREAMING, HybridError, HybridSpec
+from .unsupported_bases import refuse_unsupported
 
-# AutoConfig and AutoModelForCausalLM find the classes in a process that imports lt_train.
+_MADE: dict[str, Family] = {}
+"""Families that `prove_auto_family` or a checkpoint added in this process, by the `model_type` of a base or of a hybrid."""
+
+
+def _register(family: Family) -> None:
+    """AutoConfig and AutoModelForCausalLM find the classes in a process that imports lt_train."""
+    AutoConfig.register(family.config_class.model_type, family.config_class)
+    AutoModelForCausalLM.register(family.config_class, family.model_class)
+
+
 for _family in set(FAMILIES.values()):
-    AutoConfig.register(_family.config_class.model_type, _family.config_class)
-    AutoModelForCausalLM.register(_family.config_class, _family.model_class)
-
-# Fields that the new config sets itself, or that describe the base's files rather than its mathematics.
-_NOT_CARRIED_OVER = {
-    "model_type",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "layer_types",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "use_cache",
-    "output_attentions",
-    "w_sink",
-    "learned_sinks",
-    "hybrid_version",
-}
+    _register(_family)
 
 
 def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConfig:
@@ -50,30 +45,80 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
             with quantized weights; a spec for another number of layers.
     """
     family = family_of(base_config)
-    _refuse_unsupported_base(base_config, family)
+    _refuse_unsupported_base(base_config)
+    if not is_declared(base_config) and not is_hybrid(base_config):
+        _check_undeclared(base_config)  # the family was proved with the settings of another base
     if spec.num_layers != base_config.num_hidden_layers:
         raise HybridError(
             f"num_layers: {spec.num_layers}: the base has {base_config.num_hidden_layers} layers. Fix: make a spec for this base"
         )
-    carried = {name: value for name, value in base_config.to_dict().items() if name not in _NOT_CARRIED_OVER}
-    if family is MINISTRAL:
-        known = set(MINISTRAL.config_class().to_dict())
-        carried = {name: value for name, value in carried.items() if name in known}
-    return family.config_class(
-        **carried,
-        layer_types=spec.layer_types,
-        sliding_window=spec.w_recent,
-        w_sink=spec.w_sink,
-        learned_sinks=spec.learned_sinks,
-        hybrid_version=version_for(spec.learned_sinks),
-    )
+    return config_in(family, base_config, spec)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(BASES))
-        raise HybridError(f"model_type: {config.model_type!r}: no hybrid class. Fix: choose a base of one of {known}")
+    """
+    Raises:
+        HybridError: an architecture without a hybrid class.
+    """
+    if config.model_type in _MADE:
+        return _MADE[config.model_type]
+    refuse_undeclared(config)
     return FAMILIES[config.model_type]
+
+
+def refuse_undeclared(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        HybridError: families.py has no family of this base. The message says whether `model.family: auto` could make one.
+    """
+    if is_declared(config):
+        return
+    begin, known = f"model_type: {config.model_type!r}: no hybrid class", f"choose a base of one of {', '.join(sorted(BASES))}"
+    try:
+        refuse_unsupported(config)
+    except HybridError as error:
+        raise HybridError(f"{begin}: {str(error).partition('. Fix: ')[0]}. Fix: {known}") from error
+    raise HybridError(f"{begin}. Fix: set model.family to auto, which makes one and proves it, or {known}")
+
+
+def is_declared(config: PreTrainedConfig) -> bool:
+    """Whether families.py has the family of this base."""
+    return config.model_type in FAMILIES
+
+
+def prove_auto_family(config: PreTrainedConfig) -> None:
+    """Make the family of a base from its own classes, and prove it. Afterwards its models load like any others.
+
+    Raises:
+        HybridError: a base that cannot become a hybrid, or what differed.
+    """
+    _check_undeclared(config)
+    _add(auto_family(config.model_type))
+
+
+def _check_undeclared(config: PreTrainedConfig) -> None:
+    refuse_unsupported(config)
+    _refuse_unsupported_base(config)
+    prove_family(config)
+
+
+def _add(family: Family) -> None:
+    model_type = family.config_class.model_type
+    if model_type not in _MADE:
+        _register(family)
+        _MADE[model_type] = _MADE[model_type.removeprefix(PREFIX)] = family
+
+
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The config of a checkpoint. A hybrid's may name a family that was proved when it was made.
+
+    Raises:
+        OSError: none there.
+    """
+    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type", "")
+    if model_type.startswith(PREFIX) and model_type not in FAMILIES:
+        _add(auto_family(model_type.removeprefix(PREFIX)))
+    return AutoConfig.from_pretrained(source)
 
 
 def build_hybrid(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridForCausalLM:
@@ -118,7 +163,7 @@ def load_hybrid_checkpoint(
     Raises:
         HybridError: the folder holds no hybrid, or its weights do not fit its config.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if not is_hybrid(config):
         raise HybridError(f"{folder}: model_type {config.model_type!r}: not a hybrid. Fix: load a base model with load_hybrid")
     model = _load(folder, config, dtype=dtype, **from_pretrained)
@@ -200,8 +245,8 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _refuse_unsupported_base(config: PreTrainedConfig, family: Family) -> None:
-    values = config.to_dict()
+def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
+    values, family = config.to_dict(), FAMILIES.get(config.model_type)
     if not is_hybrid(config) and _slides(values):
         raise HybridError(
             "sliding_window: the base's config sets one, and a hybrid starts from full attention in every layer. "

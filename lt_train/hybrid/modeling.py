@@ -11,6 +11,7 @@ family.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -55,15 +56,23 @@ def hybrid_attention(
 
     A forward pass of the model gives one object for all layers, `views`; a layer that is called alone takes its view as its mask.
     """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise HybridError(f"{name}: {_called(module)} has it, and no kernel of a hybrid computes it. Fix: choose another base")
     view = attention_mask if views is None else views
     if not isinstance(view, AttentionView):
         raise HybridError(
-            "attention_mask: a layer of a hybrid got no view of what it sees. Fix: call the hybrid's forward, not its layers alone"
+            f"attention_mask: {_called(module)} got no view of what it sees. Fix: call the hybrid's forward, not its layers alone"
         )
     return view.attend(module, query, key, value, scaling, dropout), None
 
 
 AttentionInterface.register(ATTENTION_NAME, hybrid_attention)
+
+
+def _called(module: nn.Module) -> str:
+    """How a message names the attention of a layer."""
+    return f"model.layers.{getattr(module, 'layer_idx', '?')}.self_attn ({type(module).__name__})"
 
 
 class OwnAttention(PreTrainedModel):
@@ -345,6 +354,14 @@ class HybridForCausalLM(OwnAttention):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes that a base architecture becomes."""
+
+    config_class: type[HybridConfig]
+    model_class: type[HybridForCausalLM]
 
 
 _PACKING_HINTS = {"cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}

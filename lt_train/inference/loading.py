@@ -18,7 +18,16 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.kv_size import head_size
-from lt_train.hybrid.loading import build_hybrid, family_of, hybrid_config, load_hybrid
+from lt_train.hybrid.loading import (
+    build_hybrid,
+    family_of,
+    hybrid_config,
+    is_declared,
+    load_hybrid,
+    prove_auto_family,
+    read_config,
+    refuse_undeclared,
+)
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
@@ -39,17 +48,29 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Unp
 def load_base_config(model: Model) -> PreTrainedConfig:
     """
     Raises:
-        UserError: no such folder or hub model, no config that transformers reads, or a base that cannot become a hybrid.
+        UserError: no such folder or hub model, no config that transformers reads, or a base that cannot become a hybrid; with
+            `model.family: auto`, what differed.
     """
     with _failures_named(model, "config"):
         config = AutoConfig.from_pretrained(
             resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     with _failures_named(model, "config", _UNLOADABLE):
-        family_of(config)  # first, because a config of another kind need not count its layers
+        if model.family is None:
+            refuse_undeclared(config)  # first, because a config of another kind need not count its layers
         config = with_rope_scaling(config, model.rope_scaling)
+        if model.family == "auto" and not is_declared(config):
+            prove_auto_family(config)
         hybrid_config(config, HybridSpec(config.num_hidden_layers, lazy_layers=()))
     return config
+
+
+def describe_proof(config: PreTrainedConfig) -> str:
+    """What was proved of a base whose family is not declared (see `prove_auto_family`)."""
+    return (
+        f"auto: a hybrid of {config.model_type} was made, and proved on a small model: with full attention it is the base to the "
+        "last bit, each layer sees what it should, and cached, packed and padded documents are computed as alone"
+    )
 
 
 def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> PreTrainedConfig:
@@ -213,7 +234,7 @@ def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) 
 
 def empty_checkpoint(folder: Path) -> HybridForCausalLM:
     """What `load_hybrid_checkpoint` gives, without any weights: they are on the meta device."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         hybrid = family_of(config).model_class(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():

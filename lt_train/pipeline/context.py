@@ -11,7 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lt_train.dataset.examples import ExampleSet
 from lt_train.dataset.loading import load_examples
 from lt_train.hybrid.context_length import context_length
-from lt_train.inference.loading import attention_choice, check_vocabulary, eos_ids, load_base_config, load_tokenizer
+from lt_train.hybrid.loading import is_declared
+from lt_train.inference.loading import (
+    attention_choice,
+    check_vocabulary,
+    describe_proof,
+    eos_ids,
+    load_base_config,
+    load_tokenizer,
+)
 from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
@@ -53,7 +61,10 @@ class RunContext:
 
     @cached_property
     def base_config(self) -> PreTrainedConfig:
-        return load_base_config(self.recipe.model)
+        config = load_base_config(self.recipe.model)
+        if not is_declared(config):
+            self.report("family", describe_proof(config))
+        return config
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

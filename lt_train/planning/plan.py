@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_train.inference.loading import load_base_config
+from lt_train.hybrid.loading import is_declared
+from lt_train.inference.loading import describe_proof, load_base_config
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.evaluation import KVCache, kv_cache
 from lt_train.planning.memory import Memory, training_memory
@@ -55,6 +56,8 @@ class RecipePlan:
     """Of scoring the layers, on GPUs."""
     profile_suggestions: list[str]
     cache: KVCache | None
+    proof: str | None
+    """What was proved of a base whose family is not declared; None for one that is."""
 
     @property
     def profile_fits(self) -> bool:
@@ -99,6 +102,7 @@ def plan_recipe(
         profile_hours=profile_hours(recipe, shape, machine),
         profile_suggestions=list(profile_suggestions(recipe, shape, machine)),
         cache=kv_cache(recipe, base_config, shape, machine),
+        proof=None if is_declared(base_config) else describe_proof(base_config),
     )
 
 

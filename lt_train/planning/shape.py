@@ -9,10 +9,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lt_train.hybrid.context_length import context_length
+from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
+from lt_train.runtime.errors import UserError
 from lt_train.selection.choose import choose_layers
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
@@ -150,7 +152,8 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
     config = model.config
     attention = model.model.layers[0].self_attn
     olmo2 = config.model_type == "lt_hybrid_olmo2"
-    of_token = config.num_experts_per_tok if config.model_type == "lt_hybrid_qwen3_moe" else 0
+    experts = next((module for name, module in model.named_modules() if name.endswith(".experts")), None)
+    of_token = 0 if experts is None else config.num_experts_per_tok
     heads = 2 if olmo2 else config.num_attention_heads + config.num_key_value_heads
     parameters = list(model.parameters())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -158,14 +161,14 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         spec=spec,
-        layers=tuple(_layer(layer, spec.is_lazy(index)) for index, layer in enumerate(model.model.layers)),
+        layers=tuple(_layer(layer, spec.is_lazy(index), of_token) for index, layer in enumerate(model.model.layers)),
         hidden=config.hidden_size,
-        queries=config.num_attention_heads * attention.head_dim,
-        keys=config.num_key_value_heads * attention.head_dim,
+        queries=config.num_attention_heads * head_size(config.to_dict()),
+        keys=config.num_key_value_heads * head_size(config.to_dict()),
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
-        mlp=of_token * config.moe_intermediate_size if of_token else config.intermediate_size,
-        experts=config.num_experts if of_token else 0,
+        mlp=config.intermediate_size if experts is None else of_token * experts.down_proj.shape[-1],
+        experts=0 if experts is None else experts.num_experts,
         experts_of_token=of_token,
         vocab_size=config.vocab_size,
         tied=head.weight is embedding.weight,
@@ -180,11 +183,17 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
     )
 
 
-def _layer(layer: nn.Module, streams: bool) -> Layer:
+OTHER_NAMES = {"dense": "o_proj", "c_fc": "up_proj", "fc1": "up_proj", "c_proj": "down_proj", "fc2": "down_proj"}
+"""Names of linear modules in families that are not declared, and what Llama calls them."""
+
+
+def _layer(layer: nn.Module, streams: bool, experts_per_token: int) -> Layer:
     linears: dict[str, Linear] = {}
     inside = tuple(name for name, module in layer.named_modules() if isinstance(module, LoraLayer))
     for path, module in layer.named_modules():
         name = path.rsplit(".", 1)[-1]
+        name = OTHER_NAMES.get(name, name)
+        name = path if name in linears else name  # of a shared expert beside the others
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
             weights = sum(p.numel() for p in base.parameters())
@@ -193,9 +202,13 @@ def _layer(layer: nn.Module, streams: bool) -> Layer:
         elif isinstance(module, nn.Linear) and not path.startswith(inside):
             linears[name] = Linear(name, sum(p.numel() for p in module.parameters()), _trains(module))
         elif name == "experts":
-            used = layer.mlp.gate.top_k / module.num_experts
+            used = experts_per_token / module.num_experts
             for projection, weight in module.named_parameters():
                 linears[projection] = Linear(projection, weight.numel(), weight.requires_grad, used=used)
+    lacking = {"o_proj", "down_proj"} - linears.keys()
+    if lacking:
+        problem = f"no module of a layer has this name ({', '.join(sorted(linears))}), so its memory cannot be planned"
+        raise UserError(f"model.family: auto: {' and '.join(sorted(lacking))}: {problem}. Fix: run the recipe without a plan")
     norms = [p for name, p in layer.named_parameters() if "norm" in name]
     return Layer(streams, linears, sum(p.numel() for p in layer.parameters()), any(p.requires_grad for p in norms))
 

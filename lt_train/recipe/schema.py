@@ -76,6 +76,9 @@ class Model(Part):
     """Attention kernel. All kernels compute the same attention. auto: the fastest that works on the device; the log reports which
     one and why. flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. blocked: plain torch
     on any device. reference: slow, to compare with."""
+    family: Literal["auto"] | None = Field(default=None, json_schema_extra=ADDED)
+    """auto: a base of a family that docs/families.md does not list becomes a hybrid by its own classes of transformers, if a small
+    model of its config proves before anything else runs that they stream. null: the families listed there."""
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings with its tokenizer or config."""
     rope_scaling: RopeScaling | None = Field(default=None, json_schema_extra=ADDED)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.manifest import MANIFEST, damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
-from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint
+from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, HybridSpec
 from lt_train.inference.engine import FRACTION_OF_FREE_MEMORY, Engine, free_memory
@@ -97,7 +97,7 @@ def _export(folder: Path) -> Checkpoint:
         )
     source = Model(base=str(folder))
     tokenizer = load_tokenizer(source)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) and computes_in_bf16() else torch.float32
     with bar_if_it_takes_long(source):
         if is_hybrid(config):

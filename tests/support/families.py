@@ -4,6 +4,7 @@ from torch import nn
 from transformers import (
     Glm4Config,
     GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -42,6 +43,9 @@ BASES = {
     "phi3": Phi3Config(**SIZES),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
+
+HELIUM = HeliumConfig(**SIZES, head_dim=12)
+"""A family that is not declared: model.family: auto makes it."""
 
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
 """Families of which a stock class has a window in some layers."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.code_files import check_exportable
 from lt_train.export.manifest import MANIFEST
 from lt_train.export.push import check_push, push_export
 from lt_train.export.weights import ExportedHybrid, MergedWeights, NotOnDisk, WeightFiles, base_files, files_by_name, in_memory
@@ -38,6 +39,7 @@ def describe(context: RunContext) -> str:
 
 
 def check(context: RunContext) -> None:
+    check_exportable(context.base_config)
     if context.recipe.export.push is not None:
         check_push(context.recipe.export.push)
 

@@ -1,0 +1,213 @@
+"""Proof that a hybrid made from a base's own classes computes streaming attention, on a small model with all layers of the base.
+
+Full attention must be the base to the last bit; of each layer, what its queries see is read off its gradients; streaming layers are
+compared with the base's layers under a dense mask, and caches, packing and padding with documents alone. Products are in fp64, so
+that a router's choice of experts does not hang on rounding.
+
+Shapes: B rows, T columns, D hidden size, V vocab_size.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .auto_family import auto_family, stock_classes
+from .cache import CACHE_ARGUMENT, HybridCache
+from .conversion import config_in
+from .kv_size import head_size
+from .mask import full_visible, streaming_visible
+from .modeling import HybridForCausalLM
+from .spec import HybridError, HybridSpec
+from .unsupported_bases import OTHER, attention_at, small_config
+
+LENGTH, W_SINK, W_RECENT = 24, 2, 5
+SEEDS = (0, 1)
+"""Of the batches."""
+
+
+def prove_family(config: PreTrainedConfig) -> None:
+    """
+    Args:
+        config: the base's, which `refuse_unsupported` has passed.
+
+    Raises:
+        HybridError: names what differed, and the module where one can be named.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "transformers_version")}
+    _prove(config.model_type, json.dumps(settings, sort_keys=True, default=str))
+
+
+@cache
+def _prove(model_type: str, settings: str) -> None:
+    small = small_config(stock_classes(model_type)[0](**json.loads(settings)))
+    layers = small.num_hidden_layers
+    spec = HybridSpec(layers, tuple(range(1, layers, 2)) or (0,), W_SINK, W_RECENT)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(0)
+            _compare(small, spec)
+    except HybridError as error:
+        raise _refused(model_type, str(error).partition(". Fix: ")[0]) from error
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise _refused(model_type, f"its forward pass fails in a hybrid ({type(error).__name__}: {error})") from error
+
+
+def _refused(model_type: str, found: str) -> HybridError:
+    return HybridError(f"model_type: {model_type!r}: not proved to stream: {found}. {OTHER}")
+
+
+def _compare(small: PreTrainedConfig, spec: HybridSpec) -> None:
+    family = auto_family(small.model_type)
+    config = config_in(family, small, spec)
+    small._experts_implementation = config._experts_implementation = "eager"  # others have no products in fp64
+    small._attn_implementation = "sdpa"
+    base = stock_classes(small.model_type)[1](small).eval()
+    for weight in base.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(3)  # so that a key more or less changes the logits
+    hybrid = family.model_class(config).eval()
+    hybrid.load_state_dict(base.state_dict())
+    for seed in SEEDS:
+        ids_BT = torch.randint(3, small.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(), hybrid.full_attention():
+            _same("full attention differs from the base", _logits(hybrid, ids_BT), _logits(base, ids_BT), tolerance=0.0)
+    base, hybrid = base.double(), hybrid.double()
+    for seed in SEEDS:
+        ids_BT = torch.randint(3, small.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+        _check_what_layers_see(hybrid, ids_BT)
+        with torch.no_grad():
+            _compare_logits(base, hybrid, spec, ids_BT)
+
+
+def _compare_logits(base: PreTrainedModel, hybrid: HybridForCausalLM, spec: HybridSpec, ids_BT: Tensor) -> None:
+    expected = _logits(hybrid, ids_BT)
+    with hybrid.full_attention():
+        effect = (expected - _logits(hybrid, ids_BT)).abs().max().item()
+    if effect < 1e-6:
+        raise HybridError("layers that stream compute what they compute with full attention")
+    same = partial(_same, tolerance=1e-3 * effect)
+    with _under_masks(base, spec):
+        same("streaming layers differ from the base under a dense mask", expected, _logits(base, ids_BT))
+    same("cached tokens differ from recomputation", _logits_by_cache(hybrid, ids_BT), expected)
+    first_B, second_B = ids_BT[:1], ids_BT[1:, : LENGTH // 2]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in (first_B, second_B)])[None]
+    packed = _logits(hybrid, torch.cat([first_B, second_B], dim=1), position_ids=positions)
+    apart = torch.cat([expected[:1], expected[1:, : LENGTH // 2]], dim=1)
+    same("packed documents differ from each alone", packed, apart)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, : LENGTH // 2] = 0
+    padded_BT = torch.cat([ids_BT[:1], torch.cat([torch.zeros_like(second_B), second_B], dim=1)])
+    padded = _logits(hybrid, padded_BT, attention_mask=mask_BT)
+    same("a padded row differs from the row alone", padded[1, LENGTH // 2 :], expected[1, : LENGTH // 2])
+    one_by_one = "layers run one by one, as the built-in engine and the layer profile do, differ from forward"
+    same(one_by_one, _layer_by_layer(hybrid, ids_BT), expected)
+
+
+def _logits(model: PreTrainedModel, ids_BT: Tensor, **given: Tensor) -> Tensor:
+    return model(ids_BT, use_cache=False, **given).logits
+
+
+def _logits_by_cache(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
+    """Of a first part, a second one of several tokens, and the rest token by token."""
+    cache, parts = HybridCache(hybrid.spec), []
+    for part_BT in ids_BT.split([LENGTH // 2, 4, *[1] * (LENGTH - LENGTH // 2 - 4)], dim=1):
+        parts.append(hybrid(part_BT, **{CACHE_ARGUMENT: cache}).logits)
+    config = hybrid.config
+    expected = (config.num_key_value_heads or config.num_attention_heads, head_size(config.to_dict()))
+    for index, layer in enumerate(cache.layers):
+        for kind, held in (("keys", layer.keys), ("values", layer.values)):
+            if (found := (held.shape[1], held.shape[3])) != expected:
+                at = attention_at(index, hybrid.model.layers[index].self_attn)
+                raise HybridError(f"{at}: it caches {kind} of {found} (heads, size), and the config says {expected}")
+    return torch.cat(parts, dim=1)
+
+
+def _layer_by_layer(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
+    body = hybrid.model
+    views = body.attention_views(input_ids=ids_BT)
+    hidden_BTD = body.embed_tokens(ids_BT)
+    position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
+    for index, layer in enumerate(body.layers):
+        view = views.streaming if hybrid.spec.is_lazy(index) else views.full
+        hidden_BTD = layer(
+            hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
+        )
+    return hybrid.lm_head(body.norm(hidden_BTD))
+
+
+def _same(difference: str, found: Tensor, expected: Tensor, *, tolerance: float) -> None:
+    gap = (found - expected).abs().max().item()
+    if not gap <= tolerance:  # also true of a NaN
+        raise HybridError(f"{difference}: logits by up to {gap:.2g}, of at most {expected.abs().max().item():.2g}")
+
+
+# What each layer's queries see
+
+
+def _check_what_layers_see(hybrid: HybridForCausalLM, ids_BT: Tensor) -> None:
+    """
+    Raises:
+        HybridError: names the first layer of which a query sees another key than its kind of attention shows it.
+    """
+    position_T = torch.arange(LENGTH)
+    causal_TT = full_visible(position_T[:, None], position_T[None])
+    streaming_TT = streaming_visible(position_T[:, None], position_T[None], W_SINK, W_RECENT)
+    views = hybrid.model.attention_views(input_ids=ids_BT[:1])
+    for kind, view, visible_TT in (("full", views.full, causal_TT), ("streaming", views.streaming, streaming_TT)):
+        for index, seen_TT in enumerate(_seen(hybrid, view, ids_BT[:1])):
+            wrong = (seen_TT != visible_TT[QUERIES]).nonzero()
+            if len(wrong):
+                row, key = wrong[0].tolist()
+                query, sees = QUERIES[row], bool(seen_TT[row, key])
+                at = attention_at(index, hybrid.model.layers[index].self_attn)
+                found, wanted = ("sees", "hides") if sees else ("does not see", "shows")
+                raise HybridError(f"{at}: token {query} {found} token {key}, which {kind} attention {wanted}")
+
+
+QUERIES = [LENGTH // 2, LENGTH - 1]
+
+
+def _seen(hybrid: HybridForCausalLM, view: Any, ids_1T: Tensor) -> Iterator[Tensor]:
+    """For each layer, which tokens [queries, T] of its input the outputs at QUERIES depend on."""
+    body = hybrid.model
+    hidden_1TD = body.embed_tokens(ids_1T).detach()
+    position_ids = torch.arange(LENGTH)[None]
+    position_embeddings = body.rotary_emb(hidden_1TD, position_ids)
+    for layer in body.layers:
+        hidden_1TD = hidden_1TD.detach().requires_grad_()
+        given = {"attention_mask": view, "position_ids": position_ids, "position_embeddings": position_embeddings}
+        output_1TD = layer(hidden_1TD, **given)
+        weights_D = torch.linspace(0.5, 1.5, output_1TD.shape[-1], dtype=output_1TD.dtype)
+        rows = []
+        for query in QUERIES:
+            (gradient,) = torch.autograd.grad((output_1TD[0, query] * weights_D).sum(), hidden_1TD, retain_graph=True)
+            rows.append(gradient[0].abs().amax(-1) > 0)
+        yield torch.stack(rows)
+        hidden_1TD = output_1TD
+
+
+@contextmanager
+def _under_masks(base: PreTrainedModel, spec: HybridSpec) -> Iterator[None]:
+    """While the block runs, each layer of the base gets a dense mask of its kind in `spec`."""
+    position_T = torch.arange(LENGTH)
+    full = full_visible(position_T[:, None], position_T[None])[None, None]
+    streaming = streaming_visible(position_T[:, None], position_T[None], spec.w_sink, spec.w_recent)[None, None]
+
+    def masked(mask: Tensor, layer: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, given | {"attention_mask": mask}
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(masked, streaming if spec.is_lazy(index) else full), with_kwargs=True)
+        for index, layer in enumerate(base.model.layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

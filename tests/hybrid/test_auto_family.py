@@ -1,0 +1,101 @@
+"""Families made by model.family: auto: one that only the tests have, some of transformers, and what is refused."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    OlmoConfig,
+    Qwen3NextConfig,
+    StableLmConfig,
+    ViTConfig,
+)
+
+from lt_train.hybrid.loading import hybrid_config, load_hybrid, load_hybrid_checkpoint, prove_auto_family
+from lt_train.hybrid.spec import HybridError, HybridSpec
+from tests.support.families import HELIUM, SIZES
+from tests.support.toy_family import toy_config
+
+SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+
+
+@pytest.mark.parametrize("config", [toy_config(), HELIUM], ids=["toy", "helium"])
+@torch.no_grad()
+def test_a_proved_family_loads_its_bases_and_its_saved_hybrids(config, tmp_path):
+    prove_auto_family(config)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    hybrid, ids = load_hybrid(tmp_path / "base", SPEC), torch.randint(3, 96, (2, 40))
+    with hybrid.full_attention():
+        assert torch.equal(hybrid(ids).logits, base(ids).logits)
+    assert (hybrid(ids).logits[:, 11:] - base(ids).logits[:, 11:]).abs().max() > 1e-3
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again = load_hybrid_checkpoint(tmp_path / "hybrid")
+    assert again.spec == SPEC and torch.equal(again(ids).logits, hybrid(ids).logits)
+    assert hybrid.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 44)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("no mask", r"attention_mask: model\.layers\.2\.self_attn \(ToyAttention\) got no view of what it sees"),
+        ("no interface", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 2, which streaming attention hides"),
+        ("shifted", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 7, which streaming attention hides"),
+        ("softcap", r"softcap: model\.layers\.2\.self_attn \(ToyAttention\) has it, and no kernel of a hybrid computes it"),
+        ("scaled logits", "layers run one by one, .* differ from forward: logits by up to"),
+    ],
+)
+def test_a_family_with_a_fault_is_refused_and_the_message_names_what_differed(fault, found):
+    with pytest.raises(HybridError, match=f"^model_type: 'toy': not proved to stream: {found}.* Fix: choose another base$"):
+        prove_auto_family(toy_config(fault))
+
+
+def test_a_family_whose_layers_hand_nothing_through_is_refused():
+    config = StableLmConfig(**{**SIZES, "hidden_size": 64})
+    with pytest.raises(HybridError, match=r"model\.layers\.0\.self_attn \(StableLmAttention\) got no view of what it sees"):
+        prove_auto_family(config)
+
+
+REFUSED = {
+    "encoder and decoder": (BartConfig(), "bart: an encoder and cross-attention"),
+    "cross-attention": (GPT2Config(add_cross_attention=True), "gpt2: an encoder and cross-attention"),
+    "several parts": (Gemma3Config(), "gemma3: a model of several parts"),
+    "latent attention": (DeepseekV3Config(), "self_attn of every layer: kv_lora_rank 512: latent attention"),
+    "linear attention": (Qwen3NextConfig(), r"layer_types: layers 0, 1, 2, 4, …: linear_attention: only full attention"),
+    "chunked attention": (Llama4TextConfig(), r"layer_types: layers 0, 1, 2, 4, …: chunked_attention: only full attention"),
+    "no attention": (MambaConfig(), "mamba: no attention in it"),
+    "attention of another name": (JetMoeConfig(), r"model\.layers\.0: no self_attn among .*self_attention \(JetMoeAttention\)"),
+    "heads of each layer": (toy_config(num_key_value_heads=[2, 2, 1, 2]), r"num_key_value_heads: \[2, 2, 1, 2\]: layers with"),
+    "other sizes in a layer": (
+        toy_config("fewer heads"),
+        r"model\.layers\.2\.self_attn \(ToyAttention\): other weights than in layer 0",
+    ),
+    "no index": (toy_config("no index"), r"model\.layers\.2\.self_attn \(ToyAttention\): its layer_idx is not 2"),
+    "capped scores": (Gemma2Config(), r"attn_logit_softcapping: 50\.0: no kernel"),
+    "biases of positions": (FalconConfig(alibi=True), "alibi: attention with biases of positions"),
+    "learned sinks": (GptOssConfig(), r"model\.layers\.0\.self_attn \(GptOssAttention\): learned sinks of the base"),
+    "other names": (GPT2Config(), "model.embed_tokens of GPT2LMHeadModel: missing"),
+    "no language model": (ViTConfig(), "model_type: 'vit': transformers has no causal language model of it"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("convert", [prove_auto_family, lambda config: hybrid_config(config, SPEC)], ids=["auto", "undeclared"])
+def test_a_base_that_no_hybrid_computes_is_refused_with_the_module_or_setting_and_the_reason(kind, convert):
+    config, reason = REFUSED[kind]
+    with pytest.raises(HybridError, match=f"^(model_type: '.*': no hybrid class: )?{reason}.* Fix: choose "):
+        convert(config)
+
+
+def test_a_family_that_could_be_proved_is_refused_without_auto_and_the_message_names_the_setting():
+    with pytest.raises(HybridError, match=r"model_type: 'olmo': no hybrid class\. Fix: set model\.family to auto, .* or choose"):
+        hybrid_config(OlmoConfig(**SIZES), SPEC)
