@@ -6,7 +6,10 @@ import struct
 from collections import Counter
 from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lt_train.runtime.errors import UserError
 
@@ -14,10 +17,20 @@ Shapes = Counter[tuple[int, ...]]  # the number of weights of each shape; saving
 
 
 def full_shapes(model: nn.Module, *, trainable_only: bool) -> Shapes:
-    """The shapes that a save of `model` must hold (`trainable_only`: a save of its adapter). Tied weights count once."""
+    """The shapes that a save of `model` must hold (`trainable_only`: a save of its adapter). Tied weights count once.
+
+    A save of the model has each expert's weights apart, as the checkpoints of its family have them.
+    """
     # Under ZeRO-3 a parameter is empty, and ds_shape is its full shape; adapters are partitioned only when training starts.
-    shapes = ((p.ds_shape if hasattr(p, "ds_shape") else p.shape, p.requires_grad) for p in model.parameters())
-    return Counter(tuple(shape) for shape, trained in shapes if trained or not trainable_only)
+    shapes = {
+        name: tuple(p.ds_shape if hasattr(p, "ds_shape") else p.shape)
+        for name, p in model.named_parameters()
+        if p.requires_grad or not trainable_only
+    }
+    if trainable_only or not isinstance(model, PreTrainedModel):
+        return Counter(shapes.values())
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return Counter(tuple(weight.shape) for weight in revert_weight_conversion(model, weights).values())
 
 
 def full_size(model: nn.Module, *, trainable_only: bool) -> int:

@@ -45,6 +45,7 @@ from lt_train.training.dataset import training_dataset
 from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
+from lt_train.training.experts import gather_experts_at_once
 from lt_train.training.interruption import SaveOnSigterm
 from lt_train.training.log import read_log
 from lt_train.training.probes.launching import ProbeLauncher, environment_for
@@ -213,6 +214,8 @@ def _build_trainer(
             logits_H.data = logits_H.data.float()
     if recipe.train.parameters == "lazy_projections":
         freeze_all_but_lazy_projections(model, spec)
+    if recipe.train.deepspeed:
+        gather_experts_at_once(model)
     trainer = HybridSFTTrainer(
         model=model,
         args=config,

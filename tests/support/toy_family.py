@@ -1,5 +1,6 @@
 """A decoder that only these tests have, registered with transformers: attention and MLP side by side, and one fault on request."""
 
+import os
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class ToyConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     initializer_range: float = 0.02
     fault: str | None = None
+    experts: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
@@ -77,6 +79,17 @@ class ToyAttention(nn.Module):
         return self.o_proj(out.reshape(*hidden_BTD.shape[:2], -1))
 
 
+class ToyExperts(nn.Module):
+    """As many experts as the config says, each a module; which one all tokens go to is the rank of the process."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.experts))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.experts[int(os.environ.get("RANK", 0)) % len(self.experts)](hidden_BTD)
+
+
 class ToyLayer(nn.Module):
     def __init__(self, config: ToyConfig, layer_idx: int) -> None:
         super().__init__()
@@ -84,11 +97,12 @@ class ToyLayer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mlp = ToyExperts(config) if config.experts else nn.Identity()
 
     def forward(self, hidden_BTD: Tensor, attention_mask: Any = None, cache: Any = None, **given: Any) -> Tensor:
         normed_BTD = self.norm(hidden_BTD)
         attended_BTD = self.self_attn(normed_BTD, attention_mask=attention_mask, cache=cache, **given)
-        return hidden_BTD + attended_BTD + self.down_proj(torch.tanh(self.up_proj(normed_BTD)))
+        return hidden_BTD + attended_BTD + self.mlp(self.down_proj(torch.tanh(self.up_proj(normed_BTD))))
 
 
 class ToyPreTrainedModel(PreTrainedModel):

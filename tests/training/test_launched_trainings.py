@@ -1,6 +1,5 @@
 """Two processes under DeepSpeed, started by its launcher: the losses of one process, complete weights, kills and resumes."""
 
-import json
 import shutil
 import signal
 import time
@@ -17,9 +16,8 @@ from transformers import Qwen3ForCausalLM
 from lt_train.inference.trained_weights import load_trained
 from lt_train.runtime.errors import UserError
 from tests.support import tiny_training
-from tests.support.launched_training import SCRIPT, start_launch, train_in_ranks
+from tests.support.launched_training import SCRIPT, deepspeed_file, start_launch, train_in_ranks
 from tests.support.processes import exit_code, start_ranks
-from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, steps
 
 pytestmark = pytest.mark.slow
@@ -53,14 +51,6 @@ def bf16_settings(name: str, folder: Path) -> dict[str, Any]:
     """Steps of 8 samples, 4 one after the other in each of two processes."""
     train = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
     return {"model": {"dtype": "bf16"}, "train": train}
-
-
-def deepspeed_file(name: str, folder: Path) -> Path:
-    """A file of launch/, but with torch's AdamW where DeepSpeed would compile one for CPUs, which takes minutes."""
-    settings = json.loads((REPOSITORY / "launch" / name).read_text())
-    path = folder / name
-    path.write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
-    return path
 
 
 @pytest.fixture(scope="module")
