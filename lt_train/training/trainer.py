@@ -45,7 +45,7 @@ from lt_train.training.dataset import training_dataset
 from lt_train.training.distillation.loss import Distillation
 from lt_train.training.distillation.teacher import CopiedTeacher, OwnTeacher, StoredTeacher, Teacher, hybrid_in
 from lt_train.training.distillation.top_k import open_top_k
-from lt_train.training.experts import gather_experts_at_once
+from lt_train.training.experts import gather_experts_at_once, router_loss_of_base
 from lt_train.training.interruption import SaveOnSigterm
 from lt_train.training.log import read_log
 from lt_train.training.probes.launching import ProbeLauncher, environment_for
@@ -216,14 +216,15 @@ def _build_trainer(
         freeze_all_but_lazy_projections(model, spec)
     if recipe.train.deepspeed:
         gather_experts_at_once(model)
-    trainer = HybridSFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=training_dataset(example_set.train, max_length=data.max_length, packing=data.packing),
-        eval_dataset=training_dataset(heldout, max_length=data.max_length, packing=False) if heldout else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
-    )
+    with router_loss_of_base(model, config):
+        trainer = HybridSFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=training_dataset(example_set.train, max_length=data.max_length, packing=data.packing),
+            eval_dataset=training_dataset(heldout, max_length=data.max_length, packing=False) if heldout else None,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe.lora, spec, model) if recipe.lora is not None else None,
+        )
     if recipe.train.sequence_parallel > 1:
         trainer.sharded_sequences = shard_sequences(model, recipe.train.sequence_parallel)
     if spec.learned_sinks:

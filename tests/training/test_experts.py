@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.loading import build_hybrid, load_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.trained_weights import load_trained
+from lt_train.recipe.schema import Lora
+from lt_train.training import trainer
+from lt_train.training.sft_trainer import HybridSFTTrainer
+from lt_train.training.trainable import lora_config
 from tests.support.expert_training import qwen3_moe, routed_by_rank, train_experts
 from tests.support.launched_training import deepspeed_file
 from tests.support.processes import exit_code, start_ranks
-from tests.support.tiny_training import SPEC, tiny_recipe
+from tests.support.tiny_training import SPEC, tiny_examples, tiny_recipe, tiny_tokenizer
 from tests.support.training_log import assert_same_course, losses
 
 SECONDS = 240
@@ -57,3 +63,35 @@ def test_qwen3_moe_under_zero3_has_the_losses_of_one_process_and_saves_every_exp
     )
     for (name, mine), theirs in zip(two.state_dict().items(), one.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-2, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_training_adds_the_routers_loss_where_the_bases_config_asks_for_it_and_held_out_losses_lack_it(
+    asked_for: bool, tmp_path: Path
+) -> None:
+    def build(router: bool) -> tuple[HybridSFTTrainer, HybridForCausalLM]:
+        torch.manual_seed(0)
+        model = build_hybrid(qwen3_moe(output_router_logits=router, router_aux_loss_coef=0.5), SPEC)
+        recipe, examples = tiny_recipe({"data": {"heldout": 3, "packing": False}}), tiny_examples(heldout=3)
+        config = trainer.sft_config(recipe, recipe.train, tmp_path)
+        return trainer._build_trainer(recipe, config, lambda dtype: model, tiny_tokenizer(), examples, SPEC), model
+
+    training, model = build(asked_for)
+    ids = torch.tensor([tiny_examples().train[0].input_ids])
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    loss = training.compute_loss(model, dict(inputs)).item()
+    token_losses = model(**inputs, output_router_logits=False, use_cache=False).loss.item()
+    router = model(**inputs, output_router_logits=True, use_cache=False)
+    assert router.aux_loss > 0.5
+    assert loss == pytest.approx(token_losses + (0.5 * router.aux_loss.item() if asked_for else 0.0), rel=1e-5)
+    assert model.config.output_router_logits is asked_for and model.config.router_aux_loss_coef == 0.5
+    assert training.evaluate()["eval_loss"] == pytest.approx(build(not asked_for)[0].evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_lora_reaches_attention_alone_by_default(tmp_path: Path) -> None:
+    hybrid = build_hybrid(qwen3_moe(), SPEC)
+    adapted = get_peft_model(hybrid, lora_config(Lora(), SPEC, hybrid))
+    trained = {name.split(".lora_")[0].split("layers.")[1] for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained == {
+        f"{layer}.self_attn.{name}" for layer in SPEC.lazy_layers for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
