@@ -26,6 +26,7 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
         "model": {
             "base": plan.recipe.model.base,
             "parameters": plan.shape.base_parameters,
+            "active_parameters": plan.shape.active_parameters,
             "layers": spec.num_layers,
             "streaming_layers": len(spec.lazy_layers),
             "w_sink": spec.w_sink,

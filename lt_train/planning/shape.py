@@ -114,6 +114,11 @@ class ModelShape:
         return sum(int(linear.weights * linear.used) for layer in self.layers for linear in layer.linears.values())
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses, without adapters."""
+        return self.base_parameters - self.layer_linears + self.used_linears
+
+    @property
     def adapters(self) -> int:
         return sum(linear.adapter for layer in self.layers for linear in layer.linears.values())
 

@@ -43,7 +43,8 @@ def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     spec = shape.spec
     sinks = "learned sinks" if spec.learned_sinks else f"{spec.w_sink} sinks"
     streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({sinks}, window {spec.w_recent:,})"
-    rows = [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters; {streams}")]
+    active = f", of which a token uses {shape.active_parameters:,}" if shape.experts else ""
+    rows = [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters{active}; {streams}")]
     if plan.proof is not None:
         rows += [("family", plan.proof), ("", "memory and operations are counted as if its layers were Llama's or Qwen3-MoE's")]
     return rows

@@ -55,7 +55,7 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
 KEYS = {
     "": ["name", "works", "machine", "model", "training", "profile", "kv_cache"],
     "machine": ["gpus", "cpu", "memory_bytes", "usable_bytes", "tflops", "efficiency"],
-    "model": ["base", "parameters", "layers", "streaming_layers", "w_sink", "w_recent", "learned_sinks"],
+    "model": ["base", "parameters", "active_parameters", "layers", "streaming_layers", "w_sink", "w_recent", "learned_sinks"],
     "training": [
         *("fits", "trained_parameters", "dtype", "sharding", "micro_batch_size", "row_tokens", "sequence_parallel"),
         *("accumulation_steps", "undivided", "peak_bytes", "peak_phase", "host_bytes", "allocations", "options", "suggestions"),

@@ -1,9 +1,16 @@
+from pathlib import Path
+
 import pytest
-from transformers import Qwen3MoeConfig
+from rich.console import Console
 
 from lt_train.inference.loading import load_base_config
+from lt_train.planning.plan import plan_recipe
+from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape, model_shape
+from lt_train.planning.table import show_plan
+from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.units import GIB
 from tests.support.public_models import CONFIGS, public_recipe
 
 
@@ -45,14 +52,25 @@ def test_the_recipes_own_layers_are_taken():
     assert [index for index, layer in enumerate(shape.layers) if layer.streams] == [3, 5]
 
 
-def test_a_token_uses_the_weights_of_its_experts_alone(tmp_path):
-    # Qwen3-30B-A3B, by its model card: 30.5 billion parameters, 3.3 billion of them active
-    config = Qwen3MoeConfig(num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
-    config.save_pretrained(tmp_path)
-    recipe = public_recipe("qwen3-8b", model={"base": str(tmp_path), "dtype": "bf16"})
-    shape = model_shape(recipe, load_base_config(recipe.model))
-    assert round(shape.parameters / 1e9, 1) == 30.5
-    assert (shape.parameters - shape.layer_linears + shape.used_linears) / 1e9 == pytest.approx(3.3, abs=0.1)
+def test_a_token_uses_the_weights_of_its_experts_alone():
+    shape = shape_of("qwen3-30b-a3b")
+    assert shape.parameters == 61_064_245_248 // 2  # as above: the published checkpoint
+    # a layer has 128 experts of three matrices, of which a token uses 8; its model card says 3.3 billion
+    assert shape.active_parameters == shape.parameters - 48 * 120 * 3 * 2048 * 768 == 3_353_032_704
+    assert (shape.experts, shape.experts_of_token, shape.mlp) == (128, 8, 8 * 768)
+
+
+def test_the_plan_of_the_mixtures_recipe_says_both_counts_and_trains_adapters_of_attention_alone(capsys):
+    base = f"model.base={CONFIGS / 'qwen3-30b-a3b'}"
+    plan = plan_recipe(load_recipe(Path("recipes/qwen3-30b-a3b.yaml"), [base]), Machine(8, 80 * GIB), samples=5000)
+    show_plan(plan, Console(width=400))
+    assert "30,532,122,624 parameters, of which a token uses 3,353,032,704; 24 of 48 layers stream" in capsys.readouterr().out
+    # rank 16 x (in + out) of q, k, v and o in 24 layers: hidden 2048, 32 and 4 heads of 128
+    assert plan.shape.trainable == 24 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    weights = next(each.size for each in plan.training.memory.allocations if each.name == "weights")
+    assert weights == -(-2 * (30_532_122_624 + plan.shape.trainable) // 8), "all experts are in memory, over 8 GPUs"
+    tokens = plan.training.work.tokens
+    assert 4 * tokens < plan.training.compute.linear / 3_353_032_704 < 8 * tokens, "a token's own experts are computed"
 
 
 def test_targets_that_no_layer_has_are_an_error():

@@ -11,6 +11,7 @@ HUB = {
     "Qwen/Qwen2.5-32B-Instruct": "qwen2.5-32b-instruct",
     "Qwen/QwQ-32B": "qwq-32b",
     "Qwen/Qwen3-8B": "qwen3-8b",
+    "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b",
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "deepseek-r1-distill-llama-8b",
     "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b-instruct-v0.3",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m-instruct",
