@@ -20,8 +20,8 @@ from .conversion import config_in
 from .families import BASES, FAMILIES, MINISTRAL, PHI3
 from .family_proof import prove_family
 from .modeling import Family, HybridForCausalLM
-from .spec import STREAMING, HybridError, HybridSpec
-from .unsupported_bases import refuse_unsupported
+from .spec import HybridError, HybridSpec
+from .unsupported_bases import refuse_unsupported, sliding_layers
 
 _MADE: dict[str, Family] = {}
 """Families that `prove_auto_family` or a checkpoint added in this process, by the `model_type` of a base or of a hybrid."""
@@ -98,7 +98,7 @@ def prove_auto_family(config: PreTrainedConfig) -> None:
 
 def _check_undeclared(config: PreTrainedConfig) -> None:
     refuse_unsupported(config)
-    _refuse_unsupported_base(config)
+    _refuse_unsupported_base(config)  # quantized weights
     prove_family(config)
 
 
@@ -247,7 +247,7 @@ def _without_report() -> Iterator[None]:
 
 def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
     values, family = config.to_dict(), FAMILIES.get(config.model_type)
-    if not is_hybrid(config) and _slides(values):
+    if not is_hybrid(config) and sliding_layers(config):
         raise HybridError(
             "sliding_window: the base's config sets one, and a hybrid starts from full attention in every layer. "
             "Fix: name a base without a window, or the model that this hybrid was made from; if no sequence is longer than "
@@ -268,10 +268,3 @@ def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
         )
     if values.get("quantization_config"):
         raise HybridError("quantization_config: the base's weights are quantized. Fix: start from its bf16 or fp32 weights")
-
-
-def _slides(values: dict[str, Any]) -> bool:
-    layer_types = values.get("layer_types")
-    if layer_types is not None:
-        return STREAMING in layer_types
-    return values.get("sliding_window") is not None

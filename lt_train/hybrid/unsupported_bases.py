@@ -59,6 +59,20 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         ) from error
     for fault in _faults_of_modules(model):
         raise HybridError(fault)
+    sliding = sliding_layers(config)
+    if sliding:
+        begin = f"sliding_window: layers {_listed(sliding)} of {config.num_hidden_layers}"
+        problem = f"see {config.sliding_window:,} tokens from the start, and a hybrid starts from full attention in every layer"
+        raise HybridError(f"{begin} ({config.model_type}) {problem}. Fix: choose a base without a window")
+
+
+def sliding_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers of a base that have a window."""
+    values = config.to_dict()
+    layer_types = values.get("layer_types")
+    if layer_types is not None:
+        return [layer for layer, kind in enumerate(layer_types) if kind == STREAMING]
+    return [] if values.get("sliding_window") is None else list(range(config.num_hidden_layers))
 
 
 def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:

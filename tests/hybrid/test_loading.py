@@ -3,7 +3,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OlmoConfig, Phi3Config, Qwen2Config, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    OlmoConfig,
+    Phi3Config,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
 from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.spec import HybridError, HybridSpec
@@ -77,6 +86,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
     [
         (OlmoConfig(), "no hybrid class"),
         (MistralConfig(), "sliding_window: the base"),
+        (MinistralConfig(), "sliding_window: the base"),
+        (MinistralConfig(layer_types=["full_attention", "sliding_attention"] * 16), "sliding_window: the base"),
         (Qwen2Config(use_sliding_window=True, max_window_layers=2), "sliding_window: the base"),
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
