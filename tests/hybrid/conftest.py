@@ -1,12 +1,12 @@
 import pytest
 from transformers import PreTrainedConfig
 
-from tests.support.families import BASES
+from tests.support.families import BASES, FAMILIES, base_of
 
 
-@pytest.fixture(params=BASES)
+@pytest.fixture(params=FAMILIES)
 def base_config(request: pytest.FixtureRequest) -> PreTrainedConfig:
-    return BASES[request.param]
+    return base_of(request.param)
 
 
 @pytest.fixture

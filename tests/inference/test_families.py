@@ -5,7 +5,7 @@ import torch
 
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Request, Sampling
-from tests.support.families import BASES
+from tests.support.families import FAMILIES
 from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
 
 NEW = 12
@@ -13,7 +13,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(family: str) -> None:
     torch.manual_seed(0)
     model, tokenizer = tiny_hybrid(family), tiny_tokenizer()

@@ -9,12 +9,15 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
+
+from lt_train.hybrid.loading import prove_auto_family
 
 SIZES = dict(
     vocab_size=96,
@@ -46,6 +49,18 @@ BASES = {
 
 HELIUM = HeliumConfig(**SIZES, head_dim=12)
 """A family that is not declared: model.family: auto makes it."""
+
+FAMILIES = (*BASES, "helium")
+"""What the table of tests runs over."""
+
+
+def base_of(family: str) -> PreTrainedConfig:
+    """A base of this family; where it is not declared, the family is made first."""
+    if family in BASES:
+        return BASES[family]
+    prove_auto_family(HELIUM)
+    return HELIUM
+
 
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
 """Families of which a stock class has a window in some layers."""

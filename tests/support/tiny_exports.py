@@ -10,7 +10,7 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from tests.support.families import BASES
+from tests.support.families import base_of
 
 END, PAD = "<|end|>", "<|pad|>"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
@@ -27,7 +27,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_hybrid(family: str = "qwen3", *, w_sink: int = 3, w_recent: int = 7, lazy: tuple[int, ...] = (1, 3)) -> HybridForCausalLM:
     """Random weights, made large enough that a token more or less in sight changes what is generated."""
-    model = build_hybrid(BASES[family], HybridSpec(4, lazy, w_sink, w_recent)).eval()
+    model = build_hybrid(base_of(family), HybridSpec(4, lazy, w_sink, w_recent)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
