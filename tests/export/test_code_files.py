@@ -38,6 +38,7 @@ def test_every_relative_import_is_among_the_files(config):
     assert set().union(*(imports(text)[1] for text in files.values())) | {entry_module(config)} == names
     assert {"configuration", "cache", "mask", "spec"} <= names
     assert "loading" not in names and "__init__" not in names
+    assert ("families" in names) is (entry_module(config) == "families"), "a made family needs no declared one"
 
 
 def test_the_files_need_torch_and_transformers_alone(config):

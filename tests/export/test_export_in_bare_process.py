@@ -20,11 +20,9 @@ from lt_train.export.configs import exported_config
 from lt_train.export.manifest import MANIFEST, read_manifest
 from lt_train.export.weights import in_memory
 from lt_train.hybrid.families import HybridQwen3ForCausalLM
-from lt_train.hybrid.loading import build_hybrid, prove_auto_family
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from tests.support import processes
-from tests.support.families import BASES, HELIUM
+from tests.support.families import FAMILIES
 from tests.support.repository import ENVIRONMENT
 from tests.support.tiny_exports import END, TEMPLATE, metadata, tiny_hybrid, tiny_tokenizer
 
@@ -76,15 +74,7 @@ def test_an_export_is_checked_in_a_new_interpreter(new_interpreter, tmp_path):
     assert read_manifest(export(tiny_hybrid(), tmp_path / "export")).check.logits_difference <= 1e-5
 
 
-def test_a_family_that_auto_made_gives_the_same_logits_and_tokens_in_a_bare_process(tmp_path):
-    prove_auto_family(HELIUM)
-    model = build_hybrid(HELIUM, HybridSpec(4, (1, 3), 3, 7)).eval()
-    check = read_manifest(export(model, tmp_path / "export")).check
-    assert check.model_class == "HybridHeliumForCausalLM" and check.logits_difference <= 1e-5 and check.tokens
-    assert "families.py" not in {path.name for path in (tmp_path / "export").iterdir()}
-
-
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_with_sinks_gives_the_same_logits_and_tokens_in_a_bare_process(family, tmp_path):
     folder = export(tiny_hybrid(family), tmp_path / "export")
     check = read_manifest(folder).check

@@ -11,7 +11,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Calibration, Hybrid
-from tests.support.families import BASES
+from tests.support.families import base_of
 
 LAYERS, VOCABULARY = 4, 64
 # Weights ten times as wide as usual, so that heads look at single keys and layers matter to the loss.
@@ -46,7 +46,7 @@ def family() -> str:
 
 @pytest.fixture
 def base_config(family) -> PreTrainedConfig:
-    return type(BASES[family])(**BASES[family].to_dict() | _SHAPE)
+    return type(base_of(family))(**base_of(family).to_dict() | _SHAPE)
 
 
 @pytest.fixture

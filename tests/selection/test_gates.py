@@ -22,7 +22,7 @@ from lt_train.selection.gates import (
 )
 from lt_train.selection.reach import long_reach_tokens
 from lt_train.selection.token_losses import endpoint_losses, next_token_losses
-from tests.support.families import BASES
+from tests.support.families import FAMILIES
 from tests.support.repository import REPOSITORY
 
 HEADS = 2
@@ -51,7 +51,7 @@ def all_gates(model, value: float) -> torch.Tensor:
     return torch.full((len(model.model.layers), HEADS), value, dtype=model.dtype)
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_are_the_full_model_and_closed_ones_the_model_whose_every_layer_streams(hybrid_of, example_of):
     model, example = hybrid_of(), example_of(1)
     losses = endpoint_losses(model, example.prompt_ids, example.answer_ids)

@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lt_train.selection.fingerprint import Sizes
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
-from tests.support.families import BASES
+from tests.support.families import FAMILIES
 
 
 def ratios_from_full_attention_weights(stock_model, input_ids, sizes: Sizes) -> list[float]:
@@ -22,7 +22,7 @@ def ratios_from_full_attention_weights(stock_model, input_ids, sizes: Sizes) -> 
     return ratios
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 9, 40])
 @pytest.mark.parametrize(("w_sink", "w_recent"), [(2, 6), (0, 5), (4, 1), (3, 64)])
 def test_lazy_ratio_equals_the_one_from_full_attention_weights(stock_model, hybrid_of, example_of, tokens, w_sink, w_recent):

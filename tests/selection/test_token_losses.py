@@ -3,7 +3,7 @@ import torch
 
 from lt_train.selection import token_losses as module
 from lt_train.selection.token_losses import Variants, endpoint_losses, smallest_rise
-from tests.support.families import BASES
+from tests.support.families import FAMILIES
 
 
 def plain_losses(model, example) -> torch.Tensor:
@@ -15,7 +15,7 @@ def plain_losses(model, example) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[answer - 1 : -1], input_ids[0, answer:], reduction="none")
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [5, 9, 40, 150])
 def test_every_variant_equals_a_plain_forward_of_the_hybrid_it_stands_for(hybrid_of, example_of, tokens):
     example = example_of(1, tokens)
