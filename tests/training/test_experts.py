@@ -12,6 +12,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.trained_weights import load_trained
 from lt_train.recipe.schema import Lora
 from lt_train.training import trainer
+from lt_train.training.experts import COEFFICIENT
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import lora_config
 from tests.support.expert_training import qwen3_moe, routed_by_rank, train_experts
@@ -65,14 +66,14 @@ def test_qwen3_moe_under_zero3_has_the_losses_of_one_process_and_saves_every_exp
         torch.testing.assert_close(mine, theirs, atol=1e-2, rtol=1e-2, msg=name)
 
 
-@pytest.mark.parametrize("asked_for", [True, False])
+@pytest.mark.parametrize(("asked_for", "trl", "coefficient"), [(True, {}, 0.5), (False, {}, 0.0), (False, {COEFFICIENT: 0.2}, 0.2)])
 def test_training_adds_the_routers_loss_where_the_bases_config_asks_for_it_and_held_out_losses_lack_it(
-    asked_for: bool, tmp_path: Path
+    asked_for: bool, trl: dict[str, float], coefficient: float, tmp_path: Path
 ) -> None:
     def build(router: bool) -> tuple[HybridSFTTrainer, HybridForCausalLM]:
         torch.manual_seed(0)
         model = build_hybrid(qwen3_moe(output_router_logits=router, router_aux_loss_coef=0.5), SPEC)
-        recipe, examples = tiny_recipe({"data": {"heldout": 3, "packing": False}}), tiny_examples(heldout=3)
+        recipe, examples = tiny_recipe({"data": {"heldout": 3, "packing": False}, "train": {"trl": trl}}), tiny_examples(heldout=3)
         config = trainer.sft_config(recipe, recipe.train, tmp_path)
         return trainer._build_trainer(recipe, config, lambda dtype: model, tiny_tokenizer(), examples, SPEC), model
 
@@ -83,7 +84,7 @@ def test_training_adds_the_routers_loss_where_the_bases_config_asks_for_it_and_h
     token_losses = model(**inputs, output_router_logits=False, use_cache=False).loss.item()
     router = model(**inputs, output_router_logits=True, use_cache=False)
     assert router.aux_loss > 0.5
-    assert loss == pytest.approx(token_losses + (0.5 * router.aux_loss.item() if asked_for else 0.0), rel=1e-5)
+    assert loss == pytest.approx(token_losses + coefficient * router.aux_loss.item(), rel=1e-5)
     assert model.config.output_router_logits is asked_for and model.config.router_aux_loss_coef == 0.5
     assert training.evaluate()["eval_loss"] == pytest.approx(build(not asked_for)[0].evaluate()["eval_loss"], rel=1e-6)
 
