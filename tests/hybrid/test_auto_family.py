@@ -1,5 +1,7 @@
 """Families made by model.family: auto: one that only the tests have, some of transformers, and what is refused."""
 
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -23,9 +25,11 @@ from transformers import (
     ViTConfig,
 )
 
-from lt_train.hybrid.loading import hybrid_config, load_hybrid, load_hybrid_checkpoint, prove_auto_family
+from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint, prove_auto_family
 from lt_train.hybrid.spec import HybridError, HybridSpec
+from tests.support import processes
 from tests.support.families import HELIUM, SIZES
+from tests.support.repository import ENVIRONMENT
 from tests.support.toy_family import toy_config
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
@@ -54,6 +58,9 @@ def test_a_proved_family_loads_its_bases_and_its_saved_hybrids(config, tmp_path)
         ("no interface", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 2, which streaming attention hides"),
         ("shifted", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 7, which streaming attention hides"),
         ("softcap", r"softcap: model\.layers\.2\.self_attn \(ToyAttention\) has it, and no kernel of a hybrid computes it"),
+        ("kernel", "full attention differs from the base: logits by up to"),
+        ("cache", "cached tokens differ from recomputation: logits by up to"),
+        ("positions", "(cached tokens differ from recomputation|packed documents differ from each alone): logits by up to"),
         ("scaled logits", "layers run one by one, .* differ from forward: logits by up to"),
     ],
 )
@@ -105,3 +112,16 @@ def test_a_base_that_no_hybrid_computes_is_refused_with_the_module_or_setting_an
 def test_a_family_that_could_be_proved_is_refused_without_auto_and_the_message_names_the_setting():
     with pytest.raises(HybridError, match=r"model_type: 'olmo': no hybrid class\. Fix: set model\.family to auto, .* or choose"):
         hybrid_config(OlmoConfig(**SIZES), SPEC)
+
+
+@pytest.mark.slow
+def test_a_new_process_loads_a_saved_hybrid_of_a_made_family(tmp_path):
+    prove_auto_family(HELIUM)
+    build_hybrid(HELIUM, SPEC).save_pretrained(tmp_path / "hybrid")
+    code = (
+        "from lt_train.hybrid.loading import load_hybrid_checkpoint\n"
+        f"model = load_hybrid_checkpoint({str(tmp_path / 'hybrid')!r})\n"
+        "print(type(model).__name__, model.spec.lazy_layers)"
+    )
+    ended = processes.run([sys.executable, "-c", code], env=ENVIRONMENT)
+    assert ended.returncode == 0 and "HybridHeliumForCausalLM (1, 3)" in ended.stdout, ended.stderr

@@ -65,6 +65,12 @@ class ToyAttention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
+            if self.fault == "cache":
+                v = v.roll(1, dims=2)
+        if self.fault == "positions":
+            q = q * (1 + torch.arange(q.shape[2], device=q.device)[:, None])
+        if self.fault == "kernel" and self.config._attn_implementation != "sdpa":
+            q = q * 1.001
         if self.fault == "no interface":
             out = scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True).transpose(1, 2)
         else:
