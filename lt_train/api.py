@@ -89,6 +89,7 @@ def score_layers(
     w_recent: int = 1020,
     w_last: int = 64,
     long_reach_fraction: float = 0.1,
+    family: Literal["auto"] | None = None,
 ) -> LayerProfile:
     """Score every layer of a full-attention model: how much does the model lose when this layer streams?
 
@@ -98,6 +99,7 @@ def score_layers(
             `w_sink + w_recent + 2` tokens distinguish no layers and are skipped.
         tokenizer: of the model; not needed where the model is a path, or where `texts` are token ids.
         strategy: one or several of gates, reach, nll, kl and lazy_ratio, which docs/recipes.md explains, as it does the sizes.
+        family: as in `convert`.
 
     Returns:
         The layer profile: `profile.scores["reach"][sample][layer]`. `profile.choose("reach", 14)` gives the 14 layers that lose
@@ -121,7 +123,7 @@ def score_layers(
         tokenizer = _tokenizer(model)
     examples = _examples(texts, tokenizer)
     with _as_user_error():
-        scored = _hybrid(model, lambda layers: HybridSpec(layers, (), hybrid.w_sink, hybrid.w_recent))
+        scored = _hybrid(model, lambda layers: HybridSpec(layers, (), hybrid.w_sink, hybrid.w_recent), family)
         _check_ids(examples, scored.config.vocab_size)
         return profile_layers(scored, examples, hybrid, strategies)
 
@@ -133,17 +135,20 @@ def convert(
     w_sink: int = 4,
     w_recent: int = 1020,
     learned_sinks: bool = False,
+    family: Literal["auto"] | None = None,
 ) -> HybridForCausalLM:
     """The hybrid of a full-attention model: its own weights, and the named layers stream. Untrained.
 
     Args:
-        model: a causal language model (Qwen2, Qwen3, Llama, Mistral, Ministral) as transformers loads it, which stays as it is; no
-            weights are copied, so training either model changes both. Or a folder or hub id, whose weights are loaded on the
+        model: a causal language model of a family in docs/families.md as transformers loads it, which stays as it is; no weights
+            are copied, so training either model changes both. Or a folder or hub id, whose weights are loaded on the
             accelerator, if there is one.
         layers: the layers that stream, from 0.
         w_sink: the first tokens of a sequence that a streaming layer sees.
         w_recent: the most recent tokens that it sees, the query itself included.
         learned_sinks: a logit for each query head in place of sink tokens, with `w_sink=0`. They start at 0, and want training.
+        family: "auto" for a model of another family that transformers knows or that is registered with it: a small model of its
+            config proves first that it streams (see docs/families.md).
 
     Returns:
         A transformers model: `generate`, `save_pretrained` and training work as for any other. While
@@ -156,7 +161,7 @@ def convert(
     from lt_train.selection.choose import explicit_layers
 
     with _as_user_error():
-        return _hybrid(model, lambda n: HybridSpec(n, explicit_layers(list(layers), n), w_sink, w_recent, learned_sinks))
+        return _hybrid(model, lambda n: HybridSpec(n, explicit_layers(list(layers), n), w_sink, w_recent, learned_sinks), family)
 
 
 def read_results(run_folder: str | Path) -> RunResults:
@@ -170,16 +175,22 @@ def read_results(run_folder: str | Path) -> RunResults:
     return read_run_results(Path(run_folder))
 
 
-def _hybrid(model: PreTrainedModel | str | Path, spec: Callable[[int], HybridSpec]) -> HybridForCausalLM:
+def _hybrid(
+    model: PreTrainedModel | str | Path, spec: Callable[[int], HybridSpec], family: Literal["auto"] | None
+) -> HybridForCausalLM:
     """`spec`: from the model's number of layers."""
     from transformers import PreTrainedModel
 
-    from lt_train.hybrid.loading import hybrid_of
+    from lt_train.hybrid.loading import hybrid_of, is_declared, prove_auto_family, refuse_undeclared
     from lt_train.inference.loading import load_base_config, load_for_inference
     from lt_train.runtime.devices import compute_dtype
     from lt_train.runtime.upstream import quiet_upstream
 
     if isinstance(model, PreTrainedModel):
+        if family is None:
+            refuse_undeclared(model.config)
+        elif not is_declared(model.config):
+            prove_auto_family(model.config)
         return hybrid_of(model, spec(model.config.get_text_config().num_hidden_layers))
     if not isinstance(model, str | Path):
         raise UserError(
@@ -187,14 +198,14 @@ def _hybrid(model: PreTrainedModel | str | Path, spec: Callable[[int], HybridSpe
             "model with adapters, what merge_and_unload() returns"
         )
     quiet_upstream()
-    base = _base(model)
+    base = _base(model, family)
     return load_for_inference(base, spec(load_base_config(base).num_hidden_layers), compute_dtype(base.dtype))
 
 
-def _base(model: str | Path) -> Model:
+def _base(model: str | Path, family: Literal["auto"] | None = None) -> Model:
     from lt_train.recipe.schema import Model
 
-    return _checked(Model, {"base": str(model)})
+    return _checked(Model, {"base": str(model), "family": family})
 
 
 def _tokenizer(model: str | Path) -> PreTrainedTokenizerBase:

@@ -5,19 +5,30 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MiniMaxM2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import lt_train
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES
+from tests.support.families import SIZES as TINY
 from tests.support.made_runs import made_run
 from tests.support.repository import REPOSITORY
 from tests.support.tiny_run import write_inputs
+from tests.support.toy_family import toy_config
 
 REASONER = REPOSITORY / "data/tiny-reasoner"
 SIZES = {"w_sink": 2, "w_recent": 6}
+MINIMAX = MiniMaxM2Config(**{**TINY, "intermediate_size": 32}, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 
 
 @pytest.fixture(params=BASES)
@@ -80,6 +91,21 @@ def test_a_model_in_memory_becomes_the_hybrid_that_its_folder_becomes(base: PreT
     assert torch.equal(lt_train.convert(base, layers=[0, 2], **SIZES)(ids).logits, expected)
     assert torch.equal(lt_train.convert(tmp_path, layers=[0, 2], **SIZES)(ids).logits, expected)
     assert torch.equal(lt_train.convert(str(tmp_path), layers=[0, 2], **SIZES)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("config", [toy_config(), MINIMAX], ids=["of one's own", "with a buffer in its router"])
+def test_a_model_of_any_family_becomes_a_hybrid_with_auto_and_is_refused_without(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 96, (1, 40))
+    with pytest.raises(UserError, match=r"no hybrid class\. Fix: set model\.family to auto"):
+        lt_train.convert(model, layers=[1, 3], w_sink=2, w_recent=6)
+    hybrid = lt_train.convert(model, layers=[1, 3], w_sink=2, w_recent=6, family="auto")
+    with torch.no_grad():
+        assert (hybrid(ids).logits - model(ids).logits).abs().max() > 1e-4
+        with hybrid.full_attention():
+            assert torch.equal(hybrid(ids).logits, model(ids).logits)
+    profile = lt_train.score_layers(model, [ids[0].tolist()], strategy="nll", w_sink=2, w_recent=6, family="auto")
+    assert len(profile.scores["nll"][0]) == 4
 
 
 def test_the_hybrid_is_trained_and_the_base_keeps_its_gradients_flags_and_mode() -> None:

@@ -27,7 +27,7 @@ _family = auto_family("{base_type}")
 
 def hybrid_code(config: HybridConfig) -> dict[str, str]:
     """Name and text of each file that the code of a hybrid needs, sorted by name."""
-    entry = Path((families if is_declared(config) else auto_family).__file__)
+    entry = Path(str((families if is_declared(config) else auto_family).__file__))
     # found by the function with which transformers fetches them on loading
     files = {file.name: file.read_text(encoding="utf-8") for file in {entry, *map(Path, get_relative_import_files(entry))}}
     if not is_declared(config):

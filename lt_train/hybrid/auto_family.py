@@ -30,7 +30,8 @@ class AutoHybridForCausalLM(HybridForCausalLM):
         stack = getattr(self, "model", None)
         if not isinstance(stack, PreTrainedModel):
             raise HybridError(f"{self.stock_class.__name__}: it has no decoder stack named `model`. Fix: choose another base")
-        self.model = _hybrid_body(type(stack), type(config))(config)
+        classes: tuple[Any, Any] = (type(stack), type(config))
+        self.model = _hybrid_body(*classes)(config)
         self.post_init()
 
 
@@ -43,9 +44,9 @@ def auto_family(model_type: str) -> Family:
     """
     stock_config, stock_class = stock_classes(model_type)
     name = stock_class.__name__
-    annotations = {"use_sliding_window": bool} if hasattr(stock_config, "use_sliding_window") else {}
-    values = {"model_type": PREFIX + model_type, "__module__": __name__, "__annotations__": annotations}
-    values |= dict.fromkeys(annotations, True)
+    values: dict[str, Any] = {"model_type": PREFIX + model_type}
+    if hasattr(stock_config, "use_sliding_window"):
+        values |= {"use_sliding_window": True, "__annotations__": {"use_sliding_window": bool}}
     config_class = strict(_subclass(f"Hybrid{stock_config.__name__}", (HybridConfig, stock_config), values))
     model_class = _subclass(
         f"Hybrid{name}", (AutoHybridForCausalLM, stock_class), {"config_class": config_class, "stock_class": stock_class}
@@ -71,7 +72,8 @@ def stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrai
 
 
 @cache
-def _hybrid_body(stock_body: type[PreTrainedModel], config_class: type[HybridConfig]) -> type[HybridBody]:
+def _hybrid_body(stock_body: Any, config_class: Any) -> Any:
+    """A `HybridBody` with the stock stack under it."""
     return _subclass(f"Hybrid{stock_body.__name__}", (HybridBody, stock_body), {"config_class": config_class})
 
 

@@ -205,7 +205,10 @@ def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
         },
         fix="pass the model as transformers loads it, without adapters or changed modules",
     )
-    hybrid.load_state_dict(weights, assign=True)
+    for name, buffer in model.named_buffers():  # a router's correction, say
+        place, _, last = name.rpartition(".")
+        setattr(hybrid.get_submodule(place), last, buffer)
+    hybrid.load_state_dict(weights | {name: x for name, x in model.state_dict().items() if name not in weights}, assign=True)
     hybrid.model.rotary_emb = type(hybrid.model.rotary_emb)(config).to(model.device)
     hybrid.generation_config = deepcopy(model.generation_config)
     return hybrid.train(model.training)

@@ -112,6 +112,7 @@ def _faults_of_modules(model: PreTrainedModel) -> Iterator[str]:
     if getattr(model, "lm_head", None) is None:
         yield f"lm_head of {type(model).__name__}: missing. {OTHER}"
     shapes = {}
+    assert stack is not None, "it has layers"
     for index, layer in enumerate(stack.layers):
         attention = getattr(layer, "self_attn", None)
         if attention is None:
