@@ -1,8 +1,9 @@
 """Speculative decoding changes no answer: the draft decides how many tokens a forward pass gives, never which."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ FULL = HybridSpec(num_layers=3, lazy_layers=(), w_sink=2, w_recent=6)
 HYBRID = replace(FULL, lazy_layers=(1,))
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
 TOKENIZER = letter_tokenizer()
+Plain = Callable[[HybridSpec, Sampling], dict[tuple[str, int], tuple[str, int, str]]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +42,26 @@ def models() -> dict[HybridSpec, HybridForCausalLM]:
     return {spec: tiny_model(spec, torch.float64) for spec in (FULL, HYBRID)}
 
 
+@pytest.fixture(scope="module")
+def plain(models) -> Plain:
+    """The answers to MANY without a draft."""
+
+    @cache
+    def answers(spec: HybridSpec, sampling: Sampling) -> dict:
+        return texts(answered(Engine(models[spec], TOKENIZER), requests(MANY), sampling))
+
+    return answers
+
+
 def speculating(model: HybridForCausalLM, length: int | None = 3, layers: tuple[int, ...] | None = None, **settings) -> Engine:
     return Engine(model, TOKENIZER, draft=Draft.of(model.spec, layers, length), **settings)
 
 
 @pytest.mark.parametrize(("slots", "length"), [(3, 1), (4, 5), (16, 3)])
 @pytest.mark.parametrize(("spec", "layers"), [(FULL, None), (FULL, (0, 2)), (HYBRID, None), (HYBRID, (2,))], ids=str)
-def test_greedy_answers_are_those_without_a_draft(models, spec: HybridSpec, layers, length: int, slots: int) -> None:
-    asked = requests(MANY)
-    expected = texts(answered(Engine(models[spec], TOKENIZER), asked, GREEDY))
+def test_greedy_answers_are_those_without_a_draft(models, plain, spec: HybridSpec, layers, length: int, slots: int) -> None:
     engine = speculating(models[spec], length, layers, max_slots=slots, prefill_chunk=8)
-    assert texts(answered(engine, asked, GREEDY)) == expected
+    assert texts(answered(engine, requests(MANY), GREEDY)) == plain(spec, GREEDY)
     assert 0 < engine.acceptance.accepted < engine.acceptance.compared
 
 
@@ -68,10 +79,8 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 @pytest.mark.parametrize("spec", [FULL, HYBRID], ids=["full", "hybrid"])
-def test_samples_of_a_seed_are_those_without_a_draft(models, spec: HybridSpec, sampling: Sampling) -> None:
-    asked = requests(MANY)
-    expected = texts(answered(Engine(models[spec], TOKENIZER), asked, sampling))
-    assert texts(answered(speculating(models[spec], 4, max_slots=5), asked, sampling)) == expected
+def test_samples_of_a_seed_are_those_without_a_draft(models, plain, spec: HybridSpec, sampling: Sampling) -> None:
+    assert texts(answered(speculating(models[spec], 4, max_slots=5), requests(MANY), sampling)) == plain(spec, sampling)
 
 
 @given(
@@ -261,9 +270,7 @@ def test_the_length_of_a_draft_follows_from_measured_acceptance_and_times(accept
     assert (0 if best else 2) in chosen[4:], "times change, so they are taken again"
 
 
-def test_a_draft_that_adapts_changes_no_answer(models) -> None:
-    asked = requests(MANY)
-    expected = texts(answered(Engine(models[HYBRID], TOKENIZER), asked, SAMPLED))
+def test_a_draft_that_adapts_changes_no_answer(models, plain) -> None:
     engine = speculating(models[HYBRID], None, max_slots=4)
-    assert texts(answered(engine, asked, SAMPLED)) == expected
+    assert texts(answered(engine, requests(MANY), SAMPLED)) == plain(HYBRID, SAMPLED)
     assert 1 < engine.acceptance.tokens_per_round < 6
