@@ -60,7 +60,7 @@ def decode(
     from lt_train.bench.speculation import DraftRounds
 
     sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, kv_budget * MIB)
-    drafts = None if draft is None else DraftRounds(draft, acceptance)
+    drafts = None if draft is None else DraftRounds(draft, acceptance, w_recent)
     bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console(), drafts)
 
 

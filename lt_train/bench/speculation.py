@@ -90,9 +90,17 @@ class DraftRounds:
     Args:
         length: tokens that the draft proposes in a round.
         acceptance: fraction of them that the model accepts; None: measured, and assumed of random weights.
+        w_recent: the window.
+
+    Raises:
+        UserError: `length` is not within the window.
     """
 
-    def __init__(self, length: int, acceptance: float | None) -> None:
+    def __init__(self, length: int, acceptance: float | None, w_recent: int) -> None:
+        if length >= w_recent:
+            raise UserError(
+                f"--draft: {length}: not within the window of {w_recent} tokens. Fix: set it to at most {w_recent - 1}, such as 4"
+            )
         self.length = length
         self.acceptance = acceptance
         self.source = "as given"
@@ -108,7 +116,7 @@ class DraftRounds:
             plain: at each length without a draft, the sequences that the budget holds and their tokens a second.
 
         Raises:
-            UserError: `length` is not within the window, or the budget is below one sequence and the rings of its draft.
+            UserError: the budget is below one sequence and the rings of its draft.
         """
         draft = Draft.of(model.spec, None, self.length)
         if self.rates is None:

@@ -48,6 +48,11 @@ def test_the_budget_holds_the_drafts_rings() -> None:
         time_rounds(model, draft, 300, sequence - 1)
 
 
+def test_a_draft_longer_than_the_window_is_refused_before_anything_is_timed() -> None:
+    with pytest.raises(UserError, match=r"--draft: 30: not within the window of 30 tokens\. Fix: set it to at most 29"):
+        DraftRounds(30, None, w_recent=30)
+
+
 def test_the_acceptance_is_that_of_tokens_beyond_the_window() -> None:
     """Within it the draft is the model, and would be right every time."""
     model = tiny_model(HybridSpec(3, (), 2, 6))
@@ -63,7 +68,7 @@ def test_the_table_fits_eighty_columns_and_says_where_the_acceptance_comes_from(
         letter_tokenizer().save_pretrained(tmp_path)
     base = StoredBase(Model(base=str(tmp_path), dtype="fp32")) if stored else RandomBase("tiny", config, "fp32")
     console = Console(record=True, width=80)
-    drafts = DraftRounds(3, None)
+    drafts = DraftRounds(3, None, w_recent=30)
     bench_decode(base, [0.5], 2, 30, [200, 600 - TIMED_STEPS], TOKEN * 4 * 640 * 30, console, drafts)
     text = console.export_text()
     _, _, table = text.partition("speculative decoding")
