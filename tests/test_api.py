@@ -10,7 +10,6 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    MiniMaxM2Config,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -19,8 +18,7 @@ import lt_train
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
-from tests.support.families import BASES
-from tests.support.families import SIZES as TINY
+from tests.support.families import BASES, MINIMAX
 from tests.support.made_runs import made_run
 from tests.support.repository import REPOSITORY
 from tests.support.tiny_run import write_inputs
@@ -28,7 +26,6 @@ from tests.support.toy_family import toy_config
 
 REASONER = REPOSITORY / "data/tiny-reasoner"
 SIZES = {"w_sink": 2, "w_recent": 6}
-MINIMAX = MiniMaxM2Config(**{**TINY, "intermediate_size": 32}, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 
 
 @pytest.fixture(params=BASES)

@@ -4,7 +4,9 @@ An adapter is merged a module at a time, by PEFT itself, with the base's weights
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,13 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -56,9 +65,9 @@ class ExportedHybrid:
     loaded_dtype: torch.dtype | None
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """By name, tied ones once."""
-        return dict(self.skeleton.named_parameters())
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, tied ones once; with what a checkpoint holds beside them, such as the correction of a router."""
+        return dict(self.skeleton.named_parameters()) | saved_buffers(self.skeleton)
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """One weight as it is exported.
@@ -76,7 +85,13 @@ class ExportedHybrid:
 
 def in_memory(model: HybridForCausalLM) -> ExportedHybrid:
     """A model whose weights are in memory, as they are."""
-    return ExportedHybrid(model, model.get_parameter, lambda: model, None)
+    return ExportedHybrid(model, model.state_dict().__getitem__, lambda: model, None)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint of the model holds, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 class WeightFiles:
@@ -88,18 +103,28 @@ class WeightFiles:
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
+        self._joined: dict[str, Callable[[], Tensor]] = {}
 
     def read(self, name: str) -> Tensor:
+        if name in self._joined:
+            return self._joined[name]()
         with safe_open(self._files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
     def check_fits(self, skeleton: HybridForCausalLM) -> None:
-        """
+        """Check names and shapes. From then on `read` joins a weight that the files hold in parts, as those of each expert.
+
         Raises:
             NotOnDisk: the names or shapes are not those of the skeleton.
         """
-        wanted = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
-        tied = skeleton.state_dict().keys() - wanted.keys()
+        weights: dict[str, Tensor] = dict(skeleton.named_parameters()) | saved_buffers(skeleton)
+        tied = skeleton.state_dict().keys() - weights.keys()
+        wanted: dict[str, list[int]] = {}
+        for name, weight in weights.items():
+            parts = revert_weight_conversion(skeleton, {name: weight})
+            wanted |= {part: list(shaped.shape) for part, shaped in parts.items()}
+            if parts.keys() != {name}:
+                self._joined[name] = partial(self._join, name, list(parts), skeleton)
         found: dict[str, list[int]] = {}
         for path in set(self._files.values()):
             with safe_open(path, framework="pt") as opened:
@@ -114,6 +139,23 @@ class WeightFiles:
             output is skeleton.get_parameter(embedding) and torch.equal(self.read("lm_head.weight"), self.read(embedding))
         ):
             raise NotOnDisk("the files hold two tied weights that differ")
+
+    def _join(self, name: str, parts: list[str], skeleton: HybridForCausalLM) -> Tensor:
+        """As transformers joins them when it loads a checkpoint."""
+        conversions = get_model_conversion_mapping(skeleton)
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        join: WeightConverter | None = None
+        for part in parts:
+            target, pattern = rename_source_key(part, renamings, converters)
+            if pattern is None:  # the file has another name for it
+                return self.read(part)
+            join = deepcopy(of_pattern[pattern]) if join is None else join
+            join.add_tensor(target, part, pattern, self.read(part))
+        assert join is not None, "a weight has parts"
+        joined: Any = join.convert(name, model=skeleton, config=skeleton.config)[name]
+        return joined[0] if isinstance(joined, list) else joined
 
 
 def files_by_name(paths: Iterable[Path]) -> dict[str, Path]:
@@ -162,7 +204,7 @@ class MergedWeights:
         for module in skeleton.modules():
             for name, parameter in module.named_parameters(recurse=False):  # PEFT puts an adapter where its base is: not on meta
                 setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
-        self._empty = {id(parameter): parameter for parameter in skeleton.parameters()}
+        self._empty = {id(weight): weight for weight in (*skeleton.parameters(), *saved_buffers(skeleton).values())}
         try:
             loaded = PeftModel.from_pretrained(skeleton, folder, config=config, low_cpu_mem_usage=True, torch_device="cpu").eval()
         except (RuntimeError, KeyError, ValueError) as error:  # other shapes, or modules that are not there

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lt_train.export.weights import ExportedHybrid, MergedWeights, NotOnDisk, WeightFiles, base_files, files_by_name, in_memory
-from lt_train.hybrid.loading import build_hybrid, load_hybrid
+from lt_train.hybrid.loading import build_hybrid, load_hybrid, prove_auto_family
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
-from tests.support.families import BASES
+from tests.support.families import BASES, MINIMAX
 
 SPEC = HybridSpec(4, (1, 3), 3, 7)
-FAMILIES = ["qwen2", "llama"]  # with biases and without
+FAMILIES = ["qwen2", "llama", "qwen3_moe"]  # with biases and without, and with files that hold each expert apart
 
 
 def base_in(folder: Path, family: str, **config: Any) -> Path:
@@ -65,6 +65,20 @@ def test_weights_of_a_sharded_base_are_those_that_it_loads_with(family: str, tmp
         assert torch.equal(weights.read(name).float(), parameter)
 
 
+def test_the_correction_of_a_router_is_exported_with_the_weights(tmp_path: Path) -> None:
+    prove_auto_family(MINIMAX)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MINIMAX)
+    for layer in model.model.layers:
+        layer.mlp.e_score_correction_bias.normal_()
+    model.save_pretrained(tmp_path)
+    files, loaded = weights_of(tmp_path), load_hybrid(tmp_path, SPEC)
+    exported = in_memory(loaded)
+    assert "model.layers.3.mlp.e_score_correction_bias" in exported.parameters
+    for name, weight in exported.parameters.items():
+        assert torch.equal(files.read(name), weight) and torch.equal(exported.read(name), weight), name
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -83,6 +97,7 @@ def test_weights_of_a_sharded_base_are_those_that_it_loads_with(family: str, tmp
         ),
         ("llama", {"modules_to_save": ["norm"]}),
         ("qwen2", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "v_proj"]}),
     ],
     ids=str,
 )

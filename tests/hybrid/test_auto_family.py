@@ -51,6 +51,13 @@ def test_a_proved_family_loads_its_bases_and_its_saved_hybrids(config, tmp_path)
     assert hybrid.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 44)
 
 
+def test_a_base_is_proved_while_a_model_without_weights_is_built():
+    prove_auto_family(toy_config())
+    with torch.device("meta"):
+        hybrid = build_hybrid(toy_config(max_position_embeddings=4096), SPEC)
+    assert next(hybrid.parameters()).is_meta
+
+
 @pytest.mark.parametrize(
     ("fault", "found"),
     [

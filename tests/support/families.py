@@ -6,6 +6,7 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -49,6 +50,9 @@ BASES = {
 
 HELIUM = HeliumConfig(**SIZES, head_dim=12)
 """A family that is not declared: model.family: auto makes it."""
+
+MINIMAX = MiniMaxM2Config(**{**SIZES, "intermediate_size": 32}, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+"""Another, whose routers have a buffer in the checkpoint."""
 
 FAMILIES = (*BASES, "helium")
 """What the table of tests runs over."""
