@@ -22,9 +22,9 @@ from .cache import CACHE_ARGUMENT, HybridCache
 from .conversion import config_in
 from .kv_size import head_size
 from .mask import full_visible, streaming_visible
-from .modeling import HybridForCausalLM
+from .modeling import HybridForCausalLM, attention_at
 from .spec import HybridError, HybridSpec
-from .unsupported_bases import OTHER, attention_at, small_config
+from .unsupported_bases import OTHER, small_config
 
 LENGTH, W_SINK, W_RECENT = 24, 2, 5
 SEEDS = (0, 1)

@@ -56,23 +56,22 @@ def hybrid_attention(
 
     A forward pass of the model gives one object for all layers, `views`; a layer that is called alone takes its view as its mask.
     """
+    at = attention_at(getattr(module, "layer_idx", None), module)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise HybridError(f"{name}: {_called(module)} has it, and no kernel of a hybrid computes it. Fix: choose another base")
+            raise HybridError(f"{name}: {at} has it, and no kernel of a hybrid computes it. Fix: choose another base")
     view = attention_mask if views is None else views
     if not isinstance(view, AttentionView):
-        raise HybridError(
-            f"attention_mask: {_called(module)} got no view of what it sees. Fix: call the hybrid's forward, not its layers alone"
-        )
+        raise HybridError(f"attention_mask: {at} got no view of what it sees. Fix: call the hybrid's forward, not its layers alone")
     return view.attend(module, query, key, value, scaling, dropout), None
 
 
 AttentionInterface.register(ATTENTION_NAME, hybrid_attention)
 
 
-def _called(module: nn.Module) -> str:
+def attention_at(index: int | None, attention: nn.Module) -> str:
     """How a message names the attention of a layer."""
-    return f"model.layers.{getattr(module, 'layer_idx', '?')}.self_attn ({type(module).__name__})"
+    return f"model.layers.{index}.self_attn ({type(attention).__name__})"
 
 
 class OwnAttention(PreTrainedModel):

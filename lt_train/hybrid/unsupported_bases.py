@@ -1,13 +1,13 @@
 """Why a base cannot become a hybrid: the module and what it computes that streaming layers, caches or kernels do not."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .auto_family import stock_classes
+from .modeling import attention_at
 from .spec import FULL, STREAMING, HybridError
 
 OTHER = "Fix: choose another base"
@@ -92,6 +92,10 @@ def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
     if values.get("kv_lora_rank"):
         problem = "latent attention caches no keys and values of heads, and a streaming layer keeps these"
         yield f"self_attn of every layer: kv_lora_rank {values['kv_lora_rank']}: {problem}. {OTHER}"
+    rope = values.get("rope_parameters") or {}
+    for kind in {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)} & {"dynamic", "longrope"}:
+        problem = "its frequencies change with the length of a sequence, and cached keys would keep the old ones"
+        yield f"rope_parameters: rope_type {kind}: {problem}. {OTHER}"
     if values.get("alibi"):
         yield f"alibi: attention with biases of positions, which the kernels lack. {OTHER}"
     kinds: dict[str, list[int]] = {}
@@ -133,8 +137,3 @@ def _faults_of_modules(model: PreTrainedModel) -> Iterator[str]:
 
 def _listed(layers: list[int]) -> str:
     return ", ".join(map(str, layers[:4])) + (", …" if len(layers) > 4 else "")
-
-
-def attention_at(index: int, attention: Any) -> str:
-    """How a message names the attention of a layer."""
-    return f"model.layers.{index}.self_attn ({type(attention).__name__})"

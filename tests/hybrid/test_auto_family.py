@@ -82,6 +82,7 @@ def test_a_family_whose_layers_hand_nothing_through_is_refused():
         prove_auto_family(config)
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 REFUSED = {
     "encoder and decoder": (BartConfig(), "bart: an encoder and cross-attention"),
     "cross-attention": (GPT2Config(add_cross_attention=True), "gpt2: an encoder and cross-attention"),
@@ -98,6 +99,7 @@ REFUSED = {
     ),
     "no index": (toy_config("no index"), r"model\.layers\.2\.self_attn \(ToyAttention\): its layer_idx is not 2"),
     "capped scores": (Gemma2Config(), r"attn_logit_softcapping: 50\.0: no kernel"),
+    "changing frequencies": (OlmoConfig(**SIZES, rope_parameters=DYNAMIC), "rope_parameters: rope_type dynamic: its frequencies"),
     "biases of positions": (FalconConfig(alibi=True), "alibi: attention with biases of positions"),
     "learned sinks": (GptOssConfig(), r"model\.layers\.0\.self_attn \(GptOssAttention\): learned sinks of the base"),
     "windows of OLMo 3": (Olmo3Config(), r"sliding_window: layers 0, 1, 2, 4, … of 32 \(olmo3\) see 4,096 tokens from the start"),
