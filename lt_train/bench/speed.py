@@ -14,10 +14,9 @@ from lt_train.bench.decode import STEPS, Throughput, throughput
 from lt_train.hybrid.attention_kernels import Use, choose
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.engine import free_memory
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, release_memory, wait_for
+from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, free_memory, release_memory, wait_for
 from lt_train.runtime.units import GIB, MIB, format_bytes, format_tokens
 from lt_train.selection.choose import evenly_spread_layers
 

@@ -3,8 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-import psutil  # type: ignore[import-untyped]
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.hybrid.context_length import context_length
@@ -12,9 +10,11 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.continuous_batch import ContinuousBatch, limit
 from lt_train.inference.draft import Acceptance, Draft
 from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes
+from lt_train.inference.packed_weights import obstacle_to_packing, packed_bytes
 from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
 from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.text import stop_tokens
+from lt_train.runtime.devices import free_memory
 from lt_train.runtime.errors import UserError
 
 FRACTION_OF_FREE_MEMORY = 0.8
@@ -84,7 +84,7 @@ class Engine:
     @property
     def budget(self) -> int:
         """Bytes for the KV cache."""
-        return self.kv_budget if self.kv_budget is not None else int(FRACTION_OF_FREE_MEMORY * free_memory(self.model.device))
+        return self.kv_budget if self.kv_budget is not None else default_budget(self.model, self.max_slots)
 
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer, that the model's context and the budget allow; 0: not one page."""
@@ -126,8 +126,7 @@ class Engine:
         return KVStore(self.model, slots, pages, self.draft)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new tensor could take there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+def default_budget(model: HybridForCausalLM, max_slots: int) -> int:
+    """Bytes for the KV cache where none are given: most of what is free beside packed weights."""
+    packed = 0 if obstacle_to_packing(model, max_slots) is not None else packed_bytes(model)
+    return int(FRACTION_OF_FREE_MEMORY * (free_memory(model.device) - packed))

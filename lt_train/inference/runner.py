@@ -11,6 +11,7 @@ from torch import Tensor
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView, Views
 from lt_train.inference.kv_store import KVStore
+from lt_train.inference.packed_weights import packed_for
 from lt_train.inference.per_prompt_store import PerPromptStore
 from lt_train.inference.per_prompt_views import PerPromptStepView, PromptsView
 from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
@@ -27,7 +28,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: HybridForCausalLM, store: KVStore | PerPromptStore, prefill_chunk: int) -> None:
-        self.model = model
+        self.model = packed_for(model, store.slots)
         self.store = store
         self.prefill_chunk = prefill_chunk
 

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import kv_bytes, token_bytes
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import LONGEST
+from lt_train.inference.packed_weights import can_pack, fits
 from lt_train.inference.servers.vllm_capacity import VllmCache, with_one_more_or_fewer
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
@@ -50,6 +52,7 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
         for each in (spec, spec.all_full)
     )
     left = max(machine.gpus * machine.usable - itemsize * shape.base_parameters, 0)
+    left -= _packed(shape, machine, itemsize, left)
     layer_tokens = left // token
     return KVCache(
         longest.name or longest.benchmark,
@@ -69,6 +72,12 @@ def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpe
     listed = hybrid.lazy_layers if eval_config.draft == "hybrid" else eval_config.draft_layers or range(evaluated.num_layers)
     streaming, length = {*evaluated.lazy_layers, *listed}, eval_config.draft_length or LONGEST
     return (len(streaming) - len(evaluated.lazy_layers)) * evaluated.window + len(streaming) * length
+
+
+def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> int:
+    """Bytes of the engine's packed weights, where it packs them."""
+    packed = itemsize * (shape.dense_linears + shape.head)
+    return packed if machine.cpu and itemsize == torch.float32.itemsize and can_pack() and fits(packed, left) else 0
 
 
 def _in_vllm(spec: HybridSpec, model_type: str, tokens: int, layer_tokens: int) -> dict[int, int]:

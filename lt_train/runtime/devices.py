@@ -3,6 +3,7 @@
 import gc
 import os
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from lt_train.runtime.errors import UserError
@@ -25,6 +26,13 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given, for a clock to be read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor could take there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def release_memory() -> None:

@@ -12,7 +12,7 @@ from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, HybridSpec
-from lt_train.inference.engine import FRACTION_OF_FREE_MEMORY, Engine, free_memory
+from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config, load_tokenizer
 from lt_train.inference.requests import Sampling
 from lt_train.pipeline.run_folder import recipe_of
@@ -67,7 +67,7 @@ class Checkpoint:
             kv_budget: bytes; None: most of what is free, and on a CPU, where other programs share it, BUDGET_ON_CPU at most.
         """
         if kv_budget is None:
-            kv_budget = int(FRACTION_OF_FREE_MEMORY * free_memory(self.model.device))
+            kv_budget = default_budget(self.model, max_slots)
             kv_budget = min(kv_budget, BUDGET_ON_CPU) if self.model.device.type == "cpu" else kv_budget
         return Engine(self.model, self.tokenizer, kv_budget=kv_budget, max_slots=max_slots)
 

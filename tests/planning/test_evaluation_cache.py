@@ -6,6 +6,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
 from lt_train.inference.loading import load_base_config
+from lt_train.inference.packed_weights import can_pack, packed_bytes
 from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
@@ -54,6 +55,27 @@ def test_the_planned_kv_cache_holds_the_rings_of_a_draft(settings, tmp_path):
         draft = Draft.of(model.spec, settings.get("draft_layers"), settings.get("draft_length"))
         store = KVStore(model, slots=1, pages=3, draft=draft)
         assert sum(held(layer) for layer in {*store.layers, *store.draft_layers}) == size
+
+
+@pytest.mark.skipif(not can_pack(), reason="weights are packed on x86 alone")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_on_a_cpu_fewer_sequences_fit_beside_the_engines_packed_weights(family, tmp_path):
+    BASES[family].save_pretrained(tmp_path)
+    recipe = public_recipe(
+        "qwen3-8b",
+        model={"base": str(tmp_path), "dtype": "fp32"},
+        hybrid={"w_sink": 2, "w_recent": 30},
+        eval=[{"benchmark": "aime24", "max_new_tokens": 16}],
+    )
+    config = load_base_config(recipe.model)
+    shape = model_shape(recipe, config)
+    model = build_hybrid(config, HybridSpec(4, (), w_sink=2, w_recent=30))
+    weights, packed = (sum(p.nbytes for p in model.parameters()), packed_bytes(model))
+    one = kv_cache(recipe, config, shape, Machine(1, GIB)).full
+    assert packed > one
+    for left, packs in ((3 * packed, True), (2 * packed - 1, False)):
+        planned = kv_cache(recipe, config, shape, Machine(1, weights + left, cpu=True))
+        assert planned.sequences[1] == pytest.approx((left - packed if packs else left) // one, abs=1)  # biases count in the plan
 
 
 def held(layer: object) -> int:

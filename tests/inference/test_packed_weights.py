@@ -1,0 +1,136 @@
+"""The engine computes with packed weights on x86 CPUs; the model keeps its own."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference import packed_weights
+from lt_train.inference.engine import Engine, default_budget
+from lt_train.inference.kv_store import KVStore
+from lt_train.inference.packed_weights import PackedLinear, obstacle_to_packing, packed_bytes, packed_for
+from lt_train.inference.runner import ModelRunner
+from lt_train.runtime.units import GIB
+from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
+
+SPEC = HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6)
+PROMPTS = [(0, [3, 4, 5, 6]), (1, [7, 8]), (2, [9] * 20)]
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="weights are packed on x86 alone"
+)
+
+
+@pytest.fixture
+def model() -> HybridForCausalLM:
+    return tiny_model(SPEC)
+
+
+def biased_and_tied() -> HybridForCausalLM:
+    """Biases at queries, keys and values, and an output matrix that is the embedding."""
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = build_hybrid(Qwen2Config(vocab_size=67, tie_word_embeddings=True, **sizes), SPEC).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+    return model
+
+
+def logits(model: HybridForCausalLM, pack: bool) -> torch.Tensor:
+    """Of a prefill in two chunks and three steps of three sequences."""
+    with torch.backends.mkldnn.flags(enabled=pack):
+        store = KVStore(model, slots=3, pages=3)
+        runner = ModelRunner(model, store, prefill_chunk=16)
+    for _, ids in PROMPTS:
+        store.admit(len(ids) + 3)
+    return torch.stack([runner.prefill(PROMPTS), *(runner.step([10, 11, 12]) for _ in range(3))])
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_model(SPEC), biased_and_tied], ids=["no biases", "biases, tied"])
+def test_packed_weights_give_the_logits_of_the_stored_ones(build) -> None:
+    model = build()
+    torch.testing.assert_close(logits(model, pack=True), logits(model, pack=False), atol=1e-4, rtol=0)
+
+
+def test_every_linear_layer_of_the_runners_model_is_packed_and_shares_the_stored_tensors(model) -> None:
+    packed = packed_for(model, sequences=3)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 3 * 7 + 1
+    assert {id(tensor) for tensor in packed.parameters()} == {id(tensor) for tensor in model.parameters()}
+    assert packed_bytes(model) == sum(layer.packed.numel() for layer in layers) * 4
+
+
+def test_greedy_answers_are_the_same_with_and_without_packing(model) -> None:
+    engine = Engine(model, letter_tokenizer(), max_slots=4)
+    packed = texts(answered(engine, requests(MANY, samples=2), GREEDY))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert texts(answered(engine, requests(MANY, samples=2), GREEDY)) == packed
+
+
+def test_two_runs_with_packed_weights_give_equal_bits(model) -> None:
+    assert torch.equal(logits(model, pack=True), logits(model, pack=True))
+
+
+def test_after_answers_the_model_has_its_own_weights_and_trains(model) -> None:
+    before = copy.deepcopy(model.state_dict())
+    answered(Engine(model, letter_tokenizer()), requests(MANY), GREEDY)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_an_engine_answers_with_the_weights_that_the_model_has_when_it_is_asked(model) -> None:
+    """Between two evaluations a training changes the weights: nothing of the earlier ones stays packed."""
+    engine = Engine(model, letter_tokenizer())
+    first = texts(answered(engine, requests(MANY), GREEDY))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(-1)
+    second = texts(answered(engine, requests(MANY), GREEDY))
+    assert second != first
+    assert second == texts(answered(Engine(copy.deepcopy(model), letter_tokenizer()), requests(MANY), GREEDY))
+
+
+def test_the_stored_weights_are_used_where_packing_is_not_possible_or_gains_nothing(model, monkeypatch) -> None:
+    assert obstacle_to_packing(model, 3) is None
+    assert obstacle_to_packing(model, 1) == "one sequence gains nothing"
+    assert obstacle_to_packing(tiny_model(SPEC, torch.bfloat16), 3) == "the weights are in bfloat16, and only float32 is packed"
+    assert obstacle_to_packing(model.to("meta"), 3) == "the model is on meta"
+
+
+def test_a_build_of_torch_without_onednn_computes_with_the_stored_weights(model, monkeypatch) -> None:
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert obstacle_to_packing(model, 3) == "torch has no oneDNN for this CPU, or it is switched off"
+        assert packed_for(model, 3) is model
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert packed_for(model, 3) is model
+
+
+def test_packed_copies_that_do_not_fit_in_memory_are_not_made(model, monkeypatch) -> None:
+    monkeypatch.setattr(packed_weights, "free_memory", lambda device: 2 * packed_bytes(model) - 1)
+    assert packed_for(model, 3) is model
+    assert str(obstacle_to_packing(model, 3)).startswith("packed copies take ")
+
+
+def test_the_default_kv_budget_leaves_room_for_the_packed_copies(model, monkeypatch) -> None:
+    monkeypatch.setattr("lt_train.inference.engine.free_memory", lambda device: GIB)
+    assert default_budget(model, max_slots=8) == int(0.8 * (GIB - packed_bytes(model)))
+    assert default_budget(model, max_slots=1) == int(0.8 * GIB)
+    assert Engine(model, letter_tokenizer(), max_slots=8).budget == default_budget(model, 8)
+
+
+def test_one_row_is_multiplied_by_the_stored_weights() -> None:
+    linear = torch.nn.Linear(32, 16)
+    layer = PackedLinear(linear)
+    with torch.inference_mode():
+        x_1D = torch.randn(1, 1, 32)
+        assert torch.equal(layer(x_1D), linear(x_1D))
+        layer.packed = None
+        assert layer(x_1D).shape == (1, 1, 16)
