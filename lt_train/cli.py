@@ -296,14 +296,15 @@ def serve(
 
 def _serve_by_vllm(folder: Path, taken: socket.socket, budget: int | None, python: Path, options: list[str]) -> None:
     """Returns where vLLM cannot serve it, after saying why."""
-    from lt_train.serving.by_vllm import become_vllm, check_environment, export_in, obstacle
+    from lt_train.inference.servers.vllm_environment import check_vllm_environment
+    from lt_train.serving.by_vllm import become_vllm, export_in, obstacle
 
     export = export_in(folder)
     if reason := obstacle(export):
         Console().print(f"not by vLLM: {reason}", markup=False, highlight=False, soft_wrap=True)
         return
     assert export is not None, "no export is an obstacle"
-    check_environment(python)
+    check_vllm_environment(python, "--vllm")
     host, port = taken.getsockname()[:2]
     taken.close()
     become_vllm(python, export, host, port, budget, options)

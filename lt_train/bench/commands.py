@@ -1,5 +1,6 @@
 """`lt-train bench …`: measurements as commands. They import heavy libraries themselves, so that --help is fast."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -53,15 +54,24 @@ def decode(
         float | None,
         typer.Option(min=0, max=1, help="Fraction of the draft's tokens that is accepted. Default: measured; 0.8 with --shape."),
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time of a step goes, too.")] = False,
+    against: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="vllm PYTHON", help="Measure vLLM on the base, too, by the python of its environment."),
+    ] = None,
 ) -> None:
-    """Tokens per second with a given KV budget: hybrids against full attention."""
+    """Tokens per second with a given KV budget: hybrids against full attention, and against what this machine can do."""
     from lt_train.bench.base import named_base
     from lt_train.bench.decode import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_decode
     from lt_train.bench.speculation import DraftRounds
+    from lt_train.runtime.errors import UserError
 
+    if against is not None and against[0] != "vllm":
+        raise UserError(f"--against: {against[0]}: it is not compared with. Fix: --against vllm PYTHON")
+    python = None if against is None else against[1]
     sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, kv_budget * MIB)
     drafts = None if draft is None else DraftRounds(draft, acceptance, w_recent)
-    bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console(), drafts)
+    bench_decode(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console(), drafts, profile, python)
 
 
 @bench.command()

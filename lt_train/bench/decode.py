@@ -1,13 +1,15 @@
 """Tokens per second with a given KV budget: hybrids against full attention, all by the engine, in one run.
 
 Memory traffic sets the limit: a step reads all weights once, and every sequence's keys and values once. With equal budgets a
-hybrid's step has more sequences; `limit` is the ratio of its tokens per byte to those of full attention.
+hybrid's step has more sequences; `limit` is the ratio of its tokens per byte to those of full attention. The roofline holds a step
+against the machine itself: what it reads at the speed of a large copy, what it multiplies at that of a large product.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,10 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from lt_train.bench.base import Base
 from lt_train.bench.printing import measurement_table, print_lines
+from lt_train.bench.roofline import Rates, measure_rates
 from lt_train.bench.speculation import DraftRounds
+from lt_train.bench.step_profile import LEGEND, PROFILED_STEPS, profile_steps, profile_table
+from lt_train.bench.vllm_speed import check_vllm, vllm_milliseconds
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
+from lt_train.inference.packed_weights import obstacle_to_packing
 from lt_train.inference.runner import ModelRunner
 from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
@@ -32,7 +38,7 @@ DEFAULT_LENGTHS = (2048, 8192, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
 TIMED_STEPS = 16
 """A time is the median over this number of steps."""
-STEPS = TIMED_STEPS + 1  # the last is for the profiler
+STEPS = TIMED_STEPS + 1 + PROFILED_STEPS  # one is for the profiler of a GPU
 PAPER = "the paper reports 2.17x at 16K for 50 % (LightTransfer-Train, QwQ-32B, arXiv 2410.13846)"
 
 
@@ -48,6 +54,12 @@ class Throughput:
     milliseconds: float
     gpu_milliseconds: float | None = None
     """Of a step, while the GPU computes; else it waits for Python. None on a CPU."""
+    roofline_milliseconds: float | None = None
+    """Of a step, by the machine's rates."""
+    obstacle: str | None = None
+    """Why the weights were not packed; None where they were."""
+    parts: dict[str, float] | None = None
+    """Milliseconds of a step by part, where it was profiled."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,7 +71,9 @@ class Throughput:
 
 
 @torch.inference_mode()
-def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughput:
+def throughput(
+    model: HybridForCausalLM, context: int, budget: int, rates: Rates | None = None, profiled: bool = False
+) -> Throughput:
     """Fill the budget with sequences of `context` tokens and time steps of all of them.
 
     Their keys and values are random: a step's time does not depend on them, and prefill would take hours on a CPU.
@@ -68,22 +82,39 @@ def throughput(model: HybridForCausalLM, context: int, budget: int) -> Throughpu
         UserError: the budget is below one such sequence.
     """
     sizes = kv_sizes(model)
-    needed = sizes.sequence(context + STEPS)
-    slots = budget // needed
-    if slots == 0:
-        raise UserError(budget_too_small(budget, context, needed))
+    slots = slots_in(budget, context, sizes.sequence(context + STEPS))
+    obstacle = obstacle_to_packing(model, slots)
     store = KVStore(model, slots, slots * pages_for(context + STEPS))
     fill(store, slots, context)
     runner = ModelRunner(model, store, prefill_chunk=1)
+    ids = [1] * slots
     times = []
     for _ in range(TIMED_STEPS):
         started = time.perf_counter()
-        runner.step([1] * slots).argmax(-1).tolist()  # waits for the device
+        runner.step(ids).argmax(-1).tolist()  # waits for the device
         times.append(time.perf_counter() - started)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     held = slots * sizes.sequence(context)
-    on_gpu = gpu_milliseconds(lambda: runner.step([1] * slots)) if model.device.type == "cuda" else None
-    return Throughput(slots, held, weights + held, 1000 * median(times), on_gpu)
+    return Throughput(
+        slots,
+        held,
+        weights + held,
+        1000 * median(times),
+        gpu_milliseconds(lambda: runner.step(ids)) if model.device.type == "cuda" else None,
+        1000 * rates.step_seconds(model, slots, held) if rates is not None else None,
+        obstacle,
+        profile_steps(runner, ids) if profiled else None,
+    )
+
+
+def slots_in(budget: int, context: int, sequence: int) -> int:
+    """
+    Raises:
+        UserError: the budget is below one sequence.
+    """
+    if budget < sequence:
+        raise UserError(budget_too_small(budget, context, sequence))
+    return budget // sequence
 
 
 def gpu_milliseconds(step: Callable[[], object]) -> float:
@@ -120,21 +151,31 @@ def bench_decode(
     budget: int,
     console: Console,
     drafts: DraftRounds | None = None,
+    profiled: bool = False,
+    vllm: Path | None = None,
 ) -> None:
     """Print the table, and that of `drafts`. The streaming layers are evenly spread: which layers stream does not matter for speed.
 
+    Args:
+        profiled: print where the time of each row's step goes, too.
+        vllm: the python of vLLM's environment, which decodes the base beside the engine.
+
     Raises:
-        UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence; see also
-            `DraftRounds.time`.
+        UserError: there is no such model, no layer or every layer would stream, the budget is below one sequence, or vLLM fails; see
+            also `DraftRounds.time`.
     """
     num_layers = base.config().num_hidden_layers
+    if vllm is not None:
+        check_vllm(base, vllm)
     variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
     found: dict[tuple[int, ...], list[Throughput]] = {}
     with show_progress("timing", total=len(variants) * len(lengths)) as bar:
         for lazy in variants:
             hybrid = base.for_inference(HybridSpec(num_layers, lazy, w_sink, w_recent))
+            if not found:
+                rates, vocab_size = measure_rates(hybrid.dtype), hybrid.config.vocab_size
             for context in lengths:
-                found.setdefault(lazy, []).append(throughput(hybrid, context, budget))
+                found.setdefault(lazy, []).append(throughput(hybrid, context, budget, rates, profiled))
                 bar.advance()
             if drafts is not None:
                 plain = [(at_length.slots, at_length.tokens_per_second) for at_length in found[lazy]]
@@ -147,35 +188,81 @@ def bench_decode(
         f"{about}; KV budget {budget / 2**20:,.0f} MiB for each, w_sink {w_sink}, w_recent {w_recent}; medians of {TIMED_STEPS} "
         "steps, full slots, random keys and values",
     )
-    console.print(throughput_table(num_layers, lengths, found))
+    print_lines(console, weights_line([row.obstacle for rows in found.values() for row in rows]))
+    by_vllm = None
+    if vllm is not None:
+        slots = {context: full.slots for context, full in zip(lengths, found[()], strict=True)}
+        by_vllm = vllm_milliseconds(base, vllm, slots, budget, vocab_size)
+    console.print(throughput_table(num_layers, lengths, found, by_vllm))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
     print_lines(console, legend)
+    print_lines(
+        console,
+        f"roof: ms of a step at the rates of a large copy, {rates.bandwidth / 1e9:,.1f} GB/s, and of a large product, "
+        f"{rates.products / 1e9:,.0f} GFLOP/s, both measured before it; of it: the share reached",
+    )
+    if by_vllm is not None:
+        print_lines(
+            console, "vLLM: the base, with as many threads, sequences and bytes of KV cache; faster: than full attention here"
+        )
     if found[()][0].gpu_milliseconds is not None:
+        console.print(gpu_table(num_layers, lengths, found))
         print_lines(
             console, "GPU ms: of a step, while the GPU computes; else it waits for Python. faster by it: tokens per GPU second"
         )
+    if profiled:
+        rows = [(context, len(lazy), rows[n].parts or {}) for n, context in enumerate(lengths) for lazy, rows in found.items()]
+        console.print(profile_table(num_layers, rows))
+        print_lines(console, LEGEND)
     print_lines(console, PAPER)
     if drafts is not None:
         drafts.print(console)
 
 
-def throughput_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
-    titles = ["context", "streaming", "slots", "KV MiB", "ms/step", "tokens/s", "faster", "limit", "reached"]
-    on_gpu = found[()][0].gpu_milliseconds is not None
-    table = measurement_table(*titles, *(["GPU ms", "faster by it"] if on_gpu else []))
+def weights_line(obstacles: Sequence[str | None]) -> str:
+    """Whether the rows of a table computed with packed weights, and the reasons where not."""
+    reasons = sorted({reason for reason in obstacles if reason is not None})
+    if not reasons:
+        return "weights: packed by oneDNN"
+    return f"weights: as they are stored{', or packed by oneDNN' if None in obstacles else ''} ({'; '.join(reasons)})"
+
+
+def throughput_table(
+    num_layers: int,
+    lengths: Sequence[int],
+    found: dict[tuple[int, ...], list[Throughput]],
+    by_vllm: dict[int, float] | None = None,
+) -> Table:
+    """by_vllm: milliseconds of a step by context, with the slots of full attention."""
+    table = measurement_table("context", "lazy", "slots", "ms", "roof", "of it", "tokens/s", "faster", "limit", "reached")
     for number, context in enumerate(lengths):
         full = found[()][number]
         for lazy, measured in found.items():
             ours = measured[number]
-            row = [f"{context:,}", f"{len(lazy)}/{num_layers}", f"{ours.slots}", f"{ours.kv_bytes / 2**20:,.0f}"]
-            row += [f"{ours.milliseconds:,.0f}", f"{ours.tokens_per_second:,.1f}"]
+            row = [f"{context:,}", f"{len(lazy)}/{num_layers}", f"{ours.slots}", f"{ours.milliseconds:,.0f}"]
+            roof = ours.roofline_milliseconds
+            row += ["", ""] if roof is None else [f"{roof:,.0f}", f"{100 * roof / ours.milliseconds:.0f} %"]
+            row.append(f"{ours.tokens_per_second:,.1f}")
             if lazy:
                 faster, limit = ours.tokens_per_second / full.tokens_per_second, ours.tokens_per_byte / full.tokens_per_byte
                 row += [f"{faster:.2f}x", f"{limit:.2f}x", f"{100 * faster / limit:.0f} %"]
-            else:
-                row += ["", "", ""]
-            if ours.gpu_milliseconds is not None and full.gpu_milliseconds is not None:
-                by_gpu = ours.slots / ours.gpu_milliseconds / (full.slots / full.gpu_milliseconds)
-                row += [f"{ours.gpu_milliseconds:,.1f}", f"{by_gpu:.2f}x" if lazy else ""]
+            table.add_row(*row, end_section=by_vllm is None and lazy == list(found)[-1])
+        if by_vllm is not None:
+            milliseconds = by_vllm[context]
+            rate = f"{1000 * full.slots / milliseconds:,.1f}"
+            faster = f"{full.milliseconds / milliseconds:.2f}x"
+            table.add_row(f"{context:,}", "vLLM", f"{full.slots}", f"{milliseconds:,.0f}", "", "", rate, faster, end_section=True)
+    return table
+
+
+def gpu_table(num_layers: int, lengths: Sequence[int], found: dict[tuple[int, ...], list[Throughput]]) -> Table:
+    table = measurement_table("context", "lazy", "GPU ms", "faster by it")
+    for number, context in enumerate(lengths):
+        full = found[()][number]
+        for lazy, measured in found.items():
+            ours = measured[number]
+            assert ours.gpu_milliseconds is not None and full.gpu_milliseconds is not None
+            by_gpu = ours.slots / ours.gpu_milliseconds / (full.slots / full.gpu_milliseconds)
+            row = (f"{context:,}", f"{len(lazy)}/{num_layers}", f"{ours.gpu_milliseconds:,.1f}", f"{by_gpu:.2f}x" if lazy else "")
             table.add_row(*row, end_section=lazy == list(found)[-1])
     return table

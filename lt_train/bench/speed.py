@@ -1,7 +1,6 @@
 """How fast this device is: memory, matrix products, streaming against full attention, and decoding with a long context."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +10,14 @@ from lt_train.bench.attention import Shape, time_length
 from lt_train.bench.base import RandomBase, random_base
 from lt_train.bench.checks import CannotRun, Check, Finding
 from lt_train.bench.decode import STEPS, Throughput, throughput
+from lt_train.bench.roofline import COPIED, MATRIX, copy_rate, product_rate
 from lt_train.hybrid.attention_kernels import Use, choose
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.planning.compute import causal_pairs, streaming_pairs
-from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, free_memory, release_memory, wait_for
-from lt_train.runtime.units import GIB, MIB, format_bytes, format_tokens
+from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, free_memory, release_memory
+from lt_train.runtime.units import GIB, format_bytes, format_tokens
 from lt_train.selection.choose import evenly_spread_layers
 
 W_SINK, W_RECENT = 4, 1020
@@ -47,8 +47,15 @@ class Sizes:
     kv_budget: int
 
 
-ON_CPU = Sizes(256 * MIB, 2048, Shape((2048, 4096, 8192), heads=4, groups=4, head_size=64), "135m", 16384, GIB)
-ON_GPU = Sizes(GIB, 8192, Shape((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128), "8b", 16384, 24 * GIB)
+ON_CPU = Sizes(COPIED["cpu"], MATRIX["cpu"], Shape((2048, 4096, 8192), heads=4, groups=4, head_size=64), "135m", 16384, GIB)
+ON_GPU = Sizes(
+    COPIED["cuda"],
+    MATRIX["cuda"],
+    Shape((4096, 8192, 16384, 32768, 65536), heads=32, groups=8, head_size=128),
+    "8b",
+    16384,
+    24 * GIB,
+)
 
 
 def speed_checks(sizes: Sizes) -> Iterator[Check]:
@@ -67,28 +74,14 @@ def speed_checks(sizes: Sizes) -> Iterator[Check]:
 
 
 def _bandwidth(size: int) -> Finding:
-    source = torch.ones(size // 4, device=compute_device())
-    target = torch.empty_like(source)
-    rate = 2 * source.nbytes / _least_seconds(lambda: target.copy_(source))
+    rate = copy_rate(size)
     return Finding(f"{rate / 1e9:,.1f} GB/s, read and written", {"bytes_per_second": rate})
 
 
 def _matmul(rows: int) -> Finding:
     dtype = compute_dtype("auto")
-    a, b = (torch.randn(rows, rows, device=compute_device(), dtype=dtype) for _ in range(2))
-    rate = 2 * rows**3 / _least_seconds(lambda: a @ b)
+    rate = product_rate(rows, dtype)
     return Finding(f"{rate / 1e12:,.3g} TFLOP/s in {dtype_name(dtype)}", {"flops_per_second": rate})
-
-
-def _least_seconds(run: Callable[[], object]) -> float:
-    def seconds() -> float:
-        started = time.perf_counter()
-        run()
-        wait_for(compute_device())
-        return time.perf_counter() - started
-
-    seconds()
-    return min(seconds() for _ in range(RUNS))
 
 
 def _streaming(shape: Shape, length: int) -> Finding:

@@ -56,7 +56,7 @@ class StepView(AttentionView):
     def _ring(self, layer: RingLayer, indices: "StepIndices", q_BGQD, scaling, sinks_GQ):
         rows, used = q_BGQD.shape[0], indices.used
         k_BGWD, v_BGWD = layer.keys[:rows, :, :used], layer.values[:rows, :, :used]
-        weights_BGQW = scaling * _product(q_BGQD, k_BGWD.transpose(-1, -2))
+        weights_BGQW = _product(q_BGQD, k_BGWD.transpose(-1, -2)).mul_(scaling)
         if indices.hidden_BTW is not None:
             weights_BGQW = _hide(weights_BGQW, indices.hidden_BTW)
         return _product(softmax_with_sinks(weights_BGQW, sinks_GQ), v_BGWD).to(q_BGQD.dtype)
@@ -76,14 +76,14 @@ def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageInd
     """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax. Returns out_BGRD."""
     rows = q_BGRD.shape[0]
     q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[pages.owner_N]
-    logits_NGRP = scaling * _product(q_NGRD, k_NGPD.transpose(-1, -2))
+    logits_NGRP = _product(q_NGRD, k_NGPD.transpose(-1, -2)).mul_(scaling)
     logits_NGRP[pages.partial_M] = _hide(logits_NGRP[pages.partial_M], pages.hidden_MTP)
     largest_NGR = logits_NGRP.amax(-1)
     shape = (rows + 1, *largest_NGR.shape[1:])
     owner_NGR = pages.owner_N[:, None, None].expand_as(largest_NGR)
     largest_BGR = largest_NGR.new_full(shape, float("-inf")).scatter_reduce(0, owner_NGR, largest_NGR, "amax")
     largest_BGR[rows] = 0  # nobody's pages: whatever is finite
-    weights_NGRP = (logits_NGRP - largest_BGR[pages.owner_N].unsqueeze(-1)).exp_()
+    weights_NGRP = logits_NGRP.sub_(largest_BGR[pages.owner_N].unsqueeze(-1)).exp_()
     total_BGR = largest_NGR.new_zeros(shape).index_add(0, pages.owner_N, weights_NGRP.sum(-1))
     part_NGRD = _product(weights_NGRP, v_NGPD)
     sum_BGRD = part_NGRD.new_zeros(*shape, part_NGRD.shape[-1]).index_add(0, pages.owner_N, part_NGRD)

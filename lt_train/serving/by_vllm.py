@@ -1,19 +1,15 @@
 """`lt-train serve --vllm PYTHON`: vLLM in its own environment serves an export that it can compute."""
 
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 from lt_train.export.manifest import MANIFEST
-from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.vllm_plugin.checks import check_served
-
-NEEDED = ("vllm", "lt_train")
 
 
 def export_in(folder: Path) -> Path | None:
@@ -30,25 +26,6 @@ def obstacle(export: Path | None) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def check_environment(python: Path) -> None:
-    """
-    Raises:
-        UserError: no such python, or an environment without vLLM or our plugin.
-    """
-    look = f"from importlib.util import find_spec; print(*(name for name in {NEEDED} if find_spec(name) is None))"
-    try:
-        found = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True, cwd="/")
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"--vllm: {python}: not a python that runs ({error}). Fix: name the python of vLLM's environment"
-        ) from error
-    if missing := found.stdout.split():
-        raise UserError(
-            f"--vllm: {python}: its environment lacks {' and '.join(missing)}. Fix: pip install vllm==0.32.0 there (on a CPU as "
-            "launch/serve-vllm.sh says), and pip install --no-deps lt-train"
-        )
 
 
 def become_vllm(python: Path, export: Path, host: str, port: int, kv_budget: int | None, options: Sequence[str]) -> NoReturn:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.export.manifest import MANIFEST
+from lt_train.inference.servers import vllm_environment
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.serving import by_vllm
 
@@ -20,7 +21,7 @@ def started(monkeypatch) -> list[list[str]]:
     found: list[list[str]] = []
     monkeypatch.setattr(by_vllm.os, "execv", lambda python, command: found.append(command))
     monkeypatch.setattr("lt_train.serving.server.serve", lambda *given: found.append(["built-in"]))
-    monkeypatch.setattr(by_vllm, "NEEDED", ("json",))  # an environment that has what vLLM's needs
+    monkeypatch.setattr(vllm_environment, "NEEDED", ("json",))  # an environment that has what vLLM's needs
     monkeypatch.delenv("VLLM_PYTHON", raising=False)
     return found
 
@@ -57,7 +58,7 @@ def test_what_vllm_cannot_compute_is_said_and_served_by_the_built_in_engine(lt_t
 
 def test_a_python_without_vllm_and_options_without_a_server_for_them_are_refused(lt_train, tmp_path, started, monkeypatch) -> None:
     folder = export(tmp_path / "export", LEARNED)
-    monkeypatch.setattr(by_vllm, "NEEDED", ("json", "no_such_package"))
+    monkeypatch.setattr(vllm_environment, "NEEDED", ("json", "no_such_package"))
     for arguments, message in [
         (["--vllm", sys.executable], "its environment lacks no_such_package. Fix: pip install vllm==0.32.0 there"),
         (["--vllm", tmp_path / "nowhere"], "not a python that runs"),

@@ -1,0 +1,62 @@
+"""vLLM's decoding speed on the base, measured by a process in vLLM's own environment (vllm_plugin/decode_speed.py)."""
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from lt_train.bench.base import Base, RandomBase
+from lt_train.inference.servers.vllm_environment import check_vllm_environment
+from lt_train.runtime.devices import compute_dtype, dtype_name
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.sources import resolve_model
+
+STEPS = 16
+OPTION = "--against vllm"
+
+
+def check_vllm(base: Base, python: Path) -> None:
+    """
+    Raises:
+        UserError: random weights, which lie in no folder, or an environment without vLLM or our plugin.
+    """
+    if isinstance(base, RandomBase):
+        raise UserError(f"{OPTION}: {base.name}: vLLM loads a folder, and random weights lie in none. Fix: name a MODEL")
+    check_vllm_environment(python, OPTION)
+
+
+def vllm_milliseconds(base: Base, python: Path, slots: Mapping[int, int], budget: int, vocab_size: int) -> dict[int, float]:
+    """Milliseconds of a step by length of context.
+
+    Args:
+        slots: sequences at a time, by length of context. budget: bytes of the KV cache. vocab_size: of the random prompts.
+
+    Raises:
+        UserError: vLLM ended without a result.
+    """
+    assert not isinstance(base, RandomBase)
+    rng = random.Random(0)
+    order = {
+        "model": resolve_model(base.model.base),
+        "dtype": dtype_name(compute_dtype(base.model.dtype)),
+        "kv_bytes": budget,
+        "steps": STEPS,
+        "prompts": [[[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)] for length, count in slots.items()],
+    }
+    threads = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
+    cores = {"OMP_NUM_THREADS": str(len(threads)), "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, threads))}
+    with TemporaryDirectory() as folder:
+        asked, result = Path(folder, "order.json"), Path(folder, "result.json")
+        asked.write_text(json.dumps(order), encoding="utf-8")
+        command = [python, "-m", "lt_train.vllm_plugin.decode_speed", asked, result]
+        ended = subprocess.run(command, env={**os.environ, **cores}, cwd="/", capture_output=True, text=True, check=False)
+        if not result.is_file():
+            last = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
+            raise UserError(f"{OPTION}: {python}: it ended with code {ended.returncode} and no result. Fix what it says:\n{last}")
+        seconds = json.loads(result.read_text(encoding="utf-8"))
+    return {length: 1000 * one for length, one in zip(slots, seconds, strict=True)}
