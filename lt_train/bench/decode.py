@@ -154,7 +154,7 @@ def bench_decode(
     profiled: bool = False,
     vllm: Path | None = None,
 ) -> None:
-    """Print the table, and that of `drafts`. The streaming layers are evenly spread: which layers stream does not matter for speed.
+    """Print the table, and that of `drafts`. The streaming layers are evenly spread: for speed it does not matter which.
 
     Args:
         profiled: print where the time of each row's step goes, too.

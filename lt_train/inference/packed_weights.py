@@ -1,7 +1,7 @@
 """Weights packed for decoding on a CPU: oneDNN's blocked layout multiplies a few rows faster than the stored one.
 
-The engine computes with a second model that shares every tensor with the first, except that its linear layers hold a packed copy of
-their weights: the first model stays as it is, for training, export and whatever reads its weights.
+The engine computes with a second model that shares every tensor with the first, except that its larger linear layers hold a packed
+copy of their weights: the first model stays as it is, for training, export and whatever reads its weights.
 
 Sums are made in another order, so results differ from those of the stored weights in the last bits (fp32: 1e-6 of the largest).
 """
@@ -15,6 +15,8 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.devices import dtype_name, free_memory
 from lt_train.runtime.units import format_bytes
 
+SMALLEST = 2**18
+"""Elements of a weight that is packed: a smaller one gains less than a call of oneDNN costs (measured with 2 to 64 rows)."""
 FRACTION_OF_FREE_MEMORY = 0.5
 """What of the free memory the packed copies may take."""
 
@@ -56,6 +58,8 @@ def obstacle_to_packing(model: HybridForCausalLM, sequences: int) -> str | None:
         return "torch has no oneDNN for this CPU, or it is switched off"
     if sequences == 1:
         return "one sequence gains nothing"
+    if not _linears(model):
+        return "the weights are too small to gain"
     needed, free = packed_bytes(model), free_memory(model.device)
     if not fits(needed, free):
         return f"packed copies take {format_bytes(needed)}, and {format_bytes(free)} of memory are free"
@@ -66,6 +70,11 @@ def can_pack() -> bool:
     """Whether this build of torch packs weights for this CPU."""
     on_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     return on_x86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def is_worth_packing(elements: int) -> bool:
+    """Whether a weight of this size gains from being packed."""
+    return elements >= SMALLEST
 
 
 def fits(packed: int, free: int) -> bool:
@@ -79,4 +88,4 @@ def packed_bytes(model: HybridForCausalLM) -> int:
 
 
 def _linears(model: HybridForCausalLM) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    return [module for module in model.modules() if type(module) is nn.Linear and is_worth_packing(module.weight.numel())]

@@ -9,7 +9,7 @@ from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import kv_bytes, token_bytes
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import LONGEST
-from lt_train.inference.packed_weights import can_pack, fits
+from lt_train.inference.packed_weights import can_pack, fits, is_worth_packing
 from lt_train.inference.servers.vllm_capacity import VllmCache, with_one_more_or_fewer
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
@@ -76,7 +76,8 @@ def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpe
 
 def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> int:
     """Bytes of the engine's packed weights, where it packs them."""
-    packed = itemsize * (shape.dense_linears + shape.head)
+    dense = [linear.weights for layer in shape.layers for linear in layer.linears.values() if linear.used == 1]
+    packed = itemsize * sum(elements for elements in (*dense, shape.head) if is_worth_packing(elements))
     return packed if machine.cpu and itemsize == torch.float32.itemsize and can_pack() and fits(packed, left) else 0
 
 

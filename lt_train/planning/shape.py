@@ -109,11 +109,6 @@ class ModelShape:
         return sum(linear.weights for layer in self.layers for linear in layer.linears.values())
 
     @property
-    def dense_linears(self) -> int:
-        """Weights of `layer_linears` without experts."""
-        return sum(linear.weights for layer in self.layers for linear in layer.linears.values() if linear.used == 1)
-
-    @property
     def used_linears(self) -> int:
         """Weights of `layer_linears` that one token uses."""
         return sum(int(linear.weights * linear.used) for layer in self.layers for linear in layer.linears.values())

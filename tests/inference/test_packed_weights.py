@@ -25,6 +25,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def tiny_weights_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "SMALLEST", 0)
+
+
 @pytest.fixture
 def model() -> HybridForCausalLM:
     return tiny_model(SPEC)
@@ -124,6 +129,16 @@ def test_the_default_kv_budget_leaves_room_for_the_packed_copies(model, monkeypa
     assert default_budget(model, max_slots=8) == int(0.8 * (GIB - packed_bytes(model)))
     assert default_budget(model, max_slots=1) == int(0.8 * GIB)
     assert Engine(model, letter_tokenizer(), max_slots=8).budget == default_budget(model, 8)
+
+
+def test_only_weights_that_gain_from_it_are_packed(model, monkeypatch) -> None:
+    monkeypatch.setattr(packed_weights, "SMALLEST", 32 * 64)
+    layers = {name.rsplit(".", 1)[-1] for name, module in packed_for(model, 3).named_modules() if isinstance(module, PackedLinear)}
+    assert layers == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # 32 x 64; keys, values and the head have less
+    assert packed_bytes(model) == 3 * 5 * 32 * 64 * 4
+    monkeypatch.setattr(packed_weights, "SMALLEST", 2**18)
+    assert obstacle_to_packing(model, 3) == "the weights are too small to gain"
+    assert packed_for(model, 3) is model
 
 
 def test_one_row_is_multiplied_by_the_stored_weights() -> None:

@@ -59,7 +59,8 @@ def test_the_planned_kv_cache_holds_the_rings_of_a_draft(settings, tmp_path):
 
 @pytest.mark.skipif(not can_pack(), reason="weights are packed on x86 alone")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
-def test_on_a_cpu_fewer_sequences_fit_beside_the_engines_packed_weights(family, tmp_path):
+def test_on_a_cpu_fewer_sequences_fit_beside_the_engines_packed_weights(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("lt_train.inference.packed_weights.SMALLEST", 0)
     BASES[family].save_pretrained(tmp_path)
     recipe = public_recipe(
         "qwen3-8b",
