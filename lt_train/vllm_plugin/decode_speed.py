@@ -7,7 +7,9 @@ for each measurement. RESULT: the seconds of a step for each, with all of its pr
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -29,19 +31,28 @@ def main(order: Path, result: Path) -> None:
 
 
 def _seconds_of_step(llm: Any, prompts: list[list[int]], steps: int) -> float:
-    """By two runs whose prompts are cached, which differ by `steps` tokens of each sequence."""
-    _seconds(llm, prompts, 1)
-    one, all_steps = _seconds(llm, prompts, 1), _seconds(llm, prompts, steps + 1)
-    return (all_steps - one) / steps
+    """The median over the steps that give every sequence a token, by when they end. The prompts are cached before: read by and by,
+    the first sequence would end before the last one begins.
 
-
-def _seconds(llm: Any, prompts: list[list[int]], tokens: int) -> float:
+    Raises:
+        RuntimeError: the KV cache does not hold all sequences.
+    """
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    return time.perf_counter() - started
+    def greedy(tokens: int) -> Any:
+        return SamplingParams(temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
+
+    engine, requests = llm.llm_engine, [{"prompt_token_ids": prompt} for prompt in prompts]
+    llm.generate(requests, greedy(1), use_tqdm=False)
+    for number, request in enumerate(requests):
+        engine.add_request(str(number), request, greedy(steps + 1))
+    ends: list[float] = []
+    while engine.has_unfinished_requests():
+        if len(engine.step()) == len(prompts):
+            ends.append(time.perf_counter())
+    if len(ends) < 2:
+        raise RuntimeError(f"{len(prompts)} sequences of {len(prompts[0]):,} tokens never ran together: too little KV cache")
+    return median(end - start for start, end in pairwise(ends))
 
 
 if __name__ == "__main__":
