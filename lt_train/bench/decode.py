@@ -161,8 +161,8 @@ def bench_decode(
         vllm: the python of vLLM's environment, which decodes the base beside the engine.
 
     Raises:
-        UserError: there is no such model, no layer or every layer would stream, the budget is below one sequence, or vLLM fails; see
-            also `DraftRounds.time`.
+        UserError: there is no such model, no layer or every layer would stream, the budget is below one sequence, or
+            vLLM fails; see also `DraftRounds.time`.
     """
     num_layers = base.config().num_hidden_layers
     if vllm is not None:
