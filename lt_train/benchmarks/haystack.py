@@ -6,9 +6,8 @@ import random
 import re
 from collections.abc import Iterator
 from itertools import cycle
-from pathlib import Path
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.text_files import read_texts
 
 ADJECTIVES = (
     "amber bitter brave calm careful clever crooked curious distant dusty eager early faded faithful fierce gentle golden grateful "
@@ -40,23 +39,10 @@ def essay_sentences(folder: str) -> list[str]:
     """All sentences of the .txt files in a folder, in the order of the files' names, each on one line.
 
     Raises:
-        UserError: no such folder, no text in it, or a file that is not UTF-8.
+        UserError: see `read_texts`.
     """
-    files = sorted(Path(folder).expanduser().glob("*.txt"))
-    if not files:
-        raise UserError(
-            f"path: {folder}: no .txt file lies in {Path(folder).expanduser().absolute()}. Fix: name a folder of .txt files"
-        )
-    sentences: list[str] = []
-    for file in files:
-        try:
-            text = " ".join(file.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
-        sentences += [found.strip() for found in SENTENCE.findall(text)]
-    if not sentences:
-        raise UserError(f"path: {folder}: its {len(files)} .txt files are empty. Fix: name a folder of texts")
-    return sentences
+    texts = read_texts(folder, "path").values()
+    return [found.strip() for text in texts for found in SENTENCE.findall(" ".join(text.split()))]
 
 
 def endless(sentences: list[str] | None, rng: random.Random) -> Iterator[str]:

@@ -80,12 +80,20 @@ def training_lengths(
 
 
 def _checked(inputs: Inputs, model_max_length: int) -> Inputs:
-    if inputs.data.max_length > model_max_length:
+    check_context(inputs.data, model_max_length)
+    return inputs
+
+
+def check_context(data: Data, model_max_length: int) -> None:
+    """
+    Raises:
+        UserError: samples may be longer than the model's context.
+    """
+    if data.max_length > model_max_length:
         raise UserError(
-            f"data.max_length: {inputs.data.max_length} tokens are more than the model's context of {model_max_length}; "
+            f"data.max_length: {data.max_length} tokens are more than the model's context of {model_max_length}; "
             f"set it to at most {model_max_length}"
         )
-    return inputs
 
 
 def fingerprint(inputs: Inputs) -> str:
@@ -95,7 +103,7 @@ def fingerprint(inputs: Inputs) -> str:
     return hash_of(
         __version__,
         inputs.data.model_dump(exclude={"packing"}),
-        data_fingerprint(inputs.data.source),
+        data_fingerprint(inputs.data.traces),
         inputs.prompt.model_dump(),
         Path(template).read_bytes() if template else tokenizer.chat_template,
         sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),

@@ -122,7 +122,7 @@ def _opened(inputs: Inputs) -> tuple[Iterator[PlacedRow], RowTokenizer, list[str
         lost = [f"data.columns: the rows hold reasoning in {name}, which is left out" for name in unread]
         return chain(before, rows), tokenize, lost
     if not before:
-        raise UserError(f"{data.source}: there are no rows in it")
+        raise UserError(f"{data.traces}: there are no rows in it")
     tally = Tally(data)
     for where, row in before:
         if isinstance(row, RowFault):
@@ -131,7 +131,7 @@ def _opened(inputs: Inputs) -> tuple[Iterator[PlacedRow], RowTokenizer, list[str
 
 
 def _placed_rows(data: Data) -> Iterator[PlacedRow]:
-    for where, row in read_rows(data.source, data.split, data.limit, data.subset):
+    for where, row in read_rows(data.traces, data.split, data.limit, data.subset):
         yield where, RowFault(row, kind="unreadable row") if isinstance(row, str) else row
 
 

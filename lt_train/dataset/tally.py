@@ -68,7 +68,7 @@ class Tally:
             raise UserError(f"{data.source}: no sample is left to train on ({self}){fix}{listed}")
 
     def error(self, rows: str = "") -> UserError:
-        return self.faulty.error(self.data.source, rows or f"{self.counts['rows']:,} rows")
+        return self.faulty.error(self.data.traces, rows or f"{self.counts['rows']:,} rows")
 
     def warnings(self) -> list[str]:
         found = [f"data.faulty: drop: left out {line}" for line in self.faulty.lines()]

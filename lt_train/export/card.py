@@ -47,7 +47,7 @@ def front_matter(metadata: ExportMetadata, *, own_code: bool) -> dict[str, Any]:
         found["base_model"] = metadata.base
         if metadata.training is not None:
             found["base_model_relation"] = "finetune"
-    if is_hub_id(metadata.data):
+    if metadata.data is not None and is_hub_id(metadata.data):
         found["datasets"] = [metadata.data]
     tags = ["lt-train", "hybrid-attention", "streaming-attention", *(["custom_code"] if own_code else [])]
     return found | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -147,9 +147,12 @@ def _in_vllm(config: HybridConfig) -> str:
 
 
 def _data(metadata: ExportMetadata) -> str:
+    if metadata.data is None:
+        return "## Data\n\nNone: no layers were scored, and nothing was trained."
     source = metadata.data if is_hub_id(metadata.data) else Path(metadata.data).name
     counts = "".join(f"\n- {name.replace('_', ' ')}: {count:,}" for name, count in metadata.data_counts.items())
-    return f"## Data\n\n`{source}`, format `{metadata.data_format}`\n{counts}".rstrip()
+    how = f"format `{metadata.data_format}`" if metadata.data_counts else "texts on which the layers were scored"
+    return f"## Data\n\n`{source}`, {how}\n{counts}".rstrip()
 
 
 def _training(metadata: ExportMetadata) -> str:

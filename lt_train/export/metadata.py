@@ -30,7 +30,8 @@ class ExportMetadata:
         recipe: the recipe's name.
         base: hub id or local folder of the base model. base_revision: as in the recipe.
         selection: how the lazy layers were chosen: a strategy's name, or "given in the recipe".
-        data: source of the examples (hub id, file or folder); they calibrate the choice of layers even without training.
+        data: source of the examples (hub id, file or folder), which calibrate the choice of layers even without training, or of the
+            texts that do; None: no data were needed.
         data_format: as in the recipe. data_counts: examples read, dropped, trained on, …
         training: settings that shape a training, by name; None for a hybrid that was not trained.
         scores: of all variants that were evaluated.
@@ -41,7 +42,7 @@ class ExportMetadata:
     base: str
     base_revision: str | None
     selection: str
-    data: str
+    data: str | None
     data_format: str
     data_counts: dict[str, int]
     training: dict[str, str | int | float | bool | None] | None

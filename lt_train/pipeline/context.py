@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.dataset.examples import ExampleSet
-from lt_train.dataset.loading import load_examples
+from lt_train.dataset.examples import Example, ExampleSet, calibration_examples
+from lt_train.dataset.loading import check_context, load_examples
+from lt_train.dataset.texts import text_examples
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.loading import is_declared
 from lt_train.inference.loading import (
@@ -72,12 +73,15 @@ class RunContext:
 
     @cached_property
     def examples(self) -> ExampleSet:
+        """The traces; none where the recipe has no data.source."""
+        if self.recipe.data.source is None:
+            return ExampleSet((), (), {})
         check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         examples = load_examples(
             self.recipe.data,
             self.recipe.prompt,
             self.tokenizer,
-            model_max_length=context_length(self.base_config.to_dict()),
+            model_max_length=self._context_length,
             seed=self.recipe.seed,
             eos_ids=eos_ids(self.recipe.model),
             folder=self.paths.data,
@@ -87,6 +91,21 @@ class RunContext:
         for warning in examples.warnings:
             self.report("data", f"warning: {warning}")
         return examples
+
+    @cached_property
+    def calibration(self) -> list[Example]:
+        """The samples that layers are scored on: texts where the recipe names some, else training samples."""
+        calibration, data, seed = self.recipe.hybrid.calibration, self.recipe.data, self.recipe.seed
+        if calibration.source is None:
+            return calibration_examples(self.examples, calibration, seed)
+        check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
+        check_context(data, self._context_length)
+        longest = min(calibration.max_length or data.max_length, data.max_length)
+        return text_examples(calibration.source, self.tokenizer, samples=calibration.samples, max_length=longest, seed=seed)
+
+    @property
+    def _context_length(self) -> int:
+        return context_length(self.base_config.to_dict())
 
     @cached_property
     def variants(self) -> Variants:

@@ -17,7 +17,7 @@ def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> E
         base=recipe.model.base,
         base_revision=recipe.model.revision,
         selection=str(hybrid.strategy) if hybrid.layers is None else "given in the recipe",
-        data=recipe.data.source,
+        data=recipe.data.source or hybrid.calibration.source,
         data_format=recipe.data.format,
         data_counts=data_counts,
         training=_training(recipe),

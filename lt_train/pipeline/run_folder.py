@@ -16,8 +16,9 @@ from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.files import read_json, write_json, write_text
-from lt_train.runtime.fingerprints import data_fingerprint, differences, model_fingerprint
+from lt_train.runtime.fingerprints import data_fingerprint, differences, file_hash, hash_of, model_fingerprint
 from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.text_files import text_files
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -150,10 +151,12 @@ class RunFolder:
             )
 
     def _inputs_now(self) -> dict[str, str]:
-        return {
-            "model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision),
-            "data.source": data_fingerprint(self.recipe.data.source),
-        }
+        inputs = {"model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision)}
+        if self.recipe.data.source is not None:
+            inputs["data.source"] = data_fingerprint(self.recipe.data.source)
+        if (texts := self.recipe.hybrid.calibration.source) is not None:
+            inputs["hybrid.calibration.source"] = hash_of(*map(file_hash, text_files(texts)))
+        return inputs
 
 
 def recipe_of(paths: RunPaths) -> Recipe:

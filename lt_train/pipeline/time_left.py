@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from lt_train.dataset.examples import calibration_examples
 from lt_train.pipeline.context import RunContext
 from lt_train.planning.compute import training_compute
 from lt_train.planning.profiling import profile_operations
@@ -33,8 +32,7 @@ def time_left(context: RunContext, done: Sequence[str], pending: Sequence[str]) 
 def _operations(stage: str, context: RunContext, shape: ModelShape) -> float:
     recipe = context.recipe
     if stage == "profile":
-        calibration = calibration_examples(context.examples, recipe.hybrid.calibration, recipe.seed)
-        return profile_operations(recipe, shape, [len(example) for example in calibration])
+        return profile_operations(recipe, shape, [len(example) for example in context.calibration])
     assert recipe.train is not None, "only a recipe with a train part is trained"
     samples = Samples([len(example) for example in context.examples.train], "as they are")
     return training_compute(shape, recipe.train, training_work(recipe, recipe.train, samples)).total

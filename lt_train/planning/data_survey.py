@@ -124,7 +124,7 @@ def _format(data: Data, rows: Sequence[PlacedRow]) -> tuple[str, Columns]:
             return chosen_format(data, row)
         except RowFault as fault:
             raise UserError(f"{where}: {fault.problem}. Fix: {fault.fix}") from fault
-    raise faulty.error(data.source, f"{len(rows):,} rows")
+    raise faulty.error(data.traces, f"{len(rows):,} rows")
 
 
 def _conversations(rows: Sequence[PlacedRow], columns: Columns, chosen: str) -> tuple[list[Conversation], FaultyRows]:

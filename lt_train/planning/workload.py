@@ -108,14 +108,14 @@ def training_samples(
 def _rows(recipe: Recipe) -> tuple[int | None, str]:
     """The number of rows, and its origin."""
     data = recipe.data
-    if isinstance(resolve_data(data.source), Path):
-        return sum(1 for _ in load_rows(data.source, data.split, data.limit, data.subset)), f"the rows of {data.source}"
+    if isinstance(resolve_data(data.traces), Path):
+        return sum(1 for _ in load_rows(data.traces, data.split, data.limit, data.subset)), f"the rows of {data.traces}"
     return data.limit, "data.limit"
 
 
 def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Samples | None:
     """The samples of the data themselves, where they and the tokenizer are local; as the run has tokenized them, where it has."""
-    if not isinstance(resolve_data(recipe.data.source), Path):
+    if not isinstance(resolve_data(recipe.data.traces), Path):
         return None
     from lt_train.dataset.loading import training_lengths
     from lt_train.inference.loading import eos_ids, has_local_tokenizer, load_tokenizer

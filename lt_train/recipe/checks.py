@@ -1,7 +1,7 @@
 """What settings of several parts must agree on, and which names and files must exist. The schema checks each part by itself."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain
@@ -16,6 +16,7 @@ from lt_train.recipe.schema import EVAL_LOSS, PER_PROMPT, Evaluation, Lora, Reci
 from lt_train.recipe.upstream import peft_faults, trl_faults, unknown_scheduler
 from lt_train.runtime.errors import UserError, shortened, shown
 from lt_train.runtime.sources import resolve_data, resolve_model
+from lt_train.runtime.text_files import text_files
 
 BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of PEFT's init_lora_weights that leave the base's weights as they are; the others move a part of them into the adapter."""
@@ -27,6 +28,8 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
         for fault in part.conflicts():
             yield replace(fault, settings=tuple(f"{path}.{setting}" if path else setting for setting in fault.settings))
     yield from chain(_sources(recipe), _files(recipe), _trackers(recipe), _evaluations(recipe), _drafts(recipe))
+    if recipe.data.source is None:
+        yield from _without_traces(recipe)
     if recipe.hybrid.select == PER_PROMPT:
         yield from _chosen_by_prompts(recipe)
     if recipe.train is not None:
@@ -37,7 +40,8 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
 
 def _sources(recipe: Recipe) -> Iterator[Fault]:
     model, data = recipe.model, recipe.data
-    names = [("model.base", model.base, resolve_model), ("data.source", data.source, resolve_data)]
+    names: list[tuple[str, str, Callable[[str], Path | str]]] = [("model.base", model.base, resolve_model)]
+    names += [] if data.source is None else [("data.source", data.source, resolve_data)]
     names += [(f"{path}.path", part.path, resolve_data) for path, part in all_parts(recipe) if isinstance(part, Eval) and part.path]
     local: dict[str, Path] = {}
     for setting, name, resolve in names:
@@ -51,6 +55,28 @@ def _sources(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(("data.subset", "data.source"), "a file has no subsets", "set data.subset to null")
     if data.split != "train" and "data.source" in local and local["data.source"].is_file():
         yield Fault(("data.split", "data.source"), "a file has no splits", "remove data.split")
+    if recipe.hybrid.calibration.source is not None:
+        try:
+            text_files(recipe.hybrid.calibration.source)
+        except UserError as error:
+            yield Fault(("hybrid.calibration.source",), str(error))
+
+
+def _without_traces(recipe: Recipe) -> Iterator[Fault]:
+    """What needs the traces that a recipe without data.source has not."""
+    hybrid, name = recipe.hybrid, "name the traces"
+    if recipe.train is not None:
+        yield Fault(("data.source", "train"), "missing, so there is nothing to train on", f"{name}, or remove train")
+    if recipe.data.heldout:
+        yield Fault(("data.source", "data.heldout"), "missing, so nothing can be held out", f"{name}, or remove heldout")
+    if hybrid.calibration.source is not None:
+        return
+    if scoring := [strategy for strategy in (hybrid.strategy, *hybrid.compare) if strategy not in (None, "periodic", "random")]:
+        problem = f"missing, so {scoring[0]} has no samples to score the layers on"
+        yield Fault(("data.source", "hybrid.calibration.source"), problem, f"{name}, or texts in hybrid.calibration.source")
+    elif hybrid.sink == "learned":
+        problem = "missing, so learned sinks have no samples to be fitted on"
+        yield Fault(("data.source", "hybrid.calibration.source"), problem, f"{name}, or texts in hybrid.calibration.source")
 
 
 def _files(recipe: Recipe) -> Iterator[Fault]:

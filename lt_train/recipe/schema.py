@@ -92,8 +92,11 @@ class Model(Part):
 class Calibration(Part):
     """The samples on which layers are scored."""
 
+    source: Text | None = Field(default=None, json_schema_extra=ADDED | PATH)
+    """Texts to score the layers on instead of training samples: a .txt file, or a folder of them. Every token of a text counts as
+    one of an answer; a longer text is cut into samples of max_length tokens. For long documents, without traces to train on."""
     samples: Count = 64
-    """Number of training samples."""
+    """Number of samples, drawn by the recipe's seed."""
     max_length: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Tokens of a sample that are used, from its start. null: data.max_length."""
     w_last: Count = 64
@@ -204,9 +207,10 @@ class Hybrid(Part):
 class Data(Part):
     """The traces to train on."""
 
-    source: Text = Field(json_schema_extra=PATH)
+    source: Text | None = Field(default=None, json_schema_extra=PATH)
     """Hub id; local .jsonl, .ndjson, .json, .csv, .tsv (all of these also with .gz), .parquet or .arrow file; folder of such files;
-    or folder of save_to_disk."""
+    or folder of save_to_disk. null: no traces, for a recipe that trains nothing and scores no layers, or scores them on texts
+    (hybrid.calibration.source)."""
     split: Text = "train"
     """Split of a hub data set, or of a folder with files such as train.jsonl and test.jsonl."""
     subset: Text | None = None
@@ -237,6 +241,12 @@ class Data(Part):
     """Number of samples held out for the evaluation loss. None of their questions is trained on."""
     limit: Count | None = None
     """Number of rows to read, from the first. null: all."""
+
+    @property
+    def traces(self) -> str:
+        """The source of a recipe that has one."""
+        assert self.source is not None, "checks.py refuses what needs traces without a source"
+        return self.source
 
     def conflicts(self) -> Iterator[Fault]:
         if self.columns is not None and self.format != "auto":

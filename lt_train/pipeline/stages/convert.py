@@ -5,7 +5,6 @@ Leaves the hybrid's config and the sinks; no weights are copied: the base's load
 
 from math import fsum
 
-from lt_train.dataset.examples import calibration_examples
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.sinks_file import write_sinks
@@ -72,7 +71,7 @@ def run(context: RunContext) -> None:
 def _fit_sinks(context: RunContext, variant: str) -> None:
     recipe, calibration = context.recipe, context.recipe.hybrid.calibration
     spec = context.variants.spec(variant)
-    usable, _ = samples_beyond_window(calibration_examples(context.examples, calibration, recipe.seed), FIRST_TOKENS, spec.w_recent)
+    usable, _ = samples_beyond_window(context.calibration, FIRST_TOKENS, spec.w_recent)
     context.report("convert", f"fitting the learned sinks of {variant}: {calibration.sink_steps} steps")
     model = load_for_inference(recipe.model, spec, context.dtype, others_wait=True)
     fitted = fit_sinks(model, usable, steps=calibration.sink_steps, learning_rate=calibration.sink_learning_rate)

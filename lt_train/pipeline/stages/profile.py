@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from lt_train.dataset.examples import calibration_examples
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
@@ -56,7 +55,7 @@ def _findings(profile: LayerProfile, n_layers: int) -> Iterator[str]:
 
 def _score_layers(context: RunContext, strategies: list[str]) -> LayerProfile:
     recipe = context.recipe
-    calibration = calibration_examples(context.examples, recipe.hybrid.calibration, recipe.seed)  # before the model is loaded
+    calibration = context.calibration  # before the model is loaded
     model = load_for_inference(recipe.model, context.variants.spec(BASE), context.dtype, others_wait=True)
     return profile_layers(model, calibration, recipe.hybrid, strategies, out=context.paths.profile)
 
