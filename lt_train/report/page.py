@@ -98,7 +98,8 @@ def evaluation_part(name: str, rows: Sequence[EvaluatedVariant], several: bool) 
 def run_part(run: Run) -> RunPart:
     training = run_charts.training_curves(run)
     profile = None if run.profile is None else run_charts.layer_profile(run, run.profile)
-    drawn = (profile, training, run_charts.kv_growth(run), run_charts.divergence_curve(run), run_charts.probe_curves(run))
+    curve = None if run.profile is None else run_charts.predicted_rise(run, run.profile)
+    drawn = (profile, curve, training, run_charts.kv_growth(run), run_charts.divergence_curve(run), run_charts.probe_curves(run))
     notes = []
     if run.profile is None:
         notes.append("No layer profile: the recipe names the layers, or its strategy needs no scores.")

@@ -104,7 +104,12 @@ def show_results(run: Path, console: Console) -> None:
     if line := trained_weights(run):
         console.print(f"{'trained model':<14}{line}", markup=False, highlight=False, soft_wrap=True)
     paths = RunPaths(run)
-    made = (("layer profile", paths.profile_picture), ("training log", paths.training_log), ("checkpoint", paths.export))
+    made = (
+        ("layer profile", paths.profile_picture),
+        ("predicted", paths.curve_picture),
+        ("training log", paths.training_log),
+        ("checkpoint", paths.export),
+    )
     for label, path in made:
         if path.exists():
             console.print(f"{label:<14}{path}", markup=False, highlight=False, soft_wrap=True)

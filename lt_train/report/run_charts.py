@@ -19,6 +19,7 @@ from lt_train.report.formatting import percent
 from lt_train.report.results import cache_bytes, number_streaming
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
+from lt_train.selection.curve import curve_figure
 from lt_train.selection.picture import profile_figure
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.probes.results import ProbeScore
@@ -39,6 +40,17 @@ def layer_profile(run: Run, profile: LayerProfile) -> Chart:
         stability = profile.stability(strategy, len(chosen))
         caption += "" if stability is None else f" By {strategy}, {stability.overlap}."
     return Chart("Layer profile", caption, profile_figure(profile, chosen))
+
+
+def predicted_rise(run: Run, profile: LayerProfile) -> Chart | None:
+    """The picture of selection/, which the run folder has as profile/curve.png; None without scores by gates."""
+    if "gates" not in profile.strategies:
+        return None
+    caption = (
+        f"What gates predicts, untrained, from {len(profile.samples)} samples: the shares of what streams, added up. "
+        "The further down and to the left, the better."
+    )
+    return Chart("Predicted rise against KV cache", caption, curve_figure(profile, run.layers[CONVERTED]))
 
 
 @styled

@@ -40,6 +40,7 @@ class RunPaths:
         self.profile = self.stage("profile")
         self.layer_profile = self.profile / LAYER_PROFILE
         self.profile_picture = self.profile / "profile.png"
+        self.curve_picture = self.profile / "curve.png"  # KV cache against the rise that gates predicts
         self.hybrid = self.stage("hybrid")
         self.hybrid_config = self.hybrid / "config.json"
         self.layers = self.hybrid / "layers.json"  # the layers that stream, by variant

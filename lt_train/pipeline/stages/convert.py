@@ -3,8 +3,6 @@
 Leaves the hybrid's config and the sinks; no weights are copied: the base's load straight into it.
 """
 
-from math import fsum
-
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.sinks_file import write_sinks
@@ -13,7 +11,7 @@ from lt_train.recipe.evaluations import CONVERTED
 from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.devices import release_memory
 from lt_train.selection.calibration import samples_beyond_window
-from lt_train.selection.picture import draw_profile
+from lt_train.selection.curve import predicted_rise
 from lt_train.training.sink_fitting import FIRST_TOKENS, fit_sinks
 
 NAME = "hybrid"
@@ -53,8 +51,6 @@ def run(context: RunContext) -> None:
                 _fit_sinks(context, variant)
         spec = context.variants.spec(CONVERTED)
         hybrid_config(context.base_config, spec).save_pretrained(context.paths.hybrid)
-        if profile is not None:
-            draw_profile(profile, spec.lazy_layers, context.paths.profile_picture)
     if (by_prompt := context.variants.per_prompt(CONVERTED)) is not None:
         streaming = spec.num_layers - by_prompt.keep
         context.report("convert", f"{streaming} of {spec.num_layers} layers stream in each answer, chosen by its prompt")
@@ -62,8 +58,7 @@ def run(context: RunContext) -> None:
     hybrid = context.recipe.hybrid
     chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
     if hybrid.strategy == "gates" and profile is not None:
-        rise = fsum(profile.mean_shares[layer] for layer in spec.lazy_layers)
-        chosen += f" (predicted rise on long-reach tokens {rise:.3g} nats)"
+        chosen += f" (predicted rise on long-reach tokens {predicted_rise(profile, spec.lazy_layers):.3g} nats)"
     layers = ", ".join(map(str, spec.lazy_layers))
     context.report("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {chosen}: {layers}")
 

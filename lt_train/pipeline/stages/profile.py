@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
+from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.devices import release_memory
-from lt_train.selection.choose import number_that_stream
+from lt_train.selection.choose import choose_layers, number_that_stream
+from lt_train.selection.curve import draw_curve
 from lt_train.selection.gates import describe_sum_of_shares
+from lt_train.selection.picture import draw_profile
 from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
 from lt_train.selection.stability import describe_stability
 
@@ -38,9 +41,20 @@ def run(context: RunContext) -> None:
     context.report(NAME, f"scoring the layers of {context.recipe.model.base} by {', '.join(strategies)}")
     with context.folder.doing(NAME, samples=context.examples.counts):
         profile = _score_layers(context, strategies)
+        _draw(context, profile)
         release_memory()  # before the other ranks, which wait for the hybrid, load theirs
     for line in _findings(profile, number_that_stream(context.recipe.hybrid, profile.num_layers, profile)):
         context.report(NAME, line)
+
+
+def _draw(context: RunContext, profile: LayerProfile) -> None:
+    """The scores and the curve of the choice, with the layers that this recipe lets stream."""
+    hybrid, paths = context.recipe.hybrid, context.paths
+    by_prompt = hybrid.select == PER_PROMPT
+    chosen = () if by_prompt else choose_layers(hybrid, profile.num_layers, context.recipe.seed, profile)
+    draw_profile(profile, chosen, paths.profile_picture)
+    if "gates" in profile.strategies:
+        draw_curve(profile, chosen, paths.curve_picture)
 
 
 def _findings(profile: LayerProfile, n_layers: int) -> Iterator[str]:

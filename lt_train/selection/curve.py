@@ -1,0 +1,80 @@
+"""The curve of a choice: KV cache against the rise that `gates` predicts, from full attention to every layer streaming.
+
+The shares of what streams add up to the predicted rise, so one profile gives the whole curve, without trying any hybrid.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from math import fsum
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled, write_png
+from lt_train.runtime.units import format_tokens
+from lt_train.selection.profile import LayerProfile
+
+Point = tuple[float, float]
+"""KV cache of a sequence of KV_TOKENS tokens as a fraction of full attention's; predicted rise, in nats per long-reach token."""
+
+HEIGHT = 210.0
+
+
+def predicted_curve(shares: Sequence[float], window: int) -> list[Point]:
+    """None of the units streams, then the one with the smallest share, then the two smallest, to all of them.
+
+    Args:
+        shares: of layers, or of KV heads, which all have equal keys and values.
+        window: tokens that a streaming unit keeps.
+    """
+    rises = accumulate(sorted(shares), initial=0.0)
+    return [(kept_fraction(streaming / len(shares), window), rise) for streaming, rise in enumerate(rises)]
+
+
+def kept_fraction(streaming: float, window: int) -> float:
+    """KV cache as a fraction of full attention's, where a fraction `streaming` of the layers or heads streams."""
+    return 1 - streaming * (1 - min(window, KV_TOKENS) / KV_TOKENS)
+
+
+def predicted_rise(profile: LayerProfile, layers: Collection[int]) -> float:
+    """Of the loss on long-reach tokens, in nats, when these layers stream. The profile has scores by `gates`."""
+    return fsum(profile.mean_shares[layer] for layer in layers)
+
+
+def draw_curve(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
+    """Write `curve_figure` to a PNG file."""
+    write_png(curve_figure(profile, chosen), path)
+
+
+@styled
+def curve_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
+    """A line for layers, one for single KV heads, and a point for `chosen`; of a profile with scores by `gates`."""
+    window = profile.fingerprint.sizes.w_sink + profile.fingerprint.sizes.w_recent
+    layer_shares = profile.mean_shares
+    heads_S = [[share for head_G in sample.head_shares for share in head_G] for sample in profile.samples]
+    head_shares = [fsum(share_S) / len(heads_S) for share_S in zip(*heads_S, strict=True)]
+    figure, (axes,) = new_figure([HEIGHT], left=72)
+    for shares, unit, dash in ((layer_shares, "layers", "-"), (head_shares, "KV heads", "--")):
+        curve = predicted_curve(shares, window)
+        label = f"{unit} in the order of their shares" + " (no recipe streams single heads)" * (unit == "KV heads")
+        (line,) = axes.plot(*_in_percent(curve), dash, color=COLOURS["gates"], linewidth=2.4, label=label)
+        half = curve[len(curve) // 2]
+        note(line, f"{unit}: half of {len(shares)} stream: {half[0]:.1%} of the KV cache, predicted rise {half[1]:.3g} nats")
+    here = (kept_fraction(len(chosen) / profile.num_layers, window), predicted_rise(profile, chosen))
+    label = f"this run: {len(chosen)} of {profile.num_layers} layers stream"
+    (point,) = axes.plot(*_in_percent([here]), "o", color=COLOURS["trained"], zorder=4, label=label)
+    note(point, f"{label}: {here[0]:.1%} of the KV cache, predicted rise {here[1]:.3g} nats")
+    every = (kept_fraction(1, window), profile.mean_all_streaming("gates"))
+    (measured,) = axes.plot(*_in_percent([every]), "s", color=COLOURS["base"], zorder=3, label="every layer streams: measured")
+    note(measured, f"every layer streams: {every[0]:.1%} of the KV cache, measured rise {every[1]:.3g} nats")
+    axes.set_title("predicted rise on long-reach tokens, nats")
+    axes.set_xlabel(f"KV cache at {format_tokens(KV_TOKENS)} tokens, % of full attention's")
+    axes.set_xlim(0, 102)
+    axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=1)
+    add_legend(figure)
+    return figure
+
+
+def _in_percent(curve: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [100 * kept for kept, _ in curve], [rise for _, rise in curve]
