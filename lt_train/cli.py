@@ -350,6 +350,32 @@ def report(
 
 
 @app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    strategies: Annotated[
+        str, typer.Option("--strategies", metavar="NAMES", help="How layers are chosen, with commas between.")
+    ] = "reach,lazy_ratio,periodic,random",
+    ratios: Annotated[
+        str, typer.Option("--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.")
+    ] = "0.5,0.75",
+    quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples.")] = False,
+    runs: RunsRoot = Path("runs"),
+) -> None:
+    """Run a recipe with its layers chosen in several ways, and write tables and a picture; finished runs are not run again."""
+    named = tuple(filter(None, map(str.strip, strategies.split(","))))
+    try:
+        fractions = tuple(float(ratio) for ratio in ratios.split(","))
+    except ValueError as error:
+        raise UserError(f"--ratios: {shortened(ratios)}: not numbers with commas between. Fix: write 0.5,0.75") from error
+    quiet_upstream()
+    from lt_train.pipeline.comparison import Grid, compare
+
+    out = compare(recipe, overrides or (), Grid(named, fractions, quick), runs, this_process())
+    typer.echo(f"comparison: {out / 'comparison.html'}")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with lt_train, each with what it does and the hardware for it."""
     from rich.box import SIMPLE_HEAD

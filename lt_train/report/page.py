@@ -129,6 +129,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("streams", f"{streaming} of {total} layers, chosen by {chosen_by}"),
         ("a streaming layer sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
     ]
+    if run.profile is not None and "gates" in run.profile.strategies and not by_prompts:
+        rise, every = run.profile.predicted_rise(run.layers[CONVERTED]), run.profile.mean_all_streaming("gates")
+        found.append(("predicted rise", f"{rise:+.3g} nats on long-reach tokens, untrained ({every:+.3g} if every layer streamed)"))
     steps = max((row["step"] for row in run.log), default=0)
     training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
     hybrid, base = (cache_bytes(run.config, lazy, KV_TOKENS) for lazy in (streaming, 0))

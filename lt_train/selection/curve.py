@@ -37,11 +37,6 @@ def kept_fraction(streaming: float, window: int) -> float:
     return 1 - streaming * (1 - min(window, KV_TOKENS) / KV_TOKENS)
 
 
-def predicted_rise(profile: LayerProfile, layers: Collection[int]) -> float:
-    """Of the loss on long-reach tokens, in nats, when these layers stream. The profile has scores by `gates`."""
-    return fsum(profile.mean_shares[layer] for layer in layers)
-
-
 def draw_curve(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
     """Write `curve_figure` to a PNG file."""
     write_png(curve_figure(profile, chosen), path)
@@ -61,7 +56,7 @@ def curve_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
         (line,) = axes.plot(*_in_percent(curve), dash, color=COLOURS["gates"], linewidth=2.4, label=label)
         half = curve[len(curve) // 2]
         note(line, f"{unit}: half of {len(shares)} stream: {half[0]:.1%} of the KV cache, predicted rise {half[1]:.3g} nats")
-    here = (kept_fraction(len(chosen) / profile.num_layers, window), predicted_rise(profile, chosen))
+    here = (kept_fraction(len(chosen) / profile.num_layers, window), profile.predicted_rise(chosen))
     label = f"this run: {len(chosen)} of {profile.num_layers} layers stream"
     (point,) = axes.plot(*_in_percent([here]), "o", color=COLOURS["trained"], zorder=4, label=label)
     note(point, f"{label}: {here[0]:.1%} of the KV cache, predicted rise {here[1]:.3g} nats")
@@ -70,7 +65,7 @@ def curve_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
     note(measured, f"every layer streams: {every[0]:.1%} of the KV cache, measured rise {every[1]:.3g} nats")
     axes.set_title("predicted rise on long-reach tokens, nats")
     axes.set_xlabel(f"KV cache at {format_tokens(KV_TOKENS)} tokens, % of full attention's")
-    axes.set_xlim(0, 102)
+    axes.set_xlim(-2, 102)
     axes.axhline(0, color=COLOURS["base"], linewidth=1, zorder=1)
     add_legend(figure)
     return figure

@@ -6,7 +6,7 @@ samples.jsonl    a header, then one row for each scored sample: a killed run res
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,6 +119,10 @@ class LayerProfile:
     def mean_shares(self) -> list[float]:
         """By layer, the share that `gates` gives it of the rise when every layer streams, averaged over samples."""
         return [fmean(share_S) for share_S in zip(*self.scores["gates"], strict=True)]
+
+    def predicted_rise(self, layers: Collection[int]) -> float:
+        """Of the loss on long-reach tokens, in nats, when these layers stream: their shares by `gates`, added up."""
+        return math.fsum(self.mean_shares[layer] for layer in layers)
 
     @property
     def mean_sum_of_shares(self) -> float:

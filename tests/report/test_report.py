@@ -10,7 +10,7 @@ import pytest
 
 from lt_train.report import samples, write_report
 from lt_train.runtime.errors import UserError
-from tests.support.made_runs import ANSWERS, PROBLEMS, made_run, record
+from tests.support.made_runs import ANSWERS, PROBLEMS, gates_profile, made_run, record
 
 NASTY = "</script><script>document.title='owned'</script><!--<img src=x onerror=alert(1)> & \u2028 \ud83d \x00 ]]> 证明"
 
@@ -69,6 +69,15 @@ def test_the_page_shows_scores_charts_and_every_sample(page):
         assert ["".join(both) for both in page.data[f"texts-{number}"]] == [record.text for record in records]
         assert [row[2] for row in sets[number]["samples"]] == [int(record.correct) for record in records]
     assert page.data["problems-0"] == {key: [text, [answer]] for key, text, answer in PROBLEMS}
+
+
+def test_a_run_scored_by_gates_shows_the_curve_and_the_rise_that_was_predicted(tmp_path, page):
+    run = made_run(tmp_path)
+    gates_profile().save(run / "profile/profile.json")
+    scored = page_of(run)
+    assert "Predicted rise against KV cache" in scored.visible
+    assert "+1.5 nats on long-reach tokens, untrained (+1.6 if every layer streamed)" in scored.visible
+    assert "redicted rise" not in page.visible
 
 
 def test_problems_of_several_models_are_in_the_page_once(page):

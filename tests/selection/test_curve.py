@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from lt_train.runtime.drawing import note_of
-from lt_train.selection.curve import curve_figure, draw_curve, predicted_curve, predicted_rise
+from lt_train.selection.curve import curve_figure, draw_curve, predicted_curve
 from lt_train.selection.fingerprint import Fingerprint, Sizes
 from lt_train.selection.profile import LayerProfile, SampleScores
 
@@ -50,7 +50,7 @@ def test_heads_never_lose_more_than_layers_at_equal_kv_bytes(seed):
 
 
 def test_the_predicted_rise_of_a_choice_is_the_sum_of_its_shares():
-    assert predicted_rise(profile_of(HEADS), (0, 1)) == pytest.approx(1.0)
+    assert profile_of(HEADS).predicted_rise((0, 1)) == pytest.approx(1.0)
 
 
 def test_the_picture_marks_the_choice_on_both_lines_and_the_measured_rise_of_all(tmp_path):

@@ -11,7 +11,6 @@ from lt_train.recipe.evaluations import CONVERTED
 from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.devices import release_memory
 from lt_train.selection.calibration import samples_beyond_window
-from lt_train.selection.curve import predicted_rise
 from lt_train.training.sink_fitting import FIRST_TOKENS, fit_sinks
 
 NAME = "hybrid"
@@ -58,7 +57,7 @@ def run(context: RunContext) -> None:
     hybrid = context.recipe.hybrid
     chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
     if hybrid.strategy == "gates" and profile is not None:
-        chosen += f" (predicted rise on long-reach tokens {predicted_rise(profile, spec.lazy_layers):.3g} nats)"
+        chosen += f" (predicted rise on long-reach tokens {profile.predicted_rise(spec.lazy_layers):.3g} nats)"
     layers = ", ".join(map(str, spec.lazy_layers))
     context.report("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {chosen}: {layers}")
 

@@ -1,0 +1,86 @@
+"""`lt-train compare`: a run for each way to choose the layers, and what they show together."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lt_train.pipeline.comparison import Grid, compare
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_run import write_inputs
+
+ALONE = Process(0, 1, launched=False)
+OVERRIDES = ("train=null", "lora=null", "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [converted]}]")
+GRID = Grid(("lazy_ratio", "periodic", "random"), (0.5,))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    compare(recipe, OVERRIDES, GRID, folder, ALONE)
+    return folder
+
+
+def test_every_cell_is_a_run_whose_recipe_names_the_layers_that_its_strategy_chose(runs) -> None:
+    chosen = json.loads((runs / "tiny-periodic-4of8/hybrid/layers.json").read_text())
+    assert chosen == {"converted": [0, 2, 4, 6]}
+    recipe = yaml.safe_load((runs / "tiny-periodic-4of8/recipe.yaml").read_text())
+    assert recipe["hybrid"]["layers"] == [0, 2, 4, 6] and recipe["hybrid"]["strategy"] is None
+    assert not (runs / "tiny-periodic-4of8/profile").exists()
+    assert sorted(each.name for each in (runs / "tiny-comparison").iterdir()) == [
+        "comparison.html",
+        "comparison.md",
+        "heldout_loss.png",
+    ]
+
+
+def test_finished_cells_are_not_run_again_and_a_missing_one_is(runs, recipe) -> None:
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/eval/*/*/scores.json")}
+    gone = runs / "tiny-random-4of8/eval/converted/heldout_loss/scores.json"
+    text = gone.read_text()
+    gone.unlink()
+    time.sleep(0.01)
+    compare(recipe, OVERRIDES, GRID, runs, ALONE)
+    after = {path: path.stat().st_mtime_ns for path in runs.glob("*/eval/*/*/scores.json")}
+    assert len(before) == 4 and [path for path in before if after[path] != before[path]] == [gone]
+    assert json.loads(gone.read_text())["loss"] == json.loads(text)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("eval=[]",), "eval: empty, so there is nothing to compare"),
+        (("hybrid.lazy_layer_ratio=null", "hybrid.kv_budget=0.5"), r"hybrid\.kv_budget: compare sets how many layers stream"),
+    ],
+)
+def test_a_recipe_that_cannot_be_compared_is_refused(recipe, tmp_path, overrides, message) -> None:
+    with pytest.raises(UserError, match=message):
+        compare(recipe, (*OVERRIDES, *overrides), GRID, tmp_path, ALONE)
+
+
+def test_unknown_strategies_are_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"--strategies: reech: no strategy\. Fix: use gates, reach"):
+        Grid(("reech",))
+
+
+@pytest.mark.slow
+def test_quick_compares_ways_to_choose_on_the_quickstart_in_minutes(tmp_path) -> None:
+    started = time.process_time()
+    grid = Grid(quick=True)
+    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16",), grid, tmp_path, ALONE)
+    assert time.process_time() - started < 300
+    text = (out / "comparison.md").read_text()
+    assert "4 of 8 layers, untrained: reach is better than lazy_ratio" in text
+    assert "64 of " in text
+    assert not list(tmp_path.glob("*/train"))

@@ -1,0 +1,108 @@
+"""What the cells of a comparison show together, from run folders."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from lt_train.evaluation.scores import write_scores
+from lt_train.hybrid.loading import hybrid_config
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.recipe.loading import load_recipe, resolved_yaml
+from lt_train.report.comparison import Cell, Comparison, Entry, findings, write_comparison
+from lt_train.report.comparison_chart import Point, comparison_figure
+from lt_train.report.results import read_results
+from lt_train.runtime.drawing import note_of
+from lt_train.runtime.files import write_json, write_text
+from tests.support.families import BASES
+from tests.support.made_runs import gates_profile, loss_scores
+
+RECIPE = """
+name: NAME
+model: {base: nobody/nothing}
+hybrid: {layers: [0], w_sink: 2, w_recent: 6}
+data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
+train: {method: full, learning_rate: 1.0e-3, max_steps: 1, batch_size: 1}
+eval: [{benchmark: heldout_loss, variants: [base, converted, trained]}]
+"""
+BASE = (10.0, 12.0, 14.0, 16.0)
+
+
+def made_cell(runs: Path, name: str, layers: Sequence[int], **losses: Sequence[float]) -> Path:
+    """A run with the loss of each of its variants, by sample of ten tokens."""
+    folder = runs / name
+    runs.mkdir(exist_ok=True)
+    (runs / f"{name}.yaml").write_text(RECIPE.replace("NAME", name))
+    write_text(folder / "recipe.yaml", resolved_yaml(load_recipe(runs / f"{name}.yaml")))
+    write_json(folder / "hybrid/layers.json", {"converted": list(layers)})
+    hybrid_config(BASES["qwen3"], HybridSpec(4, tuple(layers), w_sink=2, w_recent=6)).save_pretrained(folder / "hybrid")
+    for variant, nll in losses.items():
+        write_scores(folder / "eval" / variant / "heldout_loss/scores.json", loss_scores(nll))
+    return folder
+
+
+def above_base(*rises: float) -> list[float]:
+    return [loss + rise for loss, rise in zip(BASE, rises, strict=True)]
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    """By reach nothing is lost, by periodic much, by lazy_ratio about as little as by reach; trained, all are equal."""
+    runs = tmp_path / "runs"
+    noise = above_base(1.0, -1.0, 1.5, -1.2)
+    cells = {
+        "reach": ((0, 2), above_base(0.1, 0.2, 0.1, 0.2), noise),
+        "lazy_ratio": ((0, 1), above_base(0.3, 0.1, -0.1, 0.4), above_base(-1.0, 1.1, 0.9, -0.8)),
+        "periodic": ((1, 2), above_base(3.0, 3.3, 3.1, 3.2), above_base(0.2, 0.1, 0.3, 0.2)),
+    }
+    made = [
+        Cell(name, layers, 4, made_cell(runs, name, layers, converted=untrained, trained=trained))
+        for name, (layers, untrained, trained) in cells.items()
+    ]
+    return Comparison("mine", made_cell(runs, "base", (0, 2), base=BASE), tuple(made), None)
+
+
+def entries(comparison: Comparison) -> list[Entry]:
+    found = [Entry(cell, result) for cell in comparison.cells for result in read_results(cell.run)]
+    return sorted(found, key=lambda entry: entry.trained)
+
+
+def test_a_strategy_is_called_better_only_where_the_difference_exceeds_its_error(comparison) -> None:
+    untrained, trained = findings(entries(comparison))
+    assert untrained == "2 of 4 layers, untrained: reach is better than periodic; no difference from lazy_ratio shows."
+    assert trained.startswith("2 of 4 layers, trained: no strategy differs from the best of them, ")
+
+
+def test_the_table_has_a_row_for_each_hybrid_with_its_difference_from_the_base(comparison, tmp_path) -> None:
+    out = write_comparison(comparison, tmp_path / "out")
+    text = (out / "comparison.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| 2 of 4 | periodic")]
+    assert len(rows) == 2 and "untrained" in rows[0] and "trained" in rows[1]
+    assert "| +0.315 [+0.294, +0.336] |" in rows[0]
+    assert text.count("| none | base |") == 1
+    assert "- 2 of 4 layers, untrained: reach is better than periodic" in text
+    assert imread(out / "heldout_loss.png").shape[1] > 1000
+    page = (out / "comparison.html").read_text()
+    assert "+0.315 [+0.294, +0.336]" in page and "<svg" in page
+
+
+def test_predicted_rises_stand_beside_the_measured_ones(comparison, tmp_path) -> None:
+    predicting = replace(comparison, profile=gates_profile())
+    text = (write_comparison(predicting, tmp_path) / "comparison.md").read_text()
+    rises = {line.split(" | ")[1]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 2 of 4")}
+    assert rises == {"reach": "+1.500 |", "lazy_ratio": "+1.050 |", "periodic": "+0.550 |"}
+
+
+def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers_choice(comparison) -> None:
+    (base,) = read_results(comparison.base)
+    points = [Point(each.cell.strategy, 2, each.trained, each.result) for each in entries(comparison)]
+    (axes,) = comparison_figure(base, points, "nats per token").axes
+    labels = [text.get_text().replace("\n", " ") for text in axes.figure.legends[0].get_texts()]
+    assert "the paper's choice" in labels and "base, 95 % interval" in labels
+    assert {"reach, trained", "reach, untrained", "periodic, untrained"} <= set(labels)
+    rings = [line for line in axes.lines if (note_of(line) or "").startswith("the paper's choice")]
+    assert len(rings) == 2  # untrained and trained
+    kept = 100 * points[0].result.kv_bytes / base.kv_bytes
+    assert {ring.get_xdata()[0] for ring in rings} == {kept} and 50 < kept < 51
