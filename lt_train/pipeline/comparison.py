@@ -27,6 +27,8 @@ RATIOS = (0.5, 0.75)
 QUICK_SAMPLES, QUICK_LIMIT = 12, 64
 """Of `--quick`: calibration samples, and problems or samples of an evaluation, at most."""
 
+UNTRAINED = ("train=null", "lora=null", "sample=null")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -59,6 +61,8 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
     Raises:
         UserError: the recipe evaluates nothing, lets prompts choose, or cannot be used; a ratio that the model cannot have.
     """
+    if process.count > 1:
+        raise UserError(f"lt-train compare: runs in one process, not in {process.count}. Fix: start it without a launcher")
     given = load_recipe(recipe, overrides)
     _check(given)
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
@@ -93,7 +97,7 @@ def _check(recipe: Recipe) -> None:
 def _quick_overrides(recipe: Recipe) -> list[str]:
     samples = min(recipe.hybrid.calibration.samples, QUICK_SAMPLES)
     limits = [f"eval.{at}.limit={min(each.limit or QUICK_LIMIT, QUICK_LIMIT)}" for at, each in enumerate(recipe.eval)]
-    return ["train=null", "lora=null", f"hybrid.calibration.samples={samples}", *limits]
+    return [*UNTRAINED, f"hybrid.calibration.samples={samples}", *limits]
 
 
 def _base_overrides(recipe: Recipe, grid: Grid) -> list[str]:
@@ -104,7 +108,7 @@ def _base_overrides(recipe: Recipe, grid: Grid) -> list[str]:
         f"name={recipe.name}-base",
         *("hybrid.layers=null", f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
         f"hybrid.lazy_layer_ratio={grid.ratios[0]}",
-        *("train=null", "lora=null"),
+        *UNTRAINED,
         *_variants(recipe, [BASE]),
     ]
 
