@@ -95,8 +95,10 @@ def _part(comparison: Comparison, base: Result, out: Path) -> Part:
     entries = list(_entries(comparison.cells, base.evaluation))
     predicts = comparison.profile is not None and "gates" in comparison.profile.strategies
     unit = "accuracy, % ± SE" if isinstance(base.scores, AnswerScores) else "nats per token ± SE"
-    columns = ("streaming", "layers by", "", unit, "95 %", "minus base [95 %]", f"KV at {KV_TOKENS // 1024}K")
-    rows = [("none", "base", "", score_text(base.scores), interval_text(base.scores), "", format_bytes(base.kv_bytes))]
+    columns: tuple[str, ...] = ("streaming", "layers by", "", unit, "95 %", "minus base [95 %]", f"KV at {KV_TOKENS // 1024}K")
+    rows: list[tuple[str, ...]] = [
+        ("none", "base", "", score_text(base.scores), interval_text(base.scores), "", format_bytes(base.kv_bytes))
+    ]
     rows += [_row(entry, base.scores) for entry in entries]
     if predicts and comparison.profile is not None:
         columns += ("predicted rise on long-reach tokens",)
