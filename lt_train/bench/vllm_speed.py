@@ -53,7 +53,7 @@ def vllm_milliseconds(base: Base, python: Path, slots: Mapping[int, int], budget
     with TemporaryDirectory() as folder:
         asked, result = Path(folder, "order.json"), Path(folder, "result.json")
         asked.write_text(json.dumps(order), encoding="utf-8")
-        command = [python, "-m", "lt_train.vllm_plugin.decode_speed", asked, result]
+        command = [str(python), "-m", "lt_train.vllm_plugin.decode_speed", str(asked), str(result)]
         ended = subprocess.run(command, env={**os.environ, **cores}, cwd="/", capture_output=True, text=True, check=False)
         if not result.is_file():
             last = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
