@@ -18,8 +18,6 @@ from transformers import (
     SmolLM3Config,
 )
 
-from lt_train.hybrid.loading import prove_auto_family
-
 SIZES = dict(
     vocab_size=96,
     hidden_size=48,
@@ -62,6 +60,8 @@ def base_of(family: str) -> PreTrainedConfig:
     """A base of this family; where it is not declared, the family is made first."""
     if family in BASES:
         return BASES[family]
+    from lt_train.hybrid.loading import prove_auto_family  # not above: the fast tier imports this file, and no models
+
     prove_auto_family(HELIUM)
     return HELIUM
 
