@@ -26,8 +26,8 @@ class Rates:
     def seconds(self, moved_bytes: float, operations: float) -> float:
         return max(moved_bytes / self.bandwidth, operations / self.products)
 
-    def step_seconds(self, model: HybridForCausalLM, rows: int, kv_bytes: int) -> float:
-        """One step of `rows` sequences: the products of the weights (not of experts), then attention.
+    def step_seconds(self, model: HybridForCausalLM, rows: int, kv_bytes: int, tokens: int = 1) -> float:
+        """One step of `rows` sequences, `tokens` of each: the products of the weights (not of experts), then attention.
 
         Args:
             kv_bytes: keys and values of all sequences. Each number takes two operations for every query head it serves.
@@ -36,8 +36,9 @@ class Rates:
         elements = sum(weight.numel() for weight in weights)
         config = model.config
         grouped = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
-        attention = 2 * grouped * kv_bytes / model.dtype.itemsize
-        return self.seconds(sum(weight.nbytes for weight in weights), 2 * rows * elements) + self.seconds(kv_bytes, attention)
+        attention = 2 * grouped * tokens * kv_bytes / model.dtype.itemsize
+        products = self.seconds(sum(weight.nbytes for weight in weights), 2 * rows * tokens * elements)
+        return products + self.seconds(kv_bytes, attention)
 
 
 def measure_rates(dtype: torch.dtype) -> Rates:

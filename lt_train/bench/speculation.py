@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.bench.base import Base, StoredBase
@@ -183,13 +183,9 @@ def time_rounds(model: HybridForCausalLM, draft: Draft, context: int, budget: in
 
 
 def pass_limit(rates: Rates, model: HybridForCausalLM, spec: HybridSpec, context: int, slots: int, tokens: int) -> float:
-    """Seconds of a forward pass over `tokens` tokens of every sequence: the products of the weights, then attention."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    elements, config = sum(weight.numel() for weight in weights), model.config
-    kv = slots * kv_bytes(config.to_dict(), spec, context, model.dtype.itemsize)
-    grouped = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
-    products = rates.seconds(elements * model.dtype.itemsize, 2 * slots * tokens * elements)
-    return products + rates.seconds(kv, 2 * grouped * tokens * kv / model.dtype.itemsize)
+    """Seconds of a forward pass over `tokens` tokens of every sequence (`Rates.step_seconds`)."""
+    kv = slots * kv_bytes(model.config.to_dict(), spec, context, model.dtype.itemsize)
+    return rates.step_seconds(model, slots, kv, tokens)
 
 
 def median_seconds(run: Callable[[], Tensor]) -> float:
