@@ -179,7 +179,7 @@ def bench_decode(
                 bar.advance()
             if drafts is not None:
                 plain = [(at_length.slots, at_length.tokens_per_second) for at_length in found[lazy]]
-                drafts.time(hybrid, base, lengths, budget, plain)
+                drafts.time(hybrid, base, lengths, budget, plain, rates)
             about = f"{base.name}, {hybrid.num_parameters() / 1e6:,.1f} M parameters, {dtype_name(hybrid.dtype)}"
             about += f" on {device_name(hybrid.device)}"
             del hybrid

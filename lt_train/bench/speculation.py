@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lt_train.bench.base import Base, StoredBase
 from lt_train.bench.printing import measurement_table, print_lines
-from lt_train.bench.roofline import Rates, measure_rates
+from lt_train.bench.roofline import Rates
 from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -108,19 +108,25 @@ class DraftRounds:
         self.found: list[Rounds] = []
 
     def time(
-        self, model: HybridForCausalLM, base: Base, lengths: Sequence[int], budget: int, plain: Sequence[tuple[int, float]]
+        self,
+        model: HybridForCausalLM,
+        base: Base,
+        lengths: Sequence[int],
+        budget: int,
+        plain: Sequence[tuple[int, float]],
+        rates: Rates,
     ) -> None:
         """Time one model's rounds at each length of context.
 
         Args:
             plain: at each length without a draft, the sequences that the budget holds and their tokens a second.
+            rates: of this machine.
 
         Raises:
             UserError: the budget is below one sequence and the rings of its draft.
         """
         draft = Draft.of(model.spec, None, self.length)
-        if self.rates is None:
-            self.rates = measure_rates(model.dtype)
+        self.rates = rates
         acceptance = self.acceptance
         if acceptance is None and isinstance(base, StoredBase):
             acceptance, self.source = measured_acceptance(model, base.tokenizer(), draft), "of texts that the model samples"
@@ -128,9 +134,9 @@ class DraftRounds:
             acceptance, self.source = ASSUMED_ACCEPTANCE, "assumed, as the weights are random"
         for context, (slots, tokens_per_second) in zip(lengths, plain, strict=True):
             times = time_rounds(model, draft, context, budget)
-            limit = self.length * pass_limit(self.rates, model, draft.spec, context, times.slots, 1)
-            limit += pass_limit(self.rates, model, model.spec, context, times.slots, self.length + 1)
-            plain_limit = pass_limit(self.rates, model, model.spec, context, slots, 1) / slots
+            limit = self.length * pass_limit(rates, model, draft.spec, context, times.slots, 1)
+            limit += pass_limit(rates, model, model.spec, context, times.slots, self.length + 1)
+            plain_limit = pass_limit(rates, model, model.spec, context, slots, 1) / slots
             self.found.append(Rounds(context, model.spec, times, self.length, acceptance, limit, plain_limit, tokens_per_second))
 
     def print(self, console: Console) -> None:
