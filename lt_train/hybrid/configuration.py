@@ -4,6 +4,7 @@ Each has a `model_type` of its own, so that software without sinks stops instead
 `hybrid_version` at which earlier code of ours stops.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -19,7 +20,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.seed_oss.configuration_seed_oss import SeedOssConfig
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 
-from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec, version_for
+from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec
 
 
 @strict
@@ -30,6 +31,8 @@ class HybridConfig(PreTrainedConfig):
     sliding_window: int | None = 4096
     w_sink: int = 4
     learned_sinks: bool = False
+    streaming_kv_heads: list[list[int]] | None = None
+    """By layer, the KV heads that stream; None: layers stream as a whole, as `layer_types` says."""
     hybrid_version: str = HYBRID_VERSION
     use_cache: bool = True
 
@@ -50,21 +53,29 @@ class HybridConfig(PreTrainedConfig):
                 f"layer_types: {len(self.layer_types)} layers, and num_hidden_layers is {self.num_hidden_layers}. "
                 "Fix: name one type for each layer"
             )
-        version = version_for(self.learned_sinks)
-        if self.hybrid_version != version:
+        spec = self.spec  # HybridSpec checks the sizes
+        if self.layer_types != spec.layer_types:
+            raise HybridError(
+                f"streaming_kv_heads: they make {spec.layer_types.count(STREAMING)} layers stream as a whole, and layer_types "
+                f"names {self.layer_types.count(STREAMING)}, or others. Fix: let both say the same"
+            )
+        if self.hybrid_version != spec.version:
             raise HybridError(
                 f"hybrid_version: {self.hybrid_version!r}: for learned_sinks {self.learned_sinks} this code computes version "
-                f"{version!r}. Fix: load the checkpoint with its own code (trust_remote_code=True), or with the version of "
+                f"{spec.version!r}. Fix: load the checkpoint with its own code (trust_remote_code=True), or with the version of "
                 "lt_train that made it"
             )
-        _ = self.spec  # HybridSpec checks the sizes
 
     @property
     def spec(self) -> HybridSpec:
         assert self.layer_types is not None, "__post_init__ sets them"
         if self.sliding_window is None:
             raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
-        return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
+        if self.streaming_kv_heads is None:
+            return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
+        kv_heads = self.num_key_value_heads or self.num_attention_heads
+        spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, kv_heads, self.w_sink, self.sliding_window)
+        return replace(spec, learned_sinks=self.learned_sinks)
 
 
 @strict

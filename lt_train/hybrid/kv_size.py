@@ -20,19 +20,28 @@ def token_bytes(config: Mapping[str, Any], itemsize: int) -> int:
     Args:
         itemsize: bytes of one element of the cache.
     """
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return 2 * heads * head_size(config) * itemsize
+    return kv_heads(config) * head_bytes(config, itemsize)
+
+
+def kv_heads(config: Mapping[str, Any]) -> int:
+    """Key/value heads of each layer, from a model's config as a dict."""
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
+
+
+def head_bytes(config: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes of the key and the value of one cached token of one KV head."""
+    return 2 * head_size(config) * itemsize
 
 
 def kv_bytes(config: Mapping[str, Any], spec: HybridSpec, tokens: int, itemsize: int) -> int:
-    """Bytes of the KV cache of one sequence of `tokens` tokens: streaming layers hold no more than their window.
+    """Bytes of the KV cache of one sequence of `tokens` tokens: what streams holds no more than its window.
 
     Args:
         config: of the base or of the hybrid, as a dict.
-        spec: which layers stream; `spec.all_full` gives the size of the base's cache.
+        spec: what streams; `spec.all_full` gives the size of the base's cache.
         itemsize: bytes of one element of the cache.
     """
-    return token_bytes(config, itemsize) * spec.cached_tokens(tokens)
+    return head_bytes(config, itemsize) * spec.cached_tokens(tokens, kv_heads(config))
 
 
 def saved_itemsize(config: Mapping[str, Any]) -> int:

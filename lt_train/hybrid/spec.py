@@ -1,15 +1,13 @@
-"""HybridSpec, which turns a base model into a hybrid: which layers stream, and how many tokens they keep."""
+"""HybridSpec, which turns a base model into a hybrid: which layers or KV heads stream, and how many tokens they keep."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 HYBRID_VERSION = "1"
 LEARNED_SINKS_VERSION = "2"
 """The version of a hybrid with learned sinks: code of version 1 would stop at it instead of leaving them out."""
-
-
-def version_for(learned_sinks: bool) -> str:
-    """The version of the code that a hybrid needs."""
-    return LEARNED_SINKS_VERSION if learned_sinks else HYBRID_VERSION
+KV_HEADS_VERSION = "3"
+"""The version of a hybrid with split layers: earlier code would stop at it instead of giving all their heads full attention."""
 
 
 FULL = "full_attention"
@@ -22,25 +20,32 @@ class HybridError(ValueError):
 
 @dataclass(frozen=True)
 class HybridSpec:
-    """Which of a model's layers stream, and the sizes of their streaming attention.
+    """Which of a model's layers and KV heads stream, and the sizes of their streaming attention.
+
+    A KV head is a key/value head with its query heads. In a split layer some KV heads stream and the others keep full attention.
 
     Args:
         num_layers: decoder layers of the model.
-        lazy_layers: indices of the layers that stream, ascending. Empty: every layer keeps full attention.
+        lazy_layers: indices of the layers that stream with all their heads, ascending. Without these and without split layers,
+            every layer keeps full attention.
         w_sink: keys at the start of a sequence that stay visible, in tokens; 0 leaves a plain sliding window.
         w_recent: the latest keys a query sees, itself included, in tokens.
         learned_sinks: each query head of a streaming layer has a logit of its own in the softmax's denominator, in place of
             sink tokens (as in gpt-oss, arXiv 2508.10925).
+        split_layers: (layer, the KV heads of it that stream) of each split layer, ascending.
 
     Raises:
-        HybridError: a size or a layer index out of range, a layer named twice, or two kinds of sinks.
+        HybridError: a size, a layer or a head out of range, a layer named twice, two kinds of sinks, or learned sinks with split
+            layers.
     """
 
     num_layers: int
     lazy_layers: tuple[int, ...]
     w_sink: int = 4
     w_recent: int = 1020
-    learned_sinks: bool = field(default=False, repr=False)  # fingerprints of runs without them follow from the repr
+    # Fingerprints of runs without these follow from the repr.
+    learned_sinks: bool = field(default=False, repr=False)
+    split_layers: tuple[tuple[int, tuple[int, ...]], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.w_sink < 0:
@@ -49,26 +54,73 @@ class HybridSpec:
             raise HybridError(f"w_recent: {self.w_recent}: below 1, and a query always sees itself. Fix: set 1 or more tokens")
         if self.learned_sinks and self.w_sink:
             raise HybridError(f"w_sink: {self.w_sink}: learned sinks take the place of sink tokens. Fix: set w_sink to 0")
-        outside = [layer for layer in self.lazy_layers if not 0 <= layer < self.num_layers]
+        if self.learned_sinks and self.split_layers:
+            raise HybridError("learned_sinks: layers of which some KV heads stream have none. Fix: set w_sink")
+        streaming = [*self.lazy_layers, *(layer for layer, _ in self.split_layers)]
+        outside = [layer for layer in streaming if not 0 <= layer < self.num_layers]
         if outside:
             raise HybridError(f"lazy_layers: {outside}: not in the model. Fix: name layers from 0 to {self.num_layers - 1}")
-        if len(set(self.lazy_layers)) != len(self.lazy_layers):
-            raise HybridError(f"lazy_layers: {list(self.lazy_layers)}: a layer is named twice. Fix: name each layer once")
+        if len(set(streaming)) != len(streaming):
+            raise HybridError(f"lazy_layers: {streaming}: a layer is named twice. Fix: name each layer once")
+        for layer, heads in self.split_layers:
+            if not heads or min(heads) < 0 or len(set(heads)) != len(heads):
+                raise HybridError(
+                    f"split_layers: layer {layer}, KV heads {list(heads)}: not one or more different heads. "
+                    "Fix: name each head once"
+                )
         object.__setattr__(self, "lazy_layers", tuple(sorted(self.lazy_layers)))
+        split = tuple(sorted((layer, tuple(sorted(heads))) for layer, heads in self.split_layers))
+        object.__setattr__(self, "split_layers", split)
 
     @classmethod
     def from_layer_types(cls, layer_types: list[str], w_sink: int, w_recent: int, learned_sinks: bool = False) -> "HybridSpec":
         lazy = tuple(layer for layer, kind in enumerate(layer_types) if kind == STREAMING)
         return cls(len(layer_types), lazy, w_sink, w_recent, learned_sinks)
 
+    @classmethod
+    def from_streaming_heads(cls, heads_L: Sequence[Collection[int]], kv_heads: int, w_sink: int, w_recent: int) -> "HybridSpec":
+        """
+        Args:
+            heads_L: by layer, the KV heads that stream. A layer of which all do streams as a whole.
+            kv_heads: of each layer.
+
+        Raises:
+            HybridError: a head out of range; see the class.
+        """
+        for layer, heads in enumerate(heads_L):
+            if outside := sorted(head for head in heads if not 0 <= head < kv_heads):
+                raise HybridError(
+                    f"KV heads {outside} of layer {layer}: not in the model. Fix: name heads from 0 to {kv_heads - 1}"
+                )
+        lazy = tuple(layer for layer, heads in enumerate(heads_L) if len(heads) == kv_heads)
+        split = tuple((layer, tuple(heads)) for layer, heads in enumerate(heads_L) if 0 < len(heads) < kv_heads)
+        return cls(len(heads_L), lazy, w_sink, w_recent, split_layers=split)
+
+    def streaming_heads(self, kv_heads: int) -> list[tuple[int, ...]]:
+        """By layer, the KV heads that stream: none, some, or all `kv_heads` of it."""
+        split, everything = dict(self.split_layers), tuple(range(kv_heads))
+        return [everything if self.is_lazy(layer) else split.get(layer, ()) for layer in range(self.num_layers)]
+
     @property
     def all_full(self) -> "HybridSpec":
-        """The spec of the base: the same model without streaming layers."""
-        return replace(self, lazy_layers=())
+        """The spec of the base: the same model without anything that streams."""
+        return replace(self, lazy_layers=(), split_layers=())
+
+    @property
+    def streams(self) -> bool:
+        """Whether any head does."""
+        return bool(self.lazy_layers or self.split_layers)
+
+    @property
+    def version(self) -> str:
+        """The version of the code that the hybrid needs."""
+        if self.split_layers:
+            return KV_HEADS_VERSION
+        return LEARNED_SINKS_VERSION if self.learned_sinks else HYBRID_VERSION
 
     @property
     def layer_types(self) -> list[str]:
-        """The type of each layer, as `layer_types` in a transformers config."""
+        """The type of each layer, as `layer_types` in a transformers config; a split layer is full there."""
         lazy = set(self.lazy_layers)
         return [STREAMING if layer in lazy else FULL for layer in range(self.num_layers)]
 
@@ -78,9 +130,10 @@ class HybridSpec:
         return self.w_sink + self.w_recent
 
     def is_lazy(self, layer: int) -> bool:
+        """Whether the layer streams with all its heads."""
         return layer in self.lazy_layers
 
-    def cached_tokens(self, tokens: int) -> int:
-        """Cached tokens of one sequence of `tokens` tokens, summed over all layers."""
-        lazy = len(self.lazy_layers)
-        return (self.num_layers - lazy) * tokens + lazy * min(tokens, self.window)
+    def cached_tokens(self, tokens: int, kv_heads: int) -> int:
+        """Cached tokens of one sequence of `tokens` tokens, summed over all KV heads of all layers."""
+        streaming = sum(map(len, self.streaming_heads(kv_heads)))
+        return (self.num_layers * kv_heads - streaming) * tokens + streaming * min(tokens, self.window)

@@ -170,7 +170,7 @@ def test_a_cache_serves_one_batch(qwen3_config):
 def test_kv_entries_of_the_spec_are_those_of_the_cache(qwen3_config):
     model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
     model(torch.randint(2, 96, (1, 50)), **{CACHE_ARGUMENT: cache})
-    assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50) == 50 + 3 * 9
+    assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50, kv_heads=1) == 50 + 3 * 9
 
 
 def passes(model, *masks, call="forward"):

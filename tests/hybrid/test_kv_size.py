@@ -24,6 +24,12 @@ def test_streaming_layers_hold_their_window_and_the_base_holds_all(tokens, cache
     assert kv_bytes(CONFIG, SPEC.all_full, tokens, itemsize=4) == 256 * 5 * tokens
 
 
+def test_each_kv_head_of_a_split_layer_holds_what_it_sees():
+    spec = HybridSpec.from_streaming_heads([(), (1,), (0, 1)], kv_heads=2, w_sink=4, w_recent=12)
+    assert (spec.lazy_layers, spec.split_layers) == ((2,), ((1, (1,)),))
+    assert kv_bytes(CONFIG, spec, tokens=100, itemsize=4) == 128 * (3 * 100 + 3 * 16)
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), (None, 4), ("bfloat16", 2), ("float16", 2)])
 def test_a_config_without_a_dtype_is_fp32(dtype, itemsize):
     assert saved_itemsize({"dtype": dtype}) == itemsize
