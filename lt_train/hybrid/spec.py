@@ -98,8 +98,12 @@ class HybridSpec:
 
     def streaming_heads(self, kv_heads: int) -> list[tuple[int, ...]]:
         """By layer, the KV heads that stream: none, some, or all `kv_heads` of it."""
-        split, everything = dict(self.split_layers), tuple(range(kv_heads))
-        return [everything if self.is_lazy(layer) else split.get(layer, ()) for layer in range(self.num_layers)]
+        everything = tuple(range(kv_heads))
+        return [everything if self.is_lazy(layer) else self.split_heads(layer) for layer in range(self.num_layers)]
+
+    def split_heads(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of a split layer that stream; none where the layer is not split."""
+        return dict(self.split_layers).get(layer, ())
 
     @property
     def all_full(self) -> "HybridSpec":

@@ -1,10 +1,10 @@
 """Views: what the queries of one layer see in one forward pass. A decoder layer gets a view as its attention mask.
 
-Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), D head size.
+Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), R = H / G, D head size.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -116,12 +116,69 @@ class CachedStreamingView(CachedView):
 
 
 @dataclass(frozen=True)
+class SplitView(AttentionView):
+    """A split layer without a cache: `streaming_heads` are its KV heads that stream, and the others keep full attention."""
+
+    full: AttentionView
+    streaming: AttentionView
+    streaming_heads: tuple[int, ...]
+
+    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
+        heads = SplitHeads.of(self.streaming_heads, k_BGKD.shape[1], k_BGKD.device)
+        return heads.join(
+            *(
+                view.attend(module, *heads.select(kind_G, q_BHTD, k_BGKD, v_BGKD), scaling, dropout)
+                for view, kind_G in ((self.full, heads.full_G), (self.streaming, heads.streaming_G))
+            )
+        )
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """The KV heads of a split layer by kind, as indices on its device.
+
+    Attributes:
+        place_G: where each head stands once the streaming ones follow the full ones.
+    """
+
+    full_G: Tensor
+    streaming_G: Tensor
+    place_G: Tensor
+
+    @staticmethod
+    @cache
+    def of(streaming_heads: tuple[int, ...], kv_heads: int, device: torch.device) -> "SplitHeads":
+        full = [head for head in range(kv_heads) if head not in streaming_heads]
+        with torch.inference_mode(False):  # made once, for training too
+            full_G, streaming_G = torch.tensor(full, device=device), torch.tensor(streaming_heads, device=device)
+            return SplitHeads(full_G, streaming_G, torch.cat([full_G, streaming_G]).argsort())
+
+    @staticmethod
+    def select(kind_G: Tensor, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The KV heads of one kind with their query heads."""
+        q_BGRTD = q_BHTD.unflatten(1, (k_BGKD.shape[1], -1))
+        return q_BGRTD[:, kind_G].flatten(1, 2), k_BGKD[:, kind_G], v_BGKD[:, kind_G]
+
+    def join(self, full_BTHD: Tensor, streaming_BTHD: Tensor) -> Tensor:
+        """The outputs of both kinds in the order of the layer's heads."""
+        rest = full_BTHD.shape[2] // len(self.full_G)
+        out_BTGRD = torch.cat([full_BTHD, streaming_BTHD], dim=2).unflatten(2, (-1, rest))
+        return out_BTGRD[:, :, self.place_G].flatten(2, 3)
+
+
+@dataclass(frozen=True)
 class Views:
     """The views of full and streaming layers in one forward pass, and the positions [B, T] for the rotary embedding."""
 
     full: AttentionView
     streaming: AttentionView
     position_ids: Tensor
+
+    def of_layer(self, layer: int, spec: HybridSpec) -> AttentionView:
+        if spec.is_lazy(layer):
+            return self.streaming
+        heads = spec.split_heads(layer)
+        return SplitView(self.full, self.streaming, heads) if heads else self.full
 
 
 @dataclass(frozen=True)
@@ -132,7 +189,7 @@ class LayerViews(AttentionView):
     spec: HybridSpec
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        view = self.views.streaming if self.spec.is_lazy(module.layer_idx) else self.views.full
+        view = self.views.of_layer(module.layer_idx, self.spec)
         return view.attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
 
 
