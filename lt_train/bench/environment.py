@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
+from lt_train.inference.compiled_attention import obstacle
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.units import format_bytes
 
@@ -51,6 +52,8 @@ class Environment:
     disk_free: int
     dtype: str
     kernels: list[KernelReport]
+    decode_attention: str
+    """What computes the attention of a decoding step here, and why."""
     variables: dict[str, str]
 
 
@@ -67,6 +70,7 @@ def read_environment() -> Environment:
         disk_free=shutil.disk_usage(Path.cwd()).free,
         dtype=str(compute_dtype("auto")).removeprefix("torch."),
         kernels=_kernels(),
+        decode_attention=_decode_attention(),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
 
@@ -82,6 +86,7 @@ def show_environment(found: Environment, console: Console) -> None:
         ("memory", f"{format_bytes(found.memory_free)} of {format_bytes(found.memory)} free"),
         ("disk", f"{format_bytes(found.disk_free)} free in {Path.cwd()}"),
         ("dtype", f"{found.dtype} is what `auto` means here"),
+        ("decoding", found.decode_attention),
         *(("variable", f"{name}={value}") for name, value in found.variables.items()),
     ]
     for label, text in lines:
@@ -111,6 +116,11 @@ def _devices() -> list[str]:
         capability = f"compute capability {device.major}.{device.minor}"
         devices.append(f"{device.name}, {format_bytes(device.total_memory)}, {capability}, CUDA {torch.version.cuda}")
     return devices
+
+
+def _decode_attention() -> str:
+    problem = obstacle(compute_device(), compute_dtype("auto"))
+    return "attention compiled for this CPU" if problem is None else f"attention by torch's products: {problem}"
 
 
 def _kernels() -> list[KernelReport]:

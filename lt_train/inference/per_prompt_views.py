@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
 from lt_train.hybrid.views import AttentionView
+from lt_train.inference.compiled_attention import attend_blocks, obstacle
 from lt_train.inference.kv_store import PAGE
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.per_prompt_store import PerPromptStore
-from lt_train.inference.views import PageIndices, attend_pages
+from lt_train.inference.views import PageIndices, attend_pages, page_blocks
 
 
 class PromptsView(AttentionView):
@@ -37,7 +38,7 @@ class PromptsView(AttentionView):
 class PerPromptStepView(AttentionView):
     """One new token for every running sequence: row b is the sequence in slot b.
 
-    The pages of a layer are spread over the pool, so a step copies them together first.
+    The pages of a layer are spread over the pool: for torch's products they are copied together first.
     """
 
     def __init__(self, store: PerPromptStore) -> None:
@@ -48,36 +49,58 @@ class PerPromptStepView(AttentionView):
         store.keys[layer.newest_B, :, layer.offset_B] = k_BG1D[:, :, 0]
         store.values[layer.newest_B, :, layer.offset_B] = v_BG1D[:, :, 0]
         q_BGRD = q_BH1D[:, :, 0].unflatten(1, (k_BG1D.shape[1], -1))
-        k_NGPD, v_NGPD = store.keys[layer.page_N], store.values[layer.page_N]
-        return attend_pages(q_BGRD, k_NGPD, v_NGPD, layer.pages, scaling).flatten(1, 2)[:, None]
+        if obstacle(store.keys.device, store.keys.dtype) is None:
+            blocks = page_blocks(store.keys, layer.held, layer.places_B1)
+            out_BGRD = attend_blocks(q_BGRD, store.keys, store.values, blocks, scaling, None).to(q_BGRD.dtype)
+        else:
+            k_NGPD, v_NGPD = store.keys[layer.page_N], store.values[layer.page_N]
+            out_BGRD = attend_pages(q_BGRD, k_NGPD, v_NGPD, layer.pages, scaling)
+        return out_BGRD.flatten(1, 2)[:, None]
 
 
 @dataclass
 class LayerIndices:
-    """Where a step finds its cached tokens in one layer: page_N are the pages of all sequences there, one after the other, newest_B
-    and offset_B the page and place of each new token."""
+    """Where a step finds its cached tokens in one layer.
 
-    page_N: Tensor
+    Attributes:
+        held: the pages of each sequence. places: how many places of them it uses, the new token's included.
+        newest_B, offset_B: the page and place of each new token.
+    """
+
+    held: list[list[int]]
+    places: list[int]
     newest_B: Tensor
     offset_B: Tensor
-    pages: PageIndices
 
     @classmethod
     def of(cls, store: PerPromptStore, layer: int) -> "LayerIndices":
-        used: list[int] = []
-        owner: list[int] = []
-        filled: list[int] = []
-        newest: list[int] = []
-        offset: list[int] = []
-        for slot, (sequence, length) in enumerate(zip(store.sequences, store.lengths, strict=True)):
+        held, used, newest, offset = [], [], [], []
+        for sequence, length in zip(store.sequences, store.lengths, strict=True):
             streams, pages = layer in sequence.streaming, sequence.pages[layer]
             place = slot_of(length, store.spec.w_sink, store.spec.w_recent) if streams else length
-            places = min(length + 1, store.spec.window) if streams else length + 1
+            held.append(pages)
+            used.append(min(length + 1, store.spec.window) if streams else length + 1)
             newest.append(pages[place // PAGE])
             offset.append(place % PAGE)
-            used += pages
-            owner += [slot] * len(pages)
-            filled += [min(max(places - number * PAGE, 0), PAGE) for number in range(len(pages))]
         device = store.keys.device
-        page_N, newest_B, offset_B = (torch.tensor(x, device=device) for x in (used, newest, offset))
-        return cls(page_N, newest_B, offset_B, PageIndices.of(owner, filled, device))
+        return cls(held, used, torch.tensor(newest, device=device), torch.tensor(offset, device=device))
+
+    @property
+    def places_B1(self) -> Tensor:
+        return torch.tensor(self.places)[:, None]
+
+    @property
+    def page_N(self) -> Tensor:
+        """The pages of all sequences, one after the other."""
+        return torch.tensor([page for pages in self.held for page in pages], device=self.newest_B.device)
+
+    @property
+    def pages(self) -> PageIndices:
+        """Which sequence each of `page_N` belongs to, and which of its places are used."""
+        owner = [slot for slot, pages in enumerate(self.held) for _ in pages]
+        filled = [
+            min(max(places - number * PAGE, 0), PAGE)
+            for pages, places in zip(self.held, self.places, strict=True)
+            for number in range(len(pages))
+        ]
+        return PageIndices.of(owner, filled, self.newest_B.device)

@@ -3,6 +3,7 @@
 Shapes as in store.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,8 @@ from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.views import AttentionView
-from lt_train.inference.kv_store import PAGE, KVStore, PageMap, RingLayer
+from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
+from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
 
 
 class StepView(AttentionView):
@@ -44,9 +46,12 @@ class StepView(AttentionView):
             held.values[at[0], :, at[1]] = v_BGTD.transpose(1, 2)
         groups = k_BGTD.shape[1]
         q_BGQD = q_BHTD.unflatten(1, (groups, -1)).flatten(2, 3)
-        if isinstance(layer, RingLayer):
-            sinks_H = sinks_of(module, self.store.spec, q_BHTD)
-            sinks_GQ = None if sinks_H is None else sinks_H.unflatten(0, (groups, -1)).repeat_interleave(self.tokens, 1)
+        sinks_GQ = None
+        if isinstance(layer, RingLayer) and (sinks_H := sinks_of(module, self.store.spec, q_BHTD)) is not None:
+            sinks_GQ = sinks_H.unflatten(0, (groups, -1)).repeat_interleave(self.tokens, 1)
+        if (blocks := indices.blocks(layer)) is not None:
+            out_BGQD = attend_blocks(q_BGQD, layer.keys, layer.values, blocks, scaling, sinks_GQ).to(q_BGQD.dtype)
+        elif isinstance(layer, RingLayer):
             out_BGQD = self._ring(layer, indices, q_BGQD, scaling, sinks_GQ)
         else:
             used = indices.pages.owner_N.shape[0]
@@ -100,6 +105,22 @@ def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
     return a_BGRK.float() @ b_BGKC.float()
 
 
+def page_blocks(keys_NGPD: Tensor, pages: Sequence[Sequence[int]], seen_BT: Tensor) -> KeyBlocks:
+    """The pages of each row, in the order of its tokens, as blocks of keys."""
+    page_N = torch.tensor([page for held in pages for page in held])
+    first_B = torch.tensor([0, *map(len, pages)]).cumsum(0)
+    return KeyBlocks(page_N * keys_NGPD.stride(0), first_B, seen_BT, keys_NGPD.stride(1), keys_NGPD.shape[2])
+
+
+def ring_blocks(keys_SGWD: Tensor, seen_B1: Tensor) -> KeyBlocks:
+    """The ring of each row as blocks of keys, for one new token that sees all of it."""
+    rows, window = len(seen_B1), keys_SGWD.shape[2]
+    place_K = torch.arange(0, window, PAGE)
+    start_BK = torch.arange(rows)[:, None] * keys_SGWD.stride(0) + place_K * keys_SGWD.stride(2)
+    first_B = torch.arange(rows + 1) * len(place_K)
+    return KeyBlocks(start_BK.flatten(), first_B, seen_B1.clamp(max=window), keys_SGWD.stride(1), PAGE)
+
+
 @dataclass
 class PageIndices:
     """Which page belongs to which slot, on one device. partial_M are the pages of which some query does not see every place,
@@ -131,6 +152,19 @@ class StepIndices:
         self.tokens = tokens
         self.device = device
         self.used = min(max(first) + tokens, store.spec.window + store.sizes.drafted)
+        self._blocks: dict[tuple[type, tuple[int, ...]], KeyBlocks | None] = {}
+
+    def blocks(self, layer: PagedLayer | RingLayer) -> KeyBlocks | None:
+        """Where the compiled attention finds a layer's keys; None where it cannot compute this step."""
+        kind = type(layer), layer.keys.stride()
+        if kind not in self._blocks:
+            computes = obstacle(self.device, layer.keys.dtype) is None
+            if isinstance(layer, PagedLayer):
+                self._blocks[kind] = page_blocks(layer.keys, self.store.pages, self._position_BT + 1) if computes else None
+            else:  # a draft's ring holds tokens beyond the window, which no query sees
+                computes = computes and not self.store.sizes.drafted
+                self._blocks[kind] = ring_blocks(layer.keys, self._position_BT + 1) if computes else None
+        return self._blocks[kind]
 
     @cached_property
     def in_ring(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from lt_train.hybrid.attention_kernels import KERNELS
 
-LINES = ("python", "packages", "device", "memory", "disk", "dtype", "attention")
+LINES = ("python", "packages", "device", "memory", "disk", "dtype", "decoding", "attention")
 
 
 def test_every_line_is_printed_and_fits_80_columns_where_it_is_a_table(lt_train, monkeypatch):

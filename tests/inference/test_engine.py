@@ -67,6 +67,11 @@ def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(model, tokeni
     assert texts(answers) == recomputed
 
 
+def test_where_attention_cannot_be_compiled_the_answers_are_the_same(model, tokenizer, recomputed, monkeypatch) -> None:
+    monkeypatch.setattr("lt_train.inference.views.obstacle", lambda device, dtype: "there is no C compiler")
+    assert texts(answered(Engine(model, tokenizer, max_slots=3), requests(MANY), GREEDY)) == recomputed
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -128,6 +128,12 @@ def test_greedy_answers_are_those_of_masking_the_same_layers_without_a_cache(mod
     assert texts(answered(engine(model, tokenizer, keep, max_slots=slots), asked, GREEDY)) == expected
 
 
+def test_where_attention_cannot_be_compiled_the_answers_are_the_same(model, tokenizer, monkeypatch) -> None:
+    compiled = texts(answered(engine(model, tokenizer, 3), requests(LENGTHS), GREEDY))
+    monkeypatch.setattr("lt_train.inference.per_prompt_views.obstacle", lambda device, dtype: "there is no C compiler")
+    assert texts(answered(engine(model, tokenizer, 3), requests(LENGTHS), GREEDY)) == compiled
+
+
 def test_answers_differ_from_full_attentions_and_from_one_choice_for_all(model, tokenizer) -> None:
     asked = requests(LENGTHS)
     found = texts(answered(engine(model, tokenizer, 3), asked, GREEDY))

@@ -1,0 +1,98 @@
+"""The compiled attention of a decoding step is that of a dense mask, for every type of cache."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lt_train.hybrid.reference import masked_attention
+from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
+
+CPU = torch.device("cpu")
+BLOCK = 128
+HEADS, REST, SIZE, SCALING = 2, 3, 24, 24**-0.5
+SEEN_BT = torch.tensor([[5, 6], [127, 128], [128, 129], [300, 301], [1, 2]])
+
+pytestmark = pytest.mark.skipif(obstacle(CPU, torch.float32) is not None, reason=str(obstacle(CPU, torch.float32)))
+
+
+def drawn(dtype, scale=1.0):
+    """Pages of all rows in a random order, and the queries of two new tokens of each row."""
+    pages_B = [-(-int(seen) // BLOCK) for seen in SEEN_BT[:, -1]]
+    rng = torch.Generator().manual_seed(0)
+    page_N = torch.randperm(sum(pages_B), generator=rng)
+    kv_2NGPD = scale * torch.randn(2, len(page_N), HEADS, BLOCK, SIZE, generator=rng)
+    q_BGQD = scale * torch.randn(len(pages_B), HEADS, REST * 2, SIZE, generator=rng)
+    first_B = torch.tensor([0, *pages_B]).cumsum(0)
+    blocks = KeyBlocks(page_N * HEADS * BLOCK * SIZE, first_B, SEEN_BT, BLOCK * SIZE, BLOCK)
+    return q_BGQD.to(dtype), *kv_2NGPD.to(dtype), blocks, page_N
+
+
+def by_mask(q_BGQD, keys, values, first_B, page_N, sinks_GQ=None):
+    outs = []
+    for row, q_GQD in enumerate(q_BGQD):
+        k_GKD, v_GKD = (x[page_N[first_B[row] : first_B[row + 1]]].transpose(0, 1).flatten(1, 2) for x in (keys, values))
+        visible_QK = torch.arange(k_GKD.shape[1]) < SEEN_BT[row].repeat(REST)[:, None]
+        q_as_heads = q_GQD.flatten(0, 1)[None, :, None]
+        heads = [x.repeat_interleave(q_GQD.shape[1], 0)[None] for x in (k_GKD, v_GKD)]
+        outs += [
+            masked_attention(q, k, v, visible[None, None], SCALING, sink)
+            for q, k, v, visible, sink in zip(
+                q_as_heads.split(1, 1),
+                heads[0].split(1, 1),
+                heads[1].split(1, 1),
+                visible_QK.repeat(HEADS, 1),
+                [None] * q_as_heads.shape[1] if sinks_GQ is None else sinks_GQ.flatten().split(1),
+                strict=True,
+            )
+        ]
+    return torch.cat(outs).reshape(q_BGQD.shape)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_query_attends_to_the_keys_that_it_sees(dtype, scale):
+    q, keys, values, blocks, page_N = drawn(dtype, scale)
+    found = attend_blocks(q, keys, values, blocks, SCALING, None)
+    exact = by_mask(*(x.double() for x in (q, keys, values)), blocks.first_B, page_N)
+    assert float((found - exact).norm() / exact.norm()) < 3e-6
+
+
+def test_learned_sinks_take_their_share():
+    q, keys, values, blocks, page_N = drawn(torch.float32)
+    sinks_GQ = torch.randn(HEADS, REST * 2, generator=torch.Generator().manual_seed(1))
+    exact = by_mask(*(x.double() for x in (q, keys, values)), blocks.first_B, page_N, sinks_GQ.double())
+    torch.testing.assert_close(attend_blocks(q, keys, values, blocks, SCALING, sinks_GQ), exact.float())
+
+
+def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch():
+    q, keys, values, blocks, _ = drawn(torch.float32)
+    together = attend_blocks(q, keys, values, blocks, SCALING, None)
+    for row in range(len(q)):
+        start_N = blocks.start_N[blocks.first_B[row] : blocks.first_B[row + 1]]
+        alone = KeyBlocks(start_N, torch.tensor([0, len(start_N)]), SEEN_BT[row : row + 1], blocks.head_stride, BLOCK)
+        assert torch.equal(attend_blocks(q[row : row + 1], keys, values, alone, SCALING, None)[0], together[row])
+
+
+def test_the_sums_of_other_code_are_not_changed_by_loading_it():
+    """Options such as -ffast-math would switch denormal numbers off for the process."""
+    assert obstacle(CPU, torch.float32) is None
+    assert float(torch.tensor(1e-39) * 1) > 0
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "there is no C compiler"), (sys.executable, "fails: "), ("true", "cannot be loaded")],
+)
+def test_without_a_compiler_that_works_it_says_why(compiler, reason):
+    program = "import torch\nfrom lt_train.inference.compiled_attention import obstacle\n"
+    program += "print(obstacle(torch.device('cpu'), torch.float32))"
+    said = subprocess.run([sys.executable, "-c", program], env=os.environ | {"CC": compiler}, capture_output=True, text=True)
+    assert reason in said.stdout, said
+
+
+def test_what_it_does_not_compute_has_an_obstacle():
+    assert obstacle(CPU, torch.float64) == "the cache is in float64"
+    assert obstacle(torch.device("cuda"), torch.float32) == "the model is on cuda"
