@@ -106,8 +106,8 @@ def _table(hybrid: list[TokenTiming], full: list[TokenTiming], weight_bytes: int
 
 def _bytes_in_use(cache: HybridCache) -> int:
     """Of all layers; by `numel`, because the tensors are views of buffers with room for growth."""
-    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
+    return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.parts)
 
 
 def _ring_tokens(cache: HybridCache) -> int:
-    return max((layer.keys.shape[2] for layer in cache.layers if layer.is_sliding), default=0)
+    return max((layer.keys.shape[2] for layer in cache.parts if layer.is_sliding), default=0)

@@ -1,8 +1,8 @@
 """The KV cache of a hybrid: full layers cache every token, streaming layers the sinks and a ring of the latest tokens.
 
-Positions count from a row's first real token, so under left padding sinks are real tokens and padding is never stored in a ring. A
-streaming layer keeps position r in slot r while r < w_sink + w_recent, then in slot w_sink + (r - w_sink) mod w_recent. Keys are
-stored after rotary embedding, so their order in the cache does not matter.
+A split layer does both, each for some of its KV heads. Positions count from a row's first real token, so under left padding sinks
+are real tokens and padding is never stored in a ring. A streaming layer keeps position r in slot r while r < w_sink + w_recent, then
+in slot w_sink + (r - w_sink) mod w_recent. Keys are stored after rotary embedding, so their order in the cache does not matter.
 
 Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 """
@@ -233,18 +233,51 @@ class SinkRingLayer(_BufferLayer):
         raise _refused("removing tokens (assisted and prompt-lookup decoding)")
 
 
+class SplitLayer(CacheLayerMixin):
+    """A split layer: a `GrowingLayer` for its full KV heads, and a `SinkRingLayer` for those that stream."""
+
+    is_sliding = False
+
+    def __init__(self, full: GrowingLayer, streaming: SinkRingLayer) -> None:
+        super().__init__()
+        self.full, self.streaming = full, streaming
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they are: the two parts return unequally many columns, so the layer's view asks them."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.full.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.full.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.streaming.get_mask_sizes(query_length)
+
+
 class HybridCache(Cache):
-    """One cache for one batch: a `GrowingLayer` per full layer, a `SinkRingLayer` per lazy layer."""
+    """One cache for one batch: a `GrowingLayer` per full layer, a `SinkRingLayer` per lazy layer, a `SplitLayer` per split one."""
 
     def __init__(self, spec: HybridSpec) -> None:
         self.spec = spec
         self.rows = Rows()
-        super().__init__(
-            layers=[
-                SinkRingLayer(spec.w_sink, spec.w_recent, self.rows) if spec.is_lazy(layer) else GrowingLayer()
-                for layer in range(spec.num_layers)
-            ]
-        )
+        super().__init__(layers=[self._layer(layer) for layer in range(spec.num_layers)])
+
+    def _layer(self, layer: int) -> CacheLayerMixin:
+        ring = SinkRingLayer(self.spec.w_sink, self.spec.w_recent, self.rows)
+        if self.spec.is_lazy(layer):
+            return ring
+        return SplitLayer(GrowingLayer(), ring) if self.spec.split_heads(layer) else GrowingLayer()
+
+    @property
+    def parts(self) -> list[GrowingLayer | SinkRingLayer]:
+        """The layers in their order; of a split one, both parts."""
+        by_layer = [[layer.full, layer.streaming] if isinstance(layer, SplitLayer) else [layer] for layer in self.layers]
+        return [part for parts in by_layer for part in parts]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached columns, padding included, as transformers' generation counts them."""
@@ -253,14 +286,14 @@ class HybridCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers of all layers, room for growth included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(part.nbytes for part in self.parts)
 
     def reset(self) -> None:
         fresh = Rows()
-        for layer in self.layers:
-            layer.reset()
-            if layer.is_sliding:
-                layer.rows = fresh
+        for part in self.parts:
+            part.reset()
+            if isinstance(part, SinkRingLayer):
+                part.rows = fresh
         self.rows = fresh
 
     def crop(self, tokens_to_remove: int) -> None:

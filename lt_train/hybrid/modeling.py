@@ -113,7 +113,7 @@ class HybridBody(OwnAttention):
 
     @property
     def spec(self) -> HybridSpec:
-        """The config's spec; inside `full_attention()` one without lazy layers."""
+        """The config's spec; inside `full_attention()` one in which nothing streams."""
         return self.config.spec.all_full if self.attends_fully else self.config.spec
 
     @contextmanager
@@ -174,12 +174,12 @@ class HybridBody(OwnAttention):
                     "Fix: pass use_cache=False, or one document per row"
                 )
             cache.rows.advance(_padding(attention_mask), batch, new, device)
-        return self._views_of(documents)
+        return self._views_of(documents, cache)
 
-    def _views_of(self, documents: Documents) -> Views:
+    def _views_of(self, documents: Documents, cache: HybridCache | None = None) -> Views:
         full = FullView(documents, self.attention_kernel)
         streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.attention_kernel)
-        return Views(full, streaming, documents.position_ids)
+        return Views(full, streaming, documents.position_ids, cache)
 
     def _views_of_gathered(self, position_ids: Tensor) -> Views:
         batch, length = position_ids.shape
@@ -208,7 +208,7 @@ class HybridBody(OwnAttention):
         if position_ids is not None and not torch.equal(positions[real], position_ids.expand(batch, new)[real]):
             raise _wrong_positions(cache, positions, position_ids.to(device).expand(batch, new))
         full = CachedFullView(cache)
-        return Views(full, full if self.attends_fully else CachedStreamingView(cache), positions.clamp(min=0))
+        return Views(full, full if self.attends_fully else CachedStreamingView(cache), positions.clamp(min=0), cache)
 
     def forward(
         self,

@@ -117,19 +117,27 @@ class CachedStreamingView(CachedView):
 
 @dataclass(frozen=True)
 class SplitView(AttentionView):
-    """A split layer without a cache: `streaming_heads` are its KV heads that stream, and the others keep full attention."""
+    """A split layer: `streaming_heads` are its KV heads that stream, and the others keep full attention.
+
+    Args:
+        cache: if given, keys and values are new ones, which this view stores in the parts of the layer's `SplitLayer`.
+    """
 
     full: AttentionView
     streaming: AttentionView
     streaming_heads: tuple[int, ...]
+    cache: HybridCache | None = None
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         heads = SplitHeads.of(self.streaming_heads, k_BGKD.shape[1], k_BGKD.device)
+        q, *kv = heads.select(heads.full_G, q_BHTD, k_BGKD, v_BGKD)
+        streaming_q, *streaming_kv = heads.select(heads.streaming_G, q_BHTD, k_BGKD, v_BGKD)
+        if self.cache is not None:
+            layer = self.cache.layers[module.layer_idx]
+            kv, streaming_kv = layer.full.update(*kv), layer.streaming.update(*streaming_kv)
         return heads.join(
-            *(
-                view.attend(module, *heads.select(kind_G, q_BHTD, k_BGKD, v_BGKD), scaling, dropout)
-                for view, kind_G in ((self.full, heads.full_G), (self.streaming, heads.streaming_G))
-            )
+            self.full.attend(module, q, *kv, scaling, dropout),
+            self.streaming.attend(module, streaming_q, *streaming_kv, scaling, dropout),
         )
 
 
@@ -168,17 +176,22 @@ class SplitHeads:
 
 @dataclass(frozen=True)
 class Views:
-    """The views of full and streaming layers in one forward pass, and the positions [B, T] for the rotary embedding."""
+    """The views of full and streaming layers in one forward pass, and the positions [B, T] for the rotary embedding.
+
+    Args:
+        cache: that of the forward pass, of which split layers need to know.
+    """
 
     full: AttentionView
     streaming: AttentionView
     position_ids: Tensor
+    cache: HybridCache | None = None
 
     def of_layer(self, layer: int, spec: HybridSpec) -> AttentionView:
         if spec.is_lazy(layer):
             return self.streaming
         heads = spec.split_heads(layer)
-        return SplitView(self.full, self.streaming, heads) if heads else self.full
+        return SplitView(self.full, self.streaming, heads, self.cache) if heads else self.full
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache, slot_positions
+from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.support.families import BASES, SIZES
+from tests.support.families import BASES, SIZES, SPLIT
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)
+SPECS = pytest.mark.parametrize("spec", [SPEC, SPLIT], ids=["layers", "KV heads"])
 
 
 def left_padded(lengths):
@@ -19,10 +21,11 @@ def left_padded(lengths):
     return torch.randint(2, 96, (len(lengths), width)) * mask, mask
 
 
+@SPECS
 @pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 9, 20]])
-def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, lengths):
+def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, spec, lengths):
     """Rows shorter than the sinks, than the window, and than both."""
-    model = build_hybrid(base_config, SPEC).eval()
+    model = build_hybrid(base_config, spec).eval()
     ids, mask = left_padded(lengths)
     settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     cached = model.generate(ids, **settings)
@@ -36,11 +39,12 @@ def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, 
 @given(
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=3),
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    heads=st.lists(st.sets(st.integers(0, 1)), min_size=4, max_size=4),
     w_sink=st.integers(0, 5),
     w_recent=st.integers(1, 9),
 )
-def test_any_chunking_of_the_input_gives_the_logits_of_one_pass(lengths, chunks, w_sink, w_recent):
-    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (1, 2), w_sink, w_recent)).eval()
+def test_any_chunking_of_the_input_gives_the_logits_of_one_pass(lengths, chunks, heads, w_sink, w_recent):
+    model = build_hybrid(BASES["qwen3"], HybridSpec.from_streaming_heads(heads, 2, w_sink, w_recent)).eval()
     ids, mask = left_padded([length + sum(chunks) for length in lengths])
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, use_cache=False).logits
@@ -53,8 +57,9 @@ def test_any_chunking_of_the_input_gives_the_logits_of_one_pass(lengths, chunks,
     torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
-def test_sampling_draws_from_the_same_distribution_with_and_without_cache(qwen3_config):
-    model = build_hybrid(qwen3_config, SPEC).eval()
+@SPECS
+def test_sampling_draws_from_the_same_distribution_with_and_without_cache(qwen3_config, spec):
+    model = build_hybrid(qwen3_config, spec).eval()
     ids, mask = left_padded([4, 11])
 
     def sample(use_cache):
@@ -66,8 +71,9 @@ def test_sampling_draws_from_the_same_distribution_with_and_without_cache(qwen3_
     assert torch.equal(sample(True), sample(False))
 
 
-def test_prefill_in_chunks_generates_the_same(qwen3_config):
-    model = build_hybrid(qwen3_config, SPEC).eval()
+@SPECS
+def test_prefill_in_chunks_generates_the_same(qwen3_config, spec):
+    model = build_hybrid(qwen3_config, spec).eval()
     ids, mask = left_padded([4, 19])
     greedy = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, prefill_chunk_size=5))
@@ -99,6 +105,7 @@ def test_slots_hold_the_sinks_and_the_latest_tokens_and_nothing_twice(real, w_si
     assert len(expected) == slots
 
 
+@SPECS
 @pytest.mark.parametrize(
     "asked",
     [
@@ -109,16 +116,17 @@ def test_slots_hold_the_sinks_and_the_latest_tokens_and_nothing_twice(real, w_si
         dict(cache_implementation="paged"),
     ],
 )
-def test_decoding_that_a_ring_cannot_serve_is_refused(qwen3_config, asked):
-    model = build_hybrid(qwen3_config, SPEC).eval()
+def test_decoding_that_a_ring_cannot_serve_is_refused(qwen3_config, spec, asked):
+    model = build_hybrid(qwen3_config, spec).eval()
     with pytest.raises(HybridError):
         model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, **asked)
 
 
-def test_assisted_decoding_is_refused(qwen3_config):
-    model = build_hybrid(qwen3_config, SPEC).eval()
+@SPECS
+def test_assisted_decoding_is_refused(qwen3_config, spec):
+    model = build_hybrid(qwen3_config, spec).eval()
     with pytest.raises(HybridError, match="greedy search or sampling"):
-        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, assistant_model=build_hybrid(qwen3_config, SPEC).eval())
+        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, assistant_model=build_hybrid(qwen3_config, spec).eval())
 
 
 def test_continuous_batching_is_refused(qwen3_config):
@@ -128,8 +136,9 @@ def test_continuous_batching_is_refused(qwen3_config):
             entrance()
 
 
-def test_taking_tokens_back_or_reordering_rows_is_refused(qwen3_config):
-    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
+@SPECS
+def test_taking_tokens_back_or_reordering_rows_is_refused(qwen3_config, spec):
+    model, cache = build_hybrid(qwen3_config, spec).eval(), HybridCache(spec)
     model(torch.randint(2, 96, (2, 5)), **{CACHE_ARGUMENT: cache})
     for refused in (
         lambda: cache.crop(-2),
@@ -141,11 +150,12 @@ def test_taking_tokens_back_or_reordering_rows_is_refused(qwen3_config):
     assert not cache.is_croppable
 
 
-def test_padding_after_real_tokens_is_refused_with_a_cache(qwen3_config):
-    model = build_hybrid(qwen3_config, SPEC).eval()
+@SPECS
+def test_padding_after_real_tokens_is_refused_with_a_cache(qwen3_config, spec):
+    model = build_hybrid(qwen3_config, spec).eval()
     ids = torch.randint(2, 96, (1, 4))
     with pytest.raises(HybridError, match="left padding only"):
-        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), **{CACHE_ARGUMENT: HybridCache(SPEC)})
+        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), **{CACHE_ARGUMENT: HybridCache(spec)})
 
 
 @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
@@ -157,8 +167,9 @@ def test_the_cache_is_taken_by_both_its_names(qwen3_config):
     assert [cache.get_seq_length() for cache in caches.values()] == [30] * len(caches)
 
 
-def test_a_cache_serves_one_batch(qwen3_config):
-    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
+@SPECS
+def test_a_cache_serves_one_batch(qwen3_config, spec):
+    model, cache = build_hybrid(qwen3_config, spec).eval(), HybridCache(spec)
     model(torch.randint(2, 96, (2, 5)), **{CACHE_ARGUMENT: cache})
     with pytest.raises(HybridError, match="make a cache for each batch"):
         model(torch.randint(2, 96, (3, 1)), **{CACHE_ARGUMENT: cache})
@@ -167,10 +178,18 @@ def test_a_cache_serves_one_batch(qwen3_config):
     assert cache.get_seq_length() == 5
 
 
-def test_kv_entries_of_the_spec_are_those_of_the_cache(qwen3_config):
-    model, cache = build_hybrid(qwen3_config, SPEC).eval(), HybridCache(SPEC)
-    model(torch.randint(2, 96, (1, 50)), **{CACHE_ARGUMENT: cache})
-    assert sum(layer.keys.shape[2] for layer in cache.layers) == SPEC.cached_tokens(50, kv_heads=1) == 50 + 3 * 9
+@SPECS
+def test_a_cache_holds_the_bytes_that_the_sizes_predict(qwen3_config, spec):
+    model, cache = build_hybrid(qwen3_config, spec).eval(), HybridCache(spec)
+    for tokens in (50, 1, 7):
+        model(torch.randint(2, 96, (1, tokens)), **{CACHE_ARGUMENT: cache})
+        held = sum(x.numel() * x.element_size() for part in cache.parts for x in (part.keys, part.values))
+        assert held == kv_bytes(model.config.to_dict(), spec, cache.get_seq_length(), itemsize=4)
+
+
+def test_cached_tokens_of_a_spec_are_those_of_its_kv_heads():
+    assert SPEC.cached_tokens(50, kv_heads=2) == 2 * (50 + 3 * 9)
+    assert SPLIT.cached_tokens(50, kv_heads=2) == 4 * 50 + 4 * 10
 
 
 def passes(model, *masks, call="forward"):

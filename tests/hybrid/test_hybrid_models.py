@@ -10,9 +10,10 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.support.families import BASES
+from tests.support.families import BASES, SPLIT
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
+SPECS = pytest.mark.parametrize("spec", [SPEC, SPLIT], ids=["layers", "KV heads"])
 
 
 def stock_and_hybrid(base_config, spec):
@@ -33,26 +34,28 @@ def test_with_all_layers_full_it_is_the_base_to_the_last_bit(base_config):
     assert torch.equal(hybrid(ids).logits, stock(ids).logits)
 
 
+@SPECS
 @torch.no_grad()
-def test_streaming_layers_change_the_result(base_config):
-    stock, hybrid = stock_and_hybrid(base_config, SPEC)
+def test_streaming_layers_change_the_result(base_config, spec):
+    stock, hybrid = stock_and_hybrid(base_config, spec)
     ids = tokens(2, 40)
     torch.testing.assert_close(hybrid(ids).logits[:, :10], stock(ids).logits[:, :10], atol=1e-5, rtol=1e-5)
     assert (hybrid(ids).logits[:, 11:] - stock(ids).logits[:, 11:]).abs().max() > 1e-3
 
 
+@SPECS
 @torch.no_grad()
-def test_with_full_attention_switched_on_it_is_the_base_and_afterwards_the_hybrid_again(base_config):
-    stock, hybrid = stock_and_hybrid(base_config, SPEC)
+def test_with_full_attention_switched_on_it_is_the_base_and_afterwards_the_hybrid_again(base_config, spec):
+    stock, hybrid = stock_and_hybrid(base_config, spec)
     ids = tokens(2, 40)
     before = hybrid(ids, use_cache=False).logits
     with hybrid.full_attention():
         assert torch.equal(hybrid(ids, use_cache=False).logits, stock(ids).logits)
-        assert hybrid.spec.lazy_layers == ()
+        assert not hybrid.spec.streams
     assert torch.equal(hybrid(ids, use_cache=False).logits, before)
     with pytest.raises(RuntimeError), hybrid.full_attention():
         raise RuntimeError
-    assert hybrid.spec == SPEC
+    assert hybrid.spec == spec
 
 
 def stock_model(base_config):
@@ -111,19 +114,21 @@ def test_with_sinks_it_is_the_stock_class_under_a_mask_that_adds_them(base_confi
     torch.testing.assert_close(hybrid(ids, position_ids=position_ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@SPECS
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(base_config):
-    hybrid = build_hybrid(base_config, SPEC).eval()
+def test_packed_documents_do_not_see_each_other(base_config, spec):
+    hybrid = build_hybrid(base_config, spec).eval()
     first, second = tokens(1, 23), tokens(1, 2)
     packed = hybrid(torch.cat([first, second], dim=1), position_ids=torch.cat([torch.arange(23), torch.arange(2)])[None]).logits
     separate = torch.cat([hybrid(first).logits, hybrid(second).logits], dim=1)
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-5)
 
 
+@SPECS
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_and_is_never_a_sink(base_config, side):
-    hybrid = build_hybrid(base_config, SPEC).eval()
+def test_padding_changes_nothing_and_is_never_a_sink(base_config, spec, side):
+    hybrid = build_hybrid(base_config, spec).eval()
     short, long = tokens(1, 17), tokens(1, 30)
     padding = torch.zeros(1, 13, dtype=torch.long)
     row = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
@@ -133,8 +138,9 @@ def test_padding_changes_nothing_and_is_never_a_sink(base_config, side):
     torch.testing.assert_close(logits[1], hybrid(long).logits[0], atol=1e-5, rtol=1e-5)
 
 
-def test_kernels_agree_on_loss_and_gradients(qwen3_config):
-    hybrid = build_hybrid(qwen3_config, SPEC)
+@SPECS
+def test_kernels_agree_on_loss_and_gradients(qwen3_config, spec):
+    hybrid = build_hybrid(qwen3_config, spec)
     ids = tokens(2, 60)
 
     def gradients(kernel):
@@ -146,8 +152,9 @@ def test_kernels_agree_on_loss_and_gradients(qwen3_config):
     torch.testing.assert_close(gradients("blocked"), gradients("reference"), atol=1e-5, rtol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_gradient(qwen3_config):
-    hybrid = build_hybrid(qwen3_config, SPEC).train()
+@SPECS
+def test_gradient_checkpointing_changes_no_gradient(qwen3_config, spec):
+    hybrid = build_hybrid(qwen3_config, spec).train()
     ids = tokens(1, 40)
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
 

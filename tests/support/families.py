@@ -1,4 +1,4 @@
-"""Small configs of every base architecture."""
+"""Small configs of every base architecture, and a hybrid of them with split layers."""
 
 from torch import nn
 from transformers import (
@@ -17,6 +17,8 @@ from transformers import (
     SeedOssConfig,
     SmolLM3Config,
 )
+
+from lt_train.hybrid.spec import HybridSpec
 
 SIZES = dict(
     vocab_size=96,
@@ -73,3 +75,7 @@ WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
 def attention_linears(model: nn.Module) -> list[str]:
     """The names of the linear modules of a layer's attention: q_proj and so on, or the fused qkv_proj."""
     return [name for name, module in model.model.layers[0].self_attn.named_children() if isinstance(module, nn.Linear)]
+
+
+SPLIT = HybridSpec.from_streaming_heads([(1,), (), (0,), (0, 1)], SIZES["num_key_value_heads"], w_sink=3, w_recent=7)
+"""A hybrid of any of these families, with layers of which one KV head streams."""
