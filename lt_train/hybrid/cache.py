@@ -1,8 +1,9 @@
 """The KV cache of a hybrid: full layers cache every token, streaming layers the sinks and a ring of the latest tokens.
 
 A split layer does both, each for some of its KV heads. Positions count from a row's first real token, so under left padding sinks
-are real tokens and padding is never stored in a ring. A streaming layer keeps position r in slot r while r < w_sink + w_recent, then
-in slot w_sink + (r - w_sink) mod w_recent. Keys are stored after rotary embedding, so their order in the cache does not matter.
+are real tokens and padding is never stored in a ring. A streaming layer keeps position r in slot r while r < w_sink + w_recent,
+then in slot w_sink + (r - w_sink) mod w_recent. Keys are stored after rotary embedding, so their order in the cache does not
+matter.
 
 Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 """

@@ -73,9 +73,13 @@ class HybridConfig(PreTrainedConfig):
             raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
         if self.streaming_kv_heads is None:
             return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
-        kv_heads = self.num_key_value_heads or self.num_attention_heads
-        spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, kv_heads, self.w_sink, self.sliding_window)
+        spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, self.kv_heads, self.w_sink, self.sliding_window)
         return replace(spec, learned_sinks=self.learned_sinks)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of each layer."""
+        return self.num_key_value_heads or self.num_attention_heads
 
 
 @strict

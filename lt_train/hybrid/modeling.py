@@ -26,7 +26,7 @@ from .cache import CACHE_ARGUMENT, HybridCache
 from .configuration import HybridConfig
 from .documents import Documents, find_documents
 from .learned_sinks import LearnedSinks
-from .sequence_parallel import Exchange, sharded_views
+from .sequence_parallel import ShardedView, Shards, sharded_view
 from .spec import HybridError, HybridSpec
 from .views import (
     AttentionView,
@@ -105,7 +105,7 @@ class HybridBody(OwnAttention):
     def __init__(self, config: HybridConfig) -> None:
         self.attention_kernel = AUTO
         self.attends_fully = False
-        self.exchange: Exchange | None = None
+        self.shards: Shards | None = None
         super().__init__(config)
         if config.learned_sinks:
             for layer in config.spec.lazy_layers:
@@ -151,19 +151,12 @@ class HybridBody(OwnAttention):
             position_ids: [B, T], restarting at 0 with each packed document.
 
         Raises:
-            HybridError: see `find_documents`; packed documents or right padding with a cache; see `sharded_views`.
+            HybridError: see `find_documents`; packed documents or right padding with a cache.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise HybridError("input_ids: missing. Fix: pass input_ids or inputs_embeds")
         batch, new, device = given.shape[0], given.shape[1], given.device
-        if self.exchange is not None and self.training:
-            if self.spec.learned_sinks:
-                raise HybridError(
-                    "learned_sinks: a process that holds a shard of a sequence computes some heads only, and learned sinks are not "
-                    "divided among processes. Fix: train without sequence parallelism, or with sink tokens"
-                )
-            return sharded_views(self.exchange, self._views_of_gathered, attention_mask, position_ids)
         if cache is not None and cache.rows.columns > 0:
             return self._views_after_cache(cache, batch, new, device, attention_mask, position_ids)
         documents = find_documents(batch, new, device, attention_mask, position_ids)
@@ -181,9 +174,19 @@ class HybridBody(OwnAttention):
         streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.attention_kernel)
         return Views(full, streaming, documents.position_ids, cache)
 
-    def _views_of_gathered(self, position_ids: Tensor) -> Views:
-        batch, length = position_ids.shape
-        return self._views_of(find_documents(batch, length, position_ids.device, None, position_ids))
+    def _sharded_view(self, shards: Shards, attention_mask: Tensor | None, position_ids: Tensor | None) -> ShardedView:
+        if self.spec.learned_sinks:
+            raise HybridError(
+                "learned_sinks: a process that holds a shard of a sequence computes some heads only, and learned sinks are not "
+                "divided among processes. Fix: train without sequence parallelism, or with sink tokens"
+            )
+        spec = shards.spec_of_process(self.spec, self.config.kv_heads)
+
+        def find_views(position_ids: Tensor) -> LayerViews:
+            batch, length = position_ids.shape
+            return LayerViews(self._views_of(find_documents(batch, length, position_ids.device, None, position_ids)), spec)
+
+        return sharded_view(shards.exchange, find_views, attention_mask, position_ids)
 
     def _views_after_cache(
         self,
@@ -247,13 +250,18 @@ class HybridBody(OwnAttention):
             )
         given = past_key_values if cache is None else cache
         cache = self._cache_for(given, use_cache, attention_mask, position_ids)
-        views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
+        view: AttentionView
+        if self.shards is not None and self.training:
+            view = self._sharded_view(self.shards, attention_mask, position_ids)
+        else:
+            views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
+            view, position_ids = LayerViews(views, self.spec), views.position_ids
         return super().forward(
             input_ids=input_ids,
-            position_ids=views.position_ids,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=cache is not None,
-            views=LayerViews(views, self.spec),
+            views=view,
             **{CACHE_ARGUMENT: cache},
             **{name: value for name, value in kwargs.items() if name not in _PACKING_HINTS},
         )
@@ -308,13 +316,13 @@ class HybridForCausalLM(OwnAttention):
             raise HybridError(unknown_kernel(name))
         self.model.attention_kernel = name
 
-    def shard_sequences(self, exchange: Exchange) -> None:
+    def shard_sequences(self, shards: Shards) -> None:
         """Train on shards: from now on a forward pass in training mode takes this process's shard of each sequence.
 
         `input_ids` and `position_ids` are the shard's; positions count in the entire sequence. In eval mode each process still
         takes entire sequences of its own.
         """
-        self.model.exchange = exchange
+        self.model.shards = shards
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .spec import HybridError
-from .views import AttentionView, Views
+from .spec import HybridError, HybridSpec
+from .views import AttentionView
 
 Exchange = Callable[..., tuple[Tensor, Any]]
 """An all-to-all around `attend_gathered`: gathers the sequence, distributes the heads, and reverses both for the output.
@@ -23,28 +23,32 @@ Exchange = Callable[..., tuple[Tensor, Any]]
 DeepSpeed's `UlyssesSPAttentionHF(attn=attend_gathered, …).forward` is one."""
 
 
-class GatheredSequence:
-    """The views of the entire sequence, found once in a forward pass: by the first layer, for all layers."""
-
-    def __init__(self, find_views: Callable[[Tensor], Views]) -> None:
-        self.find_views = find_views
-        self.found: Views | None = None
-
-    def views(self, position_ids: Tensor) -> Views:
-        """position_ids: [B, S * T], gathered; the same at every layer."""
-        if self.found is None:
-            self.found = self.find_views(position_ids)
-        return self.found
-
-
 @dataclass(frozen=True)
-class ShardedView(AttentionView):
-    """What a layer's queries see, where queries and keys are a shard of the sequence each."""
+class Shards:
+    """The processes that hold the shards of a sequence: their exchange, the index of this one among them, and their number."""
 
-    sequence: GatheredSequence
-    streaming: bool
     exchange: Exchange
-    position_ids: Tensor  # [B, T] of the shard
+    index: int
+    degree: int
+
+    def spec_of_process(self, spec: HybridSpec, kv_heads: int) -> HybridSpec:
+        """What streams of the KV heads that this process computes: an equal part of `kv_heads`, in their order, or one of them."""
+        first, count = self.index * kv_heads // self.degree, max(1, kv_heads // self.degree)
+        heads_L = [[head - first for head in heads if first <= head < first + count] for heads in spec.streaming_heads(kv_heads)]
+        return HybridSpec.from_streaming_heads(heads_L, count, spec.w_sink, spec.w_recent)
+
+
+class ShardedView(AttentionView):
+    """What the queries of each layer see, where queries and keys are a shard of the sequence each.
+
+    The views of the entire sequence are found once in a forward pass: by the first layer, for all layers.
+    """
+
+    def __init__(self, exchange: Exchange, find_views: Callable[[Tensor], AttentionView], position_ids: Tensor) -> None:
+        self.exchange = exchange
+        self.find_views = find_views
+        self.position_ids = position_ids  # [B, T] of the shard
+        self.found: AttentionView | None = None
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         out, _ = self.exchange(
@@ -53,8 +57,10 @@ class ShardedView(AttentionView):
         return out.unflatten(-1, (q_BHTD.shape[1], -1))
 
     def gathered(self, position_ids: Tensor) -> AttentionView:
-        views = self.sequence.views(position_ids)
-        return views.streaming if self.streaming else views.full
+        """position_ids: [B, S * T], gathered; the same at every layer."""
+        if self.found is None:
+            self.found = self.find_views(position_ids)
+        return self.found
 
 
 def attend_gathered(
@@ -72,16 +78,16 @@ def attend_gathered(
     return attention_mask.gathered(position_ids).attend(module, query, key, value, scaling, dropout), None
 
 
-def sharded_views(
+def sharded_view(
     exchange: Exchange,
-    find_views: Callable[[Tensor], Views],
+    find_views: Callable[[Tensor], AttentionView],
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-) -> Views:
-    """The views of one process's shard.
+) -> ShardedView:
+    """The view of one process's shard, for all layers.
 
     Args:
-        find_views: what full and streaming layers see of an entire sequence, from its position_ids [B, S * T].
+        find_views: what the layers see of an entire sequence by this process's heads, from its position_ids [B, S * T].
         position_ids: [B, T], each token's position in its own document, as counted in the entire sequence.
 
     Raises:
@@ -94,9 +100,4 @@ def sharded_views(
             "attention_mask: a shard of a sequence takes none, because only position_ids are gathered. "
             "Fix: leave it out and give padding position 0"
         )
-    sequence = GatheredSequence(find_views)
-    return Views(
-        full=ShardedView(sequence, False, exchange, position_ids),
-        streaming=ShardedView(sequence, True, exchange, position_ids),
-        position_ids=position_ids,
-    )
+    return ShardedView(exchange, find_views, position_ids)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lt_train.dataset.examples import IGNORED
 from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.sequence_parallel import attend_gathered
+from lt_train.hybrid.sequence_parallel import Shards, attend_gathered
 from lt_train.runtime.errors import UserError
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -95,8 +95,9 @@ def shard_sequences(model: HybridForCausalLM, degree: int) -> ShardedSequences:
         process_group=group,
         seq_length_is_variable=True,
     )
-    model.shard_sequences(ulysses.forward)
-    return ShardedSequences(degree, dist.get_rank(), dist.get_world_size())
+    rank = dist.get_rank()
+    model.shard_sequences(Shards(ulysses.forward, rank % degree, degree))
+    return ShardedSequences(degree, rank, dist.get_world_size())
 
 
 def check_heads(degree: int, heads: int, groups: int) -> None:

@@ -12,6 +12,7 @@ from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.loading import build_hybrid, load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import reference_streaming_attention
+from lt_train.hybrid.sequence_parallel import Shards
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash
 from tests.support.families import BASES
@@ -172,6 +173,6 @@ def test_two_kinds_of_sinks_are_refused():
 
 def test_shards_of_a_sequence_are_refused():
     model = hybrid(BASES["qwen3"]).train()
-    model.shard_sequences(lambda *args, **kwargs: None)
+    model.shard_sequences(Shards(lambda *args, **kwargs: None, index=0, degree=2))
     with pytest.raises(HybridError, match=r"learned_sinks: .* Fix: train without sequence parallelism"):
         model(torch.ones(1, 8, dtype=torch.long), position_ids=torch.arange(8)[None])

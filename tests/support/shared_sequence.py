@@ -20,28 +20,36 @@ SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=2, w_recent=5)
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 QWEN3 = Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 QWEN2_ONE_KEY_HEAD = Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=1)
+QWEN3_FOUR_KEY_HEADS = Qwen3Config(**SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
 
-# name -> model, lengths of the documents in one row, gradient checkpointing. Slices begin at half of the sum.
-CASES: dict[str, tuple[PretrainedConfig, list[int], bool]] = {
-    "one document": (QWEN3, [32], False),
-    "packed": (QWEN3, [11, 1, 13, 3, 4], False),
-    "packed, checkpointed": (QWEN3, [11, 1, 13, 3, 4], True),
-    "packed and padded": (QWEN3, [13, 14, 1, 1, 1], False),
-    "one key/value head for both": (QWEN2_ONE_KEY_HEAD, [11, 13, 8], False),
+SPLIT = HybridSpec.from_streaming_heads([(0,), (1,)], kv_heads=2, w_sink=2, w_recent=5)
+"""Of each layer one process computes the full head, the other the head that streams."""
+SPLIT_IN_A_PROCESS = HybridSpec.from_streaming_heads([(0, 1, 3), (2,)], kv_heads=4, w_sink=2, w_recent=5)
+"""Heads that stream of the first process, of the second, and of both."""
+
+# name -> model, what streams, lengths of the documents in one row, gradient checkpointing. Slices begin at half of the sum.
+CASES: dict[str, tuple[PretrainedConfig, HybridSpec, list[int], bool]] = {
+    "one document": (QWEN3, SPEC, [32], False),
+    "packed": (QWEN3, SPEC, [11, 1, 13, 3, 4], False),
+    "packed, checkpointed": (QWEN3, SPEC, [11, 1, 13, 3, 4], True),
+    "packed and padded": (QWEN3, SPEC, [13, 14, 1, 1, 1], False),
+    "one key/value head for both": (QWEN2_ONE_KEY_HEAD, SPEC, [11, 13, 8], False),
+    "a KV head of each kind in a process": (QWEN3, SPLIT, [11, 1, 13, 3, 4], False),
+    "KV heads of both kinds in a process": (QWEN3_FOUR_KEY_HEADS, SPLIT_IN_A_PROCESS, [11, 1, 13, 3, 4], True),
 }
 
 
 def model_of(case: str) -> HybridForCausalLM:
-    config, _, checkpointing = CASES[case]
+    config, spec, _, checkpointing = CASES[case]
     torch.manual_seed(0)
-    model = build_hybrid(config, SPEC).double().train()
+    model = build_hybrid(config, spec).double().train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def batch_of(case: str) -> dict[str, Tensor]:
-    lengths = CASES[case][1]
+    lengths = CASES[case][2]
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, 40, (1, sum(lengths)), generator=generator)
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Qwen3ForCausalLM
 
 from lt_train.dataset.examples import IGNORED
+from lt_train.hybrid.sequence_parallel import Shards
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError
 from lt_train.training.sequence_parallel import ShardedSequences, shard_of, shard_sequences
@@ -132,10 +133,18 @@ def test_heads_that_do_not_divide_are_reported_before_training() -> None:
 
 def test_a_slice_without_positions_or_with_a_mask_is_refused() -> None:
     model = tiny_training.load_tiny(torch.float32).train()
-    model.shard_sequences(lambda *args, **kwargs: pytest.fail("no attention is computed"))
+    model.shard_sequences(Shards(lambda *args, **kwargs: pytest.fail("no attention is computed"), index=0, degree=2))
     input_ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(HybridError, match="position_ids: missing"):
         model(input_ids)
     with pytest.raises(HybridError, match="attention_mask: a shard of a sequence takes none"):
         model(input_ids, attention_mask=torch.ones_like(input_ids), position_ids=torch.arange(4)[None])
     assert model.eval()(input_ids).logits.shape == (1, 4, tiny_training.VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("index", "degree", "heads"), [(0, 2, [(0, 1), ()]), (1, 2, [(1,), (0,)]), (2, 4, [(), (0,)]), (6, 8, [(0,), ()])]
+)
+def test_each_process_knows_which_of_its_heads_stream(index: int, degree: int, heads: list[tuple[int, ...]]) -> None:
+    spec = Shards(lambda *args: None, index, degree).spec_of_process(shared_sequence.SPLIT_IN_A_PROCESS, kv_heads=4)
+    assert spec.streaming_heads(max(1, 4 // degree)) == heads
