@@ -106,6 +106,11 @@ class HybridSpec:
         return dict(self.split_layers).get(layer, ())
 
     @property
+    def streaming_layers(self) -> tuple[int, ...]:
+        """The layers that stream with all their heads or with some."""
+        return tuple(sorted([*self.lazy_layers, *dict(self.split_layers)]))
+
+    @property
     def all_full(self) -> "HybridSpec":
         """The spec of the base: the same model without anything that streams."""
         return replace(self, lazy_layers=(), split_layers=())

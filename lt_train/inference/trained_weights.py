@@ -152,7 +152,8 @@ def attention_modules(layers: Iterable[int], modules: Iterable[str]) -> str:
 
 
 def _full_layers(spec: HybridSpec) -> list[int]:
-    return [layer for layer in range(spec.num_layers) if not spec.is_lazy(layer)]
+    """The layers in which nothing streams."""
+    return sorted(set(range(spec.num_layers)) - set(spec.streaming_layers))
 
 
 @torch.no_grad()

@@ -111,6 +111,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
         "model.revision": recipe.model.revision,
         "bf16": trains_in_bf16(recipe),
         "lazy layers": list(spec.lazy_layers),
+        **({"KV heads that stream in split layers": list(spec.split_layers)} if spec.split_layers else {}),
         "hybrid.w_sink": spec.w_sink,
         "hybrid.w_recent": spec.w_recent,
         **({"hybrid.sink": "learned"} if spec.learned_sinks else {}),

@@ -17,12 +17,12 @@ SINKS = "sinks"  # the module of a layer's learned sinks
 
 
 def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
-    """PEFT's configuration: adapters on `lora.targets` of the lazy layers, or of all.
+    """PEFT's configuration: adapters on `lora.targets` of the layers that stream, wholly or in part, or of all layers.
 
     Raises:
-        UserError: a name is not in the model, or no layer is lazy.
+        UserError: a name is not in the model, or no layer streams.
     """
-    layers = list(range(spec.num_layers)) if lora.layers == "all" else list(spec.lazy_layers)
+    layers = list(range(spec.num_layers)) if lora.layers == "all" else list(spec.streaming_layers)
     if not layers:
         raise UserError("lora.layers: lazy: no layer of this model streams, so nothing would be trained. Fix: set lora.layers: all")
     check_names(lora, model)
@@ -44,15 +44,17 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
 def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
     """Keep only the attention projections and learned sinks of streaming layers trainable; only they have optimizer states.
 
+    A layer of which some KV heads stream is trained as a whole: its output projection mixes all heads.
+
     Raises:
         UserError: no layer streams.
     """
-    if not spec.lazy_layers:
+    if not spec.streams:
         raise UserError(
             "train.parameters: lazy_projections: no layer of this model streams, so nothing would be trained. "
             "Fix: set train.parameters: all"
         )
-    trained = re.compile(attention_modules(spec.lazy_layers, (*PROJECTIONS, SINKS)))
+    trained = re.compile(attention_modules(spec.streaming_layers, (*PROJECTIONS, SINKS)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.search(name) is not None)
 

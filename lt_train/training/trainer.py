@@ -246,7 +246,7 @@ def _distillation(
     settings = recipe.train.distill
     if settings.weight == 0:
         return None
-    layers = spec.lazy_layers if settings.hidden_weight > 0 else ()
+    layers = spec.streaming_layers if settings.hidden_weight > 0 else ()
     teacher: Teacher
     if settings.teacher == "top_k":
         assert folder is not None, "the pipeline writes the files before it trains"

@@ -1,5 +1,6 @@
 """What a training left, loaded for inference: adapters merged, queries and keys restored."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lt_train.inference.trained_weights import load_trained
+from lt_train.inference.trained_weights import load_trained, query_key_of_full_layers
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
-from tests.support.tiny_training import SPEC, load_tiny, tiny_recipe, train_in
+from tests.support.tiny_training import SPEC, SPLIT, load_tiny, tiny_recipe, train_in
 
 LORA: dict[str, Any] = {"train": {"method": "lora", "learning_rate": 1e-2}, "lora": {"rank": 4, "alpha": 8}}
 
@@ -89,6 +90,11 @@ def test_a_fully_trained_model_loads_as_it_was_saved(full: Path) -> None:
     assert loaded.merge_difference is None
     saved = load_file(full / "model.safetensors")
     torch.testing.assert_close(dict(loaded.model.named_parameters())["model.norm.weight"], saved["model.norm.weight"])
+
+
+def test_queries_and_keys_are_restored_in_layers_in_which_nothing_streams() -> None:
+    names = re.compile(query_key_of_full_layers(SPLIT))
+    assert [layer for layer in range(4) if names.search(f"model.layers.{layer}.self_attn.q_proj")] == [0]
 
 
 def test_after_full_fine_tuning_queries_and_keys_of_full_layers_are_the_bases_again(full: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import random
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lt_train.training.trainer import LoadModel, TrainResult, train
 EOS, PAD, VOCABULARY = 0, 1, 40
 SPEC = HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=1, w_recent=4)
 LEARNED = replace(SPEC, w_sink=0, learned_sinks=True)
+SPLIT = replace(SPEC, lazy_layers=(1,), split_layers=((2, (0,)), (3, (1,))))
 
 
 def train_in(
@@ -39,11 +41,15 @@ def train_in(
     tracker: Tracker,
     examples: int = 22,
     load: LoadModel | None = None,
+    spec: HybridSpec = SPEC,
 ) -> TrainResult:
+    """`spec`: of what `load` loads; with learned sinks it is LEARNED."""
     recipe = tiny_recipe(settings)
-    spec = LEARNED if recipe.hybrid.sink == "learned" else SPEC
+    spec = LEARNED if recipe.hybrid.sink == "learned" else spec
     data = tiny_examples(recipe.data.heldout, examples)
-    return train(recipe, load or load_tiny, tiny_tokenizer(), data, spec, out, tracker, teacher=out.with_name("teacher"))
+    return train(
+        recipe, load or partial(load_tiny, spec=spec), tiny_tokenizer(), data, spec, out, tracker, teacher=out.with_name("teacher")
+    )
 
 
 def write_teacher(settings: dict[str, Any], folder: Path, load: LoadModel) -> Path:
@@ -72,20 +78,20 @@ def tiny_recipe(settings: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(parts)
 
 
-def load_tiny(dtype: torch.dtype) -> HybridForCausalLM:
+def load_tiny(dtype: torch.dtype, spec: HybridSpec = SPEC) -> HybridForCausalLM:
     """The same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_hybrid(tiny_config(), SPEC).to(dtype)
+        return build_hybrid(tiny_config(), spec).to(dtype)
 
 
-def load_decided(dtype: torch.dtype) -> HybridForCausalLM:
+def load_decided(dtype: torch.dtype, spec: HybridSpec = SPEC) -> HybridForCausalLM:
     """As `load_tiny`, with weights so large that streaming changes what it says: its distributions are far from uniform."""
     config = tiny_config()
     config.initializer_range = 0.25
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_hybrid(config, SPEC).to(dtype)
+        return build_hybrid(config, spec).to(dtype)
 
 
 def hybrid_from(base: Path, settings: dict[str, Any] | None = None) -> LoadModel:

@@ -1,6 +1,7 @@
 """A training that was interrupted resumes with the same result."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.log import track_log
 from lt_train.training.settings import settings_of_training
-from tests.support.tiny_training import SPEC, tiny_recipe, train_in
+from tests.support.tiny_training import SPEC, SPLIT, tiny_recipe, train_in
 from tests.support.training_log import assert_same_course, steps
 
 # 22 examples in batches of 4: 6 steps an epoch, the last one short
@@ -45,6 +46,24 @@ def test_a_resumed_lora_has_the_losses_of_an_uninterrupted_one(train_tiny, train
     train_until(6, "cut", **settings)
     train_tiny("cut", **settings)
     assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
+
+
+def test_a_resumed_training_of_split_layers_has_the_losses_of_an_uninterrupted_one_and_they_fall(
+    train_tiny, train_until, tmp_path: Path
+) -> None:
+    distill = {"weight": 0.3, "hidden_weight": 0.1, "teacher": "copy"}
+    settings: dict[str, Any] = {
+        "train": {"max_steps": 12, "save_steps": 4, "batch_size": 8, "gradient_checkpointing": True, "distill": distill},
+        "data": {"packing": True, "max_length": 48},
+    }
+    train_tiny("uninterrupted", spec=SPLIT, **settings)
+    train_until(7, "cut", spec=SPLIT, **settings)
+    with pytest.raises(UserError, match="KV heads that stream in split layers"):
+        train_tiny("cut", spec=replace(SPLIT, split_layers=((2, (1,)), (3, (1,)))), **settings)
+    train_tiny("cut", spec=SPLIT, **settings)
+    assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
+    losses = [row["loss"] for row in steps(tmp_path / "cut")]
+    assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.tracking import NoTracker
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 from tests.support.gradients import parameters_with_gradients
-from tests.support.tiny_training import SPEC, hybrid_from, load_tiny, tiny_config, tiny_recipe, train_in
+from tests.support.tiny_training import SPEC, SPLIT, hybrid_from, load_tiny, tiny_config, tiny_recipe, train_in
 
 LORA: dict[str, Any] = {"train": {"method": "lora", "learning_rate": 1e-2}, "lora": {"rank": 4, "alpha": 8}}
 
@@ -29,12 +29,13 @@ def layers_in(names: set[str]) -> set[int]:
     return {int(name.split(".layers.")[1].split(".")[0]) for name in names}
 
 
-def test_lora_gives_gradients_to_the_lazy_layers_adapters_and_to_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spec", "layers"), [(SPEC, {1, 2}), (SPLIT, {1, 2, 3})], ids=["layers", "KV heads"])
+def test_lora_gives_gradients_to_the_adapters_of_layers_that_stream_and_to_nothing_else(tmp_path: Path, spec, layers) -> None:
     # lora_B starts at zero, so in the first step all gradient of an adapter is in it
-    names = parameters_with_gradients(LORA, tmp_path)
+    names = parameters_with_gradients(LORA, tmp_path, spec)
     assert all("lora_B" in name for name in names)
-    assert layers_in(names) == set(SPEC.lazy_layers)
-    assert len(names) == 4 * len(SPEC.lazy_layers)  # q, k, v, o
+    assert layers_in(names) == layers
+    assert len(names) == 4 * len(layers)  # q, k, v, o
 
 
 def test_lora_on_all_layers_reaches_all_layers(tmp_path: Path) -> None:
@@ -104,9 +105,10 @@ def test_adapters_are_saved_more_than_once_beside_a_base_read_from_a_folder(tmp_
     assert result.steps == 4
 
 
-def test_only_the_projections_of_streaming_layers_get_gradients(tmp_path: Path) -> None:
-    names = parameters_with_gradients(LAZY_ONLY, tmp_path)
-    expected = {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in SPEC.lazy_layers for p in "qkvo"}
+@pytest.mark.parametrize(("spec", "layers"), [(SPEC, [1, 2]), (SPLIT, [1, 2, 3])], ids=["layers", "KV heads"])
+def test_only_the_projections_of_streaming_layers_get_gradients(tmp_path: Path, spec, layers) -> None:
+    names = parameters_with_gradients(LAZY_ONLY, tmp_path, spec)
+    expected = {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in layers for p in "qkvo"}
     assert names == expected
 
 

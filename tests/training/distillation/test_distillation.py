@@ -1,5 +1,7 @@
 """A hybrid learns from its own past self: the base, with full attention in every layer."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +161,22 @@ def test_the_teacher_is_the_base_whatever_the_student_has_learned(tmp_path: Path
     assert not targets.hidden_AH.requires_grad
 
 
-def test_the_hidden_loss_is_the_relative_squared_difference_after_streaming_layers(tmp_path: Path) -> None:
-    trainer = moved(build(recipe_of(hidden_weight=1.0), tmp_path))
+@pytest.mark.parametrize(
+    "spec", [SPEC, replace(SPEC, lazy_layers=(1,), split_layers=((2, (0,)),))], ids=["layers", "a layer and a KV head"]
+)
+def test_the_hidden_loss_is_the_relative_squared_difference_after_streaming_layers(tmp_path: Path, spec: HybridSpec) -> None:
+    trainer = moved(build(recipe_of(hidden_weight=1.0), tmp_path, spec, partial(load_decided, spec=spec)))
     inputs = batch(trainer)
     trainer.compute_loss(trainer.model, dict(inputs))
     batch_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    base = load_decided(torch.float32)
+    base = load_decided(torch.float32, spec)
     with torch.no_grad():
         student = trainer.model.model(**batch_inputs, output_hidden_states=True, use_cache=False).hidden_states
         with base.full_attention():
             teacher = base.model(**batch_inputs, output_hidden_states=True, use_cache=False).hidden_states
     answers = inputs["labels"][:, 1:] != -100
     shares = []
-    for layer in SPEC.lazy_layers:
+    for layer in (1, 2):
         mine, theirs = student[layer + 1][:, :-1][answers], teacher[layer + 1][:, :-1][answers]
         shares.append(((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)) ** 2)
     (found,) = [value for name, value in trainer.distillation.means.take(1).items() if name == "hidden_difference"]
