@@ -5,15 +5,16 @@ A mistake of the caller raises `lt_train.runtime.errors.UserError`, with the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lt_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lt_train.dataset.examples import Example
     from lt_train.hybrid.modeling import HybridForCausalLM
@@ -123,7 +124,7 @@ def score_layers(
         tokenizer = _tokenizer(model)
     examples = _examples(texts, tokenizer)
     with _as_user_error():
-        scored = _hybrid(model, lambda layers: HybridSpec(layers, (), hybrid.w_sink, hybrid.w_recent), family)
+        scored = _hybrid(model, lambda config: HybridSpec(config.num_hidden_layers, (), hybrid.w_sink, hybrid.w_recent), family)
         _check_ids(examples, scored.config.vocab_size)
         return profile_layers(scored, examples, hybrid, strategies)
 
@@ -131,19 +132,21 @@ def score_layers(
 def convert(
     model: PreTrainedModel | str | Path,
     *,
-    layers: Sequence[int],
+    layers: Sequence[int] | None = None,
+    heads: Mapping[int, Sequence[int]] | None = None,
     w_sink: int = 4,
     w_recent: int = 1020,
     learned_sinks: bool = False,
     family: Literal["auto"] | None = None,
 ) -> HybridForCausalLM:
-    """The hybrid of a full-attention model: its own weights, and the named layers stream. Untrained.
+    """The hybrid of a full-attention model: its own weights, and the named layers or KV heads stream. Untrained.
 
     Args:
         model: a causal language model of a family in docs/families.md as transformers loads it, which stays as it is; no weights
             are copied, so training either model changes both. Or a folder or hub id, whose weights are loaded on the
             accelerator, if there is one.
-        layers: the layers that stream, from 0.
+        layers: the layers that stream, from 0. Pass either these or `heads`.
+        heads: by layer, the key/value heads that stream, from 0, with their query heads: `{2: [0, 3], 5: [1]}`.
         w_sink: the first tokens of a sequence that a streaming layer sees.
         w_recent: the most recent tokens that it sees, the query itself included.
         learned_sinks: a logit for each query head in place of sink tokens, with `w_sink=0`. They start at 0, and want training.
@@ -155,13 +158,30 @@ def convert(
         `with hybrid.full_attention():` runs, it is the base.
 
     Raises:
-        UserError: no hybrid can be made of the model, or a layer or a size is out of range.
+        UserError: no hybrid can be made of the model, or a layer, a head or a size is out of range.
     """
+    from lt_train.hybrid.kv_size import kv_heads
     from lt_train.hybrid.spec import HybridSpec
     from lt_train.selection.choose import explicit_layers
 
+    if (layers is None) == (heads is None):
+        raise UserError("layers, heads: both or neither. Fix: pass the layers that stream, or by layer the KV heads that do")
+
+    def spec(config: PreTrainedConfig) -> HybridSpec:
+        count = config.num_hidden_layers
+        if layers is not None:
+            return HybridSpec(count, explicit_layers(list(layers), count), w_sink, w_recent, learned_sinks)
+        assert heads is not None, "see above"
+        if outside := sorted(heads.keys() - range(count)):
+            raise UserError(f"heads: layers {outside}: not in the model. Fix: name layers from 0 to {count - 1}")
+        heads_L = [heads.get(layer, ()) for layer in range(count)]
+        found = HybridSpec.from_streaming_heads(heads_L, kv_heads(config.to_dict()), w_sink, w_recent)
+        if not found.streams or len(found.lazy_layers) == count:
+            raise UserError("heads: none or all of them would stream. Fix: name some KV heads, and not all")
+        return replace(found, learned_sinks=learned_sinks)
+
     with _as_user_error():
-        return _hybrid(model, lambda n: HybridSpec(n, explicit_layers(list(layers), n), w_sink, w_recent, learned_sinks), family)
+        return _hybrid(model, spec, family)
 
 
 def read_results(run_folder: str | Path) -> RunResults:
@@ -176,9 +196,9 @@ def read_results(run_folder: str | Path) -> RunResults:
 
 
 def _hybrid(
-    model: PreTrainedModel | str | Path, spec: Callable[[int], HybridSpec], family: Literal["auto"] | None
+    model: PreTrainedModel | str | Path, spec: Callable[[PreTrainedConfig], HybridSpec], family: Literal["auto"] | None
 ) -> HybridForCausalLM:
-    """`spec`: from the model's number of layers."""
+    """`spec`: from the model's config."""
     from transformers import PreTrainedModel
 
     from lt_train.hybrid.loading import hybrid_of, is_declared, prove_auto_family, refuse_undeclared
@@ -191,7 +211,7 @@ def _hybrid(
             refuse_undeclared(model.config)
         elif not is_declared(model.config):
             prove_auto_family(model.config)
-        return hybrid_of(model, spec(model.config.get_text_config().num_hidden_layers))
+        return hybrid_of(model, spec(model.config.get_text_config()))
     if not isinstance(model, str | Path):
         raise UserError(
             f"model: {type(model).__name__}: neither a transformers model nor a path. Fix: pass what from_pretrained returns; of a "
@@ -199,7 +219,7 @@ def _hybrid(
         )
     quiet_upstream()
     base = _base(model, family)
-    return load_for_inference(base, spec(load_base_config(base).num_hidden_layers), compute_dtype(base.dtype))
+    return load_for_inference(base, spec(load_base_config(base)), compute_dtype(base.dtype))
 
 
 def _base(model: str | Path, family: Literal["auto"] | None = None) -> Model:

@@ -90,6 +90,16 @@ def test_a_model_in_memory_becomes_the_hybrid_that_its_folder_becomes(base: PreT
     assert torch.equal(lt_train.convert(str(tmp_path), layers=[0, 2], **SIZES)(ids).logits, expected)
 
 
+@torch.no_grad()
+def test_single_kv_heads_stream_where_heads_are_named(base: PreTrainedModel) -> None:
+    hybrid, ids = lt_train.convert(base, heads={1: [0], 2: (1, 0)}, **SIZES), torch.randint(2, 96, (1, 40))
+    assert hybrid.spec == HybridSpec.from_streaming_heads([(), (0,), (0, 1), ()], kv_heads=2, **SIZES)
+    others = [lt_train.convert(base, heads=heads, **SIZES)(ids).logits for heads in ({1: [1], 2: [0, 1]}, {2: [0, 1]})]
+    assert all((other - hybrid(ids).logits).abs().max() > 1e-3 for other in others)
+    with hybrid.full_attention():
+        assert torch.equal(hybrid(ids).logits, base(ids).logits)
+
+
 @pytest.mark.parametrize("config", [toy_config(), MINIMAX], ids=["of one's own", "with a buffer in its router"])
 def test_a_model_of_any_family_becomes_a_hybrid_with_auto_and_is_refused_without(config: PreTrainedConfig) -> None:
     torch.manual_seed(0)
@@ -141,6 +151,12 @@ def test_learned_sinks_start_at_zero_in_the_streaming_layers(tmp_path) -> None:
         ({"layers": [9]}, "layer 9 not in this model"),
         ({"layers": []}, "nothing would stream"),
         ({"layers": range(8)}, "every layer would stream"),
+        ({"layers": None}, "layers, heads: both or neither"),
+        ({"heads": {0: [0]}}, "layers, heads: both or neither"),
+        ({"layers": None, "heads": {0: [7]}}, r"KV heads \[7\] of layer 0: not in the model"),
+        ({"layers": None, "heads": {9: [0]}}, r"heads: layers \[9\]: not in the model"),
+        ({"layers": None, "heads": {}}, "heads: none or all of them would stream"),
+        ({"layers": None, "heads": {0: [0]}, "w_sink": 0, "learned_sinks": True}, "learned_sinks: layers of which some KV heads"),
         ({"w_recent": 0}, "w_recent: 0: below 1"),
         ({"learned_sinks": True}, "w_sink: 2: learned sinks take the place"),
         ({"model": "nobody/nothing-at-all"}, "model.base: nobody/nothing-at-all"),

@@ -107,6 +107,10 @@ class _BufferLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def parts(self) -> "list[_BufferLayer]":
+        return [self]
+
+    @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (self._keys, self._values) if buffer is not None)
 
@@ -250,6 +254,10 @@ class SplitLayer(CacheLayerMixin):
         """The new keys and values as they are: the two parts return unequally many columns, so the layer's view asks them."""
         return key_states, value_states
 
+    @property
+    def parts(self) -> list[_BufferLayer]:
+        return [self.full, self.streaming]
+
     def get_seq_length(self) -> int:
         return self.full.get_seq_length()
 
@@ -275,10 +283,9 @@ class HybridCache(Cache):
         return SplitLayer(GrowingLayer(), ring) if self.spec.split_heads(layer) else GrowingLayer()
 
     @property
-    def parts(self) -> list[GrowingLayer | SinkRingLayer]:
+    def parts(self) -> list[_BufferLayer]:
         """The layers in their order; of a split one, both parts."""
-        by_layer = [[layer.full, layer.streaming] if isinstance(layer, SplitLayer) else [layer] for layer in self.layers]
-        return [part for parts in by_layer for part in parts]
+        return [part for layer in self.layers for part in layer.parts]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached columns, padding included, as transformers' generation counts them."""

@@ -4,7 +4,7 @@ Full attention must be the base to the last bit; of each layer, what its queries
 compared with the base's layers under a dense mask, and caches, packing and padding with documents alone. Products are in fp64, so
 that a router's choice of experts does not hang on rounding.
 
-Shapes: B rows, T columns, D hidden size, V vocab_size.
+Shapes: B rows, T columns, H query heads, G key/value heads, D hidden size, V vocab_size.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .auto_family import auto_family, stock_classes
 from .cache import CACHE_ARGUMENT, HybridCache
 from .conversion import config_in
-from .kv_size import head_size
+from .kv_size import head_size, kv_heads
 from .mask import full_visible, streaming_visible
 from .modeling import HybridForCausalLM, attention_at
 from .spec import HybridError, HybridSpec
@@ -34,35 +34,43 @@ OF_FILES = ("architectures", "dtype", "transformers_version")
 """Settings that say nothing of what a model computes."""
 
 
-def prove_family(config: PreTrainedConfig) -> None:
+def prove_family(config: PreTrainedConfig, *, split_layers: bool = False) -> None:
     """
     Args:
         config: the base's, which `refuse_unsupported` has passed.
+        split_layers: prove layers of which one KV head streams, too. A family that mixes heads does not have them.
 
     Raises:
         HybridError: names what differed, and the module where one can be named.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in OF_FILES}
-    _prove(config.model_type, json.dumps(settings, sort_keys=True, default=str))
+    _prove(config.model_type, json.dumps(settings, sort_keys=True, default=str), split_layers)
 
 
 @cache
-def _prove(model_type: str, settings: str) -> None:
+def _prove(model_type: str, settings: str, split_layers: bool) -> None:
     small = small_config(stock_classes(model_type)[0](**json.loads(settings)))
-    layers = small.num_hidden_layers
-    spec = HybridSpec(layers, tuple(range(1, layers, 2)) or (0,), W_SINK, W_RECENT)
+    fix = "Fix: let entire layers stream" if split_layers else OTHER
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
-            _compare(small, spec)
+            _compare(small, _spec_for(small, split_layers))
     except HybridError as error:
-        raise _refused(model_type, str(error).partition(". Fix: ")[0]) from error
+        raise _refused(model_type, str(error).partition(". Fix: ")[0], fix) from error
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise _refused(model_type, f"its forward pass fails in a hybrid ({type(error).__name__}: {error})") from error
+        raise _refused(model_type, f"its forward pass fails in a hybrid ({type(error).__name__}: {error})", fix) from error
 
 
-def _refused(model_type: str, found: str) -> HybridError:
-    return HybridError(f"model_type: {model_type!r}: not proved to stream: {found}. {OTHER}")
+def _spec_for(small: PreTrainedConfig, split_layers: bool) -> HybridSpec:
+    heads, layers = kv_heads(small.to_dict()), range(small.num_hidden_layers)
+    if split_layers:
+        in_turn = [[heads - 1], range(heads), []]
+        return HybridSpec.from_streaming_heads([in_turn[layer % 3] for layer in layers], heads, W_SINK, W_RECENT)
+    return HybridSpec(len(layers), tuple(layers)[1::2] or (0,), W_SINK, W_RECENT)
+
+
+def _refused(model_type: str, found: str, fix: str) -> HybridError:
+    return HybridError(f"model_type: {model_type!r}: not proved to stream: {found}. {fix}")
 
 
 def _compare(small: PreTrainedConfig, spec: HybridSpec) -> None:
@@ -121,11 +129,11 @@ def _logits_by_cache(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
     cache, parts = HybridCache(hybrid.spec), []
     for part_BT in ids_BT.split([LENGTH // 2, 4, *[1] * (LENGTH - LENGTH // 2 - 4)], dim=1):
         parts.append(hybrid(part_BT, **{CACHE_ARGUMENT: cache}).logits)
-    config = hybrid.config
-    expected = (config.num_key_value_heads or config.num_attention_heads, head_size(config.to_dict()))
+    expected = (hybrid.config.kv_heads, head_size(hybrid.config.to_dict()))
     for index, layer in enumerate(cache.layers):
-        for kind, held in (("keys", layer.keys), ("values", layer.values)):
-            if (found := (held.shape[1], held.shape[3])) != expected:
+        for kind in ("keys", "values"):
+            held = [getattr(part, kind) for part in layer.parts]
+            if (found := (sum(x.shape[1] for x in held), held[0].shape[3])) != expected:
                 at = attention_at(index, hybrid.model.layers[index].self_attn)
                 raise HybridError(f"{at}: it caches {kind} of {found} (heads, size), and the config says {expected}")
     return torch.cat(parts, dim=1)
@@ -137,7 +145,7 @@ def _layer_by_layer(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
     hidden_BTD = body.embed_tokens(ids_BT)
     position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
     for index, layer in enumerate(body.layers):
-        view = views.streaming if hybrid.spec.is_lazy(index) else views.full
+        view = views.of_layer(index, hybrid.spec)
         hidden_BTD = layer(
             hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
         )
@@ -197,18 +205,20 @@ def _seen(hybrid: HybridForCausalLM, view: Any, ids_1T: Tensor) -> Iterator[Tens
 
 @contextmanager
 def _under_masks(base: PreTrainedModel, spec: HybridSpec) -> Iterator[None]:
-    """While the block runs, each layer of the base gets a dense mask of its kind in `spec`."""
+    """While the block runs, each layer of the base gets a dense mask of what each of its heads sees in `spec`."""
     position_T = torch.arange(LENGTH)
-    full = full_visible(position_T[:, None], position_T[None])[None, None]
-    streaming = streaming_visible(position_T[:, None], position_T[None], spec.w_sink, spec.w_recent)[None, None]
+    full_TT = full_visible(position_T[:, None], position_T[None])
+    streaming_TT = streaming_visible(position_T[:, None], position_T[None], spec.w_sink, spec.w_recent)
+    heads = kv_heads(base.config.to_dict())
 
-    def masked(mask: Tensor, layer: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, given | {"attention_mask": mask}
+    def masked(mask_1HTT: Tensor, layer: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, given | {"attention_mask": mask_1HTT}
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(masked, streaming if spec.is_lazy(index) else full), with_kwargs=True)
-        for index, layer in enumerate(base.model.layers)
-    ]
+    hooks = []
+    for layer, streaming in zip(base.model.layers, spec.streaming_heads(heads), strict=True):
+        mask_GTT = torch.stack([streaming_TT if head in streaming else full_TT for head in range(heads)])
+        mask_1HTT = mask_GTT.repeat_interleave(base.config.num_attention_heads // heads, dim=0)[None]
+        hooks.append(layer.register_forward_pre_hook(partial(masked, mask_1HTT), with_kwargs=True))
     try:
         yield
     finally:

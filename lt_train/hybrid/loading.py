@@ -47,7 +47,7 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
     family = family_of(base_config)
     _refuse_unsupported_base(base_config)
     if not is_declared(base_config) and not is_hybrid(base_config):
-        _check_undeclared(base_config)  # the family was proved with the settings of another base
+        _check_undeclared(base_config, spec)  # the family was proved with the settings of another base
     if spec.num_layers != base_config.num_hidden_layers:
         raise HybridError(
             f"num_layers: {spec.num_layers}: the base has {base_config.num_hidden_layers} layers. Fix: make a spec for this base"
@@ -92,14 +92,16 @@ def prove_auto_family(config: PreTrainedConfig) -> None:
     Raises:
         HybridError: a base that cannot become a hybrid, or what differed.
     """
-    _check_undeclared(config)
+    _check_undeclared(config, None)
     _add(auto_family(config.model_type))
 
 
-def _check_undeclared(config: PreTrainedConfig) -> None:
+def _check_undeclared(config: PreTrainedConfig, spec: HybridSpec | None) -> None:
     refuse_unsupported(config)
     _refuse_unsupported_base(config)  # quantized weights
     prove_family(config)
+    if spec is not None and spec.split_layers:
+        prove_family(config, split_layers=True)
 
 
 def _add(family: Family) -> None:
@@ -141,7 +143,7 @@ def load_hybrid(
 
     Args:
         base: folder or hub id of the base model.
-        spec: an empty `lazy_layers` gives the base itself. A base has no learned sinks: they are 0.
+        spec: one in which nothing streams gives the base itself. A base has no learned sinks: they are 0.
         config: the base's config, to override the one in its folder.
         from_pretrained: arguments of transformers' `from_pretrained`, for example `device_map`.
 

@@ -85,13 +85,15 @@ class HybridSpec:
             kv_heads: of each layer.
 
         Raises:
-            HybridError: a head out of range; see the class.
+            HybridError: a head out of range or named twice; see the class.
         """
         for layer, heads in enumerate(heads_L):
             if outside := sorted(head for head in heads if not 0 <= head < kv_heads):
                 raise HybridError(
                     f"KV heads {outside} of layer {layer}: not in the model. Fix: name heads from 0 to {kv_heads - 1}"
                 )
+            if len(set(heads)) != len(heads):
+                raise HybridError(f"KV heads {sorted(heads)} of layer {layer}: a head is named twice. Fix: name each head once")
         lazy = tuple(layer for layer, heads in enumerate(heads_L) if len(heads) == kv_heads)
         split = tuple((layer, tuple(heads)) for layer, heads in enumerate(heads_L) if 0 < len(heads) < kv_heads)
         return cls(len(heads_L), lazy, w_sink, w_recent, split_layers=split)

@@ -9,6 +9,7 @@ from transformers import (
     BartConfig,
     Cohere2Config,
     DeepseekV3Config,
+    DiffLlamaConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
@@ -28,7 +29,7 @@ from transformers import (
 from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint, prove_auto_family
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support import processes
-from tests.support.families import HELIUM, SIZES
+from tests.support.families import HELIUM, SIZES, SPLIT
 from tests.support.repository import ENVIRONMENT
 from tests.support.toy_family import toy_config
 
@@ -49,6 +50,14 @@ def test_a_proved_family_loads_its_bases_and_its_saved_hybrids(config, tmp_path)
     again = load_hybrid_checkpoint(tmp_path / "hybrid")
     assert again.spec == SPEC and torch.equal(again(ids).logits, hybrid(ids).logits)
     assert hybrid.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 44)
+
+
+def test_a_family_that_mixes_heads_streams_by_layers_alone():
+    config = DiffLlamaConfig(**SIZES)
+    prove_auto_family(config)
+    assert build_hybrid(config, SPEC).spec == SPEC
+    with pytest.raises(HybridError, match=r"model_type: 'diffllama': not proved to stream: .* Fix: let entire layers stream"):
+        build_hybrid(config, SPLIT)
 
 
 def test_a_base_is_proved_while_a_model_without_weights_is_built():

@@ -42,6 +42,15 @@ def test_a_head_that_the_layer_does_not_have_is_refused():
         HybridSpec.from_streaming_heads([[2]], kv_heads=2, w_sink=4, w_recent=12)
 
 
+def test_a_head_named_twice_is_not_taken_for_two():
+    with pytest.raises(HybridError, match=r"KV heads \[1, 1\] of layer 0: a head is named twice"):
+        HybridSpec.from_streaming_heads([[1, 1]], kv_heads=2, w_sink=4, w_recent=12)
+
+
+def test_layers_that_stream_wholly_or_in_part_are_those_that_training_changes():
+    assert HybridSpec(4, (3,), split_layers=((1, (0,)),)).streaming_layers == (1, 3)
+
+
 def test_a_config_keeps_the_kv_heads_that_stream():
     types = ["full_attention", "full_attention", "sliding_attention"]
     config = HybridQwen3Config(**SIZES, layer_types=types, streaming_kv_heads=HEADS, hybrid_version="3")
