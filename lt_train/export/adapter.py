@@ -11,7 +11,7 @@ import yaml
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
-from lt_train.export.card import is_hub_id
+from lt_train.export.card import is_hub_id, listed_heads
 from lt_train.export.metadata import ExportMetadata
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.trained_weights import adapter_without_query_key, query_key_of_full_layers
@@ -77,9 +77,15 @@ def adapter_card(spec: HybridSpec, metadata: ExportMetadata) -> str:
     """The README.md: for which base and spec the adapter is, and how it loads."""
     header: dict[str, Any] = {"base_model": metadata.base} if is_hub_id(metadata.base) else {}
     header |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lt-train", "lora", "hybrid-attention"]}
-    layers = ", ".join(map(str, spec.lazy_layers))
+    layers = ", ".join(map(str, spec.lazy_layers)) or "none"
+    streamed = f"{len(spec.lazy_layers)} of its {spec.num_layers} layers"
+    heads = arguments = ""
+    if spec.split_layers:
+        streamed += f" and single KV heads of {len(spec.split_layers)} others"
+        heads = f"\n- KV heads that stream in other layers: {listed_heads(spec)}"
+        arguments = f", split_layers={spec.split_layers}"
     sinks = "learned, in this adapter" if spec.learned_sinks else f"`w_sink`: {spec.w_sink} tokens"
-    kind = ", learned_sinks=True" if spec.learned_sinks else ""
+    arguments += ", learned_sinks=True" if spec.learned_sinks else ""
     revision = f", revision={metadata.base_revision!r}" if metadata.base_revision else ""
     training = "".join(f"\n| {name} | {value} |" for name, value in (metadata.training or {}).items())
     versions = "".join(f"\n- {name} {version}" for name, version in metadata.versions.items())
@@ -88,11 +94,11 @@ def adapter_card(spec: HybridSpec, metadata: ExportMetadata) -> str:
 
 # {metadata.recipe}, the adapter
 
-A PEFT adapter for `{metadata.base}`, trained while {len(spec.lazy_layers)} of its {spec.num_layers} layers used streaming
+A PEFT adapter for `{metadata.base}`, trained while {streamed} used streaming
 attention. It belongs to this hybrid: on the base with full attention, or with other layers, it computes something else.
 
 - base: `{metadata.base}`{f", revision `{metadata.base_revision}`" if metadata.base_revision else ""}
-- streaming layers: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})
+- streaming layers: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection}){heads}
 - sinks: {sinks}; `w_recent`: {spec.w_recent} tokens
 
 ## How to load
@@ -105,7 +111,7 @@ from peft import PeftModel
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 
-spec = HybridSpec({spec.num_layers}, lazy_layers={spec.lazy_layers}, w_sink={spec.w_sink}, w_recent={spec.w_recent}{kind})
+spec = HybridSpec({spec.num_layers}, lazy_layers={spec.lazy_layers}, w_sink={spec.w_sink}, w_recent={spec.w_recent}{arguments})
 base = load_hybrid({metadata.base!r}, spec{revision})
 model = PeftModel.from_pretrained(base, ".")  # this folder, if Python was started in it; else its path, or its id on the hub
 ```

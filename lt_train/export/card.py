@@ -11,6 +11,7 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.servers.vllm_capacity import BLOCK, VllmCache, with_one_more_or_fewer
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
@@ -69,15 +70,24 @@ def _title(metadata: ExportMetadata, config: HybridConfig) -> str:
     trained = "fine-tuned as such" if metadata.training is not None else "without any training"
     return (
         f"# {metadata.recipe}\n\n"
-        f"{base}{revision} as a hybrid: {len(spec.lazy_layers)} of its {spec.num_layers} layers use streaming attention, the "
+        f"{base}{revision} as a hybrid: {_fraction(spec, config.kv_heads)} use streaming attention, the "
         f"others keep full attention; {trained}. Made with lt_train, after LightTransfer "
         "([arXiv 2410.13846](https://arxiv.org/abs/2410.13846))."
     )
 
 
+def _fraction(spec: HybridSpec, kv_heads: int) -> str:
+    if not spec.split_layers:
+        return f"{len(spec.lazy_layers)} of its {spec.num_layers} layers"
+    streaming = sum(map(len, spec.streaming_heads(kv_heads)))
+    where = f"in {len(spec.streaming_layers)} of its {spec.num_layers} layers"
+    return f"{streaming} of its {spec.num_layers * kv_heads} key/value heads (with their query heads), {where},"
+
+
 def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
     spec = config.spec
     layers = ", ".join(map(str, spec.lazy_layers)) or "none"
+    kind = "heads" if spec.split_layers else "layers"
     sinks = f"the first `w_sink` = {spec.w_sink} tokens and " if spec.w_sink else ""
     plain = " (`w_sink` = 0: a plain sliding window)"
     if spec.learned_sinks:
@@ -87,9 +97,21 @@ def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
     return (
         "## Layers\n\n"
         f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})\n"
-        f"- a query in these layers sees {sinks}the latest `w_recent` = {spec.w_recent} tokens of its own sequence, itself "
+        f"{_split_layers(spec, config.kv_heads)}"
+        f"- a query in these {kind} sees {sinks}the latest `w_recent` = {spec.w_recent} tokens of its own sequence, itself "
         f"included{plain}"
     )
+
+
+def _split_layers(spec: HybridSpec, kv_heads: int) -> str:
+    if not spec.split_layers:
+        return ""
+    return f"- KV heads that stream in other layers (of 0 to {kv_heads - 1}): {listed_heads(spec)}\n"
+
+
+def listed_heads(spec: HybridSpec) -> str:
+    """The KV heads that stream in split layers, as in '2: 0, 5; 7: 1'."""
+    return "; ".join(f"{layer}: {', '.join(map(str, heads))}" for layer, heads in spec.split_layers)
 
 
 def loading_code(*, own_code: bool) -> str:
@@ -136,7 +158,7 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
 def _in_vllm(config: HybridConfig) -> str:
     """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
     spec = config.spec
-    if not spec.lazy_layers or not (specs := with_one_more_or_fewer(spec, config.model_type)):
+    if not spec.lazy_layers or spec.split_layers or not (specs := with_one_more_or_fewer(spec, config.model_type)):
         return ""
     gain, *others_gain = (f"{VllmCache().gain(each, KV_TOKENS):.2f}" for each in specs.values())
     others = " and ".join(f"{other} with {count}" for other, count in zip(others_gain, list(specs)[1:], strict=True))
@@ -180,25 +202,32 @@ def _score_row(score: ReportedScore) -> str:
 
 
 def _limits(config: HybridConfig, own_code: bool) -> str:
-    ways = "the full-attention layers and the sinks" if own_code else "the full-attention layers"
+    spec, kind = config.spec, "head" if config.spec.split_layers else "layer"
+    ways = f"the full-attention {kind}s and the sinks" if spec.w_sink or spec.learned_sinks else f"the full-attention {kind}s"
     reach = (
-        f"What lies further back than {config.spec.w_recent:,} tokens reaches a streaming layer only through {ways}: test exact "
+        f"What lies further back than {spec.w_recent:,} tokens reaches a streaming {kind} only through {ways}: test exact "
         "recall over long distances before relying on it."
     )
-    if config.learned_sinks and serves_family(config.model_type):
+    if spec.split_layers:
+        servers = [_SERVERS_OF_SPLIT_LAYERS]
+    elif config.learned_sinks and serves_family(config.model_type):
         servers = [_SERVERS_OF_LEARNED_SINKS]
     else:
-        servers = [_SERVERS_OF_SINK_TOKENS if config.spec.w_sink else _SERVERS_OF_OTHER_FAMILIES]
+        servers = [_SERVERS_OF_SINK_TOKENS if spec.w_sink else _SERVERS_OF_OTHER_FAMILIES]
     limits = [reach, *([*_LIMITS_OF_OWN_CODE, *servers] if own_code else [])]
     return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
 _LIMITS_OF_OWN_CODE = [
     "Generation is greedy search or sampling. Beam search, assisted and prompt-lookup decoding, static caches and continuous "
-    "batching raise an error; nothing runs without the sinks.",
+    "batching raise an error.",
     "Batches for generation are padded on the left.",
-    "`attn_implementation` cannot be chosen: stock attention kernels do not know sinks.",
+    "`attn_implementation` cannot be chosen: stock attention kernels know neither sinks nor heads that stream.",
 ]
+_SERVERS_OF_SPLIT_LAYERS = (
+    "vLLM, SGLang, TGI and llama.cpp do not load it: their caches hold the same tokens for all KV heads of a layer. "
+    "`lt-train serve` serves it."
+)
 _SERVERS_OF_SINK_TOKENS = "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it."
 _SERVERS_OF_OTHER_FAMILIES = "vLLM, SGLang, TGI and llama.cpp have no such layers in this architecture and do not load it."
 _SERVERS_OF_LEARNED_SINKS = (

@@ -42,7 +42,7 @@ def export_hybrid(
     chat_template: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write a hybrid to the folder `out`; with `w_sink=0` as an ordinary checkpoint of a stock class, else with its own code.
+    """Write a hybrid to the folder `out`; as an ordinary checkpoint of a stock class where one computes it, else with its own code.
 
     One shard of the weights is in memory at a time; only the check loads the model, where there is room for it. An export of the
     same content that lies there already is recognised and kept.

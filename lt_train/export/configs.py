@@ -1,4 +1,4 @@
-"""The config files of an export: the hybrid's own with its code named beside it, or, without sinks, those of a stock class."""
+"""The config files of an export: the hybrid's own with its code named beside it, or those of a stock class that computes it."""
 
 import copy
 
@@ -29,12 +29,13 @@ STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedMod
 }
 """What computes a hybrid without sinks: a plain sliding window in some layers, which these know, and other families do not."""
 
-_NOT_STOCK = {"model_type", "architectures", "auto_map", "w_sink", "learned_sinks", "hybrid_version", "transformers_version"}
+_OF_HYBRIDS = {"w_sink", "learned_sinks", "streaming_kv_heads", "hybrid_version"}
+_NOT_STOCK = {"model_type", "architectures", "auto_map", "transformers_version"} | _OF_HYBRIDS
 
 
 def needs_own_code(config: HybridConfig) -> bool:
-    """Sinks are known to no stock class, and a window in some layers to few."""
-    return config.w_sink > 0 or config.learned_sinks or type(config) not in STOCK
+    """Sinks and layers of which some KV heads stream are known to no stock class, and a window in some layers to few."""
+    return config.w_sink > 0 or config.learned_sinks or bool(config.spec.split_layers) or type(config) not in STOCK
 
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:
@@ -45,7 +46,7 @@ def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedC
 
 
 def stock_config(config: HybridConfig) -> PreTrainedConfig:
-    """A hybrid without sinks as a config of the stock class with the same `layer_types`."""
+    """A hybrid without sinks and split layers as a config of the stock class with the same `layer_types`."""
     config_class, model_class = STOCK[type(config)]
     values = {name: value for name, value in config.to_dict().items() if name not in _NOT_STOCK}
     if "use_sliding_window" in values:

@@ -85,6 +85,10 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Logit
         faults["no sinks"] = {"w_sink": 0}
     if model.spec.learned_sinks:
         faults["no sinks"] = {"learned_sinks": False}
+    if model.spec.split_layers:
+        count = model.config.kv_heads
+        others = [[(head + 1) % count for head in heads] for heads in model.spec.streaming_heads(count)]
+        faults["other KV heads"] = {"streaming_kv_heads": others}
     return LogitChanges(change(EXACT), {fault: change(COMPUTED_IN, **settings) for fault, settings in faults.items()})
 
 

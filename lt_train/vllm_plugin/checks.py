@@ -32,13 +32,19 @@ def serves_family(model_type: str) -> bool:
 def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: a family other than those of FAMILIES, or a config with sink tokens.
+        ValueError: a family other than those of FAMILIES, a config with split layers, or one with sink tokens.
     """
     if not serves_family(config.model_type):
         raise ValueError(
             f"model_type: {config.model_type}: lt_train's plugin computes {', '.join(FAMILIES)} by vLLM's Llama classes, and this "
             "family differs from them. Fix: evaluate this export with the built-in engine (backend: hybrid), or serve it with "
             "lt-train serve"
+        )
+    if getattr(config, "streaming_kv_heads", None):
+        raise ValueError(
+            "streaming_kv_heads: single KV heads of a layer stream, and vLLM's KV cache holds the same tokens for all of them. "
+            "Fix: convert by entire layers (hybrid.granularity: layer), evaluate this export with the built-in engine "
+            "(backend: hybrid), or serve it with lt-train serve"
         )
     if getattr(config, "w_sink", 0):
         raise ValueError(

@@ -65,6 +65,15 @@ def test_its_card_says_where_learned_sinks_are() -> None:
     assert "sinks: learned, in this adapter; `w_recent`: 12 tokens" in card and "w_recent=12, learned_sinks=True)" in card
 
 
+def test_its_card_names_the_heads_of_split_layers() -> None:
+    spec = HybridSpec(4, (1,), 4, 12, split_layers=((0, (1,)), (3, (0, 2))))
+    card = adapter_card(spec, metadata())
+    assert "1 of its 4 layers and single KV heads of 2 others used streaming" in card
+    assert "- KV heads that stream in other layers: 0: 1; 3: 0, 2\n" in card
+    (made,) = re.findall(r"^spec = (.*)$", card, re.MULTILINE)
+    assert eval(made) == spec
+
+
 def test_queries_and_keys_that_the_recipe_restores_have_no_adapter(lt_train: LtTrain, run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["train"]["restore_query_key"] = True

@@ -44,6 +44,20 @@ def test_the_card_names_layers_sizes_data_training_scores_and_versions():
         assert expected in text
 
 
+def test_the_card_of_split_layers_names_their_heads_sizes_and_what_serves_them():
+    config = tiny_hybrid(w_sink=0, lazy=(1,), split=((0, (1,)), (3, (0,)))).config
+    text = model_card(metadata(), config, torch.float32, CHECK, own_code=True)
+    for expected in (
+        "4 of its 8 key/value heads (with their query heads), in 3 of its 4 layers, use streaming attention",
+        "- streaming: 1 (of 0 to 3; chosen by: reach)\n- KV heads that stream in other layers (of 0 to 1): 0: 1; 3: 0\n",
+        "| 32 MiB | 16 MiB | 50.0% |",
+        "hold the same tokens for all KV heads of a layer",
+        "through the full-attention heads:",
+    ):
+        assert expected in text
+    assert "vllm serve" not in text
+
+
 def test_local_folders_are_named_without_their_path_and_not_as_hub_ids(tmp_path):
     base, data = tmp_path / "bases/mine", tmp_path / "data/traces.jsonl"
     base.mkdir(parents=True)

@@ -17,7 +17,7 @@ def test_without_sinks_the_stock_class_computes_the_same(family):
     stock.load_state_dict(hybrid.state_dict())
     ids = torch.randint(2, 96, (2, 40))
     torch.testing.assert_close(stock(ids).logits, hybrid(ids).logits, atol=1e-4, rtol=1e-5)
-    assert "w_sink" not in config.to_dict() and "auto_map" not in config.to_dict()
+    assert not {"w_sink", "streaming_kv_heads", "auto_map"} & config.to_dict().keys()
     assert config.architectures == [type(stock).__name__]
 
 
@@ -25,6 +25,11 @@ def test_without_sinks_the_stock_class_computes_the_same(family):
 def test_without_sinks_a_family_whose_stock_class_knows_no_layer_types_keeps_its_own_code(family):
     config = exported_config(tiny_hybrid(family, w_sink=0), torch.float32)
     assert config.model_type == f"lt_hybrid_{family}" and config.auto_map["AutoConfig"].startswith("families.")
+
+
+def test_no_stock_class_computes_split_layers_without_sinks_either():
+    config = exported_config(tiny_hybrid(w_sink=0, split=((2, (1,)),)), torch.float32)
+    assert config.model_type == "lt_hybrid_qwen3" and config.auto_map and config.streaming_kv_heads == [[], [0, 1], [1], [0, 1]]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -85,6 +85,17 @@ def test_an_export_with_sinks_gives_the_same_logits_and_tokens_in_a_bare_process
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.parametrize(("family", "w_sink"), [("qwen3", 3), ("llama", 0), ("phi3", 3)])
+def test_an_export_of_split_layers_gives_the_same_logits_and_tokens_in_a_bare_process(family, w_sink, tmp_path):
+    folder = export(tiny_hybrid(family, w_sink=w_sink, lazy=(1,), split=((0, (1,)), (2, (0,)))), tmp_path / "export")
+    check, card = read_manifest(folder).check, (folder / "README.md").read_text()
+    assert check.logits_difference <= 1e-5 and check.ties == 0 and check.tokens > 0
+    assert check.faults["other KV heads"] > check.tolerance
+    assert "trust_remote_code=True" in card and "- KV heads that stream in other layers (of 0 to 1): 0: 1; 2: 0" in card
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hybrid_version"] == "3" and config["streaming_kv_heads"] == [[1], [0, 1], [0], []]
+
+
 @pytest.mark.parametrize(("family", "model_type"), [("qwen3", "qwen3"), ("llama", "ministral")])
 def test_an_export_without_sinks_is_an_ordinary_checkpoint(family, model_type, tmp_path):
     model = tiny_hybrid(family, w_sink=0)

@@ -31,6 +31,12 @@ def test_a_window_off_by_one_and_missing_sinks_stand_out_from_rounding_in_every_
     assert model.spec == tiny_hybrid(w_sink=w_sink).spec, "the model is as before"
 
 
+def test_other_heads_of_split_layers_stand_out_from_rounding():
+    model = tiny_hybrid(lazy=(), split=((1, (0,)), (3, (1,))))
+    batch = check_batches(model.spec, model.config.vocab_size, model.config.max_position_embeddings)[-1]
+    assert "other KV heads" in measure(model, batch, logits_of(model, *batch)).noticed
+
+
 def test_a_bf16_model_computes_in_fp32_from_its_own_weights_and_is_bf16_again_afterwards():
     model = tiny_hybrid()
     model.config.tie_word_embeddings = True

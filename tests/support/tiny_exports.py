@@ -25,9 +25,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_hybrid(family: str = "qwen3", *, w_sink: int = 3, w_recent: int = 7, lazy: tuple[int, ...] = (1, 3)) -> HybridForCausalLM:
+def tiny_hybrid(
+    family: str = "qwen3",
+    *,
+    w_sink: int = 3,
+    w_recent: int = 7,
+    lazy: tuple[int, ...] = (1, 3),
+    split: tuple[tuple[int, tuple[int, ...]], ...] = (),
+) -> HybridForCausalLM:
     """Random weights, made large enough that a token more or less in sight changes what is generated."""
-    model = build_hybrid(base_of(family), HybridSpec(4, lazy, w_sink, w_recent)).eval()
+    model = build_hybrid(base_of(family), HybridSpec(4, lazy, w_sink, w_recent, split_layers=split)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -23,6 +23,13 @@ def test_sink_tokens_are_refused_and_other_exports_are_not():
         check_served(build_hybrid(BASES["qwen3"], HybridSpec(4, (1,), 4, 8)).config)
 
 
+@pytest.mark.parametrize("w_sink", [0, 4])
+def test_split_layers_are_refused_with_what_can_serve_them(w_sink):
+    spec = HybridSpec(4, (1,), w_sink, 8, split_layers=((2, (0,)),))
+    with pytest.raises(ValueError, match=r"streaming_kv_heads: single KV heads .* Fix: convert by entire layers .* lt-train serve"):
+        check_served(build_hybrid(BASES["qwen3"], spec).config)
+
+
 @pytest.mark.parametrize("family", sorted(BASES.keys() - set(FAMILIES)))
 def test_a_family_that_the_plugin_was_not_written_for_is_refused(family):
     with pytest.raises(ValueError, match=f"model_type: lt_hybrid_{family}: .*qwen3.* Fix: evaluate .* built-in engine"):
