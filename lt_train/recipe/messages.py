@@ -89,6 +89,7 @@ NAMES_ELSEWHERE = {
     "hybrid.w_recent": ("sliding_window", "window", "window_size", "recent_size"),
     "hybrid.w_sink": ("sink_size", "num_sinks", "keep_first", "start_size"),
     "hybrid.layers": ("lazy_layers", "sliding_layers", "streaming_layers"),
+    "hybrid.streaming_kv_heads": ("heads", "kv_heads", "lazy_heads", "streaming_heads"),
     "data.source": ("dataset", "datasets", "dataset_name", "train_file", "data_path"),
     "data.max_length": ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "model_max_length"),
     "data.packing": ("sample_packing", "packing_strategy"),

@@ -83,6 +83,9 @@ def test_defaults_are_filled_in_where_they_depend_on_other_parts(recipe_file: Pa
     assert untrained.lora is None
     assert {tuple(evaluation.variants) for evaluation in untrained.eval} == {("converted",)}
     assert load_recipe(recipe_file, ["hybrid={layers: [1, 3]}"]).hybrid.strategy is None
+    assert load_recipe(recipe_file, ["hybrid.granularity=kv_head"]).hybrid.strategy == "gates"
+    named = load_recipe(recipe_file, ["hybrid={streaming_kv_heads: [[], [0, 2]]}"]).hybrid
+    assert (named.granularity, named.strategy) == ("kv_head", None)
 
 
 def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
@@ -91,6 +94,8 @@ def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tm
         [],
         ["train=null"],
         ["hybrid={layers: [0, 2]}"],
+        ["hybrid={streaming_kv_heads: [[], [0, 2], [1]]}"],
+        ["hybrid={max_rise: 0.1, granularity: kv_head, compare: [gates, reach]}"],
         ["track.wandb=off", "train.learning_rate=1e-5"],
         [f"eval=[{needle}]", f"train.probes={{steps: 5, evals: [{needle}]}}", "train.keep_best=needle", "train.final_weights=best"],
     ):
@@ -292,6 +297,31 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
             "hybrid={lazy_layer_ratio: 0.5, select: per_prompt}",
             "train + hybrid.select: each prompt chooses the layers that stream, so none can be trained for it. Fix: remove train",
         ),
+        (
+            "hybrid={lazy_layer_ratio: 0.5, granularity: kv_head, strategy: reach}",
+            "hybrid.granularity + hybrid.strategy: reach scores whole layers, not KV heads. Fix: set strategy to gates, or gran",
+        ),
+        (
+            "hybrid={granularity: kv_head, layers: [1]}",
+            "hybrid.granularity + hybrid.layers: layers are named, not KV heads. Fix: name them in streaming_kv_heads, or set gran",
+        ),
+        (
+            "hybrid={lazy_layer_ratio: 0.5, granularity: kv_head, sink: learned}",
+            "hybrid.granularity + hybrid.sink: layers of which some KV heads stream have no learned sinks. Fix: set sink to tokens",
+        ),
+        (
+            "hybrid={granularity: layer, streaming_kv_heads: [[], [1]]}",
+            "hybrid.granularity + hybrid.streaming_kv_heads: single KV heads are named. Fix: set granularity to kv_head, or str",
+        ),
+        (
+            "hybrid={lazy_layer_ratio: 0.5, streaming_kv_heads: [[], [1]]}",
+            "hybrid.streaming_kv_heads + hybrid.lazy_layer_ratio: both choose the KV heads that stream. Fix: set streaming",
+        ),
+        (
+            "hybrid={streaming_kv_heads: [[], [1, 1]]}",
+            "hybrid.streaming_kv_heads.1: [1, 1]: 1 is listed twice. Fix: list it once",
+        ),
+        ("hybrid.kv_heads=[[], [1]]", "hybrid.kv_heads: unknown setting; here it is hybrid.streaming_kv_heads"),
         ("hybrid={layers: [1, 2, 1]}", "hybrid.layers: [1, 2, 1]: 1 is listed twice. Fix: list it once"),
         ("hybrid={layers: []}", "hybrid.layers: []: empty. Fix: list at least 1 item"),
         ("hybrid={layers: [-1]}", "hybrid.layers.0: -1: less than 0. Fix: set it to 0 or more"),
@@ -408,6 +438,14 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
     ("overrides", "message"),
     [
         (["hybrid.sink=learned", "hybrid.w_sink=4"], "hybrid.sink + hybrid.w_sink: learned sinks take the place of tokens"),
+        (
+            ["hybrid={select: per_prompt, lazy_layer_ratio: 0.5, granularity: kv_head}", "train=null"],
+            "hybrid.granularity + hybrid.select: prompts choose whole layers. Fix: set granularity to layer, or select to static",
+        ),
+        (
+            ["hybrid={layers: [1], streaming_kv_heads: [[0]]}", "hybrid.granularity=kv_head"],
+            "hybrid.layers + hybrid.streaming_kv_heads: each names what streams. Fix: set one of them, and the others to null",
+        ),
         (["hybrid.calibration.sink_steps=3"], "hybrid.calibration.sink_steps + hybrid.sink: no sinks are fitted"),
         (["train.sink_learning_rate=0.1"], "train.sink_learning_rate + hybrid.sink: there are no learned sinks"),
         (
