@@ -17,7 +17,7 @@ from lt_train.report.comparison import Cell, Comparison, write_comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.choose import number_by_ratio
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.profile import SCORED, LayerProfile
 from lt_train.selection.random import random_layers
@@ -67,7 +67,7 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
     _check(given)
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
     num_layers = load_base_config(given.model).num_hidden_layers
-    counts = sorted({number_of_lazy_layers(ratio, num_layers) for ratio in grid.ratios})
+    counts = sorted({number_by_ratio(ratio, num_layers) for ratio in grid.ratios})
     base = load_recipe(recipe, [*common, *_base_overrides(given, grid)])
     base_folder = work(base, "eval", runs, process)
     profile = LayerProfile.load(path) if (path := RunPaths(base_folder).layer_profile).exists() else None

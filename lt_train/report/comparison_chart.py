@@ -11,7 +11,7 @@ from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.report.results import Result
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import format_tokens
-from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.choose import number_by_ratio
 
 PAPERS_STRATEGY, PAPERS_RATIO = "lazy_ratio", 0.5
 """What LightTransfer publishes: half of the layers, by the lazy ratio."""
@@ -40,7 +40,7 @@ def comparison_figure(base: Result, points: Sequence[Point], what: str) -> Figur
                 state = f", {'trained' if trained else 'untrained'}" if trains else ""
                 _draw_line(axes, base, line, f"{strategy}{state}", "-" if trained or not trains else "--")
     for point in points:
-        if (point.strategy, point.streaming) == (PAPERS_STRATEGY, number_of_lazy_layers(PAPERS_RATIO, point.result.num_layers)):
+        if (point.strategy, point.streaming) == (PAPERS_STRATEGY, number_by_ratio(PAPERS_RATIO, point.result.num_layers)):
             label = None if any(line.get_label() == "the paper's choice" for line in axes.lines) else "the paper's choice"
             (ring,) = axes.plot(_kept(base, point.result), _values(point.result.scores)[0], "o", markersize=17, label=label)
             ring.set(markerfacecolor="none", markeredgecolor=COLOURS["ink"], markeredgewidth=1.4, zorder=4)

@@ -20,7 +20,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
-from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.choose import number_by_ratio
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def number_streaming(hybrid: Mapping[str, Any], layers: Sequence[int], num_layer
     Args:
         hybrid: the recipe's part. layers: those of hybrid/layers.json, none where each prompt chooses.
     """
-    return len(layers) or number_of_lazy_layers(hybrid["lazy_layer_ratio"], num_layers)
+    return len(layers) or number_by_ratio(hybrid["lazy_layer_ratio"], num_layers)
 
 
 def cache_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:

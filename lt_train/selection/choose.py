@@ -19,7 +19,7 @@ def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProf
     `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers, `periodic` and `random`.
 
     Raises:
-        UserError: see `explicit_layers`, `number_of_lazy_layers` and `LayerProfile.choose`.
+        UserError: see `explicit_layers`, `number_by_ratio` and `LayerProfile.choose`.
     """
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
@@ -40,7 +40,7 @@ def number_that_stream(hybrid: Hybrid, num_layers: int, profile: LayerProfile | 
         profile: needed by `max_rise`; without one the fewest layers, one, whose training takes the most memory.
 
     Raises:
-        UserError: none or all would; see `number_of_lazy_layers`, `number_within_kv_budget` and `number_below_rise`.
+        UserError: none or all would; see `number_by_ratio`, `number_within_kv_budget` and `number_below_rise`.
     """
     if hybrid.layers is not None:
         return len(explicit_layers(hybrid.layers, num_layers))
@@ -49,7 +49,7 @@ def number_that_stream(hybrid: Hybrid, num_layers: int, profile: LayerProfile | 
     if hybrid.max_rise is not None:
         return 1 if profile is None else number_below_rise(hybrid.max_rise, profile.mean_shares)
     assert hybrid.lazy_layer_ratio is not None, "the schema has one setting of how many layers stream"
-    return number_of_lazy_layers(hybrid.lazy_layer_ratio, num_layers)
+    return number_by_ratio(hybrid.lazy_layer_ratio, num_layers)
 
 
 def number_within_kv_budget(budget: float, num_layers: int, window: int) -> int:
@@ -86,7 +86,7 @@ def number_below_rise(max_rise: float, share_L: Sequence[float]) -> int:
     )
 
 
-def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
+def number_by_ratio(ratio: float, num_layers: int) -> int:
     """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
 
     Raises:
@@ -109,8 +109,8 @@ def number_of_lazy_layers(ratio: float, num_layers: int) -> int:
 
 
 def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
-    """The `periodic` layers of a ratio. Raises UserError: see `number_of_lazy_layers`."""
-    return periodic_layers(number_of_lazy_layers(ratio, num_layers), num_layers)
+    """The `periodic` layers of a ratio. Raises UserError: see `number_by_ratio`."""
+    return periodic_layers(number_by_ratio(ratio, num_layers), num_layers)
 
 
 def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lt_train.hybrid.spec import FULL, STREAMING
 from lt_train.runtime.errors import UserError
-from lt_train.selection.choose import number_of_lazy_layers
+from lt_train.selection.choose import number_by_ratio
 
 GATES, CONFIG = "full_attention_heads.tsv", "config.json"
 KNOWN = (
@@ -148,7 +148,7 @@ def _from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
     gates = [[min(max(gate, 0.0), 1.0) for gate in row] for row in rows]
     means = [sum(row) / len(row) for row in gates]
     ranked = sorted(range(len(means)), key=lambda layer: (means[layer], layer))
-    layers = tuple(sorted(ranked[: number_of_lazy_layers(ratio, len(means))]))
+    layers = tuple(sorted(ranked[: number_by_ratio(ratio, len(means))]))
     cut = sum(gate >= STREAMS_BELOW for layer in layers for gate in gates[layer])
     kept = sum(gate < STREAMS_BELOW for layer, row in enumerate(gates) if layer not in layers for gate in row)
     return ImportedHybrid(

@@ -10,20 +10,20 @@ from lt_train.selection.choose import (
     choose_layers,
     explicit_layers,
     number_below_rise,
-    number_of_lazy_layers,
+    number_by_ratio,
     number_within_kv_budget,
 )
 
 
 @pytest.mark.parametrize(("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)])
 def test_ratio_is_rounded_to_the_nearest_number_a_half_upwards(ratio, num_layers, count):
-    assert number_of_lazy_layers(ratio, num_layers) == count
+    assert number_by_ratio(ratio, num_layers) == count
 
 
 @given(st.floats(0, 1), st.integers(1, 200))
 def test_the_number_is_near_the_ratio_or_the_ratio_is_refused(ratio, num_layers):
     try:
-        count = number_of_lazy_layers(ratio, num_layers)
+        count = number_by_ratio(ratio, num_layers)
     except UserError:
         assert ratio * num_layers < 0.5 + 1e-9 or ratio * num_layers > num_layers - 0.5 - 1e-9
     else:
@@ -34,16 +34,16 @@ def test_the_number_is_near_the_ratio_or_the_ratio_is_refused(ratio, num_layers)
 @pytest.mark.parametrize(("ratio", "fault"), [(0.05, "no layer"), (0.95, "every layer")])
 def test_no_layer_or_every_layer_is_refused_with_ratios_that_work(ratio, fault):
     with pytest.raises(UserError, match=rf"lazy_layer_ratio.*{ratio}.*{fault}.*0\.125 \(1 layer\) to 0\.875 \(7 layers\)"):
-        number_of_lazy_layers(ratio, 8)
+        number_by_ratio(ratio, 8)
 
 
 @given(st.integers(2, 200))
 def test_the_ratios_that_an_error_offers_work(num_layers):
     with pytest.raises(UserError) as refused:
-        number_of_lazy_layers(0.0, num_layers)
+        number_by_ratio(0.0, num_layers)
     words = str(refused.value).partition("Fix: ")[2].split()
-    assert number_of_lazy_layers(float(words[words.index("from") + 1]), num_layers) == 1
-    assert number_of_lazy_layers(float(words[words.index("to") + 1]), num_layers) == num_layers - 1
+    assert number_by_ratio(float(words[words.index("from") + 1]), num_layers) == 1
+    assert number_by_ratio(float(words[words.index("to") + 1]), num_layers) == num_layers - 1
 
 
 @given(st.floats(0.01, 0.99), st.integers(2, 80), st.integers(1, 9000))
