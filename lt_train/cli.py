@@ -359,11 +359,14 @@ def compare(
     ratios: Annotated[
         str, typer.Option("--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.")
     ] = "0.5,0.75",
+    granularities: Annotated[
+        str, typer.Option("--granularities", metavar="NAMES", help="layer, kv_head (by gates), or both with a comma between.")
+    ] = "layer",
     quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
-    """Run a recipe with its layers chosen in several ways, and write tables and a picture; finished runs are not run again."""
-    named = tuple(filter(None, map(str.strip, strategies.split(","))))
+    """Run a recipe with what streams chosen in several ways, and write tables and a picture; finished runs are not run again."""
+    named, kinds = (tuple(filter(None, map(str.strip, names.split(",")))) for names in (strategies, granularities))
     try:
         fractions = tuple(float(ratio) for ratio in ratios.split(","))
     except ValueError as error:
@@ -371,7 +374,7 @@ def compare(
     quiet_upstream()
     from lt_train.pipeline.comparison import Grid, compare
 
-    out = compare(recipe, overrides or (), Grid(named, fractions, quick), runs, this_process())
+    out = compare(recipe, overrides or (), Grid(named, fractions, quick, kinds), runs, this_process())
     typer.echo(f"comparison: {out / 'comparison.html'}")
 
 

@@ -1,13 +1,15 @@
-"""`lt-train compare`: one recipe with its layers chosen by several strategies, at several ratios, and what they show together.
+"""`lt-train compare`: one recipe with what streams chosen in several ways, at several ratios, and what they show together.
 
 Every cell is a run of its own, with its own folder: a killed comparison resumes, and a finished cell is not run again. The layers
-are scored once, in the run that also evaluates the base; the cells name their layers.
+are scored once, in the run that also evaluates the base; the cells name what streams.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lt_train.hybrid.kv_size import kv_heads
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
 from lt_train.pipeline.run import work
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
@@ -24,6 +26,7 @@ from lt_train.selection.random import random_layers
 
 STRATEGIES = ("reach", "lazy_ratio", "periodic", "random")
 RATIOS = (0.5, 0.75)
+GRANULARITIES = ("layer", "kv_head")
 QUICK_SAMPLES, QUICK_LIMIT = 12, 64
 """Of `--quick`: calibration samples, and problems or samples of an evaluation, at most."""
 
@@ -36,11 +39,14 @@ class Grid:
 
     Args:
         quick: nothing is trained, and the samples are few.
+        granularities: layer: by `strategies`. kv_head: by gates alone, as many KV heads as have the layers' KV cache; `quick` has
+            them at the largest ratio, where they gain most.
     """
 
     strategies: tuple[str, ...] = STRATEGIES
     ratios: tuple[float, ...] = RATIOS
     quick: bool = False
+    granularities: tuple[str, ...] = ("layer",)
 
     def __post_init__(self) -> None:
         """
@@ -51,8 +57,20 @@ class Grid:
         unknown = [name for name in self.strategies if name not in known]
         if unknown:
             raise UserError(f"--strategies: {unknown[0]}: no strategy. Fix: use {', '.join(known)}")
-        if not self.strategies or not self.ratios:
+        if unknown := [name for name in self.granularities if name not in GRANULARITIES]:
+            raise UserError(f"--granularities: {unknown[0]}: no granularity. Fix: use {' or '.join(GRANULARITIES)}, or both")
+        if not self.strategies or not self.ratios or not self.granularities:
             raise UserError("compare: no strategy or no ratio is named. Fix: name some, such as --strategies reach,periodic")
+
+    @property
+    def scored(self) -> list[str]:
+        """The strategies that look at the model."""
+        wanted = {*(self.strategies if "layer" in self.granularities else ()), *(["gates"] if self.by_head else [])}
+        return [strategy for strategy in SCORED if strategy in wanted]
+
+    @property
+    def by_head(self) -> bool:
+        return "kv_head" in self.granularities
 
 
 def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, process: Process) -> Path:
@@ -65,22 +83,28 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
         raise UserError(f"lt-train compare: runs in one process, not in {process.count}. Fix: start it without a launcher")
     given = load_recipe(recipe, overrides)
     _check(given)
+    if grid.by_head and given.hybrid.sink == "learned":
+        raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
-    num_layers = load_base_config(given.model).num_hidden_layers
+    base_config = load_base_config(given.model)
+    num_layers = base_config.num_hidden_layers
     counts = sorted({number_by_ratio(ratio, num_layers) for ratio in grid.ratios})
     base = load_recipe(recipe, [*common, *_base_overrides(given, grid)])
     base_folder = work(base, "eval", runs, process)
     profile = LayerProfile.load(path) if (path := RunPaths(base_folder).layer_profile).exists() else None
     cells: list[Cell] = []
     for count in counts:
-        for strategy in grid.strategies:
+        for strategy in grid.strategies if "layer" in grid.granularities else ():
             layers = _chosen(strategy, count, num_layers, given.seed, profile)
-            same = next((cell for cell in cells if cell.layers == layers), None)
+            spec = HybridSpec(num_layers, layers, given.hybrid.w_sink, given.hybrid.w_recent)
+            same = next((cell for cell in cells if cell.spec == spec), None)
             folder = same.run if same else runs / f"{given.name}-{strategy}-{count}of{num_layers}"
-            cells.append(Cell(strategy, layers, num_layers, folder))
+            cells.append(Cell(strategy, spec, count, folder))
+        if grid.by_head and (not grid.quick or count == counts[-1]):
+            cells.append(_cell_by_head(given, count, kv_heads(base_config.to_dict()), profile, runs))
     for folder in dict.fromkeys(cell.run for cell in cells):
-        layers = next(cell.layers for cell in cells if cell.run == folder)
-        work(load_recipe(recipe, [*common, *_cell_overrides(given, grid, folder.name, layers)]), "eval", runs, process)
+        cell = next(cell for cell in cells if cell.run == folder)
+        work(load_recipe(recipe, [*common, *_cell_overrides(given, grid, cell, profile)]), "eval", runs, process)
     return write_comparison(Comparison(given.name, base_folder, tuple(cells), profile), runs / f"{given.name}-comparison")
 
 
@@ -102,22 +126,35 @@ def _quick_overrides(recipe: Recipe) -> list[str]:
 
 def _base_overrides(recipe: Recipe, grid: Grid) -> list[str]:
     """The run that scores the layers by every strategy that looks at the model, and evaluates the base."""
-    scored = [strategy for strategy in SCORED if strategy in grid.strategies]
-    first, others = (scored[0], scored[1:]) if scored else ("periodic", [])
+    first, *others = grid.scored or ["periodic"]
     return [
         f"name={recipe.name}-base",
-        *("hybrid.layers=null", f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
+        *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"),
+        *(f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
         f"hybrid.lazy_layer_ratio={grid.ratios[0]}",
         *UNTRAINED,
         *_variants(recipe, [BASE]),
     ]
 
 
-def _cell_overrides(recipe: Recipe, grid: Grid, name: str, layers: Sequence[int]) -> list[str]:
+def _cell_by_head(recipe: Recipe, count: int, kv_heads: int, profile: LayerProfile | None, runs: Path) -> Cell:
+    """With the KV heads that have the KV cache of `count` layers."""
+    assert profile is not None, "the base's run scores by gates"
+    heads_L, hybrid = profile.choose_heads(count * kv_heads), recipe.hybrid
+    spec = HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent)
+    folder = runs / f"{recipe.name}-gates-{count * kv_heads}of{spec.num_layers * kv_heads}heads"
+    return Cell("gates", spec, count, folder, by_head=True)
+
+
+def _cell_overrides(recipe: Recipe, grid: Grid, cell: Cell, profile: LayerProfile | None) -> list[str]:
     trains = recipe.train is not None and not grid.quick
+    chosen = [f"hybrid.layers={list(cell.spec.lazy_layers)}", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"]
+    if cell.by_head and profile is not None:
+        heads_L = [list(heads) for heads in cell.spec.streaming_heads(profile.kv_heads)]
+        chosen = ["hybrid.layers=null", f"hybrid.streaming_kv_heads={heads_L}", "hybrid.granularity=kv_head"]
     return [
-        f"name={name}",
-        *(f"hybrid.layers={list(layers)}", "hybrid.strategy=null", "hybrid.compare=[]", "hybrid.lazy_layer_ratio=null"),
+        f"name={cell.run.name}",
+        *(*chosen, "hybrid.strategy=null", "hybrid.compare=[]", "hybrid.lazy_layer_ratio=null"),
         *_variants(recipe, [CONVERTED, TRAINED] if trains else [CONVERTED]),
     ]
 

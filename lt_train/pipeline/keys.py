@@ -8,9 +8,15 @@ from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import RunPaths
 
 
+def choice_key(recipe: Recipe) -> str:
+    """By what the hybrid was chosen, of all that may change in a begun run."""
+    return "" if recipe.hybrid.granularity == "layer" else recipe.hybrid.granularity
+
+
 def evaluation_key(recipe: Recipe) -> str:
-    """The evaluations asked for, and which weights the trained model has."""
-    return hash_of([identity_of(each) for each in recipe.eval], _published(recipe.train))
+    """The evaluations asked for, which weights the trained model has, and what the hybrid was chosen by."""
+    chosen = [key] if (key := choice_key(recipe)) else []
+    return hash_of([identity_of(each) for each in recipe.eval], _published(recipe.train), *chosen)
 
 
 def export_key(recipe: Recipe, paths: RunPaths) -> str:

@@ -16,7 +16,7 @@ def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> E
         recipe=recipe.name,
         base=recipe.model.base,
         base_revision=recipe.model.revision,
-        selection=str(hybrid.strategy) if hybrid.layers is None else "given in the recipe",
+        selection=hybrid.strategy or "given in the recipe",
         data=recipe.data.source or hybrid.calibration.source,
         data_format=recipe.data.format,
         data_counts=data_counts,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -20,6 +21,7 @@ from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.part import all_parts
 from lt_train.recipe.schema import (
     HOW_MANY,
+    NAMED,
     PER_PROMPT,
     Eval,
     HeldoutKL,
@@ -33,7 +35,8 @@ from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import MANIFEST, RunPaths
-from lt_train.selection.choose import choose_layers, number_that_stream
+from lt_train.selection.choose import choose_layers, choose_spec, number_that_stream
+from lt_train.selection.chosen import Chosen, nearest_number_of_layers, recorded, spec_of
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
 
@@ -43,7 +46,7 @@ IDENTIFYING = ("keep_best", "final_weights", "restore_query_key", "deepspeed", "
 
 @dataclass(frozen=True)
 class Variants:
-    """Which layers stream in each variant of a run, kept in hybrid/layers.json, and how to load each."""
+    """What streams in each variant of a run, kept in hybrid/layers.json, and how to load each."""
 
     recipe: Recipe
     paths: RunPaths
@@ -55,7 +58,7 @@ class Variants:
             UserError: the recipe's ratio, layers, drafts, adapters or restored projections do not fit this model.
         """
         hybrid, num_layers, train = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.train
-        number_that_stream(hybrid, num_layers)
+        number_that_stream(hybrid, num_layers, self.kv_heads)
         self._check_drafts()
         if train is None:
             return
@@ -67,33 +70,46 @@ class Variants:
             check_names(self.recipe.lora, model)
 
     def choose(self, profile: LayerProfile | None) -> None:
-        """Decide on the layers of every hybrid and write them down; none of one whose prompts choose."""
+        """Decide on what streams in every hybrid and write it down; nothing of one whose prompts choose."""
         hybrid, num_layers, seed = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.seed
-        count = number_that_stream(hybrid, num_layers, profile)
-        layers = {CONVERTED: () if hybrid.select == PER_PROMPT else choose_layers(hybrid, num_layers, seed, profile)}
+        count = self.number_of_layers(profile)
+        chosen: dict[str, Chosen] = {CONVERTED: ()}
+        if hybrid.select != PER_PROMPT:
+            spec = choose_spec(hybrid, num_layers, self.kv_heads, seed, profile)
+            chosen[CONVERTED] = recorded(spec, self.kv_heads)
         for strategy in hybrid.compare:
-            as_many = dict.fromkeys(("layers", *HOW_MANY)) | {"lazy_layer_ratio": count / num_layers}
-            as_many["strategy"] = strategy
-            layers[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
-        write_json(self.paths.layers, layers)
+            as_many = dict.fromkeys((*NAMED, *HOW_MANY)) | {"lazy_layer_ratio": count / num_layers}
+            as_many |= {"strategy": strategy, "granularity": "layer"}
+            chosen[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
+        write_json(self.paths.layers, chosen)
+
+    def number_of_layers(self, profile: LayerProfile | None) -> int:
+        """How many layers stream; by granularity kv_head, how many whole layers have the KV cache nearest to that of the heads."""
+        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        if hybrid.granularity == "layer":
+            return number_that_stream(hybrid, num_layers, self.kv_heads, profile)
+        spec = choose_spec(hybrid, num_layers, self.kv_heads, self.recipe.seed, profile)
+        return nearest_number_of_layers(spec, self.kv_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of each layer."""
+        return kv_heads(self.base_config.to_dict())
 
     def spec(self, variant: str) -> HybridSpec:
-        """What streams in `variant`: nothing in the base, the chosen layers in the trained model."""
-        lazy: list[int] = []
-        if variant != BASE:
-            path = self.paths.layers
-            lazy = read_json(path, "choice of layers")[CONVERTED if variant == TRAINED else variant]
+        """What streams in `variant`: nothing in the base, what was chosen in the trained model."""
         hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
         if variant == BASE:
             return HybridSpec(num_layers, (), hybrid.scored_w_sink, hybrid.w_recent)
-        return HybridSpec(num_layers, tuple(lazy), hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+        chosen = read_json(self.paths.layers, "choice of layers")[CONVERTED if variant == TRAINED else variant]
+        return spec_of(chosen, num_layers, self.kv_heads, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
 
     def per_prompt(self, variant: str) -> PerPrompt | None:
         """How prompts choose the layers of `variant`; None: its layers are chosen already."""
         hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
         if variant != CONVERTED or hybrid.select != PER_PROMPT:
             return None
-        return PerPrompt(num_layers - number_that_stream(hybrid, num_layers), hybrid.calibration.w_last)
+        return PerPrompt(num_layers - number_that_stream(hybrid, num_layers, self.kv_heads), hybrid.calibration.w_last)
 
     def draft(self, variant: str, eval_config: Eval) -> Draft | None:
         """What drafts for `variant` in an evaluation; None: nothing does.
@@ -138,7 +154,7 @@ class Variants:
         by_prompt = self.per_prompt(variant)
         chosen = [] if by_prompt is None else [by_prompt]
         known = (self._base_fingerprint(), self.recipe.model.dtype, self.spec(variant), training)
-        return hash_of(*known, *chosen, *self._sinks_hash(variant))
+        return hash_of(*known, *chosen, *self._beside_layers(variant))
 
     def _training(self) -> dict[str, Any]:
         """All settings that decide the trained weights, of which some may have changed without effect since."""
@@ -156,12 +172,12 @@ class Variants:
     def fingerprint_of(self, weights: Path) -> str:
         """As `fingerprint`, of the model in a folder that training left: it follows from the files themselves."""
         files = read_json(weights / MANIFEST, "checkpoint manifest")["files"]
-        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files, *self._sinks_hash(TRAINED))
+        return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files, *self._beside_layers(TRAINED))
 
-    def _sinks_hash(self, variant: str) -> list[str]:
-        """Of the learned sinks with which a hybrid begins; empty where the recipe has none."""
-        file = self.sinks(variant)
-        return [] if file is None else [file_hash(file)]
+    def _beside_layers(self, variant: str) -> list[Any]:
+        """What a hybrid has that the repr of its spec does not say: learned sinks, by their hash, and split layers."""
+        file, split = self.sinks(variant), self.spec(variant).split_layers
+        return [*([] if file is None else [file_hash(file)]), *([split] if split else [])]
 
     def _base_fingerprint(self) -> str:
         return read_json(self.paths.inputs, "record of a run's inputs")["model.base"]

@@ -129,9 +129,10 @@ PER_PROMPT: Final = "per_prompt"
 class Hybrid(Part):
     """Which layers or KV heads stream, and what these see."""
 
-    granularity: Literal["layer", "kv_head"] = Field(default="layer", json_schema_extra=ADDED)
+    granularity: Literal["layer", "kv_head"] = Field(default="layer", json_schema_extra=ADDED | MAY_CHANGE)
     """What is chosen. layer: whole layers. kv_head: single KV heads with their query heads, by strategy gates. At an equal KV
-    cache they lose less than layers where nearly all streams (87 %), hardly less at three quarters, and no less at half."""
+    cache they lose less than layers where nearly all streams (87 %), hardly less at three quarters, and no less at half. It may
+    change until the run is trained: scores by gates serve both."""
     lazy_layer_ratio: Fraction | None = None
     """Fraction of layers that stream; by kv_head of the KV heads of all layers. Set one of this, `kv_budget`, `max_rise`, `layers`
     and `streaming_kv_heads`."""

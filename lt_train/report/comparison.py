@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lt_train import __version__
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
 from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.report.comparison_chart import Point, comparison_figure
 from lt_train.report.formatting import difference_from, problems_and_sampling
 from lt_train.report.page import asset
-from lt_train.report.results import Result, read_results
+from lt_train.report.results import BY_HEAD, Result, read_results
 from lt_train.report.tables import interval_text, score_text, tendency
 from lt_train.runtime.drawing import PALETTE, to_svg, write_png
 from lt_train.runtime.files import write_text
@@ -24,16 +25,26 @@ from lt_train.selection.profile import LayerProfile
 
 @dataclass(frozen=True)
 class Cell:
-    """A run whose layers a strategy chose. Two strategies that choose the same layers share a run."""
+    """A run whose layers or KV heads a strategy chose. Two cells in which the same streams share a run.
+
+    Attributes:
+        num_streaming: how many layers stream, or have the KV cache of the KV heads that do.
+        by_head: whether single KV heads were chosen.
+    """
 
     strategy: str
-    layers: tuple[int, ...]
-    num_layers: int
+    spec: HybridSpec
+    num_streaming: int
     run: Path
+    by_head: bool = False
 
     @property
     def streaming(self) -> str:
-        return f"{len(self.layers)} of {self.num_layers}"
+        return f"{self.num_streaming} of {self.spec.num_layers}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}{BY_HEAD if self.by_head else ''}"
 
 
 @dataclass(frozen=True)
@@ -95,16 +106,18 @@ def _part(comparison: Comparison, base: Result, out: Path) -> Part:
     entries = list(_entries(comparison.cells, base.evaluation))
     predicts = comparison.profile is not None and "gates" in comparison.profile.strategies
     unit = "accuracy, % ± SE" if isinstance(base.scores, AnswerScores) else "nats per token ± SE"
-    columns: tuple[str, ...] = ("streaming", "layers by", "", unit, "95 %", "minus base [95 %]", f"KV at {KV_TOKENS // 1024}K")
+    columns: tuple[str, ...] = ("streaming", "chosen by", "", unit, "95 %", "minus base [95 %]", f"KV at {KV_TOKENS // 1024}K")
     rows: list[tuple[str, ...]] = [
         ("none", "base", "", score_text(base.scores), interval_text(base.scores), "", format_bytes(base.kv_bytes))
     ]
     rows += [_row(entry, base.scores) for entry in entries]
     if predicts and comparison.profile is not None:
         columns += ("predicted rise on long-reach tokens",)
-        rises = [f"{comparison.profile.predicted_rise(entry.cell.layers):+.3f}" for entry in entries]
+        rises = [f"{comparison.profile.predicted_rise(entry.cell.spec):+.3f}" for entry in entries]
         rows = [(*row, rise) for row, rise in zip(rows, ["", *rises], strict=True)]
-    points = [Point(entry.cell.strategy, len(entry.cell.layers), entry.trained, entry.result) for entry in entries]
+    points = [
+        Point(entry.cell.strategy, entry.cell.num_streaming, entry.trained, entry.result, entry.cell.by_head) for entry in entries
+    ]
     figure, picture = comparison_figure(base, points, unit.split(" ± ")[0]), f"{base.evaluation}.png"
     write_png(figure, out / picture)
     svg = to_svg(comparison_figure(base, points, unit.split(" ± ")[0]), f"{base.evaluation} against KV cache")
@@ -115,13 +128,13 @@ def _entries(cells: Sequence[Cell], evaluation: str) -> Iterator[Entry]:
     """By training, then by the number of streaming layers, then in the order of the strategies."""
     found = [Entry(cell, result) for cell in cells for result in read_results(cell.run) if result.evaluation == evaluation]
     order = (CONVERTED, TRAINED)
-    yield from sorted(found, key=lambda entry: (order.index(entry.result.variant), len(entry.cell.layers)))
+    yield from sorted(found, key=lambda entry: (order.index(entry.result.variant), entry.cell.num_streaming))
 
 
 def _row(entry: Entry, base: Scores) -> tuple[str, ...]:
     scores = entry.result.scores
     apart, kv = difference_from(scores, base)[0], format_bytes(entry.result.kv_bytes)
-    return (entry.cell.streaming, entry.cell.strategy, entry.state, score_text(scores), interval_text(scores), apart, kv)
+    return (entry.cell.streaming, entry.cell.name, entry.state, score_text(scores), interval_text(scores), apart, kv)
 
 
 def _subject(scores: Scores) -> str:
@@ -137,14 +150,14 @@ def findings(entries: Sequence[Entry]) -> Iterator[str]:
         if len(group) < 2:
             continue
         best = _best(group)
-        below = {entry.cell.strategy: _is_worse(entry.result.scores, best.result.scores) for entry in group if entry is not best}
+        below = {entry.cell.name: _is_worse(entry.result.scores, best.result.scores) for entry in group if entry is not best}
         worse, equal = ([name for name, is_worse in below.items() if is_worse is wanted] for wanted in (True, False))
         where = f"{streaming} layers, {state}"
         if worse:
-            text = f"{where}: {best.cell.strategy} is better than {_listed(worse)}"
+            text = f"{where}: {best.cell.name} is better than {_listed(worse)}"
             yield text + (f"; no difference from {_listed(equal)} shows." if equal else ".")
         else:
-            yield f"{where}: no strategy differs from the best of them, {best.cell.strategy}, by more than its error."
+            yield f"{where}: no strategy differs from the best of them, {best.cell.name}, by more than its error."
 
 
 def _best(group: Sequence[Entry]) -> Entry:
@@ -163,12 +176,13 @@ def _listed(names: Sequence[str]) -> str:
 
 HOW = (
     "Differences are paired by problem or sample. A strategy is called better only where the 95 % interval of its difference "
-    "from the other leaves out 0; these intervals are not corrected for the number of comparisons."
+    "from the other leaves out 0; these intervals are not corrected for the number of comparisons. KV heads are compared with as "
+    "many layers as have their KV cache."
 )
 
 
 def _markdown(name: str, parts: Sequence[Part]) -> str:
-    blocks = [f"# {name}: which layers stream", HOW]
+    blocks = [f"# {name}: what streams", HOW]
     for part in parts:
         blocks += [f"## {part.evaluation}", f"{part.subject}.", f"![{part.evaluation} against KV cache]({part.picture})"]
         lines = [part.columns, tuple("---" for _ in part.columns), *part.rows]

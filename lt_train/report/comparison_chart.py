@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lt_train.evaluation.scores import AnswerScores, Scores
 from lt_train.hybrid.kv_size import KV_TOKENS
-from lt_train.report.results import Result
+from lt_train.report.results import BY_HEAD, Result
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import format_tokens
 from lt_train.selection.choose import number_by_ratio
@@ -21,24 +21,35 @@ HEIGHT = 240.0
 
 @dataclass(frozen=True)
 class Point:
+    """
+    Attributes:
+        streaming: how many layers stream, or have the KV cache of the KV heads that do.
+    """
+
     strategy: str
     streaming: int
     trained: bool
     result: Result
+    by_head: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}{BY_HEAD if self.by_head else ''}"
 
 
 @styled
 def comparison_figure(base: Result, points: Sequence[Point], what: str) -> Figure:
-    """A line a strategy (dashed: untrained, where some are trained), the base as a band, and a ring around the paper's choice."""
+    """A line a strategy (dashed: untrained, where some are trained; squares: of KV heads), the base as a band, and a ring around
+    the paper's choice."""
     figure, (axes,) = new_figure([HEIGHT], left=72)
     _draw_base(axes, base)
     trains = any(point.trained for point in points)
     for trained in (True, False):
-        for strategy in dict.fromkeys(point.strategy for point in points):
-            line = [point for point in points if (point.strategy, point.trained) == (strategy, trained)]
+        for name in dict.fromkeys(point.name for point in points):
+            line = [point for point in points if (point.name, point.trained) == (name, trained)]
             if line:
                 state = f", {'trained' if trained else 'untrained'}" if trains else ""
-                _draw_line(axes, base, line, f"{strategy}{state}", "-" if trained or not trains else "--")
+                _draw_line(axes, base, line, f"{name}{state}", "-" if trained or not trains else "--")
     for point in points:
         if (point.strategy, point.streaming) == (PAPERS_STRATEGY, number_by_ratio(PAPERS_RATIO, point.result.num_layers)):
             label = None if any(line.get_label() == "the paper's choice" for line in axes.lines) else "the paper's choice"
@@ -66,15 +77,13 @@ def _draw_line(axes: Axes, base: Result, line: Sequence[Point], label: str, dash
         [_kept(base, point.result) for point in line],
         [value for value, _, _ in values],
         yerr=[[value - low for value, low, _ in values], [high - value for value, _, high in values]],
-        fmt=f"o{dash}",
-        color=COLOURS[line[0].strategy],
+        fmt=f"{'s' if line[0].by_head else 'o'}{dash}",
+        color=COLOURS["incorrect" if line[0].by_head else line[0].strategy],
         markersize=8,
         zorder=3,
         label=label,
     )
-    texts = [
-        f"{point.streaming} of {point.result.num_layers}: {value:.4g}" for point, (value, _, _) in zip(line, values, strict=True)
-    ]
+    texts = [f"{point.result.streaming}: {value:.4g}" for point, (value, _, _) in zip(line, values, strict=True)]
     note(drawn.lines[0], f"{label}: {'; '.join(texts)}")
 
 

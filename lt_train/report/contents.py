@@ -7,17 +7,20 @@ from typing import Any
 
 from lt_train.evaluation.records import SampleRecord
 from lt_train.evaluation.scores import AnswerScores, Scores
+from lt_train.hybrid.kv_size import kv_heads
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE
 from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Recipe
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.report.problems import KnownProblems, known_problems
-from lt_train.report.results import Result, read_results, results_as_json
+from lt_train.report.results import Result, read_results, results_as_json, spec_as_run
 from lt_train.report.samples import read_samples
 from lt_train.report.stages import FinishedStage, described, finished_stages, missing
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import RunPaths
+from lt_train.selection.chosen import Chosen
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.log import read_log
 from lt_train.training.probes.results import ProbeResult, read_probes
@@ -46,7 +49,7 @@ class Run:
 
     Attributes:
         settings: of its recipe, under the names of today. recipe: the text of recipe.yaml.
-        config: hybrid/config.json. layers: hybrid/layers.json, the layers that stream by variant.
+        config: hybrid/config.json. chosen: hybrid/layers.json, what streams by variant.
         profile: None where the recipe names the layers.
         problems: the problems of each evaluation.
         log: rows of train/log.jsonl; none without training. probes: of its checkpoints, in their order.
@@ -58,7 +61,7 @@ class Run:
     settings: Mapping[str, Any]
     recipe: str
     config: Mapping[str, Any]
-    layers: Mapping[str, Sequence[int]]
+    chosen: Mapping[str, Chosen]
     measured: tuple[EvaluatedVariant, ...]
     problems: Mapping[str, KnownProblems]
     profile: LayerProfile | None
@@ -71,6 +74,15 @@ class Run:
     def unfinished(self) -> str | None:
         """What is done and what is missing of an unfinished run, in one sentence; None: it is finished."""
         return described(self.folder, self.stages, self.missing) if self.missing else None
+
+    def spec(self, variant: str) -> HybridSpec:
+        """What streams in a hybrid; where each prompt chooses, as many layers, whichever they are."""
+        return spec_as_run(self.config, self.chosen[variant], self.settings["hybrid"])
+
+    @property
+    def kv_heads(self) -> int:
+        """Of each layer."""
+        return kv_heads(self.config)
 
     def setting(self, part: str, name: str) -> Any:
         """A setting of the recipe; None where the recipe has no such part."""
@@ -85,9 +97,10 @@ class RunResults:
         scores: one dictionary for each evaluated variant, as `lt-train show --json` prints them: `variant` (base, converted,
             trained, converted-by-<strategy>), `label`, `evaluation`, `kind` (answers or loss), `scores` with the names of
             scores.json (of answers: accuracy, interval, standard_error, truncated, …; of a loss: loss, standard_error, …),
-            `layers`, `num_layers`, `strategy`, `kv_bytes`.
+            `layers` and `streaming_kv_heads` (see Result), `streaming` (these in words), `num_layers`, `strategy`, `kv_bytes`.
         profile: the scores of the layers; None where the recipe names the layers, or none are scored yet.
-        layers: the layers that stream, by variant; empty before the base is converted.
+        layers: the layers that stream, by variant; where layers are split, for each layer its KV heads that stream. Empty before
+            the base is converted.
         curves: (step, value) in the order of the steps, by the names of the trackers: "train/loss", "train/eval_loss",
             "train/learning_rate", …, "probes/<name>".
     """
@@ -95,7 +108,7 @@ class RunResults:
     folder: Path
     scores: tuple[Mapping[str, Any], ...]
     profile: LayerProfile | None
-    layers: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, tuple[int, ...] | tuple[tuple[int, ...], ...]]
     curves: Mapping[str, tuple[tuple[int, float], ...]]
 
 
@@ -110,9 +123,13 @@ def read_run_results(folder: Path) -> RunResults:
         folder=folder,
         scores=tuple(results_as_json(results)),
         profile=LayerProfile.load(paths.layer_profile) if paths.layer_profile.exists() else None,
-        layers={variant: tuple(chosen) for variant, chosen in layers.items()},
+        layers={variant: _as_tuples(chosen) for variant, chosen in layers.items()},
         curves={name: tuple(points) for name, points in _curves(paths).items()},
     )
+
+
+def _as_tuples(chosen: Chosen) -> tuple[Any, ...]:
+    return tuple(each if isinstance(each, int) else tuple(each) for each in chosen)
 
 
 def _curves(paths: RunPaths) -> dict[str, list[tuple[int, float]]]:
@@ -163,7 +180,7 @@ def read_run(folder: Path, name: str, number: int) -> Run:
         settings=settings,
         recipe=recipe,
         config=read_json(paths.hybrid_config, "hybrid config"),
-        layers=read_json(paths.layers, "choice of layers"),
+        chosen=read_json(paths.layers, "choice of layers"),
         measured=measured,
         problems=problems_by_evaluation(settings, measured),
         profile=LayerProfile.load(paths.layer_profile) if paths.layer_profile.exists() else None,

@@ -20,10 +20,11 @@ from lt_train.report.browser import sample_browser
 from lt_train.report.charts import Chart
 from lt_train.report.contents import EvaluatedVariant, Run
 from lt_train.report.provenance import provenance, stage_times
-from lt_train.report.results import cache_bytes, number_streaming
+from lt_train.report.results import cache_bytes
 from lt_train.report.tables import ResultTable, result_table
 from lt_train.runtime.drawing import PALETTE
 from lt_train.runtime.units import format_bytes
+from lt_train.selection.chosen import streaming_count
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,20 @@ def run_part(run: Run) -> RunPart:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """The run in short: base, layers, window, training, KV cache."""
-    total, by_prompts = len(run.config["layer_types"]), run.setting("hybrid", "select") == PER_PROMPT
-    streaming = number_streaming(run.settings["hybrid"], run.layers[CONVERTED], total)
+    spec, by_prompts = run.spec(CONVERTED), run.setting("hybrid", "select") == PER_PROMPT
     chosen_by = "each prompt" if by_prompts else run.setting("hybrid", "strategy") or "the recipe"
+    unit = "KV head" if spec.split_layers else "layer"
     found = [
         ("base", str(run.setting("model", "base"))),
-        ("streams", f"{streaming} of {total} layers, chosen by {chosen_by}"),
-        ("a streaming layer sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
+        ("streams", f"{streaming_count(spec, run.kv_heads)}, chosen by {chosen_by}"),
+        (f"a streaming {unit} sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
     ]
     if run.profile is not None and "gates" in run.profile.strategies and not by_prompts:
-        rise, every = run.profile.predicted_rise(run.layers[CONVERTED]), run.profile.mean_all_streaming("gates")
+        rise, every = run.profile.predicted_rise(spec), run.profile.mean_all_streaming("gates")
         found.append(("predicted rise", f"{rise:+.3g} nats on long-reach tokens, untrained ({every:+.3g} if every layer streamed)"))
     steps = max((row["step"] for row in run.log), default=0)
     training = f"{run.setting('train', 'method')}, {steps:,} steps, on {run.setting('data', 'source')}" if steps else "none"
-    hybrid, base = (cache_bytes(run.config, lazy, KV_TOKENS) for lazy in (streaming, 0))
+    hybrid, base = (cache_bytes(run.config, each, KV_TOKENS) for each in (spec, spec.all_full))
     return [
         *found,
         ("training", training),

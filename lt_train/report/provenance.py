@@ -10,14 +10,18 @@ from lt_train.runtime.units import format_duration
 
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Name and value of each property."""
-    chosen = run.layers[CONVERTED]
-    full = [layer for layer in range(len(run.config["layer_types"])) if layer not in chosen]
-    found = [("streaming layers", numbers(chosen)), ("full-attention layers", numbers(full))]
+    spec = run.spec(CONVERTED)
+    full = [layer for layer in range(spec.num_layers) if not spec.is_lazy(layer) and not spec.split_heads(layer)]
+    found = [("streaming layers", numbers(spec.lazy_layers)), ("full-attention layers", numbers(full))]
+    if spec.split_layers:
+        split = "; ".join(f"{layer}: {numbers(heads)}" for layer, heads in spec.split_layers)
+        found.append(("streaming KV heads of other layers", split))
     if run.setting("hybrid", "select") == PER_PROMPT:
         found = [("streaming layers", "chosen by each prompt")]
-    for variant, layers in run.layers.items():
+    for variant in run.chosen:
         if variant != CONVERTED:
-            found.append((f"streaming layers by {variant.removeprefix(converted_by(''))}", numbers(layers)))
+            layers = numbers(run.spec(variant).lazy_layers)
+            found.append((f"streaming layers by {variant.removeprefix(converted_by(''))}", layers))
     found.append(("seed", str(run.settings.get("seed"))))
     if (learning_rate := run.setting("train", "learning_rate")) is not None:
         warmup = f", warm-up over {share:.3g} of the steps" if (share := run.setting("train", "warmup_ratio")) else ""

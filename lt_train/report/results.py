@@ -1,6 +1,6 @@
 """The results of a run: its scores side by side, each with its uncertainty and its difference from the base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, read_scores
-from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, saved_itemsize
+from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, kv_heads, saved_itemsize
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.schema import PER_PROMPT, converted_by
@@ -21,6 +21,10 @@ from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
 from lt_train.selection.choose import number_by_ratio
+from lt_train.selection.chosen import Chosen, describe_streaming, spec_of
+
+BY_HEAD = " by KV head"
+"""What follows the strategy in the label of a hybrid with split layers."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,16 @@ class Result:
     evaluation: str
     scores: Scores
     layers: tuple[int, ...]
+    """Those that stream with all their KV heads."""
     num_layers: int
     strategy: str | None
     """Chose the layers of the recipe's own hybrid; None: the recipe names them."""
     kv_bytes: int
     """KV cache of one sequence of KV_TOKENS tokens, in the dtype of the base's weights."""
+    streaming: str
+    """What streams, in words."""
+    streaming_kv_heads: tuple[tuple[int, ...], ...] | None = None
+    """By layer, the KV heads that stream; None where no layer is split."""
 
     @property
     def label(self) -> str:
@@ -43,7 +52,8 @@ class Result:
         if self.variant == BASE:
             return "base"
         chosen_by = self.strategy if self.variant in (CONVERTED, TRAINED) else self.variant.removeprefix(converted_by(""))
-        return f"{chosen_by or 'hybrid'}, {'trained' if self.variant == TRAINED else 'untrained'}"
+        chosen_by = f"{chosen_by or 'hybrid'}{BY_HEAD if self.streaming_kv_heads else ''}"
+        return f"{chosen_by}, {'trained' if self.variant == TRAINED else 'untrained'}"
 
 
 def read_results(run: Path) -> list[Result]:
@@ -62,31 +72,43 @@ def read_results(run: Path) -> list[Result]:
     order = [BASE, *[name for name in layers if name != CONVERTED], CONVERTED, TRAINED]
     evaluations, hybrid = _evaluations_and_hybrid(paths.recipe)
     strategy = hybrid["strategy"] if hybrid.get("select") != PER_PROMPT else PER_PROMPT
-    results = []
+    results, heads = [], kv_heads(sizes)
     for evaluation in evaluations:
         for variant in order:
             path = paths.scores(variant, evaluation)
             if path.is_file():
-                lazy = () if variant == BASE else tuple(layers[CONVERTED if variant == TRAINED else variant])
-                num_layers = len(sizes["layer_types"])
-                streaming = 0 if variant == BASE else number_streaming(hybrid, lazy, num_layers)
-                kv = cache_bytes(sizes, streaming, KV_TOKENS)
-                results.append(Result(variant, evaluation, read_scores(path), lazy, num_layers, strategy, kv))
+                chosen = layers[CONVERTED if variant in (BASE, TRAINED) else variant]
+                spec = spec_as_run(sizes, chosen, hybrid)
+                spec = spec.all_full if variant == BASE else spec
+                result = Result(
+                    variant,
+                    evaluation,
+                    read_scores(path),
+                    spec.lazy_layers if chosen else (),
+                    spec.num_layers,
+                    strategy,
+                    cache_bytes(sizes, spec, KV_TOKENS),
+                    describe_streaming(spec, heads),
+                    tuple(spec.streaming_heads(heads)) if spec.split_layers else None,
+                )
+                results.append(result)
     return results
 
 
-def number_streaming(hybrid: Mapping[str, Any], layers: Sequence[int], num_layers: int) -> int:
-    """How many layers of a hybrid stream.
+def spec_as_run(config: Mapping[str, Any], chosen: Chosen, hybrid: Mapping[str, Any]) -> HybridSpec:
+    """What streams in a hybrid of a run.
 
     Args:
-        hybrid: the recipe's part. layers: those of hybrid/layers.json, none where each prompt chooses.
+        config: hybrid/config.json. chosen: of hybrid/layers.json; nothing where each prompt chooses: then as many layers as it
+            chooses, whichever they are. hybrid: the recipe's part.
     """
-    return len(layers) or number_by_ratio(hybrid["lazy_layer_ratio"], num_layers)
+    num_layers = len(config["layer_types"])
+    chosen = chosen or range(number_by_ratio(hybrid["lazy_layer_ratio"], num_layers))
+    return spec_of(chosen, num_layers, kv_heads(config), config["w_sink"], config["sliding_window"])
 
 
-def cache_bytes(config: Mapping[str, Any], lazy_layers: int, tokens: int) -> int:
-    """Bytes of one sequence's KV cache when `lazy_layers` layers of a hybrid's config.json stream, whichever they are."""
-    spec = HybridSpec(len(config["layer_types"]), tuple(range(lazy_layers)), config["w_sink"], config["sliding_window"])
+def cache_bytes(config: Mapping[str, Any], spec: HybridSpec, tokens: int) -> int:
+    """Bytes of one sequence's KV cache, in the dtype of a hybrid's config.json."""
     return kv_bytes(config, spec, tokens, saved_itemsize(config))
 
 
@@ -152,8 +174,12 @@ def results_table(results: list[Result]) -> Table:
 
 
 def _kv_line(results: list[Result]) -> str:
-    """The hybrids of a run stream as many layers each, so that they have one size."""
-    sizes = {"base" if result.variant == BASE else "hybrids": format_bytes(result.kv_bytes) for result in results}
+    """Hybrids of whole layers stream as many of them each in a run, so that they have one size."""
+
+    def name(result: Result) -> str:
+        return "base" if result.variant == BASE else "hybrid of KV heads" if result.streaming_kv_heads else "hybrids"
+
+    sizes = {name(result): format_bytes(result.kv_bytes) for result in results}
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
@@ -218,7 +244,8 @@ def _evaluations_and_hybrid(recipe: Path) -> tuple[list[str], dict[str, Any]]:
 
 def _title(results: list[Result]) -> str:
     first, scores = results[0], results[0].scores
-    streaming = next((f"; hybrids stream {len(r.layers)} of {r.num_layers} layers" for r in results if r.layers), "")
+    layers = next((f"; hybrids stream {len(r.layers)} of {r.num_layers} layers" for r in results if r.layers), "")
+    streaming = next((f"; {result.streaming}" for result in results if result.streaming_kv_heads), layers)
     if isinstance(scores, LossScores):
         what = "KL(base || model) over " if scores.is_divergence else ""
         return f"{first.evaluation}: {what}{scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"

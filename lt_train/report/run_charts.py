@@ -12,13 +12,15 @@ from matplotlib.transforms import ScaledTranslation, Transform
 from lt_train.evaluation.statistics import wilson
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import CONVERTED
 from lt_train.report.charts import DASHES, HEIGHT, MARKERS, Chart
 from lt_train.report.contents import Run
 from lt_train.report.formatting import percent
-from lt_train.report.results import cache_bytes, number_streaming
+from lt_train.report.results import cache_bytes
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
+from lt_train.selection.chosen import describe_streaming, number_of_streaming_heads
 from lt_train.selection.curve import curve_figure
 from lt_train.selection.picture import profile_figure
 from lt_train.selection.profile import LayerProfile
@@ -34,12 +36,21 @@ WIDE = 20
 
 def layer_profile(run: Run, profile: LayerProfile) -> Chart:
     """The picture of selection/, which the run folder has as profile/profile.png."""
-    chosen = run.layers[CONVERTED]
+    chosen = _chosen(run)
     caption = f"Scores by layer, mean and interquartile range over {len(profile.samples)} samples."
-    for strategy in profile.strategies:
-        stability = profile.stability(strategy, len(chosen))
+    if chosen.split_layers:
+        stability = profile.stability_of_heads(number_of_streaming_heads(chosen, run.kv_heads))
+        caption += "" if stability is None else f" By gates, {stability.overlap}."
+    for strategy in () if chosen.split_layers else profile.strategies:
+        stability = profile.stability(strategy, len(chosen.lazy_layers))
         caption += "" if stability is None else f" By {strategy}, {stability.overlap}."
     return Chart("Layer profile", caption, profile_figure(profile, chosen))
+
+
+def _chosen(run: Run) -> HybridSpec:
+    """What streams in the run's hybrid; nothing where each prompt chooses."""
+    spec = run.spec(CONVERTED)
+    return spec if run.chosen[CONVERTED] else spec.all_full
 
 
 def predicted_rise(run: Run, profile: LayerProfile) -> Chart | None:
@@ -50,28 +61,29 @@ def predicted_rise(run: Run, profile: LayerProfile) -> Chart | None:
         f"What gates predicts, untrained, from {len(profile.samples)} samples: the shares of what streams, added up. "
         "The further down and to the left, the better."
     )
-    return Chart("Predicted rise against KV cache", caption, curve_figure(profile, run.layers[CONVERTED]))
+    return Chart("Predicted rise against KV cache", caption, curve_figure(profile, _chosen(run)))
 
 
 @styled
 def kv_growth(run: Run) -> Chart:
-    """KV cache of one sequence as it grows, of the base and of every hybrid with another number of streaming layers."""
-    total = len(run.config["layer_types"])
+    """KV cache of one sequence as it grows, of the base and of every hybrid with another number of streaming KV heads."""
+    full = run.spec(CONVERTED).all_full
     longest = max(KV_TOKENS, min(131_072, context_length({"max_position_embeddings": 0, **run.config})))
-    unit, size = byte_unit(cache_bytes(run.config, 0, longest))
-    lazy = {0: ("base", "base")}
-    for variant, layers in run.layers.items():
-        count = number_streaming(run.settings["hybrid"], layers, total)
-        lazy.setdefault(count, (f"{count} of {total} layers stream", "trained" if variant == CONVERTED else "lazy_ratio"))
+    unit, size = byte_unit(cache_bytes(run.config, full, longest))
+    drawn = {0: (full, "base", "base")}
+    for variant in run.chosen:
+        spec, colour = run.spec(variant), "trained" if variant == CONVERTED else "lazy_ratio"
+        count = number_of_streaming_heads(spec, run.kv_heads)
+        drawn.setdefault(count, (spec, describe_streaming(spec, run.kv_heads), colour))
     figure, (axes,) = new_figure([HEIGHT])
     window = run.config["w_sink"] + run.config["sliding_window"]
     lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
-    for count, (label, colour) in lazy.items():
-        at_32k = cache_bytes(run.config, count, KV_TOKENS)
+    for spec, label, colour in drawn.values():
+        at_32k = cache_bytes(run.config, spec, KV_TOKENS)
         text = f"{label}: {format_bytes(at_32k)} at {format_tokens(KV_TOKENS)} tokens"
-        if count:
-            text += f", {at_32k / cache_bytes(run.config, 0, KV_TOKENS):.3g} of the base's"
-        cache = [cache_bytes(run.config, count, length) / size for length in lengths]
+        if spec.streams:
+            text += f", {at_32k / cache_bytes(run.config, full, KV_TOKENS):.3g} of the base's"
+        cache = [cache_bytes(run.config, spec, length) / size for length in lengths]
         (line,) = axes.plot(lengths, cache, color=COLOURS[colour], linewidth=2.4, label=label)
         (point,) = axes.plot(KV_TOKENS, at_32k / size, "o", color=COLOURS[colour])
         note(line, text)
@@ -84,7 +96,7 @@ def kv_growth(run: Run) -> Chart:
     axes.set_title(f"KV cache, {unit}")
     add_legend(figure)
     caption = (
-        f"One sequence, in the dtype of the base's weights. A streaming layer keeps {run.config['w_sink']} sink and "
+        f"One sequence, in the dtype of the base's weights. What streams keeps {run.config['w_sink']} sink and "
         f"{run.config['sliding_window']:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens."
     )
     return Chart("KV cache against length", caption, figure)

@@ -1,4 +1,4 @@
-"""Choice of the layers that stream, from a recipe's hybrid part."""
+"""Choice of the layers or KV heads that stream, from a recipe's hybrid part."""
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
@@ -6,25 +6,48 @@ from itertools import accumulate
 from math import ceil
 
 from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
+from lt_train.selection.chosen import heads_by_layer
 from lt_train.selection.periodic import periodic_layers
 from lt_train.selection.profile import LayerProfile
 from lt_train.selection.random import random_layers
 
 
-def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
-    """The layers, ascending, that the recipe's hybrid part requests; `seed` is the recipe's.
+def choose_spec(hybrid: Hybrid, num_layers: int, kv_heads: int, seed: int, profile: LayerProfile | None = None) -> HybridSpec:
+    """What the recipe's hybrid part lets stream.
 
-    `profile` is needed by the strategies that score (`profile.SCORED`), not for explicit layers, `periodic` and `random`.
+    Args:
+        kv_heads: of each layer.
+        seed: of the recipe.
+        profile: needed by the strategies that score (`profile.SCORED`), not where what streams is named, for `periodic` and
+            `random`. Without one as many KV heads as gates would choose are spread evenly over the layers.
 
     Raises:
-        UserError: see `explicit_layers`, `number_by_ratio` and `LayerProfile.choose`.
+        UserError: see `explicit_layers`, `explicit_heads`, `number_that_stream`, `LayerProfile.choose` and
+            `LayerProfile.choose_heads`.
     """
+    if hybrid.granularity == "layer":
+        layers = choose_layers(hybrid, num_layers, seed, profile)
+        return HybridSpec(num_layers, layers, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+    if hybrid.streaming_kv_heads is not None:
+        heads_L = explicit_heads(hybrid.streaming_kv_heads, num_layers, kv_heads)
+    else:
+        count = number_that_stream(hybrid, num_layers, kv_heads, profile)
+        if profile is None:
+            heads_L = heads_by_layer(periodic_layers(count, num_layers * kv_heads), num_layers, kv_heads)
+        else:
+            heads_L = profile.choose_heads(count)
+    return HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent)
+
+
+def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
+    """The layers, ascending, that the hybrid part of a recipe with granularity layer requests; see `choose_spec`."""
     if hybrid.layers is not None:
         return explicit_layers(hybrid.layers, num_layers)
     assert hybrid.strategy is not None, "the schema has one of layers and strategy"
-    count = number_that_stream(hybrid, num_layers, profile)
+    count = number_that_stream(hybrid, num_layers, 1, profile)
     if hybrid.strategy == "periodic":
         return periodic_layers(count, num_layers)
     if hybrid.strategy == "random":
@@ -33,10 +56,11 @@ def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProf
     return profile.choose(hybrid.strategy, count)
 
 
-def number_that_stream(hybrid: Hybrid, num_layers: int, profile: LayerProfile | None = None) -> int:
-    """How many layers the recipe's hybrid part lets stream.
+def number_that_stream(hybrid: Hybrid, num_layers: int, kv_heads: int, profile: LayerProfile | None = None) -> int:
+    """How many layers the recipe's hybrid part lets stream; with granularity kv_head, how many KV heads of all layers.
 
     Args:
+        kv_heads: of each layer.
         profile: needed by `max_rise`; without one the fewest layers, one, whose training takes the most memory.
 
     Raises:
@@ -44,67 +68,82 @@ def number_that_stream(hybrid: Hybrid, num_layers: int, profile: LayerProfile | 
     """
     if hybrid.layers is not None:
         return len(explicit_layers(hybrid.layers, num_layers))
+    if hybrid.streaming_kv_heads is not None:
+        return sum(map(len, explicit_heads(hybrid.streaming_kv_heads, num_layers, kv_heads)))
+    unit, units = ("layer", num_layers) if hybrid.granularity == "layer" else ("KV head", num_layers * kv_heads)
     if hybrid.kv_budget is not None:
-        return number_within_kv_budget(hybrid.kv_budget, num_layers, hybrid.w_sink + hybrid.w_recent)
+        return number_within_kv_budget(hybrid.kv_budget, units, hybrid.w_sink + hybrid.w_recent, unit)
     if hybrid.max_rise is not None:
-        return 1 if profile is None else number_below_rise(hybrid.max_rise, profile.mean_shares)
+        if profile is None:
+            return 1
+        shares = profile.mean_shares if unit == "layer" else [share for head_G in profile.mean_head_shares for share in head_G]
+        return number_below_rise(hybrid.max_rise, shares, unit)
     assert hybrid.lazy_layer_ratio is not None, "the schema has one setting of how many layers stream"
-    return number_by_ratio(hybrid.lazy_layer_ratio, num_layers)
+    return number_by_ratio(hybrid.lazy_layer_ratio, units, unit)
 
 
-def number_within_kv_budget(budget: float, num_layers: int, window: int) -> int:
+def number_within_kv_budget(budget: float, units: int, window: int, unit: str = "layer") -> int:
     """The fewest streaming layers with which a sequence of KV_TOKENS tokens takes at most `budget` of full attention's KV cache.
 
+    Args:
+        units: layers of the model, or what else is chosen of equal size. unit: its name.
+
     Raises:
-        UserError: even all layers but one would not be enough.
+        UserError: even all but one would not be enough.
     """
-    saved = num_layers * KV_TOKENS * (1 - budget)
+    saved = units * KV_TOKENS * (1 - budget)
     count = max(1, ceil(round(saved / max(KV_TOKENS - window, 1), 6)))
-    if count < num_layers:
+    if count < units:
         return count
-    least = 1 - (num_layers - 1) * max(KV_TOKENS - window, 0) / (num_layers * KV_TOKENS)
+    least = 1 - (units - 1) * max(KV_TOKENS - window, 0) / (units * KV_TOKENS)
     raise UserError(
-        f"hybrid.kv_budget: {budget:g}: with all of {num_layers} layers but one streaming, a sequence of {KV_TOKENS:,} tokens "
+        f"hybrid.kv_budget: {budget:g}: with all of {units} {unit}s but one streaming, a sequence of {KV_TOKENS:,} tokens "
         f"takes {least:.3g} of full attention's KV cache. Fix: set it to at least {ceil(1000 * least) / 1000:g}, or lower "
         "hybrid.w_recent"
     )
 
 
-def number_below_rise(max_rise: float, share_L: Sequence[float]) -> int:
+def number_below_rise(max_rise: float, shares: Sequence[float], unit: str = "layer") -> int:
     """The most streaming layers whose shares of the rise add up to at most `max_rise`.
 
+    Args:
+        shares: of layers, or of what else is chosen. unit: its name.
+
     Raises:
-        UserError: no layer has so small a share.
+        UserError: none has so small a share.
     """
-    sums = list(accumulate(sorted(share_L)))
+    sums = list(accumulate(sorted(shares)))
     count = sum(total <= max_rise for total in sums[:-1])
     if count:
         return count
     raise UserError(
-        f"hybrid.max_rise: {max_rise:g}: the layer that loses least by streaming has a share of {sums[0]:.3g} nats. "
+        f"hybrid.max_rise: {max_rise:g}: the {unit} that loses least by streaming has a share of {sums[0]:.3g} nats. "
         f"Fix: set it to at least {ceil(1000 * sums[0]) / 1000:g}"
     )
 
 
-def number_by_ratio(ratio: float, num_layers: int) -> int:
-    """How many layers stream: `ratio * num_layers`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
+def number_by_ratio(ratio: float, units: int, unit: str = "layer") -> int:
+    """How many layers stream: `ratio * units`, rounded to the nearest number, a half upwards (0.5 of 7 is 4).
+
+    Args:
+        units: layers of the model, or what else is chosen. unit: its name.
 
     Raises:
-        UserError: it would be no layer, or every layer.
+        UserError: it would be none, or every one.
     """
     # Decimal, because the binary float 0.35 * 10 is not exactly 3.5.
-    count = int((Decimal(str(ratio)) * num_layers).quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    if 0 < count < num_layers:
+    count = int((Decimal(str(ratio)) * units).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+    if 0 < count < units:
         return count
-    if num_layers < 2:
+    if units < 2:
         raise UserError(
-            f"hybrid.lazy_layer_ratio: {ratio:g}: this model has one layer; a hybrid needs one that streams and one that does not. "
-            "Fix: choose another model.base"
+            f"hybrid.lazy_layer_ratio: {ratio:g}: this model has one {unit}; a hybrid needs one that streams and one that "
+            "does not. Fix: choose another model.base"
         )
-    which = "no layer" if count == 0 else "every layer"
+    which = f"no {unit}" if count == 0 else f"every {unit}"
     raise UserError(
-        f"hybrid.lazy_layer_ratio: {ratio:g}: of {num_layers} layers {count} would stream, {which}. "
-        f"Fix: set it from {1 / num_layers:.3g} (1 layer) to {1 - 1 / num_layers:.3g} ({num_layers - 1} layers)"
+        f"hybrid.lazy_layer_ratio: {ratio:g}: of {units} {unit}s {count} would stream, {which}. "
+        f"Fix: set it from {1 / units:.3g} (1 {unit}) to {1 - 1 / units:.3g} ({units - 1} {unit}s)"
     )
 
 
@@ -130,6 +169,26 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     if len(layers) == num_layers:
         raise UserError("hybrid.layers: every layer would stream, and no layer could reach beyond the window. Fix: leave one out")
     return tuple(sorted(layers))
+
+
+def explicit_heads(heads_L: Sequence[Sequence[int]], num_layers: int, kv_heads: int) -> list[tuple[int, ...]]:
+    """The recipe's own `hybrid.streaming_kv_heads`, ascending in each layer.
+
+    Raises:
+        UserError: not a list for each layer, a head that is not in the model, no head, or every head.
+    """
+    name = "hybrid.streaming_kv_heads"
+    if len(heads_L) != num_layers:
+        raise UserError(f"{name}: {len(heads_L)} lists, and this model has {num_layers} layers. Fix: write a list for each layer")
+    for layer, heads in enumerate(heads_L):
+        if unknown := sorted(head for head in heads if head >= kv_heads):
+            raise UserError(f"{name}.{layer}: KV head {unknown[0]} is not in this model. Fix: name heads from 0 to {kv_heads - 1}")
+    count = sum(map(len, heads_L))
+    if count == 0:
+        raise UserError(f"{name}: nothing would stream. Fix: name at least one KV head, or set hybrid.lazy_layer_ratio")
+    if count == num_layers * kv_heads:
+        raise UserError(f"{name}: every KV head would stream, and none could reach beyond the window. Fix: leave one out")
+    return [tuple(sorted(heads)) for heads in heads_L]
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -3,16 +3,17 @@
 The shares of what streams add up to the predicted rise, so one profile gives the whole curve, without trying any hybrid.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from math import fsum
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled, write_png
 from lt_train.runtime.units import format_tokens
+from lt_train.selection.chosen import describe_streaming, number_of_streaming_heads
 from lt_train.selection.profile import LayerProfile
 
 Point = tuple[float, float]
@@ -37,27 +38,27 @@ def kept_fraction(streaming: float, window: int) -> float:
     return 1 - streaming * (1 - min(window, KV_TOKENS) / KV_TOKENS)
 
 
-def draw_curve(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
+def draw_curve(profile: LayerProfile, chosen: HybridSpec, path: Path) -> None:
     """Write `curve_figure` to a PNG file."""
     write_png(curve_figure(profile, chosen), path)
 
 
 @styled
-def curve_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
+def curve_figure(profile: LayerProfile, chosen: HybridSpec) -> Figure:
     """A line for layers, one for single KV heads, and a point for `chosen`; of a profile with scores by `gates`."""
     window = profile.fingerprint.sizes.w_sink + profile.fingerprint.sizes.w_recent
     layer_shares = profile.mean_shares
-    heads_S = [[share for head_G in sample.head_shares for share in head_G] for sample in profile.samples]
-    head_shares = [fsum(share_S) / len(heads_S) for share_S in zip(*heads_S, strict=True)]
+    head_shares = [share for head_G in profile.mean_head_shares for share in head_G]
     figure, (axes,) = new_figure([HEIGHT], left=72)
     for shares, unit, dash in ((layer_shares, "layers", "-"), (head_shares, "KV heads", "--")):
         curve = predicted_curve(shares, window)
-        label = f"{unit} in the order of their shares" + " (no recipe streams single heads)" * (unit == "KV heads")
+        label = f"{unit} in the order of their shares"
         (line,) = axes.plot(*_in_percent(curve), dash, color=COLOURS["gates"], linewidth=2.4, label=label)
         half = curve[len(curve) // 2]
         note(line, f"{unit}: half of {len(shares)} stream: {half[0]:.1%} of the KV cache, predicted rise {half[1]:.3g} nats")
-    here = (kept_fraction(len(chosen) / profile.num_layers, window), profile.predicted_rise(chosen))
-    label = f"this run: {len(chosen)} of {profile.num_layers} layers stream"
+    streaming = number_of_streaming_heads(chosen, profile.kv_heads) / len(head_shares)
+    here = (kept_fraction(streaming, window), profile.predicted_rise(chosen))
+    label = f"this run: {describe_streaming(chosen, profile.kv_heads)}"
     (point,) = axes.plot(*_in_percent([here]), "o", color=COLOURS["trained"], zorder=4, label=label)
     note(point, f"{label}: {here[0]:.1%} of the KV cache, predicted rise {here[1]:.3g} nats")
     every = (kept_fraction(1, window), profile.mean_all_streaming("gates"))

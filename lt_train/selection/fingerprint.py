@@ -27,6 +27,7 @@ _IGNORED_FIELDS = {
     "dtype",
     "layer_types",
     "lazy_layers",
+    "streaming_kv_heads",
     "w_sink",
     "sliding_window",
 }

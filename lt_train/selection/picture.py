@@ -1,7 +1,6 @@
 """The layer profile as a picture, the same on the report's page and in profile.png: a panel a strategy, a point a layer."""
 
 import textwrap
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, printable, styled, write_png
+from lt_train.selection.chosen import describe_streaming, nearest_number_of_layers, numbers
 from lt_train.selection.profile import LayerProfile
 
 MEANINGS = {
@@ -24,34 +25,41 @@ MEANINGS = {
 """Strategy -> what its score is, and its unit."""
 
 _STRIP, _PANEL = 16.0, 130.0
+_ROW, _HIGHEST_STRIP = 8.0, 72.0
+"""Of a strip with a row for each KV head."""
 
 
-def draw_profile(profile: LayerProfile, chosen: Collection[int], path: Path) -> None:
+def draw_profile(profile: LayerProfile, chosen: HybridSpec, path: Path) -> None:
     """Write `profile_figure` to a PNG file."""
     write_png(profile_figure(profile, chosen), path)
 
 
 @styled
-def profile_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
+def profile_figure(profile: LayerProfile, chosen: HybridSpec) -> Figure:
     """Mean and interquartile range of each layer's scores over the samples.
 
-    Colours and the strip on top show `chosen`, the layers that stream in this run. The background of each panel shows the same
-    number of layers chosen by its own strategy.
+    Colours and the strip on top show `chosen`, what streams in this run: where layers are split, a row for each KV head. The
+    background of each panel shows the layers of its own strategy, as many as come nearest to the KV cache of `chosen`.
     """
-    figure, (strip, *panels) = new_figure([_STRIP, *[_PANEL] * len(profile.strategies)], left=72, title_lines=2)
+    rows = profile.kv_heads if chosen.split_layers else 1
+    heights = [min(max(_STRIP, _ROW * rows), _HIGHEST_STRIP), *[_PANEL] * len(profile.strategies)]
+    figure, (strip, *panels) = new_figure(heights, left=72, title_lines=2)
+    streaming = describe_streaming(chosen, rows)
+    longest, split = max(10, 54 - len(streaming)), [layer for layer, _ in chosen.split_layers[:1]]
     sizes, name = profile.fingerprint.sizes, printable(Path(profile.fingerprint.model).name) or "model"
     strip.set_title(
-        f"{name if len(name) < 32 else name[:30] + '…'}: {len(chosen)} of {profile.num_layers} layers stream\n"
+        f"{name if len(name) < longest else name[: longest - 2] + '…'}: {streaming}\n"
         f"w_sink {sizes.w_sink}, w_recent {sizes.w_recent}, {len(profile.samples)} samples"
     )
-    _draw_strip(strip, profile.num_layers, chosen)
+    _draw_strip(strip, chosen, rows)
     for axes, strategy in zip(panels, profile.strategies, strict=True):
-        _draw_scores(axes, profile, strategy, chosen)
+        _draw_scores(axes, profile, strategy, chosen, rows)
     panels[-1].set_xlabel("layer")
     panels[-1].set_xlim(-0.6, profile.num_layers - 0.4)
     panels[-1].xaxis.set_major_locator(MaxNLocator(17, steps=[1, 2, 4, 8, 10], integer=True))
     handles = [
         Line2D([], [], color=COLOURS["trained"], marker="o", linestyle="", label="streams in this run"),
+        *(Line2D([], [], color=_colour(layer, chosen), marker="o", linestyle="", label="some KV heads stream") for layer in split),
         Line2D([], [], color=COLOURS["base"], marker="o", linestyle="", label="keeps full attention"),
         Patch(color=COLOURS["tint"], label="would stream by this score"),
         Line2D([], [], color=COLOURS["base"], linewidth=3, alpha=0.55, label="interquartile range"),
@@ -60,20 +68,26 @@ def profile_figure(profile: LayerProfile, chosen: Collection[int]) -> Figure:
     return figure
 
 
-def _draw_strip(axes: Axes, num_layers: int, chosen: Collection[int]) -> None:
-    bars = axes.bar(range(num_layers), 1.0, width=0.84, color=[_colour(layer, chosen) for layer in range(num_layers)])
-    for layer, bar in enumerate(bars):
-        note(bar, f"layer {layer} {_state(layer, chosen)}")
+def _draw_strip(axes: Axes, chosen: HybridSpec, rows: int) -> None:
+    """A bar for each layer, in `rows` parts, of its KV heads, the first on top."""
+    layers = range(chosen.num_layers)
+    for row in range(rows):
+        streaming = [row in heads for heads in chosen.streaming_heads(rows)]
+        colours = [COLOURS["trained" if streams else "base"] for streams in streaming]
+        bars = axes.bar(layers, 0.92 / rows if rows > 1 else 1.0, 0.84, bottom=1 - (row + 1) / rows, color=colours)
+        for layer, bar in enumerate(bars):
+            which = f"layer {layer}" + (f", KV head {row}" if rows > 1 else "")
+            note(bar, f"{which} {'streams' if streaming[layer] else 'keeps full attention'}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
 
 
-def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: Collection[int]) -> None:
+def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: HybridSpec, rows: int) -> None:
     scores_SL = np.array(profile.scores[strategy])
     mean_L = scores_SL.mean(axis=0)
     low_L, high_L = np.quantile(scores_SL, [0.25, 0.75], axis=0)
-    by_this, layers = profile.choose(strategy, len(chosen)), range(profile.num_layers)
+    by_this, layers = profile.choose(strategy, nearest_number_of_layers(chosen, rows)), range(profile.num_layers)
     for layer in layers:
         background = axes.axvspan(
             layer - 0.5, layer + 0.5, color=COLOURS["tint" if layer in by_this else "card"], linewidth=0, zorder=0
@@ -96,9 +110,13 @@ def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: Colle
     axes.set_ylabel(unit)
 
 
-def _colour(layer: int, chosen: Collection[int]) -> str:
-    return COLOURS["trained" if layer in chosen else "base"]
+def _colour(layer: int, chosen: HybridSpec) -> str:
+    if chosen.split_heads(layer):
+        return COLOURS["converted"]
+    return COLOURS["trained" if chosen.is_lazy(layer) else "base"]
 
 
-def _state(layer: int, chosen: Collection[int]) -> str:
-    return "streams" if layer in chosen else "keeps full attention"
+def _state(layer: int, chosen: HybridSpec) -> str:
+    if heads := chosen.split_heads(layer):
+        return f"streams in KV head{'s' * (len(heads) > 1)} {numbers(heads)}"
+    return "streams" if chosen.is_lazy(layer) else "keeps full attention"

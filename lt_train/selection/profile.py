@@ -6,7 +6,7 @@ samples.jsonl    a header, then one row for each scored sample: a killed run res
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
+from lt_train.selection.chosen import heads_by_layer
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
 from lt_train.selection.gates import check_sum_of_shares, gate_shares
 from lt_train.selection.kl import mean_divergence
@@ -103,6 +105,33 @@ class LayerProfile:
             )
         return _selection(strategy)(self.scores[strategy], n_layers)
 
+    def choose_heads(self, n_heads: int) -> list[tuple[int, ...]]:
+        """By layer, the KV heads of the `n_heads` whose shares by `gates` are smallest; ties go to the lower layer and head.
+
+        Raises:
+            UserError: the profile has no shares of KV heads.
+        """
+        shares = self._head_shares()
+        return heads_by_layer(smallest_rise(shares, n_heads), self.num_layers, self.kv_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of each layer, in a profile with scores by `gates`."""
+        return len(self.samples[0].head_shares[0])
+
+    def _head_shares(self) -> list[list[float]]:
+        """`shares[sample][kv head of all layers]`.
+
+        Raises:
+            UserError: the profile has none.
+        """
+        if "gates" not in self.strategies:
+            raise UserError(
+                f"hybrid.granularity: kv_head: this layer profile has no shares of KV heads, only {', '.join(self.strategies)}. "
+                "Fix: score the layers again with strategy gates"
+            )
+        return [[share for head_G in sample.head_shares for share in head_G] for sample in self.samples]
+
     def stability(self, strategy: str, n_layers: int) -> Stability | None:
         """How far two halves of the samples agree on the layers; None for a single sample. `strategy` is one that was scored."""
         if len(self.samples) < 2:
@@ -110,6 +139,15 @@ class LayerProfile:
         scores = self.scores[strategy]
         costs = [[-score for score in score_L] for score_L in scores] if strategy == "lazy_ratio" else scores
         return compare_halves(scores, costs, _selection(strategy), n_layers)
+
+    def stability_of_heads(self, n_heads: int) -> Stability | None:
+        """As `stability`, of the KV heads that `gates` chooses.
+
+        Raises:
+            UserError: the profile has no shares of KV heads.
+        """
+        shares = self._head_shares()
+        return compare_halves(shares, shares, smallest_rise, n_heads, "KV heads") if len(shares) > 1 else None
 
     def mean_all_streaming(self, strategy: str) -> float:
         """The measured rise, or divergence, when every layer streams, averaged over samples; not of `lazy_ratio`."""
@@ -120,9 +158,20 @@ class LayerProfile:
         """By layer, the share that `gates` gives it of the rise when every layer streams, averaged over samples."""
         return [fmean(share_S) for share_S in zip(*self.scores["gates"], strict=True)]
 
-    def predicted_rise(self, layers: Collection[int]) -> float:
-        """Of the loss on long-reach tokens, in nats, when these layers stream: their shares by `gates`, added up."""
-        return math.fsum(self.mean_shares[layer] for layer in layers)
+    @property
+    def mean_head_shares(self) -> list[list[float]]:
+        """As `mean_shares`, of KV heads: `shares[layer][kv_head]`.
+
+        Raises:
+            UserError: the profile has none.
+        """
+        mean = [math.fsum(share_S) / len(self.samples) for share_S in zip(*self._head_shares(), strict=True)]
+        return [mean[first : first + self.kv_heads] for first in range(0, len(mean), self.kv_heads)]
+
+    def predicted_rise(self, spec: HybridSpec) -> float:
+        """Of the loss on long-reach tokens, in nats: the shares by `gates` of all KV heads that stream, added up."""
+        by_layer = zip(self.mean_head_shares, spec.streaming_heads(self.kv_heads), strict=True)
+        return math.fsum(share_G[head] for share_G, heads in by_layer for head in heads)
 
     @property
     def mean_sum_of_shares(self) -> float:

@@ -1,4 +1,4 @@
-"""How steady a choice of layers is: the layers chosen on one half of the samples against those chosen on the other half."""
+"""How steady a choice is: the layers or KV heads chosen on one half of the samples against those chosen on the other half."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ class Stability:
     """
     Attributes:
         same: number of layers that both halves choose, of `n_layers`.
+        unit: what is chosen, "layers" or "KV heads".
         by_chance: what `same` would be for two random choices, on average.
         lost: estimate of the fraction of its gain that the choice on all samples loses by chance. The gain of a choice is the cost
             of as many random layers less that of the chosen ones, a cost being a layer's mean score.
@@ -27,6 +28,7 @@ class Stability:
     same: int
     by_chance: float
     lost: float
+    unit: str = "layers"
 
     @property
     def samples_needed(self) -> int:
@@ -35,19 +37,22 @@ class Stability:
 
     @property
     def overlap(self) -> str:
-        return f"the halves of the samples choose {self.same} of {self.n_layers} layers alike ({self.by_chance:.1f} by chance)"
+        return f"the halves of the samples choose {self.same} of {self.n_layers} {self.unit} alike ({self.by_chance:.1f} by chance)"
 
     @property
     def is_steady(self) -> bool:
         return self.lost <= LARGEST_LOSS
 
 
-def compare_halves(scores: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], select: Select, n_layers: int) -> Stability:
+def compare_halves(
+    scores: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], select: Select, n_layers: int, unit: str = "layers"
+) -> Stability:
     """Compare the choices on even and on odd samples, at least one each.
 
     Args:
         scores: `scores[sample][layer]`, what `select` takes.
         costs: the same, lower for layers that lose less by streaming.
+        unit: what "layers" are here: KV heads of all layers are chosen in the same way.
 
     On the other half's mean costs each choice gains less than that half's own choice does. One gain is too low by the error of the
     choice, the other too high by about as much, as it is judged by the scores that it was made from; the gain of the best choice
@@ -69,6 +74,7 @@ def compare_halves(scores: Sequence[Sequence[float]], costs: Sequence[Sequence[f
         same=len(set(chosen[0]) & set(chosen[1])),
         by_chance=n_layers**2 / len(scores[0]),
         lost=_lost(own, other),
+        unit=unit,
     )
 
 
@@ -84,7 +90,7 @@ def describe_stability(strategy: str, stability: Stability | None) -> Iterator[s
     """Lines for the log: the overlap of the halves, and a warning where there are too few samples."""
     if stability is None:
         yield (
-            f"warning: {strategy}: one sample does not show whether another would choose the same layers. "
+            f"warning: {strategy}: one sample does not show whether another would choose the same. "
             "Fix: raise hybrid.calibration.samples"
         )
         return

@@ -153,13 +153,14 @@ def test_an_axis_of_tokens_has_a_few_labels_that_differ(rows, tokens):
 def test_kv_bytes_grow_as_the_cache_does(contents):
     chart = run_charts.kv_growth(contents)
     (axes,) = chart.figure.axes
-    unit, size = byte_unit(cache_bytes(contents.config, 0, 32768))
+    spec = contents.spec("converted")
+    unit, size = byte_unit(cache_bytes(contents.config, spec.all_full, 32768))
     assert axes.get_title(loc="left") == f"KV cache, {unit}"
-    for colour, lazy in (("base", 0), ("trained", 2)):
+    for colour, each in (("base", spec.all_full), ("trained", spec)):
         line, point = lines(axes, colour)
         for tokens, cache in points(line):
-            assert cache * size == pytest.approx(cache_bytes(contents.config, lazy, round(tokens)))
-        assert points(point) == [(32768, pytest.approx(cache_bytes(contents.config, lazy, 32768) / size))]
+            assert cache * size == pytest.approx(cache_bytes(contents.config, each, round(tokens)))
+        assert points(point) == [(32768, pytest.approx(cache_bytes(contents.config, each, 32768) / size))]
     assert "2 of 4 layers stream: 16 MiB at 32K tokens, 0.5 of the base's" in tooltips(chart)
 
 

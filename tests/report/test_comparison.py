@@ -16,8 +16,8 @@ from lt_train.report.comparison_chart import Point, comparison_figure
 from lt_train.report.results import read_results
 from lt_train.runtime.drawing import note_of
 from lt_train.runtime.files import write_json, write_text
-from tests.support.families import BASES
-from tests.support.made_runs import gates_profile, loss_scores
+from lt_train.selection.chosen import Chosen, spec_of
+from tests.support.made_runs import TWO_KV_HEADS, gates_profile, loss_scores
 
 RECIPE = """
 name: NAME
@@ -30,14 +30,14 @@ eval: [{benchmark: heldout_loss, variants: [base, converted, trained]}]
 BASE = (10.0, 12.0, 14.0, 16.0)
 
 
-def made_cell(runs: Path, name: str, layers: Sequence[int], **losses: Sequence[float]) -> Path:
+def made_cell(runs: Path, name: str, chosen: Chosen, **losses: Sequence[float]) -> Path:
     """A run with the loss of each of its variants, by sample of ten tokens."""
     folder = runs / name
     runs.mkdir(exist_ok=True)
     (runs / f"{name}.yaml").write_text(RECIPE.replace("NAME", name))
     write_text(folder / "recipe.yaml", resolved_yaml(load_recipe(runs / f"{name}.yaml")))
-    write_json(folder / "hybrid/layers.json", {"converted": list(layers)})
-    hybrid_config(BASES["qwen3"], HybridSpec(4, tuple(layers), w_sink=2, w_recent=6)).save_pretrained(folder / "hybrid")
+    write_json(folder / "hybrid/layers.json", {"converted": list(chosen)})
+    hybrid_config(TWO_KV_HEADS, spec_of(chosen, 4, 2, w_sink=2, w_recent=6)).save_pretrained(folder / "hybrid")
     for variant, nll in losses.items():
         write_scores(folder / "eval" / variant / "heldout_loss/scores.json", loss_scores(nll))
     return folder
@@ -58,7 +58,7 @@ def comparison(tmp_path: Path) -> Comparison:
         "periodic": ((1, 2), above_base(3.0, 3.3, 3.1, 3.2), above_base(0.2, 0.1, 0.3, 0.2)),
     }
     made = [
-        Cell(name, layers, 4, made_cell(runs, name, layers, converted=untrained, trained=trained))
+        Cell(name, HybridSpec(4, layers), 2, made_cell(runs, name, layers, converted=untrained, trained=trained))
         for name, (layers, untrained, trained) in cells.items()
     ]
     return Comparison("mine", made_cell(runs, "base", (0, 2), base=BASE), tuple(made), None)
@@ -93,6 +93,23 @@ def test_predicted_rises_stand_beside_the_measured_ones(comparison, tmp_path) ->
     text = (write_comparison(predicting, tmp_path) / "comparison.md").read_text()
     rises = {line.split(" | ")[1]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 2 of 4")}
     assert rises == {"reach": "+1.500 |", "lazy_ratio": "+1.050 |", "periodic": "+0.550 |"}
+
+
+def test_heads_stand_beside_the_layers_of_the_same_kv_cache(comparison, tmp_path) -> None:
+    heads, runs = [[1], [0], [1], [1]], comparison.base.parent
+    run = made_cell(runs, "heads", heads, converted=above_base(0.0, 0.1, 0.0, 0.1), trained=above_base(0.1, 0.1, 0.1, 0.1))
+    spec = spec_of(heads, 4, 2, w_sink=2, w_recent=6)
+    by_head = Cell("gates", spec, 2, run, by_head=True)
+    both = replace(comparison, cells=(*comparison.cells, by_head), profile=gates_profile())
+    text = (write_comparison(both, tmp_path) / "comparison.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 2 of 4")]
+    (untrained,) = [row for row in rows if row[1:3] == ["gates by KV head", "untrained"]]
+    assert untrained[-1] == "+0.330 |" and {row[-2] for row in rows} == {untrained[-2]}
+    assert "- 2 of 4 layers, untrained: gates by KV head is better than reach" in text
+    (base,) = read_results(both.base)
+    points = [Point(each.cell.strategy, 2, each.trained, each.result, each.cell.by_head) for each in entries(both)]
+    (axes,) = comparison_figure(base, points, "nats per token").axes
+    assert any("gates by KV head, trained: 4 of 8 KV heads stream in 4 layers" in (note_of(line) or "") for line in axes.lines)
 
 
 def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers_choice(comparison) -> None:

@@ -18,6 +18,7 @@ from lt_train.report.results import TRACKED_COLUMNS, cache_bytes, read_results, 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text
 from tests.support.families import BASES
+from tests.support.made_runs import TWO_KV_HEADS
 
 RECIPE = """
 name: tiny
@@ -112,6 +113,24 @@ def test_the_trained_hybrid_streams_the_layers_of_the_converted_one(run):
     for variant in ("base", "converted-by-periodic", "converted", "trained"):
         score(run, variant, answers([1.0, 0.0]))
     assert [result.layers for result in read_results(run)] == [(), (0, 1), (0, 2), (0, 2)]
+
+
+def test_a_hybrid_of_kv_heads_has_their_cache_and_says_what_streams(run):
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace("strategy: reach", "strategy: gates\n  granularity: kv_head"))
+    heads = [[0], [], [0, 1], [1]]
+    write_json(run / "hybrid/layers.json", {"converted": heads, "converted-by-periodic": [0, 1]})
+    spec = HybridSpec.from_streaming_heads(heads, kv_heads=2, w_sink=2, w_recent=6)
+    hybrid_config(TWO_KV_HEADS, spec).save_pretrained(run / "hybrid")
+    for variant in ("base", "converted-by-periodic", "converted", "trained"):
+        score(run, variant, answers([1.0, 0.0]))
+    base, by_layers, converted, trained = read_results(run)
+    assert (converted.layers, converted.streaming_kv_heads) == ((2,), tuple(map(tuple, heads)))
+    assert trained.label == "gates by KV head, trained" and by_layers.label == "periodic, untrained"
+    assert converted.kv_bytes == by_layers.kv_bytes == base.kv_bytes * (4 * KV_TOKENS + 4 * 8) // (8 * KV_TOKENS)
+    lines = shown(run)
+    assert any(line.endswith("; 4 of 8 KV heads stream in 3 layers") for line in lines)
+    assert any("hybrids" in line and "hybrid of KV heads" in line for line in lines if line.startswith("KV at 32K"))
 
 
 def test_every_score_has_its_error_and_its_paired_difference_from_the_base(run):
@@ -314,9 +333,10 @@ def test_tracking_gets_no_error_where_there_is_none(run):
 )
 def test_kv_bytes_follow_from_heads_head_size_and_dtype(sizes, per_token):
     config = {"num_attention_heads": 4, "hidden_size": 48, "layer_types": ["x"] * 5, "w_sink": 4, "sliding_window": 12, **sizes}
-    assert cache_bytes(config, lazy_layers=2, tokens=100) == per_token * (3 * 100 + 2 * 16)
-    assert cache_bytes(config, lazy_layers=0, tokens=100) == per_token * 5 * 100
-    assert cache_bytes(config, lazy_layers=2, tokens=10) == per_token * 5 * 10  # the window is longer than the sequence
+    spec = HybridSpec(5, (0, 1), w_sink=4, w_recent=12)
+    assert cache_bytes(config, spec, tokens=100) == per_token * (3 * 100 + 2 * 16)
+    assert cache_bytes(config, spec.all_full, tokens=100) == per_token * 5 * 100
+    assert cache_bytes(config, spec, tokens=10) == per_token * 5 * 10  # the window is longer than the sequence
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -327,7 +347,7 @@ def test_kv_bytes_are_what_the_cache_of_that_model_holds(family, dtype, tmp_path
     hybrid_config(base, spec).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     timings = time_decoding(build_hybrid(base, spec).to(getattr(torch, dtype)).eval(), [20, 70], progress=False)
-    assert [timing.kv_bytes for timing in timings] == [cache_bytes(config, 3, 20), cache_bytes(config, 3, 70)]
+    assert [timing.kv_bytes for timing in timings] == [cache_bytes(config, spec, 20), cache_bytes(config, spec, 70)]
 
 
 def test_the_memory_named_below_the_tables_is_that_of_a_sequence_of_32k_tokens(run):

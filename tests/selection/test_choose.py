@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,11 +10,15 @@ from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.choose import (
     choose_layers,
+    choose_spec,
+    explicit_heads,
     explicit_layers,
     number_below_rise,
     number_by_ratio,
+    number_that_stream,
     number_within_kv_budget,
 )
+from tests.support.gates_profiles import HEADS, profile_of
 
 
 @pytest.mark.parametrize(("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)])
@@ -106,3 +112,80 @@ def test_explicit_layers_are_put_in_order():
 def test_invalid_explicit_layers_are_refused(layers, fault):
     with pytest.raises(UserError, match=rf"hybrid\.layers: .*{fault}"):
         explicit_layers(layers, 8)
+
+
+def by_head(**settings) -> Hybrid:
+    return Hybrid(granularity="kv_head", **settings)
+
+
+def test_the_kv_heads_with_the_smallest_shares_stream_and_ties_go_to_the_lower_layer_and_head():
+    chosen = [choose_spec(by_head(lazy_layer_ratio=n / 6), 3, 2, seed=0, profile=profile_of(HEADS)) for n in (1, 2, 3, 4, 5)]
+    assert [spec.streaming_heads(kv_heads=2) for spec in chosen] == [
+        [(1,), (), ()],
+        [(1,), (), (1,)],
+        [(1,), (0,), (1,)],
+        [(1,), (0, 1), (1,)],
+        [(1,), (0, 1), (0, 1)],
+    ]
+    assert (chosen[4].lazy_layers, chosen[4].split_layers, chosen[4].w_recent) == ((1, 2), ((0, (1,)),), 1020)
+
+
+@given(st.floats(0.05, 0.95), st.integers(1, 4), st.integers(2, 12))
+def test_a_kv_budget_is_met_by_as_few_heads_as_can(budget, kv_heads, num_layers):
+    config = {"num_attention_heads": kv_heads, "hidden_size": 64 * kv_heads}
+
+    def fraction(flat):
+        heads = [[flat_head % kv_heads for flat_head in flat if flat_head // kv_heads == layer] for layer in range(num_layers)]
+        spec = HybridSpec.from_streaming_heads(heads, kv_heads, 0, 1024)
+        return kv_bytes(config, spec, KV_TOKENS, 2) / kv_bytes(config, spec.all_full, KV_TOKENS, 2)
+
+    hybrid = by_head(kv_budget=budget, w_sink=0, w_recent=1024)
+    try:
+        count = number_that_stream(hybrid, num_layers, kv_heads)
+    except UserError as error:
+        assert "KV heads but one streaming" in str(error)
+        assert fraction(range(num_layers * kv_heads - 1)) > budget - 1e-6
+    else:
+        assert fraction(range(count)) <= budget + 1e-6
+        assert count == 1 or fraction(range(count - 1)) > budget - 1e-6
+
+
+def test_heads_stream_while_their_shares_stay_below_the_rise_or_the_error_names_one_that_would_do():
+    profile = profile_of(HEADS)
+    assert number_that_stream(by_head(max_rise=0.15), 3, 2, profile) == 3
+    assert choose_spec(by_head(max_rise=0.25), 3, 2, seed=0, profile=profile).split_layers == ((0, (1,)), (2, (1,)))
+    dear = profile_of([[[0.9, 0.2], [0.3, 0.4]]])
+    with pytest.raises(UserError, match=r"max_rise: 0\.1: the KV head that loses least .* share of 0\.2 nats\. .*at least 0\.2$"):
+        number_that_stream(by_head(max_rise=0.1), 2, 2, dear)
+    assert number_that_stream(by_head(max_rise=0.2), 2, 2, dear) == 1
+
+
+def test_a_ratio_that_no_or_every_head_would_meet_is_refused_with_ratios_that_work():
+    with pytest.raises(
+        UserError, match=r"of 6 KV heads 6 would stream, every KV head\. Fix: set it from 0\.167 \(1 KV head\) to 0\.833"
+    ):
+        number_that_stream(by_head(lazy_layer_ratio=0.95), 3, 2)
+
+
+def test_heads_cannot_be_chosen_from_a_profile_without_their_shares():
+    profile = profile_of(HEADS)
+    without = replace(profile, fingerprint=replace(profile.fingerprint, strategies=("reach",)))
+    with pytest.raises(
+        UserError, match=r"granularity: kv_head: .* no shares of KV heads, only reach\. Fix: score the layers again with"
+    ):
+        choose_spec(by_head(lazy_layer_ratio=0.5), 3, 2, seed=0, profile=without)
+
+
+@pytest.mark.parametrize(
+    ("heads", "fault"),
+    [
+        ([[], [1]], "2 lists, and this model has 3 layers"),
+        ([[], [2], []], r"streaming_kv_heads\.1: KV head 2 is not in this model\. Fix: name heads from 0 to 1"),
+        ([[], [], []], "nothing would stream"),
+        ([[0, 1], [1, 0], [0, 1]], "every KV head would stream"),
+    ],
+)
+def test_named_heads_that_the_model_has_not_or_that_are_none_or_all_are_refused(heads, fault):
+    with pytest.raises(UserError, match=fault):
+        explicit_heads(heads, num_layers=3, kv_heads=2)
+    assert choose_spec(by_head(streaming_kv_heads=[[], [1, 0], [1]]), 3, 2, seed=0).split_layers == ((2, (1,)),)

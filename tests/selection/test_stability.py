@@ -5,6 +5,7 @@ import pytest
 
 from lt_train.selection.stability import LARGEST_LOSS, Stability, compare_halves, describe_stability
 from lt_train.selection.token_losses import smallest_rise
+from tests.support.gates_profiles import profile_of
 
 TRUE_COSTS = np.linspace(0.0, 1.0, 12)
 
@@ -63,3 +64,10 @@ def test_too_few_samples_are_a_warning_with_a_number_that_does():
 def test_a_single_sample_is_a_warning():
     (warning,) = describe_stability("gates", None)
     assert warning.startswith("warning: gates: one sample does not show")
+
+
+def test_the_choice_of_kv_heads_is_compared_by_halves_too():
+    opposite = [[[0.9, 0.0], [0.1, 0.2]], [[0.0, 0.9], [0.1, 0.2]]]
+    found = profile_of(opposite).stability_of_heads(2)
+    assert found.overlap == "the halves of the samples choose 1 of 2 KV heads alike (1.0 by chance)"
+    assert profile_of(opposite[:1]).stability_of_heads(2) is None

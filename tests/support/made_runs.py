@@ -142,6 +142,9 @@ def profile() -> LayerProfile:
     return LayerProfile(made_from, 4, samples, (), "2026-01-01T00:00:00+00:00")
 
 
+TWO_KV_HEADS = type(BASES["qwen3"])(**BASES["qwen3"].to_dict() | {"num_key_value_heads": 2})
+"""A base whose layers can be split."""
+
 HEAD_SHARES = ((0.9, 0.1), (0.02, 0.03), (0.3, 0.2), (0.0, 0.01))
 """By layer and KV head, in every sample: layers 0 and 2 together have 1.5 nats of 1.56."""
 

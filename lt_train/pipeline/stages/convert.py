@@ -1,4 +1,4 @@
-"""Choose the layers that stream, and fit learned sinks where the recipe has them.
+"""Choose the layers or KV heads that stream, and fit learned sinks where the recipe has them.
 
 Leaves the hybrid's config and the sinks; no weights are copied: the base's load straight into it.
 """
@@ -7,10 +7,14 @@ from lt_train.hybrid.loading import hybrid_config
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.sinks_file import write_sinks
 from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.keys import choice_key
+from lt_train.pipeline.pictures import draw_pictures
 from lt_train.recipe.evaluations import CONVERTED
 from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.devices import release_memory
+from lt_train.runtime.errors import UserError
 from lt_train.selection.calibration import samples_beyond_window
+from lt_train.selection.chosen import describe_streaming, list_streaming
 from lt_train.training.sink_fitting import FIRST_TOKENS, fit_sinks
 
 NAME = "hybrid"
@@ -22,28 +26,47 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME)
+    return context.folder.is_done(NAME, choice_key(context.recipe))
 
 
 def describe(context: RunContext) -> str:
     hybrid = context.recipe.hybrid
     if hybrid.layers is not None:
         return f"convert ({len(hybrid.layers)} layers)"
+    if hybrid.streaming_kv_heads is not None:
+        return f"convert ({sum(map(len, hybrid.streaming_kv_heads))} KV heads)"
     if hybrid.kv_budget is not None:
         return f"convert (to {hybrid.kv_budget:.0%} of the KV cache)"
     if hybrid.max_rise is not None:
         return f"convert (to a predicted rise of {hybrid.max_rise:g} nats)"
     chosen = ", by each prompt" if hybrid.select == PER_PROMPT else ""
-    return f"convert ({hybrid.lazy_layer_ratio:.0%} of the layers{chosen})"
+    units = "layers" if hybrid.granularity == "layer" else "KV heads"
+    return f"convert ({hybrid.lazy_layer_ratio:.0%} of the {units}{chosen})"
 
 
 def check(context: RunContext) -> None:
+    """
+    Raises:
+        UserError: the recipe does not fit this model, or its granularity is not that of the training that the folder holds.
+    """
     context.variants.check_fits()
+    if _is_of_another_granularity(context) and context.paths.train.exists():
+        raise UserError(
+            f"hybrid.granularity: {context.recipe.hybrid.granularity}: {context.paths.train} was trained while others streamed. "
+            "Fix: give this recipe another name (--set name=…), or delete that folder"
+        )
+
+
+def _is_of_another_granularity(context: RunContext) -> bool:
+    """Whether this stage was finished before the recipe's granularity was changed."""
+    return context.folder.is_marked(NAME) and context.folder.marker(NAME).get("key") != choice_key(context.recipe)
 
 
 def run(context: RunContext) -> None:
     profile = context.layer_profile
-    with context.folder.doing(NAME):
+    if profile is not None and _is_of_another_granularity(context):
+        draw_pictures(context, profile)
+    with context.folder.doing(NAME, choice_key(context.recipe)):
         context.variants.choose(profile)
         if context.recipe.hybrid.sink == "learned":
             for variant in context.variants.converted():
@@ -54,12 +77,11 @@ def run(context: RunContext) -> None:
         streaming = spec.num_layers - by_prompt.keep
         context.report("convert", f"{streaming} of {spec.num_layers} layers stream in each answer, chosen by its prompt")
         return
-    hybrid = context.recipe.hybrid
-    chosen = f"chosen by {hybrid.strategy}" if hybrid.layers is None else "named in the recipe"
-    if hybrid.strategy == "gates" and profile is not None:
-        chosen += f" (predicted rise on long-reach tokens {profile.predicted_rise(spec.lazy_layers):.3g} nats)"
-    layers = ", ".join(map(str, spec.lazy_layers))
-    context.report("convert", f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream, {chosen}: {layers}")
+    strategy, streaming = context.recipe.hybrid.strategy, describe_streaming(spec, context.variants.kv_heads)
+    chosen = "named in the recipe" if strategy is None else f"chosen by {strategy}"
+    if strategy == "gates" and profile is not None:
+        chosen += f" (predicted rise on long-reach tokens {profile.predicted_rise(spec):.3g} nats)"
+    context.report("convert", f"{streaming}, {chosen}: {list_streaming(spec)}")
 
 
 def _fit_sinks(context: RunContext, variant: str) -> None:

@@ -3,7 +3,7 @@
 from lt_train.evaluation.records import recorded_model
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import evaluation_key
-from lt_train.recipe.evaluations import TRAINED
+from lt_train.recipe.evaluations import BASE, TRAINED
 from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import set_aside
@@ -48,14 +48,17 @@ def follow(context: RunContext) -> None:
 
 
 def _set_former_scores_aside(context: RunContext) -> None:
-    """Scores of trained weights that are no longer the trained model, as after a change of `train.final_weights`."""
-    folder = context.paths.stage(NAME) / TRAINED
-    if folder.is_dir():
-        now = context.variants.fingerprint(TRAINED)
+    """Scores of what is no longer the same model, as after a change of `train.final_weights` or `hybrid.granularity`."""
+    for variant in context.variants.to_evaluate():
+        folder = context.paths.stage(NAME) / variant
+        if variant == BASE or not folder.is_dir():
+            continue
+        now = context.variants.fingerprint(variant)
         recorded = [recorded_model(evaluation) for evaluation in sorted(folder.iterdir())]
         if any(model is not None and model != now for model in recorded):
-            former = set_aside(folder, context.paths.stage(f"{NAME}-{TRAINED}"))
-            context.report("evaluate", f"the trained weights changed: the former scores now lie in {former}")
+            former = set_aside(folder, context.paths.stage(f"{NAME}-{variant}"))
+            what = "the trained weights" if variant == TRAINED else "what streams"
+            context.report("evaluate", f"{what} changed: the former scores now lie in {former}")
 
 
 def _track_results(context: RunContext) -> None:

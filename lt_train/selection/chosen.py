@@ -1,0 +1,70 @@
+"""What streams in a hybrid: as hybrid/layers.json records it, and in words."""
+
+from collections.abc import Collection, Sequence
+
+from lt_train.hybrid.spec import HybridSpec
+
+Chosen = Sequence[int] | Sequence[Sequence[int]]
+"""The layers that stream; where layers are split, a list for each layer: its KV heads that stream."""
+
+
+def recorded(spec: HybridSpec, kv_heads: int) -> Chosen:
+    """
+    Args:
+        kv_heads: of each layer.
+    """
+    return spec.streaming_heads(kv_heads) if spec.split_layers else spec.lazy_layers
+
+
+def spec_of(chosen: Chosen, num_layers: int, kv_heads: int, w_sink: int, w_recent: int, learned_sinks: bool = False) -> HybridSpec:
+    """
+    Raises:
+        HybridError: see HybridSpec.
+    """
+    layers = [layer for layer in chosen if isinstance(layer, int)]
+    if len(layers) == len(chosen):
+        return HybridSpec(num_layers, tuple(layers), w_sink, w_recent, learned_sinks)
+    heads_L = [heads for heads in chosen if not isinstance(heads, int)]
+    return HybridSpec.from_streaming_heads(heads_L, kv_heads, w_sink, w_recent)
+
+
+def heads_by_layer(flat: Collection[int], num_layers: int, kv_heads: int) -> list[tuple[int, ...]]:
+    """By layer, the KV heads in `flat`, which counts them over all layers."""
+    return [tuple(head for head in range(kv_heads) if layer * kv_heads + head in flat) for layer in range(num_layers)]
+
+
+def number_of_streaming_heads(spec: HybridSpec, kv_heads: int) -> int:
+    return sum(map(len, spec.streaming_heads(kv_heads)))
+
+
+def nearest_number_of_layers(spec: HybridSpec, kv_heads: int) -> int:
+    """How many layers streaming whole have the KV cache that is nearest to that of `spec`: where layers are split, neither none nor
+    all of them."""
+    if not spec.split_layers:
+        return len(spec.lazy_layers)
+    count = int(number_of_streaming_heads(spec, kv_heads) / kv_heads + 0.5)
+    return min(max(count, 1), spec.num_layers - 1)
+
+
+def streaming_count(spec: HybridSpec, kv_heads: int) -> str:
+    """Such as "15 of 30 layers", or "78 of 90 KV heads"."""
+    if not spec.split_layers:
+        return f"{len(spec.lazy_layers)} of {spec.num_layers} layers"
+    return f"{number_of_streaming_heads(spec, kv_heads)} of {spec.num_layers * kv_heads} KV heads"
+
+
+def describe_streaming(spec: HybridSpec, kv_heads: int) -> str:
+    """Such as "15 of 30 layers stream", or "78 of 90 KV heads stream in 29 layers"."""
+    layers = len(spec.lazy_layers) + len(spec.split_layers)
+    where = f" in {layers} layer{'s' * (layers > 1)}" if spec.split_layers else ""
+    return f"{streaming_count(spec, kv_heads)} stream{where}"
+
+
+def list_streaming(spec: HybridSpec) -> str:
+    """The layers that stream, such as "0, 3", and of split layers the KV heads: "0, 3; of layer 1: 0, 2; of layer 2: 1"."""
+    whole = [numbers(spec.lazy_layers)] if spec.lazy_layers else []
+    return "; ".join([*whole, *(f"of layer {layer}: {numbers(heads)}" for layer, heads in spec.split_layers)])
+
+
+def numbers(found: Collection[int]) -> str:
+    return ", ".join(map(str, found))
