@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -402,17 +402,21 @@ def import_layers(
         ),
     ],
     ratio: Annotated[
-        float | None, typer.Option("--lazy-layer-ratio", help="Fraction of layers that stream, for gates.", show_default=False)
+        float | None,
+        typer.Option("--lazy-layer-ratio", help="Fraction of layers or KV heads that stream, for gates.", show_default=False),
     ] = None,
     num_layers: Annotated[
         int | None,
         typer.Option("--num-layers", min=1, help="Decoder layers of the base; SWAA settings need it.", show_default=False),
     ] = None,
+    granularity: Annotated[
+        Literal["layer", "kv_head"], typer.Option(help="What streams by gates: whole layers, or single KV heads.")
+    ] = "layer",
 ) -> None:
-    """Print the layers that a published hybrid streams as the `hybrid` part of a recipe."""
+    """Print what a published hybrid streams as the `hybrid` part of a recipe."""
     from lt_train.selection.imported import import_hybrid
 
-    typer.echo(import_hybrid(source, num_layers, ratio).as_recipe())
+    typer.echo(import_hybrid(source, num_layers, ratio, by_head=granularity == "kv_head").as_recipe())
 
 
 @app.command()

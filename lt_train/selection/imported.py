@@ -1,8 +1,9 @@
-"""Hybrids that others have published, as the `hybrid` part of a recipe: which layers stream, and their sizes.
+"""Hybrids that others have published, as the `hybrid` part of a recipe: which layers or KV heads stream, and their sizes.
 
 What each format means was read from its authors' code:
 
-- transformers: `layer_types` and `sliding_window` of a config.json; a window of W sees W tokens, the query itself included.
+- transformers: `layer_types` and `sliding_window` of a config.json; a window of W sees W tokens, the query itself included. Ours
+  may have `streaming_kv_heads` beside them.
 - SWAA (arXiv 2512.10411): `sliding_window_size` W (flash attention's left window is W - 1), `keep_first`, `non_sliding_layers`.
 - DuoAttention (arXiv 2410.10819): full_attention_heads.tsv, a gate for each layer (line) and KV head (column), clipped to 0..1;
   1 is full attention. `sink_size` and `recent_size` in the config.json beside it.
@@ -15,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.spec import FULL, STREAMING
 from lt_train.runtime.errors import UserError
-from lt_train.selection.choose import number_by_ratio
+from lt_train.selection.choose import explicit_heads, number_by_ratio
+from lt_train.selection.chosen import numbers
 
 GATES, CONFIG = "full_attention_heads.tsv", "config.json"
 KNOWN = (
@@ -33,6 +36,7 @@ class ImportedHybrid:
     """
     Attributes:
         source: the format. layers: those that stream, ascending. w_sink, w_recent: None: the source does not name them.
+        heads: by layer, the KV heads that stream; None: layers stream whole.
         num_layers: of the base; None: the source does not tell. learned_sinks: see HybridSpec.
         remarks: what of the source is not taken over, and what else to know.
     """
@@ -44,37 +48,47 @@ class ImportedHybrid:
     num_layers: int | None
     learned_sinks: bool = False
     remarks: tuple[str, ...] = ()
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     def as_recipe(self) -> str:
         """The `hybrid` part of a recipe in YAML, remarks as comments."""
         sizes = [f"  {name}: {value}" for name in ("w_sink", "w_recent") if (value := getattr(self, name)) is not None]
         kind = ["  sink: learned"] if self.learned_sinks else []
         comments = [f"# {line}" for line in (f"from {self.source}", *self.remarks)]
-        return "\n".join([*comments, "hybrid:", f"  layers: [{', '.join(map(str, self.layers))}]", *kind, *sizes])
+        streaming = [f"  layers: [{numbers(self.layers)}]"]
+        if self.heads is not None:
+            lists = [f"    - [{numbers(heads)}]  # layer {layer}" for layer, heads in enumerate(self.heads)]
+            streaming = ["  granularity: kv_head", "  streaming_kv_heads:", *lists]
+        return "\n".join([*comments, "hybrid:", *streaming, *kind, *sizes])
 
 
-def import_hybrid(path: Path, num_layers: int | None = None, ratio: float | None = None) -> ImportedHybrid:
+def import_hybrid(
+    path: Path, num_layers: int | None = None, ratio: float | None = None, *, by_head: bool = False
+) -> ImportedHybrid:
     """
     Args:
         path: a file in one of the formats above, or a folder with such files.
         num_layers: decoder layers of the base: SWAA's settings need them, other sources are compared with them.
-        ratio: fraction of layers that stream; gates need it, and nothing else takes it.
+        ratio: fraction of layers or KV heads that stream; gates need it for layers, and nothing else takes it.
+        by_head: the gates' KV heads stream one by one, those of `ratio` or else those of which DuoAttention lets none see all.
 
     Raises:
         UserError: none of these formats, values that are none, or an argument that is missing or contradicts them.
     """
-    found = _import(path, num_layers, ratio)
+    found = _import(path, num_layers, ratio, by_head)
     if num_layers is not None and num_layers != (found.num_layers or num_layers):
         raise UserError(f"--num-layers: {num_layers}: {path} has {found.num_layers} layers. Fix: name settings of this base")
-    if num_layers is not None and found.layers[-1] >= num_layers:
+    if num_layers is not None and max(found.layers, default=0) >= num_layers:
         raise UserError(f"--num-layers: {num_layers}: {path} names layer {found.layers[-1]}. Fix: name settings of this base")
     return found
 
 
-def _import(path: Path, num_layers: int | None, ratio: float | None) -> ImportedHybrid:
+def _import(path: Path, num_layers: int | None, ratio: float | None, by_head: bool) -> ImportedHybrid:
     gates = path / GATES if path.is_dir() else path if path.suffix == ".tsv" else None
     if gates is not None and gates.is_file():
-        return _from_gates(gates, ratio)
+        return _heads_from_gates(gates, ratio) if by_head else _layers_from_gates(gates, ratio)
+    if by_head:
+        raise UserError(f"--granularity: kv_head: {path}: not a gate for each KV head. Fix: name DuoAttention's {GATES}")
     if ratio is not None:
         raise UserError(f"--lazy-layer-ratio: {ratio:g}: this source names the layers itself. Fix: leave it out")
     config = path / CONFIG if path.is_dir() else path if path.suffix == ".json" else None
@@ -98,16 +112,29 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
     if others:
         raise UserError(f"{path}: layer_types: {others[0]}: not {FULL} or {STREAMING}. Fix: name another checkpoint")
     layers = [layer for layer, kind in enumerate(kinds) if kind == STREAMING]
+    split = settings.get("streaming_kv_heads") is not None
     remark = "model.base: a copy of the checkpoint whose config.json has full attention (docs/choosing.md, 'Hybrids of others')"
     found = ImportedHybrid(
         "layer_types of transformers",
-        _checked(path, "layer_types", layers, len(kinds)),
+        _checked(path, "layer_types", layers, len(kinds), may_be_empty=split),
         _count(path, "w_sink", settings.get("w_sink", 0), least=0),
         _count(path, "sliding_window", window),
         len(kinds),
         learned_sinks=settings.get("learned_sinks") is True,
+        heads=_heads_of_config(path, settings),
     )
     return found if "w_sink" in settings else replace(found, remarks=(remark,))
+
+
+def _heads_of_config(path: Path, settings: dict[str, Any]) -> tuple[tuple[int, ...], ...] | None:
+    """`streaming_kv_heads` of a hybrid of ours; None where its layers stream whole."""
+    heads_L = settings.get("streaming_kv_heads")
+    if heads_L is None:
+        return None
+    try:
+        return tuple(explicit_heads(heads_L, len(settings["layer_types"]), kv_heads(settings)))
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: streaming_kv_heads: {error}") from error
 
 
 def _from_swaa(path: Path, swaa: dict[str, Any], num_layers: int | None) -> ImportedHybrid:
@@ -131,13 +158,38 @@ def _from_swaa(path: Path, swaa: dict[str, Any], num_layers: int | None) -> Impo
     )
 
 
-def _from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
+def _heads_from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
+    sizes, gates = _sizes_beside(path), _read_gates(path)
+    num_layers, num_heads = len(gates), len(gates[0])
+    ranked = sorted((gate, layer, head) for layer, row in enumerate(gates) for head, gate in enumerate(row))
     if ratio is None:
-        raise UserError(
-            f"{path}: DuoAttention lets single KV heads stream, a hybrid whole layers, ranked by the mean of their gates. "
-            "Fix: add --lazy-layer-ratio, the fraction of layers that stream"
-        )
-    settings = _read_json(path.with_name(CONFIG))
+        streaming, which = [each for each in ranked if each[0] < STREAMS_BELOW], f"of a gate below {STREAMS_BELOW:g}"
+    else:
+        streaming, which = ranked[: number_by_ratio(ratio, len(ranked), "KV head")], "with the lowest gates"
+    if not streaming:
+        raise UserError(f"{path}: no gate is below {STREAMS_BELOW:g}, so nothing would stream. Fix: add --lazy-layer-ratio")
+    found = {(layer, head) for _, layer, head in streaming}
+    heads_L = [[head for head in range(num_heads) if (layer, head) in found] for layer in range(num_layers)]
+    return ImportedHybrid(
+        f"DuoAttention, the {len(found)} of {len(ranked)} KV heads {which}",
+        tuple(layer for layer, heads in enumerate(heads_L) if len(heads) == num_heads),
+        *sizes,
+        num_layers,
+        heads=tuple(explicit_heads(heads_L, num_layers, num_heads)),
+    )
+
+
+def _sizes_beside(path: Path) -> tuple[int, int]:
+    """Sink and recent tokens, of the config.json beside the gates."""
+    config = path.with_name(CONFIG)
+    settings = _read_json(config)
+    return _count(config, "sink_size", settings.get("sink_size"), least=0), _count(
+        config, "recent_size", settings.get("recent_size")
+    )
+
+
+def _read_gates(path: Path) -> list[list[float]]:
+    """By layer and KV head, from 0 to 1."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[float(gate) for gate in line.split("\t")] for line in lines if line.strip()]
@@ -145,7 +197,16 @@ def _from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
         raise UserError(f"{path}: not a table of gates ({error}). Fix: download it again") from error
     if not rows or len({len(row) for row in rows}) != 1 or any(gate != gate for row in rows for gate in row):
         raise UserError(f"{path}: not a gate for each layer and KV head. Fix: download it again")
-    gates = [[min(max(gate, 0.0), 1.0) for gate in row] for row in rows]
+    return [[min(max(gate, 0.0), 1.0) for gate in row] for row in rows]
+
+
+def _layers_from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
+    if ratio is None:
+        raise UserError(
+            f"{path}: DuoAttention lets single KV heads stream. Fix: add --lazy-layer-ratio, the fraction of layers that stream "
+            "whole, ranked by the mean of their gates; or --granularity kv_head"
+        )
+    sizes, gates = _sizes_beside(path), _read_gates(path)
     means = [sum(row) / len(row) for row in gates]
     ranked = sorted(range(len(means)), key=lambda layer: (means[layer], layer))
     layers = tuple(sorted(ranked[: number_by_ratio(ratio, len(means))]))
@@ -154,13 +215,12 @@ def _from_gates(path: Path, ratio: float | None) -> ImportedHybrid:
     return ImportedHybrid(
         f"DuoAttention, the {len(layers)} of {len(means)} layers with the lowest mean gate",
         layers,
-        _count(path.with_name(CONFIG), "sink_size", settings.get("sink_size"), least=0),
-        _count(path.with_name(CONFIG), "recent_size", settings.get("recent_size")),
+        *sizes,
         len(means),
         remarks=(
-            f"heads do not stream singly here: {cut} KV heads of these layers have full attention in DuoAttention (gate of "
+            f"whole layers stream: {cut} KV heads of these layers have full attention in DuoAttention (gate of "
             f"{STREAMS_BELOW:g} or more),",
-            f"and {kept} KV heads of the other layers stream there",
+            f"and {kept} KV heads of the other layers stream there (--granularity kv_head takes heads over)",
         ),
     )
 

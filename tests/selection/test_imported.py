@@ -110,6 +110,26 @@ def test_duo_attentions_gates_give_the_layers_with_the_lowest_means(tmp_path: Pa
     assert as_part(found.as_recipe()).w_recent == 256
 
 
+def test_duo_attentions_gates_give_single_heads_by_their_threshold_or_by_a_ratio(tmp_path: Path) -> None:
+    rows = [[1.0, 1.0, 0.9], [-5e-5, 1.0, 0.1], [2.7, 0.3, 0.8], [0.0, 0.02, 0.2]]
+    folder = gates(tmp_path / "pattern", rows)
+    found = import_hybrid(folder, by_head=True)
+    assert found.heads == ((), (0, 2), (1,), (0, 1, 2)) and (found.w_sink, found.w_recent) == (128, 256)
+    part = as_part(found.as_recipe())
+    assert (part.granularity, part.streaming_kv_heads) == ("kv_head", [[], [0, 2], [1], [0, 1, 2]])
+    assert "# from DuoAttention, the 6 of 12 KV heads of a gate below 0.5" in found.as_recipe()
+    assert import_hybrid(folder, ratio=0.25, by_head=True).heads == ((), (0,), (), (0, 1))  # gates of 0 go by layer and head
+
+
+def test_a_hybrid_of_ours_with_split_layers_gives_their_heads(tmp_path: Path) -> None:
+    heads = [[1], [0, 1]]
+    ours = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 12, "w_sink": 4, "num_key_value_heads": 2}
+    written(tmp_path / "config.json", ours | {"streaming_kv_heads": heads})
+    assert as_part(import_hybrid(tmp_path).as_recipe()).streaming_kv_heads == heads
+    written(tmp_path / "config.json", ours | {"streaming_kv_heads": [[2], [0, 1]]})
+    refused(tmp_path, "KV head 2 is not in this model")
+
+
 def test_the_authors_code_is_parsed_and_gives_the_sizes_of_its_mask(tmp_path: Path) -> None:
     found = import_hybrid(written(tmp_path / "modeling_lazy.py", CODE))
     assert (found.layers, found.w_sink, found.w_recent) == ((5, 24, 38, 51), 129, 1025)
@@ -154,6 +174,9 @@ def test_gates_need_a_ratio_and_nothing_else_takes_one(tmp_path: Path) -> None:
     folder = gates(tmp_path / "pattern", [[0.1, 0.2], [1.0, 0.9]])
     refused(folder, "add --lazy-layer-ratio")
     refused(folder, "every layer", ratio=0.9)
+    refused(folder, "every KV head", ratio=0.9, by_head=True)
+    refused(gates(tmp_path / "full", [[1.0, 0.9], [0.6, 0.5]]), "nothing would stream", by_head=True)
+    refused(written(tmp_path / "heads.py", CODE), "not a gate for each KV head. Fix: name DuoAttention's", by_head=True)
     refused(written(tmp_path / "code.py", CODE), "names the layers itself", ratio=0.5)
     refused(gates(tmp_path / "ragged", [[0.1, 0.2], [1.0]]), "not a gate for each layer and KV head", ratio=0.5)
     refused(gates(tmp_path / "nan", [[0.1], [float("nan")]]), "not a gate for each", ratio=0.5)
@@ -164,5 +187,8 @@ def test_gates_need_a_ratio_and_nothing_else_takes_one(tmp_path: Path) -> None:
 def test_the_command_prints_a_part_for_a_recipe(lt_train: Any, tmp_path: Path) -> None:
     code, out, _ = lt_train("import-layers", gates(tmp_path, [[0.1, 0.2], [1.0, 0.9]]), "--lazy-layer-ratio", "0.5")
     assert code == 0 and yaml.safe_load(out) == {"hybrid": {"layers": [0], "w_sink": 128, "w_recent": 256}}
+    code, out, _ = lt_train("import-layers", tmp_path, "--granularity", "kv_head")
+    heads = {"granularity": "kv_head", "streaming_kv_heads": [[0, 1], []], "w_sink": 128, "w_recent": 256}
+    assert code == 0 and yaml.safe_load(out) == {"hybrid": heads}
     code, out, err = lt_train("import-layers", tmp_path / "nowhere")
     assert code == 2 and "Traceback" not in out + err
