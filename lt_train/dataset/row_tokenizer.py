@@ -18,6 +18,7 @@ from lt_train.dataset.special_tokens import encode, unquoted
 from lt_train.recipe.columns import Columns
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.interruption import end_at_sigterm, sigterm_held
 from lt_train.runtime.processes import end_with
 
 ROWS_AT_ONCE = 128
@@ -150,7 +151,9 @@ def tokenized_rows(rows: Iterable[PlacedRow], tokenize: RowTokenizer, workers: i
     # Before the fork, or the tokenizers library warns in each worker that it will not use threads there.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     forking = multiprocessing.get_context("fork")  # the tokenizer is shared, not copied
-    with forking.Pool(workers, _begin, (tokenize, os.getpid())) as pool:
+    with sigterm_held():
+        pool = forking.Pool(workers, _begin, (tokenize, os.getpid()))
+    with pool:
         tasks = (pool.apply_async(_tokenize, (chunk,)) for chunk in chain([rest], chunks))
         begun = deque(islice(tasks, TASKS_AHEAD * workers))
         while begun:
@@ -164,6 +167,7 @@ _in_worker: RowTokenizer
 
 def _begin(tokenize: RowTokenizer, parent: int) -> None:
     global _in_worker
+    end_at_sigterm()
     _in_worker = tokenize
     end_with(parent)  # a worker waits for its next task for ever, also when the process that gives tasks was killed
 

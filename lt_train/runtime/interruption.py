@@ -40,6 +40,26 @@ def raising_interrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_held() -> Iterator[None]:
+    """While the block runs, SIGTERM waits, also in what the block forks, until `end_at_sigterm` there.
+
+    A forked process inherits the handler of `raising_interrupted`: an exception that it raises before the process can be stopped by
+    one would be lost, and who asked it to end would wait for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_at_sigterm() -> None:
+    """In a forked process: SIGTERM ends it at once, also one that came before."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

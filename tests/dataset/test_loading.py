@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lt_train.dataset.loading import load_examples
 from lt_train.dataset.tally import ENOUGH
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.interruption import raising_interrupted
 from tests.support.chat_templates import family_tokenizer
 
 GOOD = {"prompt": "6 x 7?", "response": "42"}
@@ -168,6 +170,22 @@ def test_workers_make_the_same_examples_in_the_same_order(tmp_path: Path, monkey
     alone, shared = (load(path, None, faulty="drop", workers=workers, heldout=7) for workers in (1, 3))
     assert list(alone.train) == list(shared.train) and list(alone.heldout) == list(shared.heldout)
     assert alone.counts == shared.counts and alone.warnings == shared.warnings
+
+
+def test_a_worker_ends_when_it_is_told_to_however_late_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with the command's own handler lost the signal while it began, and the command waited for it for ever."""
+    monkeypatch.setattr(row_tokenizer, "ROWS_WITHOUT_WORKERS", 1)
+    monkeypatch.setattr(row_tokenizer, "ROWS_AT_ONCE", 1)
+    placed = [(str(number), {}) for number in range(9)]
+    with raising_interrupted():
+        handlers = list(row_tokenizer.tokenized_rows(placed, _handler_of_sigterm, workers=2))
+        assert handlers[0] not in (signal.SIG_DFL, signal.SIG_IGN), "the command's own"
+        assert handlers[1:] == [signal.SIG_DFL] * 8
+
+
+def _handler_of_sigterm(where: str, row: Any) -> Any:
+    handler = signal.getsignal(signal.SIGTERM)
+    return handler if isinstance(handler, signal.Handlers) else "raises"
 
 
 def test_a_damaged_file_stops_the_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
+import multiprocessing
+import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from lt_train.runtime.interruption import Interrupted, raising_interrupted
+from lt_train.runtime.interruption import Interrupted, end_at_sigterm, raising_interrupted, sigterm_held
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +60,27 @@ def test_handlers_are_as_before_afterwards() -> None:
     with raising_interrupted():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def _begin_late_and_wait(ready) -> None:
+    time.sleep(0.2)
+    end_at_sigterm()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before it began", "while it waits"])
+def test_a_forked_process_ends_at_sigterm_whenever_it_comes(early: bool) -> None:
+    forking = multiprocessing.get_context("fork")
+    ready = forking.Event()
+    with raising_interrupted():
+        with sigterm_held():
+            process = forking.Process(target=_begin_late_and_wait, args=(ready,))
+            process.start()
+        if not early:
+            assert ready.wait(10)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(10)
+        assert process.exitcode == -signal.SIGTERM
+        with pytest.raises(Interrupted):  # and the process that forked is still stopped by one
+            signal.raise_signal(signal.SIGTERM)
