@@ -78,7 +78,7 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Logit
             return (logits_of(model, *batch) - logits_BKV)[real_BK].abs().max().item()
 
     w_sink, w_recent = model.spec.w_sink, model.spec.w_recent
-    faults = {"a window longer by one": {"sliding_window": w_recent + 1}}
+    faults: dict[str, dict[str, Any]] = {"a window longer by one": {"sliding_window": w_recent + 1}}
     if w_recent > 1:
         faults["a window shorter by one"] = {"sliding_window": w_recent - 1}
     if w_sink > 0:

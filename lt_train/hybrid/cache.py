@@ -97,6 +97,9 @@ class Rows:
 class _BufferLayer(CacheLayerMixin):
     """Keys and values in buffers with room for more columns; `keys` and `values` are views of the columns in use."""
 
+    keys: Any  # a Tensor once there is one; transformers annotates it with None, too
+    values: Any
+
     def __init__(self) -> None:
         super().__init__()
         self._keys: Tensor | None = None

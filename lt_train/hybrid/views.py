@@ -130,14 +130,15 @@ class SplitView(AttentionView):
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         heads = SplitHeads.of(self.streaming_heads, k_BGKD.shape[1], k_BGKD.device)
-        q, *kv = heads.select(heads.full_G, q_BHTD, k_BGKD, v_BGKD)
-        streaming_q, *streaming_kv = heads.select(heads.streaming_G, q_BHTD, k_BGKD, v_BGKD)
+        q, k, v = heads.select(heads.full_G, q_BHTD, k_BGKD, v_BGKD)
+        streaming_q, streaming_k, streaming_v = heads.select(heads.streaming_G, q_BHTD, k_BGKD, v_BGKD)
         if self.cache is not None:
             layer = self.cache.layers[module.layer_idx]
-            kv, streaming_kv = layer.full.update(*kv), layer.streaming.update(*streaming_kv)
+            k, v = layer.full.update(k, v)
+            streaming_k, streaming_v = layer.streaming.update(streaming_k, streaming_v)
         return heads.join(
-            self.full.attend(module, q, *kv, scaling, dropout),
-            self.streaming.attend(module, streaming_q, *streaming_kv, scaling, dropout),
+            self.full.attend(module, q, k, v, scaling, dropout),
+            self.streaming.attend(module, streaming_q, streaming_k, streaming_v, scaling, dropout),
         )
 
 

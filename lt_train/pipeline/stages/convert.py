@@ -74,8 +74,8 @@ def run(context: RunContext) -> None:
         spec = context.variants.spec(CONVERTED)
         hybrid_config(context.base_config, spec).save_pretrained(context.paths.hybrid)
     if (by_prompt := context.variants.per_prompt(CONVERTED)) is not None:
-        streaming = spec.num_layers - by_prompt.keep
-        context.report("convert", f"{streaming} of {spec.num_layers} layers stream in each answer, chosen by its prompt")
+        count = spec.num_layers - by_prompt.keep
+        context.report("convert", f"{count} of {spec.num_layers} layers stream in each answer, chosen by its prompt")
         return
     strategy, streaming = context.recipe.hybrid.strategy, describe_streaming(spec, context.variants.kv_heads)
     chosen = "named in the recipe" if strategy is None else f"chosen by {strategy}"
