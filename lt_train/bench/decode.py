@@ -136,10 +136,10 @@ def fill(store: KVStore, slots: int, context: int) -> None:
     for _ in range(slots):
         slot = store.admit(context + STEPS)
         store.lengths[slot] = context
-    for layer in store.layers:
-        used = slice(None) if isinstance(layer, PagedLayer) else slice(slots)
-        layer.keys[used].normal_()
-        layer.values[used].normal_()
+    for held in store.held:
+        used = slice(None) if isinstance(held, PagedLayer) else slice(slots)
+        held.keys[used].normal_()
+        held.values[used].normal_()
 
 
 def bench_decode(

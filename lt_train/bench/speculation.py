@@ -180,9 +180,9 @@ def time_rounds(model: HybridForCausalLM, draft: Draft, context: int, budget: in
     store = KVStore(model, slots, slots * sizes.pages(tokens), draft)
     for _ in range(slots):
         store.lengths[store.admit(tokens + length)] = context
-    for layer in {*store.layers, *store.draft_layers}:
-        layer.keys.normal_()
-        layer.values.normal_()
+    for held in store.held:
+        held.keys.normal_()
+        held.values.normal_()
     runner = ModelRunner(model, store, prefill_chunk=1)
     drafting = median_seconds(lambda: runner.draft([1] * slots, length // 2))
     return RoundTimes(slots, drafting, median_seconds(lambda: runner.verify([[1] * (length + 1)] * slots)))

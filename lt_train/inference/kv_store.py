@@ -1,5 +1,6 @@
 """The KV cache of many sequences, allocated once: full layers in pages that sequences take as they grow, streaming layers in one
-ring per slot. A layer that is full in the model and streams in its draft has both, with the model's own keys and values.
+ring per slot. A layer that is full in the model and streams in its draft has both, with the model's own keys and values. Of a split
+layer, each KV head is cached as it attends.
 
 A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values in place: a step copies none
 of them. The lowest free page is allocated first, so the pages in use stay together.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
-from lt_train.hybrid.kv_size import head_size, token_bytes
+from lt_train.hybrid.kv_size import head_bytes, head_size, kv_heads
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
@@ -34,9 +35,9 @@ class KVSizes:
     """Bytes of KV cache."""
 
     page: int
-    """One page in all full layers."""
+    """One page in all full layers and of all full KV heads of split ones."""
     slot: int
-    """One ring in all streaming layers, of the draft too."""
+    """One ring in all streaming layers and of all streaming KV heads, of the draft too."""
     drafted: int = 0
     """Tokens of a sequence that are cached before it is known whether they stay."""
 
@@ -50,10 +51,12 @@ class KVSizes:
 
 
 def kv_sizes(model: HybridForCausalLM, draft: Draft | None = None) -> KVSizes:
-    spec, token = model.spec, token_bytes(model.config.to_dict(), model.dtype.itemsize)
-    streaming, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
-    page = (spec.num_layers - len(spec.lazy_layers)) * PAGE * token
-    return KVSizes(page, len(streaming.lazy_layers) * (spec.window + drafted) * token, drafted)
+    config, spec = model.config.to_dict(), model.spec
+    heads, of_head = kv_heads(config), head_bytes(config, model.dtype.itemsize)
+    attending, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
+    streaming, rings = (sum(map(len, each.streaming_heads(heads))) for each in (spec, attending))
+    full = spec.num_layers * heads - streaming
+    return KVSizes(full * PAGE * of_head, rings * (spec.window + drafted) * of_head, drafted)
 
 
 def pages_for(tokens: int) -> int:
@@ -66,7 +69,7 @@ class KVStore:
     Attributes:
         lengths: cached tokens of each running sequence, by slot.
         pages: the pages of each running sequence, in the order of its tokens, by slot.
-        layers: by layer, what the model attends to. draft_layers: what its draft attends to; the same where both are of a kind.
+        layers: by layer, its KV heads in groups that are cached alike: all together, but in a split layer.
     """
 
     def __init__(self, model: HybridForCausalLM, slots: int, pages: int, draft: Draft | None = None) -> None:
@@ -77,20 +80,25 @@ class KVStore:
         self.lengths: list[int] = []
         self.pages: list[list[int]] = []
         self._free = list(range(pages))  # a heap: the lowest page first
-        heads = model.config.num_key_value_heads or model.config.num_attention_heads
-        size = head_size(model.config.to_dict())
-        self.layers: list[PagedLayer | RingLayer] = []
-        self.draft_layers: list[PagedLayer | RingLayer] = []
+        self.layers: list[list[CachedHeads]] = []
+        heads, size = kv_heads(model.config.to_dict()), head_size(model.config.to_dict())
+        streaming = self.spec.streaming_heads(heads)
+        drafting = streaming if draft is None else draft.spec.streaming_heads(heads)
         for index, layer in enumerate(model.model.layers):
             device = next(layer.parameters()).device
-            held: list[PagedLayer | RingLayer] = []
-            if not self.spec.is_lazy(index):
-                held.append(PagedLayer(torch.zeros((2, pages, heads, PAGE, size), dtype=model.dtype, device=device)))
-            if self.spec.is_lazy(index) or (draft is not None and draft.spec.is_lazy(index)):
-                shape = (2, slots, heads, self.spec.window + self.sizes.drafted, size)
-                held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), self.spec))
-            self.layers.append(held[0])
-            self.draft_layers.append(held[-1])
+            groups: dict[tuple[bool, bool], list[int]] = {}
+            for head in range(heads):
+                groups.setdefault((head in streaming[index], head in drafting[index]), []).append(head)
+            self.layers.append([])
+            for (streams, drafts), of_kind in groups.items():
+                held: list[PagedLayer | RingLayer] = []
+                if not streams:
+                    shape = (2, pages, len(of_kind), PAGE, size)
+                    held.append(PagedLayer(torch.zeros(shape, dtype=model.dtype, device=device)))
+                if streams or drafts:
+                    shape = (2, slots, len(of_kind), self.spec.window + self.sizes.drafted, size)
+                    held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), self.spec))
+                self.layers[-1].append(CachedHeads(torch.tensor(of_kind, device=device), held[0], held[-1]))
 
     @property
     def free_pages(self) -> int:
@@ -123,20 +131,24 @@ class KVStore:
             heapq.heappush(self._free, page)
         last = len(self.lengths) - 1
         if slot != last:
-            for layer in {*self.layers, *self.draft_layers}:
-                layer.move(last, slot)
+            for held in self.held:
+                held.move(last, slot)
         self.lengths[slot], self.pages[slot] = self.lengths[last], self.pages[last]
         self.lengths.pop()
         self.pages.pop()
         return last
 
+    @property
+    def held(self) -> list["PagedLayer | RingLayer"]:
+        """The pages and rings of all layers, each once."""
+        return [held for groups in self.layers for group in groups for held in group.held]
+
     def write(self, layer: int, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int) -> None:
         """Cache new tokens of one sequence in one layer, from position `first` on."""
-        for held in {self.layers[layer], self.draft_layers[layer]}:
-            if isinstance(held, RingLayer):
-                held.write(slot, k_GTD, v_GTD, first)
-            else:
-                held.write(k_GTD, v_GTD, first, self.pages[slot])
+        groups = self.layers[layer]
+        for group in groups:
+            kv = (k_GTD, v_GTD) if len(groups) == 1 else (k_GTD[group.head_G], v_GTD[group.head_G])
+            group.write(slot, *kv, first, self.pages[slot])
 
     def page_map(self, first: Sequence[int], tokens: int) -> "PageMap":
         """The pages of the running sequences, for a step that adds `tokens` tokens to each, from the positions `first` on."""
@@ -164,8 +176,34 @@ class PageMap:
     """By slot, the page of each token that is being added."""
 
 
+@dataclass(frozen=True)
+class CachedHeads:
+    """KV heads of one layer that are cached alike.
+
+    Attributes:
+        head_G: their indices in the layer.
+        model: what the model attends to. draft: what its draft attends to; the same where both are of a kind.
+    """
+
+    head_G: Tensor
+    model: "PagedLayer | RingLayer"
+    draft: "PagedLayer | RingLayer"
+
+    @property
+    def held(self) -> set["PagedLayer | RingLayer"]:
+        return {self.model, self.draft}
+
+    def write(self, slot: int, k_GTD: Tensor, v_GTD: Tensor, first: int, pages: list[int]) -> None:
+        """Cache new tokens of one sequence, which has `pages`, from position `first` on."""
+        for held in self.held:
+            if isinstance(held, RingLayer):
+                held.write(slot, k_GTD, v_GTD, first)
+            else:
+                held.write(k_GTD, v_GTD, first, pages)
+
+
 class PagedLayer:
-    """Keys and values of one full layer: kv is [2, N, G, P, D]."""
+    """Keys and values of the full heads of one layer: kv is [2, N, G, P, D]."""
 
     def __init__(self, kv_2NGPD: Tensor) -> None:
         self.keys, self.values = kv_2NGPD
@@ -189,7 +227,7 @@ class PagedLayer:
 
 
 class RingLayer:
-    """Sinks and latest keys and values of one streaming layer: kv is [2, S, G, W, D].
+    """Sinks and latest keys and values of the streaming heads of one layer: kv is [2, S, G, W, D].
 
     `slot_of`, the rule of the hybrid's own cache, gives the place of each position in the ring.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.views import AttentionView, Views
+from lt_train.hybrid.views import AttentionView, LayerViews
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import packed_for
 from lt_train.inference.per_prompt_store import PerPromptStore
@@ -71,7 +71,7 @@ class ModelRunner:
     def _after_cached(self, view: AttentionView, ids_BT: Sequence[Sequence[int]], first: Sequence[int]) -> Tensor:
         """Hidden states [B, T, D] of new tokens of every running sequence, from the positions `first` on."""
         positions = [range(at, at + len(ids)) for at, ids in zip(first, ids_BT, strict=True)]
-        return self._forward(self._tensor(ids_BT), Views(view, view, self._tensor(positions)))
+        return self._forward(self._tensor(ids_BT), view, self._tensor(positions))
 
     def _groups(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """Groups of prompts whose first chunks fit in one chunk together."""
@@ -98,13 +98,12 @@ class ModelRunner:
             positions += range(tokens)
         ids_1T, positions_1T = self._tensor([ids]), self._tensor([positions])
         inner = self.model.model.attention_views(input_ids=ids_1T, position_ids=positions_1T)
-        full: AttentionView
-        streaming: AttentionView
+        view: AttentionView
         if isinstance(self.store, PerPromptStore):
-            full = streaming = PromptsView(self.store, inner.full, spans)
+            view = PromptsView(self.store, inner.full, spans)
         else:
-            full, streaming = (FirstChunksView(self.store, view, spans) for view in (inner.full, inner.streaming))
-        hidden_1TD = self._forward(ids_1T, Views(full, streaming, positions_1T))
+            view = FirstChunksView(self.store, LayerViews(inner, self.store.spec), spans)
+        hidden_1TD = self._forward(ids_1T, view, positions_1T)
         for slot, _, tokens in spans:
             self.store.lengths[slot] = tokens
         last_N = [first + tokens - 1 for _, first, tokens in spans]
@@ -120,20 +119,17 @@ class ModelRunner:
             ids = prompt[start : start + self.prefill_chunk]
             view = LaterChunkView(self.store, slot, len(ids))
             positions_1T = self._tensor([list(range(start, start + len(ids)))])
-            hidden_1TD = self._forward(self._tensor([ids]), Views(view, view, positions_1T))
+            hidden_1TD = self._forward(self._tensor([ids]), view, positions_1T)
             self.store.lengths[slot] += len(ids)
         return self._logits(hidden_1TD[0, -1])
 
-    def _forward(self, ids_BT: Tensor, views: Views) -> Tensor:
+    def _forward(self, ids_BT: Tensor, view: AttentionView, positions_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] after the last layer."""
         body = self.model.model
         hidden_BTD = body.embed_tokens(ids_BT)
-        position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
-        for index, layer in enumerate(body.layers):
-            view: AttentionView = views.streaming if self.model.spec.is_lazy(index) else views.full
-            hidden_BTD = layer(
-                hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
-            )
+        position_embeddings = body.rotary_emb(hidden_BTD, positions_BT)
+        for layer in body.layers:
+            hidden_BTD = layer(hidden_BTD, attention_mask=view, position_ids=positions_BT, position_embeddings=position_embeddings)
         return body.norm(hidden_BTD)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:

@@ -8,18 +8,42 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
-from lt_train.hybrid.views import AttentionView
+from lt_train.hybrid.views import AttentionView, SplitHeads
 from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
-from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, PageMap, RingLayer
+from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, PageMap, RingLayer
 
 
-class StepView(AttentionView):
+class StoredView(AttentionView):
+    """Queries that attend to the store: each group of KV heads that is cached alike by itself."""
+
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+
+    def attend(self, module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout):
+        groups = self.store.layers[module.layer_idx]
+        if len(groups) == 1:
+            return self.attend_group(groups[0], module, q_BHTD, k_BGTD, v_BGTD, scaling)
+        out_BTHD = q_BHTD.new_empty(q_BHTD.transpose(1, 2).shape)
+        out_BTGRD = out_BTHD.unflatten(2, (k_BGTD.shape[1], -1))
+        for group in groups:
+            qkv = SplitHeads.select(group.head_G, q_BHTD, k_BGTD, v_BGTD)
+            out_BTGRD[:, :, group.head_G] = self.attend_group(group, module, *qkv, scaling).unflatten(2, (len(group.head_G), -1))
+        return out_BTHD
+
+    def attend_group(
+        self, group: CachedHeads, module: nn.Module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float
+    ) -> Tensor:
+        """Cache the new keys and values of a group's heads, then attend. Returns out_BTHD."""
+        raise NotImplementedError
+
+
+class StepView(StoredView):
     """New tokens for every running sequence, equally many: row b is the sequence in slot b.
 
     Q = R x T are the queries of one key/value head.
@@ -31,16 +55,16 @@ class StepView(AttentionView):
             tokens: of each sequence.
             drafted: the draft attends, after this number of tokens of its own; None: the model itself does.
         """
-        self.store = store
+        super().__init__(store)
         self.tokens = tokens
-        self.layers = store.layers if drafted is None else store.draft_layers
+        self.drafts = drafted is not None
         self.first = [length + (drafted or 0) for length in store.lengths]
         self._on_device: dict[torch.device, StepIndices] = {}
 
-    def attend(self, module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout):
-        layer = self.layers[module.layer_idx]
+    def attend_group(self, group, module, q_BHTD, k_BGTD, v_BGTD, scaling):
+        layer = group.draft if self.drafts else group.model
         indices = self._indices(layer.device)
-        for held in {layer, self.store.draft_layers[module.layer_idx]}:
+        for held in group.held:
             at = indices.in_ring if isinstance(held, RingLayer) else indices.in_pages
             held.keys[at[0], :, at[1]] = k_BGTD.transpose(1, 2)
             held.values[at[0], :, at[1]] = v_BGTD.transpose(1, 2)
@@ -208,7 +232,7 @@ class FirstChunksView(AttentionView):
     """The first tokens of several new sequences, packed into one row: attended to as in training, then stored."""
 
     def __init__(self, store: KVStore, inner: AttentionView, spans: list[tuple[int, int, int]]) -> None:
-        """spans: (slot, first column, tokens) of each sequence. inner: the hybrid's own view of this kind of layer."""
+        """spans: (slot, first column, tokens) of each sequence. inner: the hybrid's own view of all layers."""
         self.store = store
         self.inner = inner
         self.spans = spans
@@ -220,17 +244,17 @@ class FirstChunksView(AttentionView):
         return self.inner.attend(module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout)
 
 
-class LaterChunkView(AttentionView):
+class LaterChunkView(StoredView):
     """Further tokens of one sequence whose earlier ones are in the store."""
 
     def __init__(self, store: KVStore, slot: int, tokens: int) -> None:
-        self.store = store
+        super().__init__(store)
         self.slot = slot
         self.before = store.lengths[slot]
         self.after = self.before + tokens
 
-    def attend(self, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout):
-        layer = self.store.layers[module.layer_idx]
+    def attend_group(self, group, module, q_1HTD, k_1GTD, v_1GTD, scaling):
+        layer, pages = group.model, self.store.pages[self.slot]
         position_T1 = torch.arange(self.before, self.after, device=layer.device)[:, None]
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
         sinks_H = None
@@ -243,10 +267,10 @@ class LaterChunkView(AttentionView):
             k_GKD = torch.cat([layer.keys[self.slot, :, :held], k_GTD], dim=1)
             v_GKD = torch.cat([layer.values[self.slot, :, :held], v_GTD], dim=1)
             visible_TK = streaming_visible(position_T1, position_K, spec.w_sink, spec.w_recent)
-            self.store.write(module.layer_idx, self.slot, k_GTD, v_GTD, self.before)
+            group.write(self.slot, k_GTD, v_GTD, self.before, pages)
         else:
-            self.store.write(module.layer_idx, self.slot, k_GTD, v_GTD, self.before)
-            k_GKD, v_GKD = layer.read(self.after, self.store.pages[self.slot])
+            group.write(self.slot, k_GTD, v_GTD, self.before, pages)
+            k_GKD, v_GKD = layer.read(self.after, pages)
             visible_TK = full_visible(position_T1, torch.arange(self.after, device=layer.device))
         if sinks_H is not None:
             return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], visible_TK[None], sinks_H, scaling).transpose(1, 2)

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference import kv_store as kv
@@ -17,17 +18,25 @@ from lt_train.runtime.errors import UserError
 from tests.support.tiny_engine import EOS, GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
+LAYERS = HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6)
+HEADS = HybridSpec.from_streaming_heads([(1,), (0,), (0, 1)], kv_heads=2, w_sink=2, w_recent=6)
 
 
 @pytest.fixture(scope="module")
 def model() -> HybridForCausalLM:
-    return tiny_model(HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6))
+    return tiny_model(LAYERS)
 
 
-@pytest.fixture(scope="module")
-def precise() -> HybridForCausalLM:
+@pytest.fixture(scope="module", params=[LAYERS, HEADS], ids=["layers", "heads"])
+def either(request) -> HybridForCausalLM:
+    """A hybrid of which layers stream, and one of which single KV heads do."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module", params=[LAYERS, HEADS], ids=["layers", "heads"])
+def precise(request) -> HybridForCausalLM:
     """In fp64: with thousands of draws, fp32's rounding in another batch tips one now and then."""
-    return tiny_model(HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6), torch.float64)
+    return tiny_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +90,21 @@ def test_where_attention_cannot_be_compiled_the_answers_are_the_same(model, toke
         HybridSpec(3, (0, 2), 9, 1),
         HybridSpec(3, (0, 2), 3, 500),
         HybridSpec(3, (0, 2), 0, 6, learned_sinks=True),
+        HEADS,
+        HybridSpec.from_streaming_heads([(1,), (), (0,)], 2, 0, 5),
+        HybridSpec.from_streaming_heads([(0,), (1,), (1,)], 2, 9, 1),
     ],
-    ids=["all full", "all streaming", "no sinks", "window of one", "window longer than all", "learned sinks"],
+    ids=[
+        "all full",
+        "all streaming",
+        "no sinks",
+        "window of one",
+        "window longer than all",
+        "learned sinks",
+        "single heads",
+        "single heads, no sinks",
+        "single heads, window of one",
+    ],
 )
 def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec: HybridSpec) -> None:
     model = tiny_model(spec)
@@ -111,7 +133,7 @@ def test_no_budget_changes_or_loses_an_answer(precise, tokenizer, lengths: list[
     assert texts(answered(tight, asked, SAMPLED)) == alone
 
 
-def test_the_youngest_is_put_back_when_pages_run_out(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_youngest_is_put_back_when_pages_run_out(either, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = []
     made = Engine.lay_out
     monkeypatch.setattr(Engine, "lay_out", lambda *args: stores.append(made(*args)) or stores[-1])
@@ -120,9 +142,9 @@ def test_the_youngest_is_put_back_when_pages_run_out(model, tokenizer, monkeypat
     monkeypatch.setattr(kv.KVStore, "admit", lambda store, tokens: admitted.append(tokens) or admit(store, tokens))
     asked = requests([20, 21, 22])
     never_ends = Sampling(0.0, 1.0, 40)
-    sizes = kv.kv_sizes(model)
+    sizes = kv.kv_sizes(either)
     budget = 2 * sizes.slot + 13 * sizes.page  # a whole sequence takes 8
-    found = answered(Engine(model, tokenizer, kv_budget=budget, max_slots=2), asked, never_ends)
+    found = answered(Engine(either, tokenizer, kv_budget=budget, max_slots=2), asked, never_ends)
     assert {answer.finish_reason for answer in found.values()} <= {"length", "stop"}
     assert len(admitted) > 3
     assert max(admitted) > 22  # read again with the tokens it had
@@ -136,7 +158,7 @@ def test_a_budget_below_one_sequence_is_refused_with_the_bytes_that_would_do(mod
     assert answered(Engine(model, tokenizer, kv_budget=needed), requests([33]), GREEDY)
 
 
-def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_in_a_full_batch_are_those_alone(either, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}
 
     def note(slots: int) -> None:
@@ -150,7 +172,7 @@ def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: p
 
         with monkeypatch.context() as patch:
             patch.setattr(ContinuousBatch, "_take", noting)
-            answered(Engine(model, tokenizer, max_slots=slots), requests(MANY), GREEDY)
+            answered(Engine(either, tokenizer, max_slots=slots), requests(MANY), GREEDY)
 
     note(1)
     note(10)
@@ -159,10 +181,10 @@ def test_logits_in_a_full_batch_are_those_alone(model, tokenizer, monkeypatch: p
         torch.testing.assert_close(logits_V, seen[10][ids], atol=1e-4, rtol=0)
 
 
-def test_samples_do_not_depend_on_what_shares_the_batch_or_on_the_order(model, tokenizer) -> None:
+def test_samples_do_not_depend_on_what_shares_the_batch_or_on_the_order(either, tokenizer) -> None:
     asked = requests(MANY, samples=3)
-    alone = texts(answered(Engine(model, tokenizer, max_slots=1), asked, SAMPLED))
-    assert texts(answered(Engine(model, tokenizer, max_slots=7), asked[::-1], SAMPLED)) == alone
+    alone = texts(answered(Engine(either, tokenizer, max_slots=1), asked, SAMPLED))
+    assert texts(answered(Engine(either, tokenizer, max_slots=7), asked[::-1], SAMPLED)) == alone
     assert len({text for text, _, _ in alone.values()}) > len(alone) // 2
 
 
@@ -271,20 +293,28 @@ def test_a_cancelled_request_frees_what_it_held_and_changes_no_other_answer(mode
     assert (batch.store.free_pages, batch.store.lengths) == (free, [])
 
 
-def test_log_probabilities_are_those_of_the_model(model, tokenizer) -> None:
+def test_log_probabilities_are_those_of_the_model(either, tokenizer) -> None:
     (request,) = requests([9])
-    engine = Engine(model, tokenizer)
+    engine = Engine(either, tokenizer)
     batch = engine.batch(engine.lay_out(1, 64))
     batch.add(replace(request, logprobs=2), Sampling(2.0, 1.0, 6, repetition_penalty=1.5))
     ids = list(request.prompt_ids)
     while not batch.is_empty:
         for token in batch.step():
-            logprobs_V = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            logprobs_V = either(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
             assert token.logprobs is not None
             assert token.logprobs.chosen == pytest.approx(logprobs_V[token.token_id].item(), abs=1e-4)
             assert [each for each, _ in token.logprobs.top] == logprobs_V.topk(2).indices.tolist()
             ids.append(token.token_id)
     assert len(ids) > 9
+
+
+@pytest.mark.parametrize("spec", [LAYERS, HEADS, HybridSpec.from_streaming_heads([(0,), (1,), (1,)], 2, 4, 4)], ids=str)
+def test_the_store_holds_the_bytes_that_a_hybrids_cache_takes(spec: HybridSpec) -> None:
+    model = tiny_model(spec)
+    store = kv.KVStore(model, slots=1, pages=3)
+    size = kv_bytes(model.config.to_dict(), spec, 3 * 8, itemsize=4)
+    assert sum(held.keys.nbytes + held.values.nbytes for held in store.held) == size == kv.kv_sizes(model).sequence(3 * 8)
 
 
 def test_the_longest_sequence_is_what_context_and_budget_allow(model, tokenizer) -> None:

@@ -157,7 +157,8 @@ def test_the_draft_attends_to_the_models_own_keys_of_the_window(models) -> None:
         (request,) = requests([33])
         store.admit(40)
         runner.prefill([(0, request.prompt_ids)])
-        ring, pages = store.draft_layers[2], store.layers[2]
+        (heads,) = store.layers[2]
+        ring, pages = heads.draft, heads.model
         assert isinstance(ring, kv.RingLayer) and isinstance(pages, kv.PagedLayer)
         for position in (0, 1, 27, 32):
             place = kv.slot_of(position, 2, 6 + length)
@@ -229,8 +230,7 @@ def test_the_budget_holds_the_rings_of_the_draft(models) -> None:
     assert answered(engine, requests([33]), GREEDY)
     store = engine.lay_out(1, 57)
     assert isinstance(store, KVStore)
-    held = {*store.layers, *store.draft_layers}
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in held) == needed
+    assert sum(held.keys.nbytes + held.values.nbytes for held in store.held) == needed
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.views import StepView
 
-SPEC = HybridSpec(num_layers=2, lazy_layers=(1,), w_sink=3, w_recent=60)
+SPEC = HybridSpec.from_streaming_heads([(), (0, 1), (0,)], kv_heads=2, w_sink=3, w_recent=60)
 LENGTHS = (5, 300, 128)
 HEADS, GROUPS, SIZE, SCALING = 4, 2, 32, 32**-0.5
 
@@ -23,7 +23,7 @@ def filled_store(dtype, keys, values):
     config = Qwen3Config(
         vocab_size=8,
         hidden_size=HEADS * SIZE,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
         head_dim=SIZE,
@@ -31,8 +31,8 @@ def filled_store(dtype, keys, values):
     store = KVStore(build_hybrid(config, SPEC).to(dtype), slots=3, pages=8)
     for slot, length in enumerate(LENGTHS):
         store.admit(length)
-        store.layers[0].write(keys[slot][:, :-1], values[slot][:, :-1], 0, store.pages[slot])
-        store.layers[1].write(slot, keys[slot][:, :-1], values[slot][:, :-1], 0)
+        for layer in range(3):
+            store.write(layer, slot, keys[slot][:, :-1], values[slot][:, :-1], 0)
         store.lengths[slot] = length - 1
     return store
 
@@ -46,11 +46,11 @@ def by_sdpa(keys, values, q_BH1D, layer):
     outputs = []
     for q_H1D, k_GTD, v_GTD in zip(q_BH1D, keys, values, strict=True):
         position_T = torch.arange(k_GTD.shape[1])
-        w_recent = SPEC.w_recent if layer == 1 else len(position_T)
-        visible_1T = streaming_visible(position_T[-1:, None], position_T, SPEC.w_sink, w_recent)
+        windows_H = [SPEC.w_recent if h // 2 in SPEC.streaming_heads(GROUPS)[layer] else len(position_T) for h in range(HEADS)]
+        visible_H1T = torch.stack([streaming_visible(position_T[-1:, None], position_T, SPEC.w_sink, w) for w in windows_H])
         outputs.append(
             scaled_dot_product_attention(
-                q_H1D[None], k_GTD[None], v_GTD[None], attn_mask=visible_1T, scale=SCALING, enable_gqa=True
+                q_H1D[None], k_GTD[None], v_GTD[None], attn_mask=visible_H1T, scale=SCALING, enable_gqa=True
             ).transpose(1, 2)[0]
         )
     return torch.stack(outputs)
@@ -64,7 +64,7 @@ def drawn(dtype, size):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("layer", [0, 1], ids=["pages", "ring"])
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["pages", "ring", "both"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_step_in_half_precision_is_as_near_to_fp64_as_sdpa(layer, dtype):
     for size in (1.0, 3.0):  # scores up to 4, up to 40
@@ -80,7 +80,7 @@ def test_a_step_in_half_precision_is_as_near_to_fp64_as_sdpa(layer, dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("layer", [0, 1], ids=["pages", "ring"])
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["pages", "ring", "both"])
 def test_a_step_in_fp64_sees_what_the_predicate_says(layer):
     keys, values, q_BH1D = drawn(torch.float64, 1.0)
     torch.testing.assert_close(attended(torch.float64, keys, values, q_BH1D, layer), by_sdpa(keys, values, q_BH1D, layer))

@@ -31,9 +31,9 @@ def test_the_planned_kv_cache_is_what_the_engine_allocates_for_one_sequence(fami
     planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
     for lazy, size in (((0, 2), planned.hybrid), ((), planned.full)):
         model = build_hybrid(config, HybridSpec(4, lazy, w_sink=2, w_recent=30)).to(number)
-        layers = KVStore(model, slots=1, pages=3).layers
-        assert any(isinstance(layer, PagedLayer) for layer in layers)
-        assert sum(held(layer) for layer in layers) == size
+        store = KVStore(model, slots=1, pages=3)
+        assert any(isinstance(held, PagedLayer) for held in store.held)
+        assert bytes_held(store) == size
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_planned_kv_cache_holds_the_rings_of_a_draft(settings, tmp_path):
         model = build_hybrid(config, spec)
         draft = Draft.of(model.spec, settings.get("draft_layers"), settings.get("draft_length"))
         store = KVStore(model, slots=1, pages=3, draft=draft)
-        assert sum(held(layer) for layer in {*store.layers, *store.draft_layers}) == size
+        assert bytes_held(store) == size
 
 
 @pytest.mark.skipif(not can_pack(), reason="weights are packed on x86 alone")
@@ -79,8 +79,8 @@ def test_on_a_cpu_fewer_sequences_fit_beside_the_engines_packed_weights(family, 
         assert planned.sequences[1] == pytest.approx((left - packed if packs else left) // one, abs=1)  # biases count in the plan
 
 
-def held(layer: object) -> int:
-    return sum(value.nbytes for value in vars(layer).values() if isinstance(value, torch.Tensor))
+def bytes_held(store: KVStore) -> int:
+    return sum(value.nbytes for held in store.held for value in vars(held).values() if isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize(
