@@ -1,4 +1,4 @@
-"""The draft of speculative decoding: the same weights, with more layers streaming.
+"""The draft of speculative decoding: the same weights, with more layers or KV heads streaming.
 
 Each round the draft proposes some tokens, and the model reads all of them in one forward pass. Every token is still drawn from the
 model's own logits with the sample's own random number, and a proposed one is accepted if it is that token. So no answer depends on
@@ -23,7 +23,7 @@ ROUNDS_BETWEEN_TIMINGS = 32
 class Draft:
     """
     Attributes:
-        spec: which layers stream while it drafts: those of the model, and others.
+        spec: what streams while it drafts: what does in the model, and more.
         length: the tokens that it proposes in one round.
         adapts: it proposes fewer, or none, where that gives more tokens a second (`DraftLength`).
     """
@@ -33,39 +33,48 @@ class Draft:
     adapts: bool = False
 
     @classmethod
-    def of(cls, model: HybridSpec, layers: Collection[int] | None, length: int | None) -> "Draft":
+    def of(cls, model: HybridSpec, streaming: HybridSpec | Collection[int] | None, length: int | None) -> "Draft":
         """The draft of a model.
 
         Args:
-            layers: stream in the draft besides those that stream in the model; None: all.
+            streaming: layers that stream in the draft besides what streams in the model, None: all; or a hybrid of this base, which
+                drafts for the base.
             length: tokens of a round; None: as many as measurements suggest.
 
         Raises:
             UserError: it would be the model itself, or is none that the engine can run.
         """
-        everything = range(model.num_layers)
         if model.learned_sinks:
             problem, fix = (
                 "layers that stream in the draft alone have no learned sinks",
                 "set hybrid.sink to tokens, or remove draft",
             )
             raise UserError(f"draft: {problem}. Fix: {fix}")
-        if outside := sorted(set(layers or ()) - set(everything)):
-            raise UserError(f"draft_layers: {outside}: not in the model. Fix: name layers from 0 to {model.num_layers - 1}")
-        lazy = {*model.lazy_layers, *(everything if layers is None else layers)}
-        if lazy == set(model.lazy_layers):
+        spec = _draft_spec(model, streaming)
+        if spec == model:
             raise UserError(
-                f"draft_layers: {sorted(lazy)}: all of them stream in the model too, so the draft would be the model itself. "
-                "Fix: name a layer that is full in the model, or remove draft"
+                f"draft_layers: {list(spec.lazy_layers)}: all of them stream in the model too, so the draft would be the model "
+                "itself. Fix: name a layer that is full in the model, or remove draft"
             )
         if length is None:
-            return cls(replace(model, lazy_layers=tuple(sorted(lazy))), max(1, min(LONGEST, model.w_recent - 1)), adapts=True)
+            return cls(spec, max(1, min(LONGEST, model.w_recent - 1)), adapts=True)
         if not 0 < length < model.w_recent:
             raise UserError(
                 f"draft_length: {length}: not within the window of {model.w_recent} tokens. "
                 f"Fix: set it from 1 to {model.w_recent - 1}, such as 4"
             )
-        return cls(replace(model, lazy_layers=tuple(sorted(lazy))), length)
+        return cls(spec, length)
+
+
+def _draft_spec(model: HybridSpec, streaming: HybridSpec | Collection[int] | None) -> HybridSpec:
+    if isinstance(streaming, HybridSpec):
+        return replace(model, lazy_layers=streaming.lazy_layers, split_layers=streaming.split_layers)
+    everything = range(model.num_layers)
+    if outside := sorted(set(streaming or ()) - set(everything)):
+        raise UserError(f"draft_layers: {outside}: not in the model. Fix: name layers from 0 to {model.num_layers - 1}")
+    lazy = {*model.lazy_layers, *(everything if streaming is None else streaming)}
+    split = tuple((layer, heads) for layer, heads in model.split_layers if layer not in lazy)
+    return replace(model, lazy_layers=tuple(lazy), split_layers=split)
 
 
 @dataclass

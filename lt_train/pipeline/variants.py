@@ -119,8 +119,8 @@ class Variants:
         """
         if eval_config.draft is None:
             return None
-        layers = self.spec(CONVERTED).lazy_layers if eval_config.draft == "hybrid" else eval_config.draft_layers
-        return Draft.of(self.spec(variant), layers, eval_config.draft_length)
+        streaming = self.spec(CONVERTED) if eval_config.draft == "hybrid" else eval_config.draft_layers
+        return Draft.of(self.spec(variant), streaming, eval_config.draft_length)
 
     def _check_drafts(self) -> None:
         every_layer_full = HybridSpec(self.base_config.num_hidden_layers, (), w_recent=self.recipe.hybrid.w_recent)

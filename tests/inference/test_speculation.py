@@ -23,6 +23,7 @@ from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, 
 
 FULL = HybridSpec(num_layers=3, lazy_layers=(), w_sink=2, w_recent=6)
 HYBRID = replace(FULL, lazy_layers=(1,))
+HEADS = HybridSpec.from_streaming_heads([(1,), (0, 1), (0,)], kv_heads=2, w_sink=2, w_recent=6)
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
 TOKENIZER = letter_tokenizer()
 Plain = Callable[[HybridSpec, Sampling], dict[tuple[str, int], tuple[str, int, str]]]
@@ -39,7 +40,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models() -> dict[HybridSpec, HybridForCausalLM]:
     """In fp64: a forward pass of several tokens rounds otherwise than one of a single token, and fp32 tips one now and then."""
-    return {spec: tiny_model(spec, torch.float64) for spec in (FULL, HYBRID)}
+    return {spec: tiny_model(spec, torch.float64) for spec in (FULL, HYBRID, HEADS)}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,20 @@ def plain(models) -> Plain:
     return answers
 
 
-def speculating(model: HybridForCausalLM, length: int | None = 3, layers: tuple[int, ...] | None = None, **settings) -> Engine:
-    return Engine(model, TOKENIZER, draft=Draft.of(model.spec, layers, length), **settings)
+def speculating(
+    model: HybridForCausalLM, length: int | None = 3, streaming: HybridSpec | tuple[int, ...] | None = None, **settings
+) -> Engine:
+    return Engine(model, TOKENIZER, draft=Draft.of(model.spec, streaming, length), **settings)
 
 
 @pytest.mark.parametrize(("slots", "length"), [(3, 1), (4, 5), (16, 3)])
-@pytest.mark.parametrize(("spec", "layers"), [(FULL, None), (FULL, (0, 2)), (HYBRID, None), (HYBRID, (2,))], ids=str)
-def test_greedy_answers_are_those_without_a_draft(models, plain, spec: HybridSpec, layers, length: int, slots: int) -> None:
-    engine = speculating(models[spec], length, layers, max_slots=slots, prefill_chunk=8)
+@pytest.mark.parametrize(
+    ("spec", "streaming"),
+    [(FULL, None), (FULL, (0, 2)), (FULL, HEADS), (HYBRID, None), (HYBRID, (2,)), (HEADS, None), (HEADS, (2,))],
+    ids=["full", "full, two layers", "full, a hybrid's heads", "hybrid", "hybrid, one layer", "heads", "heads, one layer"],
+)
+def test_greedy_answers_are_those_without_a_draft(models, plain, spec: HybridSpec, streaming, length: int, slots: int) -> None:
+    engine = speculating(models[spec], length, streaming, max_slots=slots, prefill_chunk=8)
     assert texts(answered(engine, requests(MANY), GREEDY)) == plain(spec, GREEDY)
     assert 0 < engine.acceptance.accepted < engine.acceptance.compared
 
@@ -78,7 +85,7 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
-@pytest.mark.parametrize("spec", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("spec", [FULL, HYBRID, HEADS], ids=["full", "hybrid", "heads"])
 def test_samples_of_a_seed_are_those_without_a_draft(models, plain, spec: HybridSpec, sampling: Sampling) -> None:
     assert texts(answered(speculating(models[spec], 4, max_slots=5), requests(MANY), sampling)) == plain(spec, sampling)
 
@@ -93,7 +100,7 @@ def test_samples_of_a_seed_are_those_without_a_draft(models, plain, spec: Hybrid
 @settings(max_examples=6, deadline=None)
 def test_no_budget_changes_or_loses_an_answer(models, lengths, slots: int, chunk: int, length: int, spare: int) -> None:
     """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
-    model, asked = models[HYBRID], requests(lengths)
+    model, asked = models[HEADS], requests(lengths)
     expected = texts(answered(Engine(model, TOKENIZER), asked, SAMPLED))
     sizes = kv.kv_sizes(model, Draft.of(model.spec, None, length))
     budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
@@ -216,17 +223,20 @@ def test_the_draft_guesses_more_the_more_of_the_model_it_is(models) -> None:
     assert engine.acceptance.rate == 1
 
 
-def test_the_budget_holds_the_rings_of_the_draft(models) -> None:
-    model = models[HYBRID]
-    token = 2 * 2 * 16 * 8  # keys and values, heads, head size, fp64
-    sizes = kv.kv_sizes(model, Draft.of(model.spec, None, 5))
-    assert (sizes.page, sizes.slot) == (2 * 8 * token, 3 * (8 + 5) * token)
+@pytest.mark.parametrize(
+    ("spec", "layers", "full_heads", "rings"), [(HYBRID, None, 4, 6), (HEADS, None, 2, 6), (HEADS, (2,), 2, 5)], ids=str
+)
+def test_the_budget_holds_the_rings_of_the_draft(models, spec: HybridSpec, layers, full_heads: int, rings: int) -> None:
+    model = models[spec]
+    token = 2 * 16 * 8  # key and value, head size, fp64
+    sizes = kv.kv_sizes(model, Draft.of(model.spec, layers, 5))
+    assert (sizes.page, sizes.slot) == (full_heads * 8 * token, rings * (8 + 5) * token)
     assert sizes.sequence(19) == sizes.slot + 3 * sizes.page
     needed = sizes.sequence(33 + 24)
     assert needed > kv.kv_sizes(model).sequence(33 + 24)
     with pytest.raises(UserError, match=rf"kv_budget: .*with the rings of its draft.*{needed:,}.*Fix: .*remove draft"):
-        list(speculating(model, 5, kv_budget=needed - 1).answers(requests([33]), GREEDY))
-    engine = speculating(model, 5, kv_budget=needed)
+        list(speculating(model, 5, layers, kv_budget=needed - 1).answers(requests([33]), GREEDY))
+    engine = speculating(model, 5, layers, kv_budget=needed)
     assert answered(engine, requests([33]), GREEDY)
     store = engine.lay_out(1, 57)
     assert isinstance(store, KVStore)
@@ -237,13 +247,24 @@ def test_the_budget_holds_the_rings_of_the_draft(models) -> None:
     ("spec", "layers", "length", "message"),
     [
         (HYBRID, (1,), 4, r"draft_layers: \[1\]: .*would be the model itself. Fix: name a layer that is full"),
+        (HEADS, (1,), 4, r"draft_layers: \[1\]: .*would be the model itself"),
+        (HEADS, HEADS, 4, "draft_layers: .*would be the model itself"),
         (replace(FULL, lazy_layers=(0, 1, 2)), None, 4, "draft_layers: .*would be the model itself"),
         (FULL, (0, 3), 4, r"draft_layers: \[3\]: not in the model. Fix: name layers from 0 to 2"),
         (FULL, None, 0, "draft_length: 0: not within the window of 6 tokens. Fix: set it from 1 to 5"),
         (FULL, None, 6, "draft_length: 6: not within the window"),
         (HybridSpec(3, (1,), 0, 6, learned_sinks=True), None, 4, "draft: .* no learned sinks. Fix: set hybrid.sink to tokens"),
     ],
-    ids=["the model itself", "the model streams everywhere", "no such layer", "no tokens", "the window", "learned sinks"],
+    ids=[
+        "the model itself",
+        "the model itself, with split layers",
+        "the same heads",
+        "the model streams everywhere",
+        "no such layer",
+        "no tokens",
+        "the window",
+        "learned sinks",
+    ],
 )
 def test_what_cannot_draft_is_refused(spec: HybridSpec, layers, length: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -13,9 +13,9 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.views import StepView
 
-SPEC = HybridSpec.from_streaming_heads([(), (0, 1), (0,)], kv_heads=2, w_sink=3, w_recent=60)
+SPEC = HybridSpec.from_streaming_heads([(), (0, 1, 2), (0, 2)], kv_heads=3, w_sink=3, w_recent=60)
 LENGTHS = (5, 300, 128)
-HEADS, GROUPS, SIZE, SCALING = 4, 2, 32, 32**-0.5
+HEADS, GROUPS, SIZE, SCALING = 6, 3, 32, 32**-0.5
 
 
 def filled_store(dtype, keys, values):
