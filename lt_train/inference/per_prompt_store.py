@@ -37,7 +37,7 @@ class PerPrompt:
     def check(self, model: HybridForCausalLM) -> None:
         """
         Raises:
-            UserError: no layer or every layer would stay full, layers that stream already, or layers on several devices.
+            UserError: no layer or every layer would stay full, layers or heads that stream already, or layers on several devices.
         """
         spec = model.spec
         if not 0 < self.keep < spec.num_layers:
@@ -45,10 +45,10 @@ class PerPrompt:
                 f"per_prompt.keep: {self.keep}: of {spec.num_layers} layers, all or none would stay full. "
                 f"Fix: set it from 1 to {spec.num_layers - 1}"
             )
-        if spec.lazy_layers:
+        if spec.streams:
+            layers = sorted([*spec.lazy_layers, *(layer for layer, _ in spec.split_layers)])
             raise UserError(
-                f"per_prompt: layers {list(spec.lazy_layers)} of this model stream already. "
-                "Fix: load the base, where every layer is full"
+                f"per_prompt: layers {layers} of this model stream already. Fix: load the base, where every layer is full"
             )
         devices = {str(next(layer.parameters()).device) for layer in model.model.layers}
         if len(devices) > 1:

@@ -211,9 +211,10 @@ def test_keeping_no_layer_or_every_layer_is_refused(model, tokenizer, keep: int)
         engine(model, tokenizer, keep)
 
 
-def test_a_model_whose_layers_stream_already_is_refused(tokenizer) -> None:
+@pytest.mark.parametrize("spec", [HybridSpec(3, (1,), 2, 6), HybridSpec(3, (), 2, 6, split_layers=((1, (0,)),))], ids=str)
+def test_a_model_whose_layers_or_heads_stream_already_is_refused(tokenizer, spec: HybridSpec) -> None:
     with pytest.raises(UserError, match=r"per_prompt: layers \[1\] of this model stream already. Fix: load the base"):
-        engine(tiny_model(HybridSpec(3, (1,), 2, 6)), tokenizer, 1)
+        engine(tiny_model(spec), tokenizer, 1)
 
 
 def test_a_budget_below_one_sequence_is_refused_with_the_bytes_that_would_do(model, tokenizer) -> None:

@@ -2,7 +2,7 @@
 
 Two looks: at the config of what is served, where it can be seen; and, always, at what the servers write after a few prompts longer
 than the window, against what the hybrid class computes in fp32. To know that such prompts can tell, the same is computed with the
-mistakes that engines make (every layer full, sinks ignored): prompts are added until each mistake would be found.
+mistakes that engines make (every layer full, sinks ignored, other heads): prompts are added until each mistake would be found.
 
 Shapes: T prompt tokens, N new tokens, V vocabulary.
 """
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.dataset import prompts
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.context_length import context_length
+from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.changed_config import changed
@@ -43,7 +44,16 @@ MOST_PROMPTS = 12
 ROUNDING = 2**-5
 """Largest error of a logit, over the largest logit: servers compute in bf16, whose step is 2^-8, and every layer rounds."""
 
-MATHEMATICS = ("num_hidden_layers", "layer_types", "sliding_window", "w_sink", "learned_sinks", "vocab_size", "rope_parameters")
+MATHEMATICS = (
+    "num_hidden_layers",
+    "layer_types",
+    "streaming_kv_heads",
+    "sliding_window",
+    "w_sink",
+    "learned_sinks",
+    "vocab_size",
+    "rope_parameters",
+)
 """Settings in config.json that decide what a query sees and where."""
 
 
@@ -148,7 +158,7 @@ def _mathematics(path: Path) -> dict[str, Any]:
     values |= {"w_sink": config.get("w_sink", 0), "learned_sinks": config.get("learned_sinks", False)}
     full = ["full_attention"] * config.get("num_hidden_layers", 0)
     values["layer_types"] = config.get("layer_types") or full
-    if values["layer_types"] == full:
+    if values["layer_types"] == full and values["streaming_kv_heads"] is None:
         values["sliding_window"] = values["w_sink"] = None  # nothing slides
     family = config.get("model_type", "").removeprefix("lt_hybrid_")
     return {"model_type": family, **values}
@@ -161,7 +171,7 @@ def telling_prompts(
     even MOST_PROMPTS of them show."""
     generator = random.Random(0)
     length = min(reference.spec.window + BEYOND_WINDOW, context_length(reference.config.to_dict()) - NEW_TOKENS)
-    mistakes = mistaken_specs(reference.spec)
+    mistakes = mistaken_specs(reference.spec, kv_heads(reference.config.to_dict()))
     texts: list[str] = []
     wanted: list[Continuation] = []
     while len(texts) < PROMPTS or (mistakes and len(texts) < MOST_PROMPTS):
@@ -178,15 +188,28 @@ def telling_prompts(
     return texts, wanted, tuple(mistakes)
 
 
-def mistaken_specs(spec: HybridSpec) -> dict[str, HybridSpec]:
-    """What engines compute that do not know hybrids."""
-    mistakes = {"every layer full": spec.all_full, "sinks ignored": replace(spec, w_sink=0, learned_sinks=False)}
-    return {name: mistaken for name, mistaken in mistakes.items() if spec.lazy_layers and mistaken != spec}
+def mistaken_specs(spec: HybridSpec, kv_heads: int) -> dict[str, HybridSpec]:
+    """What engines compute that do not know hybrids, or not their KV heads."""
+    others = tuple((layer, tuple(set(range(kv_heads)) - set(heads))) for layer, heads in spec.split_layers)
+    mistakes = {
+        "every layer full": spec.all_full,
+        "sinks ignored": replace(spec, w_sink=0, learned_sinks=False),
+        "streaming KV heads ignored": replace(spec, split_layers=()),
+        "the other KV heads of a layer stream": replace(spec, split_layers=others),
+    }
+    return {name: mistaken for name, mistaken in mistakes.items() if spec.streams and mistaken != spec}
 
 
 def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
     """Within it the model computes another spec with its weights."""
-    return changed(model.config, layer_types=spec.layer_types, w_sink=spec.w_sink, learned_sinks=spec.learned_sinks)
+    heads_L = [list(heads) for heads in spec.streaming_heads(kv_heads(model.config.to_dict()))] if spec.split_layers else None
+    return changed(
+        model.config,
+        layer_types=spec.layer_types,
+        streaming_kv_heads=heads_L,
+        w_sink=spec.w_sink,
+        learned_sinks=spec.learned_sinks,
+    )
 
 
 def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator: random.Random, wanted: int) -> str:

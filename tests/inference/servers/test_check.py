@@ -32,6 +32,10 @@ BASE = Path(__file__).parents[3] / "data/tiny-reasoner"
 STOP = (3,)
 TOKENIZER = build_tokenizer()
 SPEC = HybridSpec(8, (1, 3, 5, 7), w_sink=4, w_recent=28)
+KV_HEADS = 2
+SPLIT = HybridSpec(8, (1, 5), 4, 28, split_layers=((0, (0,)), (3, (1,)), (6, (0,)), (7, (1,))))
+OF_LAYERS = ("every layer full", "sinks ignored")
+OF_HEADS = (*OF_LAYERS, "streaming KV heads ignored", "the other KV heads of a layer stream")
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +77,17 @@ def test_mistakes_that_change_nothing_are_said_to_be_undetected():
     assert not_told_apart == ("every layer full",) and len(texts) == 12
 
 
-def test_a_mistaken_spec_computes_what_a_model_of_that_spec_computes_and_is_gone_afterwards(hybrid, continuation):
-    assert set(mistaken_specs(SPEC)) == {"every layer full", "sinks ignored"}
-    for spec in mistaken_specs(SPEC).values():
-        with computing(hybrid, spec):
+@pytest.mark.parametrize(("spec", "mistakes"), [(SPEC, OF_LAYERS), (SPLIT, OF_HEADS)], ids=["layers", "heads"])
+def test_a_mistaken_spec_computes_what_a_model_of_that_spec_computes_and_is_gone_afterwards(spec, mistakes, continuation):
+    hybrid = load_hybrid(BASE, spec)
+    assert tuple(mistaken_specs(spec, KV_HEADS)) == mistakes
+    for mistaken_spec in mistaken_specs(spec, KV_HEADS).values():
+        with computing(hybrid, mistaken_spec):
             mistaken = continue_greedily(hybrid, continuation.prompt_ids, STOP)
-        expected = continue_greedily(load_hybrid(BASE, spec), continuation.prompt_ids, STOP)
+        expected = continue_greedily(load_hybrid(BASE, mistaken_spec), continuation.prompt_ids, STOP)
         assert mistaken.token_ids == expected.token_ids
         torch.testing.assert_close(mistaken.logits_NV, expected.logits_NV, atol=1e-5, rtol=0)
-    assert hybrid.spec == SPEC
+    assert hybrid.spec == spec
 
 
 def test_equal_tokens_and_probabilities_pass(continuation):
@@ -118,7 +124,14 @@ def test_text_is_compared_where_a_server_tells_no_tokens(continuation):
 
 
 @pytest.mark.parametrize(
-    "change", [{"layer_types": ["full_attention"] * 2}, {"sliding_window": 9}, {"w_sink": 0}, {"model_type": "qwen2"}]
+    "change",
+    [
+        {"layer_types": ["full_attention"] * 2},
+        {"streaming_kv_heads": [[0], [0, 1]]},
+        {"sliding_window": 9},
+        {"w_sink": 0},
+        {"model_type": "qwen2"},
+    ],
 )
 def test_a_served_folder_with_another_config_is_refused(tmp_path, change):
     ours = {"model_type": "lt_hybrid_qwen3", "num_hidden_layers": 2, "sliding_window": 8, "w_sink": 4}
@@ -132,6 +145,15 @@ def test_a_served_folder_with_another_config_is_refused(tmp_path, change):
         compare_config("http://x", tmp_path / "ours", str(tmp_path / "theirs"))
 
 
+def test_where_only_kv_heads_stream_the_window_of_another_config_is_found(tmp_path):
+    ours = {"model_type": "lt_hybrid_qwen3", "num_hidden_layers": 1, "layer_types": ["full_attention"], "w_sink": 4}
+    for name, window in (("ours", 8), ("theirs", 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(ours | {"streaming_kv_heads": [[0]], "sliding_window": window}))
+    with pytest.raises(UserError, match="sliding_window: 9, not 8"):
+        compare_config("http://x", tmp_path / "ours", str(tmp_path / "theirs"))
+
+
 def test_a_hybrid_without_sinks_and_its_export_to_a_stock_class_are_one_config(tmp_path):
     own = {"model_type": "lt_hybrid_qwen3", "num_hidden_layers": 1, "sliding_window": 8, "w_sink": 0}
     for name, config in (("own", own), ("stock", {k: v for k, v in own.items() if k != "w_sink"} | {"model_type": "qwen3"})):
@@ -140,9 +162,13 @@ def test_a_hybrid_without_sinks_and_its_export_to_a_stock_class_are_one_config(t
     compare_config("http://x", tmp_path / "own", str(tmp_path / "stock"))
 
 
-@pytest.mark.parametrize("mistake", [None, "every layer full", "sinks ignored"])
-def test_a_server_is_refused_exactly_if_it_computes_something_else(hybrid, mistake, tmp_path):
-    served = load_hybrid(BASE, SPEC if mistake is None else mistaken_specs(SPEC)[mistake])
+@pytest.mark.parametrize(
+    ("spec", "mistake"),
+    [*((SPEC, mistake) for mistake in (None, *OF_LAYERS)), *((SPLIT, mistake) for mistake in (None, *OF_HEADS))],
+)
+def test_a_server_is_refused_exactly_if_it_computes_something_else(spec, mistake, tmp_path):
+    hybrid = load_hybrid(BASE, spec)
+    served = load_hybrid(BASE, spec if mistake is None else mistaken_specs(spec, KV_HEADS)[mistake])
     (tmp_path / "config.json").write_text("{}")
 
     def generate(handler, body):

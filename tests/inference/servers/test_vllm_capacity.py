@@ -3,7 +3,7 @@
 import pytest
 
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.servers.vllm_capacity import VllmCache, with_as_many
+from lt_train.inference.servers.vllm_capacity import VllmCache, with_as_many, with_one_more_or_fewer
 
 LAYER_TOKENS = 2**30 // (2 * 3 * 64 * 4)
 
@@ -31,3 +31,8 @@ def test_kinds_that_are_nearly_as_many_share_the_larger_groups():
 
 def test_a_sequence_within_the_window_gains_nothing():
     assert VllmCache().gain(HybridSpec(30, tuple(range(15)), 0, 8192), 1024) < 1.01
+
+
+def test_vllm_holds_no_hybrid_of_which_single_kv_heads_stream():
+    assert list(with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8), "qwen3")) == [1, 2]
+    assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, split_layers=((2, (0,)),)), "qwen3") == {}
