@@ -43,7 +43,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
     timings: list[TokenTiming] = []
     recent: list[float] = []
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    name = "hybrid" if model.spec.lazy_layers else "full attention"
+    name = "hybrid" if model.spec.streams else "full attention"
     with show_progress(f"timing {name}", total=max(lengths), shown=progress) as bar:
         for length in range(1, max(lengths) + 1):
             started = time.perf_counter()

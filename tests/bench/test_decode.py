@@ -20,8 +20,13 @@ ENTRY = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
 SEQUENCE = ENTRY * (2 * 384 + 2 * 32)  # two full layers in pages of 128 tokens, two rings
 
 
-def test_the_budget_is_filled_with_sequences_and_the_bytes_of_a_step_are_counted() -> None:
-    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (0, 2), w_sink=2, w_recent=30)).eval()
+@pytest.mark.parametrize(
+    "spec",
+    [HybridSpec(4, (0, 2), 2, 30), HybridSpec.from_streaming_heads([(0, 1), (1,), (0,), ()], 2, 2, 30)],
+    ids=["half of the layers", "half of the KV heads"],
+)
+def test_the_budget_is_filled_with_sequences_and_the_bytes_of_a_step_are_counted(spec: HybridSpec) -> None:
+    model = build_hybrid(BASES["qwen3"], spec).eval()
     found = throughput(model, context=300, budget=7 * SEQUENCE + SEQUENCE // 2)
     assert found.slots == 7
     assert found.kv_bytes == 7 * SEQUENCE

@@ -16,6 +16,7 @@ from tests.support.families import BASES
 from tests.support.tiny_engine import letter_tokenizer, tiny_model
 
 SPEC = HybridSpec(4, (0, 2), w_sink=2, w_recent=30)
+HEADS = HybridSpec.from_streaming_heads([(0, 1), (1,), (0,), ()], kv_heads=2, w_sink=2, w_recent=30)
 TOKEN = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
 
 
@@ -28,20 +29,25 @@ def test_tokens_and_limit_of_a_round_follow_from_acceptance_and_times() -> None:
     assert found.allowed == pytest.approx(17.5 / 0.7 * 0.02)
 
 
-def test_a_pass_takes_what_its_bytes_or_its_operations_take() -> None:
-    model = build_hybrid(BASES["qwen3"], SPEC)
+half_streams = pytest.mark.parametrize("spec", [SPEC, HEADS], ids=["half of the layers", "half of the KV heads"])
+
+
+@half_streams
+def test_a_pass_takes_what_its_bytes_or_its_operations_take(spec: HybridSpec) -> None:
+    model = build_hybrid(BASES["qwen3"], spec)
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     kv = 3 * TOKEN * (2 * 500 + 2 * 32)
-    by_bytes = pass_limit(Rates(bandwidth=1e9, products=1e15), model, SPEC, 500, slots=3, tokens=5)
+    by_bytes = pass_limit(Rates(bandwidth=1e9, products=1e15), model, spec, 500, slots=3, tokens=5)
     assert by_bytes == pytest.approx((4 * weights + kv) / 1e9)
-    by_operations = pass_limit(Rates(bandwidth=1e15, products=1e9), model, SPEC, 500, slots=3, tokens=5)
+    by_operations = pass_limit(Rates(bandwidth=1e15, products=1e9), model, spec, 500, slots=3, tokens=5)
     grouped = model.config.num_attention_heads // model.config.num_key_value_heads
     assert by_operations == pytest.approx((2 * 15 * weights + 2 * 5 * grouped * kv / 4) / 1e9)
 
 
-def test_the_budget_holds_the_drafts_rings() -> None:
-    model = build_hybrid(BASES["qwen3"], SPEC).eval()
-    draft = Draft.of(SPEC, None, 4)
+@half_streams
+def test_the_budget_holds_the_drafts_rings(spec: HybridSpec) -> None:
+    model = build_hybrid(BASES["qwen3"], spec).eval()
+    draft = Draft.of(spec, None, 4)
     sequence = TOKEN * (2 * 384 + 4 * 36)  # two full layers in pages of 128 tokens, four rings with four drafted tokens
     assert time_rounds(model, draft, 300, 3 * sequence + sequence // 2).slots == 3
     with pytest.raises(UserError, match=r"--kv-budget: .* and the rings of its draft\. Fix: set at least 1 MiB"):
