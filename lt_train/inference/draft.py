@@ -77,6 +77,11 @@ def _draft_spec(model: HybridSpec, streaming: HybridSpec | Collection[int] | Non
     return replace(model, lazy_layers=tuple(lazy), split_layers=split)
 
 
+def rows_of_step(sequences: int, draft: Draft | None) -> int:
+    """Tokens that the model reads in one forward pass, at most: of each sequence its own one and those of the draft."""
+    return sequences * (1 if draft is None else draft.length + 1)
+
+
 @dataclass
 class Acceptance:
     """What came of the draft's tokens.

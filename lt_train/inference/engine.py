@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.continuous_batch import ContinuousBatch, limit
-from lt_train.inference.draft import Acceptance, Draft
+from lt_train.inference.draft import Acceptance, Draft, rows_of_step
 from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes
 from lt_train.inference.packed_weights import obstacle_to_packing, packed_bytes
 from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
@@ -84,7 +84,7 @@ class Engine:
     @property
     def budget(self) -> int:
         """Bytes for the KV cache."""
-        return self.kv_budget if self.kv_budget is not None else default_budget(self.model, self.max_slots)
+        return self.kv_budget if self.kv_budget is not None else default_budget(self.model, self.max_slots, self.draft)
 
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer, that the model's context and the budget allow; 0: not one page."""
@@ -126,7 +126,8 @@ class Engine:
         return KVStore(self.model, slots, pages, self.draft)
 
 
-def default_budget(model: HybridForCausalLM, max_slots: int) -> int:
+def default_budget(model: HybridForCausalLM, max_slots: int, draft: Draft | None = None) -> int:
     """Bytes for the KV cache where none are given: most of what is free beside packed weights."""
-    packed = 0 if obstacle_to_packing(model, max_slots) is not None else packed_bytes(model)
+    rows = rows_of_step(max_slots, draft)
+    packed = 0 if obstacle_to_packing(model, rows) is not None else packed_bytes(model)
     return int(FRACTION_OF_FREE_MEMORY * (free_memory(model.device) - packed))

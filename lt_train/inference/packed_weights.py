@@ -35,20 +35,20 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.linear.bias, "none", [], "")
 
 
-def packed_for(model: HybridForCausalLM, sequences: int) -> HybridForCausalLM:
+def packed_for(model: HybridForCausalLM, rows: int) -> HybridForCausalLM:
     """What the engine computes with: the model with packed weights, or the model itself where there is an obstacle.
 
     Args:
-        sequences: that are generated together, at most.
+        rows: tokens of a forward pass of all sequences that are generated together, at most.
     """
-    if obstacle_to_packing(model, sequences) is not None:
+    if obstacle_to_packing(model, rows) is not None:
         return model
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     packed = {id(linear): PackedLinear(linear) for linear in _linears(model)}
     return deepcopy(model, {**shared, **packed})
 
 
-def obstacle_to_packing(model: HybridForCausalLM, sequences: int) -> str | None:
+def obstacle_to_packing(model: HybridForCausalLM, rows: int) -> str | None:
     """Why the engine computes with the weights as they are stored; None where it packs them."""
     if model.device.type != "cpu":
         return f"the model is on {model.device.type}"
@@ -56,7 +56,7 @@ def obstacle_to_packing(model: HybridForCausalLM, sequences: int) -> str | None:
         return f"the weights are in {dtype_name(model.dtype)}, and only float32 is packed"
     if not can_pack():
         return "torch has no oneDNN for this CPU, or it is switched off"
-    if sequences == 1:
+    if rows == 1:
         return "one sequence gains nothing"
     if not _linears(model):
         return "the weights are too small to gain"

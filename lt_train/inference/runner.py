@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView, LayerViews
+from lt_train.inference.draft import rows_of_step
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import packed_for
 from lt_train.inference.per_prompt_store import PerPromptStore
@@ -28,7 +29,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: HybridForCausalLM, store: KVStore | PerPromptStore, prefill_chunk: int) -> None:
-        self.model = packed_for(model, store.slots)
+        self.model = packed_for(model, rows_of_step(store.slots, store.draft if isinstance(store, KVStore) else None))
         self.store = store
         self.prefill_chunk = prefill_chunk
 

@@ -20,18 +20,19 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.interruption import Interrupted
 from lt_train.runtime.units import format_bytes
 from lt_train.serving.checkpoint import Checkpoint, load_checkpoint
+from lt_train.serving.draft_options import DraftOptions
 from lt_train.serving.reasoning_stream import ReasoningStream
 
 COMMANDS = {"/fold": "hide or show the reasoning", "/new": "begin a new conversation", "/exit": "leave, as Ctrl-D does"}
 
 
-def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None) -> None:
+def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None, draft: DraftOptions | None = None) -> None:
     """Answer questions, a line each, until the input ends. A line that ends in a backslash goes on in the next one.
 
     Raises:
-        UserError: nothing to talk to in the folder, or a model without a chat template.
+        UserError: nothing to talk to in the folder, a model without a chat template, or no such draft.
     """
-    conversation = Conversation(load_checkpoint(folder), console, folded, kv_budget)
+    conversation = Conversation(load_checkpoint(folder), console, folded, kv_budget, draft)
     typed = sys.stdin.isatty()
     if typed:
         conversation.introduce(folder)
@@ -86,6 +87,7 @@ class Conversation:
     console: Console
     folded: bool
     kv_budget: int | None
+    draft: DraftOptions | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class Conversation:
                 f"{self.checkpoint.folder}: its tokenizer has no chat template, so there are no turns. Fix: give the recipe one "
                 "(prompt.chat_template), and export again"
             )
-        engine = self.checkpoint.engine(self.kv_budget, max_slots=1)
+        engine = self.checkpoint.engine(self.kv_budget, max_slots=1, draft=self.draft)
         self.longest = engine.longest()
         if self.longest < 2:
             raise UserError(f"--kv-budget: {engine.budget:,} bytes do not hold one sequence. Fix: raise it")
@@ -104,10 +106,13 @@ class Conversation:
         self.forget()
 
     def introduce(self, folder: Path) -> None:
-        spec, kind = self.checkpoint.model.spec, self.checkpoint.source
-        commands = ", ".join(f"{name}: {what}" for name, what in COMMANDS.items())
-        streaming = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream"
-        for line in (f"{folder}: {kind}, {streaming}; {self.longest:,} tokens of context", f"{commands}; Ctrl-C stops an answer"):
+        checkpoint, commands = self.checkpoint, ", ".join(f"{name}: {what}" for name, what in COMMANDS.items())
+        lines = [
+            f"{folder}: {checkpoint.source}, {checkpoint.streaming}; {self.longest:,} tokens of context",
+            *([] if self.draft is None else [f"draft: {self.draft}"]),
+            f"{commands}; Ctrl-C stops an answer",
+        ]
+        for line in lines:
             self.console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def fold(self) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.manifest import MANIFEST, damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
+from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, HybridSpec
@@ -23,6 +24,7 @@ from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.units import GIB
+from lt_train.serving.draft_options import DraftOptions
 
 BUDGET_ON_CPU = 4 * GIB
 
@@ -61,15 +63,29 @@ class Checkpoint:
         """
         return min(longest - prompt_tokens, self.model.generation_config.max_new_tokens or longest)
 
-    def engine(self, kv_budget: int | None, max_slots: int = 64) -> Engine:
+    @property
+    def streaming(self) -> str:
+        """What of the model streams, in words."""
+        spec = self.model.spec
+        if not spec.split_layers:
+            return f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream"
+        heads = kv_heads(self.model.config.to_dict())
+        streaming = sum(map(len, spec.streaming_heads(heads)))
+        return f"{streaming} of {spec.num_layers * heads} KV heads stream"
+
+    def engine(self, kv_budget: int | None, max_slots: int = 64, draft: DraftOptions | None = None) -> Engine:
         """
         Args:
             kv_budget: bytes; None: most of what is free, and on a CPU, where other programs share it, BUDGET_ON_CPU at most.
+
+        Raises:
+            UserError: no such draft (`Draft.of`).
         """
+        drafting = None if draft is None else draft.draft(self.model.spec)
         if kv_budget is None:
-            kv_budget = default_budget(self.model, max_slots)
+            kv_budget = default_budget(self.model, max_slots, drafting)
             kv_budget = min(kv_budget, BUDGET_ON_CPU) if self.model.device.type == "cpu" else kv_budget
-        return Engine(self.model, self.tokenizer, kv_budget=kv_budget, max_slots=max_slots)
+        return Engine(self.model, self.tokenizer, kv_budget=kv_budget, max_slots=max_slots, draft=drafting)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

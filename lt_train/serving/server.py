@@ -11,28 +11,31 @@ from lt_train.runtime.units import format_bytes
 from lt_train.serving.address import url_of
 from lt_train.serving.app import make_app
 from lt_train.serving.checkpoint import load_checkpoint
+from lt_train.serving.draft_options import DraftOptions
 from lt_train.serving.engine_thread import EngineThread
 
 SECONDS_TO_STOP = 5
 """For clients to read what was sent before connections are closed."""
 
 
-def serve(folder: Path, taken: socket.socket, kv_budget: int | None, max_waiting: int, console: Console) -> None:
+def serve(
+    folder: Path, taken: socket.socket, kv_budget: int | None, max_waiting: int, draft: DraftOptions | None, console: Console
+) -> None:
     """Serve the hybrid of a run or an export until SIGINT or SIGTERM.
 
     Args:
         taken: listens already (`listening`); clients wait there until the model is loaded.
+        draft: of speculative decoding; None: none.
 
     Raises:
-        UserError: nothing to serve in the folder, or the KV budget is below one sequence.
+        UserError: nothing to serve in the folder, no such draft, or the KV budget is below one sequence.
     """
     checkpoint = load_checkpoint(folder)
-    model, spec = checkpoint.model, checkpoint.model.spec
-    engine = EngineThread(checkpoint.engine(kv_budget), max_waiting)
-    streaming = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream"
+    engine = EngineThread(checkpoint.engine(kv_budget, draft=draft), max_waiting)
     at_most = f"{engine.longest:,} tokens at most for prompt and answer"
     lines = [
-        f"serving {folder}: {checkpoint.source}, {streaming}, {model.device.type}",
+        f"serving {folder}: {checkpoint.source}, {checkpoint.streaming}, {checkpoint.model.device.type}",
+        *([] if draft is None else [f"draft: {draft}"]),
         f"KV cache {format_bytes(engine.kv_budget)}: {engine.slots} requests run, {max_waiting} wait; {at_most}",
         f"ready at {url_of(taken)}/v1",
     ]

@@ -10,6 +10,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference import packed_weights
+from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import PackedLinear, obstacle_to_packing, packed_bytes, packed_for
@@ -63,7 +64,7 @@ def test_packed_weights_give_the_logits_of_the_stored_ones(build) -> None:
 
 
 def test_every_linear_layer_of_the_runners_model_is_packed_and_shares_the_stored_tensors(model) -> None:
-    packed = packed_for(model, sequences=3)
+    packed = packed_for(model, rows=3)
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == 3 * 7 + 1
     assert {id(tensor) for tensor in packed.parameters()} == {id(tensor) for tensor in model.parameters()}
@@ -108,6 +109,15 @@ def test_the_stored_weights_are_used_where_packing_is_not_possible_or_gains_noth
     assert obstacle_to_packing(model, 1) == "one sequence gains nothing"
     assert obstacle_to_packing(tiny_model(SPEC, torch.bfloat16), 3) == "the weights are in bfloat16, and only float32 is packed"
     assert obstacle_to_packing(model.to("meta"), 3) == "the model is on meta"
+
+
+def test_a_single_sequence_with_a_draft_has_rows_enough_for_packed_weights(model, monkeypatch) -> None:
+    """Its round has a row for each drafted token."""
+    draft = Draft.of(SPEC, None, 4)
+    runners = [ModelRunner(model, KVStore(model, 1, 3, each), prefill_chunk=16) for each in (None, draft)]
+    assert [any(isinstance(module, PackedLinear) for module in runner.model.modules()) for runner in runners] == [False, True]
+    monkeypatch.setattr("lt_train.inference.engine.free_memory", lambda device: GIB)
+    assert Engine(model, letter_tokenizer(), max_slots=1, draft=draft).budget == int(0.8 * (GIB - packed_bytes(model)))
 
 
 def test_a_build_of_torch_without_onednn_computes_with_the_stored_weights(model, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Request, Sampling
 from lt_train.serving.checkpoint import Checkpoint
+from lt_train.serving.draft_options import DraftOptions
 from lt_train.serving.engine_thread import EngineThread
 from tests.support.served import NAME, checkpoint_of, served, until
 from tests.support.symbol_model import symbol_hybrid, symbol_tokenizer
@@ -55,26 +56,38 @@ def engine_answers(checkpoint: Checkpoint, prompts: list[str], sampling: Samplin
     return [(answer.text, answer.finish_reason) for answer in answers]
 
 
+async def chat(client: AsyncOpenAI, prompt: str, stream: bool, **sampling) -> tuple[str, str]:
+    messages = [{"role": "user", "content": prompt}]
+    reply = await client.chat.completions.create(model=NAME, messages=messages, max_tokens=TOKENS, stream=stream, **sampling)
+    if not stream:
+        return reply.choices[0].message.content, reply.choices[0].finish_reason
+    text, reason = "", ""
+    async for chunk in reply:
+        text += chunk.choices[0].delta.content or ""
+        reason = chunk.choices[0].finish_reason or reason
+    return text, reason
+
+
+async def chat_about_all(url: str, **sampling) -> list[tuple[str, str]]:
+    """All prompts at once: each streamed, then each not."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        return await asyncio.gather(*(chat(client, prompt, stream, **sampling) for stream in (True, False) for prompt in PROMPTS))
+
+
 def test_concurrent_chats_streamed_and_not_get_the_greedy_answers_that_the_engine_gives_alone(checkpoint, url) -> None:
-    async def ask(client: AsyncOpenAI, prompt: str, stream: bool) -> tuple[str, str]:
-        messages = [{"role": "user", "content": prompt}]
-        asked = {"model": NAME, "messages": messages, "max_tokens": TOKENS, "temperature": 0, "stream": stream}
-        reply = await client.chat.completions.create(**asked)
-        if not stream:
-            return reply.choices[0].message.content, reply.choices[0].finish_reason
-        text, reason = "", ""
-        async for chunk in reply:
-            text += chunk.choices[0].delta.content or ""
-            reason = chunk.choices[0].finish_reason or reason
-        return text, reason
-
-    async def ask_all() -> list[tuple[str, str]]:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, prompt, stream) for stream in (True, False) for prompt in PROMPTS))
-
     expected = engine_answers(checkpoint, PROMPTS, Sampling(0.0, 1.0, TOKENS))
-    assert asyncio.run(ask_all()) == [*expected, *expected]
+    assert asyncio.run(chat_about_all(url, temperature=0)) == [*expected, *expected]
     assert len(set(expected)) > 4
+
+
+@pytest.mark.parametrize("draft", [DraftOptions(), DraftOptions(layers=(0,), length=3)], ids=["as measured", "three tokens"])
+def test_a_draft_changes_no_answer(checkpoint, draft: DraftOptions) -> None:
+    with served(checkpoint, draft=draft) as (url, engine):
+        expected = engine_answers(checkpoint, PROMPTS, Sampling(0.0, 1.0, TOKENS))
+        assert asyncio.run(chat_about_all(url, temperature=0)) == [*expected, *expected]
+        expected = engine_answers(checkpoint, PROMPTS, Sampling(0.8, 0.9, TOKENS), seed=5)
+        assert asyncio.run(chat_about_all(url, temperature=0.8, top_p=0.9, seed=5)) == [*expected, *expected]
+    assert engine._batch.acceptance.accepted > 0
 
 
 def test_a_seed_draws_the_sample_that_the_engine_draws_whatever_runs_beside_it(checkpoint, client) -> None:

@@ -53,7 +53,15 @@ def test_what_vllm_cannot_compute_is_said_and_served_by_the_built_in_engine(lt_t
     for folder, reason in ((export(tmp_path / "export", TOKENS), "w_sink: 4"), (tmp_path / "run", "there is no export yet")):
         code, out, _ = lt_train("serve", folder, "--vllm", sys.executable, "--port", "0")
         assert code == 0 and out.startswith(f"not by vLLM: {reason}")
-    assert started == [["built-in"], ["built-in"]]
+    assert started == 2 * [["built-in"]]
+
+
+def test_a_draft_is_refused_where_vllm_serves(lt_train, tmp_path, started) -> None:
+    arguments = ("--vllm", sys.executable, "--port", "0", "--draft", "streaming")
+    code, _, err = lt_train("serve", export(tmp_path / "learned", LEARNED), *arguments)
+    assert code == 2 and "--draft: vLLM serves this export, and decodes in its own way. Fix: remove it, or --vllm" in err
+    assert lt_train("serve", export(tmp_path / "tokens", TOKENS), *arguments)[0] == 0
+    assert started == [["built-in"]]
 
 
 def test_a_python_without_vllm_and_options_without_a_server_for_them_are_refused(lt_train, tmp_path, started, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """`lt-train chat`, with piped input, and as on a terminal."""
 
+import copy
 import fcntl
 import io
 import json
@@ -25,9 +26,11 @@ from lt_train.inference.continuous_batch import ContinuousBatch
 from lt_train.runtime.errors import UserError
 from lt_train.serving.chat import Conversation
 from lt_train.serving.checkpoint import Checkpoint
+from lt_train.serving.draft_options import DraftOptions
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.served import checkpoint_of
 from tests.support.symbol_model import symbol_hybrid, symbol_tokenizer
+from tests.support.tiny_engine import tiny_model
 
 OLD = REPOSITORY / "tests/fixtures/run_before_the_folders"
 EXPORT = OLD / "finished/old/export"
@@ -47,10 +50,12 @@ def symbols() -> Checkpoint:
     return checkpoint_of(symbol_hybrid(), symbol_tokenizer())
 
 
-def conversation(checkpoint: Checkpoint, *, folded: bool = False, terminal: bool = False) -> tuple[Conversation, io.StringIO]:
+def conversation(
+    checkpoint: Checkpoint, *, folded: bool = False, terminal: bool = False, draft: DraftOptions | None = None
+) -> tuple[Conversation, io.StringIO]:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=80, color_system="standard" if terminal else None)
-    return Conversation(checkpoint, console, folded, 2**26), shown
+    return Conversation(checkpoint, console, folded, 2**26, draft), shown
 
 
 def answer_of(shown: io.StringIO) -> tuple[str, str]:
@@ -86,6 +91,24 @@ def test_the_line_below_an_answer_says_its_rate_and_its_kv_cache(reasoner: Check
     assert report.startswith("82 tokens, ") and " tokens/s; KV " in report
     assert report.endswith(f" of {93 + 82} tokens (full attention: 700 KiB)")
     assert "KV 620 KiB" in report  # one of eight layers holds 16 tokens
+
+
+def test_a_draft_changes_no_answer_and_is_said_at_the_beginning(symbols: Checkpoint) -> None:
+    precise, shown = replace(symbols, model=copy.deepcopy(symbols.model).double()), []
+    for draft in (None, DraftOptions(length=3)):
+        talk, out = conversation(precise, draft=draft)
+        for question in ("12", "34+5"):
+            talk.ask(question)
+        shown.append([turn["content"] for turn in talk.turns])
+        talk.introduce(Path("runs/mine"))
+    assert shown[0] == shown[1] and talk.batch.acceptance.accepted > 0
+    assert "\ndraft: all layers stream; it proposes 3 tokens in a round\n" in out.getvalue()
+
+
+def test_the_beginning_says_what_streams(symbols: Checkpoint) -> None:
+    assert symbols.streaming == "1 of 2 layers stream"
+    split = HybridSpec.from_streaming_heads([(1,), (0, 1), ()], kv_heads=2, w_sink=2, w_recent=6)
+    assert replace(symbols, model=tiny_model(split)).streaming == "3 of 6 KV heads stream"
 
 
 def test_each_turn_follows_the_earlier_ones_in_the_models_template(symbols: Checkpoint) -> None:

@@ -16,6 +16,7 @@ import pytest
 from lt_train import cli
 from lt_train.runtime.errors import UserError
 from lt_train.serving.address import listening
+from lt_train.serving.draft_options import DraftOptions
 from tests.support.processes import exit_code, free_port, start
 from tests.support.repository import REPOSITORY
 from tests.support.served import until
@@ -84,6 +85,16 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(lt_train, monke
     assert err == f"error --port: {port}: in use at 127.0.0.1. Fix: name another, or stop what listens there\n"
 
 
+def test_the_draft_is_as_the_options_say(lt_train, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("lt_train.serving.server.serve", lambda *given: asked.append(given[4]))
+    monkeypatch.setattr("lt_train.serving.chat.chat", lambda *_, draft, **__: asked.append(draft))
+    for command in (["serve", EXPORT, "--port", "0"], ["chat", EXPORT]):
+        for options in ([], ["--draft", "streaming"], ["--draft", "streaming", "--draft-layers", "1,5", "--draft-length", "4"]):
+            assert lt_train(*command, *options)[0] == 0
+    assert asked == 2 * [None, DraftOptions(), DraftOptions((1, 5), 4)]
+
+
 def test_it_listens_at_127_0_0_1_unless_told(lt_train, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, taken, *_: asked.append(taken.getsockname()))
@@ -119,6 +130,16 @@ def test_ipv6_is_served_where_it_is_named() -> None:
         ([EXPORT, "--kv-budget", "many"], "--kv-budget: many: no size. Fix: write it as 8GiB"),
         ([EXPORT, "--kv-budget", "-1"], "--kv-budget: -1: no size"),
         ([EXPORT, "--kv-budget", "100"], "--kv-budget: 100 bytes do not hold one sequence. Fix: raise it"),
+        (
+            [EXPORT, "--draft-length", "4"],
+            "--draft-length: 4: nothing drafts. Fix: add --draft streaming, or",
+        ),
+        (
+            [EXPORT, "--draft", "streaming", "--draft-layers", "1;2"],
+            "--draft-layers: 1;2: no list of layers. Fix: write",
+        ),
+        ([EXPORT, "--draft", "streaming", "--draft-layers", "1,99"], "draft_layers: [99]: not in the model."),
+        ([EXPORT, "--draft", "streaming", "--draft-length", "0"], "draft_length: 0: not within the window"),
         ([EXPORT, "--host", "no.such.host.invalid"], "--host: no.such.host.invalid: no address"),
     ],
 )

@@ -11,15 +11,18 @@ import uvicorn
 from lt_train.serving.address import listening, url_of
 from lt_train.serving.app import make_app
 from lt_train.serving.checkpoint import Checkpoint
+from lt_train.serving.draft_options import DraftOptions
 from lt_train.serving.engine_thread import EngineThread
 
 NAME = "tiny"
 
 
 @contextmanager
-def served(checkpoint: Checkpoint, *, max_slots: int = 8, max_waiting: int = 64) -> Iterator[tuple[str, EngineThread]]:
+def served(
+    checkpoint: Checkpoint, *, max_slots: int = 8, max_waiting: int = 64, draft: DraftOptions | None = None
+) -> Iterator[tuple[str, EngineThread]]:
     """Its address, and the engine behind it."""
-    engine = EngineThread(checkpoint.engine(2**28, max_slots), max_waiting)
+    engine = EngineThread(checkpoint.engine(2**28, max_slots, draft), max_waiting)
     config = uvicorn.Config(make_app(NAME, checkpoint, engine), log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with listening("127.0.0.1", 0) as taken:
