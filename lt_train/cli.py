@@ -19,7 +19,7 @@ from lt_train import __version__
 from lt_train.bench.commands import bench
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError, more, shortened
-from lt_train.runtime.interruption import Interrupted, raising_interrupted
+from lt_train.runtime.interruption import Interrupted, raising_interrupted, resuming
 from lt_train.runtime.processes import (
     Process,
     end_with,
@@ -376,6 +376,7 @@ def report(
 
 
 @app.command()
+@resuming()
 def compare(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -511,6 +512,7 @@ def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+@resuming()
 def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, only: bool = False) -> None:
     """Run a command in the run folder of a recipe; ranks other than the first follow."""
     from lt_train.recipe.loading import load_recipe
@@ -557,7 +559,8 @@ def main() -> None:
     except Interrupted as stop:
         code = stop.exit_code
         if process.speaks:
-            Console(stderr=True).print(f"{stop}; the same command resumes", highlight=False, soft_wrap=True)
+            resumes = "; the same command resumes" if stop.resumes else ""
+            Console(stderr=True).print(f"{stop}{resumes}", highlight=False, soft_wrap=True)
     if process.count > 1:
         leave(code)
     sys.exit(code)

@@ -59,18 +59,26 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "stopped by SIGTERM")])
 @pytest.mark.parametrize(
-    ("number", "code", "line"),
+    ("command", "resumes"),
     [
-        (signal.SIGINT, 130, "stopped; the same command resumes"),
-        (signal.SIGTERM, 143, "stopped by SIGTERM; the same command resumes"),
+        (("run", "recipes/quickstart.yaml"), "; the same command resumes"),
+        (("train", "recipes/quickstart.yaml"), "; the same command resumes"),
+        (("compare", "recipes/quickstart.yaml"), "; the same command resumes"),
+        (("validate", "recipes/quickstart.yaml"), ""),
+        (("bench", "growth", "--shape", "135m"), ""),
     ],
+    ids=lambda given: given[0] if given else "",
 )
-def test_a_command_that_a_signal_stops_says_that_the_same_command_resumes(lt_train, monkeypatch, number, code, line):
+def test_a_command_that_a_signal_stops_says_whether_the_same_command_resumes(
+    lt_train, monkeypatch, command, resumes, number, code, line
+):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    monkeypatch.setattr("lt_train.recipe.loading.load_recipe_and_remarks", lambda *_: signal.raise_signal(number))
+    for reached in ("recipe.loading.load_recipe_and_remarks", "bench.growth.bench_growth", "pipeline.comparison.compare"):
+        monkeypatch.setattr(f"lt_train.{reached}", lambda *_: signal.raise_signal(number))
     try:
-        assert lt_train("validate", "recipes/quickstart.yaml") == (code, "", f"{line}\n")
+        assert lt_train(*command) == (code, "", f"{line}{resumes}\n")
     finally:
         signal.signal(signal.SIGINT, before)
 

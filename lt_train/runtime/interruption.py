@@ -21,6 +21,8 @@ class Interrupted(BaseException):
         self.number = number
         self.exit_code = 128 + number
         """As a shell reports a process that a signal ended."""
+        self.resumes = False
+        """Whether the same command resumes (`resuming`)."""
 
 
 @contextmanager
@@ -58,6 +60,16 @@ def end_at_sigterm() -> None:
     """In a forked process: SIGTERM ends it at once, also one that came before."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextmanager
+def resuming() -> Iterator[None]:
+    """The block keeps what it has done: where a signal stops it, the same command resumes, and Interrupted says so."""
+    try:
+        yield
+    except Interrupted as stop:
+        stop.resumes = True
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
