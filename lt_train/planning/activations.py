@@ -33,7 +33,7 @@ def layer_bytes(shape: ModelShape, layer: Layer, element: ElementBytes, *, gathe
 
     Args:
         gathered: documents are gathered from packed or padded rows, so attention saves copies of its own.
-        dense: this layer computes attention by the reference kernel (attention: reference), which saves its probabilities.
+        dense: what streams computes attention by the reference kernel (attention: reference), which saves its probabilities.
         length: tokens of a row.
     """
     norms = 2 * _norm(shape, element, layer.norms_trained)
@@ -84,19 +84,21 @@ def _inputs(layer: Layer, names: tuple[str, ...], shape: ModelShape, element: El
 def _attention(shape: ModelShape, layer: Layer, element: ElementBytes, gathered: bool, dense: bool, length: int) -> int:
     """Queries, keys and values after the rotary embedding, the output, and its log-sum-exp, as fused kernels save them.
 
-    The output is also the input of o_proj: the same tensor unless documents were gathered, or the family copies it.
+    The output is also the input of o_proj: the same tensor unless documents were gathered, the layer is split (it joins two), or the
+    family copies it. A split layer attends to copies of queries, keys and values, and what they are copied from is freed.
     """
     saved = element.product * (2 * shape.queries + 2 * shape.keys) + FP32 * shape.heads
     if shape.query_key_norms:
         width = shape.queries + shape.keys
         normalised = FP32 if shape.norms_in_fp32 else element.product
         saved += FP32 * (width + shape.query_key_norms) + (normalised * width if layer.norms_trained else 0)
-    if shape.fused_qkv and not gathered:
+    if shape.fused_qkv and not gathered and not layer.is_split:
         saved += element.product * (shape.queries + shape.keys)
     if dense:  # softmax in fp32 and its copy for the product; the boolean mask is shared by heads
-        saved += shape.heads * length * (FP32 + (element.product if element.product != FP32 else 0)) + length
+        probabilities = FP32 + (element.product if element.product != FP32 else 0)
+        saved += round(layer.streaming * shape.heads) * length * probabilities + length
     out = layer.linears["o_proj"]
-    if out.keeps_input and (gathered or shape.copies_output or (element.autocast and out.rank > 0)):
+    if out.keeps_input and (gathered or layer.is_split or shape.copies_output or (element.autocast and out.rank > 0)):
         saved += element.product * shape.queries
     return saved + out.rank * element.product
 

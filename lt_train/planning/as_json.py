@@ -3,6 +3,7 @@
 from typing import Any
 
 from lt_train.planning.plan import RecipePlan, TrainingPlan
+from lt_train.selection.chosen import number_of_streaming_heads
 
 
 def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
@@ -10,6 +11,7 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
     Returns:
         name, works, machine, model; and training, profile and kv_cache, each null where the recipe has none. What is unknown, as
         the tokens of data that are not local, is null. `suggestions` are changes each of which alone makes it fit.
+        `streaming_layers` counts those that stream wholly or in part: at most so many where KV heads are yet to be chosen.
     """
     spec, machine = plan.shape.spec, plan.machine
     return {
@@ -28,7 +30,9 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
             "parameters": plan.shape.base_parameters,
             "active_parameters": plan.shape.active_parameters,
             "layers": spec.num_layers,
-            "streaming_layers": len(spec.lazy_layers),
+            "streaming_layers": len(spec.streaming_layers),
+            "kv_heads": spec.num_layers * plan.shape.key_heads,
+            "streaming_kv_heads": number_of_streaming_heads(spec, plan.shape.key_heads),
             "w_sink": spec.w_sink,
             "w_recent": spec.w_recent,
             "learned_sinks": spec.learned_sinks,

@@ -59,13 +59,14 @@ def training_compute(shape: ModelShape, train: Train, work: Workload) -> Compute
     )
 
 
-def _seen(shape: ModelShape, lengths: Iterable[int]) -> tuple[int, int]:
-    """Pairs of a query and a visible key, over all layers and samples: of the hybrid, and without streaming layers."""
+def _seen(shape: ModelShape, lengths: Iterable[int]) -> tuple[float, int]:
+    """Pairs of a query and a visible key, over all layers and samples: of the hybrid, and without streaming layers. A split layer
+    has those of its kinds of KV heads, by their fractions."""
     full = streaming = 0
     for length in lengths:
         full += causal_pairs(length)
         streaming += streaming_pairs(length, shape.spec.window)
-    streams = sum(layer.streams for layer in shape.layers)
+    streams = sum(layer.streaming for layer in shape.layers)
     return (len(shape.layers) - streams) * full + streams * streaming, len(shape.layers) * full
 
 

@@ -1,12 +1,12 @@
 """KV cache of an evaluation by the built-in engine: bytes of one sequence, full and hybrid, and how many sequences fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
 
 from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
-from lt_train.hybrid.kv_size import kv_bytes, token_bytes
+from lt_train.hybrid.kv_size import head_bytes, kv_bytes, kv_heads, token_bytes
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import LONGEST
 from lt_train.inference.packed_weights import can_pack, fits, is_worth_packing
@@ -46,14 +46,15 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
     longest = max(eval_configs, key=_tokens)
     itemsize = inference_itemsize(recipe, machine)
     tokens, spec = _tokens(longest), shape.spec
-    token = token_bytes(base_config.to_dict(), itemsize)
+    config = base_config.to_dict()
     hybrid, full = (
-        kv_bytes(base_config.to_dict(), each, tokens, itemsize) + token * _tokens_in_rings(longest, each, spec)
+        kv_bytes(config, each, tokens, itemsize)
+        + head_bytes(config, itemsize) * _tokens_in_rings(longest, each, spec, kv_heads(config))
         for each in (spec, spec.all_full)
     )
     left = max(machine.gpus * machine.usable - itemsize * shape.base_parameters, 0)
     left -= _packed(shape, machine, itemsize, left)
-    layer_tokens = left // token
+    layer_tokens = left // token_bytes(config, itemsize)
     return KVCache(
         longest.name or longest.benchmark,
         tokens,
@@ -64,14 +65,17 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
     )
 
 
-def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpec) -> int:
-    """Tokens that a draft caches for a sequence, summed over layers: a window where a layer streams in the draft alone, and what it
-    proposes in a round wherever a layer streams."""
+def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpec, heads: int) -> int:
+    """Tokens that a draft caches for a sequence, summed over the KV heads of all layers: a window where a head streams in the draft
+    alone, and what it proposes in a round wherever one streams."""
     if eval_config.draft is None:
         return 0
-    listed = hybrid.lazy_layers if eval_config.draft == "hybrid" else eval_config.draft_layers or range(evaluated.num_layers)
-    streaming, length = {*evaluated.lazy_layers, *listed}, eval_config.draft_length or LONGEST
-    return (len(streaming) - len(evaluated.lazy_layers)) * evaluated.window + len(streaming) * length
+    listed = range(evaluated.num_layers) if eval_config.draft_layers is None else eval_config.draft_layers
+    drafting = replace(hybrid, lazy_layers=tuple(listed), split_layers=()) if eval_config.draft == "streaming" else hybrid
+    own_L, drafting_L = evaluated.streaming_heads(heads), drafting.streaming_heads(heads)
+    own = sum(map(len, own_L))
+    rings = sum(len({*one, *other}) for one, other in zip(own_L, drafting_L, strict=True))
+    return (rings - own) * evaluated.window + rings * (eval_config.draft_length or LONGEST)
 
 
 def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> int:
@@ -82,7 +86,7 @@ def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> in
 
 
 def _in_vllm(spec: HybridSpec, model_type: str, tokens: int, layer_tokens: int) -> dict[int, int]:
-    specs = with_one_more_or_fewer(spec, model_type)
+    specs = {} if spec.split_layers else with_one_more_or_fewer(spec, model_type)
     if specs:
         specs[0] = spec.all_full
     return {count: int(VllmCache().sequences(each, tokens, layer_tokens)) for count, each in specs.items()}

@@ -59,7 +59,7 @@ def _shardings(
     recipe: Recipe, shape: ModelShape, machine: Machine, length: int, checkpointing: bool, in_host_memory: bool
 ) -> Iterator[FittingTraining]:
     assert recipe.train is not None
-    setup = setup_of(recipe, recipe.train, machine, len(shape.spec.lazy_layers))
+    setup = setup_of(recipe, recipe.train, machine, len(shape.spec.streaming_layers))
     setup = replace(setup, length=length, checkpointing=checkpointing)
     for option in sharding_options(recipe, recipe.train, shape, setup):
         useless = option.sharding.stage is not None and (machine.cpu or (machine.gpus == 1 and not in_host_memory))

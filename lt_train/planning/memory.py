@@ -135,14 +135,14 @@ def _activations(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
             layer,
             element,
             gathered=setup.gathered,
-            dense=setup.dense and layer.streams,
+            dense=setup.dense and layer.streaming > 0,
             length=setup.length,
         )
         for layer in shape.layers
     ]
     first_trained = next((index for index, layer in enumerate(shape.layers) if layer.trains), len(shape.layers))
     before_first = PASSES - {Phase.FIRST_LAYER}
-    streaming = sum(layer.streams for layer in shape.layers)
+    streaming, split = sum(layer.streaming == 1 for layer in shape.layers), sum(layer.is_split for layer in shape.layers)
     if setup.checkpointing:
         yield Allocation(
             "activations",
@@ -152,7 +152,7 @@ def _activations(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
         )
         yield Allocation("one layer again", tokens * max(layers), LAYERS, "gradient checkpointing recomputes it")
     else:
-        count = f"{len(layers) - streaming} full, {streaming} streaming layers"
+        count = f"{len(layers) - streaming - split} full, {streaming} streaming" + f", {split} split" * bool(split) + " layers"
         yield Allocation("activations", tokens * sum(layers[first_trained:]), before_first, f"{tokens:,} tokens, {count}")
         yield Allocation(
             "first layer",

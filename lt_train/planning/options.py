@@ -83,7 +83,11 @@ def suggestions(recipe: Recipe, train: Train, shape: ModelShape, setup: Setup) -
     if degree is not None:
         yield f"--set train.sequence_parallel={degree}"
     more = next(
-        (gpus for gpus in _more_gpus(recipe, train, setup) if fits(setup_of(recipe, train, gpus, len(shape.spec.lazy_layers)))),
+        (
+            gpus
+            for gpus in _more_gpus(recipe, train, setup)
+            if fits(setup_of(recipe, train, gpus, len(shape.spec.streaming_layers)))
+        ),
         None,
     )
     if more is not None:

@@ -112,7 +112,7 @@ def _training(recipe: Recipe, train: Train, machine: Machine, shape: ModelShape,
         accumulation = accumulation_steps(train, recipe.data, machine.gpus)
     except UserError as error:
         undivided = str(error)
-    setup = setup_of(recipe, train, machine, len(shape.spec.lazy_layers))
+    setup = setup_of(recipe, train, machine, len(shape.spec.streaming_layers))
     memory = training_memory(shape, setup)
     return TrainingPlan(
         setup=setup,

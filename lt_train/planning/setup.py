@@ -160,8 +160,8 @@ def inference_itemsize(recipe: Recipe, machine: Machine) -> int:
     return BF16 if in_bf16(recipe, machine) else FP32
 
 
-def setup_of(recipe: Recipe, train: Train, machine: Machine, lazy_layers: int) -> Setup:
-    """The setup that the recipe describes."""
+def setup_of(recipe: Recipe, train: Train, machine: Machine, streaming_layers: int) -> Setup:
+    """The setup that the recipe describes; `streaming_layers` stream wholly or in part."""
     return Setup(
         machine=machine,
         sharding=sharding_of(train.deepspeed),
@@ -173,7 +173,7 @@ def setup_of(recipe: Recipe, train: Train, machine: Machine, lazy_layers: int) -
         checkpointing=train.gradient_checkpointing,
         packing=recipe.data.packing,
         dense=recipe.model.attention == "reference",
-        teacher=_teacher(recipe, train, lazy_layers),
+        teacher=_teacher(recipe, train, streaming_layers),
         sequence_parallel=train.sequence_parallel,
     )
 
@@ -202,12 +202,12 @@ def sharding_of(path: str | None) -> Sharding:
     )
 
 
-def _teacher(recipe: Recipe, train: Train, lazy_layers: int) -> TeacherSetup | None:
+def _teacher(recipe: Recipe, train: Train, streaming_layers: int) -> TeacherSetup | None:
     distill = train.distill
     if distill.weight == 0 or distill.teacher == "top_k":  # the teacher's files exist before the training
         return None
     return TeacherSetup(
-        copied=distill.teacher == "copy" or recipe.lora is None, layers=lazy_layers if distill.hidden_weight > 0 else 0
+        copied=distill.teacher == "copy" or recipe.lora is None, layers=streaming_layers if distill.hidden_weight > 0 else 0
     )
 
 

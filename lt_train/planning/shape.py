@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lt_train.hybrid.context_length import context_length
-from lt_train.hybrid.kv_size import head_size
+from lt_train.hybrid.kv_size import head_size, kv_heads
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid, Recipe
 from lt_train.runtime.errors import UserError
-from lt_train.selection.choose import choose_layers
+from lt_train.selection.choose import choose_spec
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 
 
@@ -47,11 +47,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    streams: bool
+    streaming: float
+    """Fraction of its KV heads that stream."""
     linears: dict[str, Linear]
     parameters: int
     norms_trained: bool
     """Whether the weights of its RMSNorms are trained."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some of its KV heads stream, and the others keep full attention."""
+        return 0 < self.streaming < 1
 
     @property
     def trains(self) -> bool:
@@ -130,18 +136,20 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
         HybridError: a base that cannot become a hybrid.
     """
     hybrid = recipe.hybrid
-    num_layers = base_config.num_hidden_layers
-    lazy = _lazy_layers(hybrid, num_layers)
-    spec = HybridSpec(num_layers, lazy, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+    spec = _spec(hybrid, base_config.num_hidden_layers, kv_heads(base_config.to_dict()))
     with torch.device("meta"):
         model = build_hybrid(base_config, spec)
         _freeze_what_is_not_trained(recipe, spec, model)
     return _shape_of(model, spec)
 
 
-def _lazy_layers(hybrid: Hybrid, num_layers: int) -> tuple[int, ...]:
-    """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size."""
-    return choose_layers(hybrid.model_copy(update={"strategy": "periodic"}), num_layers, seed=0)
+def _spec(hybrid: Hybrid, num_layers: int, heads: int) -> HybridSpec:
+    """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size.
+
+    As many KV heads, spread evenly: then the most layers have some that stream, and so the most adapters of lora.layers: lazy, and
+    the most are split, and so have the most activations. KV cache and operations do not depend on where the heads are.
+    """
+    return choose_spec(hybrid.model_copy(update={"strategy": "periodic"}), num_layers, heads, seed=0)
 
 
 def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:
@@ -166,7 +174,10 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         spec=spec,
-        layers=tuple(_layer(layer, spec.is_lazy(index), of_token) for index, layer in enumerate(model.model.layers)),
+        layers=tuple(
+            _layer(layer, len(streaming) / config.num_key_value_heads, of_token)
+            for layer, streaming in zip(model.model.layers, spec.streaming_heads(config.num_key_value_heads), strict=True)
+        ),
         hidden=config.hidden_size,
         queries=config.num_attention_heads * head_size(config.to_dict()),
         keys=config.num_key_value_heads * head_size(config.to_dict()),
@@ -192,7 +203,7 @@ OTHER_NAMES = {"dense": "o_proj", "c_fc": "up_proj", "fc1": "up_proj", "c_proj":
 """Names of linear modules in families that are not declared, and what Llama calls them."""
 
 
-def _layer(layer: nn.Module, streams: bool, experts_per_token: int) -> Layer:
+def _layer(layer: nn.Module, streaming: float, experts_per_token: int) -> Layer:
     linears: dict[str, Linear] = {}
     inside = tuple(name for name, module in layer.named_modules() if isinstance(module, LoraLayer))
     for path, module in layer.named_modules():
@@ -215,7 +226,7 @@ def _layer(layer: nn.Module, streams: bool, experts_per_token: int) -> Layer:
         problem = f"no module of a layer has this name ({', '.join(sorted(linears))}), so its memory cannot be planned"
         raise UserError(f"model.family: auto: {' and '.join(sorted(lacking))}: {problem}. Fix: run the recipe without a plan")
     norms = [p for name, p in layer.named_parameters() if "norm" in name]
-    return Layer(streams, linears, sum(p.numel() for p in layer.parameters()), any(p.requires_grad for p in norms))
+    return Layer(streaming, linears, sum(p.numel() for p in layer.parameters()), any(p.requires_grad for p in norms))
 
 
 def _trains(module: nn.Module) -> bool:

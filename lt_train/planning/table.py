@@ -10,6 +10,7 @@ from lt_train.planning.plan import RecipePlan, TrainingPlan
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.runtime.units import format_bytes, format_duration
+from lt_train.selection.chosen import streaming_count
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -42,9 +43,12 @@ def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     shape = plan.shape
     spec = shape.spec
     sinks = "learned sinks" if spec.learned_sinks else f"{spec.w_sink} sinks"
-    streams = f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream ({sinks}, window {spec.w_recent:,})"
+    streams = f"{streaming_count(spec, shape.key_heads)} stream ({sinks}, window {spec.w_recent:,})"
     active = f", of which a token uses {shape.active_parameters:,}" if shape.experts else ""
     rows = [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters{active}; {streams}")]
+    if spec.split_layers and plan.recipe.hybrid.streaming_kv_heads is None:
+        bound = f"at most {len(spec.streaming_layers)} layers have some of them; adapters and activations are counted for so many"
+        rows.append(("", bound))
     if plan.proof is not None:
         rows += [("family", plan.proof), ("", "memory and operations are counted as if its layers were Llama's or Qwen3-MoE's")]
     return rows

@@ -26,8 +26,11 @@ CONFIG = Qwen3Config(
 LENGTH = 96
 
 
-def compute_of(length: int = LENGTH, samples: int = 1, **settings):
-    hybrid = {"layers": [0, 1], "lazy_layer_ratio": None, "strategy": None, "w_sink": 4, "w_recent": 60}
+LAYERS = {"layers": [0, 1]}
+
+
+def compute_of(length: int = LENGTH, samples: int = 1, chosen: dict = LAYERS, **settings):
+    hybrid = {**chosen, "lazy_layer_ratio": None, "strategy": None, "w_sink": 4, "w_recent": 60}
     recipe = public_recipe("qwen3-8b", hybrid=hybrid, **settings)
     work = Workload(Samples([length] * samples, "made up"), steps=1, epochs=1.0)
     return training_compute(model_shape(recipe, CONFIG), recipe.train, work)
@@ -68,6 +71,13 @@ def test_attention_is_four_times_its_width_a_pair_and_three_times_that_with_the_
     assert compute_of().attention == 3 * 4 * 64 * pairs
     assert compute_of().full_attention == 3 * 4 * 64 * 4 * causal_pairs(LENGTH)
     assert compute_of(train={"gradient_checkpointing": True}).attention == 4 * 4 * 64 * pairs
+
+
+def test_attention_of_split_layers_is_that_of_their_kv_heads():
+    by_head = compute_of(chosen={"streaming_kv_heads": [[0], [], [1], [0]]})
+    pairs = 5 * causal_pairs(LENGTH) + 3 * streaming_pairs(LENGTH, 64)
+    assert by_head.attention == 3 * 4 * 32 * pairs  # of half of the query heads each
+    assert compute_of(chosen={"streaming_kv_heads": [[0], [1], [1], [0]]}).attention == compute_of().attention
 
 
 def test_checkpointing_runs_the_layers_forward_once_more():

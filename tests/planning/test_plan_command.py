@@ -55,7 +55,10 @@ def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
 KEYS = {
     "": ["name", "works", "machine", "model", "training", "profile", "kv_cache"],
     "machine": ["gpus", "cpu", "memory_bytes", "usable_bytes", "tflops", "efficiency"],
-    "model": ["base", "parameters", "active_parameters", "layers", "streaming_layers", "w_sink", "w_recent", "learned_sinks"],
+    "model": [
+        *("base", "parameters", "active_parameters", "layers", "streaming_layers", "kv_heads", "streaming_kv_heads"),
+        *("w_sink", "w_recent", "learned_sinks"),
+    ],
     "training": [
         *("fits", "trained_parameters", "dtype", "sharding", "micro_batch_size", "row_tokens", "sequence_parallel"),
         *("accumulation_steps", "undivided", "peak_bytes", "peak_phase", "host_bytes", "allocations", "options", "suggestions"),
@@ -87,6 +90,22 @@ def test_a_plan_as_json_has_stable_keys_and_the_numbers_of_the_table(plan):
     ]
     assert training["hours"] > 0 and training["tokens"] > training["optimizer_steps"] > 0 and training["suggestions"] == []
     assert found["kv_cache"]["hybrid_bytes"] < found["kv_cache"]["full_bytes"]
+
+
+def test_a_plan_of_kv_heads_counts_them_and_says_what_is_a_bound(plan):
+    heads = ("hybrid.granularity=kv_head", "hybrid.strategy=gates", "hybrid.lazy_layer_ratio=0.875")
+    base = f"model.base={CONFIGS / 'qwq-32b'}"
+    by_head = ("recipes/qwq-32b.yaml", "--set", base, "--gpus", 8, "--mean-tokens", 6000, *(f"--set={each}" for each in heads))
+    by_layer = [*by_head[:-3], "--set=hybrid.lazy_layer_ratio=0.875"]
+    code, said = plan(*by_head)
+    assert code == 0 and "; 448 of 512 KV heads stream (4 sinks, window 1,020)" in said
+    assert "at most 64 layers have some of them; adapters and activations are counted for so many" in said
+    heads, layers = (json.loads(plan(*arguments, "--json")[1]) for arguments in (by_head, by_layer))
+    assert (heads["model"]["kv_heads"], heads["model"]["streaming_kv_heads"], heads["model"]["streaming_layers"]) == (512, 448, 64)
+    assert (layers["model"]["streaming_kv_heads"], layers["model"]["streaming_layers"]) == (448, 56)
+    assert heads["kv_cache"]["hybrid_bytes"] == layers["kv_cache"]["hybrid_bytes"]
+    assert heads["training"]["flop"] == pytest.approx(layers["training"]["flop"], rel=0.01)  # adapters in more layers
+    assert heads["training"]["peak_bytes"] > layers["training"]["peak_bytes"]
 
 
 def test_a_plan_as_json_that_does_not_fit_leaves_with_1_and_suggestions(plan):

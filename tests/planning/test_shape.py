@@ -49,7 +49,24 @@ def test_lazy_projections_trains_the_projections_of_streaming_layers():
 
 def test_the_recipes_own_layers_are_taken():
     shape = shape_of("qwen3-8b", hybrid={"layers": [3, 5], "lazy_layer_ratio": None, "strategy": None})
-    assert [index for index, layer in enumerate(shape.layers) if layer.streams] == [3, 5]
+    assert [index for index, layer in enumerate(shape.layers) if layer.streaming] == [3, 5]
+
+
+@pytest.mark.parametrize(("ratio", "layers", "split"), [(0.05, 14, 14), (0.5, 36, 36), (0.93, 36, 20)])
+def test_kv_heads_that_are_yet_to_be_chosen_are_counted_in_as_many_layers_as_can_have_some(ratio, layers, split):
+    shape = shape_of("qwen3-8b", hybrid={"lazy_layer_ratio": ratio, "granularity": "kv_head"}, train={"method": "lora"})
+    heads = round(ratio * 36 * 8)
+    assert sum(layer.streaming for layer in shape.layers) == heads / 8
+    assert (len(shape.spec.streaming_layers), sum(layer.is_split for layer in shape.layers)) == (layers, split)
+    assert layers == min(heads, 36) and split == min(heads, 36, 36 * 8 - heads)
+    # adapters of rank 16 on q, k, v and o of every layer with some
+    assert shape.trainable == layers * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+
+
+def test_named_kv_heads_are_taken_as_they_are():
+    heads = [[0, 1], *[[]] * 34, [*range(8)]]
+    shape = shape_of("qwen3-8b", hybrid={"streaming_kv_heads": heads, "lazy_layer_ratio": None, "strategy": None})
+    assert [layer.streaming for layer in shape.layers] == [0.25, *[0.0] * 34, 1.0]
 
 
 def test_a_token_uses_the_weights_of_its_experts_alone():
