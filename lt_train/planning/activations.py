@@ -84,8 +84,8 @@ def _inputs(layer: Layer, names: tuple[str, ...], shape: ModelShape, element: El
 def _attention(shape: ModelShape, layer: Layer, element: ElementBytes, gathered: bool, dense: bool, length: int) -> int:
     """Queries, keys and values after the rotary embedding, the output, and its log-sum-exp, as fused kernels save them.
 
-    The output is also the input of o_proj: the same tensor unless documents were gathered, the layer is split (it joins two), or the
-    family copies it. A split layer attends to copies of queries, keys and values, and what they are copied from is freed.
+    The output is also the input of o_proj: the same tensor unless documents were gathered, the layer is split, or the family copies
+    it. A split layer attends to copies of queries, keys and values, and what they are copied from is freed.
     """
     saved = element.product * (2 * shape.queries + 2 * shape.keys) + FP32 * shape.heads
     if shape.query_key_norms:

@@ -38,6 +38,15 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
         yield from _lora(recipe, recipe.lora)
 
 
+def remarks_on(recipe: Recipe) -> Iterator[Fault]:
+    """What works in some places alone, for `validate` to say before anything runs."""
+    for path, evaluation in _generations_and_losses(recipe):
+        served = isinstance(evaluation, Eval) and evaluation.backend == "openai" and evaluation.variants != [BASE]
+        if served and recipe.hybrid.granularity == "kv_head":
+            problem = "vLLM, SGLang and other servers load no export of which single KV heads stream"
+            yield Fault((f"{path}.backend", "hybrid.granularity"), problem, "serve it with lt-train serve")
+
+
 def _sources(recipe: Recipe) -> Iterator[Fault]:
     model, data = recipe.model, recipe.data
     names: list[tuple[str, str, Callable[[str], Path | str]]] = [("model.base", model.base, resolve_model)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lt_train.recipe.checks import all_conflicts
+from lt_train.recipe.checks import all_conflicts, remarks_on
 from lt_train.recipe.faults import Fault
 from lt_train.recipe.messages import validate_all
 from lt_train.recipe.part import former_names
@@ -56,7 +56,7 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
         listed = [f"  {fault}" for fault in faults[:MOST_FAULTS]]
         more = [f"  … and {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
         raise UserError("\n".join([f"{shortened(str(path), 300)}: not a valid recipe", *listed, *more]))
-    return recipe, text.remarks
+    return recipe, [*text.remarks, *remarks_on(recipe)]
 
 
 def recorded_recipe(text: str) -> Recipe:

@@ -141,6 +141,19 @@ def test_a_former_name_of_a_setting_is_accepted_with_a_remark(recipe_file: Path,
     assert (recipe, []) == load_recipe_and_remarks(recipe_file, [override.replace(former.rpartition(".")[2], name)])
 
 
+def test_servers_that_cannot_load_an_export_of_kv_heads_are_a_remark(recipe_file: Path) -> None:
+    served = "eval=[{benchmark: needle, backend: openai, servers: [http://localhost:1], variants: [VARIANT]}]"
+    by_head = ["hybrid.granularity=kv_head"]
+    _, remarks = load_recipe_and_remarks(recipe_file, [*by_head, served.replace("VARIANT", "trained")])
+    (remark,) = map(str, remarks)
+    assert remark.startswith(
+        "eval.0.backend + hybrid.granularity: vLLM, SGLang and other servers load no export of which single KV"
+    )
+    assert remark.endswith("Fix: serve it with lt-train serve")
+    for overrides in ([*by_head, served.replace("VARIANT", "base")], [served.replace("VARIANT", "trained")]):
+        assert load_recipe_and_remarks(recipe_file, overrides)[1] == []
+
+
 def test_an_override_under_a_former_name_takes_the_place_of_the_setting_in_the_file(tmp_path: Path) -> None:
     text = yaml.safe_dump(COMPLETE).replace("max_new_tokens: 512", "max_new_tokens: 512\n  variants: [trained]")
     path = tmp_path / "mine.yaml"
