@@ -57,6 +57,30 @@ def test_finished_cells_are_not_run_again_and_a_missing_one_is(runs, recipe) -> 
     assert json.loads(gone.read_text())["loss"] == json.loads(text)["loss"]
 
 
+STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibration.long_reach_fraction=0.5")
+"""With these the shares of the tiny reasoner's KV heads add up to the measured rise."""
+
+
+def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tmp_path) -> None:
+    grid = Grid(("periodic",), (0.5, 0.75), quick=True, granularities=("layer", "kv_head"))
+    out = compare(recipe, (*OVERRIDES, *STEADY), grid, tmp_path, ALONE)
+    assert not (tmp_path / "tiny-gates-8of16heads").exists()  # quick has heads at the largest ratio alone
+    hybrid = yaml.safe_load((tmp_path / "tiny-gates-12of16heads/recipe.yaml").read_text())["hybrid"]
+    assert hybrid["granularity"] == "kv_head" and sum(map(len, hybrid["streaming_kv_heads"])) == 12
+    assert not (tmp_path / "tiny-gates-12of16heads/profile").exists()
+    rows = [line.split(" | ") for line in (out / "comparison.md").read_text().splitlines() if line.startswith("| 6 of 8")]
+    assert [row[1] for row in rows] == ["periodic", "gates by KV head"]
+    assert rows[0][-2] == rows[1][-2] and float(rows[1][-1].strip(" |")) < float(rows[0][-1].strip(" |"))  # KV cache, predicted
+
+
+def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--granularities: head: no granularity\. Fix: use layer or kv_head, or both"):
+        Grid(granularities=("head",))
+    learned = (*OVERRIDES, "hybrid.sink=learned", "hybrid.w_sink=0")
+    with pytest.raises(UserError, match=r"hybrid\.sink: learned: .* Fix: add --granularities layer"):
+        compare(recipe, learned, Grid(granularities=("kv_head",)), tmp_path, ALONE)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -84,3 +108,12 @@ def test_quick_compares_ways_to_choose_on_the_quickstart_in_minutes(tmp_path) ->
     assert "4 of 8 layers, untrained: reach is better than lazy_ratio" in text
     assert "64 of " in text
     assert not list(tmp_path.glob("*/train"))
+
+
+@pytest.mark.slow
+def test_quick_with_kv_heads_stays_below_five_minutes(tmp_path) -> None:
+    started = time.process_time()
+    grid = Grid(quick=True, granularities=("layer", "kv_head"))
+    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16", *STEADY), grid, tmp_path, ALONE)
+    assert time.process_time() - started < 300
+    assert "| 6 of 8 | gates by KV head | untrained |" in (out / "comparison.md").read_text()
