@@ -4,7 +4,7 @@ import torch
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
-from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer
+from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, kv_sizes
 from lt_train.inference.loading import load_base_config
 from lt_train.inference.packed_weights import can_pack, packed_bytes
 from lt_train.planning.evaluation import kv_cache
@@ -55,6 +55,41 @@ def test_the_planned_kv_cache_holds_the_rings_of_a_draft(settings, tmp_path):
         draft = Draft.of(model.spec, settings.get("draft_layers"), settings.get("draft_length"))
         store = KVStore(model, slots=1, pages=3, draft=draft)
         assert bytes_held(store) == size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"draft": "streaming"},
+        {"draft": "streaming", "draft_layers": [0, 1], "draft_length": 3},
+        {"draft": "hybrid", "draft_length": 2, "variants": ["base"]},
+    ],
+    ids=["no draft", "all layers", "two layers", "the hybrid for the base"],
+)
+def test_the_planned_kv_cache_of_split_layers_and_its_rings_are_the_engines(settings, tmp_path):
+    base = type(BASES["qwen3"])(**BASES["qwen3"].to_dict() | {"num_key_value_heads": 2})
+    base.save_pretrained(tmp_path)
+    hybrid = {"streaming_kv_heads": [[1], [], [0, 1], [0]], "lazy_layer_ratio": None, "w_sink": 2, "w_recent": 30}
+    recipe = public_recipe(
+        "qwen3-8b",
+        model={"base": str(tmp_path), "dtype": "fp32"},
+        hybrid=hybrid,
+        eval=[{"benchmark": "aime24", "max_new_tokens": 3 * PAGE, **settings}],
+    )
+    shape = model_shape(recipe, base)
+    planned = kv_cache(recipe, base, shape, Machine(1, 80 * GIB))
+    for spec, size in ((shape.spec, planned.hybrid), (shape.spec.all_full, planned.full)):
+        if settings.get("draft") == "hybrid" and spec.streams:
+            continue  # the hybrid drafts for the base alone
+        draft = None
+        if "draft" in settings:
+            streaming = shape.spec if settings["draft"] == "hybrid" else settings.get("draft_layers")
+            draft = Draft.of(spec, streaming, settings.get("draft_length"))
+        model = build_hybrid(base, spec)
+        assert bytes_held(KVStore(model, slots=1, pages=3, draft=draft)) == size
+        sizes = kv_sizes(model, draft)
+        assert sizes.slot + 3 * sizes.page == size
 
 
 @pytest.mark.skipif(not can_pack(), reason="weights are packed on x86 alone")
