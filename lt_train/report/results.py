@@ -23,7 +23,7 @@ from lt_train.runtime.units import format_bytes
 from lt_train.selection.choose import number_by_ratio
 from lt_train.selection.chosen import Chosen, describe_streaming, spec_of
 
-BY_HEAD = " by KV head"
+BY_HEAD = " by head"
 """What follows the strategy in the label of a hybrid with split layers."""
 
 

@@ -69,7 +69,7 @@ def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tm
     assert hybrid["granularity"] == "kv_head" and sum(map(len, hybrid["streaming_kv_heads"])) == 12
     assert not (tmp_path / "tiny-gates-12of16heads/profile").exists()
     rows = [line.split(" | ") for line in (out / "comparison.md").read_text().splitlines() if line.startswith("| 6 of 8")]
-    assert [row[1] for row in rows] == ["periodic", "gates by KV head"]
+    assert [row[1] for row in rows] == ["periodic", "gates by head"]
     assert rows[0][-2] == rows[1][-2] and float(rows[1][-1].strip(" |")) < float(rows[0][-1].strip(" |"))  # KV cache, predicted
 
 
@@ -116,4 +116,4 @@ def test_quick_with_kv_heads_stays_below_five_minutes(tmp_path) -> None:
     grid = Grid(quick=True, granularities=("layer", "kv_head"))
     out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16", *STEADY), grid, tmp_path, ALONE)
     assert time.process_time() - started < 300
-    assert "| 6 of 8 | gates by KV head | untrained |" in (out / "comparison.md").read_text()
+    assert "| 6 of 8 | gates by head | untrained |" in (out / "comparison.md").read_text()

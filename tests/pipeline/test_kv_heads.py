@@ -1,4 +1,4 @@
-"""A run whose single KV heads stream: how they are chosen, and what a change of the granularity does again."""
+"""A run whose single KV heads stream, from recipe to export, and what a change of the granularity does again."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,8 @@ EVAL = "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [base, converte
 STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibration.long_reach_fraction=0.5")
 """With these the shares of the tiny reasoner's KV heads add up to the measured rise."""
 UNTRAINED = ("train=null", EVAL, "hybrid.strategy=gates", *STEADY)
-BY_HEAD = (*UNTRAINED, "hybrid.granularity=kv_head", "hybrid.lazy_layer_ratio=0.7")
+CHOICE = ("hybrid.granularity=kv_head", "hybrid.lazy_layer_ratio=0.7")
+BY_HEAD = (*UNTRAINED, *CHOICE)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,12 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
-    """A run by KV heads, with the hybrid of as many layers by gates beside it."""
-    runs = tmp_path_factory.mktemp("runs")
-    return runs, run_in_folder(load_recipe(inputs / "recipe.yaml", (*BY_HEAD, "hybrid.compare=[gates]")), runs, "eval")
+    """A trained run by KV heads, with the hybrid of as many layers by gates beside it."""
+    runs, variants = tmp_path_factory.mktemp("runs"), "variants: [base, converted, trained]"
+    answers = f"{{benchmark: ledger, path: {inputs / 'problems.jsonl'}, limit: 4, max_new_tokens: 8, draft: streaming}}"
+    evaluations = f"eval=[{{benchmark: heldout_loss, batch_size: 4, {variants}}}, {answers}]"
+    recipe = load_recipe(inputs / "recipe.yaml", ("hybrid.strategy=gates", *STEADY, *CHOICE, "hybrid.compare=[gates]", evaluations))
+    return runs, run_in_folder(recipe, runs)
 
 
 def variants_of(recipe: Recipe, runs: Path):
@@ -62,15 +66,24 @@ def test_the_heads_with_the_smallest_shares_stream_and_the_run_says_so(finished)
 
 def test_results_and_report_tell_heads_from_layers(finished) -> None:
     runs, _ = finished
-    base, by_layers, by_head = read_results(runs / "tiny")
-    assert (by_layers.label, by_head.label) == ("gates, untrained", "gates by KV head, untrained")
-    assert len({result.scores.loss for result in (base, by_layers, by_head)}) == 3
+    base, by_layers, by_head, trained, answers = read_results(runs / "tiny")
+    assert (by_layers.label, by_head.label) == ("gates, untrained", "gates by head, untrained")
+    assert trained.label == answers.label == "gates by head, trained"
+    assert len({result.scores.loss for result in (base, by_layers, by_head, trained)}) == 4
     assert by_layers.kv_bytes < by_head.kv_bytes < base.kv_bytes
     (run,) = read_runs([runs / "tiny"])
     assert ("streams", "11 of 16 KV heads, chosen by gates") in summary(run)
     assert any(name == "streaming KV heads of other layers" for name, _ in provenance(run))
     assert "11 of 16 KV heads stream in" in render([run])
     assert read_run_results(runs / "tiny").layers["converted"] == by_head.streaming_kv_heads
+
+
+def test_the_export_is_the_trained_hybrid_of_heads(finished) -> None:
+    run = finished[0] / "tiny"
+    chosen, config = (json.loads((run / name).read_text()) for name in ("hybrid/layers.json", "export/config.json"))
+    assert config["streaming_kv_heads"] == chosen["converted"] and config["model_type"].startswith("lt_hybrid")
+    assert "11 of its 16 key/value heads" in (run / "export/README.md").read_text()
+    assert "of the draft's tokens accepted" in finished[1]
 
 
 def test_each_choice_of_heads_is_another_model(inputs, tmp_path) -> None:

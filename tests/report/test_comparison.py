@@ -103,13 +103,13 @@ def test_heads_stand_beside_the_layers_of_the_same_kv_cache(comparison, tmp_path
     both = replace(comparison, cells=(*comparison.cells, by_head), profile=gates_profile())
     text = (write_comparison(both, tmp_path) / "comparison.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 2 of 4")]
-    (untrained,) = [row for row in rows if row[1:3] == ["gates by KV head", "untrained"]]
+    (untrained,) = [row for row in rows if row[1:3] == ["gates by head", "untrained"]]
     assert untrained[-1] == "+0.330 |" and {row[-2] for row in rows} == {untrained[-2]}
-    assert "- 2 of 4 layers, untrained: gates by KV head is better than reach" in text
+    assert "- 2 of 4 layers, untrained: gates by head is better than reach" in text
     (base,) = read_results(both.base)
     points = [Point(each.cell.strategy, 2, each.trained, each.result, each.cell.by_head) for each in entries(both)]
     (axes,) = comparison_figure(base, points, "nats per token").axes
-    assert any("gates by KV head, trained: 4 of 8 KV heads stream in 4 layers" in (note_of(line) or "") for line in axes.lines)
+    assert any("gates by head, trained: 4 of 8 KV heads stream in 4 layers" in (note_of(line) or "") for line in axes.lines)
 
 
 def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers_choice(comparison) -> None:

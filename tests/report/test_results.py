@@ -126,7 +126,7 @@ def test_a_hybrid_of_kv_heads_has_their_cache_and_says_what_streams(run):
         score(run, variant, answers([1.0, 0.0]))
     base, by_layers, converted, trained = read_results(run)
     assert (converted.layers, converted.streaming_kv_heads) == ((2,), tuple(map(tuple, heads)))
-    assert trained.label == "gates by KV head, trained" and by_layers.label == "periodic, untrained"
+    assert trained.label == "gates by head, trained" and by_layers.label == "periodic, untrained"
     assert converted.kv_bytes == by_layers.kv_bytes == base.kv_bytes * (4 * KV_TOKENS + 4 * 8) // (8 * KV_TOKENS)
     lines = shown(run)
     assert any(line.endswith("; 4 of 8 KV heads stream in 3 layers") for line in lines)
