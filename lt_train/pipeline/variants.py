@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lt_train.hybrid.kv_size import kv_heads
-from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
@@ -56,9 +56,13 @@ class Variants:
         """
         Raises:
             UserError: the recipe's ratio, layers, drafts, adapters or restored projections do not fit this model.
+            HybridError: single KV heads of this model cannot stream.
         """
         hybrid, num_layers, train = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.train
         number_that_stream(hybrid, num_layers, self.kv_heads)
+        if hybrid.granularity == "kv_head":
+            some = hybrid.model_copy(update={"strategy": "periodic"})  # whichever: scores are not there yet
+            hybrid_config(self.base_config, choose_spec(some, num_layers, self.kv_heads, self.recipe.seed))
         self._check_drafts()
         if train is None:
             return

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DiffLlamaConfig
 
-from lt_train.hybrid.spec import HybridSpec
+from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.loading import load_base_config, load_weights
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.run import run_command
@@ -54,6 +54,15 @@ def test_a_run_reports_what_was_proved_before_it_does_anything(recipe_of, tmp_pa
     assert context.base_config.model_type == "helium"
     printed = capsys.readouterr().out
     assert "family    auto: a hybrid of helium was made, and proved on a small model: with full attention it is the base" in printed
+
+
+def test_a_base_that_mixes_its_heads_is_refused_for_kv_heads_before_it_is_scored(recipe_of, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = DiffLlamaConfig(vocab_size=512, **sizes)
+    by_head = ("hybrid.granularity=kv_head", "train=null", "eval=[]")
+    with pytest.raises(HybridError, match=r"model_type: 'diffllama': not proved to stream: .* Fix: let entire layers stream"):
+        run_command(context_of(recipe_of(config, *by_head), tmp_path / "runs"), "convert")
+    assert not (tmp_path / "runs/tiny/profile").exists()
 
 
 def test_a_base_that_proves_nothing_is_refused_by_runs_and_plans_and_the_message_names_what_differed(recipe_of, tmp_path):
