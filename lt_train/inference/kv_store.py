@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
-from lt_train.hybrid.kv_size import head_bytes, head_size, kv_heads
+from lt_train.hybrid.kv_size import head_bytes, head_size
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
@@ -51,8 +51,7 @@ class KVSizes:
 
 
 def kv_sizes(model: HybridForCausalLM, draft: Draft | None = None) -> KVSizes:
-    config, spec = model.config.to_dict(), model.spec
-    heads, of_head = kv_heads(config), head_bytes(config, model.dtype.itemsize)
+    spec, heads, of_head = model.spec, model.config.kv_heads, head_bytes(model.config.to_dict(), model.dtype.itemsize)
     attending, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
     streaming, rings = (sum(map(len, each.streaming_heads(heads))) for each in (spec, attending))
     full = spec.num_layers * heads - streaming
@@ -81,7 +80,7 @@ class KVStore:
         self.pages: list[list[int]] = []
         self._free = list(range(pages))  # a heap: the lowest page first
         self.layers: list[list[CachedHeads]] = []
-        heads, size = kv_heads(model.config.to_dict()), head_size(model.config.to_dict())
+        heads, size = model.config.kv_heads, head_size(model.config.to_dict())
         streaming = self.spec.streaming_heads(heads)
         drafting = streaming if draft is None else draft.spec.streaming_heads(heads)
         for index, layer in enumerate(model.model.layers):

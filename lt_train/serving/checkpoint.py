@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.manifest import MANIFEST, damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
-from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, HybridSpec
@@ -69,7 +68,7 @@ class Checkpoint:
         spec = self.model.spec
         if not spec.split_layers:
             return f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream"
-        heads = kv_heads(self.model.config.to_dict())
+        heads = self.model.config.kv_heads
         streaming = sum(map(len, spec.streaming_heads(heads)))
         return f"{streaming} of {spec.num_layers * heads} KV heads stream"
 

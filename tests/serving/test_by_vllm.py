@@ -13,6 +13,7 @@ from lt_train.serving import by_vllm
 
 LEARNED = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "learned_sinks": True}
 TOKENS = {"model_type": "lt_hybrid_qwen3", "w_sink": 4}
+HEADS = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "streaming_kv_heads": [[0], []]}
 
 
 @pytest.fixture
@@ -50,10 +51,14 @@ def test_of_a_run_its_export_is_served(lt_train, tmp_path, started, monkeypatch)
 
 
 def test_what_vllm_cannot_compute_is_said_and_served_by_the_built_in_engine(lt_train, tmp_path, started) -> None:
-    for folder, reason in ((export(tmp_path / "export", TOKENS), "w_sink: 4"), (tmp_path / "run", "there is no export yet")):
+    for folder, reason in (
+        (export(tmp_path / "export", TOKENS), "w_sink: 4"),
+        (export(tmp_path / "heads", HEADS), "streaming_kv_heads: "),
+        (tmp_path / "run", "there is no export yet"),
+    ):
         code, out, _ = lt_train("serve", folder, "--vllm", sys.executable, "--port", "0")
         assert code == 0 and out.startswith(f"not by vLLM: {reason}")
-    assert started == 2 * [["built-in"]]
+    assert started == 3 * [["built-in"]]
 
 
 def test_a_draft_is_refused_where_vllm_serves(lt_train, tmp_path, started) -> None:

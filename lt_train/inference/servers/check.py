@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.dataset import prompts
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.context_length import context_length
-from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.changed_config import changed
@@ -171,7 +170,7 @@ def telling_prompts(
     even MOST_PROMPTS of them show."""
     generator = random.Random(0)
     length = min(reference.spec.window + BEYOND_WINDOW, context_length(reference.config.to_dict()) - NEW_TOKENS)
-    mistakes = mistaken_specs(reference.spec, kv_heads(reference.config.to_dict()))
+    mistakes = mistaken_specs(reference.spec, reference.config.kv_heads)
     texts: list[str] = []
     wanted: list[Continuation] = []
     while len(texts) < PROMPTS or (mistakes and len(texts) < MOST_PROMPTS):
@@ -202,7 +201,7 @@ def mistaken_specs(spec: HybridSpec, kv_heads: int) -> dict[str, HybridSpec]:
 
 def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
     """Within it the model computes another spec with its weights."""
-    heads_L = [list(heads) for heads in spec.streaming_heads(kv_heads(model.config.to_dict()))] if spec.split_layers else None
+    heads_L = [list(heads) for heads in spec.streaming_heads(model.config.kv_heads)] if spec.split_layers else None
     return changed(
         model.config,
         layer_types=spec.layer_types,
