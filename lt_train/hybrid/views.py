@@ -1,10 +1,10 @@
 """Views: what the queries of one layer see in one forward pass. A decoder layer gets a view as its attention mask.
 
-Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), R = H / G, D head size.
+Shapes: B rows, H query heads, G key/value heads, T new columns, K keys (cached and new), D head size.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class CachedStreamingView(CachedView):
 class SplitView(AttentionView):
     """A split layer: `streaming_heads` are its KV heads that stream, and the others keep full attention.
 
+    Heads stand as in the base's weights and are copied apart here; docs/code.md has the cost.
+
     Args:
         cache: if given, keys and values are new ones, which this view stores in the parts of the layer's `SplitLayer`.
     """
@@ -129,50 +131,28 @@ class SplitView(AttentionView):
     cache: HybridCache | None = None
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        heads = SplitHeads.of(self.streaming_heads, k_BGKD.shape[1], k_BGKD.device)
-        q, k, v = heads.select(heads.full_G, q_BHTD, k_BGKD, v_BGKD)
-        streaming_q, streaming_k, streaming_v = heads.select(heads.streaming_G, q_BHTD, k_BGKD, v_BGKD)
+        kv_heads = k_BGKD.shape[1]
+        full_heads = tuple(head for head in range(kv_heads) if head not in self.streaming_heads)
+        kinds = (full_heads, self.streaming_heads)
+        (q, streaming_q), (k, streaming_k), (v, streaming_v) = (_by_kind(x, kv_heads, kinds) for x in (q_BHTD, k_BGKD, v_BGKD))
         if self.cache is not None:
             layer = self.cache.layers[module.layer_idx]
             k, v = layer.full.update(k, v)
             streaming_k, streaming_v = layer.streaming.update(streaming_k, streaming_v)
-        return heads.join(
+        outs = (
             self.full.attend(module, q, k, v, scaling, dropout),
             self.streaming.attend(module, streaming_q, streaming_k, streaming_v, scaling, dropout),
         )
+        of_head: dict[int, Tensor] = {}
+        for heads, out_BTHD in zip(kinds, outs, strict=True):
+            of_head |= zip(heads, out_BTHD.chunk(len(heads), dim=2), strict=True)
+        return torch.cat([of_head[head] for head in range(kv_heads)], dim=2)
 
 
-@dataclass(frozen=True)
-class SplitHeads:
-    """The KV heads of a split layer by kind, as indices on its device.
-
-    Attributes:
-        place_G: where each head stands once the streaming ones follow the full ones.
-    """
-
-    full_G: Tensor
-    streaming_G: Tensor
-    place_G: Tensor
-
-    @staticmethod
-    @cache
-    def of(streaming_heads: tuple[int, ...], kv_heads: int, device: torch.device) -> "SplitHeads":
-        full = [head for head in range(kv_heads) if head not in streaming_heads]
-        with torch.inference_mode(False):  # made once, for training too
-            full_G, streaming_G = torch.tensor(full, device=device), torch.tensor(streaming_heads, device=device)
-            return SplitHeads(full_G, streaming_G, torch.cat([full_G, streaming_G]).argsort())
-
-    @staticmethod
-    def select(kind_G: Tensor, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The KV heads of one kind with their query heads."""
-        q_BGRTD = q_BHTD.unflatten(1, (k_BGKD.shape[1], -1))
-        return q_BGRTD[:, kind_G].flatten(1, 2), k_BGKD[:, kind_G], v_BGKD[:, kind_G]
-
-    def join(self, full_BTHD: Tensor, streaming_BTHD: Tensor) -> Tensor:
-        """The outputs of both kinds in the order of the layer's heads."""
-        rest = full_BTHD.shape[2] // len(self.full_G)
-        out_BTGRD = torch.cat([full_BTHD, streaming_BTHD], dim=2).unflatten(2, (-1, rest))
-        return out_BTGRD[:, :, self.place_G].flatten(2, 3)
+def _by_kind(x_BHTD: Tensor, kv_heads: int, kinds: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    """The KV heads of each kind, with their query heads. By chunks, whose gradients are joined by one copy, unlike an index's."""
+    of_head = x_BHTD.chunk(kv_heads, dim=1)
+    return [torch.cat([of_head[head] for head in heads], dim=1) for heads in kinds]
 
 
 @dataclass(frozen=True)

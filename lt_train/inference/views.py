@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
-from lt_train.hybrid.views import AttentionView, SplitHeads
+from lt_train.hybrid.views import AttentionView
 from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
 from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, PageMap, RingLayer
 
@@ -29,11 +29,14 @@ class StoredView(AttentionView):
         groups = self.store.layers[module.layer_idx]
         if len(groups) == 1:
             return self.attend_group(groups[0], module, q_BHTD, k_BGTD, v_BGTD, scaling)
+        kv_heads = k_BGTD.shape[1]
+        q_BGRTD = q_BHTD.unflatten(1, (kv_heads, -1))
         out_BTHD = q_BHTD.new_empty(q_BHTD.transpose(1, 2).shape)
-        out_BTGRD = out_BTHD.unflatten(2, (k_BGTD.shape[1], -1))
+        out_BTGRD = out_BTHD.unflatten(2, (kv_heads, -1))
         for group in groups:
-            qkv = SplitHeads.select(group.head_G, q_BHTD, k_BGTD, v_BGTD)
-            out_BTGRD[:, :, group.head_G] = self.attend_group(group, module, *qkv, scaling).unflatten(2, (len(group.head_G), -1))
+            head_G = group.head_G
+            qkv = q_BGRTD[:, head_G].flatten(1, 2), k_BGTD[:, head_G], v_BGTD[:, head_G]
+            out_BTGRD[:, :, head_G] = self.attend_group(group, module, *qkv, scaling).unflatten(2, (len(head_G), -1))
         return out_BTHD
 
     def attend_group(
