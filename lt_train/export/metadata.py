@@ -29,7 +29,7 @@ class ExportMetadata:
     Attributes:
         recipe: the recipe's name.
         base: hub id or local folder of the base model. base_revision: as in the recipe.
-        selection: how the lazy layers were chosen: a strategy's name, or "given in the recipe".
+        selection: how the layers or KV heads that stream were chosen: a strategy's name, or "given in the recipe".
         data: source of the examples (hub id, file or folder), which calibrate the choice of layers even without training, or of the
             texts that do; None: no data were needed.
         data_format: as in the recipe. data_counts: examples read, dropped, trained on, …

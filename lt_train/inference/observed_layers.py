@@ -16,7 +16,7 @@ def run_observed(model: HybridForCausalLM, input_ids: Sequence[int], view_of: Ca
     """Run one sample through all layers, every layer full. Returns the view of each layer.
 
     Args:
-        model: a hybrid in evaluation mode; its own lazy layers do not matter.
+        model: a hybrid in evaluation mode; what streams in it does not matter.
         view_of: the view for a layer, from its index and the view of a full layer.
     """
     input_ids_1T = torch.tensor([list(input_ids)], device=model.device)

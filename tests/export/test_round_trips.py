@@ -31,6 +31,7 @@ SPECS = {
     "token sinks": HybridSpec(8, (2, 3, 4, 7), 4, 28),
     "learned sinks": HybridSpec(8, (2, 3, 4, 7), 0, 28, learned_sinks=True),
     "no sinks": HybridSpec(8, (2, 3, 4, 7), 0, 28),
+    "split layers": HybridSpec(8, (2, 4), 4, 28, split_layers=((3, (0,)), (7, (1,)))),
 }
 CLIENTS = """
 import sys
