@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 FULL = ["train.method=full", "hybrid.layers=[1, 3]", "hybrid.lazy_layer_ratio=null", "eval=[]"]
 LORA = ["hybrid.layers=[1, 3]", "hybrid.lazy_layer_ratio=null", "eval=[]"]
+HEADS = ["hybrid.streaming_kv_heads=[[],[0],[0,1],[],[1],[],[],[]]", "hybrid.lazy_layer_ratio=null", "eval=[]"]
 LEARNED = ["hybrid.sink=learned", "hybrid.w_sink=0", "hybrid.calibration.sink_steps=1"]
 
 
@@ -49,9 +50,17 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         ([*FULL, "train.restore_query_key=true", *LEARNED], TRAINED),
         ([*LORA, *LEARNED], TRAINED),
         ([*LORA, "lora.layers=all", "train.restore_query_key=true", "export.dtype=fp16"], TRAINED),
+        ([*HEADS, "lora.layers=all", "train.restore_query_key=true"], TRAINED),
         ([*LORA, "train=null", *LEARNED, "export.dtype=bf16"], CONVERTED),
     ],
-    ids=["full", "full, restored, learned sinks", "LoRA, learned sinks", "LoRA, restored, fp16", "converted, bf16"],
+    ids=[
+        "full",
+        "full, restored, learned sinks",
+        "LoRA, learned sinks",
+        "LoRA, restored, fp16",
+        "LoRA, restored, split layers",
+        "converted, bf16",
+    ],
 )
 def test_the_exported_weights_are_those_of_the_model_in_memory(overrides: list[str], variant: str, tmp_path: Path) -> None:
     folder, printed, context = exported(tmp_path, overrides)
