@@ -83,7 +83,7 @@ def make_plan(
         samples = range(eval_config.samples)
         requests += [Request(problem.id, sample, sample_seed(seed, problem.id, sample), ids) for sample in samples]
     check_fits_context(context, requests, sampling.max_new_tokens)
-    fingerprint: Fingerprint = {
+    fingerprint: Fingerprint = {  # nothing that only rounds otherwise: kernels, batches, drafts, packed weights
         "benchmark": eval_config.benchmark,
         "problems": hash_of_json([astuple(problem) for problem in problems.all_problems]),
         **({"instruction": instruction} if instruction else {}),

@@ -10,7 +10,8 @@ from lt_train.runtime.errors import UserError
 from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs
 
-UNTRAINED = ("train=null", "hybrid.strategy=periodic")
+LAYERS = ("train=null", "hybrid.strategy=periodic")
+HEADS = ("train=null", "hybrid={streaming_kv_heads: [[1], [], [0, 1], [0], [1], [], [0], []], w_sink: 4, w_recent: 12}")
 EVAL = "eval=[{{benchmark: ledger, path: {path}, limit: 3, max_new_tokens: 32, batch_size: 2, variants: {variants}, {more}}}]"
 SAMPLED = "samples: 2, temperature: 0.9, top_p: 0.95, repetition_penalty: 1.1"
 
@@ -22,10 +23,12 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluated(inputs: Path, runs: Path, variants: str, more: str) -> tuple[dict[str, list[dict]], str]:
+def evaluated(
+    inputs: Path, runs: Path, variants: str, more: str, hybrid: tuple[str, ...] = LAYERS
+) -> tuple[dict[str, list[dict]], str]:
     """The records of each variant but for their times, and what was printed."""
     evaluation = EVAL.format(path=inputs / "problems.jsonl", variants=variants, more=more)
-    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", (*UNTRAINED, evaluation)), runs)
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", (*hybrid, evaluation)), runs)
     records = {}
     for path in sorted((runs / "tiny/eval").rglob("samples.jsonl")):
         rows = [json.loads(line) | {"seconds": None} for line in path.read_text().splitlines()]
@@ -34,17 +37,19 @@ def evaluated(inputs: Path, runs: Path, variants: str, more: str) -> tuple[dict[
 
 
 @pytest.mark.parametrize(
-    ("variants", "sampling", "draft"),
+    ("hybrid", "variants", "sampling", "draft"),
     [
-        ("[base, converted]", SAMPLED, "draft: streaming, draft_length: 4"),
-        ("[base]", "temperature: 0", "draft: hybrid"),
-        ("[converted]", "temperature: 0", "draft: streaming, draft_layers: [1, 5, 6]"),
+        (LAYERS, "[base, converted]", SAMPLED, "draft: streaming, draft_length: 4"),
+        (LAYERS, "[base]", "temperature: 0", "draft: hybrid"),
+        (LAYERS, "[converted]", "temperature: 0", "draft: streaming, draft_layers: [1, 5, 6]"),
+        (HEADS, "[base]", SAMPLED, "draft: hybrid"),
+        (HEADS, "[converted]", SAMPLED, "draft: streaming, draft_layers: [1, 6]"),
     ],
-    ids=["all layers", "the run's hybrid", "layers by name"],
+    ids=["all layers", "the run's hybrid", "layers by name", "the heads of the run's hybrid", "layers beside heads"],
 )
-def test_records_are_those_without_a_draft(inputs, tmp_path, variants: str, sampling: str, draft: str) -> None:
-    plain, _ = evaluated(inputs, tmp_path / "plain", variants, sampling)
-    drafted, printed = evaluated(inputs, tmp_path / "drafted", variants, f"{sampling}, {draft}")
+def test_records_are_those_without_a_draft(inputs, tmp_path, hybrid, variants: str, sampling: str, draft: str) -> None:
+    plain, _ = evaluated(inputs, tmp_path / "plain", variants, sampling, hybrid)
+    drafted, printed = evaluated(inputs, tmp_path / "drafted", variants, f"{sampling}, {draft}", hybrid)
     assert drafted == plain and all(len(records) in (3, 6) for records in plain.values())
     assert printed.count("% of the draft's tokens accepted") == len(plain)
 
