@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SPECS = {
     "full": HybridSpec(4, (), 2, 6),
     "token sinks": HybridSpec(4, (0, 1, 3), 2, 6),
+    "single heads": HybridSpec.from_streaming_heads([(0,), (), (1,), (0, 1)], 2, 2, 6),
     "learned sinks": HybridSpec(4, (0, 1, 3), 0, 6, learned_sinks=True),
 }
 NEW = 24
