@@ -4,6 +4,7 @@ Every cell is a run of its own, with its own folder: a killed comparison resumes
 are scored once, in the run that also evaluates the base; the cells name what streams.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from lt_train.inference.loading import load_base_config
 from lt_train.pipeline.run import work
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.schema import Recipe
+from lt_train.recipe.schema import PER_PROMPT, Eval, Recipe
 from lt_train.report.comparison import Cell, Comparison, write_comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
@@ -53,7 +54,7 @@ class Grid:
         Raises:
             UserError: a strategy that is none, or nothing to compare.
         """
-        known = (*SCORED, "periodic", "random")
+        known = (*SCORED, "periodic", "random", PER_PROMPT)
         unknown = [name for name in self.strategies if name not in known]
         if unknown:
             raise UserError(f"--strategies: {unknown[0]}: no strategy. Fix: use {', '.join(known)}")
@@ -83,6 +84,8 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
         raise UserError(f"lt-train compare: runs in one process, not in {process.count}. Fix: start it without a launcher")
     given = load_recipe(recipe, overrides)
     _check(given)
+    if PER_PROMPT in grid.strategies:
+        _check_generates(given)
     if grid.by_head and given.hybrid.sink == "learned":
         raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
@@ -97,14 +100,16 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
         for strategy in grid.strategies if "layer" in grid.granularities else ():
             layers = _chosen(strategy, count, num_layers, given.seed, profile)
             spec = HybridSpec(num_layers, layers, given.hybrid.w_sink, given.hybrid.w_recent)
-            same = next((cell for cell in cells if cell.spec == spec), None)
+            same = next((cell for cell in cells if layers and cell.spec == spec), None)
             folder = same.run if same else runs / f"{given.name}-{strategy}-{count}of{num_layers}"
             cells.append(Cell(strategy, spec, count, folder))
         if grid.by_head and (not grid.quick or count == counts[-1]):
             cells.append(_cell_by_head(given, count, kv_heads(base_config.to_dict()), profile, runs))
     for folder in dict.fromkeys(cell.run for cell in cells):
         cell = next(cell for cell in cells if cell.run == folder)
-        work(load_recipe(recipe, [*common, *_cell_overrides(given, grid, cell, profile)]), "eval", runs, process)
+        by_prompt = cell.strategy == PER_PROMPT
+        changes = _by_prompt(load_recipe(recipe, common), cell) if by_prompt else _cell_overrides(given, grid, cell, profile)
+        work(load_recipe(recipe, [*common, *changes]), "eval", runs, process)
     return write_comparison(Comparison(given.name, base_folder, tuple(cells), profile), runs / f"{given.name}-comparison")
 
 
@@ -116,6 +121,23 @@ def _check(recipe: Recipe) -> None:
     for name in ("kv_budget", "max_rise"):
         if getattr(recipe.hybrid, name) is not None:
             raise UserError(f"hybrid.{name}: compare sets how many layers stream. Fix: set it to null, and use --ratios")
+
+
+def _check_generates(recipe: Recipe) -> None:
+    """What prompts that choose need."""
+    if recipe.hybrid.sink == "learned":
+        raise UserError(f"hybrid.sink: learned: prompts choose no such layers. Fix: leave {PER_PROMPT} out of --strategies")
+    if not _generated(recipe):
+        raise UserError(
+            f"--strategies: {PER_PROMPT}: prompts choose layers for the answers that the built-in engine generates, and no "
+            "evaluation does. Fix: add one, such as {benchmark: needle}, or leave it out"
+        )
+
+
+def _generated(recipe: Recipe) -> list[Eval]:
+    """The evaluations in which the built-in engine generates answers without a draft."""
+    answers = [each for each in recipe.eval if isinstance(each, Eval)]
+    return [each for each in answers if each.backend == "hybrid" and each.draft is None]
 
 
 def _quick_overrides(recipe: Recipe) -> list[str]:
@@ -159,11 +181,27 @@ def _cell_overrides(recipe: Recipe, grid: Grid, cell: Cell, profile: LayerProfil
     ]
 
 
+def _by_prompt(recipe: Recipe, cell: Cell) -> list[str]:
+    """Untrained, and measured on generated answers alone."""
+    evaluations = [each.model_dump(mode="json") | {"variants": [CONVERTED]} for each in _generated(recipe)]
+    return [
+        f"name={cell.run.name}",
+        *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer", "hybrid.strategy=null"),
+        *(f"hybrid.select={PER_PROMPT}", "hybrid.compare=[]"),
+        f"hybrid.lazy_layer_ratio={cell.num_streaming / cell.spec.num_layers}",
+        *UNTRAINED,
+        f"eval={json.dumps(evaluations)}",
+    ]
+
+
 def _variants(recipe: Recipe, variants: Sequence[str]) -> list[str]:
     return [f"eval.{at}.variants=[{', '.join(variants)}]" for at in range(len(recipe.eval))]
 
 
 def _chosen(strategy: str, count: int, num_layers: int, seed: int, profile: LayerProfile | None) -> tuple[int, ...]:
+    """None where prompts choose."""
+    if strategy == PER_PROMPT:
+        return ()
     if strategy == "periodic":
         return periodic_layers(count, num_layers)
     if strategy == "random":

@@ -28,6 +28,7 @@ class Cell:
     """A run whose layers or KV heads a strategy chose. Two cells in which the same streams share a run.
 
     Attributes:
+        spec: what streams; nothing where each prompt chooses.
         num_streaming: how many layers stream, or have the KV cache of the KV heads that do.
         by_head: whether single KV heads were chosen.
     """
@@ -113,7 +114,8 @@ def _part(comparison: Comparison, base: Result, out: Path) -> Part:
     rows += [_row(entry, base.scores) for entry in entries]
     if predicts and comparison.profile is not None:
         columns += ("predicted rise on long-reach tokens",)
-        rises = [f"{comparison.profile.predicted_rise(entry.cell.spec):+.3f}" for entry in entries]
+        specs = [entry.cell.spec for entry in entries]
+        rises = [f"{comparison.profile.predicted_rise(spec):+.3f}" if spec.streams else "" for spec in specs]
         rows = [(*row, rise) for row, rise in zip(rows, ["", *rises], strict=True)]
     points = [
         Point(entry.cell.strategy, entry.cell.num_streaming, entry.trained, entry.result, entry.cell.by_head) for entry in entries

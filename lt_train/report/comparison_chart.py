@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lt_train.evaluation.scores import AnswerScores, Scores
 from lt_train.hybrid.kv_size import KV_TOKENS
+from lt_train.recipe.schema import PER_PROMPT
 from lt_train.report.results import BY_HEAD, Result
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import format_tokens
@@ -35,6 +36,10 @@ class Point:
     @property
     def name(self) -> str:
         return f"{self.strategy}{BY_HEAD if self.by_head else ''}"
+
+    @property
+    def colour(self) -> str:
+        return COLOURS["incorrect" if self.by_head else "converted" if self.strategy == PER_PROMPT else self.strategy]
 
 
 @styled
@@ -78,7 +83,7 @@ def _draw_line(axes: Axes, base: Result, line: Sequence[Point], label: str, dash
         [value for value, _, _ in values],
         yerr=[[value - low for value, low, _ in values], [high - value for value, _, high in values]],
         fmt=f"{'s' if line[0].by_head else 'o'}{dash}",
-        color=COLOURS["incorrect" if line[0].by_head else line[0].strategy],
+        color=line[0].colour,
         markersize=8,
         zorder=3,
         label=label,

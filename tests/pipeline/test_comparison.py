@@ -73,6 +73,20 @@ def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tm
     assert rows[0][-2] == rows[1][-2] and float(rows[1][-1].strip(" |")) < float(rows[0][-1].strip(" |"))  # KV cache, predicted
 
 
+def test_prompts_that_choose_stand_beside_static_choices_where_answers_are_generated(recipe, tmp_path) -> None:
+    answers = f"{{benchmark: ledger, path: {recipe.parent / 'problems.jsonl'}, limit: 2, max_new_tokens: 8}}"
+    overrides = (f"eval=[{{benchmark: heldout_loss, batch_size: 4}}, {answers}]", "train=null", "lora=null")
+    out = compare(recipe, overrides, Grid(("periodic", "per_prompt"), (0.5,)), tmp_path, ALONE)
+    cell = yaml.safe_load((tmp_path / "tiny-per_prompt-4of8/recipe.yaml").read_text())
+    assert cell["hybrid"]["select"] == "per_prompt" and [each["benchmark"] for each in cell["eval"]] == ["ledger"]
+    text = (out / "comparison.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 4 of 8")]
+    assert [row[1] for row in rows] == ["periodic", "periodic", "per_prompt"]  # of the loss, and of the answers
+    assert len({row[-1] for row in rows}) == 1  # one KV cache
+    with pytest.raises(UserError, match=r"--strategies: per_prompt: .* no evaluation does\. Fix: add one"):
+        compare(recipe, OVERRIDES, Grid(("per_prompt",)), tmp_path, ALONE)
+
+
 def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:
     with pytest.raises(UserError, match=r"--granularities: head: no granularity\. Fix: use layer or kv_head, or both"):
         Grid(granularities=("head",))

@@ -59,7 +59,7 @@ def check(context: RunContext) -> None:
 
 def _is_of_another_granularity(context: RunContext) -> bool:
     """Whether this stage was finished before the recipe's granularity was changed."""
-    return context.folder.is_marked(NAME) and context.folder.marker(NAME).get("key") != choice_key(context.recipe)
+    return context.folder.is_marked(NAME) and context.folder.marker(NAME).get("key", "") != choice_key(context.recipe)
 
 
 def run(context: RunContext) -> None:
