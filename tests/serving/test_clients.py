@@ -121,16 +121,16 @@ def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, expo
 
 
 @pytest.mark.parametrize(
-    "streaming",
-    [f"layers: {list(SPEC.lazy_layers)}", "streaming_kv_heads: [[], [0, 1], [1], [0], [], [0, 1], [1], [0]]"],
-    ids=["layers", "heads"],
+    "named",
+    [
+        pytest.param(f"layers: {list(SPEC.lazy_layers)}", id="layers"),
+        pytest.param("streaming_kv_heads: [[], [0, 1], [1], [0], [], [0, 1], [1], [0]]", id="heads", marks=pytest.mark.slow),
+    ],
 )
-def test_a_run_evaluates_its_export_with_sinks_by_our_server_as_by_the_engine_in_its_process(
-    tmp_path: Path, streaming: str
-) -> None:
+def test_a_run_evaluates_its_export_with_sinks_by_our_server_as_by_the_engine_in_its_process(tmp_path: Path, named: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"name: own\nmodel: {{base: {BASE}, dtype: fp32}}\nhybrid: {{{streaming}, w_sink: 4, w_recent: 28}}\n"
+        f"name: own\nmodel: {{base: {BASE}, dtype: fp32}}\nhybrid: {{{named}, w_sink: 4, w_recent: 28}}\n"
         f"data: {{source: {REPOSITORY}/data/ledger/train.jsonl, format: still, max_length: 256, limit: 4}}\n"
     )
     problems = f"benchmark: ledger, path: {PROBLEMS}, limit: 12, max_new_tokens: 120"
