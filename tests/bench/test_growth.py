@@ -11,8 +11,13 @@ from lt_train.runtime.errors import UserError
 from tests.support.families import BASES
 
 
-def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds():
-    model = build_hybrid(BASES["qwen3"], HybridSpec(4, (0, 2), w_sink=2, w_recent=30)).eval()
+@pytest.mark.parametrize(
+    "spec",
+    [HybridSpec(4, (0, 2), 2, 30), HybridSpec.from_streaming_heads([(0, 1), (1,), (0,), ()], 2, 2, 30)],
+    ids=["half of the layers", "half of the KV heads"],
+)
+def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds(spec):
+    model = build_hybrid(BASES["qwen3"], spec).eval()
     timings = time_decoding(model, [64, 100], progress=False)
     per_entry = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32
     assert [timing.tokens for timing in timings] == [64, 100]
