@@ -56,6 +56,14 @@ def variants(tmp_path) -> Callable[..., Variants]:
     return make
 
 
+def test_a_runs_hybrid_drafts_for_the_base_with_the_kv_heads_that_stream_in_it(variants):
+    heads = [[1], [], [0, 1], [0]]
+    hybrid = f"hybrid={{streaming_kv_heads: {heads}, w_sink: 2, w_recent: 6}}"
+    made = variants(hybrid, "eval.0.variants=[base]", "eval.0.draft=hybrid")
+    (eval_config,) = made.recipe.eval
+    assert list(map(list, made.draft(BASE, eval_config).spec.streaming_heads(kv_heads=2))) == heads
+
+
 def test_each_strategy_chooses_the_layers_of_its_own_hybrid_as_many_as_the_recipes_ratio_says(variants):
     made = variants()
     assert made.spec(CONVERTED) == HybridSpec(4, (1, 2), w_sink=2, w_recent=6)
