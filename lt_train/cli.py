@@ -381,7 +381,12 @@ def compare(
     recipe: RecipePath,
     overrides: Overrides = None,
     strategies: Annotated[
-        str, typer.Option("--strategies", metavar="NAMES", help="How layers are chosen, with commas between.")
+        str,
+        typer.Option(
+            "--strategies",
+            metavar="NAMES",
+            help="How layers are chosen, with commas between; also per_prompt, and full: full attention, trained alike.",
+        ),
     ] = "reach,lazy_ratio,periodic,random",
     ratios: Annotated[
         str, typer.Option("--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
@@ -16,7 +17,7 @@ from lt_train.pipeline.run import work
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import PER_PROMPT, Eval, Recipe
-from lt_train.report.comparison import Cell, Comparison, write_comparison
+from lt_train.report.comparison import FULL, Cell, Comparison, write_comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
@@ -39,6 +40,7 @@ class Grid:
     """What is compared: every strategy at every ratio of streaming layers.
 
     Args:
+        strategies: of the recipe; per_prompt, where prompts choose; full, the model with full attention, trained alike.
         quick: nothing is trained, and the samples are few.
         granularities: layer: by `strategies`. kv_head: by gates alone, as many KV heads as have the layers' KV cache; `quick` has
             them at the largest ratio, where they gain most.
@@ -54,14 +56,21 @@ class Grid:
         Raises:
             UserError: a strategy that is none, or nothing to compare.
         """
-        known = (*SCORED, "periodic", "random", PER_PROMPT)
+        known = (*SCORED, "periodic", "random", PER_PROMPT, FULL)
         unknown = [name for name in self.strategies if name not in known]
         if unknown:
             raise UserError(f"--strategies: {unknown[0]}: no strategy. Fix: use {', '.join(known)}")
         if unknown := [name for name in self.granularities if name not in GRANULARITIES]:
             raise UserError(f"--granularities: {unknown[0]}: no granularity. Fix: use {' or '.join(GRANULARITIES)}, or both")
+        if FULL in self.strategies and not self.by_head and not {*self.static} - {PER_PROMPT}:
+            raise UserError(f"--strategies: {FULL}: no hybrid that it is trained as. Fix: name a strategy beside it, such as reach")
         if not self.strategies or not self.ratios or not self.granularities:
             raise UserError("compare: no strategy or no ratio is named. Fix: name some, such as --strategies reach,periodic")
+
+    @property
+    def static(self) -> list[str]:
+        """The strategies that choose layers, and those that leave the choice to prompts."""
+        return [strategy for strategy in self.strategies if strategy != FULL]
 
     @property
     def scored(self) -> list[str]:
@@ -86,6 +95,8 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
     _check(given)
     if PER_PROMPT in grid.strategies:
         _check_generates(given)
+    if FULL in grid.strategies and (given.train is None or grid.quick or given.hybrid.sink == "learned"):
+        raise UserError(f"--strategies: {FULL}: nothing is trained, or learned sinks are. Fix: leave it out; the base is measured")
     if grid.by_head and given.hybrid.sink == "learned":
         raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
@@ -97,7 +108,7 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
     profile = LayerProfile.load(path) if (path := RunPaths(base_folder).layer_profile).exists() else None
     cells: list[Cell] = []
     for count in counts:
-        for strategy in grid.strategies if "layer" in grid.granularities else ():
+        for strategy in grid.static if "layer" in grid.granularities else ():
             layers = _chosen(strategy, count, num_layers, given.seed, profile)
             spec = HybridSpec(num_layers, layers, given.hybrid.w_sink, given.hybrid.w_recent)
             same = next((cell for cell in cells if layers and cell.spec == spec), None)
@@ -105,10 +116,17 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
             cells.append(Cell(strategy, spec, count, folder))
         if grid.by_head and (not grid.quick or count == counts[-1]):
             cells.append(_cell_by_head(given, count, kv_heads(base_config.to_dict()), profile, runs))
+        if FULL in grid.strategies:
+            alike = next(cell for cell in cells if cell.num_streaming == count and cell.spec.streams)
+            folder = runs / f"{given.name}-full-as-{count}of{num_layers}"
+            cells.append(Cell(FULL, alike.spec.all_full, count, folder, trained_as=alike.spec))
     for folder in dict.fromkeys(cell.run for cell in cells):
         cell = next(cell for cell in cells if cell.run == folder)
         by_prompt = cell.strategy == PER_PROMPT
         changes = _by_prompt(load_recipe(recipe, common), cell) if by_prompt else _cell_overrides(given, grid, cell, profile)
+        if cell.strategy == FULL:  # a window as long as the context hides nothing
+            context = context_length(base_config.to_dict())
+            changes += [f"hybrid.w_recent={context}", *_variants(given, [TRAINED])]
         work(load_recipe(recipe, [*common, *changes]), "eval", runs, process)
     return write_comparison(Comparison(given.name, base_folder, tuple(cells), profile), runs / f"{given.name}-comparison")
 
@@ -169,10 +187,10 @@ def _cell_by_head(recipe: Recipe, count: int, kv_heads: int, profile: LayerProfi
 
 
 def _cell_overrides(recipe: Recipe, grid: Grid, cell: Cell, profile: LayerProfile | None) -> list[str]:
-    trains = recipe.train is not None and not grid.quick
-    chosen = [f"hybrid.layers={list(cell.spec.lazy_layers)}", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"]
-    if cell.by_head and profile is not None:
-        heads_L = [list(heads) for heads in cell.spec.streaming_heads(profile.kv_heads)]
+    trains, spec = recipe.train is not None and not grid.quick, cell.trained_as or cell.spec
+    chosen = [f"hybrid.layers={list(spec.lazy_layers)}", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"]
+    if spec.split_layers and profile is not None:
+        heads_L = [list(heads) for heads in spec.streaming_heads(profile.kv_heads)]
         chosen = ["hybrid.layers=null", f"hybrid.streaming_kv_heads={heads_L}", "hybrid.granularity=kv_head"]
     return [
         f"name={cell.run.name}",

@@ -1,7 +1,7 @@
 """What the cells of a comparison show together: tables (Markdown, HTML), and the picture of quality against KV cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.report.comparison_chart import Point, comparison_figure
 from lt_train.report.formatting import difference_from, problems_and_sampling
 from lt_train.report.page import asset
-from lt_train.report.results import BY_HEAD, Result, read_results
+from lt_train.report.results import BY_HEAD, Result, full_kv_bytes, read_results
 from lt_train.report.tables import interval_text, score_text, tendency
 from lt_train.runtime.drawing import PALETTE, to_svg, write_png
 from lt_train.runtime.files import write_text
 from lt_train.runtime.units import format_bytes
 from lt_train.selection.profile import LayerProfile
+
+FULL = "full"
+"""Stands for a strategy: full attention in every layer, with what a hybrid trains trained alike."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Cell:
         spec: what streams; nothing where each prompt chooses.
         num_streaming: how many layers stream, or have the KV cache of the KV heads that do.
         by_head: whether single KV heads were chosen.
+        trained_as: of full attention: the hybrid whose parameters are trained.
     """
 
     strategy: str
@@ -38,6 +42,7 @@ class Cell:
     num_streaming: int
     run: Path
     by_head: bool = False
+    trained_as: HybridSpec | None = None
 
     @property
     def streaming(self) -> str:
@@ -128,9 +133,17 @@ def _part(comparison: Comparison, base: Result, out: Path) -> Part:
 
 def _entries(cells: Sequence[Cell], evaluation: str) -> Iterator[Entry]:
     """By training, then by the number of streaming layers, then in the order of the strategies."""
-    found = [Entry(cell, result) for cell in cells for result in read_results(cell.run) if result.evaluation == evaluation]
+    found = [Entry(cell, result) for cell in cells for result in _results(cell) if result.evaluation == evaluation]
     order = (CONVERTED, TRAINED)
     yield from sorted(found, key=lambda entry: (order.index(entry.result.variant), entry.cell.num_streaming))
+
+
+def _results(cell: Cell) -> list[Result]:
+    """With full attention's KV cache where a window as long as the context hides nothing."""
+    results = read_results(cell.run)
+    if cell.trained_as is None:
+        return results
+    return [replace(result, kv_bytes=full_kv_bytes(cell.run), streaming="nothing streams") for result in results]
 
 
 def _row(entry: Entry, base: Scores) -> tuple[str, ...]:

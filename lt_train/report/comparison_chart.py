@@ -39,7 +39,8 @@ class Point:
 
     @property
     def colour(self) -> str:
-        return COLOURS["incorrect" if self.by_head else "converted" if self.strategy == PER_PROMPT else self.strategy]
+        others = {PER_PROMPT: "converted", "full": "ink"}
+        return COLOURS["incorrect" if self.by_head else others.get(self.strategy, self.strategy)]
 
 
 @styled

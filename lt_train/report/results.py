@@ -107,6 +107,13 @@ def spec_as_run(config: Mapping[str, Any], chosen: Chosen, hybrid: Mapping[str, 
     return spec_of(chosen, num_layers, kv_heads(config), config["w_sink"], config["sliding_window"])
 
 
+def full_kv_bytes(run: Path) -> int:
+    """KV cache of one sequence of KV_TOKENS tokens with full attention in every layer."""
+    config = read_json(RunPaths(run).hybrid_config, "hybrid config")
+    spec = HybridSpec(len(config["layer_types"]), (), config["w_sink"], config["sliding_window"])
+    return cache_bytes(config, spec, KV_TOKENS)
+
+
 def cache_bytes(config: Mapping[str, Any], spec: HybridSpec, tokens: int) -> int:
     """Bytes of one sequence's KV cache, in the dtype of a hybrid's config.json."""
     return kv_bytes(config, spec, tokens, saved_itemsize(config))

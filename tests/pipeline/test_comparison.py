@@ -87,6 +87,26 @@ def test_prompts_that_choose_stand_beside_static_choices_where_answers_are_gener
         compare(recipe, OVERRIDES, Grid(("per_prompt",)), tmp_path, ALONE)
 
 
+def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path) -> None:
+    overrides = ("eval=[{benchmark: heldout_loss, batch_size: 4}]",)
+    out = compare(recipe, overrides, Grid(("periodic", "full"), (0.5,)), tmp_path, ALONE)
+    hybrid, full = (
+        yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("tiny-periodic-4of8", "tiny-full-as-4of8")
+    )
+    assert full["hybrid"] == hybrid["hybrid"] | {"w_recent": 65536} and full["train"] == hybrid["train"]
+    rows = [
+        line.split(" | ") for line in (out / "comparison.md").read_text().splitlines() if line.startswith(("| 4 of 8", "| none"))
+    ]
+    assert [row[1:3] for row in rows] == [["base", ""], ["periodic", "untrained"], ["periodic", "trained"], ["full", "trained"]]
+    base, _, trained, alike = rows
+    assert base[-1] == alike[-1] != trained[-1]  # KV cache
+    assert float(alike[3].split(" ± ")[0]) < float(trained[3].split(" ± ")[0])
+    with pytest.raises(UserError, match=r"--strategies: full: no hybrid that it is trained as\. Fix: name a strategy"):
+        Grid(("full", "per_prompt"))
+    with pytest.raises(UserError, match=r"--strategies: full: nothing is trained"):
+        compare(recipe, OVERRIDES, Grid(("periodic", "full")), tmp_path, ALONE)
+
+
 def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:
     with pytest.raises(UserError, match=r"--granularities: head: no granularity\. Fix: use layer or kv_head, or both"):
         Grid(granularities=("head",))
