@@ -110,7 +110,7 @@ def score_layers(
         UserError: no hybrid can be made of the model, a setting is out of range, more than half of the texts fit inside the window,
             or a score is not finite.
     """
-    from lt_train.hybrid.spec import HybridSpec
+    from lt_train.hybrid.base_spec import base_spec
     from lt_train.recipe.schema import Hybrid
     from lt_train.selection.profile import SCORED, profile_layers
 
@@ -124,7 +124,7 @@ def score_layers(
         tokenizer = _tokenizer(model)
     examples = _examples(texts, tokenizer)
     with _as_user_error():
-        scored = _hybrid(model, lambda config: HybridSpec(config.num_hidden_layers, (), hybrid.w_sink, hybrid.w_recent), family)
+        scored = _hybrid(model, lambda config: base_spec(config.to_dict(), hybrid.w_sink, hybrid.w_recent), family)
         _check_ids(examples, scored.config.vocab_size)
         return profile_layers(scored, examples, hybrid, strategies)
 
@@ -160,6 +160,7 @@ def convert(
     Raises:
         UserError: no hybrid can be made of the model, or a layer, a head or a size is out of range.
     """
+    from lt_train.hybrid.base_spec import base_spec
     from lt_train.hybrid.kv_size import kv_heads
     from lt_train.hybrid.spec import HybridSpec
     from lt_train.selection.choose import explicit_layers
@@ -168,15 +169,16 @@ def convert(
         raise UserError("layers, heads: both or neither. Fix: pass the layers that stream, or by layer the KV heads that do")
 
     def spec(config: PreTrainedConfig) -> HybridSpec:
-        count = config.num_hidden_layers
+        count, base = config.num_hidden_layers, base_spec(config.to_dict())
         if layers is not None:
-            return HybridSpec(count, explicit_layers(list(layers), count), w_sink, w_recent, learned_sinks)
+            named = explicit_layers(list(layers), count, base.sliding_layers)
+            return HybridSpec(count, named, w_sink, w_recent, learned_sinks).on(base)
         assert heads is not None, "see above"
         if outside := sorted(heads.keys() - range(count)):
             raise UserError(f"heads: layers {outside}: not in the model. Fix: name layers from 0 to {count - 1}")
         heads_L = [heads.get(layer, ()) for layer in range(count)]
-        found = HybridSpec.from_streaming_heads(heads_L, kv_heads(config.to_dict()), w_sink, w_recent)
-        if not found.streams or len(found.lazy_layers) == count:
+        found = HybridSpec.from_streaming_heads(heads_L, kv_heads(config.to_dict()), w_sink, w_recent).on(base)
+        if not found.streams or len(found.lazy_layers) == len(base.full_in_base):
             raise UserError("heads: none or all of them would stream. Fix: name some KV heads, and not all")
         return replace(found, learned_sinks=learned_sinks)
 

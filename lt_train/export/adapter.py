@@ -86,6 +86,9 @@ def adapter_card(spec: HybridSpec, metadata: ExportMetadata) -> str:
         arguments = f", split_layers={spec.split_layers}"
     sinks = "learned, in this adapter" if spec.learned_sinks else f"`w_sink`: {spec.w_sink} tokens"
     arguments += ", learned_sinks=True" if spec.learned_sinks else ""
+    if spec.sliding_layers:
+        heads += f"\n- layers with a window in the base, as it had: {', '.join(map(str, spec.sliding_layers))}"
+        arguments += f", sliding_layers={spec.sliding_layers}, sliding_window={spec.sliding_window}"
     revision = f", revision={metadata.base_revision!r}" if metadata.base_revision else ""
     training = "".join(f"\n| {name} | {value} |" for name, value in (metadata.training or {}).items())
     versions = "".join(f"\n- {name} {version}" for name, version in metadata.versions.items())

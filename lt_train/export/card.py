@@ -78,7 +78,8 @@ def _title(metadata: ExportMetadata, config: HybridConfig) -> str:
 
 def _fraction(spec: HybridSpec, kv_heads: int) -> str:
     if not spec.split_layers:
-        return f"{len(spec.lazy_layers)} of its {spec.num_layers} layers"
+        full = "full-attention " if spec.sliding_layers else ""
+        return f"{len(spec.lazy_layers)} of its {len(spec.full_in_base)} {full}layers"
     streaming = sum(map(len, spec.streaming_heads(kv_heads)))
     where = f"in {len(spec.streaming_layers)} of its {spec.num_layers} layers"
     return f"{streaming} of its {spec.num_layers * kv_heads} key/value heads (with their query heads), {where},"
@@ -98,9 +99,17 @@ def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:
         "## Layers\n\n"
         f"- streaming: {layers} (of 0 to {spec.num_layers - 1}; chosen by: {metadata.selection})\n"
         f"{_split_layers(spec, config.kv_heads)}"
+        f"{_sliding_layers(spec)}"
         f"- a query in these {kind} sees {sinks}the latest `w_recent` = {spec.w_recent} tokens of its own sequence, itself "
         f"included{plain}"
     )
+
+
+def _sliding_layers(spec: HybridSpec) -> str:
+    if not spec.sliding_layers:
+        return ""
+    layers = ", ".join(map(str, spec.sliding_layers))
+    return f"- with a window in the base, as it had: {layers} (the latest {spec.sliding_window} tokens, no sinks)\n"
 
 
 def _split_layers(spec: HybridSpec, kv_heads: int) -> str:
@@ -149,7 +158,7 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
     full, hybrid = (kv_bytes(config.to_dict(), spec, KV_TOKENS, dtype.itemsize) for spec in (config.spec.all_full, config.spec))
     return (
         f"## KV cache\n\nOne sequence of {KV_TOKENS:,} tokens in {dtype_name(dtype)}:\n\n"
-        "| full attention | this hybrid | fraction |\n|---|---|---|\n"
+        f"| {'the base' if config.spec.sliding_layers else 'full attention'} | this hybrid | fraction |\n|---|---|---|\n"
         f"| {format_bytes(full)} | {format_bytes(hybrid)} | {hybrid / full:.1%} |"
         f"{_in_vllm(config)}"
     )

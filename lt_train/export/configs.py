@@ -29,13 +29,16 @@ STOCK: dict[type[HybridConfig], tuple[type[PreTrainedConfig], type[PreTrainedMod
 }
 """What computes a hybrid without sinks: a plain sliding window in some layers, which these know, and other families do not."""
 
-_OF_HYBRIDS = {"w_sink", "learned_sinks", "streaming_kv_heads", "hybrid_version"}
+_OF_HYBRIDS = {"w_sink", "learned_sinks", "streaming_kv_heads", "w_recent", "hybrid_version"}
 _NOT_STOCK = {"model_type", "architectures", "auto_map", "transformers_version"} | _OF_HYBRIDS
 
 
 def needs_own_code(config: HybridConfig) -> bool:
-    """Sinks and layers of which some KV heads stream are known to no stock class, and a window in some layers to few."""
-    return config.w_sink > 0 or config.learned_sinks or bool(config.spec.split_layers) or type(config) not in STOCK
+    """Sinks, layers of which some KV heads stream, and windows of two sizes are known to no stock class, and a window in some
+    layers to few."""
+    spec = config.spec
+    own = config.learned_sinks or spec.split_layers or spec.sliding_layers
+    return config.w_sink > 0 or bool(own) or type(config) not in STOCK
 
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:

@@ -60,8 +60,9 @@ def check_batches(spec: HybridSpec, vocab_size: int, max_positions: int) -> list
 
     The longest row is in the last batch.
     """
-    longest = max(min(spec.window + BEYOND_WINDOW, max_positions - NEW_TOKENS), 1)
-    if spec.window <= LARGEST_WINDOW_IN_A_BATCH:
+    window = max(spec.window, spec.sliding_window)
+    longest = max(min(window + BEYOND_WINDOW, max_positions - NEW_TOKENS), 1)
+    if window <= LARGEST_WINDOW_IN_A_BATCH:
         lengths = [[1, min(spec.window, longest), longest]]
     else:
         lengths = [[1, 17, min(64, longest)], [longest]]
@@ -78,9 +79,14 @@ def measure(model: HybridForCausalLM, batch: Batch, logits_BKV: Tensor) -> Logit
             return (logits_of(model, *batch) - logits_BKV)[real_BK].abs().max().item()
 
     w_sink, w_recent = model.spec.w_sink, model.spec.w_recent
-    faults: dict[str, dict[str, Any]] = {"a window longer by one": {"sliding_window": w_recent + 1}}
+    window, of_base = "w_recent" if model.spec.sliding_layers else "sliding_window", model.spec.sliding_window
+    faults: dict[str, dict[str, Any]] = {"a window longer by one": {window: w_recent + 1}}
     if w_recent > 1:
-        faults["a window shorter by one"] = {"sliding_window": w_recent - 1}
+        faults["a window shorter by one"] = {window: w_recent - 1}
+    if of_base:
+        faults["a window of the base longer by one"] = {"sliding_window": of_base + 1}
+    if of_base > 1:
+        faults["a window of the base shorter by one"] = {"sliding_window": of_base - 1}
     if w_sink > 0:
         faults["no sinks"] = {"w_sink": 0}
     if model.spec.learned_sinks:

@@ -2,8 +2,8 @@
 
 A split layer does both, each for some of its KV heads. Positions count from a row's first real token, so under left padding sinks
 are real tokens and padding is never stored in a ring. A streaming layer keeps position r in slot r while r < w_sink + w_recent,
-then in slot w_sink + (r - w_sink) mod w_recent. Keys are stored after rotary embedding, so their order in the cache does not
-matter.
+then in slot w_sink + (r - w_sink) mod w_recent; a sliding layer does so with the base's window and no sinks. Keys are stored after
+rotary embedding, so their order in the cache does not matter.
 
 Shapes: B rows, G key/value heads, T new columns, S slots, D head size.
 """
@@ -272,7 +272,8 @@ class SplitLayer(CacheLayerMixin):
 
 
 class HybridCache(Cache):
-    """One cache for one batch: a `GrowingLayer` per full layer, a `SinkRingLayer` per lazy layer, a `SplitLayer` per split one."""
+    """One cache for one batch: a `GrowingLayer` per full layer, a `SinkRingLayer` per lazy or sliding layer, a `SplitLayer` per
+    split one."""
 
     def __init__(self, spec: HybridSpec) -> None:
         self.spec = spec
@@ -280,6 +281,8 @@ class HybridCache(Cache):
         super().__init__(layers=[self._layer(layer) for layer in range(spec.num_layers)])
 
     def _layer(self, layer: int) -> CacheLayerMixin:
+        if layer in self.spec.sliding_layers:
+            return SinkRingLayer(0, self.spec.sliding_window, self.rows)
         ring = SinkRingLayer(self.spec.w_sink, self.spec.w_recent, self.rows)
         if self.spec.is_lazy(layer):
             return ring

@@ -1,5 +1,8 @@
 """Configs of the hybrid classes: the base's own config with native `layer_types` and `sliding_window`, plus `w_sink`.
 
+Of a base with sliding layers they keep its own `layer_types` and `sliding_window`, by which transformers chooses rotary embeddings,
+and say in `streaming_kv_heads` and `w_recent` what streams.
+
 Each has a `model_type` of its own, so that software without sinks stops instead of ignoring them; and with learned sinks a
 `hybrid_version` at which earlier code of ours stops.
 """
@@ -13,6 +16,7 @@ from transformers.models.glm4.configuration_glm4 import Glm4Config
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.ministral.configuration_ministral import MinistralConfig
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+from transformers.models.olmo3.configuration_olmo3 import Olmo3Config
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -33,6 +37,8 @@ class HybridConfig(PreTrainedConfig):
     learned_sinks: bool = False
     streaming_kv_heads: list[list[int]] | None = None
     """By layer, the KV heads that stream; None: layers stream as a whole, as `layer_types` says."""
+    w_recent: int | None = None
+    """The window of what streams, where `layer_types` and `sliding_window` are the base's own; None: they say what streams."""
     hybrid_version: str = HYBRID_VERSION
     use_cache: bool = True
 
@@ -71,10 +77,20 @@ class HybridConfig(PreTrainedConfig):
         assert self.layer_types is not None, "__post_init__ sets them"
         if self.sliding_window is None:
             raise HybridError("sliding_window: missing. Fix: set it to w_recent, the window of the streaming layers in tokens")
+        if self.w_recent is not None:
+            return self._spec_beside_sliding_layers(self.layer_types, self.sliding_window, self.w_recent)
         if self.streaming_kv_heads is None:
             return HybridSpec.from_layer_types(self.layer_types, self.w_sink, self.sliding_window, self.learned_sinks)
         spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, self.kv_heads, self.w_sink, self.sliding_window)
         return replace(spec, learned_sinks=self.learned_sinks)
+
+    def _spec_beside_sliding_layers(self, layer_types: list[str], sliding_window: int, w_recent: int) -> HybridSpec:
+        sliding = tuple(layer for layer, kind in enumerate(layer_types) if kind == STREAMING)
+        if not sliding or self.streaming_kv_heads is None:
+            lacks = "no layer with a window" if not sliding else "no streaming_kv_heads, which say what streams"
+            raise HybridError(f"w_recent: {w_recent}: the config has {lacks}. Fix: restore the config.json that lt_train wrote")
+        spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, self.kv_heads, self.w_sink, w_recent)
+        return replace(spec, learned_sinks=self.learned_sinks, sliding_layers=sliding, sliding_window=sliding_window)
 
     @property
     def kv_heads(self) -> int:
@@ -110,6 +126,11 @@ class HybridSmolLM3Config(HybridConfig, SmolLM3Config):
 @strict
 class HybridOlmo2Config(HybridConfig, Olmo2Config):
     model_type = "lt_hybrid_olmo2"
+
+
+@strict
+class HybridOlmo3Config(HybridConfig, Olmo3Config):
+    model_type = "lt_hybrid_olmo3"
 
 
 @strict

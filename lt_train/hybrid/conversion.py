@@ -22,6 +22,7 @@ _NOT_CARRIED_OVER = {
     "w_sink",
     "learned_sinks",
     "streaming_kv_heads",
+    "w_recent",
     "hybrid_version",
 }
 
@@ -33,12 +34,14 @@ def config_in(family: Family, base_config: PreTrainedConfig, spec: HybridSpec) -
         known = set(MINISTRAL.config_class().to_dict())
         carried = {name: value for name, value in carried.items() if name in known}
     kv_heads = base_config.num_key_value_heads or base_config.num_attention_heads
+    heads_named = spec.split_layers or spec.sliding_layers
     return family.config_class(
         **carried,
         layer_types=spec.layer_types,
-        sliding_window=spec.w_recent,
+        sliding_window=spec.sliding_window or spec.w_recent,
+        w_recent=spec.w_recent if spec.sliding_layers else None,
         w_sink=spec.w_sink,
         learned_sinks=spec.learned_sinks,
-        streaming_kv_heads=[list(heads) for heads in spec.streaming_heads(kv_heads)] if spec.split_layers else None,
+        streaming_kv_heads=[list(heads) for heads in spec.streaming_heads(kv_heads)] if heads_named else None,
         hybrid_version=spec.version,
     )

@@ -8,6 +8,7 @@ from transformers.models.glm4.modeling_glm4 import Glm4ForCausalLM, Glm4Model
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
 from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2Model
+from transformers.models.olmo3.modeling_olmo3 import Olmo3ForCausalLM, Olmo3Model
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
@@ -20,6 +21,7 @@ from .configuration import (
     HybridGraniteConfig,
     HybridMinistralConfig,
     HybridOlmo2Config,
+    HybridOlmo3Config,
     HybridPhi3Config,
     HybridQwen2Config,
     HybridQwen3Config,
@@ -73,6 +75,15 @@ class HybridOlmo2Model(HybridBody, Olmo2Model):
 class HybridOlmo2ForCausalLM(HybridForCausalLM, Olmo2ForCausalLM):
     config: HybridOlmo2Config
     body_class = HybridOlmo2Model
+
+
+class HybridOlmo3Model(HybridBody, Olmo3Model):
+    config: HybridOlmo3Config
+
+
+class HybridOlmo3ForCausalLM(HybridForCausalLM, Olmo3ForCausalLM):
+    config: HybridOlmo3Config
+    body_class = HybridOlmo3Model
 
 
 class HybridSeedOssModel(HybridBody, SeedOssModel):
@@ -151,6 +162,7 @@ QWEN3 = Family(HybridQwen3Config, HybridQwen3ForCausalLM)
 MINISTRAL = Family(HybridMinistralConfig, HybridMinistralForCausalLM)
 SMOLLM3 = Family(HybridSmolLM3Config, HybridSmolLM3ForCausalLM)
 OLMO2 = Family(HybridOlmo2Config, HybridOlmo2ForCausalLM)
+OLMO3 = Family(HybridOlmo3Config, HybridOlmo3ForCausalLM)
 SEED_OSS = Family(HybridSeedOssConfig, HybridSeedOssForCausalLM)
 GRANITE = Family(HybridGraniteConfig, HybridGraniteForCausalLM)
 GLM4 = Family(HybridGlm4Config, HybridGlm4ForCausalLM)
@@ -165,6 +177,7 @@ BASES: dict[str, Family] = {
     "ministral": MINISTRAL,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "seed_oss": SEED_OSS,
     "granite": GRANITE,
     "glm4": GLM4,

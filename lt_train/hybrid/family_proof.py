@@ -1,8 +1,8 @@
 """Proof that a hybrid made from a base's own classes computes streaming attention, on a small model with all layers of the base.
 
-Full attention must be the base to the last bit; of each layer, what its queries see is read off its gradients; streaming layers are
-compared with the base's layers under a dense mask, and caches, packing and padding with documents alone. Products are in fp64, so
-that a router's choice of experts does not hang on rounding.
+Full attention must be the base to the last bit, in rows that fit in the window that layers have in the base; of each layer, what
+its queries see is read off its gradients; streaming layers are compared with the base's layers under a dense mask, and caches,
+packing and padding with documents alone. Products are in fp64, so that a router's choice of experts does not hang on rounding.
 
 Shapes: B rows, T columns, H query heads, G key/value heads, D hidden size, V vocab_size.
 """
@@ -10,6 +10,7 @@ Shapes: B rows, T columns, H query heads, G key/value heads, D hidden size, V vo
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .auto_family import auto_family, stock_classes
+from .base_spec import base_spec
 from .cache import CACHE_ARGUMENT, HybridCache
 from .conversion import config_in
 from .kv_size import head_size, kv_heads
@@ -26,7 +28,7 @@ from .modeling import HybridForCausalLM, attention_at
 from .spec import HybridError, HybridSpec
 from .unsupported_bases import OTHER, small_config
 
-LENGTH, W_SINK, W_RECENT = 24, 2, 5
+LENGTH, W_SINK, W_RECENT, SLIDING = 24, 2, 5, 9
 SEEDS = (0, 1)
 """Of the batches."""
 
@@ -50,6 +52,8 @@ def prove_family(config: PreTrainedConfig, *, split_layers: bool = False) -> Non
 @cache
 def _prove(model_type: str, settings: str, split_layers: bool) -> None:
     small = small_config(stock_classes(model_type)[0](**json.loads(settings)))
+    if base_spec(small.to_dict()).sliding_layers:
+        small.sliding_window = SLIDING
     fix = "Fix: let entire layers stream" if split_layers else OTHER
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
@@ -62,11 +66,13 @@ def _prove(model_type: str, settings: str, split_layers: bool) -> None:
 
 
 def _spec_for(small: PreTrainedConfig, split_layers: bool) -> HybridSpec:
-    heads, layers = kv_heads(small.to_dict()), range(small.num_hidden_layers)
-    if split_layers:
-        in_turn = [[heads - 1], range(heads), []]
-        return HybridSpec.from_streaming_heads([in_turn[layer % 3] for layer in layers], heads, W_SINK, W_RECENT)
-    return HybridSpec(len(layers), tuple(layers)[1::2] or (0,), W_SINK, W_RECENT)
+    """Every second of the layers that can stream, or in turn: one head of it, all of them, none."""
+    base, heads = base_spec(small.to_dict(), W_SINK, W_RECENT), kv_heads(small.to_dict())
+    if not split_layers:
+        return replace(base, lazy_layers=base.full_in_base[1::2] or base.full_in_base)
+    return replace(
+        base, lazy_layers=base.full_in_base[1::3], split_layers=tuple((layer, (heads - 1,)) for layer in base.full_in_base[::3])
+    )
 
 
 def _refused(model_type: str, found: str, fix: str) -> HybridError:
@@ -87,7 +93,8 @@ def _compare(small: PreTrainedConfig, spec: HybridSpec) -> None:
     for seed in SEEDS:
         ids_BT = torch.randint(3, small.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad(), hybrid.full_attention():
-            _same("full attention differs from the base", _logits(hybrid, ids_BT), _logits(base, ids_BT), tolerance=0.0)
+            within_BT = ids_BT[:, : SLIDING - 1] if spec.sliding_layers else ids_BT  # beyond a window kernels round differently
+            _same("full attention differs from the base", _logits(hybrid, within_BT), _logits(base, within_BT), tolerance=0.0)
     base, hybrid = base.double(), hybrid.double()
     for seed in SEEDS:
         ids_BT = torch.randint(3, small.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
@@ -99,10 +106,12 @@ def _compare(small: PreTrainedConfig, spec: HybridSpec) -> None:
 def _compare_logits(base: PreTrainedModel, hybrid: HybridForCausalLM, spec: HybridSpec, ids_BT: Tensor) -> None:
     expected = _logits(hybrid, ids_BT)
     with hybrid.full_attention():
-        effect = (expected - _logits(hybrid, ids_BT)).abs().max().item()
+        full = _logits(hybrid, ids_BT)
+    effect = (expected - full).abs().max().item()
     if effect < 1e-6:
         raise HybridError("layers that stream compute what they compute with full attention")
     same = partial(_same, tolerance=1e-3 * effect)
+    same("nothing streams, and beyond the window of sliding layers logits differ from the base", full, _logits(base, ids_BT))
     with _under_masks(base, spec):
         same("streaming layers differ from the base under a dense mask", expected, _logits(base, ids_BT))
     same("cached tokens differ from recomputation", _logits_by_cache(hybrid, ids_BT), expected)
@@ -143,11 +152,11 @@ def _layer_by_layer(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
     body = hybrid.model
     views = body.attention_views(input_ids=ids_BT)
     hidden_BTD = body.embed_tokens(ids_BT)
-    position_embeddings = body.rotary_emb(hidden_BTD, views.position_ids)
+    position_embeddings = body.position_embeddings(hidden_BTD, views.position_ids)
     for index, layer in enumerate(body.layers):
         view = views.of_layer(index, hybrid.spec)
         hidden_BTD = layer(
-            hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings
+            hidden_BTD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings[index]
         )
     return hybrid.lm_head(body.norm(hidden_BTD))
 
@@ -169,30 +178,33 @@ def _check_what_layers_see(hybrid: HybridForCausalLM, ids_BT: Tensor) -> None:
     position_T = torch.arange(LENGTH)
     causal_TT = full_visible(position_T[:, None], position_T[None])
     streaming_TT = streaming_visible(position_T[:, None], position_T[None], W_SINK, W_RECENT)
-    views = hybrid.model.attention_views(input_ids=ids_BT[:1])
+    sliding_TT = streaming_visible(position_T[:, None], position_T[None], 0, SLIDING)
+    views, sliding = hybrid.model.attention_views(input_ids=ids_BT[:1]), hybrid.spec.sliding_layers
     for kind, view, visible_TT in (("full", views.full, causal_TT), ("streaming", views.streaming, streaming_TT)):
-        for index, seen_TT in enumerate(_seen(hybrid, view, ids_BT[:1])):
-            wrong = (seen_TT != visible_TT[QUERIES]).nonzero()
+        view_L = [views.sliding if layer in sliding else view for layer in range(hybrid.spec.num_layers)]
+        for index, seen_TT in enumerate(_seen(hybrid, view_L, ids_BT[:1])):
+            kind_of_layer, visible = ("sliding", sliding_TT) if index in sliding else (kind, visible_TT)
+            wrong = (seen_TT != visible[QUERIES]).nonzero()
             if len(wrong):
                 row, key = wrong[0].tolist()
                 query, sees = QUERIES[row], bool(seen_TT[row, key])
                 at = attention_at(index, hybrid.model.layers[index].self_attn)
                 found, wanted = ("sees", "hides") if sees else ("does not see", "shows")
-                raise HybridError(f"{at}: token {query} {found} token {key}, which {kind} attention {wanted}")
+                raise HybridError(f"{at}: token {query} {found} token {key}, which {kind_of_layer} attention {wanted}")
 
 
 QUERIES = [LENGTH // 2, LENGTH - 1]
 
 
-def _seen(hybrid: HybridForCausalLM, view: Any, ids_1T: Tensor) -> Iterator[Tensor]:
+def _seen(hybrid: HybridForCausalLM, view_L: list[Any], ids_1T: Tensor) -> Iterator[Tensor]:
     """For each layer, which tokens [queries, T] of its input the outputs at QUERIES depend on."""
     body = hybrid.model
     hidden_1TD = body.embed_tokens(ids_1T).detach()
     position_ids = torch.arange(LENGTH)[None]
-    position_embeddings = body.rotary_emb(hidden_1TD, position_ids)
-    for layer in body.layers:
+    position_embeddings = body.position_embeddings(hidden_1TD, position_ids)
+    for layer, view, embeddings in zip(body.layers, view_L, position_embeddings, strict=True):
         hidden_1TD = hidden_1TD.detach().requires_grad_()
-        given = {"attention_mask": view, "position_ids": position_ids, "position_embeddings": position_embeddings}
+        given = {"attention_mask": view, "position_ids": position_ids, "position_embeddings": embeddings}
         output_1TD = layer(hidden_1TD, **given)
         weights_D = torch.linspace(0.5, 1.5, output_1TD.shape[-1], dtype=output_1TD.dtype)
         rows = []
@@ -209,14 +221,16 @@ def _under_masks(base: PreTrainedModel, spec: HybridSpec) -> Iterator[None]:
     position_T = torch.arange(LENGTH)
     full_TT = full_visible(position_T[:, None], position_T[None])
     streaming_TT = streaming_visible(position_T[:, None], position_T[None], spec.w_sink, spec.w_recent)
+    sliding_TT = streaming_visible(position_T[:, None], position_T[None], 0, max(spec.sliding_window, 1))
     heads = kv_heads(base.config.to_dict())
 
     def masked(mask_1HTT: Tensor, layer: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, given | {"attention_mask": mask_1HTT}
 
     hooks = []
-    for layer, streaming in zip(base.model.layers, spec.streaming_heads(heads), strict=True):
-        mask_GTT = torch.stack([streaming_TT if head in streaming else full_TT for head in range(heads)])
+    for index, streaming in enumerate(spec.streaming_heads(heads)):
+        layer, other_TT = base.model.layers[index], sliding_TT if index in spec.sliding_layers else full_TT
+        mask_GTT = torch.stack([streaming_TT if head in streaming else other_TT for head in range(heads)])
         mask_1HTT = mask_GTT.repeat_interleave(base.config.num_attention_heads // heads, dim=0)[None]
         hooks.append(layer.register_forward_pre_hook(partial(masked, mask_1HTT), with_kwargs=True))
     try:

@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from .auto_family import PREFIX, auto_family
+from .base_spec import base_spec
 from .configuration import HybridConfig, is_hybrid
 from .conversion import config_in
 from .families import BASES, FAMILIES, MINISTRAL, PHI3
 from .family_proof import prove_family
 from .modeling import Family, HybridForCausalLM
 from .spec import HybridError, HybridSpec
-from .unsupported_bases import refuse_unsupported, sliding_layers
+from .unsupported_bases import faults_of_windows, refuse_unsupported
 
 _MADE: dict[str, Family] = {}
 """Families that `prove_auto_family` or a checkpoint added in this process, by the `model_type` of a base or of a hybrid."""
@@ -41,18 +42,29 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
     """The hybrid's config, made from the base's.
 
     Raises:
-        HybridError: an architecture without a hybrid class; a base with a sliding window, with biases that `ministral` lacks, or
-            with quantized weights; a spec for another number of layers.
+        HybridError: an architecture without a hybrid class; a base with a sliding window in every layer, with biases that
+            `ministral` lacks, or with quantized weights; a spec for another number of layers, or for other sliding layers.
     """
     family = family_of(base_config)
     _refuse_unsupported_base(base_config)
     if not is_declared(base_config) and not is_hybrid(base_config):
         _check_undeclared(base_config, spec)  # the family was proved with the settings of another base
+    _check_sliding_layers(base_config, spec)
     if spec.num_layers != base_config.num_hidden_layers:
         raise HybridError(
             f"num_layers: {spec.num_layers}: the base has {base_config.num_hidden_layers} layers. Fix: make a spec for this base"
         )
     return config_in(family, base_config, spec)
+
+
+def _check_sliding_layers(base_config: PreTrainedConfig, spec: HybridSpec) -> None:
+    base = base_spec(base_config.to_dict())
+    if (spec.sliding_layers, spec.sliding_window) != (base.sliding_layers, base.sliding_window):
+        raise HybridError(
+            f"sliding_layers: {list(spec.sliding_layers)} with a window of {spec.sliding_window}: in the base layers "
+            f"{list(base.sliding_layers)} see {base.sliding_window:,} tokens from the start. Fix: make the spec from "
+            "base_spec(config)"
+        )
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -252,12 +264,9 @@ def _without_report() -> Iterator[None]:
 
 def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
     values, family = config.to_dict(), FAMILIES.get(config.model_type)
-    if not is_hybrid(config) and sliding_layers(config):
-        raise HybridError(
-            "sliding_window: the base's config sets one, and a hybrid starts from full attention in every layer. "
-            "Fix: name a base without a window, or the model that this hybrid was made from; if no sequence is longer than "
-            "the window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
-        )
+    if not is_hybrid(config):
+        for fault in faults_of_windows(config):
+            raise HybridError(fault)
     if family is MINISTRAL:
         biases = [name for name in ("attention_bias", "mlp_bias") if values.get(name)]
         if biases:

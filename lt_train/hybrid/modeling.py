@@ -9,6 +9,7 @@ hands other keyword arguments through to the attention of every layer: `views`, 
 family.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from .views import (
     StreamingView,
     Views,
 )
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+"""Cosines and sines [B, T, D] of the rotary embedding."""
 
 ATTENTION_NAME = f"lt_hybrid.{__name__}"
 
@@ -135,6 +139,15 @@ class HybridBody(OwnAttention):
                 setattr(self.rotary_emb, name, buffer.to(cast.device))
         return self
 
+    def position_embeddings(self, hidden_BTD: Tensor, position_ids: Tensor) -> list[PositionEmbeddings]:
+        """What each layer gets as `position_embeddings`, by layer: some families have rotary embeddings for each type of layer."""
+        if "layer_type" not in inspect.signature(self.rotary_emb.forward).parameters:
+            return [self.rotary_emb(hidden_BTD, position_ids)] * len(self.layers)
+        kinds = self.config.layer_types
+        assert kinds is not None, "__post_init__ sets them"
+        by_type = {kind: self.rotary_emb(hidden_BTD, position_ids, kind) for kind in set(kinds)}
+        return [by_type[kind] for kind in kinds]
+
     def attention_views(
         self,
         input_ids: Tensor | None = None,
@@ -143,7 +156,7 @@ class HybridBody(OwnAttention):
         inputs_embeds: Tensor | None = None,
         cache: HybridCache | None = None,
     ) -> Views:
-        """The views of full and streaming layers for this batch. Advances `cache`, if given, by its columns.
+        """The views of full, streaming and sliding layers for this batch. Advances `cache`, if given, by its columns.
 
         Args:
             input_ids: [B, T] (or `inputs_embeds`: [B, T, hidden size]), the new tokens.
@@ -172,7 +185,8 @@ class HybridBody(OwnAttention):
     def _views_of(self, documents: Documents, cache: HybridCache | None = None) -> Views:
         full = FullView(documents, self.attention_kernel)
         streaming = full if self.attends_fully else StreamingView(documents, self.spec, self.attention_kernel)
-        return Views(full, streaming, documents.position_ids, cache)
+        sliding = StreamingView(documents, self.spec.sliding, self.attention_kernel) if self.spec.sliding_layers else None
+        return Views(full, streaming, documents.position_ids, cache, sliding)
 
     def _sharded_view(self, shards: Shards, attention_mask: Tensor | None, position_ids: Tensor | None) -> ShardedView:
         if self.spec.learned_sinks:
@@ -211,7 +225,9 @@ class HybridBody(OwnAttention):
         if position_ids is not None and not torch.equal(positions[real], position_ids.expand(batch, new)[real]):
             raise _wrong_positions(cache, positions, position_ids.to(device).expand(batch, new))
         full = CachedFullView(cache)
-        return Views(full, full if self.attends_fully else CachedStreamingView(cache), positions.clamp(min=0), cache)
+        streaming = full if self.attends_fully else CachedStreamingView(cache, self.spec)
+        sliding = CachedStreamingView(cache, self.spec.sliding) if self.spec.sliding_layers else None
+        return Views(full, streaming, positions.clamp(min=0), cache, sliding)
 
     def forward(
         self,

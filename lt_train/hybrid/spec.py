@@ -8,6 +8,8 @@ LEARNED_SINKS_VERSION = "2"
 """The version of a hybrid with learned sinks: code of version 1 would stop at it instead of leaving them out."""
 KV_HEADS_VERSION = "3"
 """The version of a hybrid with split layers: earlier code would stop at it instead of giving all their heads full attention."""
+SLIDING_LAYERS_VERSION = "4"
+"""The version of a hybrid of a base with sliding layers: earlier code would take these for the layers that stream."""
 
 
 FULL = "full_attention"
@@ -23,6 +25,8 @@ class HybridSpec:
     """Which of a model's layers and KV heads stream, and the sizes of their streaming attention.
 
     A KV head is a key/value head with its query heads. In a split layer some KV heads stream and the others keep full attention.
+    A sliding layer has a window in the base already: a query sees the latest `sliding_window` tokens and no sinks. It neither
+    streams nor has full attention.
 
     Args:
         num_layers: decoder layers of the model.
@@ -33,6 +37,8 @@ class HybridSpec:
         learned_sinks: each query head of a streaming layer has a logit of its own in the softmax's denominator, in place of
             sink tokens (as in gpt-oss, arXiv 2508.10925).
         split_layers: (layer, the KV heads of it that stream) of each split layer, ascending.
+        sliding_layers: indices of the base's sliding layers, ascending.
+        sliding_window: the latest keys that a query of a sliding layer sees, itself included, in tokens; 0 without such layers.
 
     Raises:
         HybridError: a size, a layer or a head out of range, a layer named twice, two kinds of sinks, or learned sinks with split
@@ -46,6 +52,8 @@ class HybridSpec:
     # Fingerprints of runs without these follow from the repr.
     learned_sinks: bool = field(default=False, repr=False)
     split_layers: tuple[tuple[int, tuple[int, ...]], ...] = field(default=(), repr=False)
+    sliding_layers: tuple[int, ...] = field(default=(), repr=False)
+    sliding_window: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         if self.w_sink < 0:
@@ -68,9 +76,27 @@ class HybridSpec:
                     f"split_layers: layer {layer}, KV heads {list(heads)}: not one or more different heads. "
                     "Fix: name each head once"
                 )
+        self._check_sliding_layers(set(streaming))
         object.__setattr__(self, "lazy_layers", tuple(sorted(self.lazy_layers)))
+        object.__setattr__(self, "sliding_layers", tuple(sorted(self.sliding_layers)))
         split = tuple(sorted((layer, tuple(sorted(heads))) for layer, heads in self.split_layers))
         object.__setattr__(self, "split_layers", split)
+
+    def _check_sliding_layers(self, streaming: set[int]) -> None:
+        sliding = set(self.sliding_layers)
+        if len(sliding) != len(self.sliding_layers) or not sliding <= set(range(self.num_layers)):
+            layers = list(self.sliding_layers)
+            raise HybridError(f"sliding_layers: {layers}: not layers of the model, each once. Fix: name those of the base")
+        if (self.sliding_window > 0) != bool(sliding) or self.sliding_window < 0:
+            raise HybridError(
+                f"sliding_window: {self.sliding_window}: with {len(sliding)} sliding layers. Fix: set it to the base's window, "
+                "and to 0 where no layer slides"
+            )
+        if both := sorted(sliding & streaming):
+            raise HybridError(
+                f"lazy_layers: {both}: they see {self.sliding_window:,} tokens in the base already, and only its full layers can "
+                f"stream. Fix: name layers of {list(self.full_in_base)}"
+            )
 
     @classmethod
     def from_layer_types(cls, layer_types: list[str], w_sink: int, w_recent: int, learned_sinks: bool = False) -> "HybridSpec":
@@ -113,9 +139,27 @@ class HybridSpec:
         return tuple(sorted([*self.lazy_layers, *dict(self.split_layers)]))
 
     @property
+    def full_in_base(self) -> tuple[int, ...]:
+        """The layers that have full attention in the base: the only ones that can stream."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.sliding_layers)
+
+    @property
     def all_full(self) -> "HybridSpec":
-        """The spec of the base: the same model without anything that streams."""
+        """The spec of the base: the same model without anything that streams. Its sliding layers slide."""
         return replace(self, lazy_layers=(), split_layers=())
+
+    def on(self, base: "HybridSpec") -> "HybridSpec":
+        """This spec in a model whose base has sliding layers: those of `base`.
+
+        Raises:
+            HybridError: one of them streams.
+        """
+        return replace(self, sliding_layers=base.sliding_layers, sliding_window=base.sliding_window)
+
+    @property
+    def sliding(self) -> "HybridSpec":
+        """A spec whose sizes are those of the sliding layers' attention: streaming attention without sinks."""
+        return HybridSpec(self.num_layers, (), w_sink=0, w_recent=self.sliding_window)
 
     @property
     def streams(self) -> bool:
@@ -125,15 +169,18 @@ class HybridSpec:
     @property
     def version(self) -> str:
         """The version of the code that the hybrid needs."""
+        if self.sliding_layers:
+            return SLIDING_LAYERS_VERSION
         if self.split_layers:
             return KV_HEADS_VERSION
         return LEARNED_SINKS_VERSION if self.learned_sinks else HYBRID_VERSION
 
     @property
     def layer_types(self) -> list[str]:
-        """The type of each layer, as `layer_types` in a transformers config; a split layer is full there."""
-        lazy = set(self.lazy_layers)
-        return [STREAMING if layer in lazy else FULL for layer in range(self.num_layers)]
+        """The type of each layer, as `layer_types` in a transformers config; a split layer is full there. With sliding layers these
+        are the types of the base, whatever streams: rotary embeddings may depend on them."""
+        named = set(self.sliding_layers or self.lazy_layers)
+        return [STREAMING if layer in named else FULL for layer in range(self.num_layers)]
 
     @property
     def window(self) -> int:
@@ -146,5 +193,6 @@ class HybridSpec:
 
     def cached_tokens(self, tokens: int, kv_heads: int) -> int:
         """Cached tokens of one sequence of `tokens` tokens, summed over all KV heads of all layers."""
-        streaming = sum(map(len, self.streaming_heads(kv_heads)))
-        return (self.num_layers * kv_heads - streaming) * tokens + streaming * min(tokens, self.window)
+        streaming, sliding = sum(map(len, self.streaming_heads(kv_heads))), len(self.sliding_layers) * kv_heads
+        full = self.num_layers * kv_heads - streaming - sliding
+        return full * tokens + streaming * min(tokens, self.window) + sliding * min(tokens, self.sliding_window)

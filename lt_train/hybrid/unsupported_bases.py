@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .auto_family import stock_classes
+from .base_spec import sliding_layers
 from .modeling import attention_at
 from .spec import FULL, STREAMING, HybridError
 
@@ -59,20 +60,23 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         ) from error
     for fault in _faults_of_modules(model):
         raise HybridError(fault)
-    sliding = sliding_layers(config)
-    if sliding:
-        begin = f"sliding_window: layers {_listed(sliding)} of {config.num_hidden_layers}"
-        problem = f"see {config.sliding_window:,} tokens from the start, and a hybrid starts from full attention in every layer"
-        raise HybridError(f"{begin} ({config.model_type}) {problem}. Fix: choose a base without a window")
+    for fault in faults_of_windows(config):
+        raise HybridError(fault)
 
 
-def sliding_layers(config: PreTrainedConfig) -> list[int]:
-    """The layers of a base that have a window."""
+def faults_of_windows(config: PreTrainedConfig) -> Iterator[str]:
+    """Why no layer of a base can stream, or in what it could not stay as it is, where its layers have windows."""
     values = config.to_dict()
-    layer_types = values.get("layer_types")
-    if layer_types is not None:
-        return [layer for layer, kind in enumerate(layer_types) if kind == STREAMING]
-    return [] if values.get("sliding_window") is None else list(range(config.num_hidden_layers))
+    sliding = sliding_layers(values)
+    if len(sliding) == config.num_hidden_layers:
+        yield (
+            f"sliding_window: {config.sliding_window}: every layer of the base ({config.model_type}) sees so many tokens from the "
+            "start, and only full layers can stream. Fix: choose a base with full layers; if no sequence is longer than the "
+            "window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
+        )
+    if FULL in (values.get("rope_parameters") or {}) and not sliding:
+        problem = "rotary embeddings for each type of layer, and all layers of one type"
+        yield f"layer_types: {config.model_type} has {problem}. {OTHER}"
 
 
 def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
@@ -96,6 +100,8 @@ def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
     for kind in {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)} & {"dynamic", "longrope"}:
         problem = "its frequencies change with the length of a sequence, and cached keys would keep the old ones"
         yield f"rope_parameters: rope_type {kind}: {problem}. {OTHER}"
+    if values.get("use_bidirectional_attention"):
+        yield f"use_bidirectional_attention: True: tokens see later ones, and a hybrid's attention is causal. {OTHER}"
     if values.get("alibi"):
         yield f"alibi: attention with biases of positions, which the kernels lack. {OTHER}"
     kinds: dict[str, list[int]] = {}

@@ -92,8 +92,13 @@ class CachedFullView(CachedView):
 
 
 class CachedStreamingView(CachedView):
+    def __init__(self, cache: HybridCache, spec: HybridSpec) -> None:
+        """spec: the sizes of the layers that get this view."""
+        super().__init__(cache)
+        self.spec = spec
+
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        sinks_H = sinks_of(module, self.cache.spec, q_BHTD)
+        sinks_H = sinks_of(module, self.spec, q_BHTD)
         if sinks_H is None:
             return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
         refuse_dropout(dropout)
@@ -101,7 +106,7 @@ class CachedStreamingView(CachedView):
 
     @cached_property
     def visible_BTK(self) -> Tensor | None:
-        rows, spec = self.cache.rows, self.cache.spec
+        rows, spec = self.cache.rows, self.spec
         slots = min(rows.longest, spec.window)
         if rows.new == 1:
             if rows.shortest >= slots:
@@ -157,9 +162,10 @@ def _by_kind(x_BHTD: Tensor, kv_heads: int, kinds: tuple[tuple[int, ...], ...]) 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of full and streaming layers in one forward pass, and the positions [B, T] for the rotary embedding.
+    """The views of full, streaming and sliding layers in one forward pass, and the positions [B, T] for the rotary embedding.
 
     Args:
+        sliding: None where no layer slides.
         cache: that of the forward pass, of which split layers need to know.
     """
 
@@ -167,8 +173,12 @@ class Views:
     streaming: AttentionView
     position_ids: Tensor
     cache: HybridCache | None = None
+    sliding: AttentionView | None = None
 
     def of_layer(self, layer: int, spec: HybridSpec) -> AttentionView:
+        if layer in spec.sliding_layers:
+            assert self.sliding is not None, "the views are made for a model with sliding layers"
+            return self.sliding
         if spec.is_lazy(layer):
             return self.streaming
         heads = spec.split_heads(layer)

@@ -56,12 +56,12 @@ class Draft:
                 f"draft_layers: {list(spec.lazy_layers)}: all of them stream in the model too, so the draft would be the model "
                 "itself. Fix: name a layer that is full in the model, or remove draft"
             )
+        window = min(model.w_recent, model.sliding_window or model.w_recent)
         if length is None:
-            return cls(spec, max(1, min(LONGEST, model.w_recent - 1)), adapts=True)
-        if not 0 < length < model.w_recent:
+            return cls(spec, max(1, min(LONGEST, window - 1)), adapts=True)
+        if not 0 < length < window:
             raise UserError(
-                f"draft_length: {length}: not within the window of {model.w_recent} tokens. "
-                f"Fix: set it from 1 to {model.w_recent - 1}, such as 4"
+                f"draft_length: {length}: not within the window of {window} tokens. Fix: set it from 1 to {window - 1}, such as 4"
             )
         return cls(spec, length)
 
@@ -69,9 +69,14 @@ class Draft:
 def _draft_spec(model: HybridSpec, streaming: HybridSpec | Collection[int] | None) -> HybridSpec:
     if isinstance(streaming, HybridSpec):
         return replace(model, lazy_layers=streaming.lazy_layers, split_layers=streaming.split_layers)
-    everything = range(model.num_layers)
-    if outside := sorted(set(streaming or ()) - set(everything)):
+    everything = model.full_in_base
+    if outside := sorted(set(streaming or ()) - set(range(model.num_layers))):
         raise UserError(f"draft_layers: {outside}: not in the model. Fix: name layers from 0 to {model.num_layers - 1}")
+    if sliding := sorted(set(streaming or ()) & set(model.sliding_layers)):
+        raise UserError(
+            f"draft_layers: {sliding}: they see {model.sliding_window:,} tokens in the base already. "
+            f"Fix: name layers of {list(everything)}"
+        )
     lazy = {*model.lazy_layers, *(everything if streaming is None else streaming)}
     split = tuple((layer, heads) for layer, heads in model.split_layers if layer not in lazy)
     return replace(model, lazy_layers=tuple(lazy), split_layers=split)

@@ -1,6 +1,6 @@
 """The KV cache of many sequences, allocated once: full layers in pages that sequences take as they grow, streaming layers in one
-ring per slot. A layer that is full in the model and streams in its draft has both, with the model's own keys and values. Of a split
-layer, each KV head is cached as it attends.
+ring per slot, and so sliding layers, in a ring of the base's window. A layer that is full in the model and streams in its draft has
+both, with the model's own keys and values. Of a split layer, each KV head is cached as it attends.
 
 A running sequence has a slot; the running ones are slots 0 to B - 1. Attention reads keys and values in place: a step copies none
 of them. The lowest free page is allocated first, so the pages in use stay together.
@@ -37,7 +37,7 @@ class KVSizes:
     page: int
     """One page in all full layers and of all full KV heads of split ones."""
     slot: int
-    """One ring in all streaming layers and of all streaming KV heads, of the draft too."""
+    """One ring in all streaming and sliding layers and of all streaming KV heads, of the draft too."""
     drafted: int = 0
     """Tokens of a sequence that are cached before it is known whether they stay."""
 
@@ -54,8 +54,10 @@ def kv_sizes(model: HybridForCausalLM, draft: Draft | None = None) -> KVSizes:
     spec, heads, of_head = model.spec, model.config.kv_heads, head_bytes(model.config.to_dict(), model.dtype.itemsize)
     attending, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
     streaming, rings = (sum(map(len, each.streaming_heads(heads))) for each in (spec, attending))
-    full = spec.num_layers * heads - streaming
-    return KVSizes(full * PAGE * of_head, rings * (spec.window + drafted) * of_head, drafted)
+    sliding = len(spec.sliding_layers) * heads
+    full = spec.num_layers * heads - streaming - sliding
+    of_rings = rings * (spec.window + drafted) + sliding * (spec.sliding_window + drafted)
+    return KVSizes(full * PAGE * of_head, of_rings * of_head, drafted)
 
 
 def pages_for(tokens: int) -> int:
@@ -85,9 +87,11 @@ class KVStore:
         drafting = streaming if draft is None else draft.spec.streaming_heads(heads)
         for index, layer in enumerate(model.model.layers):
             device = next(layer.parameters()).device
+            slides = index in self.spec.sliding_layers
             groups: dict[tuple[bool, bool], list[int]] = {}
             for head in range(heads):
-                groups.setdefault((head in streaming[index], head in drafting[index]), []).append(head)
+                kinds = (True, True) if slides else (head in streaming[index], head in drafting[index])
+                groups.setdefault(kinds, []).append(head)
             self.layers.append([])
             for (streams, drafts), of_kind in groups.items():
                 held: list[PagedLayer | RingLayer] = []
@@ -95,8 +99,9 @@ class KVStore:
                     shape = (2, pages, len(of_kind), PAGE, size)
                     held.append(PagedLayer(torch.zeros(shape, dtype=model.dtype, device=device)))
                 if streams or drafts:
-                    shape = (2, slots, len(of_kind), self.spec.window + self.sizes.drafted, size)
-                    held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), self.spec))
+                    spec = self.spec.sliding if slides else self.spec
+                    shape = (2, slots, len(of_kind), spec.window + self.sizes.drafted, size)
+                    held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), spec))
                 self.layers[-1].append(CachedHeads(torch.tensor(of_kind, device=device), held[0], held[-1]))
 
     @property
@@ -226,17 +231,18 @@ class PagedLayer:
 
 
 class RingLayer:
-    """Sinks and latest keys and values of the streaming heads of one layer: kv is [2, S, G, W, D].
+    """Sinks and latest keys and values of the streaming heads of one layer, or of a sliding layer: kv is [2, S, G, W, D].
 
     `slot_of`, the rule of the hybrid's own cache, gives the place of each position in the ring.
 
     Attributes:
+        spec: says what its queries see.
         recent: the number of latest tokens that it holds, w_recent or more.
     """
 
     def __init__(self, kv_2SGWD: Tensor, spec: HybridSpec) -> None:
         self.keys, self.values = kv_2SGWD
-        self.w_sink = spec.w_sink
+        self.spec, self.w_sink = spec, spec.w_sink
         self.recent = kv_2SGWD.shape[3] - spec.w_sink
         self.device = kv_2SGWD.device
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.loading import (
     build_hybrid,
@@ -29,7 +30,7 @@ from lt_train.hybrid.loading import (
     refuse_undeclared,
 )
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridError, HybridSpec
+from lt_train.hybrid.spec import FULL, HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.inference.sinks_file import read_sinks
 from lt_train.inference.text import check_stop_tokens
@@ -61,15 +62,16 @@ def load_base_config(model: Model) -> PreTrainedConfig:
         config = with_rope_scaling(config, model.rope_scaling)
         if model.family == "auto" and not is_declared(config):
             prove_auto_family(config)
-        hybrid_config(config, HybridSpec(config.num_hidden_layers, lazy_layers=()))
+        hybrid_config(config, base_spec(config.to_dict()))
     return config
 
 
 def describe_proof(config: PreTrainedConfig) -> str:
     """What was proved of a base whose family is not declared (see `prove_auto_family`)."""
+    within = " within the window of its sliding layers" if base_spec(config.to_dict()).sliding_layers else ""
     return (
         f"auto: a hybrid of {config.model_type} was made, and proved on a small model: with full attention it is the base to the "
-        "last bit, each layer sees what it should, and cached, packed and padded documents are computed as alone"
+        f"last bit{within}, each layer sees what it should, and cached, packed and padded documents are computed as alone"
     )
 
 
@@ -81,6 +83,11 @@ def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> 
     """
     if scaling is None:
         return config
+    if FULL in config.rope_parameters:
+        raise UserError(
+            f"model.rope_scaling: {scaling.rope_type}: {config.model_type} has rotary embeddings for each type of layer. "
+            "Fix: leave rope_scaling out, or scale rope_parameters of full_attention in a copy of its config.json"
+        )
     if config.model_type == "phi3":
         raise UserError(
             f"model.rope_scaling: {scaling.rope_type}: transformers' phi3 has no scaling but longrope. Fix: leave rope_scaling out"

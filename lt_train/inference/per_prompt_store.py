@@ -40,6 +40,12 @@ class PerPrompt:
             UserError: no layer or every layer would stay full, layers or heads that stream already, or layers on several devices.
         """
         spec = model.spec
+        if spec.sliding_layers:
+            raise UserError(
+                f"per_prompt: layers {list(spec.sliding_layers)} of this base see {spec.sliding_window:,} tokens from the start, "
+                "and the cache of prompts that choose their layers has no such layers. Fix: choose layers for all prompts "
+                "(hybrid.select: static)"
+            )
         if not 0 < self.keep < spec.num_layers:
             raise UserError(
                 f"per_prompt.keep: {self.keep}: of {spec.num_layers} layers, all or none would stay full. "

@@ -128,9 +128,8 @@ class ModelRunner:
         """Hidden states [B, T, D] after the last layer."""
         body = self.model.model
         hidden_BTD = body.embed_tokens(ids_BT)
-        position_embeddings = body.rotary_emb(hidden_BTD, positions_BT)
-        for layer in body.layers:
-            hidden_BTD = layer(hidden_BTD, attention_mask=view, position_ids=positions_BT, position_embeddings=position_embeddings)
+        for layer, embeddings in zip(body.layers, body.position_embeddings(hidden_BTD, positions_BT), strict=True):
+            hidden_BTD = layer(hidden_BTD, attention_mask=view, position_ids=positions_BT, position_embeddings=embeddings)
         return body.norm(hidden_BTD)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import AttentionView
 from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
 from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, PageMap, RingLayer
@@ -68,13 +69,13 @@ class StepView(StoredView):
         layer = group.draft if self.drafts else group.model
         indices = self._indices(layer.device)
         for held in group.held:
-            at = indices.in_ring if isinstance(held, RingLayer) else indices.in_pages
+            at = indices.of_ring(held).places if isinstance(held, RingLayer) else indices.in_pages
             held.keys[at[0], :, at[1]] = k_BGTD.transpose(1, 2)
             held.values[at[0], :, at[1]] = v_BGTD.transpose(1, 2)
         groups = k_BGTD.shape[1]
         q_BGQD = q_BHTD.unflatten(1, (groups, -1)).flatten(2, 3)
         sinks_GQ = None
-        if isinstance(layer, RingLayer) and (sinks_H := sinks_of(module, self.store.spec, q_BHTD)) is not None:
+        if isinstance(layer, RingLayer) and (sinks_H := sinks_of(module, layer.spec, q_BHTD)) is not None:
             sinks_GQ = sinks_H.unflatten(0, (groups, -1)).repeat_interleave(self.tokens, 1)
         if (blocks := indices.blocks(layer)) is not None:
             out_BGQD = attend_blocks(q_BGQD, layer.keys, layer.values, blocks, scaling, sinks_GQ).to(q_BGQD.dtype)
@@ -86,11 +87,12 @@ class StepView(StoredView):
         return out_BGQD.unflatten(2, (-1, self.tokens)).flatten(1, 2).transpose(1, 2)
 
     def _ring(self, layer: RingLayer, indices: "StepIndices", q_BGQD, scaling, sinks_GQ):
-        rows, used = q_BGQD.shape[0], indices.used
+        ring, rows = indices.of_ring(layer), q_BGQD.shape[0]
+        used, hidden_BTW = ring.used, ring.hidden_BTW
         k_BGWD, v_BGWD = layer.keys[:rows, :, :used], layer.values[:rows, :, :used]
         weights_BGQW = _product(q_BGQD, k_BGWD.transpose(-1, -2)).mul_(scaling)
-        if indices.hidden_BTW is not None:
-            weights_BGQW = _hide(weights_BGQW, indices.hidden_BTW)
+        if hidden_BTW is not None:
+            weights_BGQW = _hide(weights_BGQW, hidden_BTW)
         return _product(softmax_with_sinks(weights_BGQW, sinks_GQ), v_BGWD).to(q_BGQD.dtype)
 
     def _indices(self, device: torch.device) -> "StepIndices":
@@ -167,18 +169,14 @@ class PageIndices:
 
 
 class StepIndices:
-    """Where a step finds its cached tokens, on one device; all layers share it.
-
-    Attributes:
-        used: places of a ring that hold a token of some row.
-    """
+    """Where a step finds its cached tokens, on one device; all layers share it."""
 
     def __init__(self, store: KVStore, first: list[int], tokens: int, device: torch.device) -> None:
         self.store = store
         self.first = first
         self.tokens = tokens
         self.device = device
-        self.used = min(max(first) + tokens, store.spec.window + store.sizes.drafted)
+        self._rings: dict[HybridSpec, RingIndices] = {}
         self._blocks: dict[tuple[type, tuple[int, ...]], KeyBlocks | None] = {}
 
     def blocks(self, layer: PagedLayer | RingLayer) -> KeyBlocks | None:
@@ -193,11 +191,11 @@ class StepIndices:
                 self._blocks[kind] = ring_blocks(layer.keys, self._position_BT + 1) if computes else None
         return self._blocks[kind]
 
-    @cached_property
-    def in_ring(self) -> tuple[Tensor, Tensor]:
-        """Row and place [B, T] of each new token in a ring."""
-        row_B1 = torch.arange(len(self.first), device=self.device)[:, None]
-        return row_B1, slot_of(self._position_BT, self.store.spec.w_sink, self._recent)
+    def of_ring(self, layer: RingLayer) -> "RingIndices":
+        """The places in a ring of this layer's sizes."""
+        if layer.spec not in self._rings:
+            self._rings[layer.spec] = RingIndices(layer.spec, layer.recent, self.first, self._position_BT)
+        return self._rings[layer.spec]
 
     @cached_property
     def in_pages(self) -> tuple[Tensor, Tensor]:
@@ -209,26 +207,40 @@ class StepIndices:
         return PageIndices.of(self._page_map.owner, self._page_map.filled, self.device, self.tokens)
 
     @cached_property
-    def hidden_BTW(self) -> Tensor | None:
-        """The places of a ring that the query of each new token does not see; None where every query sees all of them."""
-        spec = self.store.spec
-        if self.tokens == 1 and min(self.first) + 1 >= self.used and self.used <= spec.window:
-            return None
-        last_B = self._position_BT[:, -1]
-        position_BW = slot_positions(last_B + 1, self.used, spec.w_sink, self._recent)
-        return ~streaming_visible(self._position_BT[:, :, None], position_BW[:, None], spec.w_sink, spec.w_recent)
-
-    @property
-    def _recent(self) -> int:
-        return self.store.spec.w_recent + self.store.sizes.drafted
-
-    @cached_property
     def _position_BT(self) -> Tensor:
         return torch.tensor(self.first, device=self.device)[:, None] + torch.arange(self.tokens, device=self.device)
 
     @cached_property
     def _page_map(self) -> PageMap:
         return self.store.page_map(self.first, self.tokens)
+
+
+class RingIndices:
+    """The places of new tokens in rings of one size, on one device.
+
+    Attributes:
+        used: places that hold a token of some row.
+    """
+
+    def __init__(self, spec: HybridSpec, recent: int, first: list[int], position_BT: Tensor) -> None:
+        """recent: latest tokens that the ring holds. first: the position of the first new token of each row."""
+        self.spec, self.recent, self.first, self.position_BT = spec, recent, first, position_BT
+        self.used = min(max(first) + position_BT.shape[1], spec.w_sink + recent)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and place [B, T] of each new token."""
+        row_B1 = torch.arange(len(self.first), device=self.position_BT.device)[:, None]
+        return row_B1, slot_of(self.position_BT, self.spec.w_sink, self.recent)
+
+    @cached_property
+    def hidden_BTW(self) -> Tensor | None:
+        """The places that the query of each new token does not see; None where every query sees all of them."""
+        spec = self.spec
+        if self.position_BT.shape[1] == 1 and min(self.first) + 1 >= self.used and self.used <= spec.window:
+            return None
+        position_BW = slot_positions(self.position_BT[:, -1] + 1, self.used, spec.w_sink, self.recent)
+        return ~streaming_visible(self.position_BT[:, :, None], position_BW[:, None], spec.w_sink, spec.w_recent)
 
 
 class FirstChunksView(AttentionView):
@@ -262,8 +274,8 @@ class LaterChunkView(StoredView):
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
         sinks_H = None
         if isinstance(layer, RingLayer):
-            sinks_H = sinks_of(module, self.store.spec, q_1HTD)
-            spec = self.store.spec
+            spec = layer.spec
+            sinks_H = sinks_of(module, spec, q_1HTD)
             held = min(self.before, spec.w_sink + layer.recent)
             before_1 = torch.tensor([self.before], device=layer.device)
             position_K = torch.cat([slot_positions(before_1, held, spec.w_sink, layer.recent)[0], position_T1[:, 0]])

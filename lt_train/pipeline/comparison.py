@@ -6,9 +6,10 @@ are scored once, in the run that also evaluates the base; the cells name what st
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.spec import HybridSpec
@@ -21,10 +22,8 @@ from lt_train.report.comparison import FULL, Cell, Comparison, write_comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.selection.choose import number_by_ratio
-from lt_train.selection.periodic import periodic_layers
+from lt_train.selection.choose import number_by_ratio, unscored_layers
 from lt_train.selection.profile import SCORED, LayerProfile
-from lt_train.selection.random import random_layers
 
 STRATEGIES = ("reach", "lazy_ratio", "periodic", "random")
 RATIOS = (0.5, 0.75)
@@ -101,24 +100,25 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
         raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
     common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
     base_config = load_base_config(given.model)
-    num_layers = base_config.num_hidden_layers
-    counts = sorted({number_by_ratio(ratio, num_layers) for ratio in grid.ratios})
+    unturned = base_spec(base_config.to_dict(), given.hybrid.w_sink, given.hybrid.w_recent)
+    of = len(unturned.full_in_base)
+    counts = sorted({number_by_ratio(ratio, of) for ratio in grid.ratios})
     base = load_recipe(recipe, [*common, *_base_overrides(given, grid)])
     base_folder = work(base, "eval", runs, process)
     profile = LayerProfile.load(path) if (path := RunPaths(base_folder).layer_profile).exists() else None
     cells: list[Cell] = []
     for count in counts:
         for strategy in grid.static if "layer" in grid.granularities else ():
-            layers = _chosen(strategy, count, num_layers, given.seed, profile)
-            spec = HybridSpec(num_layers, layers, given.hybrid.w_sink, given.hybrid.w_recent)
+            layers = _chosen(strategy, count, unturned, given.seed, profile)
+            spec = replace(unturned, lazy_layers=layers)
             same = next((cell for cell in cells if layers and cell.spec == spec), None)
-            folder = same.run if same else runs / f"{given.name}-{strategy}-{count}of{num_layers}"
+            folder = same.run if same else runs / f"{given.name}-{strategy}-{count}of{of}"
             cells.append(Cell(strategy, spec, count, folder))
         if grid.by_head and (not grid.quick or count == counts[-1]):
-            cells.append(_cell_by_head(given, count, kv_heads(base_config.to_dict()), profile, runs))
+            cells.append(_cell_by_head(given, count, unturned, kv_heads(base_config.to_dict()), profile, runs))
         if FULL in grid.strategies:
             alike = next(cell for cell in cells if cell.num_streaming == count and cell.spec.streams)
-            folder = runs / f"{given.name}-full-as-{count}of{num_layers}"
+            folder = runs / f"{given.name}-full-as-{count}of{of}"
             cells.append(Cell(FULL, alike.spec.all_full, count, folder, trained_as=alike.spec))
     for folder in dict.fromkeys(cell.run for cell in cells):
         cell = next(cell for cell in cells if cell.run == folder)
@@ -177,12 +177,12 @@ def _base_overrides(recipe: Recipe, grid: Grid) -> list[str]:
     ]
 
 
-def _cell_by_head(recipe: Recipe, count: int, kv_heads: int, profile: LayerProfile | None, runs: Path) -> Cell:
+def _cell_by_head(recipe: Recipe, count: int, base: HybridSpec, kv_heads: int, profile: LayerProfile | None, runs: Path) -> Cell:
     """With the KV heads that have the KV cache of `count` layers."""
     assert profile is not None, "the base's run scores by gates"
     heads_L, hybrid = profile.choose_heads(count * kv_heads), recipe.hybrid
-    spec = HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent)
-    folder = runs / f"{recipe.name}-gates-{count * kv_heads}of{spec.num_layers * kv_heads}heads"
+    spec = HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent).on(base)
+    folder = runs / f"{recipe.name}-gates-{count * kv_heads}of{len(spec.full_in_base) * kv_heads}heads"
     return Cell("gates", spec, count, folder, by_head=True)
 
 
@@ -206,7 +206,7 @@ def _by_prompt(recipe: Recipe, cell: Cell) -> list[str]:
         f"name={cell.run.name}",
         *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer", "hybrid.strategy=null"),
         *(f"hybrid.select={PER_PROMPT}", "hybrid.compare=[]"),
-        f"hybrid.lazy_layer_ratio={cell.num_streaming / cell.spec.num_layers}",
+        f"hybrid.lazy_layer_ratio={cell.num_streaming / len(cell.spec.full_in_base)}",
         *UNTRAINED,
         f"eval={json.dumps(evaluations)}",
     ]
@@ -216,13 +216,11 @@ def _variants(recipe: Recipe, variants: Sequence[str]) -> list[str]:
     return [f"eval.{at}.variants=[{', '.join(variants)}]" for at in range(len(recipe.eval))]
 
 
-def _chosen(strategy: str, count: int, num_layers: int, seed: int, profile: LayerProfile | None) -> tuple[int, ...]:
+def _chosen(strategy: str, count: int, base: HybridSpec, seed: int, profile: LayerProfile | None) -> tuple[int, ...]:
     """None where prompts choose."""
     if strategy == PER_PROMPT:
         return ()
-    if strategy == "periodic":
-        return periodic_layers(count, num_layers)
-    if strategy == "random":
-        return random_layers(count, num_layers, seed)
+    if strategy in ("periodic", "random"):
+        return unscored_layers(strategy, count, base, seed)
     assert profile is not None, "the base's run scores by every strategy that scores"
     return profile.choose(strategy, count)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -32,6 +33,7 @@ from lt_train.recipe.schema import (
     settings_that_may_change,
 )
 from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import MANIFEST, RunPaths
@@ -58,16 +60,21 @@ class Variants:
             UserError: the recipe's ratio, layers, drafts, adapters or restored projections do not fit this model.
             HybridError: single KV heads of this model cannot stream.
         """
-        hybrid, num_layers, train = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.train
-        number_that_stream(hybrid, num_layers, self.kv_heads)
+        hybrid, base, train = self.recipe.hybrid, self.spec(BASE), self.recipe.train
+        if hybrid.select == PER_PROMPT and base.sliding_layers:
+            raise UserError(
+                f"hybrid.select: {PER_PROMPT}: {len(base.sliding_layers)} layers of this base have a window already, and prompts "
+                "choose among full layers alone only where all are. Fix: set hybrid.select to static"
+            )
+        number_that_stream(hybrid, base, self.kv_heads)
         if hybrid.granularity == "kv_head":
             some = hybrid.model_copy(update={"strategy": "periodic"})  # whichever: scores are not there yet
-            hybrid_config(self.base_config, choose_spec(some, num_layers, self.kv_heads, self.recipe.seed))
+            hybrid_config(self.base_config, choose_spec(some, base, self.kv_heads, self.recipe.seed))
         self._check_drafts()
         if train is None:
             return
         with torch.device("meta"):
-            model = build_hybrid(self.base_config, HybridSpec(num_layers, ()))
+            model = build_hybrid(self.base_config, base_spec(self.base_config.to_dict()))
         if train.restore_query_key:
             check_restorable(model)
         if self.recipe.lora is not None:
@@ -75,24 +82,24 @@ class Variants:
 
     def choose(self, profile: LayerProfile | None) -> None:
         """Decide on what streams in every hybrid and write it down; nothing of one whose prompts choose."""
-        hybrid, num_layers, seed = self.recipe.hybrid, self.base_config.num_hidden_layers, self.recipe.seed
+        hybrid, base, seed = self.recipe.hybrid, self.spec(BASE), self.recipe.seed
         count = self.number_of_layers(profile)
         chosen: dict[str, Chosen] = {CONVERTED: ()}
         if hybrid.select != PER_PROMPT:
-            spec = choose_spec(hybrid, num_layers, self.kv_heads, seed, profile)
+            spec = choose_spec(hybrid, base, self.kv_heads, seed, profile)
             chosen[CONVERTED] = recorded(spec, self.kv_heads)
         for strategy in hybrid.compare:
-            as_many = dict.fromkeys((*NAMED, *HOW_MANY)) | {"lazy_layer_ratio": count / num_layers}
+            as_many = dict.fromkeys((*NAMED, *HOW_MANY)) | {"lazy_layer_ratio": count / len(base.full_in_base)}
             as_many |= {"strategy": strategy, "granularity": "layer"}
-            chosen[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), num_layers, seed, profile)
+            chosen[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), base, seed, profile)
         write_json(self.paths.layers, chosen)
 
     def number_of_layers(self, profile: LayerProfile | None) -> int:
         """How many layers stream; by granularity kv_head, how many whole layers have the KV cache nearest to that of the heads."""
-        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        hybrid, base = self.recipe.hybrid, self.spec(BASE)
         if hybrid.granularity == "layer":
-            return number_that_stream(hybrid, num_layers, self.kv_heads, profile)
-        spec = choose_spec(hybrid, num_layers, self.kv_heads, self.recipe.seed, profile)
+            return number_that_stream(hybrid, base, self.kv_heads, profile)
+        spec = choose_spec(hybrid, base, self.kv_heads, self.recipe.seed, profile)
         return nearest_number_of_layers(spec, self.kv_heads)
 
     @property
@@ -102,18 +109,20 @@ class Variants:
 
     def spec(self, variant: str) -> HybridSpec:
         """What streams in `variant`: nothing in the base, what was chosen in the trained model."""
-        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        hybrid = self.recipe.hybrid
+        base = base_spec(self.base_config.to_dict(), hybrid.scored_w_sink, hybrid.w_recent)
         if variant == BASE:
-            return HybridSpec(num_layers, (), hybrid.scored_w_sink, hybrid.w_recent)
+            return base
         chosen = read_json(self.paths.layers, "choice of layers")[CONVERTED if variant == TRAINED else variant]
-        return spec_of(chosen, num_layers, self.kv_heads, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+        learned = hybrid.sink == "learned"
+        return spec_of(chosen, base.num_layers, self.kv_heads, hybrid.w_sink, hybrid.w_recent, learned).on(base)
 
     def per_prompt(self, variant: str) -> PerPrompt | None:
         """How prompts choose the layers of `variant`; None: its layers are chosen already."""
-        hybrid, num_layers = self.recipe.hybrid, self.base_config.num_hidden_layers
+        hybrid, base = self.recipe.hybrid, self.spec(BASE)
         if variant != CONVERTED or hybrid.select != PER_PROMPT:
             return None
-        return PerPrompt(num_layers - number_that_stream(hybrid, num_layers, self.kv_heads), hybrid.calibration.w_last)
+        return PerPrompt(base.num_layers - number_that_stream(hybrid, base, self.kv_heads), hybrid.calibration.w_last)
 
     def draft(self, variant: str, eval_config: Eval) -> Draft | None:
         """What drafts for `variant` in an evaluation; None: nothing does.
@@ -127,10 +136,10 @@ class Variants:
         return Draft.of(self.spec(variant), streaming, eval_config.draft_length)
 
     def _check_drafts(self) -> None:
-        every_layer_full = HybridSpec(self.base_config.num_hidden_layers, (), w_recent=self.recipe.hybrid.w_recent)
+        base = base_spec(self.base_config.to_dict(), w_recent=self.recipe.hybrid.w_recent)
         for _, part in all_parts(self.recipe):
             if isinstance(part, Eval) and part.draft is not None:
-                Draft.of(every_layer_full, part.draft_layers, part.draft_length)
+                Draft.of(base, part.draft_layers, part.draft_length)
 
     def sinks(self, variant: str) -> Path | None:
         """The file of the learned sinks with which a hybrid begins; None where the recipe has none."""

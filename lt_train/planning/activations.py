@@ -33,7 +33,8 @@ def layer_bytes(shape: ModelShape, layer: Layer, element: ElementBytes, *, gathe
 
     Args:
         gathered: documents are gathered from packed or padded rows, so attention saves copies of its own.
-        dense: what streams computes attention by the reference kernel (attention: reference), which saves its probabilities.
+        dense: what streams or slides computes attention by the reference kernel (attention: reference), which saves its
+            probabilities.
         length: tokens of a row.
     """
     norms = 2 * _norm(shape, element, layer.norms_trained)
@@ -96,7 +97,7 @@ def _attention(shape: ModelShape, layer: Layer, element: ElementBytes, gathered:
         saved += element.product * (shape.queries + shape.keys)
     if dense:  # softmax in fp32 and its copy for the product; the boolean mask is shared by heads
         probabilities = FP32 + (element.product if element.product != FP32 else 0)
-        saved += round(layer.streaming * shape.heads) * length * probabilities + length
+        saved += round((1 if layer.slides else layer.streaming) * shape.heads) * length * probabilities + length
     out = layer.linears["o_proj"]
     if out.keeps_input and (gathered or layer.is_split or shape.copies_output or (element.autocast and out.rank > 0)):
         saved += element.product * shape.queries

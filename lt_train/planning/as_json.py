@@ -35,6 +35,8 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
             "streaming_kv_heads": number_of_streaming_heads(spec, plan.shape.key_heads),
             "w_sink": spec.w_sink,
             "w_recent": spec.w_recent,
+            "sliding_layers": len(spec.sliding_layers),
+            "sliding_window": spec.sliding_window,
             "learned_sinks": spec.learned_sinks,
         },
         "training": None if plan.training is None else _training(plan, plan.training),

@@ -62,12 +62,14 @@ def training_compute(shape: ModelShape, train: Train, work: Workload) -> Compute
 def _seen(shape: ModelShape, lengths: Iterable[int]) -> tuple[float, int]:
     """Pairs of a query and a visible key, over all layers and samples: of the hybrid, and without streaming layers. A split layer
     has those of its kinds of KV heads, by their fractions."""
-    full = streaming = 0
+    full = streaming = sliding = 0
     for length in lengths:
+        sliding += sum(streaming_pairs(length, shape.spec.sliding_window) for _ in shape.spec.sliding_layers)
         full += causal_pairs(length)
         streaming += streaming_pairs(length, shape.spec.window)
     streams = sum(layer.streaming for layer in shape.layers)
-    return (len(shape.layers) - streams) * full + streams * streaming, len(shape.layers) * full
+    can_stream = len(shape.spec.full_in_base)
+    return (can_stream - streams) * full + streams * streaming + sliding, can_stream * full + sliding
 
 
 def causal_pairs(length: int) -> int:

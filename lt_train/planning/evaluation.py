@@ -70,12 +70,13 @@ def _tokens_in_rings(eval_config: Eval, evaluated: HybridSpec, hybrid: HybridSpe
     alone, and what it proposes in a round wherever one streams."""
     if eval_config.draft is None:
         return 0
-    listed = range(evaluated.num_layers) if eval_config.draft_layers is None else eval_config.draft_layers
+    listed = evaluated.full_in_base if eval_config.draft_layers is None else eval_config.draft_layers
     drafting = replace(hybrid, lazy_layers=tuple(listed), split_layers=()) if eval_config.draft == "streaming" else hybrid
     own_L, drafting_L = evaluated.streaming_heads(heads), drafting.streaming_heads(heads)
     own = sum(map(len, own_L))
     rings = sum(len({*one, *other}) for one, other in zip(own_L, drafting_L, strict=True))
-    return (rings - own) * evaluated.window + rings * (eval_config.draft_length or LONGEST)
+    sliding = len(evaluated.sliding_layers) * heads
+    return (rings - own) * evaluated.window + (rings + sliding) * (eval_config.draft_length or LONGEST)
 
 
 def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> int:

@@ -135,7 +135,7 @@ def _activations(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
             layer,
             element,
             gathered=setup.gathered,
-            dense=setup.dense and layer.streaming > 0,
+            dense=setup.dense and (layer.streaming > 0 or layer.slides),
             length=setup.length,
         )
         for layer in shape.layers
@@ -152,7 +152,9 @@ def _activations(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
         )
         yield Allocation("one layer again", tokens * max(layers), LAYERS, "gradient checkpointing recomputes it")
     else:
-        count = f"{len(layers) - streaming - split} full, {streaming} streaming" + f", {split} split" * bool(split) + " layers"
+        sliding = len(shape.spec.sliding_layers)
+        count = f"{len(layers) - streaming - split - sliding} full, {streaming} streaming" + f", {split} split" * bool(split)
+        count += f", {sliding} sliding" * bool(sliding) + " layers"
         yield Allocation("activations", tokens * sum(layers[first_trained:]), before_first, f"{tokens:,} tokens, {count}")
         yield Allocation(
             "first layer",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.partial_logits import LOGITS_PER_CALL
 from lt_train.planning.activations import FP32, ElementBytes, backward_workspace_bytes, layer_bytes
 from lt_train.planning.compute import HOUR, MULTIPLY_ADD, TERA, causal_pairs, streaming_pairs
@@ -50,13 +51,14 @@ class Passes:
 
     Attributes:
         linear: of the layer's linear modules; a backward pass through frozen weights counts as one.
-        full, streaming: of attention; a backward pass counts as two.
+        full, streaming, sliding: of attention; a backward pass counts as two.
         head: over all tokens.
     """
 
     linear: float
     full: float
     streaming: float
+    sliding: float
     head: float
 
     def of_the_model(self, num_layers: int) -> float:
@@ -64,17 +66,19 @@ class Passes:
         return self.linear / num_layers
 
 
-def passes(strategy: str, num_layers: int, long_reach_fraction: float) -> Passes:
-    """What scoring one sample by `strategy` alone takes."""
+def passes(strategy: str, base: HybridSpec, long_reach_fraction: float) -> Passes:
+    """What scoring one sample of a base by `strategy` alone takes."""
+    layers, scored, sliding = base.num_layers, len(base.full_in_base), len(base.sliding_layers)
     if strategy == "lazy_ratio":
-        return Passes(linear=num_layers, full=num_layers, streaming=0, head=0)
+        return Passes(linear=layers, full=scored, streaming=0, sliding=sliding, head=0)
     if strategy == "gates":  # the full and the all-streaming model, then at each point forward, forward again, backward
-        of_points = len(POINTS) * num_layers
-        attention = num_layers + 4 * of_points
+        of_points = 1 + 4 * len(POINTS)
         head = 2 + 2 * len(POINTS) * long_reach_fraction
-        return Passes(linear=2 * num_layers + 3 * of_points, full=attention, streaming=attention, head=head)
-    full = num_layers * (num_layers + 1) / 2  # a layer runs for the full model and the variants of the layers before it
-    return Passes(linear=full + 2 * num_layers, full=full, streaming=2 * num_layers, head=num_layers + 2)
+        both = scored * of_points
+        return Passes((2 + 3 * len(POINTS)) * layers, both, both, sliding * (1 + of_points), head)
+    full = scored * (scored + 1) / 2  # a layer runs for the full model and the variants of the layers before it
+    of_sliding = sum(2 + sum(other < layer for other in base.full_in_base) for layer in base.sliding_layers)  # and for the last
+    return Passes(linear=full + 2 * scored + of_sliding, full=full, streaming=2 * scored, sliding=of_sliding, head=scored + 2)
 
 
 def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> float:
@@ -88,11 +92,13 @@ def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int]
     layers, tokens = len(shape.layers), sum(lengths)
     full = sum(causal_pairs(length) for length in lengths)
     streaming = sum(streaming_pairs(length, shape.spec.window) for length in lengths)
+    sliding = sum(streaming_pairs(length, shape.spec.sliding_window) for length in lengths)
     operations = 0.0
     for strategy in _without_shared(_scored(recipe)):
-        needed = passes(strategy, layers, recipe.hybrid.calibration.long_reach_fraction)
+        needed = passes(strategy, shape.spec.all_full, recipe.hybrid.calibration.long_reach_fraction)
         linear = needed.linear * shape.used_linears / layers + needed.head * shape.head
-        attention = 2 * shape.queries * (needed.full * full + needed.streaming * streaming)
+        seen = needed.full * full + needed.streaming * streaming + needed.sliding * sliding
+        attention = 2 * shape.queries * seen
         operations += MULTIPLY_ADD * (linear * tokens + attention)
     return operations
 
@@ -140,7 +146,7 @@ def _states_and_workspace(strategy: str, shape: ModelShape, itemsize: int, lengt
     # Two variants stream in one call, and their outputs are held beside those of the others.
     at_once = max(2 * length, TOKENS_PER_CALL)
     of_logits = itemsize + (3 if strategy == "kl" else 2) * FP32
-    return (layers + 2) * state, at_once * (forward + 2 * shape.hidden * itemsize) + logits * of_logits
+    return (len(shape.spec.full_in_base) + 2) * state, at_once * (forward + 2 * shape.hidden * itemsize) + logits * of_logits
 
 
 def _gated_layer_bytes(shape: ModelShape, itemsize: int) -> int:

@@ -1,6 +1,6 @@
 """The sizes of a recipe's model and its trained parameters, counted on torch's meta device, where weights take no memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import get_peft_model
@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.kv_size import head_size, kv_heads
 from lt_train.hybrid.loading import build_hybrid
@@ -53,6 +54,8 @@ class Layer:
     parameters: int
     norms_trained: bool
     """Whether the weights of its RMSNorms are trained."""
+    slides: bool = False
+    """Whether it has a window in the base."""
 
     @property
     def is_split(self) -> bool:
@@ -88,7 +91,7 @@ class ModelShape:
     tied: bool
     """The head shares the embedding's weights."""
     query_key_norms: int
-    """Vectors of a token's queries and keys that are normalised: one for each head (Qwen3), 2 (OLMo 2: all heads as one), or 0."""
+    """Vectors of a token's queries and keys that are normalised: one for each head (Qwen3), 2 (OLMo: all heads as one), or 0."""
     norms_of_outputs: bool
     """What attention and MLP return is normalised as well as what they take (glm4)."""
     norms_in_fp32: bool
@@ -136,20 +139,20 @@ def model_shape(recipe: Recipe, base_config: PreTrainedConfig) -> ModelShape:
         HybridError: a base that cannot become a hybrid.
     """
     hybrid = recipe.hybrid
-    spec = _spec(hybrid, base_config.num_hidden_layers, kv_heads(base_config.to_dict()))
+    spec = _spec(hybrid, base_spec(base_config.to_dict()), kv_heads(base_config.to_dict()))
     with torch.device("meta"):
         model = build_hybrid(base_config, spec)
         _freeze_what_is_not_trained(recipe, spec, model)
     return _shape_of(model, spec)
 
 
-def _spec(hybrid: Hybrid, num_layers: int, heads: int) -> HybridSpec:
+def _spec(hybrid: Hybrid, base: HybridSpec, heads: int) -> HybridSpec:
     """As many layers as will stream. Which ones is unknown before profiling, and of no effect: all have the same size.
 
     As many KV heads, spread evenly: then the most layers have some that stream, and so the most adapters of lora.layers: lazy, and
     the most are split, and so have the most activations. KV cache and operations do not depend on where the heads are.
     """
-    return choose_spec(hybrid.model_copy(update={"strategy": "periodic"}), num_layers, heads, seed=0)
+    return choose_spec(hybrid.model_copy(update={"strategy": "periodic"}), base, heads, seed=0)
 
 
 def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridForCausalLM) -> None:
@@ -164,7 +167,7 @@ def _freeze_what_is_not_trained(recipe: Recipe, spec: HybridSpec, model: HybridF
 def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
     config = model.config
     attention = model.model.layers[0].self_attn
-    olmo2 = config.model_type == "lt_hybrid_olmo2"
+    olmo2 = config.model_type in ("lt_hybrid_olmo2", "lt_hybrid_olmo3")
     experts = next((module for name, module in model.named_modules() if name.endswith(".experts")), None)
     of_token = 0 if experts is None else config.num_experts_per_tok
     heads = 2 if olmo2 else config.num_attention_heads + config.num_key_value_heads
@@ -175,8 +178,10 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         spec=spec,
         layers=tuple(
-            _layer(layer, len(streaming) / config.num_key_value_heads, of_token)
-            for layer, streaming in zip(model.model.layers, spec.streaming_heads(config.num_key_value_heads), strict=True)
+            replace(_layer(layer, len(streaming) / config.num_key_value_heads, of_token), slides=index in spec.sliding_layers)
+            for index, (layer, streaming) in enumerate(
+                zip(model.model.layers, spec.streaming_heads(config.num_key_value_heads), strict=True)
+            )
         ),
         hidden=config.hidden_size,
         queries=config.num_attention_heads * head_size(config.to_dict()),

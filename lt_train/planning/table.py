@@ -46,6 +46,8 @@ def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     streams = f"{streaming_count(spec, shape.key_heads)} stream ({sinks}, window {spec.w_recent:,})"
     active = f", of which a token uses {shape.active_parameters:,}" if shape.experts else ""
     rows = [("model", f"{plan.recipe.model.base}: {shape.base_parameters:,} parameters{active}; {streams}")]
+    if spec.sliding_layers:
+        rows.append(("", f"{len(spec.sliding_layers)} other layers have a window of {spec.sliding_window:,} tokens in the base"))
     if spec.split_layers and plan.recipe.hybrid.streaming_kv_heads is None:
         bound = f"at most {len(spec.streaming_layers)} layers have some of them; adapters and activations are counted for so many"
         rows.append(("", bound))

@@ -134,10 +134,10 @@ class Hybrid(Part):
     cache they lose less than layers where nearly all streams (87 %), hardly less at three quarters, and no less at half. It may
     change until the run is trained: scores by gates serve both."""
     lazy_layer_ratio: Fraction | None = None
-    """Fraction of layers that stream; by kv_head of the KV heads of all layers. Set one of this, `kv_budget`, `max_rise`, `layers`
-    and `streaming_kv_heads`."""
+    """Fraction of layers that stream, of those with full attention in the base; by kv_head of the KV heads of these layers. Set one
+    of this, `kv_budget`, `max_rise`, `layers` and `streaming_kv_heads`."""
     kv_budget: Fraction | None = Field(default=None, json_schema_extra=ADDED)
-    """KV cache of a sequence of 32,768 tokens, as a fraction of full attention's, at most: as few layers or heads stream as this
+    """KV cache of a sequence of 32,768 tokens, as a fraction of the base's, at most: as few layers or heads stream as this
     needs."""
     max_rise: Annotated[float, Field(gt=0)] | None = Field(default=None, json_schema_extra=ADDED)
     """Rise of the loss on long-reach tokens, in nats, that the scores predict without training, at most: as many layers or heads

@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def streaming(self) -> str:
-        return f"{self.num_streaming} of {self.spec.num_layers}"
+        return f"{self.num_streaming} of {len(self.spec.full_in_base)}"
 
     @property
     def name(self) -> str:

@@ -128,7 +128,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
     found = [
         ("base", str(run.setting("model", "base"))),
         ("streams", f"{streaming_count(spec, run.kv_heads)}, chosen by {chosen_by}"),
-        (f"a streaming {unit} sees", f"{_sinks(run.config)} and {run.config['sliding_window']:,} recent tokens"),
+        (f"a streaming {unit} sees", f"{_sinks(run.config)} and {spec.w_recent:,} recent tokens"),
     ]
     if run.profile is not None and "gates" in run.profile.strategies and not by_prompts:
         rise, every = run.profile.predicted_rise(spec), run.profile.mean_all_streaming("gates")

@@ -11,8 +11,10 @@ from lt_train.runtime.units import format_duration
 def provenance(run: Run) -> list[tuple[str, str]]:
     """Name and value of each property."""
     spec = run.spec(CONVERTED)
-    full = [layer for layer in range(spec.num_layers) if not spec.is_lazy(layer) and not spec.split_heads(layer)]
+    full = [layer for layer in spec.full_in_base if not spec.is_lazy(layer) and not spec.split_heads(layer)]
     found = [("streaming layers", numbers(spec.lazy_layers)), ("full-attention layers", numbers(full))]
+    if spec.sliding_layers:
+        found.append((f"layers with a window of {spec.sliding_window:,} in the base", numbers(spec.sliding_layers)))
     if spec.split_layers:
         split = "; ".join(f"{layer}: {numbers(heads)}" for layer, heads in spec.split_layers)
         found.append(("streaming KV heads of other layers", split))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, read_scores
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes, kv_heads, saved_itemsize
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
@@ -37,6 +38,7 @@ class Result:
     layers: tuple[int, ...]
     """Those that stream with all their KV heads."""
     num_layers: int
+    """Those that can stream: all that have full attention in the base."""
     strategy: str | None
     """Chose the layers of the recipe's own hybrid; None: the recipe names them."""
     kv_bytes: int
@@ -85,7 +87,7 @@ def read_results(run: Path) -> list[Result]:
                     evaluation,
                     read_scores(path),
                     spec.lazy_layers if chosen else (),
-                    spec.num_layers,
+                    len(spec.full_in_base),
                     strategy,
                     cache_bytes(sizes, spec, KV_TOKENS),
                     describe_streaming(spec, heads),
@@ -102,16 +104,16 @@ def spec_as_run(config: Mapping[str, Any], chosen: Chosen, hybrid: Mapping[str, 
         config: hybrid/config.json. chosen: of hybrid/layers.json; nothing where each prompt chooses: then as many layers as it
             chooses, whichever they are. hybrid: the recipe's part.
     """
-    num_layers = len(config["layer_types"])
-    chosen = chosen or range(number_by_ratio(hybrid["lazy_layer_ratio"], num_layers))
-    return spec_of(chosen, num_layers, kv_heads(config), config["w_sink"], config["sliding_window"])
+    base = base_spec(config)
+    chosen = chosen or range(number_by_ratio(hybrid["lazy_layer_ratio"], base.num_layers))
+    w_recent = config["sliding_window"] if config.get("w_recent") is None else config["w_recent"]
+    return spec_of(chosen, base.num_layers, kv_heads(config), config["w_sink"], w_recent).on(base)
 
 
 def full_kv_bytes(run: Path) -> int:
-    """KV cache of one sequence of KV_TOKENS tokens with full attention in every layer."""
+    """KV cache of one sequence of KV_TOKENS tokens in the base."""
     config = read_json(RunPaths(run).hybrid_config, "hybrid config")
-    spec = HybridSpec(len(config["layer_types"]), (), config["w_sink"], config["sliding_window"])
-    return cache_bytes(config, spec, KV_TOKENS)
+    return cache_bytes(config, base_spec(config), KV_TOKENS)
 
 
 def cache_bytes(config: Mapping[str, Any], spec: HybridSpec, tokens: int) -> int:

@@ -76,7 +76,7 @@ def kv_growth(run: Run) -> Chart:
         count = number_of_streaming_heads(spec, run.kv_heads)
         drawn.setdefault(count, (spec, describe_streaming(spec, run.kv_heads), colour))
     figure, (axes,) = new_figure([HEIGHT])
-    window = run.config["w_sink"] + run.config["sliding_window"]
+    window = full.window
     lengths = sorted({*(longest * step // KV_STEPS for step in range(KV_STEPS + 1)), min(window, longest)})
     for spec, label, colour in drawn.values():
         at_32k = cache_bytes(run.config, spec, KV_TOKENS)
@@ -97,7 +97,7 @@ def kv_growth(run: Run) -> Chart:
     add_legend(figure)
     caption = (
         f"One sequence, in the dtype of the base's weights. What streams keeps {run.config['w_sink']} sink and "
-        f"{run.config['sliding_window']:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens."
+        f"{full.w_recent:,} recent tokens. Points: {format_tokens(KV_TOKENS)} tokens."
     )
     return Chart("KV cache against length", caption, figure)
 

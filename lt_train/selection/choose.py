@@ -1,6 +1,6 @@
 """Choice of the layers or KV heads that stream, from a recipe's hybrid part."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import accumulate
 from math import ceil
@@ -15,10 +15,11 @@ from lt_train.selection.profile import LayerProfile
 from lt_train.selection.random import random_layers
 
 
-def choose_spec(hybrid: Hybrid, num_layers: int, kv_heads: int, seed: int, profile: LayerProfile | None = None) -> HybridSpec:
+def choose_spec(hybrid: Hybrid, base: HybridSpec, kv_heads: int, seed: int, profile: LayerProfile | None = None) -> HybridSpec:
     """What the recipe's hybrid part lets stream.
 
     Args:
+        base: the spec of the base; only layers with full attention there can stream, and only they count.
         kv_heads: of each layer.
         seed: of the recipe.
         profile: needed by the strategies that score (`profile.SCORED`), not where what streams is named, for `periodic` and
@@ -29,37 +30,44 @@ def choose_spec(hybrid: Hybrid, num_layers: int, kv_heads: int, seed: int, profi
             `LayerProfile.choose_heads`.
     """
     if hybrid.granularity == "layer":
-        layers = choose_layers(hybrid, num_layers, seed, profile)
-        return HybridSpec(num_layers, layers, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned")
+        layers = choose_layers(hybrid, base, seed, profile)
+        return HybridSpec(base.num_layers, layers, hybrid.w_sink, hybrid.w_recent, hybrid.sink == "learned").on(base)
     if hybrid.streaming_kv_heads is not None:
-        heads_L = explicit_heads(hybrid.streaming_kv_heads, num_layers, kv_heads)
+        heads_L = explicit_heads(hybrid.streaming_kv_heads, base.num_layers, kv_heads, base.sliding_layers)
     else:
-        count = number_that_stream(hybrid, num_layers, kv_heads, profile)
+        count = number_that_stream(hybrid, base, kv_heads, profile)
         if profile is None:
-            heads_L = heads_by_layer(periodic_layers(count, num_layers * kv_heads), num_layers, kv_heads)
+            evenly = periodic_layers(count, len(base.full_in_base) * kv_heads)
+            heads_L = heads_by_layer(evenly, base.num_layers, kv_heads, base.sliding_layers)
         else:
             heads_L = profile.choose_heads(count)
-    return HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent)
+    return HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent).on(base)
 
 
-def choose_layers(hybrid: Hybrid, num_layers: int, seed: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
+def choose_layers(hybrid: Hybrid, base: HybridSpec, seed: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
     """The layers, ascending, that the hybrid part of a recipe with granularity layer requests; see `choose_spec`."""
     if hybrid.layers is not None:
-        return explicit_layers(hybrid.layers, num_layers)
+        return explicit_layers(hybrid.layers, base.num_layers, base.sliding_layers)
     assert hybrid.strategy is not None, "the schema has one of layers and strategy"
-    count = number_that_stream(hybrid, num_layers, 1, profile)
-    if hybrid.strategy == "periodic":
-        return periodic_layers(count, num_layers)
-    if hybrid.strategy == "random":
-        return random_layers(count, num_layers, seed)
+    count = number_that_stream(hybrid, base, 1, profile)
+    if hybrid.strategy in ("periodic", "random"):
+        return unscored_layers(hybrid.strategy, count, base, seed)
     assert profile is not None, f"{hybrid.strategy} needs scores"
     return profile.choose(hybrid.strategy, count)
 
 
-def number_that_stream(hybrid: Hybrid, num_layers: int, kv_heads: int, profile: LayerProfile | None = None) -> int:
+def unscored_layers(strategy: str, count: int, base: HybridSpec, seed: int) -> tuple[int, ...]:
+    """The `count` layers, ascending, that `periodic` or `random` chooses of those that can stream."""
+    of = len(base.full_in_base)
+    places = periodic_layers(count, of) if strategy == "periodic" else random_layers(count, of, seed)
+    return tuple(base.full_in_base[place] for place in places)
+
+
+def number_that_stream(hybrid: Hybrid, base: HybridSpec, kv_heads: int, profile: LayerProfile | None = None) -> int:
     """How many layers the recipe's hybrid part lets stream; with granularity kv_head, how many KV heads of all layers.
 
     Args:
+        base: the spec of the base.
         kv_heads: of each layer.
         profile: needed by `max_rise`; without one the fewest layers, one, whose training takes the most memory.
 
@@ -67,35 +75,40 @@ def number_that_stream(hybrid: Hybrid, num_layers: int, kv_heads: int, profile: 
         UserError: none or all would; see `number_by_ratio`, `number_within_kv_budget` and `number_below_rise`.
     """
     if hybrid.layers is not None:
-        return len(explicit_layers(hybrid.layers, num_layers))
+        return len(explicit_layers(hybrid.layers, base.num_layers, base.sliding_layers))
     if hybrid.streaming_kv_heads is not None:
-        return sum(map(len, explicit_heads(hybrid.streaming_kv_heads, num_layers, kv_heads)))
-    unit, units = ("layer", num_layers) if hybrid.granularity == "layer" else ("KV head", num_layers * kv_heads)
+        return sum(map(len, explicit_heads(hybrid.streaming_kv_heads, base.num_layers, kv_heads, base.sliding_layers)))
+    unit, of_layer = ("layer", 1) if hybrid.granularity == "layer" else ("KV head", kv_heads)
+    units, sliding = len(base.full_in_base) * of_layer, len(base.sliding_layers) * of_layer
     if hybrid.kv_budget is not None:
-        return number_within_kv_budget(hybrid.kv_budget, units, hybrid.w_sink + hybrid.w_recent, unit)
+        beside = sliding * min(base.sliding_window, KV_TOKENS)
+        return number_within_kv_budget(hybrid.kv_budget, units, hybrid.w_sink + hybrid.w_recent, unit, beside)
     if hybrid.max_rise is not None:
         if profile is None:
             return 1
-        shares = profile.mean_shares if unit == "layer" else [share for head_G in profile.mean_head_shares for share in head_G]
+        by_head = profile.mean_head_shares if unit == "KV head" else [[share] for share in profile.mean_shares]
+        shares = [share for layer in base.full_in_base for share in by_head[layer]]
         return number_below_rise(hybrid.max_rise, shares, unit)
     assert hybrid.lazy_layer_ratio is not None, "the schema has one setting of how many layers stream"
     return number_by_ratio(hybrid.lazy_layer_ratio, units, unit)
 
 
-def number_within_kv_budget(budget: float, units: int, window: int, unit: str = "layer") -> int:
+def number_within_kv_budget(budget: float, units: int, window: int, unit: str = "layer", beside: int = 0) -> int:
     """The fewest streaming layers with which a sequence of KV_TOKENS tokens takes at most `budget` of full attention's KV cache.
 
     Args:
-        units: layers of the model, or what else is chosen of equal size. unit: its name.
+        units: layers of the model that can stream, or what else is chosen of equal size. unit: its name.
+        beside: tokens that the base's sliding layers cache, with full attention in the others, summed over as many units.
 
     Raises:
         UserError: even all but one would not be enough.
     """
-    saved = units * KV_TOKENS * (1 - budget)
+    total = units * KV_TOKENS + beside
+    saved = total * (1 - budget)
     count = max(1, ceil(round(saved / max(KV_TOKENS - window, 1), 6)))
     if count < units:
         return count
-    least = 1 - (units - 1) * max(KV_TOKENS - window, 0) / (units * KV_TOKENS)
+    least = 1 - (units - 1) * max(KV_TOKENS - window, 0) / total
     raise UserError(
         f"hybrid.kv_budget: {budget:g}: with all of {units} {unit}s but one streaming, a sequence of {KV_TOKENS:,} tokens "
         f"takes {least:.3g} of full attention's KV cache. Fix: set it to at least {ceil(1000 * least) / 1000:g}, or lower "
@@ -152,11 +165,14 @@ def evenly_spread_layers(ratio: float, num_layers: int) -> tuple[int, ...]:
     return periodic_layers(number_by_ratio(ratio, num_layers), num_layers)
 
 
-def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def explicit_layers(layers: Sequence[int], num_layers: int, sliding: Collection[int] = ()) -> tuple[int, ...]:
     """The recipe's own `hybrid.layers`, ascending.
 
+    Args:
+        sliding: the layers that have a window in the base.
+
     Raises:
-        UserError: no layer, every layer, a layer twice, or one that is not in the model (layers count from 0).
+        UserError: no layer, every layer, a layer twice, a sliding one, or one that is not in the model (layers count from 0).
     """
     if not layers:
         raise UserError("hybrid.layers: []: nothing would stream. Fix: name at least one layer, or set hybrid.lazy_layer_ratio")
@@ -166,16 +182,23 @@ def explicit_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
         raise UserError(f"hybrid.layers: {_listed(twice)} named more than once. Fix: name each layer once")
-    if len(layers) == num_layers:
+    if set(layers) & set(sliding):
+        raise _have_a_window("hybrid.layers", sorted(set(layers) & set(sliding)), num_layers, sliding)
+    if len(layers) == num_layers - len(sliding):
         raise UserError("hybrid.layers: every layer would stream, and no layer could reach beyond the window. Fix: leave one out")
     return tuple(sorted(layers))
 
 
-def explicit_heads(heads_L: Sequence[Sequence[int]], num_layers: int, kv_heads: int) -> list[tuple[int, ...]]:
+def explicit_heads(
+    heads_L: Sequence[Sequence[int]], num_layers: int, kv_heads: int, sliding: Collection[int] = ()
+) -> list[tuple[int, ...]]:
     """The recipe's own `hybrid.streaming_kv_heads`, ascending in each layer.
 
+    Args:
+        sliding: the layers that have a window in the base.
+
     Raises:
-        UserError: not a list for each layer, a head that is not in the model, no head, or every head.
+        UserError: not a list for each layer, a head that is not in the model or of a sliding layer, no head, or every head.
     """
     name = "hybrid.streaming_kv_heads"
     if len(heads_L) != num_layers:
@@ -186,9 +209,19 @@ def explicit_heads(heads_L: Sequence[Sequence[int]], num_layers: int, kv_heads: 
     count = sum(map(len, heads_L))
     if count == 0:
         raise UserError(f"{name}: nothing would stream. Fix: name at least one KV head, or set hybrid.lazy_layer_ratio")
-    if count == num_layers * kv_heads:
+    if among := [layer for layer, heads in enumerate(heads_L) if heads and layer in sliding]:
+        raise _have_a_window(name, among, num_layers, sliding)
+    if count == (num_layers - len(sliding)) * kv_heads:
         raise UserError(f"{name}: every KV head would stream, and none could reach beyond the window. Fix: leave one out")
     return [tuple(sorted(heads)) for heads in heads_L]
+
+
+def _have_a_window(setting: str, among: Sequence[int], num_layers: int, sliding: Collection[int]) -> UserError:
+    full = [layer for layer in range(num_layers) if layer not in sliding]
+    return UserError(
+        f"{setting}: {_listed(among)} with a window in the base already, and only its full layers can stream. "
+        f"Fix: name layers of {full}"
+    )
 
 
 def _listed(layers: Sequence[int]) -> str:

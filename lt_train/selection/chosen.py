@@ -28,9 +28,11 @@ def spec_of(chosen: Chosen, num_layers: int, kv_heads: int, w_sink: int, w_recen
     return HybridSpec.from_streaming_heads(heads_L, kv_heads, w_sink, w_recent)
 
 
-def heads_by_layer(flat: Collection[int], num_layers: int, kv_heads: int) -> list[tuple[int, ...]]:
-    """By layer, the KV heads in `flat`, which counts them over all layers."""
-    return [tuple(head for head in range(kv_heads) if layer * kv_heads + head in flat) for layer in range(num_layers)]
+def heads_by_layer(flat: Collection[int], num_layers: int, kv_heads: int, sliding: Collection[int] = ()) -> list[tuple[int, ...]]:
+    """By layer, the KV heads in `flat`, which counts them over all layers but those that slide in the base."""
+    full = [layer for layer in range(num_layers) if layer not in sliding]
+    found = {layer: tuple(h for h in range(kv_heads) if place * kv_heads + h in flat) for place, layer in enumerate(full)}
+    return [found.get(layer, ()) for layer in range(num_layers)]
 
 
 def number_of_streaming_heads(spec: HybridSpec, kv_heads: int) -> int:
@@ -43,14 +45,15 @@ def nearest_number_of_layers(spec: HybridSpec, kv_heads: int) -> int:
     if not spec.split_layers:
         return len(spec.lazy_layers)
     count = int(number_of_streaming_heads(spec, kv_heads) / kv_heads + 0.5)
-    return min(max(count, 1), spec.num_layers - 1)
+    return min(max(count, 1), len(spec.full_in_base) - 1)
 
 
 def streaming_count(spec: HybridSpec, kv_heads: int) -> str:
-    """Such as "15 of 30 layers", or "78 of 90 KV heads"."""
+    """Such as "15 of 30 layers", or "78 of 90 KV heads"; of a base with sliding layers "4 of 8 full layers"."""
+    of, full = len(spec.full_in_base), "full " if spec.sliding_layers else ""
     if not spec.split_layers:
-        return f"{len(spec.lazy_layers)} of {spec.num_layers} layers"
-    return f"{number_of_streaming_heads(spec, kv_heads)} of {spec.num_layers * kv_heads} KV heads"
+        return f"{len(spec.lazy_layers)} of {of} {full}layers"
+    return f"{number_of_streaming_heads(spec, kv_heads)} of {of * kv_heads} KV heads{' of full layers' * bool(full)}"
 
 
 def describe_streaming(spec: HybridSpec, kv_heads: int) -> str:

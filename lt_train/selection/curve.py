@@ -22,20 +22,25 @@ Point = tuple[float, float]
 HEIGHT = 210.0
 
 
-def predicted_curve(shares: Sequence[float], window: int) -> list[Point]:
+def predicted_curve(shares: Sequence[float], window: int, beside: float = 0.0) -> list[Point]:
     """None of the units streams, then the one with the smallest share, then the two smallest, to all of them.
 
     Args:
         shares: of layers, or of KV heads, which all have equal keys and values.
         window: tokens that a streaming unit keeps.
+        beside: see `kept_fraction`.
     """
     rises = accumulate(sorted(shares), initial=0.0)
-    return [(kept_fraction(streaming / len(shares), window), rise) for streaming, rise in enumerate(rises)]
+    return [(kept_fraction(streaming / len(shares), window, beside), rise) for streaming, rise in enumerate(rises)]
 
 
-def kept_fraction(streaming: float, window: int) -> float:
-    """KV cache as a fraction of full attention's, where a fraction `streaming` of the layers or heads streams."""
-    return 1 - streaming * (1 - min(window, KV_TOKENS) / KV_TOKENS)
+def kept_fraction(streaming: float, window: int, beside: float = 0.0) -> float:
+    """KV cache as a fraction of the base's, where a fraction `streaming` of the layers or heads streams.
+
+    Args:
+        beside: cache of layers that slide in the base, as a multiple of that of its full layers.
+    """
+    return 1 - streaming * (1 - min(window, KV_TOKENS) / KV_TOKENS) / (1 + beside)
 
 
 def draw_curve(profile: LayerProfile, chosen: HybridSpec, path: Path) -> None:
@@ -47,21 +52,23 @@ def draw_curve(profile: LayerProfile, chosen: HybridSpec, path: Path) -> None:
 def curve_figure(profile: LayerProfile, chosen: HybridSpec) -> Figure:
     """A line for layers, one for single KV heads, and a point for `chosen`; of a profile with scores by `gates`."""
     window = profile.fingerprint.sizes.w_sink + profile.fingerprint.sizes.w_recent
-    layer_shares = profile.mean_shares
-    head_shares = [share for head_G in profile.mean_head_shares for share in head_G]
+    full = chosen.full_in_base
+    layer_shares = [profile.mean_shares[layer] for layer in full]
+    head_shares = [share for layer in full for share in profile.mean_head_shares[layer]]
+    beside = len(chosen.sliding_layers) * min(chosen.sliding_window, KV_TOKENS) / (len(full) * KV_TOKENS)
     figure, (axes,) = new_figure([HEIGHT], left=72)
     for shares, unit, dash in ((layer_shares, "layers", "-"), (head_shares, "KV heads", "--")):
-        curve = predicted_curve(shares, window)
+        curve = predicted_curve(shares, window, beside)
         label = f"{unit} in the order of their shares"
         (line,) = axes.plot(*_in_percent(curve), dash, color=COLOURS["gates"], linewidth=2.4, label=label)
         half = curve[len(curve) // 2]
         note(line, f"{unit}: half of {len(shares)} stream: {half[0]:.1%} of the KV cache, predicted rise {half[1]:.3g} nats")
     streaming = number_of_streaming_heads(chosen, profile.kv_heads) / len(head_shares)
-    here = (kept_fraction(streaming, window), profile.predicted_rise(chosen))
+    here = (kept_fraction(streaming, window, beside), profile.predicted_rise(chosen))
     label = f"this run: {describe_streaming(chosen, profile.kv_heads)}"
     (point,) = axes.plot(*_in_percent([here]), "o", color=COLOURS["trained"], zorder=4, label=label)
     note(point, f"{label}: {here[0]:.1%} of the KV cache, predicted rise {here[1]:.3g} nats")
-    every = (kept_fraction(1, window), profile.mean_all_streaming("gates"))
+    every = (kept_fraction(1, window, beside), profile.mean_all_streaming("gates"))
     (measured,) = axes.plot(*_in_percent([every]), "s", color=COLOURS["base"], zorder=3, label="every layer streams: measured")
     note(measured, f"every layer streams: {every[0]:.1%} of the KV cache, measured rise {every[1]:.3g} nats")
     axes.set_title("predicted rise on long-reach tokens, nats")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.views import AttentionView, Views
+from lt_train.hybrid.views import AttentionView
 from lt_train.inference.partial_logits import tokens_per_part
 from lt_train.runtime.errors import UserError
 from lt_train.selection.reach import long_reach_tokens
@@ -38,7 +38,7 @@ class GateShares:
     """The shares of one sample, in nats per long-reach token.
 
     Attributes:
-        heads: `heads[layer][kv_head]`.
+        heads: `heads[layer][kv_head]`; 0 in layers that slide in the base.
         measured_rise: of the loss when every layer streams, of which the shares are parts.
     """
 
@@ -127,19 +127,12 @@ def gated_hidden_states(model: HybridForCausalLM, input_ids_1T: Tensor, gate_LG:
     """Hidden states `[1, T, D]` after the last layer. Each layer is checkpointed: the backward pass holds the graph of one."""
     views = model.model.attention_views(input_ids=input_ids_1T)
     hidden_1TD = model.model.embed_tokens(input_ids_1T)
-    position_embeddings = model.model.rotary_emb(hidden_1TD, views.position_ids)
-    for layer, gate_G in zip(model.model.layers, gate_LG, strict=True):
-        hidden_1TD = checkpoint(
-            _run_layer, layer, views, position_embeddings, hidden_1TD, gate_G, use_reentrant=False, preserve_rng_state=False
-        )
+    embeddings_L = model.model.position_embeddings(hidden_1TD, views.position_ids)
+    for index, (layer, embeddings) in enumerate(zip(model.model.layers, embeddings_L, strict=True)):
+        view = GatedView(views.full, views.streaming, gate_LG[index]) if index in model.spec.full_in_base else views.sliding
+        given = {"attention_mask": view, "position_ids": views.position_ids, "position_embeddings": embeddings}
+        hidden_1TD = checkpoint(layer, hidden_1TD, **given, use_reentrant=False, preserve_rng_state=False)
     return hidden_1TD
-
-
-def _run_layer(
-    layer: nn.Module, views: Views, position_embeddings: tuple[Tensor, Tensor], hidden_1TD: Tensor, gate_G: Tensor
-) -> Tensor:
-    view = GatedView(views.full, views.streaming, gate_G)
-    return layer(hidden_1TD, attention_mask=view, position_ids=views.position_ids, position_embeddings=position_embeddings)
 
 
 def _loss_gradients(model: HybridForCausalLM, hidden_RD: Tensor, target_R: Tensor) -> Tensor:

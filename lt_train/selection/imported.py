@@ -111,6 +111,8 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
     others = sorted({str(kind) for kind in kinds} - {FULL, STREAMING}) if isinstance(kinds, list) else [str(kinds)]
     if others:
         raise UserError(f"{path}: layer_types: {others[0]}: not {FULL} or {STREAMING}. Fix: name another checkpoint")
+    if settings.get("w_recent") is not None:
+        return _beside_sliding_layers(path, settings)
     layers = [layer for layer, kind in enumerate(kinds) if kind == STREAMING]
     split = settings.get("streaming_kv_heads") is not None
     remark = "model.base: a copy of the checkpoint whose config.json has full attention (docs/choosing.md, 'Hybrids of others')"
@@ -124,6 +126,24 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
         heads=_heads_of_config(path, settings),
     )
     return found if "w_sink" in settings else replace(found, remarks=(remark,))
+
+
+def _beside_sliding_layers(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
+    """A hybrid of ours whose base has sliding layers: `layer_types` are the base's, and streaming_kv_heads say what streams."""
+    heads_L = _heads_of_config(path, settings)
+    if heads_L is None:
+        raise UserError(f"{path}: streaming_kv_heads: missing beside w_recent. Fix: name an export as it was written")
+    whole = [layer for layer, heads in enumerate(heads_L) if len(heads) == kv_heads(settings)]
+    split = any(0 < len(heads) < kv_heads(settings) for heads in heads_L)
+    return ImportedHybrid(
+        "layer_types of transformers",
+        _checked(path, "streaming_kv_heads", whole, len(heads_L), may_be_empty=split),
+        _count(path, "w_sink", settings.get("w_sink", 0), least=0),
+        _count(path, "w_recent", settings["w_recent"]),
+        len(heads_L),
+        learned_sinks=settings.get("learned_sinks") is True,
+        heads=heads_L if split else None,
+    )
 
 
 def _heads_of_config(path: Path, settings: dict[str, Any]) -> tuple[tuple[int, ...], ...] | None:

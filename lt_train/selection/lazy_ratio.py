@@ -20,7 +20,7 @@ from lt_train.selection.fingerprint import Sizes
 
 
 def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes) -> list[float]:
-    """Lazy ratio of each layer for one sample, with every layer full: in (0, 1]; 1: no attention on other tokens.
+    """Lazy ratio of each layer that can stream for one sample, while none does: in (0, 1]; 1: no attention on other tokens.
 
     `model` is a hybrid in evaluation mode; its own lazy layers do not matter. For a sample shorter than `sizes.w_last`, all its
     queries count.

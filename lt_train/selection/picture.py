@@ -25,6 +25,9 @@ MEANINGS = {
 """Strategy -> what its score is, and its unit."""
 
 _STRIP, _PANEL = 16.0, 130.0
+SLIDES = "line"
+"""Colour of layers that have a window in the base."""
+
 _ROW, _HIGHEST_STRIP = 8.0, 72.0
 """Of a strip with a row for each KV head."""
 
@@ -61,6 +64,7 @@ def profile_figure(profile: LayerProfile, chosen: HybridSpec) -> Figure:
         Line2D([], [], color=COLOURS["trained"], marker="o", linestyle="", label="streams in this run"),
         *(Line2D([], [], color=_colour(layer, chosen), marker="o", linestyle="", label="some KV heads stream") for layer in split),
         Line2D([], [], color=COLOURS["base"], marker="o", linestyle="", label="keeps full attention"),
+        *(Patch(color=COLOURS[SLIDES], label="slides in the base") for _ in chosen.sliding_layers[:1]),
         Patch(color=COLOURS["tint"], label="would stream by this score"),
         Line2D([], [], color=COLOURS["base"], linewidth=3, alpha=0.55, label="interquartile range"),
     ]
@@ -73,29 +77,34 @@ def _draw_strip(axes: Axes, chosen: HybridSpec, rows: int) -> None:
     layers = range(chosen.num_layers)
     for row in range(rows):
         streaming = [row in heads for heads in chosen.streaming_heads(rows)]
-        colours = [COLOURS["trained" if streams else "base"] for streams in streaming]
+        slides = [layer in chosen.sliding_layers for layer in layers]
+        colours = [
+            COLOURS[SLIDES if slid else "trained" if streams else "base"] for slid, streams in zip(slides, streaming, strict=True)
+        ]
         bars = axes.bar(layers, 0.92 / rows if rows > 1 else 1.0, 0.84, bottom=1 - (row + 1) / rows, color=colours)
         for layer, bar in enumerate(bars):
             which = f"layer {layer}" + (f", KV head {row}" if rows > 1 else "")
-            note(bar, f"{which} {'streams' if streaming[layer] else 'keeps full attention'}")
+            kept = "slides in the base" if slides[layer] else "keeps full attention"
+            note(bar, f"{which} {'streams' if streaming[layer] else kept}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
 
 
 def _draw_scores(axes: Axes, profile: LayerProfile, strategy: str, chosen: HybridSpec, rows: int) -> None:
-    scores_SL = np.array(profile.scores[strategy])
+    layers = profile.full_in_base
+    scores_SL = np.array(profile.scores[strategy])[:, layers]
     mean_L = scores_SL.mean(axis=0)
     low_L, high_L = np.quantile(scores_SL, [0.25, 0.75], axis=0)
-    by_this, layers = profile.choose(strategy, nearest_number_of_layers(chosen, rows)), range(profile.num_layers)
-    for layer in layers:
+    by_this = profile.choose(strategy, nearest_number_of_layers(chosen, rows))
+    for layer, mean, low, high in zip(layers, mean_L, low_L, high_L, strict=True):
         background = axes.axvspan(
             layer - 0.5, layer + 0.5, color=COLOURS["tint" if layer in by_this else "card"], linewidth=0, zorder=0
         )
         note(
             background,
-            f"layer {layer}: {mean_L[layer]:.4g} (interquartile range over {len(profile.samples)} samples {low_L[layer]:.4g} to "
-            f"{high_L[layer]:.4g}); {_state(layer, chosen)} in this run",
+            f"layer {layer}: {mean:.4g} (interquartile range over {len(profile.samples)} samples {low:.4g} to "
+            f"{high:.4g}); {_state(layer, chosen)} in this run",
         )
     colours, size = [_colour(layer, chosen) for layer in layers], min(8.0, 320 / profile.num_layers)
     axes.vlines(layers, low_L, high_L, color=colours, linewidth=size / 3, alpha=0.55, zorder=2)

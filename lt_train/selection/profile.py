@@ -45,7 +45,7 @@ SCORED = ("gates", "reach", "nll", "kl", "lazy_ratio")
 
 @dataclass(frozen=True)
 class SampleScores:
-    """One calibration sample's scores: `scores[strategy][layer]`."""
+    """One calibration sample's scores: `scores[strategy][layer]`; 0 of layers that slide in the base, which no strategy scores."""
 
     id: str
     tokens: int
@@ -67,11 +67,12 @@ class Header:
     num_layers: int
     fitting: tuple[str, ...]
     started: str
+    sliding_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Scores of every layer on every sample that is longer than the window."""
+    """Scores of every layer that can stream on every sample that is longer than the window."""
 
     fingerprint: Fingerprint
     num_layers: int
@@ -80,6 +81,13 @@ class LayerProfile:
     """Ids of calibration samples skipped because they fit inside the window."""
     started: str
     """UTC, ISO 8601."""
+    sliding_layers: tuple[int, ...] = ()
+    """Those that have a window in the base: they cannot stream, and are not scored."""
+
+    @property
+    def full_in_base(self) -> tuple[int, ...]:
+        """The layers that can stream."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.sliding_layers)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -97,13 +105,18 @@ class LayerProfile:
             UserError: the profile has no scores of that strategy.
         """
         if strategy == "periodic":
-            return periodic_layers(n_layers, self.num_layers)
+            return tuple(self.full_in_base[place] for place in periodic_layers(n_layers, len(self.full_in_base)))
         if strategy not in self.strategies:
             raise UserError(
                 f"hybrid.strategy: {strategy}: not in this layer profile, which has {', '.join(self.strategies)}. "
                 "Fix: score the layers again with it"
             )
-        return _selection(strategy)(self.scores[strategy], n_layers)
+        places = _selection(strategy)(self._scores_of_full(strategy), n_layers)
+        return tuple(self.full_in_base[place] for place in places)
+
+    def _scores_of_full(self, strategy: str) -> list[tuple[float, ...]]:
+        """`scores[sample]` of the layers that can stream, in their order."""
+        return [tuple(score_L[layer] for layer in self.full_in_base) for score_L in self.scores[strategy]]
 
     def choose_heads(self, n_heads: int) -> list[tuple[int, ...]]:
         """By layer, the KV heads of the `n_heads` whose shares by `gates` are smallest; ties go to the lower layer and head.
@@ -112,7 +125,7 @@ class LayerProfile:
             UserError: the profile has no shares of KV heads.
         """
         shares = self._head_shares()
-        return heads_by_layer(smallest_rise(shares, n_heads), self.num_layers, self.kv_heads)
+        return heads_by_layer(smallest_rise(shares, n_heads), self.num_layers, self.kv_heads, self.sliding_layers)
 
     @property
     def kv_heads(self) -> int:
@@ -120,7 +133,7 @@ class LayerProfile:
         return len(self.samples[0].head_shares[0])
 
     def _head_shares(self) -> list[list[float]]:
-        """`shares[sample][kv head of all layers]`.
+        """`shares[sample][kv head of all layers that can stream]`.
 
         Raises:
             UserError: the profile has none.
@@ -130,13 +143,13 @@ class LayerProfile:
                 f"hybrid.granularity: kv_head: this layer profile has no shares of KV heads, only {', '.join(self.strategies)}. "
                 "Fix: score the layers again with strategy gates"
             )
-        return [[share for head_G in sample.head_shares for share in head_G] for sample in self.samples]
+        return [[share for layer in self.full_in_base for share in sample.head_shares[layer]] for sample in self.samples]
 
     def stability(self, strategy: str, n_layers: int) -> Stability | None:
         """How far two halves of the samples agree on the layers; None for a single sample. `strategy` is one that was scored."""
         if len(self.samples) < 2:
             return None
-        scores = self.scores[strategy]
+        scores = self._scores_of_full(strategy)
         costs = [[-score for score in score_L] for score_L in scores] if strategy == "lazy_ratio" else scores
         return compare_halves(scores, costs, _selection(strategy), n_layers)
 
@@ -166,7 +179,12 @@ class LayerProfile:
             UserError: the profile has none.
         """
         mean = [math.fsum(share_S) / len(self.samples) for share_S in zip(*self._head_shares(), strict=True)]
-        return [mean[first : first + self.kv_heads] for first in range(0, len(mean), self.kv_heads)]
+        of_full = dict(zip(self.full_in_base, range(0, len(mean), self.kv_heads), strict=True))
+        unscored = [0.0] * self.kv_heads
+        return [
+            mean[of_full[layer] : of_full[layer] + self.kv_heads] if layer in of_full else unscored
+            for layer in range(self.num_layers)
+        ]
 
     def predicted_rise(self, spec: HybridSpec) -> float:
         """Of the loss on long-reach tokens, in nats: the shares by `gates` of all KV heads that stream, added up."""
@@ -229,6 +247,7 @@ def profile_layers(
         num_layers=model.config.num_hidden_layers,
         fitting=tuple(example.id for example in fitting),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
+        sliding_layers=model.spec.sliding_layers,
     )
     samples: list[SampleScores] = []
     if out is not None:
@@ -239,7 +258,9 @@ def profile_layers(
             if out is not None:
                 append_json_line(out / "samples.jsonl", dataclasses.asdict(samples[-1]))
             bar.advance()
-    profile = LayerProfile(header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started)
+    profile = LayerProfile(
+        header.fingerprint, header.num_layers, tuple(samples), header.fitting, header.started, header.sliding_layers
+    )
     if "gates" in scored:
         check_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"), len(samples))
     if out is not None:
@@ -266,6 +287,9 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
             scores["kl"], all_streaming["kl"] = mean_divergence(variants.divergences())
     if "lazy_ratio" in strategies:
         scores["lazy_ratio"] = lazy_ratios(model, example.input_ids, sizes)
+    for strategy in scores.keys() - {"gates"}:
+        of_full = dict(zip(model.spec.full_in_base, scores[strategy], strict=True))
+        scores[strategy] = [of_full.get(layer, 0.0) for layer in range(model.spec.num_layers)]
     for strategy, score_L in scores.items():
         if not all(map(math.isfinite, score_L)):
             raise UserError(

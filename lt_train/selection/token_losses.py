@@ -42,7 +42,7 @@ class TokenLosses(EndpointLosses):
     """The same losses, and those when one layer streams."""
 
     one_streaming_LA: Tensor
-    """Row i: layer i streams, all others are full."""
+    """Row i: the i-th of the layers that can stream does, all others are as in the base."""
 
     def rise(self, tokens: Tensor | slice = ALL_TOKENS) -> tuple[list[float], float]:
         """Rise of the mean loss over these answer tokens, in nats: for each layer streaming alone, and for all streaming."""
@@ -108,17 +108,23 @@ def endpoint_losses(model: HybridForCausalLM, prompt_ids: Sequence[int], answer_
 
 
 def _variants_after_last_layer(model: HybridForCausalLM, input_ids_1T: Tensor) -> Tensor:
-    """Hidden states after the last layer, `[L + 2, T, D]`: all full; layer 0, 1, ... streams; all stream."""
-    layers = model.model.layers
+    """Hidden states after the last layer, `[L + 2, T, D]`: nothing streams; the first, second, ... of the layers that can stream
+    does; all of them do."""
+    can_stream = model.spec.full_in_base
     embedded_1TD = model.model.embed_tokens(input_ids_1T)
-    hidden_VTD = embedded_1TD.expand(len(layers) + 2, -1, -1).clone()
-    full, last = 0, len(layers) + 1
-    for index in range(len(layers)):
-        new = index + 1  # the variant in which this layer streams
+    hidden_VTD = embedded_1TD.expand(len(can_stream) + 2, -1, -1).clone()
+    full, last = 0, len(can_stream) + 1
+    new = 1  # the variant in which the next layer streams
+    for index in range(len(model.model.layers)):
+        if index not in can_stream:
+            for variants in [*_groups(new, tokens=input_ids_1T.shape[1]), slice(last, last + 1)]:
+                hidden_VTD[variants] = _run_layer(model, index, input_ids_1T, hidden_VTD[variants], streaming=False)
+            continue
         streamed_2TD = _run_layer(model, index, input_ids_1T, hidden_VTD[[full, last]], streaming=True)
         for variants in _groups(new, tokens=input_ids_1T.shape[1]):
             hidden_VTD[variants] = _run_layer(model, index, input_ids_1T, hidden_VTD[variants], streaming=False)
         hidden_VTD[[new, last]] = streamed_2TD
+        new += 1
     return hidden_VTD
 
 
@@ -131,11 +137,12 @@ def _groups(count: int, tokens: int) -> list[slice]:
 def _run_layer(model: HybridForCausalLM, index: int, input_ids_1T: Tensor, hidden_VTD: Tensor, *, streaming: bool) -> Tensor:
     input_ids_VT = input_ids_1T.expand(hidden_VTD.shape[0], -1)
     views = model.model.attention_views(input_ids=input_ids_VT, attention_mask=None, position_ids=None)
+    view = views.streaming if streaming else views.full
     output_VTD = model.model.layers[index](
         hidden_VTD,
-        attention_mask=views.streaming if streaming else views.full,
+        attention_mask=view if index in model.spec.full_in_base else views.sliding,
         position_ids=views.position_ids,
-        position_embeddings=model.model.rotary_emb(hidden_VTD, views.position_ids),
+        position_embeddings=model.model.position_embeddings(hidden_VTD, views.position_ids)[index],
     )
     return output_VTD.to(hidden_VTD.device)  # of a model on several devices, the output is on the layer's device
 

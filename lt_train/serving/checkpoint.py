@@ -67,10 +67,10 @@ class Checkpoint:
         """What of the model streams, in words."""
         spec = self.model.spec
         if not spec.split_layers:
-            return f"{len(spec.lazy_layers)} of {spec.num_layers} layers stream"
+            return f"{len(spec.lazy_layers)} of {len(spec.full_in_base)} layers stream"
         heads = self.model.config.kv_heads
         streaming = sum(map(len, spec.streaming_heads(heads)))
-        return f"{streaming} of {spec.num_layers * heads} KV heads stream"
+        return f"{streaming} of {len(spec.full_in_base) * heads} KV heads stream"
 
     def engine(self, kv_budget: int | None, max_slots: int = 64, draft: DraftOptions | None = None) -> Engine:
         """

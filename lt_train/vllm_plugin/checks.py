@@ -32,13 +32,20 @@ def serves_family(model_type: str) -> bool:
 def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: a family other than those of FAMILIES, a config with split layers, or one with sink tokens.
+        ValueError: a family other than those of FAMILIES, a config with split layers, with sliding layers of the base, or with
+            sink tokens.
     """
     if not serves_family(config.model_type):
         raise ValueError(
             f"model_type: {config.model_type}: lt_train's plugin computes {', '.join(FAMILIES)} by vLLM's Llama classes, and this "
             "family differs from them. Fix: evaluate this export with the built-in engine (backend: hybrid), or serve it with "
             "lt-train serve"
+        )
+    if getattr(config, "w_recent", None):
+        raise ValueError(
+            f"w_recent: {config.w_recent}: some layers have a window of {config.sliding_window} tokens in the base and others one "
+            "of this size, and lt_train's plugin computes one window. Fix: evaluate this export with the built-in engine "
+            "(backend: hybrid), or serve it with lt-train serve"
         )
     if getattr(config, "streaming_kv_heads", None):
         raise ValueError(

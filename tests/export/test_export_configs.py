@@ -1,10 +1,12 @@
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MinistralConfig, Qwen2Config
 
 from lt_train.export.configs import STOCK, exported_config, exported_generation_config, stock_config
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
-from tests.support.families import BASES, WITH_LAYER_TYPES
+from tests.support.families import BASES, SIZES, WITH_LAYER_TYPES, on_base
 from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
 
 
@@ -25,6 +27,18 @@ def test_without_sinks_the_stock_class_computes_the_same(family):
 def test_without_sinks_a_family_whose_stock_class_knows_no_layer_types_keeps_its_own_code(family):
     config = exported_config(tiny_hybrid(family, w_sink=0), torch.float32)
     assert config.model_type == f"lt_hybrid_{family}" and config.auto_map["AutoConfig"].startswith("families.")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "ministral"])
+def test_no_stock_class_computes_windows_of_two_sizes(family):
+    types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    own = {"qwen2": (Qwen2Config, {"use_sliding_window": True}), "ministral": (MinistralConfig, {"head_dim": 16})}
+    config_class, settings = own[family]
+    base = config_class(**SIZES, **settings, layer_types=types, sliding_window=9)
+    model = build_hybrid(base, on_base(base, HybridSpec(4, (1,), w_sink=0, w_recent=7)))
+    config = exported_config(model, torch.float32)
+    assert config.model_type == f"lt_hybrid_{family}" and config.auto_map
+    assert (config.layer_types, config.sliding_window, config.w_recent) == (types, 9, 7)
 
 
 def test_no_stock_class_computes_split_layers_without_sinks_either():

@@ -12,6 +12,7 @@ from lt_train.hybrid.attention_kernels import KERNELS, Choice, Obstacle, Use, ch
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
+from tests.support.families import on_base
 from tests.support.streaming_cases import Case, documents_of, expected_output, tensors_of
 
 CPU = Use(torch.device("cpu"), torch.float32, head_size=64, trains=False)
@@ -149,7 +150,7 @@ def packed_and_padded():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["flash", "blocked"])
 def test_whole_models_give_the_logits_of_the_reference(name, base_config, flash_on_a_cpu):
-    hybrid = build_hybrid(base_config, SPEC).eval()
+    hybrid = build_hybrid(base_config, on_base(base_config, SPEC)).eval()
     batch = packed_and_padded()
     real = batch["attention_mask"].bool()
     hybrid.set_attention_kernel("reference")

@@ -19,7 +19,6 @@ from transformers import (
     JetMoeConfig,
     Llama4TextConfig,
     MambaConfig,
-    Olmo3Config,
     OlmoConfig,
     Qwen3NextConfig,
     StableLmConfig,
@@ -29,7 +28,7 @@ from transformers import (
 from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint, prove_auto_family
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support import processes
-from tests.support.families import HELIUM, SIZES, SPLIT
+from tests.support.families import HELIUM, SIZES, SPLIT, on_base
 from tests.support.repository import ENVIRONMENT
 from tests.support.toy_family import toy_config
 
@@ -111,9 +110,15 @@ REFUSED = {
     "changing frequencies": (OlmoConfig(**SIZES, rope_parameters=DYNAMIC), "rope_parameters: rope_type dynamic: its frequencies"),
     "biases of positions": (FalconConfig(alibi=True), "alibi: attention with biases of positions"),
     "learned sinks": (GptOssConfig(), r"model\.layers\.0\.self_attn \(GptOssAttention\): learned sinks of the base"),
-    "windows of OLMo 3": (Olmo3Config(), r"sliding_window: layers 0, 1, 2, 4, … of 32 \(olmo3\) see 4,096 tokens from the start"),
-    "windows of Gemma 3": (Gemma3TextConfig(), r"sliding_window: layers 0, 1, 2, 3, … of 26 \(gemma3_text\) see 4,096 tokens"),
-    "windows of Cohere 2": (Cohere2Config(), r"sliding_window: layers 0, 1, 2, 4, … of 40 \(cohere2\) see 4,096 tokens"),
+    "windows in all layers": (
+        Gemma3TextConfig(**SIZES, sliding_window=9),  # of six layers the last would be full, and it has four
+        r"sliding_window: 9: every layer of the base \(gemma3_text\) sees so many tokens from the start",
+    ),
+    "both directions": (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention: True: tokens see later"),
+    "one type of layers that has rotary embeddings by type": (
+        Gemma3TextConfig(**SIZES, layer_types=["full_attention"] * 4),
+        "layer_types: gemma3_text has rotary embeddings for each type of layer, and all layers of one type",
+    ),
     "other names": (GPT2Config(), "model.embed_tokens of GPT2LMHeadModel: missing"),
     "no language model": (ViTConfig(), "model_type: 'vit': transformers has no causal language model of it"),
 }
@@ -130,6 +135,39 @@ def test_a_base_that_no_hybrid_computes_is_refused_with_the_module_or_setting_an
 def test_a_family_that_could_be_proved_is_refused_without_auto_and_the_message_names_the_setting():
     with pytest.raises(HybridError, match=r"model_type: 'olmo': no hybrid class\. Fix: set model\.family to auto, .* or choose"):
         hybrid_config(OlmoConfig(**SIZES), SPEC)
+
+
+SLIDES_AND_FULL = {
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=11,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"sliding_attention": {"rope_theta": 100.0}, "full_attention": {"rope_theta": 1e6}},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SLIDES_AND_FULL)
+@torch.no_grad()
+def test_a_family_with_sliding_layers_is_proved_and_is_the_base_beyond_its_window(family, tmp_path):
+    config = SLIDES_AND_FULL[family]
+    prove_auto_family(config)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    spec = on_base(config, HybridSpec(4, (2,), w_sink=3, w_recent=7))
+    hybrid, ids = load_hybrid(tmp_path / "base", spec), torch.randint(3, 96, (2, 40))
+    with hybrid.full_attention():
+        torch.testing.assert_close(hybrid(ids, use_cache=False).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again = load_hybrid_checkpoint(tmp_path / "hybrid")
+    assert again.spec == spec and torch.equal(again(ids).logits, hybrid(ids).logits)
+
+
+def test_a_family_that_scales_its_logits_elsewhere_is_refused_with_sliding_layers_too():
+    with pytest.raises(HybridError, match=r"model_type: 'cohere2': not proved to stream: layers run one by one, .* differ"):
+        prove_auto_family(Cohere2Config(**SIZES))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache, slot_positions
 from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.support.families import BASES, SIZES, SPLIT
+from tests.support.families import BASES, SIZES, SPLIT, on_base
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)
 SPECS = pytest.mark.parametrize("spec", [SPEC, SPLIT], ids=["layers", "KV heads"])
@@ -25,7 +25,7 @@ def left_padded(lengths):
 @pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 9, 20]])
 def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, spec, lengths):
     """Rows shorter than the sinks, than the window, and than both."""
-    model = build_hybrid(base_config, spec).eval()
+    model = build_hybrid(base_config, on_base(base_config, spec)).eval()
     ids, mask = left_padded(lengths)
     settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     cached = model.generate(ids, **settings)

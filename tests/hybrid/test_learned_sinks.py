@@ -15,7 +15,7 @@ from lt_train.hybrid.reference import reference_streaming_attention
 from lt_train.hybrid.sequence_parallel import Shards
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash
-from tests.support.families import BASES
+from tests.support.families import BASES, on_base
 from tests.support.streaming_cases import CASES, Case, documents_of, tensors_of
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=0, w_recent=6, learned_sinks=True)
@@ -32,7 +32,7 @@ def sinks_for(case: Case, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def hybrid(base_config, spec=SPEC):
     """With logits that matter: an ordinary query's scores are about 0."""
-    model = build_hybrid(base_config, spec).eval()
+    model = build_hybrid(base_config, on_base(base_config, spec)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("sinks.weight"):
             torch.nn.init.uniform_(parameter, -1, 3)
@@ -138,11 +138,12 @@ def test_logits_of_minus_infinity_are_a_plain_window_and_others_are_not():
 def test_with_full_attention_switched_on_it_is_the_base_to_the_last_bit(base_config, tmp_path):
     stock = AutoModelForCausalLM.from_config(base_config).eval()
     stock.save_pretrained(tmp_path)
-    model = load_hybrid(tmp_path, SPEC)
-    ids = torch.randint(2, 96, (2, 40))
+    spec = on_base(base_config, SPEC)
+    model = load_hybrid(tmp_path, spec)
+    ids = torch.randint(2, 96, (2, spec.sliding_window - 1 if spec.sliding_layers else 40))
     with model.full_attention():
         assert torch.equal(model(ids, use_cache=False).logits, stock(ids).logits)
-    logits = [model.model.layers[layer].self_attn.sinks.weight for layer in SPEC.lazy_layers]
+    logits = [model.model.layers[layer].self_attn.sinks.weight for layer in spec.lazy_layers]
     assert all(torch.equal(logit, torch.zeros(4)) for logit in logits), "a base has none: they start at 0"
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from lt_train.hybrid.loading import build_hybrid, hybrid_config, load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.spec import HybridError, HybridSpec
+from tests.support.families import on_base
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 
@@ -29,29 +30,31 @@ def base_folder(base_config, tmp_path):
 @torch.no_grad()
 def test_base_shards_load_straight_into_the_hybrid_class(base_folder, base_config):
     stock = AutoModelForCausalLM.from_pretrained(base_folder)
-    hybrid = load_hybrid(base_folder, SPEC)
+    spec = on_base(base_config, SPEC)
+    hybrid = load_hybrid(base_folder, spec)
     assert {name: tuple(x.shape) for name, x in hybrid.state_dict().items()} == {
         name: tuple(x.shape) for name, x in stock.state_dict().items()
     }
     assert all(torch.equal(hybrid.state_dict()[name], x) for name, x in stock.state_dict().items())
-    assert hybrid.spec == SPEC
+    assert hybrid.spec == spec
 
 
 @torch.no_grad()
-def test_a_saved_hybrid_comes_back_with_its_layers_and_logits(base_folder, tmp_path):
-    hybrid = load_hybrid(base_folder, SPEC)
+def test_a_saved_hybrid_comes_back_with_its_layers_and_logits(base_folder, base_config, tmp_path):
+    hybrid = load_hybrid(base_folder, spec := on_base(base_config, SPEC))
     hybrid.save_pretrained(tmp_path / "hybrid")
     again = load_hybrid_checkpoint(tmp_path / "hybrid")
     ids = torch.randint(2, 96, (1, 30))
-    assert again.spec == SPEC
+    assert again.spec == spec
     assert torch.equal(again(ids).logits, hybrid(ids).logits)
     assert json.loads((tmp_path / "hybrid/config.json").read_text())["w_sink"] == 3
 
 
 @torch.no_grad()
-def test_a_model_cast_in_memory_is_the_model_loaded_in_that_dtype(base_folder):
-    loaded = load_hybrid(base_folder, SPEC, dtype=torch.bfloat16)
-    cast = load_hybrid(base_folder, SPEC).to(torch.bfloat16)
+def test_a_model_cast_in_memory_is_the_model_loaded_in_that_dtype(base_folder, base_config):
+    spec = on_base(base_config, SPEC)
+    loaded = load_hybrid(base_folder, spec, dtype=torch.bfloat16)
+    cast = load_hybrid(base_folder, spec).to(torch.bfloat16)
     ids = torch.randint(2, 96, (1, 2000))
     assert torch.equal(cast(ids).logits, loaded(ids).logits)
 
@@ -85,14 +88,18 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
     ("base", "reason"),
     [
         (OlmoConfig(), "no hybrid class"),
-        (MistralConfig(), "sliding_window: the base"),
-        (MinistralConfig(), "sliding_window: the base"),
-        (MinistralConfig(layer_types=["full_attention", "sliding_attention"] * 16), "sliding_window: the base"),
-        (Qwen2Config(use_sliding_window=True, max_window_layers=2), "sliding_window: the base"),
+        (MistralConfig(), "sliding_window: 4096: every layer of the base"),
+        (MinistralConfig(), "sliding_window: 4096: every layer of the base"),
+        (MinistralConfig(layer_types=["full_attention", "sliding_attention"] * 16), r"sliding_layers: \[\] with a window of 0: "),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=2), r"sliding_layers: \[\] with a window of 0: "),
+        (
+            Qwen2Config(layer_types=["full_attention", "sliding_attention"] * 16),
+            "sliding_window: missing, and layer_types names 16 sliding layers",
+        ),
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
-        (Phi3Config(sliding_window=2047), "sliding_window: the base"),
-        (SmolLM3Config(use_sliding_window=True, sliding_window=64), "sliding_window: the base"),
+        (Phi3Config(sliding_window=2047), "sliding_window: 2047: every layer of the base"),
+        (SmolLM3Config(use_sliding_window=True, sliding_window=64), "sliding_layers: "),
         (Phi3Config(rope_parameters=LONGROPE), "longrope"),
         (Qwen2Config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
     ],

@@ -1,5 +1,7 @@
 """Layers of which some KV heads stream, against the base's own class with a mask of its own for each head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
@@ -10,7 +12,7 @@ from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.reference import masked_attention
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import FullView, SplitView, StreamingView
-from tests.support.families import FAMILIES, SIZES, SPLIT, base_of
+from tests.support.families import FAMILIES, SIZES, SPLIT, base_of, on_base
 
 PACKED = torch.cat([torch.arange(length) for length in (11, 2, 1, 5, 21)]).expand(2, -1)
 """Documents longer than sinks and window, as long as the window, and shorter than the sinks."""
@@ -25,9 +27,11 @@ def masked_heads(module, query, key, value, attention_mask, scaling, dropout=0.0
     full_BTT = full_visible(q_BT1, k_B1T) & same_BTT
     streaming_BTT = streaming_visible(q_BT1, k_B1T, spec.w_sink, spec.w_recent) & same_BTT
     streaming = spec.streaming_heads(kv_heads)[module.layer_idx]
+    sliding_BTT = streaming_visible(q_BT1, k_B1T, 0, max(spec.sliding_window, 1)) & same_BTT
+    others_BTT = sliding_BTT if module.layer_idx in spec.sliding_layers else full_BTT
     outs = []
     for head, q_BRTD in enumerate(query.chunk(kv_heads, dim=1)):
-        visible_BTT = streaming_BTT if head in streaming else full_BTT
+        visible_BTT = streaming_BTT if head in streaming else others_BTT
         outs.append(masked_attention(q_BRTD, key[:, [head]], value[:, [head]], visible_BTT, scaling))
     return torch.cat(outs, dim=1).transpose(1, 2), None
 
@@ -46,13 +50,14 @@ def logits_of_masked_heads(hybrid, base_config, spec, ids_BT, position_BT):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_packed_documents_are_those_of_masking_each_head(family, w_sink, kernel):
-    spec = HybridSpec(4, SPLIT.lazy_layers, w_sink, w_recent=7, split_layers=SPLIT.split_layers)
+    spec = on_base(base_of(family), replace(SPLIT, w_sink=w_sink))
     hybrid, ids_BT = build_hybrid(base_of(family), spec).eval(), torch.randint(2, 96, PACKED.shape)
     hybrid.set_attention_kernel(kernel)
     expected = logits_of_masked_heads(hybrid, base_of(family), spec, ids_BT, PACKED)
     found = hybrid(ids_BT, position_ids=PACKED, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
     swapped = HybridSpec.from_streaming_heads([(0,), (), (1,), (0, 1)], 2, w_sink, w_recent=7)
+    swapped = on_base(base_of(family), swapped)
     others = logits_of_masked_heads(hybrid, base_of(family), swapped, ids_BT, PACKED)
     assert (others - expected).abs().max() > 1e-3, "so other heads would be noticed"
 

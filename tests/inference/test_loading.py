@@ -137,7 +137,7 @@ def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, told
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (MistralConfig(**SIZES, sliding_window=64), "sliding_window: the base"),
+        (MistralConfig(**SIZES, sliding_window=64), "sliding_window: 64: every layer of the base"),
         (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: Llama and Mistral models become `ministral`"),
         (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias: Llama and Mistral models become `ministral`"),
     ],
@@ -311,7 +311,7 @@ def test_a_mistyped_folder_is_told_at_once_with_its_neighbour(load, tmp_path, mo
 
 def test_a_base_that_slides_already_is_refused_with_the_way_out(tmp_path):
     MistralConfig(**SIZES, sliding_window=64).save_pretrained(tmp_path)
-    assert "Fix: name a base without a window" in refused(load_base_config, Model(base=str(tmp_path)))
+    assert "Fix: choose a base with full layers" in refused(load_base_config, Model(base=str(tmp_path)))
 
 
 # What a recipe may change about a base

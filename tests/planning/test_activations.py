@@ -12,6 +12,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -161,6 +162,27 @@ def test_a_split_layer_keeps_what_the_plan_counts(family, packing, method, dtype
     whole = [replace(layer, streaming=0.0) for layer in shape.layers[1:]]
     if method == "full" and not packing and family == "qwen3":  # without the copy of the output that the halves are joined in
         assert sum(layer_bytes(shape, layer, element, gathered=False, dense=False, length=LENGTH) for layer in whole) < counted
+
+
+SLIDES = Olmo3Config(
+    **{name: size for name, size in SIZES.items() if name != "head_dim"} | {"hidden_size": 128},
+    pad_token_id=0,
+    layer_types=["full_attention", "sliding_attention", "full_attention"],
+    sliding_window=100,
+)
+"""Its head size is 32 as well."""
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("full", "bf16"), ("lora", "bf16")])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_layer_that_slides_in_the_base_keeps_what_the_plan_counts(method, dtype, packing):
+    recipe = recipe_for(method, [0], dtype, ["q_proj", "o_proj"] if method == "lora" else None, packing)
+    shape = model_shape(recipe, SLIDES)
+    assert [layer.slides for layer in shape.layers] == [False, True, False]
+    element = setup_of(recipe, recipe.train, Machine(1, 2**34), 1).element
+    counted = sum(layer_bytes(shape, layer, element, gathered=packing, dense=False, length=LENGTH) for layer in shape.layers[1:])
+    kept = kept_by_two_layers(recipe, SLIDES, element.autocast, torch.float32, shape.spec)
+    assert counted == pytest.approx(kept, rel=STREAMING_TOLERANCE)
 
 
 def test_attention_written_out_keeps_probabilities_and_is_counted_so():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config
+from transformers import Olmo3Config, Qwen3Config
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.mask import streaming_visible
@@ -23,6 +23,7 @@ CONFIG = Qwen3Config(
     head_dim=16,
     max_position_embeddings=4096,
 )
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 LENGTH = 96
 
 
@@ -78,6 +79,20 @@ def test_attention_of_split_layers_is_that_of_their_kv_heads():
     pairs = 5 * causal_pairs(LENGTH) + 3 * streaming_pairs(LENGTH, 64)
     assert by_head.attention == 3 * 4 * 32 * pairs  # of half of the query heads each
     assert compute_of(chosen={"streaming_kv_heads": [[0], [1], [1], [0]]}).attention == compute_of().attention
+
+
+def test_layers_that_slide_in_the_base_see_its_window_with_and_without_streaming_layers():
+    base = Olmo3Config(
+        **{name: value for name, value in CONFIG.to_dict().items() if name in Olmo3Config().to_dict() and name in SIZES},
+        layer_types=["sliding_attention", "full_attention", "full_attention", "full_attention"],
+        sliding_window=10,
+    )
+    recipe = public_recipe("qwen3-8b", hybrid={"layers": [1, 2], "lazy_layer_ratio": None, "strategy": None, "w_recent": 60})
+    work = Workload(Samples([LENGTH], "made up"), steps=1, epochs=1.0)
+    compute = training_compute(model_shape(recipe, base), recipe.train, work)
+    sliding = streaming_pairs(LENGTH, 10)
+    assert compute.attention == 3 * 4 * 64 * (sliding + 2 * streaming_pairs(LENGTH, 64) + causal_pairs(LENGTH))
+    assert compute.full_attention == 3 * 4 * 64 * (sliding + 3 * causal_pairs(LENGTH))
 
 
 def test_checkpointing_runs_the_layers_forward_once_more():

@@ -11,7 +11,7 @@ from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
 from lt_train.runtime.units import GIB
-from tests.support.families import BASES
+from tests.support.families import BASES, on_base
 from tests.support.public_models import public_recipe
 
 AIME = [{"benchmark": "aime24", "max_new_tokens": 32_768}]
@@ -29,10 +29,26 @@ def test_the_planned_kv_cache_is_what_the_engine_allocates_for_one_sequence(fami
     )
     config = load_base_config(recipe.model)
     planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
-    for lazy, size in (((0, 2), planned.hybrid), ((), planned.full)):
-        model = build_hybrid(config, HybridSpec(4, lazy, w_sink=2, w_recent=30)).to(number)
+    for lazy, size in (((1, 2), planned.hybrid), ((), planned.full)):
+        model = build_hybrid(config, on_base(config, HybridSpec(4, lazy, w_sink=2, w_recent=30))).to(number)
         store = KVStore(model, slots=1, pages=3)
         assert any(isinstance(held, PagedLayer) for held in store.held)
+        assert bytes_held(store) == size
+
+
+def test_the_planned_kv_cache_holds_the_rings_of_sliding_layers_beside_those_of_a_draft(tmp_path):
+    BASES["olmo3"].save_pretrained(tmp_path)
+    recipe = public_recipe(
+        "qwen3-8b",
+        model={"base": str(tmp_path), "dtype": "fp32"},
+        hybrid={"lazy_layer_ratio": 0.5, "w_sink": 2, "w_recent": 30},
+        eval=[{"benchmark": "aime24", "max_new_tokens": 3 * PAGE, "draft": "streaming", "draft_length": 3}],
+    )
+    config = load_base_config(recipe.model)
+    planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
+    for lazy, size in (((1, 2), planned.hybrid), ((), planned.full)):
+        model = build_hybrid(config, on_base(config, HybridSpec(4, lazy, w_sink=2, w_recent=30)))
+        store = KVStore(model, slots=1, pages=3, draft=Draft.of(model.spec, None, 3))
         assert bytes_held(store) == size
 
 

@@ -57,7 +57,7 @@ KEYS = {
     "machine": ["gpus", "cpu", "memory_bytes", "usable_bytes", "tflops", "efficiency"],
     "model": [
         *("base", "parameters", "active_parameters", "layers", "streaming_layers", "kv_heads", "streaming_kv_heads"),
-        *("w_sink", "w_recent", "learned_sinks"),
+        *("w_sink", "w_recent", "sliding_layers", "sliding_window", "learned_sinks"),
     ],
     "training": [
         *("fits", "trained_parameters", "dtype", "sharding", "micro_batch_size", "row_tokens", "sequence_parallel"),

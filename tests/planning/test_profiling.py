@@ -134,9 +134,18 @@ def test_the_time_follows_from_the_operations_that_scoring_a_sample_takes(strate
 
 
 def test_gates_take_the_same_passes_whatever_the_depth_and_one_layer_at_a_time_half_as_many_as_layers():
-    assert [passes("gates", layers, 0.1).of_the_model(layers) for layers in (30, 64)] == [11, 11]
-    assert [passes("reach", layers, 0.1).of_the_model(layers) for layers in (30, 64)] == [17.5, 34.5]
-    assert passes("lazy_ratio", 64, 0.1).of_the_model(64) == 1
+    assert [passes("gates", HybridSpec(layers, ()), 0.1).of_the_model(layers) for layers in (30, 64)] == [11, 11]
+    assert [passes("reach", HybridSpec(layers, ()), 0.1).of_the_model(layers) for layers in (30, 64)] == [17.5, 34.5]
+    assert passes("lazy_ratio", HybridSpec(64, ()), 0.1).of_the_model(64) == 1
+
+
+def test_layers_that_slide_in_the_base_run_and_are_not_scored():
+    base = HybridSpec(4, (), sliding_layers=(0, 2), sliding_window=9)  # layer 0, full 1, layer 2, full 3
+    reach, gates, lazy_ratio = (passes(strategy, base, 0.1) for strategy in ("reach", "gates", "lazy_ratio"))
+    # layer 0 for the full model and the last variant, layer 2 for one variant more
+    assert (reach.linear, reach.full, reach.streaming, reach.sliding, reach.head) == (12, 3, 4, 5, 4)
+    assert (gates.linear, gates.full, gates.streaming, gates.sliding) == (44, 26, 26, 28)
+    assert (lazy_ratio.linear, lazy_ratio.full, lazy_ratio.sliding) == (4, 2, 2)
 
 
 def test_strategies_that_share_their_passes_take_no_longer_together(of_32b):

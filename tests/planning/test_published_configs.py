@@ -1,13 +1,14 @@
 """Parameters and KV cache of a published model of each family, against counts by hand from its config.json."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.families import BASES
 from lt_train.hybrid.kv_size import kv_bytes
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
 from lt_train.planning.shape import model_shape
 from lt_train.recipe.schema import Model
@@ -20,6 +21,7 @@ MODELS = {  # folder in tests/support/configs, whose source.txt is the address o
     "mistral": "mistral-7b-instruct-v0.3",
     "smollm3": "smollm3-3b",
     "olmo2": "olmo-2-1124-7b",
+    "olmo3": "olmo-3-7b-think",
     "seed_oss": "seed-oss-36b-instruct",
     "granite": "granite-3.3-8b-instruct",
     "glm4": "glm-z1-9b-0414",
@@ -43,6 +45,7 @@ PARAMETERS = {
     "mistral": dense(32768, 4096, 32, 4096, 1024, 14336, tied=False, norms=2 * 4096),
     "smollm3": dense(128256, 2048, 36, 2048, 512, 11008, tied=True, norms=2 * 2048),
     "olmo2": dense(100352, 4096, 32, 4096, 4096, 11008, tied=False, norms=2 * 4096 + 2 * 4096),
+    "olmo3": dense(100278, 4096, 32, 4096, 4096, 11008, tied=False, norms=2 * 4096 + 2 * 4096),
     "seed_oss": dense(155136, 5120, 64, 10240, 1024, 27648, tied=False, biases=10240 + 2 * 1024, norms=2 * 5120),
     "granite": dense(49159, 4096, 40, 4096, 1024, 12800, tied=True, norms=2 * 4096),
     "glm4": dense(151552, 4096, 40, 4096, 256, 13696, tied=False, biases=4096 + 2 * 256, norms=4 * 4096),
@@ -57,6 +60,7 @@ BILLIONS = {  # as the models' own pages round them
     "mistral": 7.2,
     "smollm3": 3.1,
     "olmo2": 7.3,
+    "olmo3": 7.3,
     "seed_oss": 36.2,
     "granite": 8.2,
     "glm4": 9.4,
@@ -70,12 +74,17 @@ KV = {  # bytes of a token in bf16: key and value of each layer, of 2 bytes each
     "mistral": 32 * 2 * 8 * 128 * 2,
     "smollm3": 36 * 2 * 4 * 128 * 2,
     "olmo2": 32 * 2 * 32 * 128 * 2,
+    "olmo3": 32 * 2 * 32 * 128 * 2,  # until 24 of them reach their window
     "seed_oss": 64 * 2 * 8 * 128 * 2,
     "granite": 40 * 2 * 8 * 128 * 2,
     "glm4": 40 * 2 * 2 * 128 * 2,
     "phi3": 40 * 2 * 10 * 128 * 2,
     "qwen3_moe": 48 * 2 * 4 * 128 * 2,
 }
+
+
+SLIDING = {"olmo3": 24}
+"""Layers with a window of 4,096 tokens."""
 
 
 def test_every_family_has_a_published_model_here():
@@ -94,7 +103,11 @@ def test_parameters_are_those_counted_by_hand(family):
 @pytest.mark.parametrize("family", MODELS)
 def test_the_kv_cache_is_that_counted_by_hand_and_streaming_layers_hold_their_window(family):
     config = load_base_config(Model(base=str(CONFIGS / MODELS[family])))
-    layers = config.num_hidden_layers
-    spec = HybridSpec(layers, tuple(range(layers // 2)), 4, 1020)
+    base = base_spec(config.to_dict(), 4, 1020)
+    full, layers = base.full_in_base, config.num_hidden_layers
+    spec = replace(base, lazy_layers=full[: len(full) // 2])
     held = [kv_bytes(config.to_dict(), each, 32_768, torch.bfloat16.itemsize) for each in (spec.all_full, spec)]
-    assert held == [32_768 * KV[family], (32_768 + 1024) * KV[family] // 2]
+    sliding = SLIDING.get(family, 0) * 4096
+    assert len(full) == layers - SLIDING.get(family, 0)
+    tokens = [len(full) * 32_768 + sliding, len(full) // 2 * (32_768 + 1024) + sliding]
+    assert held == [each * KV[family] // layers for each in tokens]

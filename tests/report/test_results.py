@@ -17,7 +17,7 @@ from lt_train.recipe.loading import load_recipe, resolved_yaml
 from lt_train.report.results import TRACKED_COLUMNS, cache_bytes, read_results, show_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import write_json, write_text
-from tests.support.families import BASES
+from tests.support.families import BASES, on_base
 from tests.support.made_runs import TWO_KV_HEADS
 
 RECIPE = """
@@ -342,8 +342,8 @@ def test_kv_bytes_follow_from_heads_head_size_and_dtype(sizes, per_token):
 @pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kv_bytes_are_what_the_cache_of_that_model_holds(family, dtype, tmp_path):
-    spec = HybridSpec(4, (0, 2, 3), w_sink=2, w_recent=30)
     base = type(BASES[family])(**{**BASES[family].to_dict(), "dtype": dtype})
+    spec = on_base(base, HybridSpec(4, (0, 2, 3), w_sink=2, w_recent=30))
     hybrid_config(base, spec).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     timings = time_decoding(build_hybrid(base, spec).to(getattr(torch, dtype)).eval(), [20, 70], progress=False)

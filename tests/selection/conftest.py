@@ -11,7 +11,7 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Calibration, Hybrid
-from tests.support.families import base_of
+from tests.support.families import base_of, on_base
 
 LAYERS, VOCABULARY = 4, 64
 # Weights ten times as wide as usual, so that heads look at single keys and layers matter to the loss.
@@ -61,7 +61,7 @@ def hybrid_of(stock_model, base_config) -> Callable[..., HybridForCausalLM]:
     """hybrid_of(lazy_layers, w_sink, w_recent): a hybrid with the stock model's weights."""
 
     def build(lazy_layers: tuple[int, ...] = (), w_sink: int = 2, w_recent: int = 6) -> HybridForCausalLM:
-        model = build_hybrid(base_config, HybridSpec(LAYERS, lazy_layers, w_sink, w_recent))
+        model = build_hybrid(base_config, on_base(base_config, HybridSpec(LAYERS, lazy_layers, w_sink, w_recent)))
         model.load_state_dict(stock_model.state_dict())
         return model.eval()
 

@@ -82,14 +82,14 @@ def test_layers_stream_while_their_shares_stay_below_the_rise():
 
 
 def test_layers_that_need_no_scores_are_chosen_without_a_profile():
-    assert choose_layers(Hybrid(layers=[3, 1]), num_layers=8, seed=0) == (1, 3)
-    assert choose_layers(Hybrid(lazy_layer_ratio=0.5, strategy="periodic"), num_layers=8, seed=0) == (0, 2, 4, 6)
+    assert choose_layers(Hybrid(layers=[3, 1]), HybridSpec(8, ()), seed=0) == (1, 3)
+    assert choose_layers(Hybrid(lazy_layer_ratio=0.5, strategy="periodic"), HybridSpec(8, ()), seed=0) == (0, 2, 4, 6)
 
 
 def test_random_layers_follow_from_the_seed_alone():
     hybrid = Hybrid(lazy_layer_ratio=0.5, strategy="random")
-    drawn = [choose_layers(hybrid, num_layers=12, seed=seed) for seed in range(30)]
-    assert drawn == [choose_layers(hybrid, num_layers=12, seed=seed) for seed in range(30)]
+    drawn = [choose_layers(hybrid, HybridSpec(12, ()), seed=seed) for seed in range(30)]
+    assert drawn == [choose_layers(hybrid, HybridSpec(12, ()), seed=seed) for seed in range(30)]
     assert all(len(set(layers)) == 6 and list(layers) == sorted(layers) for layers in drawn)
     assert len(set(drawn)) > 20
     assert {layer for layers in drawn for layer in layers} == set(range(12))
@@ -119,7 +119,10 @@ def by_head(**settings) -> Hybrid:
 
 
 def test_the_kv_heads_with_the_smallest_shares_stream_and_ties_go_to_the_lower_layer_and_head():
-    chosen = [choose_spec(by_head(lazy_layer_ratio=n / 6), 3, 2, seed=0, profile=profile_of(HEADS)) for n in (1, 2, 3, 4, 5)]
+    chosen = [
+        choose_spec(by_head(lazy_layer_ratio=n / 6), HybridSpec(3, ()), 2, seed=0, profile=profile_of(HEADS))
+        for n in (1, 2, 3, 4, 5)
+    ]
     assert [spec.streaming_heads(kv_heads=2) for spec in chosen] == [
         [(1,), (), ()],
         [(1,), (), (1,)],
@@ -141,7 +144,7 @@ def test_a_kv_budget_is_met_by_as_few_heads_as_can(budget, kv_heads, num_layers)
 
     hybrid = by_head(kv_budget=budget, w_sink=0, w_recent=1024)
     try:
-        count = number_that_stream(hybrid, num_layers, kv_heads)
+        count = number_that_stream(hybrid, HybridSpec(num_layers, ()), kv_heads)
     except UserError as error:
         assert "KV heads but one streaming" in str(error)
         assert fraction(range(num_layers * kv_heads - 1)) > budget - 1e-6
@@ -152,19 +155,19 @@ def test_a_kv_budget_is_met_by_as_few_heads_as_can(budget, kv_heads, num_layers)
 
 def test_heads_stream_while_their_shares_stay_below_the_rise_or_the_error_names_one_that_would_do():
     profile = profile_of(HEADS)
-    assert number_that_stream(by_head(max_rise=0.15), 3, 2, profile) == 3
-    assert choose_spec(by_head(max_rise=0.25), 3, 2, seed=0, profile=profile).split_layers == ((0, (1,)), (2, (1,)))
+    assert number_that_stream(by_head(max_rise=0.15), HybridSpec(3, ()), 2, profile) == 3
+    assert choose_spec(by_head(max_rise=0.25), HybridSpec(3, ()), 2, seed=0, profile=profile).split_layers == ((0, (1,)), (2, (1,)))
     dear = profile_of([[[0.9, 0.2], [0.3, 0.4]]])
     with pytest.raises(UserError, match=r"max_rise: 0\.1: the KV head that loses least .* share of 0\.2 nats\. .*at least 0\.2$"):
-        number_that_stream(by_head(max_rise=0.1), 2, 2, dear)
-    assert number_that_stream(by_head(max_rise=0.2), 2, 2, dear) == 1
+        number_that_stream(by_head(max_rise=0.1), HybridSpec(2, ()), 2, dear)
+    assert number_that_stream(by_head(max_rise=0.2), HybridSpec(2, ()), 2, dear) == 1
 
 
 def test_a_ratio_that_no_or_every_head_would_meet_is_refused_with_ratios_that_work():
     with pytest.raises(
         UserError, match=r"of 6 KV heads 6 would stream, every KV head\. Fix: set it from 0\.167 \(1 KV head\) to 0\.833"
     ):
-        number_that_stream(by_head(lazy_layer_ratio=0.95), 3, 2)
+        number_that_stream(by_head(lazy_layer_ratio=0.95), HybridSpec(3, ()), 2)
 
 
 def test_heads_cannot_be_chosen_from_a_profile_without_their_shares():
@@ -173,7 +176,7 @@ def test_heads_cannot_be_chosen_from_a_profile_without_their_shares():
     with pytest.raises(
         UserError, match=r"granularity: kv_head: .* no shares of KV heads, only reach\. Fix: score the layers again with"
     ):
-        choose_spec(by_head(lazy_layer_ratio=0.5), 3, 2, seed=0, profile=without)
+        choose_spec(by_head(lazy_layer_ratio=0.5), HybridSpec(3, ()), 2, seed=0, profile=without)
 
 
 @pytest.mark.parametrize(
@@ -188,4 +191,4 @@ def test_heads_cannot_be_chosen_from_a_profile_without_their_shares():
 def test_named_heads_that_the_model_has_not_or_that_are_none_or_all_are_refused(heads, fault):
     with pytest.raises(UserError, match=fault):
         explicit_heads(heads, num_layers=3, kv_heads=2)
-    assert choose_spec(by_head(streaming_kv_heads=[[], [1, 0], [1]]), 3, 2, seed=0).split_layers == ((2, (1,)),)
+    assert choose_spec(by_head(streaming_kv_heads=[[], [1, 0], [1]]), HybridSpec(3, ()), 2, seed=0).split_layers == ((2, (1,)),)

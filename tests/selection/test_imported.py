@@ -79,7 +79,7 @@ def test_a_checkpoint_that_slides_natively_computes_the_same_as_a_hybrid_of_its_
     native.save_pretrained(tmp_path / "native")
     found = import_hybrid(tmp_path / "native")
     spec = HybridSpec(4, found.layers, found.w_sink or 0, found.w_recent or 0)
-    with pytest.raises(HybridError, match="the base's config sets one"):
+    with pytest.raises(HybridError, match=r"in the base layers .* see 5 tokens from the start"):
         load_hybrid(tmp_path / "native", spec)
     settings = json.loads((tmp_path / "native/config.json").read_text())
     settings |= {"layer_types": ["full_attention"] * 4, "sliding_window": None, "use_sliding_window": False}
@@ -128,6 +128,18 @@ def test_a_hybrid_of_ours_with_split_layers_gives_their_heads(tmp_path: Path) ->
     assert as_part(import_hybrid(tmp_path).as_recipe()).streaming_kv_heads == heads
     written(tmp_path / "config.json", ours | {"streaming_kv_heads": [[2], [0, 1]]})
     refused(tmp_path, "KV head 2 is not in this model")
+
+
+def test_a_hybrid_of_ours_whose_base_has_sliding_layers_gives_what_streams_and_not_those(tmp_path: Path) -> None:
+    ours = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 4096, "w_sink": 4}
+    ours |= {"num_key_value_heads": 2, "num_hidden_layers": 3, "w_recent": 12, "hybrid_version": "4"}
+    written(tmp_path / "config.json", ours | {"streaming_kv_heads": [[], [0, 1], []]})
+    part = as_part(import_hybrid(tmp_path).as_recipe())
+    assert (part.layers, part.w_recent, part.streaming_kv_heads) == ([1], 12, None)
+    written(tmp_path / "config.json", ours | {"streaming_kv_heads": [[], [1], []]})
+    assert as_part(import_hybrid(tmp_path).as_recipe()).streaming_kv_heads == [[], [1], []]
+    written(tmp_path / "config.json", ours)
+    refused(tmp_path, "streaming_kv_heads: missing beside w_recent")
 
 
 def test_the_authors_code_is_parsed_and_gives_the_sizes_of_its_mask(tmp_path: Path) -> None:

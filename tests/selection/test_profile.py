@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Calibration, Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection import gates
@@ -81,7 +82,7 @@ def test_the_recipes_ratio_and_strategy_choose_from_the_profile(make):
     profile = make()
     for strategy in STRATEGIES:
         hybrid = Hybrid(lazy_layer_ratio=0.5, strategy=strategy)
-        assert choose_layers(hybrid, profile.num_layers, seed=0, profile=profile) == profile.choose(strategy, 2)
+        assert choose_layers(hybrid, HybridSpec(profile.num_layers, ()), seed=0, profile=profile) == profile.choose(strategy, 2)
 
 
 def test_a_profile_by_gates_keeps_the_share_of_every_head_their_sum_and_the_measured_rise(make, tmp_path):

@@ -1,5 +1,7 @@
 """Small configs of every base architecture, and a hybrid of them with split layers."""
 
+from dataclasses import replace
+
 from torch import nn
 from transformers import (
     Glm4Config,
@@ -9,6 +11,7 @@ from transformers import (
     MiniMaxM2Config,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -18,6 +21,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.spec import HybridSpec
 
 SIZES = dict(
@@ -39,6 +43,20 @@ BASES = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "smollm3": SmolLM3Config(**SIZES),  # layer 3 has no rotary embedding
     "olmo2": Olmo2Config(**SIZES),
+    "olmo3": Olmo3Config(  # layer 0 slides
+        **SIZES,
+        layer_types=["sliding_attention", *["full_attention"] * 3],
+        sliding_window=11,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
     "seed_oss": SeedOssConfig(**SIZES, head_dim=16, attention_dropout=0.0, residual_dropout=0.0),
     "granite": GraniteConfig(
         **SIZES, embedding_multiplier=12.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=0.25
@@ -79,3 +97,15 @@ def attention_linears(model: nn.Module) -> list[str]:
 
 SPLIT = HybridSpec.from_streaming_heads([(1,), (), (0,), (0, 1)], SIZES["num_key_value_heads"], w_sink=3, w_recent=7)
 """A hybrid of any of these families, with layers of which one KV head streams."""
+
+
+def on_base(config: PreTrainedConfig, spec: HybridSpec) -> HybridSpec:
+    """`spec` on a base: its sliding layers slide, and stream in nothing."""
+    base = base_spec(config.to_dict())
+    return replace(
+        spec,
+        lazy_layers=tuple(layer for layer in spec.lazy_layers if layer in base.full_in_base),
+        split_layers=tuple((layer, heads) for layer, heads in spec.split_layers if layer in base.full_in_base),
+        sliding_layers=base.sliding_layers,
+        sliding_window=base.sliding_window,
+    )

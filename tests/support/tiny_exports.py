@@ -10,7 +10,7 @@ from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from tests.support.families import base_of
+from tests.support.families import base_of, on_base
 
 END, PAD = "<|end|>", "<|pad|>"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
@@ -34,7 +34,8 @@ def tiny_hybrid(
     split: tuple[tuple[int, tuple[int, ...]], ...] = (),
 ) -> HybridForCausalLM:
     """Random weights, made large enough that a token more or less in sight changes what is generated."""
-    model = build_hybrid(base_of(family), HybridSpec(4, lazy, w_sink, w_recent, split_layers=split)).eval()
+    spec = on_base(base_of(family), HybridSpec(4, lazy, w_sink, w_recent, split_layers=split))
+    model = build_hybrid(base_of(family), spec).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

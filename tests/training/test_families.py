@@ -13,7 +13,7 @@ from lt_train.recipe.schema import Lora
 from lt_train.training import trainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 from tests.support import tiny_training
-from tests.support.families import FAMILIES, attention_linears, base_of
+from tests.support.families import FAMILIES, attention_linears, base_of, on_base
 from tests.support.tiny_training import tiny_examples, tiny_recipe, tiny_tokenizer
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
@@ -22,9 +22,9 @@ SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_streaming_layers_alone_learn_and_merging_them_changes_no_logit(family: str) -> None:
     torch.manual_seed(0)
-    hybrid = build_hybrid(base_of(family), SPEC)
+    hybrid = build_hybrid(base_of(family), on_base(base_of(family), SPEC))
     lora = Lora(rank=4, alpha=8, targets=attention_linears(hybrid))
-    model = get_peft_model(hybrid, lora_config(lora, SPEC, hybrid)).train()
+    model = get_peft_model(hybrid, lora_config(lora, hybrid.spec, hybrid)).train()
     optimizer = torch.optim.SGD((weight for weight in model.parameters() if weight.requires_grad), lr=1.0)
     ids = torch.randint(3, 96, (2, 40))
     losses = []
@@ -44,8 +44,8 @@ def test_adapters_on_streaming_layers_alone_learn_and_merging_them_changes_no_lo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lazy_projections_are_all_linear_modules_of_attention_in_streaming_layers(family: str) -> None:
-    hybrid = build_hybrid(base_of(family), SPEC)
-    freeze_all_but_lazy_projections(hybrid, SPEC)
+    hybrid = build_hybrid(base_of(family), on_base(base_of(family), SPEC))
+    freeze_all_but_lazy_projections(hybrid, hybrid.spec)
     trained = {
         name.removesuffix(".weight").removesuffix(".bias") for name, weight in hybrid.named_parameters() if weight.requires_grad
     }
@@ -56,7 +56,7 @@ def test_lazy_projections_are_all_linear_modules_of_attention_in_streaming_layer
 def test_the_loss_that_training_reports_is_that_of_the_models_logits(family: str, tmp_path: Path) -> None:
     def load(dtype: torch.dtype) -> HybridForCausalLM:
         torch.manual_seed(0)
-        return build_hybrid(base_of(family), tiny_training.SPEC).to(dtype).eval()
+        return build_hybrid(base_of(family), on_base(base_of(family), tiny_training.SPEC)).to(dtype).eval()
 
     recipe, examples = tiny_recipe({"data": {"heldout": 3, "packing": False}}), tiny_examples(heldout=3)
     config = trainer.sft_config(recipe, recipe.train, tmp_path)

@@ -1,11 +1,12 @@
 """What vLLM's plugin refuses. What it serves is tested with a real server, in inference/servers/test_real_servers.py."""
 
 import pytest
+from transformers import Qwen2Config
 
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.vllm_plugin.checks import FAMILIES, check_served, check_version
-from tests.support.families import BASES
+from tests.support.families import BASES, SIZES, on_base
 
 
 def test_another_version_of_vllm_is_refused_unless_it_is_allowed():
@@ -33,4 +34,11 @@ def test_split_layers_are_refused_with_what_can_serve_them(w_sink):
 @pytest.mark.parametrize("family", sorted(BASES.keys() - set(FAMILIES)))
 def test_a_family_that_the_plugin_was_not_written_for_is_refused(family):
     with pytest.raises(ValueError, match=f"model_type: lt_hybrid_{family}: .*qwen3.* Fix: evaluate .* built-in engine"):
-        check_served(build_hybrid(BASES[family], HybridSpec(4, (1,), 0, 8)).config)
+        check_served(build_hybrid(BASES[family], on_base(BASES[family], HybridSpec(4, (1,), 0, 8))).config)
+
+
+def test_windows_of_two_sizes_are_refused_with_what_can_serve_them():
+    types = ["sliding_attention", *["full_attention"] * 3]
+    base = Qwen2Config(**SIZES, layer_types=types, sliding_window=9, use_sliding_window=True)
+    with pytest.raises(ValueError, match=r"w_recent: 8: some layers have a window of 9 tokens in the base .* lt-train serve"):
+        check_served(build_hybrid(base, on_base(base, HybridSpec(4, (1,), 0, 8))).config)

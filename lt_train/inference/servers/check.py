@@ -48,6 +48,7 @@ MATHEMATICS = (
     "layer_types",
     "streaming_kv_heads",
     "sliding_window",
+    "w_recent",
     "w_sink",
     "learned_sinks",
     "vocab_size",
@@ -201,7 +202,8 @@ def mistaken_specs(spec: HybridSpec, kv_heads: int) -> dict[str, HybridSpec]:
 
 def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
     """Within it the model computes another spec with its weights."""
-    heads_L = [list(heads) for heads in spec.streaming_heads(model.config.kv_heads)] if spec.split_layers else None
+    named = spec.split_layers or spec.sliding_layers
+    heads_L = [list(heads) for heads in spec.streaming_heads(model.config.kv_heads)] if named else None
     return changed(
         model.config,
         layer_types=spec.layer_types,

@@ -51,7 +51,7 @@ def with_as_many(spec: HybridSpec, lazy: int) -> HybridSpec:
 def with_one_more_or_fewer(spec: HybridSpec, model_type: str) -> dict[int, HybridSpec]:
     """A hybrid and its neighbours by their number of streaming layers, its own first; empty where vLLM does not serve it."""
     lazy = len(spec.lazy_layers)
-    served = serves_family(model_type) and not spec.w_sink and not spec.split_layers
+    served = serves_family(model_type) and not spec.w_sink and not spec.split_layers and not spec.sliding_layers
     counts = (lazy, lazy - 1, lazy + 1) if served else ()
     return {count: with_as_many(spec, count) for count in counts if 0 < count < spec.num_layers}
 

@@ -26,7 +26,8 @@ def is_done(context: RunContext) -> bool:
 
 def describe(context: RunContext) -> str:
     samples = context.recipe.hybrid.calibration.samples
-    return f"profile ({context.base_config.num_hidden_layers} layers by {', '.join(_strategies(context))}, {samples} samples)"
+    layers = len(context.variants.spec(BASE).full_in_base)
+    return f"profile ({layers} layers by {', '.join(_strategies(context))}, {samples} samples)"
 
 
 def check(context: RunContext) -> None:
@@ -53,7 +54,7 @@ def _findings(context: RunContext, profile: LayerProfile) -> Iterator[str]:
     if "gates" in profile.strategies:
         yield describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"))
     if hybrid.granularity == "kv_head" and hybrid.strategy is not None:
-        n_heads = number_that_stream(hybrid, profile.num_layers, kv_heads, profile)
+        n_heads = number_that_stream(hybrid, context.variants.spec(BASE), kv_heads, profile)
         yield from describe_stability(hybrid.strategy, profile.stability_of_heads(n_heads))
     n_layers = context.variants.number_of_layers(profile)
     for strategy in profile.strategies if hybrid.granularity == "layer" else hybrid.compare:

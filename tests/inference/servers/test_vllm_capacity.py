@@ -36,3 +36,4 @@ def test_a_sequence_within_the_window_gains_nothing():
 def test_vllm_holds_no_hybrid_of_which_single_kv_heads_stream():
     assert list(with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8), "qwen3")) == [1, 2]
     assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, split_layers=((2, (0,)),)), "qwen3") == {}
+    assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, sliding_layers=(0,), sliding_window=9), "qwen2") == {}
