@@ -25,7 +25,7 @@ ALLOWED = {
     "report": "benchmarks evaluation hybrid recipe runtime selection training",
     "planning": "benchmarks dataset hybrid inference recipe runtime selection training",
     "pipeline": "benchmarks dataset evaluation export hybrid inference planning recipe report runtime selection training",
-    "serving": "benchmarks dataset export hybrid inference pipeline recipe runtime vllm_plugin",
+    "serving": "benchmarks dataset export hybrid inference pipeline recipe runtime selection vllm_plugin",
     "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
     "api": "dataset hybrid inference pipeline recipe report runtime selection",
     "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection "

@@ -80,7 +80,7 @@ def _fraction(spec: HybridSpec, kv_heads: int) -> str:
     if not spec.split_layers:
         full = "full-attention " if spec.sliding_layers else ""
         return f"{len(spec.lazy_layers)} of its {len(spec.full_in_base)} {full}layers"
-    streaming = sum(map(len, spec.streaming_heads(kv_heads)))
+    streaming = spec.number_of_streaming_heads(kv_heads)
     where = f"in {len(spec.streaming_layers)} of its {spec.num_layers} layers"
     return f"{streaming} of its {spec.num_layers * kv_heads} key/value heads (with their query heads), {where},"
 

@@ -129,6 +129,10 @@ class HybridSpec:
         everything = tuple(range(kv_heads))
         return [everything if self.is_lazy(layer) else self.split_heads(layer) for layer in range(self.num_layers)]
 
+    def number_of_streaming_heads(self, kv_heads: int) -> int:
+        """How many KV heads stream, of all layers, which have `kv_heads` each."""
+        return sum(map(len, self.streaming_heads(kv_heads)))
+
     def split_heads(self, layer: int) -> tuple[int, ...]:
         """The KV heads of a split layer that stream; none where the layer is not split."""
         return dict(self.split_layers).get(layer, ())
@@ -193,6 +197,6 @@ class HybridSpec:
 
     def cached_tokens(self, tokens: int, kv_heads: int) -> int:
         """Cached tokens of one sequence of `tokens` tokens, summed over all KV heads of all layers."""
-        streaming, sliding = sum(map(len, self.streaming_heads(kv_heads))), len(self.sliding_layers) * kv_heads
+        streaming, sliding = self.number_of_streaming_heads(kv_heads), len(self.sliding_layers) * kv_heads
         full = self.num_layers * kv_heads - streaming - sliding
         return full * tokens + streaming * min(tokens, self.window) + sliding * min(tokens, self.sliding_window)

@@ -53,7 +53,7 @@ class KVSizes:
 def kv_sizes(model: HybridForCausalLM, draft: Draft | None = None) -> KVSizes:
     spec, heads, of_head = model.spec, model.config.kv_heads, head_bytes(model.config.to_dict(), model.dtype.itemsize)
     attending, drafted = (spec, 0) if draft is None else (draft.spec, draft.length)
-    streaming, rings = (sum(map(len, each.streaming_heads(heads))) for each in (spec, attending))
+    streaming, rings = (each.number_of_streaming_heads(heads) for each in (spec, attending))
     sliding = len(spec.sliding_layers) * heads
     full = spec.num_layers * heads - streaming - sliding
     of_rings = rings * (spec.window + drafted) + sliding * (spec.sliding_window + drafted)

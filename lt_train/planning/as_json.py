@@ -3,7 +3,6 @@
 from typing import Any
 
 from lt_train.planning.plan import RecipePlan, TrainingPlan
-from lt_train.selection.chosen import number_of_streaming_heads
 
 
 def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
             "layers": spec.num_layers,
             "streaming_layers": len(spec.streaming_layers),
             "kv_heads": spec.num_layers * plan.shape.key_heads,
-            "streaming_kv_heads": number_of_streaming_heads(spec, plan.shape.key_heads),
+            "streaming_kv_heads": spec.number_of_streaming_heads(plan.shape.key_heads),
             "w_sink": spec.w_sink,
             "w_recent": spec.w_recent,
             "sliding_layers": len(spec.sliding_layers),

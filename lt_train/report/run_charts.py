@@ -20,7 +20,7 @@ from lt_train.report.formatting import percent
 from lt_train.report.results import cache_bytes
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import byte_unit, format_bytes, format_tokens
-from lt_train.selection.chosen import describe_streaming, number_of_streaming_heads
+from lt_train.selection.chosen import describe_streaming
 from lt_train.selection.curve import curve_figure
 from lt_train.selection.picture import profile_figure
 from lt_train.selection.profile import LayerProfile
@@ -39,7 +39,7 @@ def layer_profile(run: Run, profile: LayerProfile) -> Chart:
     chosen = _chosen(run)
     caption = f"Scores by layer, mean and interquartile range over {len(profile.samples)} samples."
     if chosen.split_layers:
-        stability = profile.stability_of_heads(number_of_streaming_heads(chosen, run.kv_heads))
+        stability = profile.stability_of_heads(chosen.number_of_streaming_heads(run.kv_heads))
         caption += "" if stability is None else f" By gates, {stability.overlap}."
     for strategy in () if chosen.split_layers else profile.strategies:
         stability = profile.stability(strategy, len(chosen.lazy_layers))
@@ -73,7 +73,7 @@ def kv_growth(run: Run) -> Chart:
     drawn = {0: (full, "base", "base")}
     for variant in run.chosen:
         spec, colour = run.spec(variant), "trained" if variant == CONVERTED else "lazy_ratio"
-        count = number_of_streaming_heads(spec, run.kv_heads)
+        count = spec.number_of_streaming_heads(run.kv_heads)
         drawn.setdefault(count, (spec, describe_streaming(spec, run.kv_heads), colour))
     figure, (axes,) = new_figure([HEIGHT])
     window = full.window

@@ -35,16 +35,12 @@ def heads_by_layer(flat: Collection[int], num_layers: int, kv_heads: int, slidin
     return [found.get(layer, ()) for layer in range(num_layers)]
 
 
-def number_of_streaming_heads(spec: HybridSpec, kv_heads: int) -> int:
-    return sum(map(len, spec.streaming_heads(kv_heads)))
-
-
 def nearest_number_of_layers(spec: HybridSpec, kv_heads: int) -> int:
     """How many layers streaming whole have the KV cache that is nearest to that of `spec`: where layers are split, neither none nor
     all of them."""
     if not spec.split_layers:
         return len(spec.lazy_layers)
-    count = int(number_of_streaming_heads(spec, kv_heads) / kv_heads + 0.5)
+    count = int(spec.number_of_streaming_heads(kv_heads) / kv_heads + 0.5)
     return min(max(count, 1), len(spec.full_in_base) - 1)
 
 
@@ -53,7 +49,7 @@ def streaming_count(spec: HybridSpec, kv_heads: int) -> str:
     of, full = len(spec.full_in_base), "full " if spec.sliding_layers else ""
     if not spec.split_layers:
         return f"{len(spec.lazy_layers)} of {of} {full}layers"
-    return f"{number_of_streaming_heads(spec, kv_heads)} of {of * kv_heads} KV heads{' of full layers' * bool(full)}"
+    return f"{spec.number_of_streaming_heads(kv_heads)} of {of * kv_heads} KV heads{' of full layers' * bool(full)}"
 
 
 def describe_streaming(spec: HybridSpec, kv_heads: int) -> str:

@@ -13,7 +13,7 @@ from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled, write_png
 from lt_train.runtime.units import format_tokens
-from lt_train.selection.chosen import describe_streaming, number_of_streaming_heads
+from lt_train.selection.chosen import describe_streaming
 from lt_train.selection.profile import LayerProfile
 
 Point = tuple[float, float]
@@ -63,7 +63,7 @@ def curve_figure(profile: LayerProfile, chosen: HybridSpec) -> Figure:
         (line,) = axes.plot(*_in_percent(curve), dash, color=COLOURS["gates"], linewidth=2.4, label=label)
         half = curve[len(curve) // 2]
         note(line, f"{unit}: half of {len(shares)} stream: {half[0]:.1%} of the KV cache, predicted rise {half[1]:.3g} nats")
-    streaming = number_of_streaming_heads(chosen, profile.kv_heads) / len(head_shares)
+    streaming = chosen.number_of_streaming_heads(profile.kv_heads) / len(head_shares)
     here = (kept_fraction(streaming, window, beside), profile.predicted_rise(chosen))
     label = f"this run: {describe_streaming(chosen, profile.kv_heads)}"
     (point,) = axes.plot(*_in_percent([here]), "o", color=COLOURS["trained"], zorder=4, label=label)

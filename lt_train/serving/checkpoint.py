@@ -23,6 +23,7 @@ from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.units import GIB
+from lt_train.selection.chosen import streaming_count
 from lt_train.serving.draft_options import DraftOptions
 
 BUDGET_ON_CPU = 4 * GIB
@@ -65,12 +66,7 @@ class Checkpoint:
     @property
     def streaming(self) -> str:
         """What of the model streams, in words."""
-        spec = self.model.spec
-        if not spec.split_layers:
-            return f"{len(spec.lazy_layers)} of {len(spec.full_in_base)} layers stream"
-        heads = self.model.config.kv_heads
-        streaming = sum(map(len, spec.streaming_heads(heads)))
-        return f"{streaming} of {len(spec.full_in_base) * heads} KV heads stream"
+        return f"{streaming_count(self.model.spec, self.model.config.kv_heads)} stream"
 
     def engine(self, kv_budget: int | None, max_slots: int = 64, draft: DraftOptions | None = None) -> Engine:
         """
