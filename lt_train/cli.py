@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -31,7 +31,9 @@ from lt_train.runtime.processes import (
     this_process,
 )
 from lt_train.runtime.upstream import quiet_upstream
-from lt_train.serving.draft_options import DraftOptions
+
+if TYPE_CHECKING:
+    from lt_train.serving.draft_options import DraftOptions
 
 app = typer.Typer(
     name="lt-train",
@@ -270,6 +272,8 @@ def chat(
     draft_length: DraftLength = None,
 ) -> None:
     """Talk to a hybrid in the terminal; with piped input, a question a line."""
+    from lt_train.serving.draft_options import DraftOptions
+
     budget, drafts = _bytes("--kv-budget", kv_budget), DraftOptions.of(draft, draft_layers, draft_length)
     quiet_upstream()
     from lt_train.serving.chat import chat as talk
@@ -300,6 +304,7 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does, by vLLM or by the built-in engine."""
     from lt_train.serving.address import listening
+    from lt_train.serving.draft_options import DraftOptions
 
     budget, drafts = _bytes("--kv-budget", kv_budget), DraftOptions.of(draft, draft_layers, draft_length)
     try:
@@ -317,7 +322,7 @@ def serve(
 
 
 def _serve_by_vllm(
-    folder: Path, taken: socket.socket, budget: int | None, drafts: DraftOptions | None, python: Path, options: list[str]
+    folder: Path, taken: socket.socket, budget: int | None, drafts: "DraftOptions | None", python: Path, options: list[str]
 ) -> None:
     """Returns where vLLM cannot serve it, after saying why."""
     from lt_train.inference.servers.vllm_environment import check_vllm_environment

@@ -212,13 +212,19 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_
     assert torch.equal(of_export, of_trained) and not torch.allclose(of_trained, of_base, atol=0.1)
 
 
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.5), (["validate", QUICKSTART], 1.0)])
-def test_help_and_validate_answer_at_once(arguments: list[str], seconds: float) -> None:
-    """In processor time, the best of five: other work on the machine only adds to the clock's."""
-    times = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run([str(Path(sys.executable).with_name("lt-train")), *arguments])
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < seconds
+@pytest.mark.parametrize(("arguments", "times"), [(["--help"], 3.0), (["validate", QUICKSTART], 6.0)])
+def test_help_and_validate_answer_at_once(arguments: list[str], times: float) -> None:
+    """In processor time, the best of five in turns, against an interpreter that imports what draws the help: machines differ."""
+    command, alone = (
+        [str(Path(sys.executable).with_name("lt-train")), *arguments],
+        [sys.executable, "-c", "import typer, rich.console"],
+    )
+    both = [(processor_seconds(command), processor_seconds(alone)) for _ in range(5)]
+    assert min(ours for ours, _ in both) < times * min(bare for _, bare in both)
+
+
+def processor_seconds(arguments: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
