@@ -76,6 +76,13 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch():
         assert torch.equal(attend_blocks(q[row : row + 1], keys, values, alone, SCALING, None)[0], together[row])
 
 
+def test_a_profile_of_operators_shows_it():
+    q, keys, values, blocks, _ = drawn(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        attend_blocks(q, keys, values, blocks, SCALING, None)
+    assert "compiled attention" in {event.name for event in profiled.events()}
+
+
 def test_the_sums_of_other_code_are_not_changed_by_loading_it():
     """Options such as -ffast-math would switch denormal numbers off for the process."""
     assert obstacle(CPU, torch.float32) is None
