@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 from .configuration import HybridConfig
 from .families import MINISTRAL
+from .kv_size import kv_heads
 from .modeling import Family
 from .spec import HybridSpec
 
@@ -33,7 +34,7 @@ def config_in(family: Family, base_config: PreTrainedConfig, spec: HybridSpec) -
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())
         carried = {name: value for name, value in carried.items() if name in known}
-    kv_heads = base_config.num_key_value_heads or base_config.num_attention_heads
+    count = kv_heads(base_config.to_dict())
     heads_named = spec.split_layers or spec.sliding_layers
     return family.config_class(
         **carried,
@@ -42,6 +43,6 @@ def config_in(family: Family, base_config: PreTrainedConfig, spec: HybridSpec) -
         w_recent=spec.w_recent if spec.sliding_layers else None,
         w_sink=spec.w_sink,
         learned_sinks=spec.learned_sinks,
-        streaming_kv_heads=[list(heads) for heads in spec.streaming_heads(kv_heads)] if heads_named else None,
+        streaming_kv_heads=list(map(list, spec.streaming_heads(count))) if heads_named else None,
         hybrid_version=spec.version,
     )

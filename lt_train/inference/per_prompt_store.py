@@ -134,7 +134,7 @@ class PerPromptStore:
         self.lengths: list[int] = []
         self.sequences: list[CachedSequence] = []
         self._free = list(range(pages))  # a heap: the lowest page first
-        heads = model.config.num_key_value_heads or model.config.num_attention_heads
+        heads = model.config.kv_heads
         shape = (2, pages, heads, PAGE, head_size(model.config.to_dict()))
         self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
