@@ -22,7 +22,7 @@ from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.bench.roofline import Rates, measure_rates
 from lt_train.bench.speculation import DraftRounds
 from lt_train.bench.step_profile import LEGEND, PROFILED_STEPS, profile_steps, profile_table
-from lt_train.bench.vllm_speed import check_vllm, vllm_milliseconds
+from lt_train.bench.vllm_speed import VllmStep, check_vllm, vllm_steps
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
@@ -192,7 +192,7 @@ def bench_decode(
     by_vllm = None
     if vllm is not None:
         slots = {context: full.slots for context, full in zip(lengths, found[()], strict=True)}
-        by_vllm = vllm_milliseconds(base, vllm, slots, budget, vocab_size)
+        by_vllm = vllm_steps(base, vllm, slots, budget, vocab_size)
     console.print(throughput_table(num_layers, lengths, found, by_vllm))
     legend = "limit: tokens per byte moved (weights, keys and values) by those of full attention; reached: faster / limit"
     print_lines(console, legend)
@@ -203,7 +203,9 @@ def bench_decode(
     )
     if by_vllm is not None:
         print_lines(
-            console, "vLLM: the base, with as many threads, sequences and bytes of KV cache; faster: than full attention here"
+            console,
+            "vLLM: the base, with as many threads and bytes of KV cache, and as many of the sequences as it holds in them; "
+            "faster: than full attention here",
         )
     if found[()][0].gpu_milliseconds is not None:
         console.print(gpu_table(num_layers, lengths, found))
@@ -231,9 +233,9 @@ def throughput_table(
     num_layers: int,
     lengths: Sequence[int],
     found: dict[tuple[int, ...], list[Throughput]],
-    by_vllm: dict[int, float] | None = None,
+    by_vllm: dict[int, VllmStep] | None = None,
 ) -> Table:
-    """by_vllm: milliseconds of a step by context, with the slots of full attention."""
+    """by_vllm: by context, with at most the slots of full attention."""
     table = measurement_table("context", "lazy", "slots", "ms", "roof", "of it", "tokens/s", "faster", "limit", "reached")
     for number, context in enumerate(lengths):
         full = found[()][number]
@@ -248,10 +250,10 @@ def throughput_table(
                 row += [f"{faster:.2f}x", f"{limit:.2f}x", f"{100 * faster / limit:.0f} %"]
             table.add_row(*row, end_section=by_vllm is None and lazy == list(found)[-1])
         if by_vllm is not None:
-            milliseconds = by_vllm[context]
-            rate = f"{1000 * full.slots / milliseconds:,.1f}"
-            by_its_steps = f"{full.milliseconds / milliseconds:.2f}x"
-            row = [f"{context:,}", "vLLM", f"{full.slots}", f"{milliseconds:,.0f}", "", "", rate, by_its_steps]
+            step = by_vllm[context]
+            rate = f"{step.tokens_per_second:,.1f}"
+            faster = f"{step.tokens_per_second / full.tokens_per_second:.2f}x"
+            row = [f"{context:,}", "vLLM", f"{step.slots}", f"{step.milliseconds:,.0f}", "", "", rate, faster]
             table.add_row(*row, end_section=True)
     return table
 

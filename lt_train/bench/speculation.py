@@ -5,9 +5,11 @@ and values; the fraction of the draft's tokens that is accepted does, so it is m
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from statistics import median
 
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.bench.base import Base, StoredBase
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.bench.roofline import Rates
+from lt_train.benchmarks.haystack import endless
 from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -31,8 +34,8 @@ from lt_train.runtime.units import MIB, format_bytes
 
 TIMED_ROUNDS = 5
 """A time is the median over this number of rounds."""
-SAMPLED, SAMPLED_BEYOND_WINDOW = 4, 128
-"""Sequences, and tokens of each beyond the window, by which the acceptance is measured."""
+SAMPLED, SAMPLED_TOKENS = 4, 128
+"""Sequences, and tokens of each, by which the acceptance is measured."""
 ASSUMED_ACCEPTANCE = 0.8
 """Of random weights, whose text says nothing: SmolLM2-135M's with all layers streaming and a window of 124 tokens."""
 
@@ -129,7 +132,8 @@ class DraftRounds:
         self.rates = rates
         acceptance = self.acceptance
         if acceptance is None and isinstance(base, StoredBase):
-            acceptance, self.source = measured_acceptance(model, base.tokenizer(), draft), "of texts that the model samples"
+            acceptance = measured_acceptance(model, base.tokenizer(), draft)
+            self.source = "of what the model samples after a window of made text"
         elif acceptance is None:
             acceptance, self.source = ASSUMED_ACCEPTANCE, "assumed, as the weights are random"
         for context, (slots, tokens_per_second) in zip(lengths, plain, strict=True):
@@ -204,15 +208,19 @@ def median_seconds(run: Callable[[], Tensor]) -> float:
 
 
 def measured_acceptance(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, draft: Draft) -> float:
-    """Of tokens beyond the window, in texts that the model samples at temperature 1 from nothing but its first token."""
+    """Of tokens that the model samples at temperature 1 beyond a window of made sentences: within it the draft is the model."""
     engine = Engine(model, tokenizer, draft=draft, max_slots=SAMPLED)
-    (first, *_), engine.stop_ids = engine.stop_ids, ()  # what ends one text begins the next
-    window, longest = model.spec.window, model.spec.window + SAMPLED_BEYOND_WINDOW
-    batch = engine.batch(engine.lay_out(SAMPLED, longest + 1))
+    engine.stop_ids = ()  # what ends one text begins the next
+    window = model.spec.window
+    batch = engine.batch(engine.lay_out(SAMPLED, window + SAMPLED_TOKENS))
     for number in range(SAMPLED):
-        batch.add(Request(str(number), 0, number, (first,)), Sampling(1.0, 1.0, longest))
+        batch.add(Request(str(number), 0, number, made_text(tokenizer, window, number)), Sampling(1.0, 1.0, SAMPLED_TOKENS))
     while not batch.is_empty:
         batch.step()
-        if min(batch.store.lengths, default=longest) <= window:
-            engine.acceptance.rounds = engine.acceptance.compared = engine.acceptance.accepted = 0
     return engine.acceptance.rate
+
+
+def made_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> tuple[int, ...]:
+    """So many token ids of made sentences."""
+    sentences = islice(endless(None, random.Random(seed)), tokens)  # of a token or more each
+    return tuple(islice(cycle(tokenizer(" ".join(sentences), add_special_tokens=False).input_ids), tokens))

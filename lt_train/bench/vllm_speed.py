@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +16,22 @@ from lt_train.inference.servers.vllm_environment import check_vllm_environment
 from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.sources import resolve_model
+from lt_train.runtime.units import format_bytes
 
 STEPS = 16
 OPTION = "--against vllm"
+
+
+@dataclass(frozen=True)
+class VllmStep:
+    """A step of vLLM's: its sequences, and its milliseconds."""
+
+    slots: int
+    milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1000 * self.slots / self.milliseconds
 
 
 def check_vllm(base: Base, python: Path) -> None:
@@ -30,14 +44,16 @@ def check_vllm(base: Base, python: Path) -> None:
     check_vllm_environment(python, OPTION)
 
 
-def vllm_milliseconds(base: Base, python: Path, slots: Mapping[int, int], budget: int, vocab_size: int) -> dict[int, float]:
-    """Milliseconds of a step by length of context.
+def vllm_steps(base: Base, python: Path, slots: Mapping[int, int], budget: int, vocab_size: int) -> dict[int, VllmStep]:
+    """By length of context.
 
     Args:
-        slots: sequences at a time, by length of context. budget: bytes of the KV cache. vocab_size: of the random prompts.
+        slots: sequences at a time, by length of context; vLLM, whose blocks round up, may hold fewer.
+        budget: bytes of the KV cache.
+        vocab_size: of the random prompts.
 
     Raises:
-        UserError: vLLM ended without a result.
+        UserError: vLLM ended without a result, or holds no sequence.
     """
     assert not isinstance(base, RandomBase)
     rng = random.Random(0)
@@ -58,5 +74,11 @@ def vllm_milliseconds(base: Base, python: Path, slots: Mapping[int, int], budget
         if not result.is_file():
             last = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
             raise UserError(f"{OPTION}: {python}: it ended with code {ended.returncode} and no result. Fix what it says:\n{last}")
-        seconds = json.loads(result.read_text(encoding="utf-8"))
-    return {length: 1000 * one for length, one in zip(slots, seconds, strict=True)}
+        found = json.loads(result.read_text(encoding="utf-8"))
+    for length, (held, _) in zip(slots, found, strict=True):
+        if held == 0:
+            raise UserError(
+                f"--kv-budget: {format_bytes(budget)}: vLLM holds no sequence of {length:,} tokens in it. Fix: set more, or leave "
+                f"out {OPTION}"
+            )
+    return {length: VllmStep(held, 1000 * seconds) for length, (held, seconds) in zip(slots, found, strict=True)}

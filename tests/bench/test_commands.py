@@ -38,8 +38,8 @@ def test_decode_takes_lengths_fractions_and_a_budget_from_the_command_line(lt_tr
 
 def test_decode_prints_a_profile_and_vllms_speed_where_asked(lt_train, tiny_base, tmp_path):
     order = tmp_path / "order.json"
-    python = tmp_path / "python"  # an environment whose vLLM takes a quarter of a second for each step
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit\ncp "$3" {order}\necho "[0.25, 0.25]" > "$4"\n')
+    python = tmp_path / "python"  # an environment whose vLLM holds two sequences, and takes a quarter of a second for each step
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit\ncp "$3" {order}\necho "[[2, 0.25], [2, 0.25]]" > "$4"\n')
     python.chmod(0o755)
     given = ("--at", 300, "--at", 200, "--lazy-layer-ratio", 0.25, "--kv-budget", 1, "--profile", "--against", "vllm", python)
     code, out, err = lt_train("bench", "decode", tiny_base, *given, *SIZES)
@@ -47,8 +47,8 @@ def test_decode_prints_a_profile_and_vllms_speed_where_asked(lt_train, tiny_base
     rows = [line.split() for line in out.splitlines() if "vLLM " in line and "/" not in line and "faster:" not in line]
     slots = [int(line.split()[2]) for line in [line for line in out.splitlines() if "0/4" in line][:2]]
     assert [row[:5] for row in rows] == [
-        ["300", "vLLM", str(slots[0]), "250", f"{slots[0] / 0.25:,.1f}"],
-        ["200", "vLLM", str(slots[1]), "250", f"{slots[1] / 0.25:,.1f}"],
+        ["300", "vLLM", "2", "250", "8.0"],
+        ["200", "vLLM", "2", "250", "8.0"],
     ]
     asked = json.loads(order.read_text())
     assert asked["model"] == str(tiny_base) and asked["kv_bytes"] == 2**20 and asked["dtype"] == "float32"
@@ -60,12 +60,16 @@ def test_decode_refuses_what_it_cannot_compare_with(lt_train, tiny_base, tmp_pat
     fails = tmp_path / "python"
     fails.write_text('#!/bin/sh\n[ "$1" = -c ] && exit\necho "no module for this CPU"\nexit 3\n')
     fails.chmod(0o755)
+    small = tmp_path / "small"
+    small.write_text('#!/bin/sh\n[ "$1" = -c ] && exit\necho "[[0, 0.0]]" > "$4"\n')
+    small.chmod(0o755)
     short = ("--at", 40, "--lazy-layer-ratio", 0.25, "--kv-budget", 1)
     for given, message in (
         ((tiny_base, "--against", "sglang", fails), "--against: sglang: it is not compared with"),
         (("--shape", tiny_base, "--against", "vllm", fails), "random weights lie in none"),
         ((tiny_base, "--against", "vllm", tmp_path / "none"), "not a python that runs"),
         ((tiny_base, "--against", "vllm", fails), "it ended with code 3 and no result. Fix what it says:\nno module for this CPU"),
+        ((tiny_base, "--against", "vllm", small), "--kv-budget: 1 MiB: vLLM holds no sequence of 40 tokens in it. Fix: set more"),
     ):
         code, _, err = lt_train("bench", "decode", *given, *short, *SIZES)
         assert code == 2 and message in err and "Traceback" not in err

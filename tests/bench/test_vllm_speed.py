@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.bench.base import StoredBase
-from lt_train.bench.vllm_speed import vllm_milliseconds
+from lt_train.bench.vllm_speed import vllm_steps
 from lt_train.recipe.schema import Model
 from tests.support.repository import REPOSITORY
 
@@ -19,5 +19,6 @@ def test_vllm_decodes_the_base_with_as_many_sequences_and_as_long() -> None:
     if python is None:
         pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
     base = StoredBase(Model(base=str(REPOSITORY / "data/tiny-reasoner"), dtype="fp32"))
-    found = vllm_milliseconds(base, Path(python), {40: 3, 300: 2}, 256 * MIB, vocab_size=50)
-    assert list(found) == [40, 300] and all(0 < milliseconds < 60_000 for milliseconds in found.values())
+    found = vllm_steps(base, Path(python), {40: 3, 300: 40}, 16 * MIB, vocab_size=50)
+    assert list(found) == [40, 300] and all(0 < step.milliseconds < 60_000 for step in found.values())
+    assert found[40].slots == 3 and 0 < found[300].slots < 40  # as many as its blocks hold
