@@ -28,8 +28,8 @@ ALLOWED = {
     "serving": "benchmarks dataset export hybrid inference pipeline recipe runtime selection vllm_plugin",
     "bench": "benchmarks dataset hybrid inference planning recipe runtime selection training",
     "api": "dataset hybrid inference pipeline recipe report runtime selection",
-    "cli": "bench benchmarks dataset evaluation export hybrid inference pipeline planning recipe report runtime selection "
-    "serving training",
+    "commands": "bench export inference pipeline planning recipe report runtime selection serving",
+    "cli": "bench commands hybrid runtime",
 }
 """Folder -> the folders it may import. pipeline/ imports report/, for a run ends with its table and its rows in wandb."""
 
