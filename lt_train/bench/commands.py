@@ -75,6 +75,31 @@ def decode(
 
 
 @bench.command()
+def prefill(
+    model: BaseModel = None,
+    shape: Shape = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option("--at", metavar="TOKENS", min=1, help="Length of a prompt (repeatable). Default: 4K, 16K.")
+    ] = None,
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--lazy-layer-ratio", metavar="FRACTION", help="Fraction of layers that stream (repeatable). Default: 0.5, 0.75."
+        ),
+    ] = None,
+    chunk: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Tokens of one forward pass.")] = 2048,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+) -> None:
+    """Time until the first token of a long prompt: hybrids against full attention, and against what this machine can do."""
+    from lt_train.bench.base import named_base
+    from lt_train.bench.prefill import DEFAULT_LENGTHS, DEFAULT_RATIOS, bench_prefill
+
+    sizes = (w_sink, w_recent, lengths or DEFAULT_LENGTHS, chunk)
+    bench_prefill(named_base(model, shape), ratios or DEFAULT_RATIOS, *sizes, Console())
+
+
+@bench.command()
 def batching(
     model: BaseModel = None,
     shape: Shape = None,

@@ -82,6 +82,18 @@ def test_growth_takes_lengths_from_the_command_line(lt_train, tiny_base, monkeyp
     assert [line.split()[0] for line in out.splitlines() if line.strip()[:2] in ("64", "80")] == ["64", "80"]
 
 
+def test_prefill_takes_lengths_and_a_chunk_from_the_command_line(lt_train, tiny_base, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    given = ("--at", 60, "--at", 90, "--lazy-layer-ratio", 0.5, "--chunk", 32)
+    code, out, err = lt_train("bench", "prefill", tiny_base, *given, *SIZES)
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines() if "/4" in line] == [
+        ["60", "0/4"], ["60", "2/4"], ["90", "0/4"], ["90", "2/4"],
+    ]  # fmt: skip
+    code, _, err = lt_train("bench", "prefill", tiny_base, "--at", 0)
+    assert code == 2 and "--at" in err and "Traceback" not in err
+
+
 def test_batching_takes_answers_and_a_budget_from_the_command_line(lt_train, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     given = ("--answers", 6, "--longest", 32, "--kv-budget", 1)
