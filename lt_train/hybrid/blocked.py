@@ -7,8 +7,9 @@ each block's probabilities again and needs only q, k and v.
 
 Blocks of bf16 and fp16 are computed in fp32: rounded to bf16, scores of 50 would be off by 0.1, and probabilities by 10 %.
 
-Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens, D head size, P = B * G groups of query heads that share
-keys, N of them computed at a time, Q queries of a block, S keys of a block, RQ = R * Q rows of its scores.
+Shapes: B batch, H query heads, G key/value heads, R = H / G, T tokens with queries, the last of K tokens, D head size, P = B * G
+groups of query heads that share keys, N of them computed at a time, Q queries of a block, S keys of a block, RQ = R * Q rows of its
+scores.
 """
 
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ _SCORES_ON_CPU, _SCORES_ELSEWHERE = 2**20, 2**26
 
 def blocked_streaming_attention(
     q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
     *,
     w_sink: int,
     w_recent: int,
@@ -43,7 +44,8 @@ def blocked_streaming_attention(
     """Streaming attention over rows that are one document each.
 
     Args:
-        q_BHTD: queries after rotary embedding. k_BGTD, v_BGTD: keys and values; G divides H (grouped-query attention).
+        q_BHTD: queries after rotary embedding. k_BGKD, v_BGKD: keys and values; G divides H (grouped-query attention). Where
+            T < K the first keys have no query.
         w_sink, w_recent: sizes in tokens; the window includes the query itself.
         sinks_H: learned sinks, in fp32 or better.
 
@@ -53,14 +55,14 @@ def blocked_streaming_attention(
     Raises:
         HybridError: in a backward pass with create_graph=True.
     """
-    if q_BHTD.shape[2] <= w_sink + w_recent and sinks_H is None:  # every query sees all before it
-        grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
-        return scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scaling, enable_gqa=grouped)
+    if q_BHTD.shape[2] == k_BGKD.shape[2] <= w_sink + w_recent and sinks_H is None:  # every query sees all before it
+        grouped = q_BHTD.shape[1] != k_BGKD.shape[1]
+        return scaled_dot_product_attention(q_BHTD, k_BGKD, v_BGKD, is_causal=True, scale=scaling, enable_gqa=grouped)
     device = q_BHTD.device.type
     if torch.is_autocast_enabled(device):  # autocast casts for scaled_dot_product_attention, but not for this function
-        q_BHTD, k_BGTD, v_BGTD = (x.to(torch.get_autocast_dtype(device)) for x in (q_BHTD, k_BGTD, v_BGTD))
+        q_BHTD, k_BGKD, v_BGKD = (x.to(torch.get_autocast_dtype(device)) for x in (q_BHTD, k_BGKD, v_BGKD))
     with torch.autocast(device, enabled=False):
-        return _BlockedAttention.apply(q_BHTD, k_BGTD, v_BGTD, sinks_H, w_sink, w_recent, scaling)
+        return _BlockedAttention.apply(q_BHTD, k_BGKD, v_BGKD, sinks_H, w_sink, w_recent, scaling)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -68,22 +70,22 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_BHTD: Tensor,
-        k_BGTD: Tensor,
-        v_BGTD: Tensor,
+        k_BGKD: Tensor,
+        v_BGKD: Tensor,
         sinks_H: Tensor | None,
         w_sink: int,
         w_recent: int,
         scaling: float,
     ) -> Tensor:
         ctx.sizes = w_sink, w_recent, scaling
-        q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
-        out_PRTD = v_PTD.new_empty(*q_PRTD.shape[:3], v_PTD.shape[2])
-        work = _Workspace(q_PRTD, w_sink, w_recent, sinks_H)
+        q_PRTD, k_PKD, v_PKD = _by_group(q_BHTD, k_BGKD, v_BGKD, scaling)
+        out_PRTD = v_PKD.new_empty(*q_PRTD.shape[:3], v_PKD.shape[2])
+        work = _Workspace(q_PRTD, k_PKD.shape[1], w_sink, w_recent, sinks_H)
         for block in work.blocks():
-            probabilities = work.probabilities(block, block.rows(q_PRTD), block.span(k_PTD))
-            block.put_rows(torch.bmm(probabilities, block.span(v_PTD)), out_PRTD)
-        out_BHTD = out_PRTD.view(*q_BHTD.shape[:3], v_BGTD.shape[3])
-        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, sinks_H, None if sinks_H is None else out_BHTD, work.on_sink_PRT)
+            probabilities = work.probabilities(block, block.rows(q_PRTD), block.span(k_PKD))
+            block.put_rows(torch.bmm(probabilities, block.span(v_PKD)), out_PRTD)
+        out_BHTD = out_PRTD.view(*q_BHTD.shape[:3], v_BGKD.shape[3])
+        ctx.save_for_backward(q_BHTD, k_BGKD, v_BGKD, sinks_H, None if sinks_H is None else out_BHTD, work.on_sink_PRT)
         return out_BHTD
 
     @staticmethod
@@ -92,10 +94,10 @@ class _BlockedAttention(torch.autograd.Function):
             raise HybridError(
                 "attention: blocked: no second derivative, which create_graph=True requests. Fix: set attention to reference"
             )
-        q_BHTD, k_BGTD, v_BGTD, sinks_H, out_BHTD, on_sink_PRT = ctx.saved_tensors
+        q_BHTD, k_BGKD, v_BGKD, sinks_H, out_BHTD, on_sink_PRT = ctx.saved_tensors
         w_sink, w_recent, scaling = ctx.sizes
         with torch.autocast(d_out_BHTD.device.type, enabled=False):
-            d_qkv = _gradients(q_BHTD, k_BGTD, v_BGTD, sinks_H, d_out_BHTD, w_sink, w_recent, scaling)
+            d_qkv = _gradients(q_BHTD, k_BGKD, v_BGKD, sinks_H, d_out_BHTD, w_sink, w_recent, scaling)
             d_sinks_H = None
             if sinks_H is not None:  # the value of a sink is zero, so the gradient of its score is 0 - D times its probability
                 d_BHT = torch.linalg.vecdot(d_out_BHTD.to(sinks_H.dtype), out_BHTD.to(sinks_H.dtype))
@@ -105,37 +107,37 @@ class _BlockedAttention(torch.autograd.Function):
 
 def _gradients(
     q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
     sinks_H: Tensor | None,
     d_out_BHTD: Tensor,
     w_sink: int,
     w_recent: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_PRTD, k_PTD, v_PTD = _by_group(q_BHTD, k_BGTD, v_BGTD, scaling)
+    q_PRTD, k_PKD, v_PKD = _by_group(q_BHTD, k_BGKD, v_BGKD, scaling)
     d_out_PRTD = d_out_BHTD.reshape(*q_PRTD.shape[:3], d_out_BHTD.shape[3])
     d_q_PRTD = torch.empty_like(q_PRTD, dtype=q_BHTD.dtype)
     # Several blocks add to the same keys.
-    d_k_PTD, d_v_PTD = (torch.zeros_like(x, dtype=_precise(x.dtype)) for x in (k_PTD, v_PTD))
-    work = _Workspace(q_PRTD, w_sink, w_recent, sinks_H)
+    d_k_PKD, d_v_PKD = (torch.zeros_like(x, dtype=_precise(x.dtype)) for x in (k_PKD, v_PKD))
+    work = _Workspace(q_PRTD, k_PKD.shape[1], w_sink, w_recent, sinks_H)
     for block in work.blocks():
-        q, d_out, k, v = block.rows(q_PRTD), block.rows(d_out_PRTD), block.span(k_PTD), block.span(v_PTD)
+        q, d_out, k, v = block.rows(q_PRTD), block.rows(d_out_PRTD), block.span(k_PKD), block.span(v_PKD)
         probabilities = work.probabilities(block, q, k)
-        block.add_span(torch.bmm(probabilities.transpose(1, 2), d_out), d_v_PTD)
+        block.add_span(torch.bmm(probabilities.transpose(1, 2), d_out), d_v_PKD)
         d_scores = work.d_scores(probabilities, d_out, v)
-        block.add_span(torch.bmm(d_scores.transpose(1, 2), q), d_k_PTD)
+        block.add_span(torch.bmm(d_scores.transpose(1, 2), q), d_k_PKD)
         block.put_rows(torch.bmm(d_scores, k).mul_(scaling), d_q_PRTD)
-    d_k_PTD, d_v_PTD = d_k_PTD.to(k_BGTD.dtype), d_v_PTD.to(v_BGTD.dtype)
-    return d_q_PRTD.view_as(q_BHTD), d_k_PTD.view_as(k_BGTD), d_v_PTD.view_as(v_BGTD)
+    d_k_PKD, d_v_PKD = d_k_PKD.to(k_BGKD.dtype), d_v_PKD.to(v_BGKD.dtype)
+    return d_q_PRTD.view_as(q_BHTD), d_k_PKD.view_as(k_BGKD), d_v_PKD.view_as(v_BGKD)
 
 
-def _by_group(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q_PRTD, the query heads that share keys side by side, scaled and in fp32 or better; k_PTD, v_PTD."""
+def _by_group(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q_PRTD, the query heads that share keys side by side, scaled and in fp32 or better; k_PKD, v_PKD."""
     batch, heads, length, size = q_BHTD.shape
-    groups = k_BGTD.shape[1]
+    groups = k_BGKD.shape[1]
     q_PRTD = (q_BHTD.to(_precise(q_BHTD.dtype)) * scaling).reshape(batch * groups, heads // groups, length, size)
-    return q_PRTD.contiguous(), k_BGTD.flatten(0, 1), v_BGTD.flatten(0, 1)
+    return q_PRTD.contiguous(), k_BGKD.flatten(0, 1), v_BGKD.flatten(0, 1)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -145,9 +147,14 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Block:
-    """The queries from `start` to `end` of some groups of heads, and their keys: the first `sinks`, and `first` to `end`."""
+    """The queries from `start` to `end` of some groups of heads, and their keys: the first `sinks`, and `first` to `end`.
+
+    Attributes:
+        place: the same queries, counted from the first one.
+    """
 
     groups: slice
+    place: slice
     start: int
     end: int
     sinks: int
@@ -155,22 +162,22 @@ class _Block:
 
     def rows(self, x_PRTD: Tensor) -> Tensor:
         """The block's queries, or the output or gradient of them: [N, RQ, D], fp32 or better."""
-        return x_PRTD[self.groups, :, self.start : self.end].flatten(1, 2).to(_precise(x_PRTD.dtype))
+        return x_PRTD[self.groups, :, self.place].flatten(1, 2).to(_precise(x_PRTD.dtype))
 
     def put_rows(self, rows: Tensor, x_PRTD: Tensor) -> None:
-        place = x_PRTD[self.groups, :, self.start : self.end]
-        place.copy_(rows.view_as(place))
+        own = x_PRTD[self.groups, :, self.place]
+        own.copy_(rows.view_as(own))
 
-    def span(self, x_PTD: Tensor) -> Tensor:
+    def span(self, x_PKD: Tensor) -> Tensor:
         """The block's keys, or values: [N, S, D], fp32 or better. A small copy, except where the window still reaches the sinks."""
-        precise = _precise(x_PTD.dtype)
+        precise = _precise(x_PKD.dtype)
         if self.first == self.sinks:
-            return x_PTD[self.groups, : self.end].to(precise)
-        return torch.cat([x_PTD[self.groups, : self.sinks], x_PTD[self.groups, self.first : self.end]], dim=1).to(precise)
+            return x_PKD[self.groups, : self.end].to(precise)
+        return torch.cat([x_PKD[self.groups, : self.sinks], x_PKD[self.groups, self.first : self.end]], dim=1).to(precise)
 
-    def add_span(self, span: Tensor, x_PTD: Tensor) -> None:
-        x_PTD[self.groups, : self.sinks] += span[:, : self.sinks]
-        x_PTD[self.groups, self.first : self.end] += span[:, self.sinks :]
+    def add_span(self, span: Tensor, x_PKD: Tensor) -> None:
+        x_PKD[self.groups, : self.sinks] += span[:, : self.sinks]
+        x_PKD[self.groups, self.first : self.end] += span[:, self.sinks :]
 
 
 class _Workspace:
@@ -180,8 +187,10 @@ class _Workspace:
         on_sink_PRT: with learned sinks, the probability that each query of the blocks so far leaves to its sink.
     """
 
-    def __init__(self, q_PRTD: Tensor, w_sink: int, w_recent: int, sinks_H: Tensor | None) -> None:
-        self.groups, repeats, self.length, _ = q_PRTD.shape
+    def __init__(self, q_PRTD: Tensor, length: int, w_sink: int, w_recent: int, sinks_H: Tensor | None) -> None:
+        """length: of the keys."""
+        self.groups, repeats, tokens, _ = q_PRTD.shape
+        self.length, self.before = length, length - tokens
         self.w_sink, self.w_recent = w_sink, w_recent
         on_cpu = q_PRTD.device.type == "cpu"
         rows, scores = (_ROWS_ON_CPU, _SCORES_ON_CPU) if on_cpu else (_ROWS_ELSEWHERE, _SCORES_ELSEWHERE)
@@ -189,7 +198,7 @@ class _Workspace:
         per_group = repeats * self.queries * min(w_sink + w_recent - 1 + self.queries, self.length)
         self.at_a_time = max(min(scores // per_group, self.groups), 1)
         self.memory = q_PRTD.new_empty(2, self.at_a_time * per_group, dtype=_precise(q_PRTD.dtype))
-        self.position_T = torch.arange(self.length, device=q_PRTD.device)
+        self.position_K = torch.arange(self.length, device=q_PRTD.device)
         self.corners: dict[tuple[int, ...], Tensor] = {}
         self.sinks_PR1 = self.on_sink_PRT = None
         if sinks_H is not None:
@@ -198,10 +207,11 @@ class _Workspace:
 
     def blocks(self) -> Iterator[_Block]:
         for group in range(0, self.groups, self.at_a_time):
-            for start in range(0, self.length, self.queries):
+            groups = slice(group, group + self.at_a_time)
+            for start in range(self.before, self.length, self.queries):
                 end = min(start + self.queries, self.length)
-                sinks = min(self.w_sink, end)
-                yield _Block(slice(group, group + self.at_a_time), start, end, sinks, max(sinks, start - self.w_recent + 1))
+                sinks, place = min(self.w_sink, end), slice(start - self.before, end - self.before)
+                yield _Block(groups, place, start, end, sinks, max(sinks, start - self.w_recent + 1))
 
     def probabilities(self, block: _Block, q: Tensor, k: Tensor) -> Tensor:
         """The softmax over the keys that the block's queries see: [N, RQ, D], [N, S, D] -> [N, RQ, S]."""
@@ -217,7 +227,7 @@ class _Workspace:
         if self.sinks_PR1 is not None and self.on_sink_PRT is not None:
             lse_NRQ = (scores.amax(-1) - probabilities.amax(-1).log()).unflatten(1, scores_NRQS.shape[1:3])
             to_sink_NRQ = torch.sigmoid(self.sinks_PR1[block.groups] - lse_NRQ)
-            self.on_sink_PRT[block.groups, :, block.start : block.end] = to_sink_NRQ
+            self.on_sink_PRT[block.groups, :, block.place] = to_sink_NRQ
             probabilities.mul_(1 - to_sink_NRQ.flatten(1)[..., None])
         return probabilities
 
@@ -233,7 +243,7 @@ class _Workspace:
         """The mask of the corner of the block's own keys: [Q, Q]."""
         size = block.end - block.start
         if (size,) not in self.corners:
-            position = self.position_T[:size]
+            position = self.position_K[:size]
             self.corners[(size,)] = self._bias(full_visible(position[:, None], position))
         return self.corners[(size,)]
 
@@ -244,8 +254,8 @@ class _Workspace:
             return None
         kind = (block.end - block.start, block.first - block.start, left)
         if kind not in self.corners:
-            q_positions = self.position_T[block.start : block.end, None]
-            k_positions = self.position_T[block.first : block.first + left]
+            q_positions = self.position_K[block.start : block.end, None]
+            k_positions = self.position_K[block.first : block.first + left]
             self.corners[kind] = self._bias(streaming_visible(q_positions, k_positions, 0, self.w_recent))
         return self.corners[kind]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.cache import slot_of, slot_positions
 from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
@@ -270,6 +271,8 @@ class LaterChunkView(StoredView):
 
     def attend_group(self, group, module, q_1HTD, k_1GTD, v_1GTD, scaling):
         layer, pages = group.model, self.store.pages[self.slot]
+        if isinstance(layer, RingLayer) and layer.device.type == "cpu":
+            return self._blocked(layer, group, module, q_1HTD, k_1GTD[0], v_1GTD[0], scaling)
         position_T1 = torch.arange(self.before, self.after, device=layer.device)[:, None]
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
         sinks_H = None
@@ -292,5 +295,18 @@ class LaterChunkView(StoredView):
         grouped = q_1HTD.shape[1] != k_GKD.shape[0]
         out_1HTD = scaled_dot_product_attention(
             q_1HTD, k_GKD[None], v_GKD[None], attn_mask=visible_TK, scale=scaling, enable_gqa=grouped
+        )
+        return out_1HTD.transpose(1, 2)
+
+    def _blocked(self, layer: RingLayer, group: CachedHeads, module, q_1HTD, k_GTD, v_GTD, scaling):
+        """Cached and new keys in the order of their tokens. Those between sinks and window are gone: no query sees them."""
+        spec, held = layer.spec, min(self.before, layer.spec.w_sink + layer.recent)
+        order_K = slot_positions(torch.tensor([self.before]), held, spec.w_sink, layer.recent)[0].argsort()
+        k_GKD = torch.cat([layer.keys[self.slot, :, order_K], k_GTD], dim=1)
+        v_GKD = torch.cat([layer.values[self.slot, :, order_K], v_GTD], dim=1)
+        group.write(self.slot, k_GTD, v_GTD, self.before, self.store.pages[self.slot])
+        sizes = {"w_sink": spec.w_sink, "w_recent": spec.w_recent}
+        out_1HTD = blocked_streaming_attention(
+            q_1HTD, k_GKD[None], v_GKD[None], **sizes, scaling=scaling, sinks_H=sinks_of(module, spec, q_1HTD)
         )
         return out_1HTD.transpose(1, 2)

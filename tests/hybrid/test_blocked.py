@@ -51,6 +51,26 @@ def test_it_is_the_reference_for_all_lengths_sinks_windows_and_heads(length, w_s
     assert_exact(Case(((length,),), w_sink, w_recent, heads), size=8)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(2, 500),
+    queries=st.integers(1, 300),
+    w_sink=st.integers(0, 40) | st.integers(100, 300),
+    w_recent=st.integers(1, 130) | st.integers(130, 600),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+)
+@example(length=200, queries=72, w_sink=4, w_recent=124, heads=(4, 2))
+def test_queries_of_the_last_tokens_alone_get_what_they_get_among_all(length, queries, w_sink, w_recent, heads):
+    """Their outputs and gradients, and those of keys and values, are those of a whole row whose first outputs nobody uses."""
+    case, last = Case(((length,),), w_sink, w_recent, heads), min(queries, length)
+    q, k, v, dout = tensors_of(case, torch.float64, size=8)
+    expected = with_gradients(lambda *x: reference_streaming_attention(*x, **case.sizes)[:, :, -last:], q, k, v, dout[:, :, -last:])
+    found = with_gradients(
+        lambda q, k, v: blocked_streaming_attention(q[:, :, -last:], k, v, **case.sizes), q, k, v, dout[:, :, -last:]
+    )
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
 def test_heads_that_do_not_fit_together_are_computed_one_after_another(monkeypatch):
     monkeypatch.setattr(blocked, "_SCORES_ON_CPU", 3 * 32 * (4 + 59 + 32))  # three heads' scores of five
     monkeypatch.setattr(blocked, "_ROWS_ON_CPU", 32)
