@@ -1,6 +1,9 @@
 """What the plugin refuses to serve. Without vLLM's modules, so that it can be tested without them."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lt_train.hybrid.spec import HybridSpec
 
 VERSION = "0.32"
 """The version of vLLM whose classes the plugin extends."""
@@ -32,8 +35,7 @@ def serves_family(model_type: str) -> bool:
 def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: a family other than those of FAMILIES, a config with split layers, with sliding layers of the base, or with
-            sink tokens.
+        ValueError: a family other than those of FAMILIES, or a config with sliding layers of the base.
     """
     if not serves_family(config.model_type):
         raise ValueError(
@@ -47,14 +49,48 @@ def check_served(config: Any) -> None:
             "of this size, and lt_train's plugin computes one window. Fix: evaluate this export with the built-in engine "
             "(backend: hybrid), or serve it with lt-train serve"
         )
-    if getattr(config, "streaming_kv_heads", None):
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of vLLM's settings decides whether it computes a hybrid.
+
+    Attributes:
+        kv_dtype: of its KV cache; auto: that of the model.
+        frees_outside_window: its hybrid KV cache manager is on.
+        transfers_kv: a KV connector takes the cache elsewhere.
+    """
+
+    platform: Literal["cpu", "gpu", "other"] = "cpu"
+    tensor_parallel: int = 1
+    kv_dtype: str = "auto"
+    frees_outside_window: bool = True
+    transfers_kv: bool = False
+    speculates: bool = False
+
+
+def check_settings(spec: HybridSpec, settings: Settings) -> None:
+    """
+    Raises:
+        ValueError: split layers over several processes, or sink tokens with what was not written for them.
+    """
+    if spec.split_layers and settings.tensor_parallel > 1:
         raise ValueError(
-            "streaming_kv_heads: single KV heads of a layer stream, and vLLM's KV cache holds the same tokens for all of them. "
-            "Fix: convert by entire layers (hybrid.granularity: layer), evaluate this export with the built-in engine "
-            "(backend: hybrid), or serve it with lt-train serve"
+            f"tensor_parallel_size: {settings.tensor_parallel}: single KV heads of a layer stream, and each process would have "
+            "another number of them, where vLLM's KV cache is the same in all. Fix: remove the setting, and start several servers"
         )
-    if getattr(config, "w_sink", 0):
+    if not spec.w_sink:
+        return
+    by = f"with sink tokens (w_sink: {spec.w_sink})"
+    if settings.platform == "other":
+        raise ValueError(f"device: {by} lt_train's plugin computes on CPUs and on GPUs of CUDA or ROCm. Fix: use one of these")
+    if settings.kv_dtype != "auto":
         raise ValueError(
-            f"w_sink: {config.w_sink}: vLLM's attention kernels know no sink tokens and would leave them out. Fix: convert with "
-            "hybrid.sink: learned or hybrid.w_sink: 0, or evaluate this export with the built-in engine (backend: hybrid)"
+            f"kv_cache_dtype: {settings.kv_dtype}: {by} lt_train's plugin caches in the model's dtype. Fix: set it to auto"
         )
+    if not settings.frees_outside_window:
+        raise ValueError(f"disable_hybrid_kv_cache_manager: {by} lt_train's plugin needs this manager. Fix: remove the setting")
+    if settings.transfers_kv:
+        raise ValueError(f"kv_transfer_config: {by} no KV connector transfers the cache. Fix: remove it")
+    if settings.speculates:
+        raise ValueError(f"speculative_config: {by} lt_train's plugin was not checked with a draft. Fix: remove it")

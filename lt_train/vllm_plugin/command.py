@@ -22,7 +22,7 @@ def server_command(export: Path, options: Sequence[str]) -> list[str]:
     """vLLM's server and its arguments; later `options` override ours.
 
     Raises:
-        ValueError: an export with sink tokens, or none at all.
+        ValueError: an export that the plugin does not compute, or none at all.
     """
     try:
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))

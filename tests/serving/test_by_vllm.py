@@ -13,7 +13,9 @@ from lt_train.serving import by_vllm
 
 LEARNED = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "learned_sinks": True}
 TOKENS = {"model_type": "lt_hybrid_qwen3", "w_sink": 4}
-HEADS = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "streaming_kv_heads": [[0], []]}
+HEADS = {"model_type": "lt_hybrid_qwen3", "w_sink": 4, "streaming_kv_heads": [[0], []]}
+OTHER_FAMILY = {"model_type": "lt_hybrid_glm4", "w_sink": 4}
+TWO_WINDOWS = HEADS | {"sliding_window": 9, "w_recent": 8}
 
 
 @pytest.fixture
@@ -34,8 +36,9 @@ def export(folder: Path, config: dict[str, object]) -> Path:
     return folder
 
 
-def test_an_export_that_vllm_computes_is_served_by_it_with_what_was_asked(lt_train, tmp_path, started) -> None:
-    folder = export(tmp_path / "export", LEARNED)
+@pytest.mark.parametrize("config", [LEARNED, TOKENS, HEADS])
+def test_an_export_that_vllm_computes_is_served_by_it_with_what_was_asked(lt_train, tmp_path, started, config) -> None:
+    folder = export(tmp_path / "export", config)
     lt_train("serve", folder, "--vllm", sys.executable, "--port", "0", "--kv-budget", "2GiB", "--", "--dtype", "float32")
     command = started[0]
     assert command[:4] == [sys.executable, "-m", "lt_train.vllm_plugin.command", str(folder)]
@@ -52,8 +55,8 @@ def test_of_a_run_its_export_is_served(lt_train, tmp_path, started, monkeypatch)
 
 def test_what_vllm_cannot_compute_is_said_and_served_by_the_built_in_engine(lt_train, tmp_path, started) -> None:
     for folder, reason in (
-        (export(tmp_path / "export", TOKENS), "w_sink: 4"),
-        (export(tmp_path / "heads", HEADS), "streaming_kv_heads: "),
+        (export(tmp_path / "export", OTHER_FAMILY), "model_type: lt_hybrid_glm4: "),
+        (export(tmp_path / "windows", TWO_WINDOWS), "w_recent: 8: "),
         (tmp_path / "run", "there is no export yet"),
     ):
         code, out, _ = lt_train("serve", folder, "--vllm", sys.executable, "--port", "0")
@@ -65,7 +68,7 @@ def test_a_draft_is_refused_where_vllm_serves(lt_train, tmp_path, started) -> No
     arguments = ("--vllm", sys.executable, "--port", "0", "--draft", "streaming")
     code, _, err = lt_train("serve", export(tmp_path / "learned", LEARNED), *arguments)
     assert code == 2 and "--draft: vLLM serves this export, and decodes in its own way. Fix: remove it, or --vllm" in err
-    assert lt_train("serve", export(tmp_path / "tokens", TOKENS), *arguments)[0] == 0
+    assert lt_train("serve", export(tmp_path / "other", OTHER_FAMILY), *arguments)[0] == 0
     assert started == [["built-in"]]
 
 

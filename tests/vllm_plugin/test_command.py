@@ -27,8 +27,8 @@ def test_every_export_is_computed_by_our_class_and_options_of_the_user_come_last
     assert command[-2:] == ["--max-num-batched-tokens", "32"] and command.index("1024") < command.index("32")
 
 
-def test_sink_tokens_and_what_is_no_checkpoint_are_refused(tmp_path) -> None:
+def test_another_family_and_what_is_no_checkpoint_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no checkpoint: No such file"):
         server_command(tmp_path, [])
-    with pytest.raises(ValueError, match="w_sink: 4: vLLM's attention kernels know no sink tokens"):
-        server_command(checkpoint(tmp_path, model_type="lt_hybrid_qwen3", w_sink=4), [])
+    with pytest.raises(ValueError, match="model_type: lt_hybrid_glm4: "):
+        server_command(checkpoint(tmp_path, model_type="lt_hybrid_glm4", w_sink=4), [])

@@ -39,7 +39,15 @@ DATA = Path(__file__).parents[3] / "data"
 LAUNCH = Path(__file__).parents[3] / "launch"
 BASE = DATA / "tiny-reasoner"
 LAZY = (1, 3, 5, 7)
-LEARNED = HybridSpec(8, LAZY, 0, 28, learned_sinks=True)
+WITHOUT_SINKS = HybridSpec(8, LAZY, 0, 28)
+SPECS = {
+    "no sinks": WITHOUT_SINKS,
+    "learned sinks": HybridSpec(8, LAZY, 0, 28, learned_sinks=True),
+    "sink tokens": HybridSpec(8, LAZY, 4, 28),
+    "KV heads": HybridSpec(8, (1, 5), 0, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
+    "KV heads, sink tokens": HybridSpec(8, (1, 5), 4, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
+}
+BY_PLUGIN = [kind for kind in SPECS if kind != "no sinks"]
 STOP = (3,)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
 DRAWN = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=60, top_k=50, min_p=0.01)
@@ -52,18 +60,17 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, tokenizer):
-    """w_sink, or "learned" -> folder."""
-    folder = tmp_path_factory.mktemp("exports")
-    models = {w_sink: load_hybrid(BASE, HybridSpec(8, LAZY, w_sink, 28)) for w_sink in (0, 4)} | {"learned": with_learned_sinks()}
+    """Kind -> folder."""
+    folders = {kind: tmp_path_factory.mktemp("exports") / "export" for kind in SPECS}
     with checks_of_exports_are_forked():
-        for kind, model in models.items():
-            export_hybrid(in_memory(model), tokenizer, folder / f"sinks-{kind}", metadata(), dtype=torch.float32)
-    return {kind: folder / f"sinks-{kind}" for kind in models}
+        for kind, folder in folders.items():
+            export_hybrid(in_memory(hybrid(kind)), tokenizer, folder, metadata(), dtype=torch.float32)
+    return folders
 
 
-def with_learned_sinks():
-    """With logits so large that answers change where they are left out."""
-    model = load_hybrid(BASE, LEARNED)
+def hybrid(kind):
+    """Learned sinks have logits so large that answers change where they are left out."""
+    model = load_hybrid(BASE, SPECS[kind])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for logits_H in learned_sinks(model).values():
@@ -126,19 +133,32 @@ OPTIONS = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory, exports):
     """Serves the export without sinks, started by the script."""
-    command = ["env", f"VLLM_PYTHON={python_of_vllm()}", str(LAUNCH / "serve-vllm.sh"), str(exports[0]), "{port}", *OPTIONS]
+    command = [
+        "env",
+        f"VLLM_PYTHON={python_of_vllm()}",
+        str(LAUNCH / "serve-vllm.sh"),
+        str(exports["no sinks"]),
+        "{port}",
+        *OPTIONS,
+    ]
     with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=400) as url:
         yield url
 
 
+@pytest.fixture(scope="module", params=BY_PLUGIN)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def vllm_with_learned_sinks(tmp_path_factory, exports):
+def vllm_by_plugin(tmp_path_factory, exports, kind):
     """Started by `lt-train serve`. Prompts are read in chunks smaller than they are, and answers share what their prompts have in
     common."""
     chunked = ["--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
-    serve = [sys.executable, "-m", "lt_train", "serve", str(exports["learned"]), "--vllm", python_of_vllm(), "--port", "{port}"]
+    blocks = ["--block-size", "32"]  # several in a prompt
+    serve = [sys.executable, "-m", "lt_train", "serve", str(exports[kind]), "--vllm", python_of_vllm(), "--port", "{port}"]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with running([*serve, "--kv-budget", "1GiB", "--", *OPTIONS, *chunked], log, "/health", seconds=400) as url:
+    with running([*serve, "--kv-budget", "1GiB", "--", *OPTIONS, *chunked, *blocks], log, "/health", seconds=400) as url:
         yield url
 
 
@@ -170,38 +190,39 @@ def texts(answers):
 
 def test_transformers_serve_gives_the_greedy_answers_of_the_stock_class(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 2)
-    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports[0])))
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports["no sinks"])))
     answers = list(backend.answers(requests, GREEDY))
-    assert texts(answers) == by_transformers(exports[0], tokenizer, requests)
+    assert texts(answers) == by_transformers(exports["no sinks"], tokenizer, requests)
     assert all(answer.finish_reason == "stop" and answer.thinking_tokens for answer in answers)
 
 
 def test_transformers_serve_draws_by_our_settings_and_the_samples_seed(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 2)
-    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports[0])))
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports["no sinks"])))
     drawn = texts(backend.answers(requests, DRAWN))
     assert texts(backend.answers(list(reversed(requests)), DRAWN)) == drawn
     assert drawn != texts(backend.answers([Request(r.problem, 1, r.seed ^ (1 << 60), r.prompt_ids) for r in requests], DRAWN))
 
 
 def test_transformers_serve_is_checked_against_the_checkpoint(transformers_serve, exports, tokenizer, tmp_path):
-    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
-    settings = ServerSettings((transformers_serve,), model=str(exports[0]))
-    check = check_server(settings, reference, exports[0], tokenizer, Prompt(), STOP)
+    reference = hybrid("no sinks")
+    settings = ServerSettings((transformers_serve,), model=str(exports["no sinks"]))
+    check = check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
     assert check.tokens > 40 and check.not_told_apart == ()
     with pytest.raises(UserError, match="layer_types"):
-        check_server(ServerSettings((transformers_serve,), model=str(BASE)), reference, exports[0], tokenizer, Prompt(), STOP)
+        other = ServerSettings((transformers_serve,), model=str(BASE))
+        check_server(other, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
 
 
 def test_transformers_serve_computes_no_sinks(transformers_serve, exports, tokenizer):
-    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 4, 28))
+    settings, reference = ServerSettings((transformers_serve,), model=str(exports["no sinks"])), hybrid("sink tokens")
     with pytest.raises(UserError, match="computes something else"):  # the config says nothing here: as if served elsewhere
-        check_server(ServerSettings((transformers_serve,), model=str(exports[0])), reference, exports[0], tokenizer, Prompt(), STOP)
+        check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
 
 
 def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 1)
-    settings = ServerSettings((transformers_serve,), model=str(exports[4]), failures=2, backoff=0.1)
+    settings = ServerSettings((transformers_serve,), model=str(exports["sink tokens"]), failures=2, backoff=0.1)
     with pytest.raises(UserError, match="500"):
         list(OpenAIBackend(tokenizer, STOP, settings).answers(requests, GREEDY))
 
@@ -209,9 +230,9 @@ def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_
 def test_messages_are_read_as_the_recipes_prompt(transformers_serve, exports, tokenizer, monkeypatch):
     monkeypatch.setattr("lt_train.inference.servers.client.text_of_prompt", lambda *_: None)
     requests, questions = ledger_requests(tokenizer, 1)
-    settings = ServerSettings((transformers_serve,), model=str(exports[0]))
+    settings = ServerSettings((transformers_serve,), model=str(exports["no sinks"]))
     backend = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(), questions[request.problem]))
-    assert texts(backend.answers(requests, GREEDY)) == by_transformers(exports[0], tokenizer, requests)
+    assert texts(backend.answers(requests, GREEDY)) == by_transformers(exports["no sinks"], tokenizer, requests)
     other = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(system="1 2 3"), "4"))
     with pytest.raises(UserError, match="chat template is another one"):
         list(other.answers(requests, GREEDY))
@@ -249,7 +270,7 @@ def written(samples):
 def test_vllm_gives_the_greedy_answers_of_the_stock_class(vllm, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 20)
     answers = list(OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,))).answers(requests, GREEDY))
-    assert texts(answers) == by_transformers(exports[0], tokenizer, requests)
+    assert texts(answers) == by_transformers(exports["no sinks"], tokenizer, requests)
     assert sum(answer.finish_reason == "stop" and bool(answer.thinking_tokens) for answer in answers) > 15
 
 
@@ -261,28 +282,27 @@ def test_vllm_draws_by_the_samples_seed(vllm, tokenizer):
 
 def test_vllm_is_checked_against_the_checkpoint_by_tokens_and_probabilities(vllm, exports, tokenizer):
     settings = ServerSettings((vllm,))
-    reference = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
-    check = check_server(settings, reference, exports[0], tokenizer, Prompt(), STOP)
+    reference = hybrid("no sinks")
+    check = check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
     assert check.tokens == check.logprobs > 40
     for spec in (HybridSpec(8, LAZY, 4, 28), HybridSpec(8, (), 0, 28), HybridSpec(8, LAZY, 0, 16)):
         with pytest.raises(UserError, match="computes something else"):
-            check_server(settings, load_hybrid(BASE, spec), exports[0], tokenizer, Prompt(), STOP)
+            check_server(settings, load_hybrid(BASE, spec), exports["no sinks"], tokenizer, Prompt(), STOP)
 
 
-def test_vllm_gives_the_greedy_answers_of_the_engine_with_learned_sinks(vllm_with_learned_sinks, exports, tokenizer):
+def test_vllm_gives_the_greedy_answers_of_the_engine(vllm_by_plugin, kind, tokenizer):
     requests, _ = ledger_requests(tokenizer, 20)
-    assert min(len(request.prompt_ids) for request in requests) > LEARNED.window
-    answers = OpenAIBackend(tokenizer, STOP, ServerSettings((vllm_with_learned_sinks,))).answers(requests, GREEDY)
-    assert texts(answers) == texts(Engine(with_learned_sinks(), tokenizer).answers(requests, GREEDY))
-    without = load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28))
-    assert texts(Engine(without, tokenizer).answers(requests, GREEDY)) != texts(
-        Engine(with_learned_sinks(), tokenizer).answers(requests, GREEDY)
-    )
+    assert min(len(request.prompt_ids) for request in requests) > SPECS[kind].window
+    by_engine = texts(Engine(hybrid(kind), tokenizer).answers(requests, GREEDY))
+    for _ in range(2):  # the second time from cached prefixes
+        answers = OpenAIBackend(tokenizer, STOP, ServerSettings((vllm_by_plugin,))).answers(requests, GREEDY)
+        assert texts(answers) == by_engine
+    assert texts(Engine(hybrid("no sinks"), tokenizer).answers(requests, GREEDY)) != by_engine
 
 
-def test_vllm_with_learned_sinks_is_checked_against_the_checkpoint(vllm_with_learned_sinks, exports, tokenizer):
-    settings = ServerSettings((vllm_with_learned_sinks,))
-    check = check_server(settings, with_learned_sinks(), exports["learned"], tokenizer, Prompt(), STOP)
+def test_vllm_is_checked_against_the_checkpoint_of_every_kind(vllm_by_plugin, kind, exports, tokenizer):
+    settings = ServerSettings((vllm_by_plugin,))
+    check = check_server(settings, hybrid(kind), exports[kind], tokenizer, Prompt(), STOP)
     assert check.tokens == check.logprobs > 40
     with pytest.raises(UserError, match="computes something else"):
-        check_server(settings, load_hybrid(BASE, HybridSpec(8, LAZY, 0, 28)), exports["learned"], tokenizer, Prompt(), STOP)
+        check_server(settings, hybrid("no sinks"), exports[kind], tokenizer, Prompt(), STOP)
