@@ -51,7 +51,7 @@ def test_settings_that_were_not_written_for_sink_tokens_are_refused_with_these_a
 
 
 def test_split_layers_over_several_processes_are_refused():
-    with pytest.raises(ValueError, match="tensor_parallel_size: 2: single KV heads .* Fix: remove the setting, and start several"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: 2: single KV heads .* Fix: remove the setting, and start several"):
         check_settings(SPLIT, Settings(tensor_parallel=2))
     for spec in (*OTHERS, SINK_TOKENS):
         check_settings(spec, Settings(tensor_parallel=2))
