@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.glm4.configuration_glm4 import Glm4Config
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.ministral.configuration_ministral import MinistralConfig
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
@@ -42,6 +43,9 @@ class HybridConfig(PreTrainedConfig):
     hybrid_version: str = HYBRID_VERSION
     use_cache: bool = True
 
+    base_has_sinks = False
+    """Whether every layer of the base has learned sinks."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.layer_types is None:
@@ -60,6 +64,13 @@ class HybridConfig(PreTrainedConfig):
                 "Fix: name one type for each layer"
             )
         spec = self.spec  # HybridSpec checks the sizes
+        if self.base_has_sinks and spec.learned_sinks:
+            raise HybridError("learned_sinks: each layer of the base has some, which stay. Fix: set hybrid.sink to tokens")
+        if self.base_has_sinks and spec.split_layers:
+            raise HybridError(
+                "split_layers: each query head of the base has a learned sink, and the kernels of split layers have none. "
+                "Fix: let entire layers stream"
+            )
         if self.layer_types != spec.layer_types:
             raise HybridError(
                 f"streaming_kv_heads: they make {spec.layer_types.count(STREAMING)} layers stream as a whole, and layer_types "
@@ -168,6 +179,12 @@ class HybridPhi3Config(HybridConfig, Phi3Config):
 class HybridQwen3MoeConfig(HybridConfig, Qwen3MoeConfig):
     model_type = "lt_hybrid_qwen3_moe"
     use_sliding_window: bool = True
+
+
+@strict
+class HybridGptOssConfig(HybridConfig, GptOssConfig):
+    model_type = "lt_hybrid_gpt_oss"
+    base_has_sinks = True
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:

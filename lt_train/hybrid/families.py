@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.glm4.modeling_glm4 import Glm4ForCausalLM, Glm4Model
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM, GptOssModel
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
 from transformers.models.ministral.modeling_ministral import MinistralForCausalLM, MinistralModel
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2Model
@@ -18,6 +19,7 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3ForCausalLM, Smo
 
 from .configuration import (
     HybridGlm4Config,
+    HybridGptOssConfig,
     HybridGraniteConfig,
     HybridMinistralConfig,
     HybridOlmo2Config,
@@ -135,21 +137,32 @@ class HybridPhi3ForCausalLM(HybridForCausalLM, Phi3ForCausalLM):
     body_class = HybridPhi3Model
 
 
-class HybridQwen3MoeModel(HybridBody, Qwen3MoeModel):
-    config: HybridQwen3MoeConfig
+class HybridMoeForCausalLM(HybridForCausalLM):
+    """A mixture of experts. Experts, their router and its loss stay what they are."""
 
-
-class HybridQwen3MoeForCausalLM(HybridForCausalLM, Qwen3MoeForCausalLM):
-    """Its attention is Qwen3's; the experts, their router and its loss stay what they are."""
-
-    config: HybridQwen3MoeConfig
-    body_class = HybridQwen3MoeModel
-
-    def __init__(self, config: HybridQwen3MoeConfig) -> None:
+    def __init__(self, config: HybridQwen3MoeConfig | HybridGptOssConfig) -> None:
         super().__init__(config)
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts = config.num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
+
+
+class HybridQwen3MoeModel(HybridBody, Qwen3MoeModel):
+    config: HybridQwen3MoeConfig
+
+
+class HybridQwen3MoeForCausalLM(HybridMoeForCausalLM, Qwen3MoeForCausalLM):
+    config: HybridQwen3MoeConfig
+    body_class = HybridQwen3MoeModel
+
+
+class HybridGptOssModel(HybridBody, GptOssModel):
+    config: HybridGptOssConfig
+
+
+class HybridGptOssForCausalLM(HybridMoeForCausalLM, GptOssForCausalLM):
+    config: HybridGptOssConfig
+    body_class = HybridGptOssModel
 
 
 # Checkpoints hold each expert's weights, and the module those of all experts in one.
@@ -168,6 +181,7 @@ GRANITE = Family(HybridGraniteConfig, HybridGraniteForCausalLM)
 GLM4 = Family(HybridGlm4Config, HybridGlm4ForCausalLM)
 PHI3 = Family(HybridPhi3Config, HybridPhi3ForCausalLM)
 QWEN3_MOE = Family(HybridQwen3MoeConfig, HybridQwen3MoeForCausalLM)
+GPT_OSS = Family(HybridGptOssConfig, HybridGptOssForCausalLM)
 
 BASES: dict[str, Family] = {
     "qwen2": QWEN2,
@@ -183,6 +197,7 @@ BASES: dict[str, Family] = {
     "glm4": GLM4,
     "phi3": PHI3,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
 }
 """By the `model_type` of a base."""
 

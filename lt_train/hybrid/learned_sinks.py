@@ -1,5 +1,7 @@
 """Learned sinks: a logit for each query head in the softmax's denominator, whose value is zero (as in gpt-oss, arXiv 2508.10925).
 
+A hybrid with `learned_sinks` has them in its streaming layers. A base that has them, in all layers, keeps them in every hybrid.
+
 A softmax over keys of log-sum-exp L becomes one with the sink s by the factor exp(L) / (exp(L) + exp(s)) = sigmoid(L - s) on its
 output, and L becomes logaddexp(L, s). So every attention that knows its log-sum-exps can have them.
 
@@ -29,8 +31,16 @@ class LearnedSinks(nn.Module):
 
 
 def sinks_of(module: nn.Module, spec: HybridSpec, q_BHQD: Tensor) -> Tensor | None:
-    """The sink logits [H] of a streaming layer's attention module, None where the spec has none."""
-    return module.sinks(q_BHQD) if spec.learned_sinks else None
+    """The sink logits [H] of a streaming layer's attention module: the hybrid's or the base's; None where neither has any."""
+    return module.sinks(q_BHQD) if spec.learned_sinks else sinks_of_base(module, q_BHQD)
+
+
+def sinks_of_base(module: nn.Module, q_BHQD: Tensor) -> Tensor | None:
+    """The sink logits [H] that an attention module has in the base, in fp32 or better; None where it has none."""
+    sinks_H = getattr(module, "sinks", None)
+    if not isinstance(sinks_H, nn.Parameter):
+        return None
+    return sinks_H.to(q_BHQD.device, torch.promote_types(q_BHQD.dtype, torch.float32), copy=True)
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -280,5 +280,12 @@ def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
             "original_max_position_embeddings, and cached keys would keep the old ones. "
             "Fix: choose a base without it, such as Phi-4"
         )
-    if values.get("quantization_config"):
-        raise HybridError("quantization_config: the base's weights are quantized. Fix: start from its bf16 or fp32 weights")
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method")
+        fix = "start from its bf16 or fp32 weights"
+        if method == "mxfp4":  # as gpt-oss is published
+            fix += (
+                ": transformers writes them (from_pretrained with quantization_config=Mxfp4Config(dequantize=True), then "
+                "save_pretrained), and model.base names that folder"
+            )
+        raise HybridError(f"quantization_config: the base's weights are quantized ({method}). Fix: {fix}")

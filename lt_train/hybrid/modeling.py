@@ -54,6 +54,7 @@ def hybrid_attention(
     scaling: float,
     dropout: float = 0.0,
     views: AttentionView | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers' attention layers call: query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D].
@@ -61,9 +62,11 @@ def hybrid_attention(
     A forward pass of the model gives one object for all layers, `views`; a layer that is called alone takes its view as its mask.
     """
     at = attention_at(getattr(module, "layer_idx", None), module)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "position_bias"):
         if kwargs.get(name) is not None:
             raise HybridError(f"{name}: {at} has it, and no kernel of a hybrid computes it. Fix: choose another base")
+    if s_aux is not None and s_aux is not module.sinks:
+        raise HybridError(f"s_aux: {at} has sinks that are no weights named `sinks`. Fix: choose another base")
     view = attention_mask if views is None else views
     if not isinstance(view, AttentionView):
         raise HybridError(f"attention_mask: {at} got no view of what it sees. Fix: call the hybrid's forward, not its layers alone")
@@ -189,10 +192,10 @@ class HybridBody(OwnAttention):
         return Views(full, streaming, documents.position_ids, cache, sliding)
 
     def _sharded_view(self, shards: Shards, attention_mask: Tensor | None, position_ids: Tensor | None) -> ShardedView:
-        if self.spec.learned_sinks:
+        if self.spec.learned_sinks or self.config.base_has_sinks:
             raise HybridError(
                 "learned_sinks: a process that holds a shard of a sequence computes some heads only, and learned sinks are not "
-                "divided among processes. Fix: train without sequence parallelism, or with sink tokens"
+                "divided among processes. Fix: train without sequence parallelism, or, if the base has none, with sink tokens"
             )
         spec = shards.spec_of_process(self.spec, self.config.kv_heads)
 

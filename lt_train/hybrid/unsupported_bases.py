@@ -135,7 +135,7 @@ def _faults_of_modules(model: PreTrainedModel) -> Iterator[str]:
         if getattr(attention, "layer_idx", None) != index:
             yield f"{at}: its layer_idx is not {index}, and by it a layer gets what it sees. {OTHER}"
         if isinstance(getattr(attention, "sinks", None), nn.Parameter):
-            yield f"{at}: learned sinks of the base, in layers that would stay full as well. {OTHER}"
+            yield f"{at}: learned sinks of the base, which only declared families have. {OTHER}"
         shapes[index] = {name: tuple(weight.shape) for name, weight in attention.named_parameters()}
         if shapes[index] != shapes[0]:
             yield f"{at}: other weights than in layer 0, so caches of different sizes. {OTHER}"

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention_kernels import AUTO, computed_in, kernel_for
 from .cache import HybridCache, slot_positions
 from .documents import Documents
-from .learned_sinks import sdpa_with_sinks, sinks_of
+from .learned_sinks import sdpa_with_sinks, sinks_of, sinks_of_base
 from .mask import at_least_one, full_visible, streaming_visible
 from .spec import HybridError, HybridSpec
 
@@ -34,11 +34,15 @@ class FullView(AttentionView):
     kernel: str = AUTO
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        dtype = computed_in(v_BGKD)
-        full = kernel_for(self.kernel, q_BHTD, dtype).full
-        if full is not None and not dropout:
-            qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
-            return full(self.documents, *qkv, scaling=scaling).transpose(1, 2)
+        dtype, sinks_H = computed_in(v_BGKD), sinks_of_base(module, q_BHTD)
+        kernel = kernel_for(self.kernel, q_BHTD, dtype)
+        qkv = (x.to(dtype) for x in (q_BHTD, k_BGKD, v_BGKD))
+        if sinks_H is not None:
+            refuse_dropout(dropout)
+            everything = {"w_sink": 0, "w_recent": max(self.documents.lengths)}
+            return kernel.streaming(self.documents, *qkv, **everything, scaling=scaling, sinks_H=sinks_H).transpose(1, 2)
+        if kernel.full is not None and not dropout:
+            return kernel.full(self.documents, *qkv, scaling=scaling).transpose(1, 2)
 
         def one_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling)[0].transpose(1, 2)
@@ -75,7 +79,14 @@ class CachedView(AttentionView):
         """None where every query sees every key."""
         raise NotImplementedError
 
+    def sinks_of(self, module: nn.Module, q_BHTD: Tensor) -> Tensor | None:
+        return sinks_of_base(module, q_BHTD)
+
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
+        sinks_H = self.sinks_of(module, q_BHTD)
+        if sinks_H is not None:
+            refuse_dropout(dropout)
+            return sdpa_with_sinks(q_BHTD, k_BGKD, v_BGKD, self.visible_BTK, sinks_H, scaling).transpose(1, 2)
         mask = None if self.visible_BTK is None else self.visible_BTK[:, None].to(q_BHTD.device)
         return sdpa_attention_forward(module, q_BHTD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=scaling, is_causal=False)[0]
 
@@ -97,12 +108,8 @@ class CachedStreamingView(CachedView):
         super().__init__(cache)
         self.spec = spec
 
-    def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        sinks_H = sinks_of(module, self.spec, q_BHTD)
-        if sinks_H is None:
-            return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
-        refuse_dropout(dropout)
-        return sdpa_with_sinks(q_BHTD, k_BGKD, v_BGKD, self.visible_BTK, sinks_H, scaling).transpose(1, 2)
+    def sinks_of(self, module: nn.Module, q_BHTD: Tensor) -> Tensor | None:
+        return sinks_of(module, self.spec, q_BHTD)
 
     @cached_property
     def visible_BTK(self) -> Tensor | None:

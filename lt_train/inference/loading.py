@@ -88,6 +88,12 @@ def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> 
             f"model.rope_scaling: {scaling.rope_type}: {config.model_type} has rotary embeddings for each type of layer. "
             "Fix: leave rope_scaling out, or scale rope_parameters of full_attention in a copy of its config.json"
         )
+    if config.model_type == "gpt_oss":
+        raise UserError(
+            f"model.rope_scaling: {scaling.rope_type}: gpt_oss is scaled by {config.rope_parameters['rope_type']} already, to "
+            f"{config.max_position_embeddings:,} tokens. Fix: leave rope_scaling out, or change rope_parameters in a copy of its "
+            "config.json"
+        )
     if config.model_type == "phi3":
         raise UserError(
             f"model.rope_scaling: {scaling.rope_type}: transformers' phi3 has no scaling but longrope. Fix: leave rope_scaling out"

@@ -46,6 +46,11 @@ class PerPrompt:
                 "and the cache of prompts that choose their layers has no such layers. Fix: choose layers for all prompts "
                 "(hybrid.select: static)"
             )
+        if model.config.base_has_sinks:
+            raise UserError(
+                "per_prompt: each layer of this base has learned sinks, which prompts that choose their layers do not compute. "
+                "Fix: choose layers for all prompts (hybrid.select: static)"
+            )
         if not 0 < self.keep < spec.num_layers:
             raise UserError(
                 f"per_prompt.keep: {self.keep}: of {spec.num_layers} layers, all or none would stay full. "

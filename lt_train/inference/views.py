@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lt_train.hybrid.blocked import blocked_streaming_attention
 from lt_train.hybrid.cache import slot_of, slot_positions
-from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, softmax_with_sinks
+from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, sinks_of_base, softmax_with_sinks
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import AttentionView
@@ -75,8 +75,8 @@ class StepView(StoredView):
             held.values[at[0], :, at[1]] = v_BGTD.transpose(1, 2)
         groups = k_BGTD.shape[1]
         q_BGQD = q_BHTD.unflatten(1, (groups, -1)).flatten(2, 3)
-        sinks_GQ = None
-        if isinstance(layer, RingLayer) and (sinks_H := sinks_of(module, layer.spec, q_BHTD)) is not None:
+        sinks_GQ, sinks_H = None, _sinks_of(module, layer, q_BHTD)
+        if sinks_H is not None:
             sinks_GQ = sinks_H.unflatten(0, (groups, -1)).repeat_interleave(self.tokens, 1)
         if (blocks := indices.blocks(layer)) is not None:
             out_BGQD = attend_blocks(q_BGQD, layer.keys, layer.values, blocks, scaling, sinks_GQ).to(q_BGQD.dtype)
@@ -84,7 +84,7 @@ class StepView(StoredView):
             out_BGQD = self._ring(layer, indices, q_BGQD, scaling, sinks_GQ)
         else:
             used = indices.pages.owner_N.shape[0]
-            out_BGQD = attend_pages(q_BGQD, layer.keys[:used], layer.values[:used], indices.pages, scaling)
+            out_BGQD = attend_pages(q_BGQD, layer.keys[:used], layer.values[:used], indices.pages, scaling, sinks_GQ)
         return out_BGQD.unflatten(2, (-1, self.tokens)).flatten(1, 2).transpose(1, 2)
 
     def _ring(self, layer: RingLayer, indices: "StepIndices", q_BGQD, scaling, sinks_GQ):
@@ -102,13 +102,21 @@ class StepView(StoredView):
         return self._on_device[device]
 
 
+def _sinks_of(module: nn.Module, layer: PagedLayer | RingLayer, q_BHTD: Tensor) -> Tensor | None:
+    """The sink logits [H] of a layer, cached so; None where it has none."""
+    return sinks_of(module, layer.spec, q_BHTD) if isinstance(layer, RingLayer) else sinks_of_base(module, q_BHTD)
+
+
 def _hide(weights_NGQK: Tensor, hidden_NTK: Tensor) -> Tensor:
     tokens = hidden_NTK.shape[1]
     return weights_NGQK.unflatten(2, (-1, tokens)).masked_fill(hidden_NTK[:, None, None], float("-inf")).flatten(2, 3)
 
 
-def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageIndices", scaling: float) -> Tensor:
-    """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax. Returns out_BGRD."""
+def attend_pages(
+    q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageIndices", scaling: float, sinks_GR: Tensor | None = None
+) -> Tensor:
+    """Every page meets the queries of its owner; the parts of one sequence are then joined as one softmax, with `sinks_GR`, the
+    learned sinks. Returns out_BGRD."""
     rows = q_BGRD.shape[0]
     q_NGRD = torch.cat([q_BGRD, q_BGRD.new_zeros(1, *q_BGRD.shape[1:])])[pages.owner_N]
     logits_NGRP = _product(q_NGRD, k_NGPD.transpose(-1, -2)).mul_(scaling)
@@ -118,8 +126,12 @@ def attend_pages(q_BGRD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, pages: "PageInd
     owner_NGR = pages.owner_N[:, None, None].expand_as(largest_NGR)
     largest_BGR = largest_NGR.new_full(shape, float("-inf")).scatter_reduce(0, owner_NGR, largest_NGR, "amax")
     largest_BGR[rows] = 0  # nobody's pages: whatever is finite
+    if sinks_GR is not None:
+        largest_BGR = largest_BGR.maximum(sinks_GR)
     weights_NGRP = logits_NGRP.sub_(largest_BGR[pages.owner_N].unsqueeze(-1)).exp_()
     total_BGR = largest_NGR.new_zeros(shape).index_add(0, pages.owner_N, weights_NGRP.sum(-1))
+    if sinks_GR is not None:
+        total_BGR = total_BGR + (sinks_GR - largest_BGR).exp()
     part_NGRD = _product(weights_NGRP, v_NGPD)
     sum_BGRD = part_NGRD.new_zeros(*shape, part_NGRD.shape[-1]).index_add(0, pages.owner_N, part_NGRD)
     return (sum_BGRD[:rows] / total_BGR[:rows].unsqueeze(-1)).to(q_BGRD.dtype)
@@ -275,10 +287,9 @@ class LaterChunkView(StoredView):
             return self._blocked(layer, group, module, q_1HTD, k_1GTD[0], v_1GTD[0], scaling)
         position_T1 = torch.arange(self.before, self.after, device=layer.device)[:, None]
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
-        sinks_H = None
+        sinks_H = _sinks_of(module, layer, q_1HTD)
         if isinstance(layer, RingLayer):
             spec = layer.spec
-            sinks_H = sinks_of(module, spec, q_1HTD)
             held = min(self.before, spec.w_sink + layer.recent)
             before_1 = torch.tensor([self.before], device=layer.device)
             position_K = torch.cat([slot_positions(before_1, held, spec.w_sink, layer.recent)[0], position_T1[:, 0]])

@@ -58,7 +58,7 @@ class Variants:
         """
         Raises:
             UserError: the recipe's ratio, layers, drafts, adapters or restored projections do not fit this model.
-            HybridError: single KV heads of this model cannot stream.
+            HybridError: single KV heads of this model cannot stream, or it cannot have learned sinks.
         """
         hybrid, base, train = self.recipe.hybrid, self.spec(BASE), self.recipe.train
         if hybrid.select == PER_PROMPT and base.sliding_layers:
@@ -67,7 +67,7 @@ class Variants:
                 "choose among full layers alone only where all are. Fix: set hybrid.select to static"
             )
         number_that_stream(hybrid, base, self.kv_heads)
-        if hybrid.granularity == "kv_head":
+        if hybrid.granularity == "kv_head" or hybrid.sink == "learned":
             some = hybrid.model_copy(update={"strategy": "periodic"})  # whichever: scores are not there yet
             hybrid_config(self.base_config, choose_spec(some, base, self.kv_heads, self.recipe.seed))
         self._check_drafts()

@@ -108,6 +108,6 @@ def _mlp(shape: ModelShape, layer: Layer, element: ElementBytes) -> int:
     """gate, silu(gate) and up, and their product where down_proj needs it; of experts also what goes in and comes out of each, and
     the router's probabilities."""
     down = layer.linears["down_proj"]
-    kept = (4 if down.keeps_input else 3) * shape.mlp + down.rank
+    kept = ((4 if down.keeps_input else 3) + 3 * shape.clamps_gates) * shape.mlp + down.rank
     kept += (3 if down.keeps_input else 2) * shape.experts_of_token * shape.hidden
     return element.product * kept + FP32 * (shape.experts + shape.experts_of_token)

@@ -99,7 +99,10 @@ class ModelShape:
     fused_qkv: bool
     """One projection makes queries, keys and values (phi3), and values keep all of its output."""
     copies_output: bool
-    """Queries are joined of parts with and without rotary embedding (phi3, glm4), and o_proj needs a copy of attention's output."""
+    """o_proj needs a copy of attention's output: queries are joined of parts with and without rotary embedding (phi3, glm4), or
+    the base has learned sinks, whose kernel keeps its output (gpt-oss)."""
+    clamps_gates: bool
+    """Experts clamp gate and up, and keep both before and after (gpt-oss)."""
     head_trained: bool
     embedding_trained: bool
     context: int
@@ -188,7 +191,7 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         keys=config.num_key_value_heads * head_size(config.to_dict()),
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
-        mlp=config.intermediate_size if experts is None else of_token * experts.down_proj.shape[-1],
+        mlp=config.intermediate_size if experts is None else of_token * experts.down_proj[0].numel() // config.hidden_size,
         experts=0 if experts is None else experts.num_experts,
         experts_of_token=of_token,
         vocab_size=config.vocab_size,
@@ -197,7 +200,8 @@ def _shape_of(model: HybridForCausalLM, spec: HybridSpec) -> ModelShape:
         norms_of_outputs=config.model_type == "lt_hybrid_glm4",
         norms_in_fp32=olmo2,
         fused_qkv=hasattr(attention, "qkv_proj"),
-        copies_output=config.model_type in ("lt_hybrid_phi3", "lt_hybrid_glm4"),
+        copies_output=config.model_type in ("lt_hybrid_phi3", "lt_hybrid_glm4") or config.base_has_sinks,
+        clamps_gates=hasattr(config, "swiglu_limit"),
         head_trained=_trains(head),
         embedding_trained=_trains(embedding),
         context=context_length(config.to_dict()),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from lt_train.hybrid.learned_sinks import sinks_of_base
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import FullView
 from lt_train.inference.lazy_ratio import lazy_ratio
@@ -54,7 +55,6 @@ class ObservedView(FullView):
     lazy_ratio: float = math.nan
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        self.lazy_ratio = lazy_ratio(
-            q_BHTD, k_BGKD, scaling, w_sink=self.sizes.w_sink, w_recent=self.sizes.w_recent, w_last=self.sizes.w_last
-        )
+        sizes, sinks_H = self.sizes, sinks_of_base(module, q_BHTD)
+        self.lazy_ratio = lazy_ratio(q_BHTD, k_BGKD, scaling, sizes.w_sink, sizes.w_recent, sizes.w_last, sinks_H)
         return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)

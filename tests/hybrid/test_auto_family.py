@@ -15,7 +15,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
-    GptOssConfig,
+    GraniteSWAConfig,
     JetMoeConfig,
     Llama4TextConfig,
     MambaConfig,
@@ -109,7 +109,7 @@ REFUSED = {
     "capped scores": (Gemma2Config(), r"attn_logit_softcapping: 50\.0: no kernel"),
     "changing frequencies": (OlmoConfig(**SIZES, rope_parameters=DYNAMIC), "rope_parameters: rope_type dynamic: its frequencies"),
     "biases of positions": (FalconConfig(alibi=True), "alibi: attention with biases of positions"),
-    "learned sinks": (GptOssConfig(), r"model\.layers\.0\.self_attn \(GptOssAttention\): learned sinks of the base"),
+    "learned sinks": (GraniteSWAConfig(), r"model\.layers\.0\.self_attn \(GraniteSWAAttention\): learned sinks of the base"),
     "windows in all layers": (
         Gemma3TextConfig(**SIZES, sliding_window=9),  # of six layers the last would be full, and it has four
         r"sliding_window: 9: every layer of the base \(gemma3_text\) sees so many tokens from the start",

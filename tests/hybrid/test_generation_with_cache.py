@@ -9,10 +9,11 @@ from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache, slot_positions
 from lt_train.hybrid.kv_size import kv_bytes
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from tests.support.families import BASES, SIZES, SPLIT, on_base
+from tests.support.families import BASES, SIZES, SPLIT, on_base, over_families
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=3, w_recent=6)
 SPECS = pytest.mark.parametrize("spec", [SPEC, SPLIT], ids=["layers", "KV heads"])
+OVER_FAMILIES = over_families(SPEC)
 
 
 def left_padded(lengths):
@@ -21,10 +22,18 @@ def left_padded(lengths):
     return torch.randint(2, 96, (len(lengths), width)) * mask, mask
 
 
-@SPECS
-@pytest.mark.parametrize("lengths", [[12, 12], [1, 2, 3, 9, 20]])
-def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, spec, lengths):
+@OVER_FAMILIES
+def test_left_padded_decoding_equals_recomputation_token_for_token(base_config, spec):
     """Rows shorter than the sinks, than the window, and than both."""
+    check_decoding(base_config, spec, [1, 2, 3, 9, 20])
+
+
+@SPECS
+def test_rows_of_one_length_are_decoded_as_recomputed(core_config, spec):
+    check_decoding(core_config, spec, [12, 12])
+
+
+def check_decoding(base_config, spec, lengths):
     model = build_hybrid(base_config, on_base(base_config, spec)).eval()
     ids, mask = left_padded(lengths)
     settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)

@@ -15,7 +15,7 @@ from lt_train.hybrid.reference import reference_streaming_attention
 from lt_train.hybrid.sequence_parallel import Shards
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from tests.support.dense_flash import DenseFlash
-from tests.support.families import BASES, on_base
+from tests.support.families import BASES, SPLIT, on_base
 from tests.support.streaming_cases import CASES, Case, documents_of, tensors_of
 
 SPEC = HybridSpec(4, (0, 1, 3), w_sink=0, w_recent=6, learned_sinks=True)
@@ -94,8 +94,8 @@ def left_padded(lengths):
     return torch.randint(2, 96, (len(lengths), width)) * mask, mask
 
 
-def test_left_padded_decoding_equals_recomputation_token_for_token(base_config):
-    model = hybrid(base_config)
+def test_left_padded_decoding_equals_recomputation_token_for_token(core_config):
+    model = hybrid(core_config)
     ids, mask = left_padded([1, 2, 3, 12, 20])
     settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     cached = model.generate(ids, **settings)
@@ -135,10 +135,10 @@ def test_logits_of_minus_infinity_are_a_plain_window_and_others_are_not():
 
 
 @torch.no_grad()
-def test_with_full_attention_switched_on_it_is_the_base_to_the_last_bit(base_config, tmp_path):
-    stock = AutoModelForCausalLM.from_config(base_config).eval()
+def test_with_full_attention_switched_on_it_is_the_base_to_the_last_bit(core_config, tmp_path):
+    stock = AutoModelForCausalLM.from_config(core_config).eval()
     stock.save_pretrained(tmp_path)
-    spec = on_base(base_config, SPEC)
+    spec = on_base(core_config, SPEC)
     model = load_hybrid(tmp_path, spec)
     ids = torch.randint(2, 96, (2, spec.sliding_window - 1 if spec.sliding_layers else 40))
     with model.full_attention():
@@ -172,8 +172,35 @@ def test_two_kinds_of_sinks_are_refused():
         HybridSpec(4, (1,), w_sink=4, learned_sinks=True)
 
 
-def test_shards_of_a_sequence_are_refused():
-    model = hybrid(BASES["qwen3"]).train()
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (SPEC, r"learned_sinks: each layer of the base has some, which stay\. Fix: set hybrid\.sink to tokens"),
+        (SPLIT, r"split_layers: each query head of the base has a learned sink, .* Fix: let entire layers stream"),
+    ],
+)
+def test_a_base_with_learned_sinks_has_no_others_and_no_split_layers(spec, reason):
+    with pytest.raises(HybridError, match=reason):
+        build_hybrid(BASES["gpt_oss"], on_base(BASES["gpt_oss"], spec))
+
+
+@torch.no_grad()
+def test_the_sinks_of_a_base_are_seen_by_layers_that_are_full_stream_and_slide():
+    model, ids = hybrid(BASES["gpt_oss"], dataclasses.replace(SPEC, learned_sinks=False, w_sink=2)), torch.randint(2, 96, (1, 30))
+    before = model(ids, use_cache=False).logits
+    kinds = [(0, model.spec.sliding_layers), (1, model.spec.lazy_layers), (2, model.spec.full_in_base)]
+    for layer, of_its_kind in kinds:
+        sinks, kept = model.model.layers[layer].self_attn.sinks, model.model.layers[layer].self_attn.sinks.clone()
+        assert layer in of_its_kind
+        sinks.fill_(9.0)
+        assert (model(ids, use_cache=False).logits - before).abs().max() > 1e-3
+        sinks.copy_(kept)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_shards_of_a_sequence_are_refused(family):
+    spec = SPEC if family == "qwen3" else dataclasses.replace(SPEC, learned_sinks=False)
+    model = hybrid(BASES[family], spec).train()
     model.shard_sequences(Shards(lambda *args, **kwargs: None, index=0, degree=2))
     with pytest.raises(HybridError, match=r"learned_sinks: .* Fix: train without sequence parallelism"):
         model(torch.ones(1, 8, dtype=torch.long), position_ids=torch.arange(8)[None])

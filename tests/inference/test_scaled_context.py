@@ -19,7 +19,7 @@ from tests.support.families import BASES
 SCALED = RopeScaling(rope_type="yarn", factor=4.0)
 
 
-@pytest.fixture(params=sorted(BASES.keys() - {"phi3", "olmo3"}))
+@pytest.fixture(params=sorted(BASES.keys() - {"phi3", "olmo3", "gpt_oss"}))
 def base(request, tmp_path):
     config = deepcopy(BASES[request.param])
     config.max_position_embeddings = 64
@@ -61,3 +61,5 @@ def test_a_family_that_knows_no_such_scaling_is_refused():
         with_rope_scaling(BASES["phi3"], SCALED)
     with pytest.raises(UserError, match=r"model\.rope_scaling: yarn: olmo3 has rotary embeddings for each type of layer"):
         with_rope_scaling(BASES["olmo3"], SCALED)
+    with pytest.raises(UserError, match=r"model\.rope_scaling: yarn: gpt_oss is scaled by yarn already, to 8,192 tokens"):
+        with_rope_scaling(BASES["gpt_oss"], SCALED)

@@ -16,7 +16,7 @@ from lt_train.inference.kv_store import PAGE, KVStore, RingLayer, kv_sizes
 from lt_train.inference.per_prompt_store import PerPrompt
 from lt_train.inference.requests import Request, Sampling
 from lt_train.runtime.errors import UserError
-from tests.support.families import SIZES
+from tests.support.families import BASES, SIZES
 from tests.support.tiny_exports import tiny_tokenizer
 
 TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
@@ -91,3 +91,6 @@ def test_a_draft_streams_in_full_layers_alone_and_fits_into_the_smaller_window()
 def test_prompts_that_choose_their_layers_are_refused():
     with pytest.raises(UserError, match=r"per_prompt: layers \[0, 3\] of this base see 11 tokens from the start"):
         PerPrompt(2, 8).check(hybrid_of(11))
+    full = type(BASES["gpt_oss"])(**BASES["gpt_oss"].to_dict() | {"layer_types": ["full_attention"] * 4, "sliding_window": None})
+    with pytest.raises(UserError, match=r"per_prompt: each layer of this base has learned sinks"):
+        PerPrompt(2, 8).check(build_hybrid(full, base_spec(full.to_dict())))

@@ -27,6 +27,7 @@ MODELS = {  # folder in tests/support/configs, whose source.txt is the address o
     "glm4": "glm-z1-9b-0414",
     "phi3": "phi-4-reasoning",
     "qwen3_moe": "qwen3-30b-a3b",
+    "gpt_oss": "gpt-oss-20b",
 }
 
 
@@ -52,6 +53,12 @@ PARAMETERS = {
     "phi3": dense(100352, 5120, 40, 5120, 1280, 17920, tied=False, norms=2 * 5120),
     # 128 experts of three matrices, and a router
     "qwen3_moe": dense(151936, 2048, 48, 4096, 512, 128 * 768, tied=False, norms=2 * 2048 + 2 * 128 + 128 * 2048),
+    "gpt_oss": dense(
+        *(201088, 2880, 24, 4096, 512, 32 * 2880),
+        tied=False,
+        biases=4096 + 2 * 512 + 2880 + 32 * 3 * 2880 + 32,  # q, k and v, o, experts, router
+        norms=2 * 2880 + 64 + 32 * 2880,  # and learned sinks, and a router
+    ),
 }
 BILLIONS = {  # as the models' own pages round them
     "qwen2": 32.8,
@@ -66,6 +73,7 @@ BILLIONS = {  # as the models' own pages round them
     "glm4": 9.4,
     "phi3": 14.7,
     "qwen3_moe": 30.5,
+    "gpt_oss": 20.9,
 }
 KV = {  # bytes of a token in bf16: key and value of each layer, of 2 bytes each
     "qwen2": 64 * 2 * 8 * 128 * 2,
@@ -80,11 +88,12 @@ KV = {  # bytes of a token in bf16: key and value of each layer, of 2 bytes each
     "glm4": 40 * 2 * 2 * 128 * 2,
     "phi3": 40 * 2 * 10 * 128 * 2,
     "qwen3_moe": 48 * 2 * 4 * 128 * 2,
+    "gpt_oss": 24 * 2 * 8 * 64 * 2,  # until 12 of them reach their window
 }
 
 
-SLIDING = {"olmo3": 24}
-"""Layers with a window of 4,096 tokens."""
+SLIDING = {"olmo3": (24, 4096), "gpt_oss": (12, 128)}
+"""Layers with a window in the base, and its tokens."""
 
 
 def test_every_family_has_a_published_model_here():
@@ -107,7 +116,7 @@ def test_the_kv_cache_is_that_counted_by_hand_and_streaming_layers_hold_their_wi
     full, layers = base.full_in_base, config.num_hidden_layers
     spec = replace(base, lazy_layers=full[: len(full) // 2])
     held = [kv_bytes(config.to_dict(), each, 32_768, torch.bfloat16.itemsize) for each in (spec.all_full, spec)]
-    sliding = SLIDING.get(family, 0) * 4096
-    assert len(full) == layers - SLIDING.get(family, 0)
-    tokens = [len(full) * 32_768 + sliding, len(full) // 2 * (32_768 + 1024) + sliding]
+    slide, window = SLIDING.get(family, (0, 0))
+    assert len(full) == layers - slide
+    tokens = [len(full) * 32_768 + slide * window, len(full) // 2 * (32_768 + 1024) + slide * window]
     assert held == [each * KV[family] // layers for each in tokens]

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 from torch import nn
 from transformers import (
     Glm4Config,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     LlamaConfig,
@@ -64,6 +66,21 @@ BASES = {
     "glm4": Glm4Config(**SIZES, head_dim=16),  # half of each head has rotary embedding
     "phi3": Phi3Config(**SIZES),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "gpt_oss": GptOssConfig(  # layer 0 slides
+        **SIZES,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", *["full_attention"] * 3],
+        sliding_window=11,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "truncate": False,
+            "original_max_position_embeddings": 1024,
+        },
+    ),
 }
 
 HELIUM = HeliumConfig(**SIZES, head_dim=12)
@@ -74,6 +91,12 @@ MINIMAX = MiniMaxM2Config(**{**SIZES, "intermediate_size": 32}, head_dim=16, num
 
 FAMILIES = (*BASES, "helium")
 """What the table of tests runs over."""
+
+CORE = ("qwen3", "olmo3", "qwen3_moe")
+"""What a test runs over where a family changes the class and not what is tested: dense, with sliding layers, with experts."""
+
+WITH_SINKS = ("gpt_oss",)
+"""Families whose bases have learned sinks: hybrids of them have no others, and no split layers."""
 
 
 def base_of(family: str) -> PreTrainedConfig:
@@ -88,6 +111,13 @@ def base_of(family: str) -> PreTrainedConfig:
 
 WITH_LAYER_TYPES = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
 """Families of which a stock class has a window in some layers."""
+
+
+def over_families(spec: HybridSpec) -> pytest.MarkDecorator:
+    """`base_config` and `spec` of a test: every family by layers, as in `spec`, and CORE by KV heads."""
+    cases = [pytest.param(family, spec, id=f"{family}-layers") for family in FAMILIES]
+    cases += [pytest.param(family, SPLIT, id=f"{family}-KV heads") for family in CORE]
+    return pytest.mark.parametrize(("base_config", "spec"), cases, indirect=["base_config"])
 
 
 def attention_linears(model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from lt_train.recipe.schema import Lora
 from lt_train.training import trainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 from tests.support import tiny_training
-from tests.support.families import FAMILIES, attention_linears, base_of, on_base
+from tests.support.families import FAMILIES, WITH_SINKS, attention_linears, base_of, on_base
 from tests.support.tiny_training import tiny_examples, tiny_recipe, tiny_tokenizer
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
@@ -49,7 +49,8 @@ def test_lazy_projections_are_all_linear_modules_of_attention_in_streaming_layer
     trained = {
         name.removesuffix(".weight").removesuffix(".bias") for name, weight in hybrid.named_parameters() if weight.requires_grad
     }
-    assert trained == {f"model.layers.{layer}.self_attn.{name}" for layer in (1, 3) for name in attention_linears(hybrid)}
+    names = attention_linears(hybrid) + (["sinks"] if family in WITH_SINKS else [])
+    assert trained == {f"model.layers.{layer}.self_attn.{name}" for layer in (1, 3) for name in names}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
