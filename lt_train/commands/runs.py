@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lt_train.commands.options import Overrides, RecipePath, RunsRoot
-from lt_train.runtime.errors import UserError, shortened
+from lt_train.runtime.errors import UserError
 from lt_train.runtime.interruption import resuming
 from lt_train.runtime.processes import end_with, silence, this_process
 from lt_train.runtime.upstream import quiet_upstream
@@ -88,36 +88,56 @@ def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pat
 
 @resuming()
 def compare(
-    recipe: RecipePath,
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe, or a folder of them; its part `grid` has the defaults.", show_default=False
+        ),
+    ],
     overrides: Overrides = None,
     strategies: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--strategies",
             metavar="NAMES",
             help="How layers are chosen, with commas between; also per_prompt, and full: full attention, trained alike.",
+            show_default=False,
         ),
-    ] = "reach,lazy_ratio,periodic,random",
+    ] = None,
     ratios: Annotated[
-        str, typer.Option("--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.")
-    ] = "0.5,0.75",
+        str | None,
+        typer.Option(
+            "--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.", show_default=False
+        ),
+    ] = None,
     granularities: Annotated[
-        str, typer.Option("--granularities", metavar="NAMES", help="layer, kv_head (by gates), or both with a comma between.")
-    ] = "layer",
-    quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples.")] = False,
+        str | None,
+        typer.Option(
+            "--granularities",
+            metavar="NAMES",
+            help="layer, kv_head (by gates), or both with a comma between.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", metavar="NUMBERS", help="Repeat everything with each of these, with commas between.", show_default=False
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples, with one seed.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
     """Run a recipe with what streams chosen in several ways, and write tables and a picture; finished runs are not run again."""
-    named, kinds = (tuple(filter(None, map(str.strip, names.split(",")))) for names in (strategies, granularities))
-    try:
-        fractions = tuple(float(ratio) for ratio in ratios.split(","))
-    except ValueError as error:
-        raise UserError(f"--ratios: {shortened(ratios)}: not numbers with commas between. Fix: write 0.5,0.75") from error
+    named = {"strategies": strategies, "ratios": ratios, "granularities": granularities, "seeds": seeds}
+    grid = [f"grid.{setting}=[{values}]" for setting, values in named.items() if values is not None]
     quiet_upstream()
-    from lt_train.pipeline.comparison import Grid, compare
+    from lt_train.pipeline.comparison import compare
+    from lt_train.recipe.shipped import find_recipes
 
-    out = compare(recipe, overrides or (), Grid(named, fractions, quick, kinds), runs, this_process())
-    typer.echo(f"comparison: {out / 'comparison.html'}")
+    for path in find_recipes(recipe):
+        out = compare(path, [*(overrides or ()), *grid], quick, runs, this_process())
+        typer.echo(f"comparison: {out / 'comparison.html'}")
 
 
 def probe(

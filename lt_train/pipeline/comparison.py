@@ -1,13 +1,17 @@
 """`lt-train compare`: one recipe with what streams chosen in several ways, at several ratios, and what they show together.
 
 Every cell is a run of its own, with its own folder: a killed comparison resumes, and a finished cell is not run again. The layers
-are scored once, in the run that also evaluates the base; the cells name what streams.
+are scored once for each seed, in the run that also evaluates the base; the cells name what streams.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.context_length import context_length
@@ -17,17 +21,15 @@ from lt_train.inference.loading import load_base_config
 from lt_train.pipeline.run import work
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.schema import PER_PROMPT, Eval, Recipe
-from lt_train.report.comparison import FULL, Cell, Comparison, write_comparison
+from lt_train.recipe.schema import FULL, PER_PROMPT, Eval, Grid, Recipe
+from lt_train.report.comparison import write_comparison
+from lt_train.report.comparison_cells import Cell, Comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import number_by_ratio, unscored_layers
 from lt_train.selection.profile import SCORED, LayerProfile
 
-STRATEGIES = ("reach", "lazy_ratio", "periodic", "random")
-RATIOS = (0.5, 0.75)
-GRANULARITIES = ("layer", "kv_head")
 QUICK_SAMPLES, QUICK_LIMIT = 12, 64
 """Of `--quick`: calibration samples, and problems or samples of an evaluation, at most."""
 
@@ -35,55 +37,58 @@ UNTRAINED = ("train=null", "lora=null", "sample=null")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is compared: every strategy at every ratio of streaming layers.
+class Task:
+    """One seed's comparison.
 
-    Args:
-        strategies: of the recipe; per_prompt, where prompts choose; full, the model with full attention, trained alike.
-        quick: nothing is trained, and the samples are few.
-        granularities: layer: by `strategies`. kv_head: by gates alone, as many KV heads as have the layers' KV cache; `quick` has
-            them at the largest ratio, where they gain most.
+    Attributes:
+        overrides: of the recipe file, for all its cells.
+        recipe: with these.
+        quick: nothing is trained, and the samples are few; KV heads stand at the largest ratio alone, where they gain most.
     """
 
-    strategies: tuple[str, ...] = STRATEGIES
-    ratios: tuple[float, ...] = RATIOS
-    quick: bool = False
-    granularities: tuple[str, ...] = ("layer",)
+    path: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    grid: Grid
+    quick: bool
+    runs: Path
+    process: Process
 
-    def __post_init__(self) -> None:
-        """
-        Raises:
-            UserError: a strategy that is none, or nothing to compare.
-        """
-        known = (*SCORED, "periodic", "random", PER_PROMPT, FULL)
-        unknown = [name for name in self.strategies if name not in known]
-        if unknown:
-            raise UserError(f"--strategies: {unknown[0]}: no strategy. Fix: use {', '.join(known)}")
-        if unknown := [name for name in self.granularities if name not in GRANULARITIES]:
-            raise UserError(f"--granularities: {unknown[0]}: no granularity. Fix: use {' or '.join(GRANULARITIES)}, or both")
-        if FULL in self.strategies and not self.by_head and not {*self.static} - {PER_PROMPT}:
-            raise UserError(f"--strategies: {FULL}: no hybrid that it is trained as. Fix: name a strategy beside it, such as reach")
-        if not self.strategies or not self.ratios or not self.granularities:
-            raise UserError("compare: no strategy or no ratio is named. Fix: name some, such as --strategies reach,periodic")
+    def load(self, changes: Sequence[str]) -> Recipe:
+        """The recipe of a run, which has no grid."""
+        return load_recipe(self.path, [*self.overrides, "grid=null", *changes])
+
+    def work(self, changes: Sequence[str]) -> Path:
+        return work(self.load(changes), "eval", self.runs, self.process)
 
     @property
-    def static(self) -> list[str]:
-        """The strategies that choose layers, and those that leave the choice to prompts."""
-        return [strategy for strategy in self.strategies if strategy != FULL]
+    def trains(self) -> bool:
+        return self.recipe.train is not None
 
     @property
     def scored(self) -> list[str]:
         """The strategies that look at the model."""
-        wanted = {*(self.strategies if "layer" in self.granularities else ()), *(["gates"] if self.by_head else [])}
+        wanted = {*(self.grid.strategies if "layer" in self.grid.granularities else ()), *(["gates"] if self.grid.by_head else [])}
         return [strategy for strategy in SCORED if strategy in wanted]
 
+    @cached_property
+    def base_config(self) -> dict[str, Any]:
+        return load_base_config(self.recipe.model).to_dict()
+
     @property
-    def by_head(self) -> bool:
-        return "kv_head" in self.granularities
+    def base(self) -> HybridSpec:
+        """Nothing streams but what slides in the base."""
+        return base_spec(self.base_config, self.recipe.hybrid.w_sink, self.recipe.hybrid.w_recent)
+
+    @property
+    def kv_heads(self) -> int:
+        return kv_heads(self.base_config)
 
 
-def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, process: Process) -> Path:
-    """Do what is missing of every cell, and write the tables and the picture; returns their folder.
+def compare(recipe: Path, overrides: Sequence[str], quick: bool, runs: Path, process: Process) -> Path:
+    """Do what is missing of every cell, write the tables and the picture, and print what they show; returns their folder.
+
+    With several seeds each has a comparison of its own, `<name>-seed<N>`, and the one that is returned shows them together.
 
     Raises:
         UserError: the recipe evaluates nothing, lets prompts choose, or cannot be used; a ratio that the model cannot have.
@@ -91,47 +96,72 @@ def compare(recipe: Path, overrides: Sequence[str], grid: Grid, runs: Path, proc
     if process.count > 1:
         raise UserError(f"lt-train compare: runs in one process, not in {process.count}. Fix: start it without a launcher")
     given = load_recipe(recipe, overrides)
-    _check(given)
-    if PER_PROMPT in grid.strategies:
-        _check_generates(given)
-    if FULL in grid.strategies and (given.train is None or grid.quick or given.hybrid.sink == "learned"):
-        raise UserError(f"--strategies: {FULL}: nothing is trained, or learned sinks are. Fix: leave it out; the base is measured")
-    if grid.by_head and given.hybrid.sink == "learned":
-        raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
-    common = [*overrides, *(_quick_overrides(given) if grid.quick else [])]
-    base_config = load_base_config(given.model)
-    unturned = base_spec(base_config.to_dict(), given.hybrid.w_sink, given.hybrid.w_recent)
-    of = len(unturned.full_in_base)
-    counts = sorted({number_by_ratio(ratio, of) for ratio in grid.ratios})
-    base = load_recipe(recipe, [*common, *_base_overrides(given, grid)])
-    base_folder = work(base, "eval", runs, process)
-    profile = LayerProfile.load(path) if (path := RunPaths(base_folder).layer_profile).exists() else None
+    grid, name = given.grid or Grid(), f"{given.name}-quick" if quick else given.name
+    _check(given, grid, quick)
+    common = (*overrides, *(_quick_overrides(given) if quick else []), f"name={name}")
+    seeds = () if quick else tuple((f"seed={seed}", f"name={name}-seed{seed}") for seed in grid.seeds)
+    comparisons = []
+    for seed in seeds or ((),):
+        changes = (*common, *seed)
+        comparisons.append(_compare(Task(recipe, changes, load_recipe(recipe, changes), grid, quick, runs, process)))
+        if seed:
+            write_comparison(comparisons[-1:], comparisons[-1].name, runs / f"{comparisons[-1].name}-comparison")
+    parts = write_comparison(comparisons, name, out := runs / f"{name}-comparison")
+    for part in parts:
+        Console().print("\n".join([f"{part.evaluation}: {part.subject}", *part.findings]), markup=False, highlight=False)
+    return out
+
+
+def _compare(task: Task) -> Comparison:
+    """Do what is missing of every cell with one seed."""
+    base_run = task.work(_base_overrides(task))
+    profile = LayerProfile.load(path) if (path := RunPaths(base_run).layer_profile).exists() else None
     cells: list[Cell] = []
+    for cell in _cells(task, profile):
+        same = next((known for known in cells if _are_one_run(task, known, cell)), None)
+        cells.append(replace(cell, run=same.run) if same else cell)
+        if same is None:
+            task.work(_cell_overrides(task, cell))
+    return Comparison(task.recipe.name, base_run, tuple(cells), profile)
+
+
+def _cells(task: Task, profile: LayerProfile | None) -> Iterator[Cell]:
+    """Every cell with the run that it has where no other cell has the same."""
+    name, of = f"{task.runs / task.recipe.name}", len(task.base.full_in_base)
+    counts = sorted({number_by_ratio(ratio, of) for ratio in task.grid.ratios})
     for count in counts:
-        for strategy in grid.static if "layer" in grid.granularities else ():
-            layers = _chosen(strategy, count, unturned, given.seed, profile)
-            spec = replace(unturned, lazy_layers=layers)
-            same = next((cell for cell in cells if layers and cell.spec == spec), None)
-            folder = same.run if same else runs / f"{given.name}-{strategy}-{count}of{of}"
-            cells.append(Cell(strategy, spec, count, folder))
-        if grid.by_head and (not grid.quick or count == counts[-1]):
-            cells.append(_cell_by_head(given, count, unturned, kv_heads(base_config.to_dict()), profile, runs))
-        if FULL in grid.strategies:
-            alike = next(cell for cell in cells if cell.num_streaming == count and cell.spec.streams)
-            folder = runs / f"{given.name}-full-as-{count}of{of}"
-            cells.append(Cell(FULL, alike.spec.all_full, count, folder, trained_as=alike.spec))
-    for folder in dict.fromkeys(cell.run for cell in cells):
-        cell = next(cell for cell in cells if cell.run == folder)
-        by_prompt = cell.strategy == PER_PROMPT
-        changes = _by_prompt(load_recipe(recipe, common), cell) if by_prompt else _cell_overrides(given, grid, cell, profile)
-        if cell.strategy == FULL:  # a window as long as the context hides nothing
-            context = context_length(base_config.to_dict())
-            changes += [f"hybrid.w_recent={context}", *_variants(given, [TRAINED])]
-        work(load_recipe(recipe, [*common, *changes]), "eval", runs, process)
-    return write_comparison(Comparison(given.name, base_folder, tuple(cells), profile), runs / f"{given.name}-comparison")
+        alike = []
+        for strategy in task.grid.choosing if "layer" in task.grid.granularities else ():
+            layers = _chosen(strategy, count, task.base, task.recipe.seed, profile)
+            alike.append(Cell(strategy, replace(task.base, lazy_layers=layers), count, Path(f"{name}-{strategy}-{count}of{of}")))
+        if task.grid.by_head and (not task.quick or count == counts[-1]):
+            assert profile is not None, "the base's run scores by gates"
+            heads, hybrid = count * task.kv_heads, task.recipe.hybrid
+            streaming_L = profile.choose_heads(heads)
+            spec = HybridSpec.from_streaming_heads(streaming_L, task.kv_heads, hybrid.w_sink, hybrid.w_recent).on(task.base)
+            alike.append(Cell("gates", spec, count, Path(f"{name}-gates-{heads}of{of * task.kv_heads}heads"), by_head=True))
+        yield from alike
+        if FULL in task.grid.strategies and not task.quick:
+            spec = next(cell.spec for cell in alike if cell.spec.streams)
+            yield Cell(FULL, spec.all_full, count, Path(f"{name}-full-as-{count}of{of}"), trained_as=spec)
 
 
-def _check(recipe: Recipe) -> None:
+def _are_one_run(task: Task, first: Cell, second: Cell) -> bool:
+    """Whether the same streams, or the same is trained with full attention."""
+    if FULL in (first.strategy, second.strategy):
+        return first.strategy == second.strategy and (_trains_any_alike(task.recipe) or first.trained_as == second.trained_as)
+    return first.spec.streams and first.spec == second.spec
+
+
+def _trains_any_alike(recipe: Recipe) -> bool:
+    """Whether the training of full attention is the same whichever layers stream in the hybrid."""
+    train = recipe.train
+    if train is None or train.restore_query_key or train.distill.hidden_weight:
+        return False
+    return train.parameters == "all" and (recipe.lora is None or recipe.lora.layers == "all")
+
+
+def _check(recipe: Recipe, grid: Grid, quick: bool) -> None:
     if not recipe.eval:
         raise UserError("eval: empty, so there is nothing to compare. Fix: add evaluations, such as {benchmark: heldout_loss}")
     if recipe.hybrid.select != "static":
@@ -139,6 +169,13 @@ def _check(recipe: Recipe) -> None:
     for name in ("kv_budget", "max_rise"):
         if getattr(recipe.hybrid, name) is not None:
             raise UserError(f"hybrid.{name}: compare sets how many layers stream. Fix: set it to null, and use --ratios")
+    if PER_PROMPT in grid.strategies:
+        _check_generates(recipe)
+    learned = recipe.hybrid.sink == "learned"
+    if FULL in grid.strategies and (recipe.train is None or learned) and not quick:
+        raise UserError(f"--strategies: {FULL}: nothing is trained, or learned sinks are. Fix: leave it out; the base is measured")
+    if grid.by_head and learned:
+        raise UserError("hybrid.sink: learned: single KV heads have no learned sinks. Fix: add --granularities layer")
 
 
 def _check_generates(recipe: Recipe) -> None:
@@ -164,39 +201,31 @@ def _quick_overrides(recipe: Recipe) -> list[str]:
     return [*UNTRAINED, f"hybrid.calibration.samples={samples}", *limits]
 
 
-def _base_overrides(recipe: Recipe, grid: Grid) -> list[str]:
+def _base_overrides(task: Task) -> list[str]:
     """The run that scores the layers by every strategy that looks at the model, and evaluates the base."""
-    first, *others = grid.scored or ["periodic"]
+    first, *others = task.scored or ["periodic"]
     return [
-        f"name={recipe.name}-base",
+        f"name={task.recipe.name}-base",
         *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"),
         *(f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
-        f"hybrid.lazy_layer_ratio={grid.ratios[0]}",
+        f"hybrid.lazy_layer_ratio={task.grid.ratios[0]}",
         *UNTRAINED,
-        *_variants(recipe, [BASE]),
+        *_variants(task.recipe, [BASE]),
     ]
 
 
-def _cell_by_head(recipe: Recipe, count: int, base: HybridSpec, kv_heads: int, profile: LayerProfile | None, runs: Path) -> Cell:
-    """With the KV heads that have the KV cache of `count` layers."""
-    assert profile is not None, "the base's run scores by gates"
-    heads_L, hybrid = profile.choose_heads(count * kv_heads), recipe.hybrid
-    spec = HybridSpec.from_streaming_heads(heads_L, kv_heads, hybrid.w_sink, hybrid.w_recent).on(base)
-    folder = runs / f"{recipe.name}-gates-{count * kv_heads}of{len(spec.full_in_base) * kv_heads}heads"
-    return Cell("gates", spec, count, folder, by_head=True)
-
-
-def _cell_overrides(recipe: Recipe, grid: Grid, cell: Cell, profile: LayerProfile | None) -> list[str]:
-    trains, spec = recipe.train is not None and not grid.quick, cell.trained_as or cell.spec
+def _cell_overrides(task: Task, cell: Cell) -> list[str]:
+    if cell.strategy == PER_PROMPT:
+        return _by_prompt(task.recipe, cell)
+    spec, recipe = cell.trained_as or cell.spec, task.recipe
     chosen = [f"hybrid.layers={list(spec.lazy_layers)}", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"]
-    if spec.split_layers and profile is not None:
-        heads_L = [list(heads) for heads in spec.streaming_heads(profile.kv_heads)]
+    if spec.split_layers:
+        heads_L = [list(heads) for heads in spec.streaming_heads(task.kv_heads)]
         chosen = ["hybrid.layers=null", f"hybrid.streaming_kv_heads={heads_L}", "hybrid.granularity=kv_head"]
-    return [
-        f"name={cell.run.name}",
-        *(*chosen, "hybrid.strategy=null", "hybrid.compare=[]", "hybrid.lazy_layer_ratio=null"),
-        *_variants(recipe, [CONVERTED, TRAINED] if trains else [CONVERTED]),
-    ]
+    changes = [f"name={cell.run.name}", *chosen, "hybrid.strategy=null", "hybrid.compare=[]", "hybrid.lazy_layer_ratio=null"]
+    if cell.strategy == FULL:  # a window as long as the context hides nothing
+        return [*changes, f"hybrid.w_recent={context_length(task.base_config)}", *_variants(recipe, [TRAINED])]
+    return [*changes, *_variants(recipe, [CONVERTED, TRAINED] if task.trains else [CONVERTED])]
 
 
 def _by_prompt(recipe: Recipe, cell: Cell) -> list[str]:

@@ -249,6 +249,39 @@ class Hybrid(Part):
             yield Fault(("granularity", "sink"), "layers of which some KV heads stream have no learned sinks", fix)
 
 
+FULL: Final = "full"
+"""Stands for a strategy in a grid: full attention in every layer, with what a hybrid trains trained alike."""
+
+
+class Grid(Part):
+    """What `lt-train compare` measures side by side: every strategy at every ratio. Its options override this part, and nothing
+    else reads it."""
+
+    strategies: Annotated[list[Literal[Strategy, "per_prompt", "full"]], EachOnce] = Field(
+        default=["reach", "lazy_ratio", "periodic", "random"], min_length=1
+    )
+    """How layers are chosen. per_prompt: by each prompt. full: full attention in every layer, trained alike."""
+    ratios: Annotated[list[Fraction], EachOnce] = Field(default=[0.5, 0.75], min_length=1)
+    """Fractions of layers that stream."""
+    granularities: Annotated[list[Literal["layer", "kv_head"]], EachOnce] = Field(default=["layer"], min_length=1)
+    """layer: by `strategies`. kv_head: by gates alone, as many KV heads as have the layers' KV cache."""
+    seeds: Annotated[list[Seed], EachOnce] = Field(default=[])
+    """Seeds to repeat everything with, each in runs of its own. []: once, with the recipe's seed."""
+
+    @property
+    def by_head(self) -> bool:
+        return "kv_head" in self.granularities
+
+    @property
+    def choosing(self) -> list[str]:
+        """The strategies that choose layers, and those that leave the choice to prompts."""
+        return [strategy for strategy in self.strategies if strategy != FULL]
+
+    def conflicts(self) -> Iterator[Fault]:
+        if FULL in self.strategies and not self.by_head and not {*self.choosing} - {PER_PROMPT}:
+            yield Fault(("strategies",), f"{FULL}: no hybrid that it is trained as", "name a strategy beside it, such as reach")
+
+
 class Data(Part):
     """The traces to train on."""
 
@@ -557,6 +590,8 @@ class Recipe(Part):
     """Answers that `lt-train sample` draws as training data for another recipe."""
     track: Track = Field(default=Track(), json_schema_extra=MAY_CHANGE)
     export: Export = Field(default=Export(), json_schema_extra=MAY_CHANGE)
+    grid: Grid | None = Field(default=None, json_schema_extra=ADDED | MAY_CHANGE)
+    """null: the defaults of this part."""
 
     @model_validator(mode="before")
     @classmethod

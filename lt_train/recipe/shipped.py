@@ -25,16 +25,21 @@ def shipped_recipes() -> list[Path]:
     Raises:
         UserError: the installation lacks them.
     """
+    folder = _folder()
+    return [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+
+
+def _folder() -> Path:
     repository = Path(__file__).parents[2] / "recipes"
     if (repository / "quickstart.yaml").is_file():
-        return sorted(repository.glob("*.yaml"))
+        return repository
     try:
         installed = [file for file in files("lt-train") or () if str(file).endswith(INSTALLED)]
     except PackageNotFoundError:
         installed = []
     if not installed:
         raise UserError("RECIPE: this installation of lt_train holds no recipes. Fix: install it again, or name a recipe file")
-    return sorted(Path(str(installed[0].locate())).resolve().parent.glob("*.yaml"))
+    return Path(str(installed[0].locate())).resolve().parent
 
 
 def find_recipe(name: Path) -> Path:
@@ -52,6 +57,20 @@ def find_recipe(name: Path) -> Path:
             "Fix: name a recipe file, or one of these"
         )
     return shipped[str(name)]
+
+
+def find_recipes(name: Path) -> list[Path]:
+    """The recipes of the folder of this name, here or among the shipped recipes ("evidence"); or the one recipe.
+
+    Raises:
+        UserError: a folder without recipes.
+    """
+    folder = name if _exists(name) or name.suffix or len(name.parts) != 1 else _folder() / name
+    if not folder.is_dir():
+        return [name]
+    if not (found := sorted(folder.glob("*.yaml"))):
+        raise UserError(f"RECIPE: {shortened(str(name))}: a folder without recipes (*.yaml). Fix: name one that holds some")
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,12 @@ def read_header(recipe: Path) -> RecipeHeader:
 def locate_files(values: Any, recipe: Path) -> Any:
     """The values of a recipe, in which each relative path that the working directory lacks is taken from the recipe's folder.
 
-    A recipe in a folder `recipes` may also count from the folder above: there `data/` and `launch/` lie beside `recipes/`. The
-    DeepSpeed configurations that come with lt_train are found from anywhere, as `launch/zero3.json`.
+    A recipe in a folder `recipes`, or in a folder there, may also count from the one that holds `recipes`: there `data/` and
+    `launch/` lie beside it. The DeepSpeed configurations that come with lt_train are found from anywhere, as `launch/zero3.json`.
     """
     folder = recipe.absolute().parent
-    places = [folder, folder.parent] if folder.name == "recipes" else [folder]
+    above = [around.parent for around in (folder, folder.parent) if around.name == "recipes"]
+    places = [folder, *above]
 
     def located(setting: str, path: str) -> str:
         if _exists(Path(path)):

@@ -1,86 +1,28 @@
 """What the cells of a comparison show together: tables (Markdown, HTML), and the picture of quality against KV cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lt_train import __version__
-from lt_train.evaluation.scores import AnswerScores, LossScores, Scores, difference
+from lt_train.evaluation.scores import AnswerScores, LossScores, Scores
+from lt_train.evaluation.seeds import SeedMean, difference_over_seeds, mean_over_seeds
+from lt_train.evaluation.statistics import Interval
 from lt_train.hybrid.kv_size import KV_TOKENS
-from lt_train.hybrid.spec import HybridSpec
-from lt_train.recipe.evaluations import CONVERTED, TRAINED
-from lt_train.report.comparison_chart import Point, comparison_figure
-from lt_train.report.formatting import difference_from, problems_and_sampling
+from lt_train.report.comparison_cells import Comparison, Entry, entries_of, full_trained_alike, scores_of
+from lt_train.report.comparison_chart import comparison_figure
+from lt_train.report.formatting import problems_and_sampling
 from lt_train.report.page import asset
-from lt_train.report.results import BY_HEAD, Result, full_kv_bytes, read_results
-from lt_train.report.tables import interval_text, score_text, tendency
+from lt_train.report.results import Result, read_results
 from lt_train.runtime.drawing import PALETTE, to_svg, write_png
 from lt_train.runtime.files import write_text
 from lt_train.runtime.units import format_bytes
-from lt_train.selection.profile import LayerProfile
 
-FULL = "full"
-"""Stands for a strategy: full attention in every layer, with what a hybrid trains trained alike."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run whose layers or KV heads a strategy chose. Two cells in which the same streams share a run.
-
-    Attributes:
-        spec: what streams; nothing where each prompt chooses.
-        num_streaming: how many layers stream, or have the KV cache of the KV heads that do.
-        by_head: whether single KV heads were chosen.
-        trained_as: of full attention: the hybrid whose parameters are trained.
-    """
-
-    strategy: str
-    spec: HybridSpec
-    num_streaming: int
-    run: Path
-    by_head: bool = False
-    trained_as: HybridSpec | None = None
-
-    @property
-    def streaming(self) -> str:
-        return f"{self.num_streaming} of {len(self.spec.full_in_base)}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.strategy}{BY_HEAD if self.by_head else ''}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """
-    Attributes:
-        base: the run that scored the layers and evaluated the base.
-        profile: None where no strategy looked at the model.
-    """
-
-    name: str
-    base: Path
-    cells: tuple[Cell, ...]
-    profile: LayerProfile | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One strategy's hybrid under one evaluation."""
-
-    cell: Cell
-    result: Result
-
-    @property
-    def trained(self) -> bool:
-        return self.result.variant == TRAINED
-
-    @property
-    def state(self) -> str:
-        return "trained" if self.trained else "untrained"
+ALIKE = "full attention trained alike"
 
 
 @dataclass(frozen=True)
@@ -94,95 +36,185 @@ class Part:
     findings: tuple[str, ...]
     picture: str
     svg: str
+    num_seeds: int
 
 
-def write_comparison(comparison: Comparison, out: Path) -> Path:
-    """Write comparison.md, comparison.html and a picture for each evaluation into `out`; returns it.
+def write_comparison(comparisons: Sequence[Comparison], name: str, out: Path) -> list[Part]:
+    """Write comparison.md, comparison.html and a picture for each evaluation into `out`.
+
+    Args:
+        comparisons: one for each seed.
 
     Raises:
         UserError: a run has no scores, or a file of it is damaged.
     """
-    parts = [_part(comparison, base, out) for base in read_results(comparison.base)]
-    write_text(out / "comparison.md", _markdown(comparison.name, parts))
-    write_text(out / "comparison.html", _html(comparison.name, parts))
-    return out
+    bases: dict[str, list[Result]] = {}
+    for comparison in comparisons:
+        for result in read_results(comparison.base):
+            bases.setdefault(result.evaluation, []).append(result)
+    parts = [_part(comparisons, results, out) for results in bases.values() if len(results) == len(comparisons)]
+    write_text(out / "comparison.md", _markdown(name, parts))
+    write_text(out / "comparison.html", _html(name, parts))
+    return parts
 
 
-def _part(comparison: Comparison, base: Result, out: Path) -> Part:
-    entries = list(_entries(comparison.cells, base.evaluation))
-    predicts = comparison.profile is not None and "gates" in comparison.profile.strategies
-    unit = "accuracy, % ± SE" if isinstance(base.scores, AnswerScores) else "nats per token ± SE"
-    columns: tuple[str, ...] = ("streaming", "chosen by", "", unit, "95 %", "minus base [95 %]", f"KV at {KV_TOKENS // 1024}K")
-    rows: list[tuple[str, ...]] = [
-        ("none", "base", "", score_text(base.scores), interval_text(base.scores), "", format_bytes(base.kv_bytes))
-    ]
-    rows += [_row(entry, base.scores) for entry in entries]
-    if predicts and comparison.profile is not None:
-        columns += ("predicted rise on long-reach tokens",)
-        specs = [entry.cell.spec for entry in entries]
-        rises = [f"{comparison.profile.predicted_rise(spec):+.3f}" if spec.streams else "" for spec in specs]
-        rows = [(*row, rise) for row, rise in zip(rows, ["", *rises], strict=True)]
-    points = [
-        Point(entry.cell.strategy, entry.cell.num_streaming, entry.trained, entry.result, entry.cell.by_head) for entry in entries
-    ]
-    figure, picture = comparison_figure(base, points, unit.split(" ± ")[0]), f"{base.evaluation}.png"
-    write_png(figure, out / picture)
-    svg = to_svg(comparison_figure(base, points, unit.split(" ± ")[0]), f"{base.evaluation} against KV cache")
-    return Part(base.evaluation, _subject(base.scores), columns, tuple(rows), tuple(findings(entries)), picture, svg)
+def _part(comparisons: Sequence[Comparison], bases: Sequence[Result], out: Path) -> Part:
+    base, entries = bases[0], entries_of(comparisons, bases[0].evaluation)
+    table = Table(comparisons, scores_of(bases), entries)
+    picture, what = f"{base.evaluation}.png", table.unit
+    write_png(comparison_figure(bases, entries, what), out / picture)
+    svg = to_svg(comparison_figure(bases, entries, what), f"{base.evaluation} against KV cache")
+    return Part(
+        base.evaluation, table.subject, table.columns, tuple(table.rows(bases)), tuple(findings(entries)), picture, svg, len(bases)
+    )
 
 
-def _entries(cells: Sequence[Cell], evaluation: str) -> Iterator[Entry]:
-    """By training, then by the number of streaming layers, then in the order of the strategies."""
-    found = [Entry(cell, result) for cell in cells for result in _results(cell) if result.evaluation == evaluation]
-    order = (CONVERTED, TRAINED)
-    yield from sorted(found, key=lambda entry: (order.index(entry.result.variant), entry.cell.num_streaming))
+@dataclass(frozen=True)
+class Table:
+    """Texts of one evaluation's table: a row for the base and for each entry."""
 
+    comparisons: Sequence[Comparison]
+    base: Sequence[Scores]
+    entries: Sequence[Entry]
 
-def _results(cell: Cell) -> list[Result]:
-    """With full attention's KV cache where a window as long as the context hides nothing."""
-    results = read_results(cell.run)
-    if cell.trained_as is None:
-        return results
-    return [replace(result, kv_bytes=full_kv_bytes(cell.run), streaming="nothing streams") for result in results]
+    @property
+    def generated(self) -> bool:
+        return isinstance(self.base[0], AnswerScores)
 
+    @property
+    def unit(self) -> str:
+        return "accuracy, %" if self.generated else "nats per token"
 
-def _row(entry: Entry, base: Scores) -> tuple[str, ...]:
-    scores = entry.result.scores
-    apart, kv = difference_from(scores, base)[0], format_bytes(entry.result.kv_bytes)
-    return (entry.cell.streaming, entry.cell.name, entry.state, score_text(scores), interval_text(scores), apart, kv)
+    @property
+    def digits(self) -> int:
+        """Of a percentage; of a loss, of which that of a model sure of every token has more."""
+        return 1 if self.generated else 3 if self.base[0].mean.value >= 0.1 else 5
 
+    @property
+    def subject(self) -> str:
+        scores, repeated = self.base[0], ""
+        if len(self.base) > 1:
+            repeated = f"; mean over {len(self.base)} seeds"
+        if isinstance(scores, LossScores):
+            return f"{scores.samples:,} held-out samples, {scores.tokens:,} answer tokens{repeated}"
+        return f"{problems_and_sampling(scores)}; {scores.truncated_text}{repeated}"
 
-def _subject(scores: Scores) -> str:
-    if isinstance(scores, LossScores):
-        return f"{scores.samples:,} held-out samples, {scores.tokens:,} answer tokens"
-    return f"{problems_and_sampling(scores)}; {scores.truncated_text}"
+    @property
+    def shows_spread(self) -> bool:
+        return len(self.base) > 1
+
+    @property
+    def shows_alike(self) -> bool:
+        return any(full_trained_alike(entry, self.entries) for entry in self.entries)
+
+    @property
+    def shows_predicted(self) -> bool:
+        return any(comparison.predicts for comparison in self.comparisons)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (
+            *("streaming", "chosen by", "", f"{self.unit} ± SE"),
+            *(["SD between seeds"] if self.shows_spread else []),
+            *("95 %", "minus base [95 %]"),
+            *([f"minus {ALIKE} [95 %]"] if self.shows_alike else []),
+            f"KV at {KV_TOKENS // 1024}K",
+            *(["predicted rise on long-reach tokens"] if self.shows_predicted else []),
+        )
+
+    def rows(self, bases: Sequence[Result]) -> Iterator[tuple[str, ...]]:
+        yield self._row(("none", "base", ""), self.base, "", "", bases[0].kv_bytes, "")
+        for entry in self.entries:
+            alike = full_trained_alike(entry, self.entries)
+            yield self._row(
+                (entry.cell.streaming, entry.cell.name, entry.state),
+                entry.scores,
+                self._difference(entry.scores, self.base),
+                self._difference(entry.scores, alike.scores) if alike else "",
+                entry.result.kv_bytes,
+                self._predicted(entry),
+            )
+
+    def _row(
+        self, of: tuple[str, ...], scores: Sequence[Scores], minus_base: str, minus_alike: str, kv_bytes: int, predicted: str
+    ) -> tuple[str, ...]:
+        mean = mean_over_seeds(scores)
+        return (
+            *(*of, self._value(mean)),
+            *([self._number(mean.spread or 0.0)] if self.shows_spread else []),
+            *(self._interval(mean.interval), minus_base),
+            *([minus_alike] if self.shows_alike else []),
+            format_bytes(kv_bytes),
+            *([predicted] if self.shows_predicted else []),
+        )
+
+    def _number(self, value: float, sign: str = "") -> str:
+        return f"{100 * value if self.generated else value:{sign}.{self.digits}f}"
+
+    def _value(self, mean: SeedMean) -> str:
+        certain = mean.standard_error is None or (self.generated and mean.standard_error == 0)
+        return self._number(mean.value) + ("" if certain else f" ± {self._number(mean.standard_error or 0.0)}")
+
+    def _interval(self, span: Interval | None) -> str:
+        return "–" if span is None else f"{self._number(span.low)} to {self._number(span.high)}"
+
+    def _difference(self, first: Sequence[Scores], second: Sequence[Scores]) -> str:
+        """Where an evaluation was changed between the two, there is none."""
+        try:
+            found = difference_over_seeds(first, second)
+        except ValueError:
+            return "not comparable"
+        assert found.interval is not None, "a difference has an interval"
+        return (
+            f"{self._number(found.value, '+')} [{self._number(found.interval.low, '+')}, {self._number(found.interval.high, '+')}]"
+        )
+
+    def _predicted(self, entry: Entry) -> str:
+        rises = [comparison.predicted_rise(cell) for comparison, cell in zip(self.comparisons, entry.cells, strict=True)]
+        known = [rise for rise in rises if rise is not None]
+        return f"{fmean(known):+.3f}" if known else ""
 
 
 def findings(entries: Sequence[Entry]) -> Iterator[str]:
-    """At each number of streaming layers, which strategies differ from the best by more than the error."""
+    """At each number of streaming layers, which strategies differ by more than the error from the best of them, and which from
+    full attention trained alike."""
     for (streaming, state), found in groupby(entries, key=lambda entry: (entry.cell.streaming, entry.state)):
         group = list(found)
-        if len(group) < 2:
-            continue
-        best = _best(group)
-        below = {entry.cell.name: _is_worse(entry.result.scores, best.result.scores) for entry in group if entry is not best}
-        worse, equal = ([name for name, is_worse in below.items() if is_worse is wanted] for wanted in (True, False))
-        where = f"{streaming} layers, {state}"
-        if worse:
-            text = f"{where}: {best.cell.name} is better than {_listed(worse)}"
-            yield text + (f"; no difference from {_listed(equal)} shows." if equal else ".")
-        else:
-            yield f"{where}: no strategy differs from the best of them, {best.cell.name}, by more than its error."
+        hybrids, where = [entry for entry in group if not entry.is_full], f"{streaming} layers, {state}"
+        if len(hybrids) > 1:
+            best = _best(hybrids)
+            yield f"{where}: {_compared(best, [entry for entry in hybrids if entry is not best])}"
+        for alike in (entry for entry in group if entry.is_full):
+            yield f"{where}: {_compared(alike, hybrids, name=ALIKE)}"
+
+
+def _compared(best: Entry, others: Sequence[Entry], name: str | None = None) -> str:
+    by_tendency = {
+        each: [other.cell.name for other in others if _tendency(other, best) == each] for each in ("worse", "better", "")
+    }
+    worse, better, equal = by_tendency.values()
+    texts = [
+        *([f"{name or best.cell.name} is better than {_listed(worse)}"] if worse else []),
+        *([f"{_listed(better)} {'is' if len(better) == 1 else 'are'} better than {name or best.cell.name}"] if better else []),
+    ]
+    if not texts:
+        named = name or f"the best of them, {best.cell.name},"
+        return f"no strategy differs from {named} by more than its error."
+    return "; ".join([*texts, *([f"no difference from {_listed(equal)} shows"] if equal else [])]) + "."
 
 
 def _best(group: Sequence[Entry]) -> Entry:
-    sign = -1 if isinstance(group[0].result.scores, AnswerScores) else 1
-    return min(group, key=lambda entry: sign * entry.result.scores.mean.value)
+    sign = -1 if isinstance(group[0].scores[0], AnswerScores) else 1
+    return min(group, key=lambda entry: sign * mean_over_seeds(entry.scores).value)
 
 
-def _is_worse(scores: Scores, best: Scores) -> bool:
-    """Whether the 95 % interval of the paired difference lies on the worse side of 0."""
-    return tendency(difference(scores, best), less_is_better=isinstance(scores, LossScores)) == "worse"
+def _tendency(entry: Entry, other: Entry) -> str:
+    """Whether the 95 % interval of the paired difference lies on one side of 0: worse, better, or neither."""
+    span = difference_over_seeds(entry.scores, other.scores).interval
+    assert span is not None, "a difference has an interval"
+    if span.low <= 0 <= span.high:
+        return ""
+    return "worse" if (span.low > 0) == isinstance(entry.scores[0], LossScores) else "better"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -196,8 +228,18 @@ HOW = (
 )
 
 
+OVER_SEEDS = (
+    "Differences are paired within each seed. Their 95 % interval joins that over samples, of the mean over seeds, and Student's t "
+    "over the seeds' means: its half-width is the root of the sum of their squares (doi 10.1002/sim.3095), no less than either's."
+)
+
+
+def _how(parts: Sequence[Part]) -> str:
+    return f"{HOW} {OVER_SEEDS}" if any(part.num_seeds > 1 for part in parts) else HOW
+
+
 def _markdown(name: str, parts: Sequence[Part]) -> str:
-    blocks = [f"# {name}: what streams", HOW]
+    blocks = [f"# {name}: what streams", _how(parts)]
     for part in parts:
         blocks += [f"## {part.evaluation}", f"{part.subject}.", f"![{part.evaluation} against KV cache]({part.picture})"]
         lines = [part.columns, tuple("---" for _ in part.columns), *part.rows]
@@ -210,4 +252,4 @@ def _html(name: str, parts: Sequence[Part]) -> str:
         loader=PackageLoader("lt_train.report", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     template = environment.get_template("comparison.html")
-    return template.render(title=name, how=HOW, parts=parts, palette=PALETTE, style=asset("style.css"), version=__version__)
+    return template.render(title=name, how=_how(parts), parts=parts, palette=PALETTE, style=asset("style.css"), version=__version__)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lt_train.pipeline.comparison import Grid, compare
+from lt_train.pipeline.comparison import compare
+from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from tests.support.repository import REPOSITORY
@@ -15,7 +16,7 @@ from tests.support.tiny_run import write_inputs
 
 ALONE = Process(0, 1, launched=False)
 OVERRIDES = ("train=null", "lora=null", "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [converted]}]")
-GRID = Grid(("lazy_ratio", "periodic", "random"), (0.5,))
+GRID = ("grid={strategies: [lazy_ratio, periodic, random], ratios: [0.5]}",)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    compare(recipe, OVERRIDES, GRID, folder, ALONE)
+    compare(recipe, (*OVERRIDES, *GRID), False, folder, ALONE)
     return folder
 
 
@@ -51,7 +52,7 @@ def test_finished_cells_are_not_run_again_and_a_missing_one_is(runs, recipe) -> 
     text = gone.read_text()
     gone.unlink()
     time.sleep(0.01)
-    compare(recipe, OVERRIDES, GRID, runs, ALONE)
+    compare(recipe, (*OVERRIDES, *GRID), False, runs, ALONE)
     after = {path: path.stat().st_mtime_ns for path in runs.glob("*/eval/*/*/scores.json")}
     assert len(before) == 4 and [path for path in before if after[path] != before[path]] == [gone]
     assert json.loads(gone.read_text())["loss"] == json.loads(text)["loss"]
@@ -62,12 +63,12 @@ STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibrat
 
 
 def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tmp_path) -> None:
-    grid = Grid(("periodic",), (0.5, 0.75), quick=True, granularities=("layer", "kv_head"))
-    out = compare(recipe, (*OVERRIDES, *STEADY), grid, tmp_path, ALONE)
-    assert not (tmp_path / "tiny-gates-8of16heads").exists()  # quick has heads at the largest ratio alone
-    hybrid = yaml.safe_load((tmp_path / "tiny-gates-12of16heads/recipe.yaml").read_text())["hybrid"]
+    grid = "grid={strategies: [periodic], ratios: [0.5, 0.75], granularities: [layer, kv_head]}"
+    out = compare(recipe, (*OVERRIDES, *STEADY, grid), True, tmp_path, ALONE)
+    assert not (tmp_path / "tiny-quick-gates-8of16heads").exists()  # quick has heads at the largest ratio alone
+    hybrid = yaml.safe_load((tmp_path / "tiny-quick-gates-12of16heads/recipe.yaml").read_text())["hybrid"]
     assert hybrid["granularity"] == "kv_head" and sum(map(len, hybrid["streaming_kv_heads"])) == 12
-    assert not (tmp_path / "tiny-gates-12of16heads/profile").exists()
+    assert not (tmp_path / "tiny-quick-gates-12of16heads/profile").exists()
     rows = [line.split(" | ") for line in (out / "comparison.md").read_text().splitlines() if line.startswith("| 6 of 8")]
     assert [row[1] for row in rows] == ["periodic", "gates by head"]
     assert rows[0][-2] == rows[1][-2] and float(rows[1][-1].strip(" |")) < float(rows[0][-1].strip(" |"))  # KV cache, predicted
@@ -76,7 +77,8 @@ def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tm
 def test_prompts_that_choose_stand_beside_static_choices_where_answers_are_generated(recipe, tmp_path) -> None:
     answers = f"{{benchmark: ledger, path: {recipe.parent / 'problems.jsonl'}, limit: 2, max_new_tokens: 8}}"
     overrides = (f"eval=[{{benchmark: heldout_loss, batch_size: 4}}, {answers}]", "train=null", "lora=null")
-    out = compare(recipe, overrides, Grid(("periodic", "per_prompt"), (0.5,)), tmp_path, ALONE)
+    grid = "grid={strategies: [periodic, per_prompt], ratios: [0.5]}"
+    out = compare(recipe, (*overrides, grid), False, tmp_path, ALONE)
     cell = yaml.safe_load((tmp_path / "tiny-per_prompt-4of8/recipe.yaml").read_text())
     assert cell["hybrid"]["select"] == "per_prompt" and [each["benchmark"] for each in cell["eval"]] == ["ledger"]
     text = (out / "comparison.md").read_text()
@@ -84,12 +86,12 @@ def test_prompts_that_choose_stand_beside_static_choices_where_answers_are_gener
     assert [row[1] for row in rows] == ["periodic", "periodic", "per_prompt"]  # of the loss, and of the answers
     assert len({row[-1] for row in rows}) == 1  # one KV cache
     with pytest.raises(UserError, match=r"--strategies: per_prompt: .* no evaluation does\. Fix: add one"):
-        compare(recipe, OVERRIDES, Grid(("per_prompt",)), tmp_path, ALONE)
+        compare(recipe, (*OVERRIDES, "grid.strategies=[per_prompt]"), False, tmp_path, ALONE)
 
 
 def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path) -> None:
-    overrides = ("eval=[{benchmark: heldout_loss, batch_size: 4}]",)
-    out = compare(recipe, overrides, Grid(("periodic", "full"), (0.5,)), tmp_path, ALONE)
+    overrides = ("eval=[{benchmark: heldout_loss, batch_size: 4}]", "grid={strategies: [periodic, full], ratios: [0.5]}")
+    out = compare(recipe, overrides, False, tmp_path, ALONE)
     hybrid, full = (
         yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in ("tiny-periodic-4of8", "tiny-full-as-4of8")
     )
@@ -101,18 +103,18 @@ def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path
     base, _, trained, alike = rows
     assert base[-1] == alike[-1] != trained[-1]  # KV cache
     assert float(alike[3].split(" ± ")[0]) < float(trained[3].split(" ± ")[0])
-    with pytest.raises(UserError, match=r"--strategies: full: no hybrid that it is trained as\. Fix: name a strategy"):
-        Grid(("full", "per_prompt"))
+    with pytest.raises(UserError, match=r"grid\.strategies: full: no hybrid that it is trained as\. Fix: name a strategy"):
+        load_recipe(recipe, ["grid.strategies=[full, per_prompt]"])
     with pytest.raises(UserError, match=r"--strategies: full: nothing is trained"):
-        compare(recipe, OVERRIDES, Grid(("periodic", "full")), tmp_path, ALONE)
+        compare(recipe, (*OVERRIDES, "grid.strategies=[periodic, full]"), False, tmp_path, ALONE)
 
 
 def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"--granularities: head: no granularity\. Fix: use layer or kv_head, or both"):
-        Grid(granularities=("head",))
-    learned = (*OVERRIDES, "hybrid.sink=learned", "hybrid.w_sink=0")
+    with pytest.raises(UserError, match=r"grid\.granularities\.0: 'head': .* Fix: use one of layer, kv_head"):
+        load_recipe(recipe, ["grid.granularities=[head]"])
+    learned = (*OVERRIDES, "hybrid.sink=learned", "hybrid.w_sink=0", "grid.granularities=[kv_head]")
     with pytest.raises(UserError, match=r"hybrid\.sink: learned: .* Fix: add --granularities layer"):
-        compare(recipe, learned, Grid(granularities=("kv_head",)), tmp_path, ALONE)
+        compare(recipe, learned, False, tmp_path, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -124,19 +126,18 @@ def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(rec
 )
 def test_a_recipe_that_cannot_be_compared_is_refused(recipe, tmp_path, overrides, message) -> None:
     with pytest.raises(UserError, match=message):
-        compare(recipe, (*OVERRIDES, *overrides), GRID, tmp_path, ALONE)
+        compare(recipe, (*OVERRIDES, *GRID, *overrides), False, tmp_path, ALONE)
 
 
-def test_unknown_strategies_are_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"--strategies: reech: no strategy\. Fix: use gates, reach"):
-        Grid(("reech",))
+def test_unknown_strategies_are_refused_with_those_there_are(recipe) -> None:
+    with pytest.raises(UserError, match=r"grid\.strategies\.0: 'reech'.*reach"):
+        load_recipe(recipe, ["grid.strategies=[reech]"])
 
 
 @pytest.mark.slow
 def test_quick_compares_ways_to_choose_on_the_quickstart_in_minutes(tmp_path) -> None:
     started = time.process_time()
-    grid = Grid(quick=True)
-    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16",), grid, tmp_path, ALONE)
+    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16",), True, tmp_path, ALONE)
     assert time.process_time() - started < 300
     text = (out / "comparison.md").read_text()
     assert "4 of 8 layers, untrained: reach is better than lazy_ratio" in text
@@ -147,7 +148,7 @@ def test_quick_compares_ways_to_choose_on_the_quickstart_in_minutes(tmp_path) ->
 @pytest.mark.slow
 def test_quick_with_kv_heads_stays_below_five_minutes(tmp_path) -> None:
     started = time.process_time()
-    grid = Grid(quick=True, granularities=("layer", "kv_head"))
-    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16", *STEADY), grid, tmp_path, ALONE)
+    overrides = ("data.heldout=16", *STEADY, "grid.granularities=[layer, kv_head]")
+    out = compare(REPOSITORY / "recipes/quickstart.yaml", overrides, True, tmp_path, ALONE)
     assert time.process_time() - started < 300
     assert "| 6 of 8 | gates by head | untrained |" in (out / "comparison.md").read_text()

@@ -11,7 +11,8 @@ from lt_train.recipe.part import MARKERS
 from lt_train.recipe.yaml_text import read_recipe_text
 from tests.support.repository import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+FOLDER = REPOSITORY / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 OFF_IS_TEXT = re.compile(r"(?<=wandb: )off\b")  # in YAML 1.2, by which editors read; in 1.1 it is false
 VALIDATOR = Draft202012Validator(json_schema())
 
@@ -24,7 +25,8 @@ def test_the_file_beside_the_recipes_is_up_to_date():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_names_the_schema_and_is_valid_by_it(path):
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    above = "../" * (len(path.relative_to(FOLDER).parts) - 1)
+    assert text.startswith(f"# yaml-language-server: $schema={above}recipe.schema.json\n")
     assert [error.message for error in VALIDATOR.iter_errors(read_recipe_text(OFF_IS_TEXT.sub("'off'", text)).values)] == []
 
 

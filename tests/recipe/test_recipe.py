@@ -67,6 +67,14 @@ def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command(path: P
         assert f"--module lt_train train recipes/{path.name}" in header
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("evidence/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_evidence_describes_a_comparison(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem and recipe.grid is not None
+    assert f"#   lt-train compare recipes/evidence/{path.name}\n" in path.read_text()
+
+
 def test_the_shipped_recipes_are_found() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} >= {"quickstart", "smollm2-135m", "qwq-still-32b", "qwq-32b"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.shipped import locate_files, read_header, shipped_recipes
+from lt_train.recipe.shipped import find_recipes, locate_files, read_header, shipped_recipes
 from lt_train.runtime.errors import UserError
 from tests.support.repository import REPOSITORY
 
@@ -64,6 +64,23 @@ def test_the_command_lists_every_recipe_with_its_hardware(lt_train):
         assert header.hardware and 10 < len(header.subject) < 70
 
 
+def test_a_folder_of_recipes_is_found_by_path_or_as_a_shipped_one(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=r"mine: a folder without recipes"):
+        find_recipes(Path("mine"))
+    for name in ("b.yaml", "a.yaml"):
+        (tmp_path / "mine" / name).touch()
+    assert find_recipes(Path("mine")) == [Path("mine/a.yaml"), Path("mine/b.yaml")]
+    evidence = find_recipes(Path("evidence"))
+    assert {path.stem for path in evidence} >= {"ledger-frontier", "smollm2-frontier"}
+    assert find_recipes(Path("quickstart")) == [Path("quickstart")]
+
+
+def test_the_evidence_finds_its_files_from_any_folder():
+    recipe = load_recipe(Path("ledger-frontier"))
+    assert recipe.model.base == str(REPOSITORY / "data/tiny-reasoner")
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_recipes_and_what_the_quickstart_reads(tmp_path):
     """Built and unpacked as pip would; the recipe is then valid without the repository."""
@@ -93,7 +110,11 @@ def test_the_wheel_holds_the_recipes_and_what_the_quickstart_reads(tmp_path):
     (packages,) = prefix.glob("lib/python*/site-packages")
     assert "lt_train/py.typed" in zipfile.ZipFile(wheel).namelist()
     environment = {**os.environ, "PYTHONPATH": str(packages)}
-    for arguments, expected in ((["validate", "quickstart"], "a valid recipe"), (["recipes"], "smollm2-135m")):
+    for arguments, expected in (
+        (["validate", "quickstart"], "a valid recipe"),
+        (["validate", "ledger-frontier"], "a valid recipe"),
+        (["recipes"], "smollm2-135m"),
+    ):
         command = [sys.executable, "-m", "lt_train", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr

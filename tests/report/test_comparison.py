@@ -11,8 +11,9 @@ from lt_train.evaluation.scores import write_scores
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.loading import load_recipe, resolved_yaml
-from lt_train.report.comparison import Cell, Comparison, Entry, findings, write_comparison
-from lt_train.report.comparison_chart import Point, comparison_figure
+from lt_train.report.comparison import findings, write_comparison
+from lt_train.report.comparison_cells import Cell, Comparison, Entry, entries_of
+from lt_train.report.comparison_chart import comparison_figure
 from lt_train.report.results import read_results
 from lt_train.runtime.drawing import note_of
 from lt_train.runtime.files import write_json, write_text
@@ -65,8 +66,12 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def entries(comparison: Comparison) -> list[Entry]:
-    found = [Entry(cell, result) for cell in comparison.cells for result in read_results(cell.run)]
-    return sorted(found, key=lambda entry: entry.trained)
+    return entries_of([comparison], "heldout_loss")
+
+
+def written(comparison: Comparison, out: Path) -> str:
+    write_comparison([comparison], "mine", out)
+    return (out / "comparison.md").read_text()
 
 
 def test_a_strategy_is_called_better_only_where_the_difference_exceeds_its_error(comparison) -> None:
@@ -76,8 +81,8 @@ def test_a_strategy_is_called_better_only_where_the_difference_exceeds_its_error
 
 
 def test_the_table_has_a_row_for_each_hybrid_with_its_difference_from_the_base(comparison, tmp_path) -> None:
-    out = write_comparison(comparison, tmp_path / "out")
-    text = (out / "comparison.md").read_text()
+    out = tmp_path / "out"
+    text = written(comparison, out)
     rows = [line for line in text.splitlines() if line.startswith("| 2 of 4 | periodic")]
     assert len(rows) == 2 and "untrained" in rows[0] and "trained" in rows[1]
     assert "| +0.315 [+0.294, +0.336] |" in rows[0]
@@ -90,7 +95,7 @@ def test_the_table_has_a_row_for_each_hybrid_with_its_difference_from_the_base(c
 
 def test_predicted_rises_stand_beside_the_measured_ones(comparison, tmp_path) -> None:
     predicting = replace(comparison, profile=gates_profile())
-    text = (write_comparison(predicting, tmp_path) / "comparison.md").read_text()
+    text = written(predicting, tmp_path)
     rises = {line.split(" | ")[1]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 2 of 4")}
     assert rises == {"reach": "+1.500 |", "lazy_ratio": "+1.050 |", "periodic": "+0.550 |"}
 
@@ -101,25 +106,22 @@ def test_heads_stand_beside_the_layers_of_the_same_kv_cache(comparison, tmp_path
     spec = spec_of(heads, 4, 2, w_sink=2, w_recent=6)
     by_head = Cell("gates", spec, 2, run, by_head=True)
     both = replace(comparison, cells=(*comparison.cells, by_head), profile=gates_profile())
-    text = (write_comparison(both, tmp_path) / "comparison.md").read_text()
+    text = written(both, tmp_path)
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 2 of 4")]
     (untrained,) = [row for row in rows if row[1:3] == ["gates by head", "untrained"]]
     assert untrained[-1] == "+0.330 |" and {row[-2] for row in rows} == {untrained[-2]}
     assert "- 2 of 4 layers, untrained: gates by head is better than reach" in text
-    (base,) = read_results(both.base)
-    points = [Point(each.cell.strategy, 2, each.trained, each.result, each.cell.by_head) for each in entries(both)]
-    (axes,) = comparison_figure(base, points, "nats per token").axes
+    (axes,) = comparison_figure(read_results(both.base), entries(both), "nats per token").axes
     assert any("gates by head, trained: 4 of 8 KV heads stream in 4 layers" in (note_of(line) or "") for line in axes.lines)
 
 
 def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers_choice(comparison) -> None:
     (base,) = read_results(comparison.base)
-    points = [Point(each.cell.strategy, 2, each.trained, each.result) for each in entries(comparison)]
-    (axes,) = comparison_figure(base, points, "nats per token").axes
+    (axes,) = comparison_figure([base], found := entries(comparison), "nats per token").axes
     labels = [text.get_text().replace("\n", " ") for text in axes.figure.legends[0].get_texts()]
     assert "the paper's choice" in labels and "base, 95 % interval" in labels
     assert {"reach, trained", "reach, untrained", "periodic, untrained"} <= set(labels)
     rings = [line for line in axes.lines if (note_of(line) or "").startswith("the paper's choice")]
     assert len(rings) == 2  # untrained and trained
-    kept = 100 * points[0].result.kv_bytes / base.kv_bytes
+    kept = 100 * found[0].result.kv_bytes / base.kv_bytes
     assert {ring.get_xdata()[0] for ring in rings} == {kept} and 50 < kept < 51
