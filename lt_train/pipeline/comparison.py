@@ -149,11 +149,11 @@ def _cells(task: Task, profile: LayerProfile | None) -> Iterator[Cell]:
 def _are_one_run(task: Task, first: Cell, second: Cell) -> bool:
     """Whether the same streams, or the same is trained with full attention."""
     if FULL in (first.strategy, second.strategy):
-        return first.strategy == second.strategy and (_trains_any_alike(task.recipe) or first.trained_as == second.trained_as)
+        return first.strategy == second.strategy and (trains_any_alike(task.recipe) or first.trained_as == second.trained_as)
     return first.spec.streams and first.spec == second.spec
 
 
-def _trains_any_alike(recipe: Recipe) -> bool:
+def trains_any_alike(recipe: Recipe) -> bool:
     """Whether the training of full attention is the same whichever layers stream in the hybrid."""
     train = recipe.train
     if train is None or train.restore_query_key or train.distill.hidden_weight:

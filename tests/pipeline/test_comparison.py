@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lt_train.pipeline.comparison import compare
+from lt_train.pipeline.comparison import compare, trains_any_alike
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
@@ -103,10 +103,49 @@ def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path
     base, _, trained, alike = rows
     assert base[-1] == alike[-1] != trained[-1]  # KV cache
     assert float(alike[3].split(" ± ")[0]) < float(trained[3].split(" ± ")[0])
+    more = (*overrides, "grid.ratios=[0.5, 0.75]", "lora.layers=all", "name=more")
+    rows = (compare(recipe, more, False, tmp_path, ALONE) / "comparison.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows if " | full | " in row] == ["| 4 of 8", "| 6 of 8"]
+    assert [path.name for path in tmp_path.glob("more-full-*")] == ["more-full-as-4of8"]
     with pytest.raises(UserError, match=r"grid\.strategies: full: no hybrid that it is trained as\. Fix: name a strategy"):
         load_recipe(recipe, ["grid.strategies=[full, per_prompt]"])
     with pytest.raises(UserError, match=r"--strategies: full: nothing is trained"):
         compare(recipe, (*OVERRIDES, "grid.strategies=[periodic, full]"), False, tmp_path, ALONE)
+
+
+def test_a_folder_of_recipes_with_grids_is_compared_over_their_seeds(recipe, tmp_path, lt_train) -> None:
+    one_seed = ("seed=1", "name=tiny-seed1", "grid={strategies: [periodic], ratios: [0.5]}")
+    compare(recipe, (*OVERRIDES, *one_seed), False, tmp_path / "runs", ALONE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/eval/*/*/scores.json")}
+    (tmp_path / "evidence").mkdir()
+    grid = "grid: {strategies: [random, reach], ratios: [0.75], seeds: [0, 1]}\n"
+    (tmp_path / "evidence/mine.yaml").write_text(recipe.read_text() + grid)
+    changes = [word for override in OVERRIDES for word in ("--set", override)]
+    options = ("--strategies", "periodic", "--ratios", "0.5", "--runs", tmp_path / "runs", *changes)
+    code, out, _ = lt_train("compare", tmp_path / "evidence", *options)
+    assert code == 0 and "mean over 2 seeds" in out
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2  # base and hybrid of seed 1
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    cells = ("base", "comparison", "periodic-4of8")
+    assert names == ["tiny-comparison", *(f"tiny-seed{seed}-{cell}" for seed in (0, 1) for cell in cells)]
+    assert yaml.safe_load((tmp_path / "runs/tiny-seed0-base/recipe.yaml").read_text())["grid"] is None
+    assert "| 4 of 8 | periodic | untrained |" in (tmp_path / "runs/tiny-comparison/comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alike"),
+    [
+        (("lora.layers=all",), True),
+        (("lora.layers=lazy",), False),
+        (("train.method=full", "lora=null"), True),
+        (("train.method=full", "lora=null", "train.parameters=lazy_projections"), False),
+        (("train.method=full", "lora=null", "train.restore_query_key=true"), False),
+        (("lora.layers=all", "train.distill={weight: 0.5, hidden_weight: 1.0}"), False),
+        (("train=null", "lora=null"), False),
+    ],
+)
+def test_full_attention_is_trained_once_where_its_training_asks_for_no_layers(recipe, overrides, alike) -> None:
+    assert trains_any_alike(load_recipe(recipe, overrides)) is alike
 
 
 def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:

@@ -28,6 +28,7 @@ data: {source: nobody/traces, format: still, max_length: 64, heldout: 4}
 train: {method: full, learning_rate: 1.0e-3, max_steps: 1, batch_size: 1}
 eval: [{benchmark: heldout_loss, variants: [base, converted, trained]}]
 """
+ALIKE = "minus full attention trained alike [95 %]"
 BASE = (10.0, 12.0, 14.0, 16.0)
 
 
@@ -125,3 +126,53 @@ def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers
     assert len(rings) == 2  # untrained and trained
     kept = 100 * found[0].result.kv_bytes / base.kv_bytes
     assert {ring.get_xdata()[0] for ring in rings} == {kept} and 50 < kept < 51
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Comparison]:
+    """Trained with each of three seeds: reach stays 0.01 above full attention trained alike, periodic as near as noise."""
+    runs, made = tmp_path / "runs", []
+    for seed, noise in enumerate((0.0, 0.01, -0.01)):
+        name = f"mine-seed{seed}"
+        losses = {
+            "reach": ((0, 2), above_base(*(0.6 + noise for _ in BASE))),
+            "periodic": ((1, 2), above_base(*(0.5 + (-1) ** seed * 0.3 for _ in BASE))),
+            "full": ((0, 2), above_base(*(0.5 for _ in BASE))),
+        }
+        cells = [
+            Cell(
+                strategy,
+                HybridSpec(4, () if strategy == "full" else layers),
+                2,
+                made_cell(runs, f"{name}-{strategy}", layers, trained=trained),
+                trained_as=HybridSpec(4, layers) if strategy == "full" else None,
+            )
+            for strategy, (layers, trained) in losses.items()
+        ]
+        made.append(Comparison(name, made_cell(runs, f"{name}-base", (0, 2), base=BASE), tuple(cells), gates_profile()))
+    return made
+
+
+def test_several_seeds_are_one_row_with_the_spread_between_them(seeds, tmp_path) -> None:
+    (part,) = write_comparison(seeds, "mine", tmp_path / "out")
+    text = (tmp_path / "out/comparison.md").read_text()
+    assert part.subject == "4 held-out samples, 40 answer tokens; mean over 3 seeds"
+    columns = dict(zip(part.columns, zip(*part.rows, strict=True), strict=True))
+    assert columns["chosen by"] == ("base", "reach", "periodic", "full")
+    assert columns["SD between seeds"] == ("0.000", "0.001", "0.035", "0.000")
+    assert columns["minus base [95 %]"][1] == "+0.060 [+0.058, +0.062]"  # t of 2 degrees of freedom: 4.3 * 0.001 / 3^0.5 = 0.0025
+    assert columns["predicted rise on long-reach tokens"] == ("", "+1.500", "+0.550", "")
+    assert "Student's t over the seeds' means" in text
+
+
+def test_hybrids_are_held_against_full_attention_trained_alike(seeds, tmp_path) -> None:
+    (part,) = write_comparison(seeds, "mine", tmp_path / "out")
+    minus_alike = dict(zip([row[1] for row in part.rows], [row[part.columns.index(ALIKE)] for row in part.rows], strict=True))
+    assert minus_alike["base"] == minus_alike["full"] == "" and minus_alike["reach"].startswith("+0.010 [+0.008,")
+    assert part.findings == (
+        "2 of 4 layers, trained: no strategy differs from the best of them, reach, by more than its error.",
+        "2 of 4 layers, trained: full attention trained alike is better than reach; no difference from periodic shows.",
+    )
+    (alone,) = write_comparison(seeds[:1], "mine-seed0", tmp_path / "one")
+    assert "SD between seeds" not in alone.columns
+    assert "full attention trained alike is better than reach and periodic" in alone.findings[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lt_train.benchmarks import BENCHMARKS, load_problems
 from lt_train.evaluation.records import SampleRecord
-from lt_train.evaluation.scores import LossScores, answer_scores, write_scores
+from lt_train.evaluation.scores import AnswerScores, LossScores, answer_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.spec import HybridSpec
@@ -114,16 +114,19 @@ def measured(folder: Path, variant: str, records: Sequence[SampleRecord], source
     place = folder / "eval" / variant / evaluation
     write_json(place / "meta.json", {"fingerprint": fingerprint})
     (place / "samples.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in records))
-    scores = answer_scores(
+    write_scores(place / "scores.json", scores_of_answers(records, fingerprint, asked.available))
+
+
+def scores_of_answers(records: Sequence[SampleRecord], fingerprint: Mapping[str, object], available: int) -> AnswerScores:
+    return answer_scores(
         {each.key: each for each in records},
         list(dict.fromkeys(each.problem for each in records)),
         1 + max(each.sample for each in records),
         benchmark="ledger",
-        available=asked.available,
-        fingerprint=fingerprint,
+        available=available,
+        fingerprint=dict(fingerprint),
         equivalent=str.__eq__,
     )
-    write_scores(place / "scores.json", scores)
 
 
 def loss_scores(nll: Sequence[float], tokens: int = 10) -> LossScores:
