@@ -1,7 +1,7 @@
 """Commands that work in a run's folder: each stage, all of them, and a comparison of several runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,45 +86,24 @@ def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Pat
     _work("sample", recipe, overrides, runs)
 
 
+def _with_commas(option: str, metavar: str, help: str) -> Any:
+    return typer.Option(option, metavar=metavar, help=f"{help} With commas between.", show_default=False)
+
+
 @resuming()
 def compare(
     recipe: Annotated[
         Path,
-        typer.Argument(
-            metavar="RECIPE", help="A recipe, or a folder of them; its part `grid` has the defaults.", show_default=False
-        ),
+        typer.Argument(metavar="RECIPE", help="A recipe, or a folder of them. Its part grid has the defaults.", show_default=False),
     ],
     overrides: Overrides = None,
     strategies: Annotated[
         str | None,
-        typer.Option(
-            "--strategies",
-            metavar="NAMES",
-            help="How layers are chosen, with commas between; also per_prompt, and full: full attention, trained alike.",
-            show_default=False,
-        ),
+        _with_commas("--strategies", "NAMES", "How layers are chosen; also per_prompt, and full: full attention, trained alike."),
     ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(
-            "--ratios", metavar="NUMBERS", help="Fractions of layers that stream, with commas between.", show_default=False
-        ),
-    ] = None,
-    granularities: Annotated[
-        str | None,
-        typer.Option(
-            "--granularities",
-            metavar="NAMES",
-            help="layer, kv_head (by gates), or both with a comma between.",
-            show_default=False,
-        ),
-    ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            "--seeds", metavar="NUMBERS", help="Repeat everything with each of these, with commas between.", show_default=False
-        ),
-    ] = None,
+    ratios: Annotated[str | None, _with_commas("--ratios", "NUMBERS", "Fractions of layers that stream.")] = None,
+    granularities: Annotated[str | None, _with_commas("--granularities", "NAMES", "layer, kv_head (by gates), or both.")] = None,
+    seeds: Annotated[str | None, _with_commas("--seeds", "NUMBERS", "Repeat everything with each of these.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples, with one seed.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
