@@ -134,6 +134,9 @@ def convert(
     *,
     layers: Sequence[int] | None = None,
     heads: Mapping[int, Sequence[int]] | None = None,
+    select: Literal["static", "per_prompt"] = "static",
+    lazy_layer_ratio: float | None = None,
+    w_last: int = 64,
     w_sink: int = 4,
     w_recent: int = 1020,
     learned_sinks: bool = False,
@@ -141,12 +144,18 @@ def convert(
 ) -> HybridForCausalLM:
     """The hybrid of a full-attention model: its own weights, and the named layers or KV heads stream. Untrained.
 
+    With `select="per_prompt"` each prompt chooses its layers instead (LightTransfer-Test): `generate()` reads it with full
+    attention in every layer, and its least lazy layers stay full in the answer.
+
     Args:
         model: a causal language model of a family in docs/families.md as transformers loads it, which stays as it is; no weights
             are copied, so training either model changes both. Or a folder or hub id, whose weights are loaded on the
             accelerator, if there is one.
         layers: the layers that stream, from 0. Pass either these or `heads`.
         heads: by layer, the key/value heads that stream, from 0, with their query heads: `{2: [0, 3], 5: [1]}`.
+        select: "per_prompt" instead of both.
+        lazy_layer_ratio: with "per_prompt", the fraction of layers that stream in an answer.
+        w_last: with "per_prompt", the last queries of a prompt over which the lazy ratio is averaged.
         w_sink: the first tokens of a sequence that a streaming layer sees.
         w_recent: the most recent tokens that it sees, the query itself included.
         learned_sinks: a logit for each query head in place of sink tokens, with `w_sink=0`. They start at 0, and want training.
@@ -158,13 +167,26 @@ def convert(
         `with hybrid.full_attention():` runs, it is the base.
 
     Raises:
-        UserError: no hybrid can be made of the model, or a layer, a head or a size is out of range.
+        UserError: no hybrid can be made of the model, a layer, a head, a ratio or a size is out of range, or settings of prompts
+            that choose stand beside those of layers or heads.
     """
     from lt_train.hybrid.base_spec import base_spec
     from lt_train.hybrid.kv_size import kv_heads
     from lt_train.hybrid.spec import HybridSpec
     from lt_train.selection.choose import explicit_layers
 
+    if select == "per_prompt":
+        if layers is not None or heads is not None or learned_sinks:
+            raise UserError(
+                "select: per_prompt: each prompt chooses whole layers, and sinks are tokens. Fix: remove layers, heads and "
+                "learned_sinks, or select"
+            )
+        return _choosing_per_prompt(model, lazy_layer_ratio, w_last, w_sink, w_recent, family)
+    if select != "static" or lazy_layer_ratio is not None:
+        raise UserError(
+            f"select: {select!r}, lazy_layer_ratio: {lazy_layer_ratio}: without prompts that choose, layers or heads say what "
+            "streams. Fix: remove both, or set select to per_prompt"
+        )
     if (layers is None) == (heads is None):
         raise UserError("layers, heads: both or neither. Fix: pass the layers that stream, or by layer the KV heads that do")
 
@@ -184,6 +206,32 @@ def convert(
 
     with _as_user_error():
         return _hybrid(model, spec, family)
+
+
+def _choosing_per_prompt(
+    model: PreTrainedModel | str | Path,
+    lazy_layer_ratio: float | None,
+    w_last: int,
+    w_sink: int,
+    w_recent: int,
+    family: Literal["auto"] | None,
+) -> HybridForCausalLM:
+    from lt_train.hybrid.base_spec import base_spec
+    from lt_train.inference.per_prompt import PerPrompt
+    from lt_train.inference.per_prompt_cache import choose_per_prompt
+    from lt_train.recipe.schema import Hybrid
+    from lt_train.selection.choose import number_by_ratio
+
+    if lazy_layer_ratio is None:
+        raise UserError("lazy_layer_ratio: missing: the fraction of layers that stream. Fix: pass it (0.5 in the paper)")
+    sizes = {"w_sink": w_sink, "w_recent": w_recent, "calibration": {"w_last": w_last}}
+    _checked(Hybrid, {"lazy_layer_ratio": lazy_layer_ratio, **sizes})
+    with _as_user_error():
+        made = _hybrid(model, lambda config: base_spec(config.to_dict(), w_sink, w_recent), family)
+        layers = made.config.num_hidden_layers
+        keep = layers - number_by_ratio(lazy_layer_ratio, layers, "layer")
+        choose_per_prompt(made, PerPrompt(keep, w_last))
+    return made
 
 
 def read_results(run_folder: str | Path) -> RunResults:

@@ -128,6 +128,34 @@ def test_a_model_of_any_family_becomes_a_hybrid_with_auto_and_is_refused_without
     assert len(profile.scores["nll"][0]) == 4
 
 
+def test_each_prompt_chooses_its_layers_where_that_is_asked_for() -> None:
+    base = AutoModelForCausalLM.from_pretrained(REASONER)
+    hybrid = lt_train.convert(base, select="per_prompt", lazy_layer_ratio=0.75, w_last=4, **SIZES)
+    given = {"input_ids": torch.randint(2, 60, (2, 40)), "attention_mask": torch.ones(2, 40).long()}
+    given["attention_mask"][1, :25] = 0
+    out = hybrid.generate(**given, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert out.sequences.shape == (2, 44)
+    assert [len(queue.streaming) for queue in out.past_key_values.queues] == [6, 6]
+    assert hybrid.model.layers[0].self_attn.q_proj.weight.data_ptr() == base.model.layers[0].self_attn.q_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lazy_layer_ratio": None}, r"lazy_layer_ratio: missing: the fraction of layers.*Fix: pass it"),
+        ({"lazy_layer_ratio": 0.01}, r"lazy_layer_ratio: 0\.01: of 8 layers 0 would stream"),
+        ({"layers": [1]}, r"select: per_prompt: each prompt chooses whole layers.*Fix: remove layers, heads and learned_sinks"),
+        ({"heads": {1: [0]}}, "select: per_prompt: each prompt chooses whole layers"),
+        ({"learned_sinks": True}, "select: per_prompt: each prompt chooses whole layers, and sinks are tokens"),
+        ({"w_last": 0}, r"calibration\.w_last: 0"),
+        ({"select": "static"}, r"select: 'static', lazy_layer_ratio: 0\.5: without prompts that choose.*Fix: remove both"),
+    ],
+)
+def test_settings_that_do_not_go_with_prompts_that_choose_are_refused(changed, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        lt_train.convert(REASONER, **{"select": "per_prompt", "lazy_layer_ratio": 0.5, **SIZES, **changed})
+
+
 def test_the_hybrid_is_trained_and_the_base_keeps_its_gradients_flags_and_mode() -> None:
     base = AutoModelForCausalLM.from_pretrained(REASONER).train()
     hybrid = lt_train.convert(base, layers=[0], **SIZES)

@@ -126,7 +126,10 @@ class _BufferLayer(CacheLayerMixin):
 
 
 class GrowingLayer(_BufferLayer):
-    """All tokens so far, in a buffer that grows by a quarter, so that a step writes one column and copies none."""
+    """All tokens so far, in a buffer that grows by a quarter, so that a step writes one column and copies none.
+
+    The first columns, a prompt's, have no room beside them: while a prompt is read, memory is scarce.
+    """
 
     is_sliding = False
 
@@ -139,7 +142,8 @@ class GrowingLayer(_BufferLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, self.columns = self.columns, self.columns + key_states.shape[2]
-        keys = _with_room(self._keys, key_states, first, self.columns, self.columns + max(256, self.columns // 4))
+        room = max(256, self.columns // 4) if first else 0
+        keys = _with_room(self._keys, key_states, first, self.columns, self.columns + room)
         values = _with_room(self._values, value_states, first, self.columns, keys.shape[2])
         keys[:, :, first : self.columns] = key_states
         values[:, :, first : self.columns] = value_states
@@ -301,6 +305,10 @@ class HybridCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the buffers of all layers, room for growth included."""
         return sum(part.nbytes for part in self.parts)
+
+    def view_of_pass(self, view: Any) -> Any:
+        """The `AttentionView` of a forward pass with this cache, from the model's own; a subclass may observe or replace it."""
+        return view
 
     def reset(self) -> None:
         fresh = Rows()

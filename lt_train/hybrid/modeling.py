@@ -113,6 +113,7 @@ class HybridBody(OwnAttention):
         self.attention_kernel = AUTO
         self.attends_fully = False
         self.shards: Shards | None = None
+        self.cache_of_prompts: Callable[[], HybridCache] | None = None
         super().__init__(config)
         if config.learned_sinks:
             for layer in config.spec.lazy_layers:
@@ -122,6 +123,17 @@ class HybridBody(OwnAttention):
     def spec(self) -> HybridSpec:
         """The config's spec; inside `full_attention()` one in which nothing streams."""
         return self.config.spec.all_full if self.attends_fully else self.config.spec
+
+    @property
+    def prompts_choose(self) -> bool:
+        """Whether each prompt chooses what streams in its answer."""
+        return self.cache_of_prompts is not None and not self.attends_fully
+
+    def new_cache(self) -> HybridCache:
+        """An empty cache for one batch."""
+        if self.attends_fully or self.cache_of_prompts is None:
+            return HybridCache(self.spec)
+        return self.cache_of_prompts()
 
     @contextmanager
     def full_attention(self) -> Iterator[None]:
@@ -262,6 +274,11 @@ class HybridBody(OwnAttention):
             raise HybridError(
                 "cu_seq_lens: given without position_ids. Fix: pass position_ids that restart at 0 with each packed document"
             )
+        if self.cache_of_prompts is not None and self.training:
+            raise HybridError(
+                "select: per_prompt: this model is in training mode, and a layer that streams in one answer is full in another. "
+                "Fix: call eval(), or train a hybrid whose layers are chosen (convert with layers)"
+            )
         refuse_unsupported_arguments(kwargs)
         if isinstance(attention_mask, dict):
             raise HybridError(
@@ -275,6 +292,8 @@ class HybridBody(OwnAttention):
         else:
             views = self.attention_views(input_ids, attention_mask, position_ids, inputs_embeds, cache)
             view, position_ids = LayerViews(views, self.spec), views.position_ids
+            if cache is not None:
+                view = cache.view_of_pass(view)
         return super().forward(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -299,11 +318,16 @@ class HybridBody(OwnAttention):
                 )
             if given.spec != self.spec:
                 raise HybridError("cache: it was made for a hybrid with other layers or sizes. Fix: make it from model.config.spec")
+            if self.prompts_choose and type(given) is HybridCache:
+                raise HybridError(
+                    "cache: HybridCache: no layer of it would be cut to a window. Fix: make it with model.model.new_cache(), or "
+                    "leave it out"
+                )
             return given
         if use_cache is None:  # the config's default is for generation, not for training, packed or right-padded batches
             ends_in_padding = attention_mask is not None and not bool(attention_mask[:, -1].all())
             use_cache = self.config.use_cache and not self.training and position_ids is None and not ends_in_padding
-        return HybridCache(self.spec) if use_cache else None
+        return self.new_cache() if use_cache else None
 
 
 class HybridForCausalLM(OwnAttention):
@@ -366,8 +390,20 @@ class HybridForCausalLM(OwnAttention):
             raise HybridError(
                 f"cache_implementation: {generation_config.cache_implementation!r}: a hybrid has its own cache. Fix: leave it out"
             )
+        if generation_config.use_cache is False and self.model.prompts_choose:
+            raise HybridError(
+                "use_cache: False: the layers that stream are cut in the cache, and without it none would. Fix: leave use_cache out"
+            )
         if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_ARGUMENT] = HybridCache(self.spec)
+            model_kwargs[CACHE_ARGUMENT] = self.model.new_cache()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if self.model.cache_of_prompts is not None:
+            raise HybridError(
+                "select: per_prompt: a checkpoint names the layers that stream, and here each prompt chooses them. Fix: save the "
+                "base, or a hybrid whose layers are chosen (convert with layers)"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("cache_implementation") == "paged":

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
-from lt_train.inference.per_prompt_store import PerPrompt
+from lt_train.inference.per_prompt import PerPrompt
 from lt_train.inference.requests import Backend
 from lt_train.recipe.schema import Eval, Prompt
 from lt_train.runtime.errors import UserError

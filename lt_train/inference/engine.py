@@ -11,7 +11,8 @@ from lt_train.inference.continuous_batch import ContinuousBatch, limit
 from lt_train.inference.draft import Acceptance, Draft, rows_of_step
 from lt_train.inference.kv_store import KVSizes, KVStore, kv_sizes
 from lt_train.inference.packed_weights import obstacle_to_packing, packed_bytes
-from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
+from lt_train.inference.per_prompt import PerPrompt
+from lt_train.inference.per_prompt_store import PerPromptSizes, PerPromptStore, check_one_device
 from lt_train.inference.requests import Answer, Request, Sampling, Watch
 from lt_train.inference.text import stop_tokens
 from lt_train.runtime.devices import free_memory
@@ -51,6 +52,7 @@ class Engine:
     ) -> None:
         if per_prompt is not None:
             per_prompt.check(model)
+            check_one_device(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.kv_budget = kv_budget

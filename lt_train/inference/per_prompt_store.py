@@ -2,14 +2,14 @@
 
 One pool of pages for all layers: a page holds tokens of one layer of one sequence. A layer that stays full takes pages as its
 sequence grows; one that streams keeps sinks and latest tokens in as many pages as hold the window, at the places of a ring
-(`slot_of`). While a prompt is read, layer by layer, a priority queue holds the layers that stay full so far; the one that leaves
-it gives its pages back at once, so a prompt never holds more than `keep` full layers.
+(`slot_of`). The layer that leaves the queue of a prompt gives its pages back at once, so a prompt never holds more than `keep`
+full layers.
 
 Shapes: N pages, P tokens of a page, G key/value heads, K tokens, D head size.
 """
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,54 +19,22 @@ from lt_train.hybrid.kv_size import head_size, token_bytes
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import PAGE, pages_for
+from lt_train.inference.per_prompt import LayerQueue, PerPrompt
 from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
 
 
-@dataclass(frozen=True)
-class PerPrompt:
-    """The choice of streaming layers at the end of each prompt: its `keep` least lazy layers stay full.
-
-    Args:
-        w_last: last queries of a prompt that the lazy ratio averages over.
+def check_one_device(model: HybridForCausalLM) -> None:
     """
-
-    keep: int
-    w_last: int
-
-    def check(self, model: HybridForCausalLM) -> None:
-        """
-        Raises:
-            UserError: no layer or every layer would stay full, layers or heads that stream already, or layers on several devices.
-        """
-        spec = model.spec
-        if spec.sliding_layers:
-            raise UserError(
-                f"per_prompt: layers {list(spec.sliding_layers)} of this base see {spec.sliding_window:,} tokens from the start, "
-                "and the cache of prompts that choose their layers has no such layers. Fix: choose layers for all prompts "
-                "(hybrid.select: static)"
-            )
-        if model.config.base_has_sinks:
-            raise UserError(
-                "per_prompt: each layer of this base has learned sinks, which prompts that choose their layers do not compute. "
-                "Fix: choose layers for all prompts (hybrid.select: static)"
-            )
-        if not 0 < self.keep < spec.num_layers:
-            raise UserError(
-                f"per_prompt.keep: {self.keep}: of {spec.num_layers} layers, all or none would stay full. "
-                f"Fix: set it from 1 to {spec.num_layers - 1}"
-            )
-        if spec.streams:
-            layers = sorted([*spec.lazy_layers, *(layer for layer, _ in spec.split_layers)])
-            raise UserError(
-                f"per_prompt: layers {layers} of this model stream already. Fix: load the base, where every layer is full"
-            )
-        devices = {str(next(layer.parameters()).device) for layer in model.model.layers}
-        if len(devices) > 1:
-            raise UserError(
-                f"per_prompt: the layers lie on {', '.join(sorted(devices))}, and all layers share one pool of pages. "
-                "Fix: load the model on one device"
-            )
+    Raises:
+        UserError: layers on several devices.
+    """
+    devices = {str(next(layer.parameters()).device) for layer in model.model.layers}
+    if len(devices) > 1:
+        raise UserError(
+            f"per_prompt: the layers lie on {', '.join(sorted(devices))}, and all layers share one pool of pages. "
+            "Fix: load the model on one device"
+        )
 
 
 def check_read_at_once(request: Request, prefill_chunk: int) -> None:
@@ -112,13 +80,15 @@ class CachedSequence:
 
     Attributes:
         reserved: pages that it may take in all.
-        queue: (-lazy ratio, layer) of the layers that stay full: a heap, the laziest first and the lower of equally lazy ones.
     """
 
     pages: list[list[int]]
     reserved: int
-    streaming: set[int] = field(default_factory=set)
-    queue: list[tuple[float, int]] = field(default_factory=list)
+    queue: LayerQueue
+
+    @property
+    def streaming(self) -> set[int]:
+        return self.queue.streaming
 
 
 class PerPromptStore:
@@ -154,7 +124,8 @@ class PerPromptStore:
     def admit(self, tokens: int) -> int:
         """Give a sequence a slot, and reserve pages for `tokens` tokens, prompt and answer."""
         self.lengths.append(0)
-        self.sequences.append(CachedSequence([[] for _ in range(self.spec.num_layers)], self.sizes.pages(tokens)))
+        queue = LayerQueue(self.per_prompt.keep)
+        self.sequences.append(CachedSequence([[] for _ in range(self.spec.num_layers)], self.sizes.pages(tokens), queue))
         return len(self.lengths) - 1
 
     def reserve(self, slot: int, tokens: int) -> None:
@@ -186,12 +157,9 @@ class PerPromptStore:
         The layers of a prompt come in order, each once.
         """
         sequence, tokens = self.sequences[slot], k_GKD.shape[1]
-        heapq.heappush(sequence.queue, (-lazy_ratio, layer))
-        if len(sequence.queue) > self.per_prompt.keep:
-            _, leaving = heapq.heappop(sequence.queue)
-            sequence.streaming.add(leaving)
-            if leaving != layer:
-                self._cut(sequence.pages[leaving], tokens)
+        leaving = sequence.queue.add(layer, lazy_ratio)
+        if leaving is not None and leaving != layer:
+            self._cut(sequence.pages[leaving], tokens)
         pages = sequence.pages[layer]
         self._take(pages, self._places(sequence, layer, tokens))
         position_K = self._in_window(tokens) if layer in sequence.streaming else torch.arange(tokens, device=self.keys.device)

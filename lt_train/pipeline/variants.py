@@ -15,7 +15,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
 from lt_train.inference.loading import load_for_inference
-from lt_train.inference.per_prompt_store import PerPrompt
+from lt_train.inference.per_prompt import PerPrompt
 from lt_train.inference.trained_weights import check_restorable, load_trained
 from lt_train.pipeline.keys import as_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED

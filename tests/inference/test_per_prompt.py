@@ -1,30 +1,25 @@
 """LightTransfer-Test in the engine: each prompt decides which layers stream in its answer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerFast
 
-from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.hybrid.views import AttentionView
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import KVStore, pages_for
-from lt_train.inference.per_prompt_store import PerPrompt, PerPromptSizes, PerPromptStore
+from lt_train.inference.per_prompt import PerPrompt
+from lt_train.inference.per_prompt_store import PerPromptSizes, PerPromptStore
 from lt_train.inference.requests import Answer, Request, Sampling
 from lt_train.inference.runner import ModelRunner
 from lt_train.runtime.errors import UserError
-from lt_train.selection.fingerprint import Sizes
-from lt_train.selection.lazy_ratio import lazy_ratios
+from tests.support.per_prompt import SPEC, W_LAST, chosen_offline, next_logits
 from tests.support.tiny_engine import EOS, GREEDY, answered, letter_tokenizer, requests, texts, tiny_model
 
-SPEC = HybridSpec(num_layers=6, lazy_layers=(), w_sink=2, w_recent=9)
-W_LAST = 5
 LENGTHS = [1, 7, 11, 12, 17, 24, 25, 40, 64, 33]
 """Shorter than w_last and the window, just longer, and up to eight pages. A window takes a page and three places of a second."""
 
@@ -50,40 +45,6 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def engine(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, keep: int, **settings: int) -> Engine:
     return Engine(model, tokenizer, per_prompt=PerPrompt(keep, W_LAST), **settings)
-
-
-def chosen_offline(model: HybridForCausalLM, prompt: Sequence[int], keep: int) -> set[int]:
-    """All but the `keep` smallest of all layers' ratios; the lower of equal layers streams."""
-    ratios = lazy_ratios(model, prompt, Sizes(SPEC.w_sink, SPEC.w_recent, W_LAST, long_reach_share=0.1))
-    return set(sorted(range(SPEC.num_layers), key=lambda layer: (-ratios[layer], layer))[: SPEC.num_layers - keep])
-
-
-class AnswerStreams(AttentionView):
-    """Queries of the prompt see all keys, later ones what streaming attention shows: without a cache."""
-
-    def __init__(self, prompt: int) -> None:
-        self.prompt = prompt
-
-    def attend(self, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout):
-        position_T = torch.arange(q_1HTD.shape[2])
-        streamed_TT = streaming_visible(position_T[:, None], position_T, SPEC.w_sink, SPEC.w_recent)
-        visible_TT = full_visible(position_T[:, None], position_T) & (streamed_TT | (position_T[:, None] < self.prompt))
-        return scaled_dot_product_attention(q_1HTD, k_1GTD, v_1GTD, attn_mask=visible_TT, scale=scaling, enable_gqa=True).transpose(
-            1, 2
-        )
-
-
-@torch.inference_mode()
-def next_logits(model: HybridForCausalLM, ids: Sequence[int], prompt: int, streaming: set[int]) -> torch.Tensor:
-    """Logits [V] of the token after `ids`, whose first `prompt` are the prompt, without a cache."""
-    ids_1T = torch.tensor([list(ids)])
-    views = model.model.attention_views(input_ids=ids_1T, attention_mask=None, position_ids=None)
-    hidden = model.model.embed_tokens(ids_1T)
-    rotary = model.model.rotary_emb(hidden, views.position_ids)
-    for index, layer in enumerate(model.model.layers):
-        view = AnswerStreams(prompt) if index in streaming else views.full
-        hidden = layer(hidden, attention_mask=view, position_ids=views.position_ids, position_embeddings=rotary)
-    return model.lm_head(model.model.norm(hidden))[0, -1]
 
 
 def without_cache(model, tokenizer, request: Request, keep: int, new: int = GREEDY.max_new_tokens) -> tuple[str, int, str]:

@@ -13,7 +13,7 @@ from lt_train.inference import views
 from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import PAGE, KVStore, RingLayer, kv_sizes
-from lt_train.inference.per_prompt_store import PerPrompt
+from lt_train.inference.per_prompt import PerPrompt
 from lt_train.inference.requests import Request, Sampling
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES, SIZES
