@@ -179,3 +179,22 @@ def training_step(
     base = named_base(model, shape)
     recipe = step_recipe(base.name, method, lazy_layer_ratio, w_sink, w_recent, tokens, checkpointing)
     bench_training_step(base, recipe, runs, Console())
+
+
+@bench.command()
+def lazy_ratio(
+    model: BaseModel = None,
+    shape: Shape = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option("--at", metavar="TOKENS", help="Length of the prompt (repeatable). Default: 4K.")
+    ] = None,
+    w_last: Annotated[int, typer.Option(help="Last queries over which the ratio is averaged.")] = 64,
+    w_sink: Sinks = 4,
+    w_recent: Window = 1020,
+    runs: Annotated[int, typer.Option(help="A time is the median over this many passes.")] = 3,
+) -> None:
+    """What the lazy ratios of all layers, which per_prompt needs, add to a forward pass."""
+    from lt_train.bench.base import named_base
+    from lt_train.bench.lazy_ratio import DEFAULT_LENGTHS, bench_lazy_ratio
+
+    bench_lazy_ratio(named_base(model, shape), lengths or DEFAULT_LENGTHS, w_last, w_sink, w_recent, runs, Console())
