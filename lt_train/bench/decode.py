@@ -252,8 +252,8 @@ def throughput_table(
         if by_vllm is not None:
             step = by_vllm[context]
             rate = f"{step.tokens_per_second:,.1f}"
-            faster = f"{step.tokens_per_second / full.tokens_per_second:.2f}x"
-            row = [f"{context:,}", "vLLM", f"{step.slots}", f"{step.milliseconds:,.0f}", "", "", rate, faster]
+            by_full = f"{step.tokens_per_second / full.tokens_per_second:.2f}x"
+            row = [f"{context:,}", "vLLM", f"{step.slots}", f"{step.milliseconds:,.0f}", "", "", rate, by_full]
             table.add_row(*row, end_section=True)
     return table
 
