@@ -1,5 +1,5 @@
 #!/bin/sh
-# Serve an export with learned sinks or without sinks by vLLM, for `backend: openai`:
+# Serve an export by vLLM, for `backend: openai`:
 #
 #     launch/serve-vllm.sh runs/mine/export [PORT] [further options of vLLM, such as --tensor-parallel-size 8]
 #
@@ -11,8 +11,7 @@
 #
 # and in both `pip install --no-deps lt-train` (or a checkout of it), whose plugin gives vLLM the model class.
 #
-# Several servers, one for each GPU or machine: give all their addresses in `servers`. Exports with sink tokens are refused, for
-# no kernel there computes them: evaluate them with the built-in engine.
+# Several servers, one for each GPU or machine: give all their addresses in `servers`. docs/serving.md says what is refused.
 set -eu
 model=$1
 port=${2:-8000}

@@ -167,13 +167,14 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
 def _in_vllm(config: HybridConfig) -> str:
     """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
     spec = config.spec
-    if not spec.lazy_layers or spec.split_layers or not (specs := with_one_more_or_fewer(spec, config.model_type)):
+    if not spec.streams or not (specs := with_one_more_or_fewer(spec, config.model_type, config.kv_heads)):
         return ""
-    gain, *others_gain = (f"{VllmCache().gain(each, KV_TOKENS):.2f}" for each in specs.values())
+    kind = "KV heads" if spec.split_layers else "layers"
+    gain, *others_gain = (f"{VllmCache().gain(each, config.kv_heads, KV_TOKENS):.2f}" for each in specs.values())
     others = " and ".join(f"{other} with {count}" for other, count in zip(others_gain, list(specs)[1:], strict=True))
     return (
         f"\n\nvLLM, with blocks of {BLOCK} tokens and `--max-num-batched-tokens {CHUNK}`, holds {gain} times as many "
-        f"sequences of this length as without streaming layers. It groups layers and fills groups up: {others} streaming layers."
+        f"sequences of this length as without streaming {kind}. It groups {kind} and fills groups up: {others} streaming {kind}."
     )
 
 
@@ -217,13 +218,9 @@ def _limits(config: HybridConfig, own_code: bool) -> str:
         f"What lies further back than {spec.w_recent:,} tokens reaches a streaming {kind} only through {ways}: test exact "
         "recall over long distances before relying on it."
     )
-    if spec.split_layers:
-        servers = [_SERVERS_OF_SPLIT_LAYERS]
-    elif config.learned_sinks and serves_family(config.model_type):
-        servers = [_SERVERS_OF_LEARNED_SINKS]
-    else:
-        servers = [_SERVERS_OF_SINK_TOKENS if spec.w_sink else _SERVERS_OF_OTHER_FAMILIES]
-    limits = [reach, *([*_LIMITS_OF_OWN_CODE, *servers] if own_code else [])]
+    by_vllm = serves_family(config.model_type) and not spec.sliding_layers
+    servers = _SERVED_BY_THE_PLUGIN + (_PLUGIN_WITH_SINK_TOKENS if spec.w_sink else "") if by_vllm else _SERVED_BY_LT_TRAIN
+    limits = [reach, *([*_LIMITS_OF_OWN_CODE, servers] if own_code else [])]
     return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
@@ -233,15 +230,13 @@ _LIMITS_OF_OWN_CODE = [
     "Batches for generation are padded on the left.",
     "`attn_implementation` cannot be chosen: stock attention kernels know neither sinks nor heads that stream.",
 ]
-_SERVERS_OF_SPLIT_LAYERS = (
-    "vLLM, SGLang, TGI and llama.cpp do not load it: their caches hold the same tokens for all KV heads of a layer. "
-    "`lt-train serve` serves it."
+_SERVED_BY_THE_PLUGIN = (
+    "vLLM serves it where `lt-train` is installed beside it, whose plugin knows these layers: `lt-train serve FOLDER --vllm "
+    "PYTHON`. SGLang, TGI and llama.cpp do not load it."
 )
-_SERVERS_OF_SINK_TOKENS = "vLLM, SGLang, TGI and llama.cpp have no such sinks (gpt-oss's are something else) and do not load it."
-_SERVERS_OF_OTHER_FAMILIES = "vLLM, SGLang, TGI and llama.cpp have no such layers in this architecture and do not load it."
-_SERVERS_OF_LEARNED_SINKS = (
-    "vLLM serves it where `lt-train` is installed beside it, whose plugin knows these sinks: `vllm serve FOLDER`. SGLang, TGI and "
-    "llama.cpp do not load it."
+_PLUGIN_WITH_SINK_TOKENS = " There the plugin's attention over sink tokens was run on CPUs alone."
+_SERVED_BY_LT_TRAIN = (
+    "vLLM, SGLang, TGI and llama.cpp have no such layers in this architecture and do not load it. `lt-train serve` serves it."
 )
 
 

@@ -117,5 +117,5 @@ def _kv_cache(plan: RecipePlan) -> dict[str, Any] | None:
         "full_bytes": cache.full,
         "hybrid_sequences": hybrid,
         "full_sequences": full,
-        "vllm_sequences_by_streaming_layers": cache.vllm,
+        f"vllm_sequences_by_streaming_{'kv_heads' if plan.shape.spec.split_layers else 'layers'}": cache.vllm,
     }

@@ -23,8 +23,8 @@ class KVCache:
         evaluation: its name. tokens: of its longest answers.
         hybrid, full: bytes of one sequence, with and without streaming layers, the rings of a draft included.
         sequences: how many such sequences fit beside the weights: (hybrid, full).
-        vllm: how many vLLM holds there, by the number of streaming layers: as many as in the recipe, one fewer and one more, and 0.
-            Empty where it does not serve the hybrid.
+        vllm: how many vLLM holds there, by the number of streaming layers, or of KV heads where single ones stream: as many as in
+            the recipe, one fewer and one more, and 0. Empty where it does not serve the hybrid.
     """
 
     evaluation: str
@@ -61,7 +61,7 @@ def kv_cache(recipe: Recipe, base_config: PreTrainedConfig, shape: ModelShape, m
         hybrid,
         full,
         (left // hybrid, left // full),
-        _in_vllm(spec, base_config.model_type, tokens, layer_tokens),
+        _in_vllm(spec, base_config.model_type, kv_heads(config), tokens, layer_tokens),
     )
 
 
@@ -86,11 +86,11 @@ def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> in
     return packed if machine.cpu and itemsize == torch.float32.itemsize and can_pack() and fits(packed, left) else 0
 
 
-def _in_vllm(spec: HybridSpec, model_type: str, tokens: int, layer_tokens: int) -> dict[int, int]:
-    specs = {} if spec.split_layers else with_one_more_or_fewer(spec, model_type)
+def _in_vllm(spec: HybridSpec, model_type: str, heads: int, tokens: int, layer_tokens: int) -> dict[int, int]:
+    specs = with_one_more_or_fewer(spec, model_type, heads)
     if specs:
         specs[0] = spec.all_full
-    return {count: int(VllmCache().sequences(each, tokens, layer_tokens)) for count, each in specs.items()}
+    return {count: int(VllmCache().sequences(each, heads, tokens, layer_tokens)) for count, each in specs.items()}
 
 
 def _tokens(eval_config: Eval) -> int:

@@ -152,7 +152,8 @@ def _evaluation(plan: RecipePlan) -> list[tuple[str, str]]:
     if cache.vllm:
         lazy, *others = cache.vllm
         counts = ", ".join(f"{cache.vllm[count]:,} with {count}" for count in others)
-        found.append(("in vLLM", f"{cache.vllm[lazy]:,} such sequences ({counts} streaming layers; it groups layers)"))
+        kind = "KV heads" if plan.shape.spec.split_layers else "layers"
+        found.append(("in vLLM", f"{cache.vllm[lazy]:,} such sequences ({counts} streaming {kind}; it groups {kind})"))
     return found
 
 

@@ -43,8 +43,8 @@ def remarks_on(recipe: Recipe) -> Iterator[Fault]:
     for path, evaluation in _generations_and_losses(recipe):
         served = isinstance(evaluation, Eval) and evaluation.backend == "openai" and evaluation.variants != [BASE]
         if served and recipe.hybrid.granularity == "kv_head":
-            problem = "vLLM, SGLang and other servers load no export of which single KV heads stream"
-            yield Fault((f"{path}.backend", "hybrid.granularity"), problem, "serve it with lt-train serve")
+            problem = "of servers, lt-train serve and vLLM with its plugin alone load an export of which single KV heads stream"
+            yield Fault((f"{path}.backend", "hybrid.granularity"), problem, "serve it with lt-train serve, with --vllm or without")
 
 
 def _sources(recipe: Recipe) -> Iterator[Fault]:

@@ -120,23 +120,6 @@ class SinkTokensManager(SlidingWindowManager):
                 blocks[index] = block
         return found, tokens
 
-    @classmethod
-    def reachable_block_mask(
-        cls,
-        start_block: int,
-        end_block: int,
-        alignment_tokens: int | None,
-        kv_cache_spec: KVCacheSpec,
-        *further: Any,
-        **settings: Any,
-    ) -> list[bool] | None:
-        """The blocks worth finding again: those of a window, and the sink blocks."""
-        assert isinstance(kv_cache_spec, SinkTokensSpec)
-        mask = super().reachable_block_mask(start_block, end_block, alignment_tokens, kv_cache_spec, *further, **settings)
-        if mask is None:
-            return None
-        return [worth or start_block + index < kv_cache_spec.sink_blocks for index, worth in enumerate(mask)]
-
 
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # registers vLLM's own, which it does not once there is another
 KVCacheSpecRegistry.register(SinkTokensSpec, SinkTokensManager, uniform_type_base_spec=SinkTokensSpec)

@@ -7,6 +7,9 @@ from huggingface_hub import ModelCard
 
 from lt_train.export.card import is_hub_id, model_card
 from lt_train.export.verify import Check
+from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.spec import HybridSpec
+from tests.support.families import base_of
 from tests.support.tiny_exports import metadata, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 2e-7, 12.5, 1e-5, 48, 0)
@@ -51,11 +54,28 @@ def test_the_card_of_split_layers_names_their_heads_sizes_and_what_serves_them()
         "4 of its 8 key/value heads (with their query heads), in 3 of its 4 layers, use streaming attention",
         "- streaming: 1 (of 0 to 3; chosen by: reach)\n- KV heads that stream in other layers (of 0 to 1): 0: 1; 3: 0\n",
         "| 32 MiB | 16 MiB | 50.0% |",
-        "hold the same tokens for all KV heads of a layer",
+        "`lt-train serve FOLDER --vllm PYTHON`",
+        "as without streaming KV heads. It groups KV heads and fills groups up: ",
         "through the full-attention heads:",
     ):
         assert expected in text
     assert "vllm serve" not in text
+
+
+def test_the_card_says_which_server_loads_the_export():
+    by_plugin, on_cpus = "`lt-train serve FOLDER --vllm PYTHON`", "over sink tokens was run on CPUs alone"
+    other = "in this architecture and do not load it. `lt-train serve` serves it."
+    tokens, learned, olmo = (
+        model_card(metadata(), build_hybrid(base_of(family), spec).config, torch.float32, CHECK, own_code=True)
+        for family, spec in (
+            ("qwen3", HybridSpec(4, (1,), 3, 7)),
+            ("qwen3", HybridSpec(4, (1,), 0, 7, learned_sinks=True)),
+            ("olmo2", HybridSpec(4, (1,), 3, 7)),
+        )
+    )
+    assert by_plugin in tokens and on_cpus in tokens
+    assert by_plugin in learned and on_cpus not in learned
+    assert other in olmo and by_plugin not in olmo and "vLLM, with blocks" not in olmo
 
 
 def test_local_folders_are_named_without_their_path_and_not_as_hub_ids(tmp_path):

@@ -135,13 +135,26 @@ def bytes_held(store: KVStore) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sink", "counts"), [({"w_sink": 0}, [18, 17, 19, 0]), ({"sink": "learned"}, [18, 17, 19, 0]), ({"w_sink": 4}, [])]
+    ("hybrid", "counts"),
+    [
+        ({"w_sink": 0}, [18, 17, 19, 0]),
+        ({"sink": "learned"}, [18, 17, 19, 0]),
+        ({"w_sink": 4}, [18, 17, 19, 0]),
+    ],
 )
-def test_sequences_in_vllm_are_planned_where_it_serves_the_hybrid(sink, counts):
-    recipe = public_recipe("qwen3-8b", hybrid={"lazy_layer_ratio": 0.5, "w_recent": 1020, **sink}, eval=AIME)
+def test_sequences_in_vllm_are_planned(hybrid, counts):
+    recipe = public_recipe("qwen3-8b", hybrid={"lazy_layer_ratio": 0.5, "w_recent": 1020, **hybrid}, eval=AIME)
     config = load_base_config(recipe.model)
     planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
     assert list(planned.vllm) == counts
-    if counts:
-        assert 1.9 * planned.vllm[0] < planned.vllm[18] <= 2 * planned.vllm[0] + 1 and planned.vllm[17] < planned.vllm[18]
-        assert planned.vllm[0] == pytest.approx(planned.sequences[1], abs=1)
+    half, fewer, *_ = counts
+    assert 1.9 * planned.vllm[0] < planned.vllm[half] <= 2 * planned.vllm[0] + 1 and planned.vllm[fewer] < planned.vllm[half]
+    assert planned.vllm[0] == pytest.approx(planned.sequences[1], abs=1)
+
+
+def test_sequences_in_vllm_are_planned_by_kv_heads_where_these_stream():
+    recipe = public_recipe("qwen3-8b", hybrid={"lazy_layer_ratio": 0.5, "granularity": "kv_head", "w_recent": 1020}, eval=AIME)
+    config = load_base_config(recipe.model)
+    planned = kv_cache(recipe, config, model_shape(recipe, config), Machine(1, 80 * GIB))
+    assert list(planned.vllm) == [144, 143, 145, 0]  # of 36 layers of 8
+    assert 1.9 * planned.vllm[0] < planned.vllm[144] <= 2 * planned.vllm[0] + 1

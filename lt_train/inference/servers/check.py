@@ -313,6 +313,6 @@ def _other_mathematics(url: str, expected: Continuation, step: int, difference: 
     return UserError(
         f"eval.servers: {url} computes something else than the checkpoint: after a prompt of {len(expected.prompt_ids)} tokens, "
         f"new token {step} {difference}. Fix: let the server load this checkpoint, in an engine that knows its layer types and "
-        "sinks: lt-train serve does, and but for sink tokens vLLM by launch/serve-vllm.sh; or set eval.backend to hybrid (the "
-        "built-in engine)" + more("computes-something-else-than-the-checkpoint-a-server-is-refused")
+        "sinks: lt-train serve does, and vLLM by launch/serve-vllm.sh; or set eval.backend to hybrid (the built-in engine)"
+        + more("computes-something-else-than-the-checkpoint-a-server-is-refused")
     )
