@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lt_train.recipe.loading import load_recipe, load_recipe_and_remarks, recorded_recipe, resolved_yaml
 from lt_train.recipe.messages import NAMES_ELSEWHERE, all_settings
-from lt_train.recipe.schema import Recipe
+from lt_train.recipe.schema import Recipe, identity_of, settings_that_may_change
 from lt_train.recipe.yaml_text import read_recipe_text
 from lt_train.runtime.errors import UserError
 
@@ -73,6 +73,11 @@ def test_every_recipe_of_the_evidence_describes_a_comparison(path: Path, monkeyp
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.grid is not None
     assert f"#   lt-train compare recipes/evidence/{path.name}\n" in path.read_text()
+
+
+def test_a_grid_may_be_added_to_a_run_that_is_done(recipe_file: Path) -> None:
+    assert "grid" in settings_that_may_change() and "grid" not in identity_of(load_recipe(recipe_file))
+    assert load_recipe(recipe_file, ["grid.seeds=[1]"]).grid.strategies == ["reach", "lazy_ratio", "periodic", "random"]
 
 
 def test_the_shipped_recipes_are_found() -> None:
