@@ -3,7 +3,7 @@
 Speed and memory do not depend on the values of weights, so a shape needs no download and no tokenizer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -28,6 +29,7 @@ from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.sources import resolve_model
+from lt_train.selection.choose import evenly_spread_layers
 
 CONTEXT = 131072
 """Longer than some of the published models have, for any length to be measured."""
@@ -127,6 +129,28 @@ class RandomBase:
 
 
 Base = StoredBase | RandomBase
+
+
+def hybrid_spec(config: PreTrainedConfig, ratio: float, w_sink: int, w_recent: int) -> HybridSpec:
+    """A hybrid in which this ratio of the base's full layers streams, evenly spread: for speed it does not matter which.
+
+    Args:
+        ratio: 0: nothing streams.
+
+    Raises:
+        UserError: none or all of them would.
+    """
+    base = base_spec(config.to_dict(), w_sink, w_recent)
+    if ratio == 0:
+        return base
+    places = evenly_spread_layers(ratio, len(base.full_in_base))
+    return replace(base, lazy_layers=tuple(base.full_in_base[place] for place in places))
+
+
+def of_full_layers(spec: HybridSpec) -> str:
+    """How many layers stream, of which, in words."""
+    kind = "full layers" if spec.sliding_layers else "layers"
+    return f"{len(spec.lazy_layers)} of {len(spec.full_in_base)} {kind}"
 
 
 def named_base(model: str | None, shape: str | None) -> Base:

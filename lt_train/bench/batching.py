@@ -16,18 +16,16 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec, of_full_layers
 from lt_train.bench.decode import budget_too_small
 from lt_train.bench.printing import print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.inference.requests import Request, Sampling
 from lt_train.runtime.devices import device_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import evenly_spread_layers
 
 PROMPT_TOKENS = 64
 SHORTEST_FRACTION = 1 / 16
@@ -107,8 +105,7 @@ def bench_batching(
         UserError: there is no such model, no layer or every layer would stream, or the budget is below one sequence.
     """
     config, tokenizer = base.config(), base.tokenizer()
-    lazy = evenly_spread_layers(ratio, config.num_hidden_layers)
-    spec = HybridSpec(config.num_hidden_layers, lazy, w_sink, w_recent)
+    spec = hybrid_spec(config, ratio, w_sink, w_recent)
     hybrid = base.for_inference(spec)
     hybrid.generation_config = GenerationConfig(eos_token_id=None)
     work = mixed_lengths(count, longest, config.vocab_size)
@@ -122,7 +119,7 @@ def bench_batching(
     engine_rate, static_rate = work.tokens / seconds["engine"], work.tokens / seconds["static"]
     print_lines(
         console,
-        f"{base.name}, {len(lazy)} of {spec.num_layers} layers stream, {device_name(hybrid.device)}; "
+        f"{base.name}, {of_full_layers(spec)} stream, {device_name(hybrid.device)}; "
         f"{count} answers of {min(work.answer_tokens):,} to {work.longest - PROMPT_TOKENS:,} tokens, "
         f"{work.tokens:,} in all; KV budget {budget / 2**20:,.0f} MiB for each\n"
         f"engine          {engine_rate:8,.1f} tokens/s, {engine.lay_out(count, work.longest).slots} slots\n"

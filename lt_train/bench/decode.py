@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.bench.roofline import Rates, measure_rates
 from lt_train.bench.speculation import DraftRounds
 from lt_train.bench.step_profile import LEGEND, PROFILED_STEPS, profile_steps, profile_table
 from lt_train.bench.vllm_speed import VllmStep, check_vllm, vllm_steps
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.packed_weights import obstacle_to_packing
 from lt_train.inference.runner import ModelRunner
@@ -32,7 +31,6 @@ from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.units import MIB, format_bytes
-from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (2048, 8192, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
@@ -154,7 +152,7 @@ def bench_decode(
     profiled: bool = False,
     vllm: Path | None = None,
 ) -> None:
-    """Print the table, and that of `drafts`. The streaming layers are evenly spread: for speed it does not matter which.
+    """Print the table, and that of `drafts`, of layers with full attention in the base.
 
     Args:
         profiled: print where the time of each row's step goes, too.
@@ -164,14 +162,15 @@ def bench_decode(
         UserError: there is no such model, no layer or every layer would stream, the budget is below one sequence, or
             vLLM fails; see also `DraftRounds.time`.
     """
-    num_layers = base.config().num_hidden_layers
+    config = base.config()
+    specs = [hybrid_spec(config, ratio, w_sink, w_recent) for ratio in (0, *ratios)]
+    num_layers = len(specs[0].full_in_base)
     if vllm is not None:
         check_vllm(base, vllm)
-    variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
     found: dict[tuple[int, ...], list[Throughput]] = {}
-    with show_progress("timing", total=len(variants) * len(lengths)) as bar:
-        for lazy in variants:
-            hybrid = base.for_inference(HybridSpec(num_layers, lazy, w_sink, w_recent))
+    with show_progress("timing", total=len(specs) * len(lengths)) as bar:
+        for spec in specs:
+            hybrid, lazy = base.for_inference(spec), spec.lazy_layers
             if not found:
                 rates, vocab_size = measure_rates(hybrid.dtype), hybrid.config.vocab_size
             for context in lengths:

@@ -9,15 +9,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec, of_full_layers
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.cache import CACHE_ARGUMENT, HybridCache
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (1024, 8192, 32768)
 TIMED_TOKENS = 64
@@ -58,7 +56,7 @@ def time_decoding(model: HybridForCausalLM, lengths: Sequence[int], progress: bo
 
 
 def bench_growth(base: Base, ratio: float, w_sink: int, w_recent: int, lengths: Sequence[int], console: Console) -> None:
-    """Print the table. The streaming layers are evenly spread: which layers stream does not matter for speed.
+    """Print the table, of layers with full attention in the base.
 
     Raises:
         UserError: there is no such model, no layer or every layer would stream, or a length is below TIMED_TOKENS.
@@ -67,17 +65,18 @@ def bench_growth(base: Base, ratio: float, w_sink: int, w_recent: int, lengths: 
         raise UserError(
             f"--at: {min(lengths)}: below the {TIMED_TOKENS} tokens of which a time is the median. Fix: set at least {TIMED_TOKENS}"
         )
-    num_layers = base.config().num_hidden_layers
-    lazy = evenly_spread_layers(ratio, num_layers)
+    config = base.config()
+    specs = {"hybrid": hybrid_spec(config, ratio, w_sink, w_recent), "full": hybrid_spec(config, 0, w_sink, w_recent)}
     timings: dict[str, list[TokenTiming]] = {}
-    for name, layers in (("hybrid", lazy), ("full", ())):
-        hybrid = base.for_inference(HybridSpec(num_layers, layers, w_sink, w_recent))
+    for name, spec in specs.items():
+        hybrid = base.for_inference(spec)
         timings[name] = time_decoding(hybrid, sorted(set(lengths)))
         parameters, dtype, device = hybrid.num_parameters(), hybrid.dtype, hybrid.device
         del hybrid
     title = (
-        f"{base.name}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device_name(device)}; {len(lazy)} of "
-        f"{num_layers} layers stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of {TIMED_TOKENS} tokens"
+        f"{base.name}, {parameters / 1e6:,.1f} M parameters, {dtype_name(dtype)} on {device_name(device)}; "
+        f"{of_full_layers(specs['hybrid'])} stream, w_sink {w_sink}, w_recent {w_recent}; one sequence, medians of "
+        f"{TIMED_TOKENS} tokens"
     )
     print_lines(console, title)
     console.print(_table(timings["hybrid"], timings["full"], parameters * dtype.itemsize))
@@ -110,4 +109,5 @@ def _bytes_in_use(cache: HybridCache) -> int:
 
 
 def _ring_tokens(cache: HybridCache) -> int:
-    return max((layer.keys.shape[2] for layer in cache.parts if layer.is_sliding), default=0)
+    parts = (part for layer in cache.spec.streaming_layers for part in cache.layers[layer].parts)
+    return max((part.keys.shape[2] for part in parts if part.is_sliding), default=0)

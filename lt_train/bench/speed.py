@@ -7,18 +7,16 @@ from functools import partial
 import torch
 
 from lt_train.bench.attention import Shape, time_length
-from lt_train.bench.base import RandomBase, random_base
+from lt_train.bench.base import RandomBase, hybrid_spec, random_base
 from lt_train.bench.checks import CannotRun, Check, Finding
 from lt_train.bench.decode import STEPS, Throughput, throughput
 from lt_train.bench.roofline import COPIED, MATRIX, copy_rate, product_rate
 from lt_train.hybrid.attention_kernels import Use, choose
 from lt_train.hybrid.loading import build_hybrid
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import kv_sizes
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name, free_memory, release_memory
 from lt_train.runtime.units import GIB, format_bytes, format_tokens
-from lt_train.selection.choose import evenly_spread_layers
 
 W_SINK, W_RECENT = 4, 1020
 RUNS = 3
@@ -97,10 +95,10 @@ def _streaming(shape: Shape, length: int) -> Finding:
 
 def _decode(base: RandomBase, sizes: Sizes) -> Finding:
     """With half of the layers streaming against full attention, each with the same KV budget."""
-    layers = base.config().num_hidden_layers
+    specs = [hybrid_spec(base.config(), ratio, W_SINK, W_RECENT) for ratio in (0, 0.5)]
     dtype = compute_dtype(base.dtype)
     with torch.device("meta"):
-        weights = build_hybrid(base.config(), HybridSpec(layers, (), W_SINK, W_RECENT)).num_parameters() * dtype.itemsize
+        weights = build_hybrid(base.config(), specs[0]).num_parameters() * dtype.itemsize
     release_memory()  # of the checks before
     free = free_memory(compute_device())
     if weights > ROOM * free:
@@ -109,8 +107,8 @@ def _decode(base: RandomBase, sizes: Sizes) -> Finding:
             "Fix: choose a smaller --shape"
         )
     found: list[Throughput] = []
-    for lazy in ((), evenly_spread_layers(0.5, layers)):
-        hybrid = base.for_inference(HybridSpec(layers, lazy, W_SINK, W_RECENT))
+    for spec in specs:
+        hybrid = base.for_inference(spec)
         if not found:
             room, one = int(ROOM * free - weights), kv_sizes(hybrid).sequence(sizes.context + STEPS)
             if one > room:

@@ -21,9 +21,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec
 from lt_train.bench.printing import print_lines
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.planning.compute import Compute, training_compute
 from lt_train.planning.shape import model_shape
 from lt_train.planning.workload import Samples, Workload
@@ -31,7 +30,6 @@ from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import compute_device, device_name, wait_for
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import evenly_spread_layers
 from lt_train.training.settings import sft_config, weights_dtype
 from lt_train.training.sft_trainer import HybridSFTTrainer
 from lt_train.training.trainable import lora_config
@@ -101,9 +99,7 @@ def compare_steps(base: Base, recipe: Recipe, runs: int) -> StepComparison:
     """Each trainer takes one warm-up step; then `runs` steps of both are interleaved."""
     assert recipe.train is not None and recipe.hybrid.lazy_layer_ratio is not None
     config, tokenizer, tokens = base.config(), base.tokenizer(), recipe.data.max_length
-    layers = config.num_hidden_layers
-    lazy = evenly_spread_layers(recipe.hybrid.lazy_layer_ratio, layers)
-    spec = HybridSpec(layers, lazy, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
+    spec = hybrid_spec(config, recipe.hybrid.lazy_layer_ratio, recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     dtype = weights_dtype(recipe, recipe.train)
     ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     rows = datasets.Dataset.from_dict({"input_ids": [ids], "labels": [ids]})

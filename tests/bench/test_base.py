@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from rich.console import Console
 
-from lt_train.bench.base import SHAPES, RandomBase
+from lt_train.bench.base import SHAPES, RandomBase, hybrid_spec, of_full_layers
+from lt_train.bench.batching import bench_batching
+from lt_train.bench.decode import bench_decode
+from lt_train.bench.growth import bench_growth
+from lt_train.bench.training_step import compare_steps, step_recipe
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.runtime.errors import UserError
 from tests.support.families import BASES
 
 PUBLISHED_PARAMETERS = {
@@ -67,3 +73,26 @@ def test_a_config_that_cannot_become_a_hybrid_is_refused(lt_train, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     code, out, err = lt_train("bench", "growth", "--shape", tmp_path)
     assert code == 2 and "no hybrid class" in err and "Traceback" not in out + err
+
+
+def test_of_a_base_with_sliding_layers_the_full_ones_alone_are_counted_and_stream():
+    config = BASES["olmo3"]  # layer 0 slides, three are full
+    spec = hybrid_spec(config, 0.67, 2, 30)
+    assert (spec.sliding_layers, spec.lazy_layers, of_full_layers(spec)) == ((0,), (1, 2), "2 of 3 full layers")
+    assert not hybrid_spec(config, 0, 2, 30).streams
+    assert of_full_layers(hybrid_spec(BASES["qwen3"], 0.5, 2, 30)) == "2 of 4 layers"
+    with pytest.raises(UserError, match="of 3 layers 3 would stream"):
+        hybrid_spec(config, 0.99, 2, 30)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gpt_oss"])
+def test_every_bench_of_a_model_runs_on_a_base_with_sliding_layers(family):
+    base, console = RandomBase("tiny", BASES[family], "fp32"), Console(record=True, width=160)
+    bench_growth(base, 0.67, 2, 30, [64], console)
+    bench_decode(base, [0.67], 2, 30, [100], 2**22, console)
+    bench_batching(base, 0.67, 2, 30, 4, 80, 2**22, console)
+    recipe = step_recipe("tiny", "lora", 0.67, 2, 30, 48, checkpointing=False, dtype="fp32")
+    assert compare_steps(base, recipe, runs=1).hybrid > 0
+    printed = console.export_text()
+    assert printed.count("2 of 3 full layers stream") == 2 and "2/3" in printed
+    assert next(line for line in printed.splitlines() if line.split()[:1] == ["64"]).split()[-1] == "32", "the ring of what streams"

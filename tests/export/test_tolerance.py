@@ -65,3 +65,11 @@ def test_batches_hold_rows_shorter_than_the_sinks_and_longer_than_the_window(w_s
 def test_a_short_context_bounds_the_batches():
     (_, mask), (_, alone) = check_batches(HybridSpec(4, (1,), 4, 1020), 96, 64)
     assert mask.shape[1] == alone.shape[1] == 64 - NEW_TOKENS
+
+
+def test_experts_are_measured_in_fp64_too_whose_fast_kernel_has_none():
+    model = tiny_hybrid("qwen3_moe")
+    model.config._experts_implementation = "grouped_mm"  # as from_pretrained sets it
+    batch = check_batches(model.spec, model.config.vocab_size, model.config.max_position_embeddings)[-1]
+    assert 0 < measure(model, batch, logits_of(model, *batch)).rounding < 1e-3
+    assert model.config._experts_implementation == "grouped_mm"
