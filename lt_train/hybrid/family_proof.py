@@ -32,6 +32,9 @@ LENGTH, W_SINK, W_RECENT, SLIDING = 24, 2, 5, 9
 SEEDS = (0, 1)
 """Of the batches."""
 
+ROUNDING = 1e-5
+"""Relative difference of hidden states that rounding causes, where a family's norms or routers compute in fp32."""
+
 OF_FILES = ("architectures", "dtype", "transformers_version")
 """Settings that say nothing of what a model computes."""
 
@@ -111,6 +114,8 @@ def _compare_logits(base: PreTrainedModel, hybrid: HybridForCausalLM, spec: Hybr
     if effect < 1e-6:
         raise HybridError("layers that stream compute what they compute with full attention")
     same = partial(_same, tolerance=1e-3 * effect)
+    with hybrid.full_attention():
+        _compare_layers(base, hybrid, ids_BT)
     same("nothing streams, and beyond the window of sliding layers logits differ from the base", full, _logits(base, ids_BT))
     with _under_masks(base, spec):
         same("streaming layers differ from the base under a dense mask", expected, _logits(base, ids_BT))
@@ -127,6 +132,32 @@ def _compare_logits(base: PreTrainedModel, hybrid: HybridForCausalLM, spec: Hybr
     same("a padded row differs from the row alone", padded[1, LENGTH // 2 :], expected[1, : LENGTH // 2])
     one_by_one = "layers run one by one, as the built-in engine and the layer profile do, differ from forward"
     same(one_by_one, _layer_by_layer(hybrid, ids_BT), expected)
+
+
+def _compare_layers(base: PreTrainedModel, hybrid: HybridForCausalLM, ids_BT: Tensor) -> None:
+    """
+    Raises:
+        HybridError: names the first layer whose output is not that of the base, in rows longer than the window of sliding layers.
+    """
+    outputs = zip(_outputs_of_layers(hybrid, ids_BT), _outputs_of_layers(base, ids_BT), strict=True)
+    for index, (found_BTD, expected_BTD) in enumerate(outputs):
+        gap = ((found_BTD - expected_BTD).norm() / expected_BTD.norm()).item()
+        if not gap < ROUNDING:  # also true of a NaN
+            at = attention_at(index, hybrid.model.layers[index].self_attn)
+            raise HybridError(
+                f"{at}: with full attention it differs from the base beyond the window of sliding layers: by {gap:.2g}"
+            )
+
+
+def _outputs_of_layers(model: PreTrainedModel, ids_BT: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda layer, given, output: found.append(output)) for layer in model.model.layers]
+    try:
+        _logits(model, ids_BT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _logits(model: PreTrainedModel, ids_BT: Tensor, **given: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def test_a_base_is_proved_while_a_model_without_weights_is_built():
         ("no interface", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 2, which streaming attention hides"),
         ("shifted", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 7, which streaming attention hides"),
         ("softcap", r"softcap: model\.layers\.2\.self_attn \(ToyAttention\) has it, and no kernel of a hybrid computes it"),
+        ("bias", r"position_bias: model\.layers\.2\.self_attn \(ToyAttention\) has it, and no kernel of a hybrid computes it"),
         ("kernel", "full attention differs from the base: logits by up to"),
         ("cache", "cached tokens differ from recomputation: logits by up to"),
         ("positions", "(cached tokens differ from recomputation|packed documents differ from each alone): logits by up to"),
@@ -82,6 +83,23 @@ def test_a_base_is_proved_while_a_model_without_weights_is_built():
 def test_a_family_with_a_fault_is_refused_and_the_message_names_what_differed(fault, found):
     with pytest.raises(HybridError, match=f"^model_type: 'toy': not proved to stream: {found}.* Fix: choose another base$"):
         prove_auto_family(toy_config(fault))
+
+
+SLIDES = {"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"], "sliding_window": 9}
+"""The layer that has the fault slides."""
+
+
+def test_a_family_that_ignores_a_window_of_its_own_in_a_layer_is_refused_and_the_layer_is_named():
+    prove_auto_family(toy_config(**SLIDES))
+    for fault, found in (
+        (
+            "no window",
+            r"model\.layers\.2\.self_attn \(ToyAttention\): with full attention it differs from the base beyond the window",
+        ),
+        ("no interface", r"model\.layers\.2\.self_attn \(ToyAttention\): token 12 sees token 2, which sliding attention hides"),
+    ):
+        with pytest.raises(HybridError, match=f"^model_type: 'toy': not proved to stream: {found}.* Fix: choose another base$"):
+            prove_auto_family(toy_config(fault, **SLIDES))
 
 
 def test_a_family_whose_layers_hand_nothing_through_is_refused():

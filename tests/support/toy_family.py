@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -37,6 +37,8 @@ class ToyConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     initializer_range: float = 0.02
     fault: str | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
     experts: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -76,6 +78,8 @@ class ToyAttention(nn.Module):
         else:
             if self.fault == "no mask":
                 attention_mask, given = None, {}
+            if self.fault == "bias":
+                given["position_bias"] = torch.zeros(1, q.shape[1], q.shape[2], k.shape[2])
             if self.fault == "softcap":
                 given["softcap"] = 30.0
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -143,8 +147,12 @@ class ToyModel(ToyPreTrainedModel):
             position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
         masked = {"config": self.config, "inputs_embeds": hidden_BTD, "position_ids": position_ids, CACHE_ARGUMENT: cache}
         mask = create_causal_mask(attention_mask=attention_mask, **masked)
+        mask_L = [mask] * len(self.layers)
+        for layer, kind in enumerate(self.config.layer_types or ()):
+            if kind == "sliding_attention" and not (self.config.fault == "no window" and layer == FAULTY):
+                mask_L[layer] = create_sliding_window_causal_mask(attention_mask=attention_mask, **masked)
         position_embeddings = self.rotary_emb(hidden_BTD, position_ids)
-        for layer in self.layers:
+        for layer, mask in zip(self.layers, mask_L, strict=True):
             hidden_BTD = layer(hidden_BTD, attention_mask=mask, cache=cache, position_embeddings=position_embeddings, **given)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTD))
 
