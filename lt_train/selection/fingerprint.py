@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers")
 _VALUES_PER_WEIGHT = 64
-# Config fields that differ between equal models: the source, the version of transformers, the dtype, and which layers stream.
+# Config fields that differ between equal models: the source, the version of transformers, the dtype, and what streams. `layer_types`
+# and `sliding_window` say what streams, too, where they are not the base's own.
 _IGNORED_FIELDS = {
     "_name_or_path",
     "transformers_version",
@@ -28,6 +29,7 @@ _IGNORED_FIELDS = {
     "layer_types",
     "lazy_layers",
     "streaming_kv_heads",
+    "w_recent",
     "w_sink",
     "sliding_window",
 }
@@ -66,7 +68,9 @@ class Fingerprint:
 
 
 def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED_FIELDS}
+    spec, config = model.config.spec, {name: x for name, x in model.config.to_dict().items() if name not in _IGNORED_FIELDS}
+    if spec.sliding_layers:
+        config |= {"sliding_layers": spec.sliding_layers, "sliding_window": spec.sliding_window}
     return Fingerprint(
         model=str(model.config.name_or_path),
         config=_hash(config),

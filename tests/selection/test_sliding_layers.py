@@ -4,16 +4,20 @@ import json
 from dataclasses import replace
 
 import pytest
+from transformers import Olmo3Config
 
 from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.kv_size import KV_TOKENS, kv_bytes
+from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection.choose import choose_spec, explicit_heads, explicit_layers, number_that_stream
 from lt_train.selection.curve import curve_figure
+from lt_train.selection.fingerprint import Sizes, fingerprint
 from lt_train.selection.picture import profile_figure
 from lt_train.selection.profile import LayerProfile, profile_layers
+from tests.support.families import BASES as FAMILIES
 
 BASE = HybridSpec(8, (), sliding_layers=(0, 1, 3, 4, 6), sliding_window=4096)
 FULL = {2, 5, 7}
@@ -102,3 +106,18 @@ def test_the_spec_of_a_base_is_read_from_its_config_or_from_that_of_a_hybrid_of_
         == HybridSpec(2, ())
     )
     assert base_spec({"num_hidden_layers": 2, "sliding_window": None}) == HybridSpec(2, ())
+
+
+def test_the_key_of_a_profile_has_what_slides_in_the_base_and_not_what_streams():
+    def key(base, **streaming):
+        spec = replace(base_spec(base.to_dict(), 2, streaming.pop("w_recent", 6)), **streaming)
+        return fingerprint(build_hybrid(base, spec), [], Sizes(2, 6, 8, 0.1), ["reach"]).config
+
+    def changed(**settings):
+        return Olmo3Config(**FAMILIES["olmo3"].to_dict() | settings)
+
+    base = changed()
+    same = [{"lazy_layers": (1,)}, {"lazy_layers": (1, 2)}, {"split_layers": ((2, (0,)),)}, {"w_recent": 7}]
+    assert {key(base, **streaming) for streaming in same} == {key(base)}
+    types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    assert len({key(each) for each in (base, changed(sliding_window=12), changed(layer_types=types))}) == 3
