@@ -115,6 +115,7 @@ class HybridBody(OwnAttention):
         self.shards: Shards | None = None
         self.cache_of_prompts: Callable[[], HybridCache] | None = None
         super().__init__(config)
+        self.rotates_by_layer_type = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
         if config.learned_sinks:
             for layer in config.spec.lazy_layers:
                 self.layers[layer].self_attn.sinks = LearnedSinks(config.num_attention_heads)
@@ -156,7 +157,7 @@ class HybridBody(OwnAttention):
 
     def position_embeddings(self, hidden_BTD: Tensor, position_ids: Tensor) -> list[PositionEmbeddings]:
         """What each layer gets as `position_embeddings`, by layer: some families have rotary embeddings for each type of layer."""
-        if "layer_type" not in inspect.signature(self.rotary_emb.forward).parameters:
+        if not self.rotates_by_layer_type:
             return [self.rotary_emb(hidden_BTD, position_ids)] * len(self.layers)
         kinds = self.config.layer_types
         assert kinds is not None, "__post_init__ sets them"
