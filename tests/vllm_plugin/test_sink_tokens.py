@@ -1,30 +1,10 @@
 """Sink tokens in vLLM's own environment, whose python LT_TRAIN_VLLM_PYTHON names: kernels and block bookkeeping."""
 
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from tests.support.repository import REPOSITORY
+from tests.support.vllm_python import MODEL, printed
 
 pytestmark = pytest.mark.slow
-
-SCRIPTS = REPOSITORY / "tests/support/in_vllm"
-
-
-def printed(*command: Path | str) -> list[float]:
-    """The numbers of a script's last line."""
-    python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([python, *command], env=environment, cwd=SCRIPTS, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
-    return [float(number) for number in ran.stdout.splitlines()[-1].split()]
-
-
-MODEL = REPOSITORY / "data/tiny-reasoner"
 
 
 def test_on_a_cpu_a_query_attends_to_what_the_mask_says_it_sees() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx2
@@ -32,6 +33,7 @@ from lt_train.runtime.errors import UserError
 from tests.support.processes import checks_of_exports_are_forked
 from tests.support.runs import run_in_folder
 from tests.support.tiny_exports import metadata
+from tests.support.vllm_python import python_of_vllm
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +62,16 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, tokenizer):
-    """Kind -> folder."""
-    folders = {kind: tmp_path_factory.mktemp("exports") / "export" for kind in SPECS}
-    with checks_of_exports_are_forked():
-        for kind, folder in folders.items():
+    """Kind -> folder, made when it is first asked for."""
+
+    @cache
+    def made(kind):
+        folder = tmp_path_factory.mktemp("exports") / "export"
+        with checks_of_exports_are_forked():
             export_hybrid(in_memory(hybrid(kind)), tokenizer, folder, metadata(), dtype=torch.float32)
-    return folders
+        return folder
+
+    return made
 
 
 def hybrid(kind):
@@ -85,6 +91,7 @@ def running(command, log, ready_path, seconds=180):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(START)
     url = f"http://localhost:{port}"
     with open(log, "w") as output:
         process = subprocess.Popen(
@@ -120,13 +127,8 @@ def transformers_serve(tmp_path_factory):
         yield url
 
 
-def python_of_vllm():
-    python = os.environ.get("LT_TRAIN_VLLM_PYTHON")
-    if python is None:
-        pytest.skip("vLLM needs an environment of its own: set LT_TRAIN_VLLM_PYTHON to its python (launch/serve-vllm.sh says how)")
-    return python
-
-
+START = 1500
+"""Seconds after which a server that neither answers nor ends is taken for hanging: several may start on a busy machine."""
 OPTIONS = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
 
 
@@ -137,11 +139,11 @@ def vllm(tmp_path_factory, exports):
         "env",
         f"VLLM_PYTHON={python_of_vllm()}",
         str(LAUNCH / "serve-vllm.sh"),
-        str(exports["no sinks"]),
+        str(exports("no sinks")),
         "{port}",
         *OPTIONS,
     ]
-    with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=400) as url:
+    with running(command, tmp_path_factory.mktemp("vllm") / "log", "/health", seconds=START) as url:
         yield url
 
 
@@ -156,9 +158,9 @@ def vllm_by_plugin(tmp_path_factory, exports, kind):
     common."""
     chunked = ["--max-num-batched-tokens", "32", "--max-num-seqs", "16", "--enable-chunked-prefill", "--enable-prefix-caching"]
     blocks = ["--block-size", "32"]  # several in a prompt
-    serve = [sys.executable, "-m", "lt_train", "serve", str(exports[kind]), "--vllm", python_of_vllm(), "--port", "{port}"]
+    serve = [sys.executable, "-m", "lt_train", "serve", str(exports(kind)), "--vllm", python_of_vllm(), "--port", "{port}"]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with running([*serve, "--kv-budget", "1GiB", "--", *OPTIONS, *chunked, *blocks], log, "/health", seconds=400) as url:
+    with running([*serve, "--kv-budget", "1GiB", "--", *OPTIONS, *chunked, *blocks], log, "/health", seconds=START) as url:
         yield url
 
 
@@ -190,15 +192,15 @@ def texts(answers):
 
 def test_transformers_serve_gives_the_greedy_answers_of_the_stock_class(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 2)
-    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports["no sinks"])))
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports("no sinks"))))
     answers = list(backend.answers(requests, GREEDY))
-    assert texts(answers) == by_transformers(exports["no sinks"], tokenizer, requests)
+    assert texts(answers) == by_transformers(exports("no sinks"), tokenizer, requests)
     assert all(answer.finish_reason == "stop" and answer.thinking_tokens for answer in answers)
 
 
 def test_transformers_serve_draws_by_our_settings_and_the_samples_seed(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 2)
-    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports["no sinks"])))
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((transformers_serve,), model=str(exports("no sinks"))))
     drawn = texts(backend.answers(requests, DRAWN))
     assert texts(backend.answers(list(reversed(requests)), DRAWN)) == drawn
     assert drawn != texts(backend.answers([Request(r.problem, 1, r.seed ^ (1 << 60), r.prompt_ids) for r in requests], DRAWN))
@@ -206,23 +208,23 @@ def test_transformers_serve_draws_by_our_settings_and_the_samples_seed(transform
 
 def test_transformers_serve_is_checked_against_the_checkpoint(transformers_serve, exports, tokenizer, tmp_path):
     reference = hybrid("no sinks")
-    settings = ServerSettings((transformers_serve,), model=str(exports["no sinks"]))
-    check = check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
+    settings = ServerSettings((transformers_serve,), model=str(exports("no sinks")))
+    check = check_server(settings, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
     assert check.tokens > 40 and check.not_told_apart == ()
     with pytest.raises(UserError, match="layer_types"):
         other = ServerSettings((transformers_serve,), model=str(BASE))
-        check_server(other, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
+        check_server(other, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
 
 
 def test_transformers_serve_computes_no_sinks(transformers_serve, exports, tokenizer):
-    settings, reference = ServerSettings((transformers_serve,), model=str(exports["no sinks"])), hybrid("sink tokens")
+    settings, reference = ServerSettings((transformers_serve,), model=str(exports("no sinks"))), hybrid("sink tokens")
     with pytest.raises(UserError, match="computes something else"):  # the config says nothing here: as if served elsewhere
-        check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
+        check_server(settings, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
 
 
 def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 1)
-    settings = ServerSettings((transformers_serve,), model=str(exports["sink tokens"]), failures=2, backoff=0.1)
+    settings = ServerSettings((transformers_serve,), model=str(exports("sink tokens")), failures=2, backoff=0.1)
     with pytest.raises(UserError, match="500"):
         list(OpenAIBackend(tokenizer, STOP, settings).answers(requests, GREEDY))
 
@@ -230,9 +232,9 @@ def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_
 def test_messages_are_read_as_the_recipes_prompt(transformers_serve, exports, tokenizer, monkeypatch):
     monkeypatch.setattr("lt_train.inference.servers.client.text_of_prompt", lambda *_: None)
     requests, questions = ledger_requests(tokenizer, 1)
-    settings = ServerSettings((transformers_serve,), model=str(exports["no sinks"]))
+    settings = ServerSettings((transformers_serve,), model=str(exports("no sinks")))
     backend = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(), questions[request.problem]))
-    assert texts(backend.answers(requests, GREEDY)) == by_transformers(exports["no sinks"], tokenizer, requests)
+    assert texts(backend.answers(requests, GREEDY)) == by_transformers(exports("no sinks"), tokenizer, requests)
     other = OpenAIBackend(tokenizer, STOP, settings, messages=lambda request: chat_messages(Prompt(system="1 2 3"), "4"))
     with pytest.raises(UserError, match="chat template is another one"):
         list(other.answers(requests, GREEDY))
@@ -270,7 +272,7 @@ def written(samples):
 def test_vllm_gives_the_greedy_answers_of_the_stock_class(vllm, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 20)
     answers = list(OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,))).answers(requests, GREEDY))
-    assert texts(answers) == by_transformers(exports["no sinks"], tokenizer, requests)
+    assert texts(answers) == by_transformers(exports("no sinks"), tokenizer, requests)
     assert sum(answer.finish_reason == "stop" and bool(answer.thinking_tokens) for answer in answers) > 15
 
 
@@ -283,11 +285,11 @@ def test_vllm_draws_by_the_samples_seed(vllm, tokenizer):
 def test_vllm_is_checked_against_the_checkpoint_by_tokens_and_probabilities(vllm, exports, tokenizer):
     settings = ServerSettings((vllm,))
     reference = hybrid("no sinks")
-    check = check_server(settings, reference, exports["no sinks"], tokenizer, Prompt(), STOP)
+    check = check_server(settings, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
     assert check.tokens == check.logprobs > 40
     for spec in (HybridSpec(8, LAZY, 4, 28), HybridSpec(8, (), 0, 28), HybridSpec(8, LAZY, 0, 16)):
         with pytest.raises(UserError, match="computes something else"):
-            check_server(settings, load_hybrid(BASE, spec), exports["no sinks"], tokenizer, Prompt(), STOP)
+            check_server(settings, load_hybrid(BASE, spec), exports("no sinks"), tokenizer, Prompt(), STOP)
 
 
 def test_vllm_gives_the_greedy_answers_of_the_engine(vllm_by_plugin, kind, tokenizer):
@@ -302,7 +304,7 @@ def test_vllm_gives_the_greedy_answers_of_the_engine(vllm_by_plugin, kind, token
 
 def test_vllm_is_checked_against_the_checkpoint_of_every_kind(vllm_by_plugin, kind, exports, tokenizer):
     settings = ServerSettings((vllm_by_plugin,))
-    check = check_server(settings, hybrid(kind), exports[kind], tokenizer, Prompt(), STOP)
+    check = check_server(settings, hybrid(kind), exports(kind), tokenizer, Prompt(), STOP)
     assert check.tokens == check.logprobs > 40
     with pytest.raises(UserError, match="computes something else"):
-        check_server(settings, hybrid("no sinks"), exports[kind], tokenizer, Prompt(), STOP)
+        check_server(settings, hybrid("no sinks"), exports(kind), tokenizer, Prompt(), STOP)
