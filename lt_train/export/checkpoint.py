@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -53,8 +54,9 @@ def export_hybrid(
         report: called with a line before each long step.
 
     Raises:
-        UserError: something else lies at `out`; no token ends an answer; the export does not load in a process without lt_train, or
-            computes something else there (see `check_export`). Then what was written lies beside `out`, to look at.
+        UserError: something else lies at `out`; no token ends an answer; the disk is full; the export does not load in a process
+            without lt_train, or computes something else there (see `check_export`). Then what was written lies beside `out`, to
+            look at.
     """
     out, skeleton = Path(out), hybrid.skeleton
     own_code = needs_own_code(skeleton.config)
@@ -135,7 +137,12 @@ def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max
     shapes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in hybrid.parameters.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: hybrid.weight(name, dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        weights = {name: hybrid.weight(name, dtype) for name in names}
+        try:
+            save_file(weights, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # which has no errno
+            problem = f"{folder.parent}: {file} of the export could not be written there: {error}"
+            raise UserError(f"{problem}. Earlier exports are whole. Fix: free some space, and export again") from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files that their owner alone can read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
