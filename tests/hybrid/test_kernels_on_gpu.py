@@ -1,6 +1,6 @@
 """Every kernel on a GPU in bf16: output and gradients against the reference in fp32, and the time that they are worth."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +14,8 @@ from lt_train.hybrid.flash import attend_by_parts, streaming_parts
 from lt_train.hybrid.flash_kernels import Flash2, Flash3, TorchFlash
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.hybrid.views import FullView, SplitView, StreamingView
+from tests.support.families import BASES, SPLIT, on_base
 from tests.support.streaming_cases import CASES, documents_of, expected_output, tensors_of, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -74,7 +76,7 @@ def test_every_flash_attention_that_is_installed_gives_what_the_reference_gives(
 def test_full_layers_in_bf16_see_their_own_document_alone(case):
     can("flash")
     documents = documents_of(CASES[case], GPU)
-    full = dataclasses.replace(CASES[case], w_sink=0, w_recent=10_000)
+    full = replace(CASES[case], w_sink=0, w_recent=10_000)
     assert_is_the_reference(full, documents, partial(KERNELS["flash"].full, documents, scaling=full.sizes["scaling"]))
 
 
@@ -83,7 +85,7 @@ def test_full_layers_in_bf16_see_their_own_document_alone(case):
 def test_learned_sinks_in_bf16_give_what_the_reference_gives_in_fp32(name, case):
     """Output and the gradients of q, k, v and of the logits."""
     can(name)
-    case = dataclasses.replace(CASES[case], w_sink=0)
+    case = replace(CASES[case], w_sink=0)
     documents, (*qkv, dout) = documents_of(case, GPU), tensors_of(case, torch.bfloat16, GPU, 64)
     sinks = torch.linspace(-2, 3, case.heads[0], device=GPU)
 
@@ -102,11 +104,23 @@ def test_auto_takes_flash_attention_for_bf16():
     assert choice.name == "flash", choice.reason
 
 
+SLIDING = on_base(BASES["olmo3"], HybridSpec(4, (1, 3), w_sink=3, w_recent=7))
+MODELS = {
+    "layers": ("qwen3", HybridSpec(4, (1, 3), w_sink=3, w_recent=7)),
+    "KV heads": ("qwen3", SPLIT),
+    "sliding layers": ("olmo3", SLIDING),
+    "sliding layers and KV heads": ("olmo3", on_base(BASES["olmo3"], SPLIT)),
+    "learned sinks of the base": ("gpt_oss", replace(SLIDING, sliding_window=BASES["gpt_oss"].sliding_window)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
+def test_whole_models_in_bf16_train_like_the_reference(name, kind):
     """Packed and padded rows, with gradient checkpointing."""
     can(name, head_size=16)
-    hybrid = build_hybrid(qwen3_config, HybridSpec(4, (1, 3), w_sink=3, w_recent=7)).to(GPU, torch.bfloat16).train()
+    family, spec = MODELS[kind]
+    hybrid = build_hybrid(BASES[family], spec).to(GPU, torch.bfloat16).train()
     hybrid.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(2, 96, (2, 60), device=GPU)
     mask, positions = torch.ones_like(ids), torch.zeros_like(ids)
@@ -121,6 +135,32 @@ def test_whole_models_in_bf16_train_like_the_reference(name, qwen3_config):
 
     expected = gradients("reference")
     assert (gradients(name) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "case", ["packed, rows of unequal length", "left-padded", "longer than two tiles", "five heads to a group"]
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_split_layers_in_bf16_are_the_reference_of_each_head(name, case):
+    """Output and gradients: one of two KV heads streams, and the other sees all of its document."""
+    can(name)
+    case = CASES[case]
+    documents, module = documents_of(case, GPU), torch.nn.Module()
+    module.layer_idx, module.is_causal, module.num_key_value_groups = 0, True, case.heads[0] // case.heads[1]
+    spec = HybridSpec.from_streaming_heads([(1,)], 2, case.w_sink, case.w_recent)
+    view = SplitView(FullView(documents, name), StreamingView(documents, spec, name), (1,))
+    scaling, queries = case.sizes["scaling"], case.heads[0] // 2
+
+    def by_head(q, k, v):
+        everything = replace(case, w_sink=0, w_recent=10_000)
+        halves = zip((everything, case), q.split(queries, dim=1), k.split(1, dim=1), v.split(1, dim=1), strict=True)
+        return torch.cat([expected_output(each, documents, *qkv) for each, *qkv in halves], dim=1)
+
+    *qkv, dout = tensors_of(case, torch.bfloat16, GPU, 64)
+    found = with_gradients(lambda *x: view.attend(module, *x, scaling, 0.0).transpose(1, 2), *qkv, dout)
+    expected = with_gradients(by_head, *(x.float() for x in qkv), dout.float())
+    errors = [float((x.float() - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
+    assert max(errors) < LARGEST_ERROR, errors
 
 
 @pytest.mark.slow
