@@ -152,8 +152,8 @@ def attention_modules(layers: Iterable[int], modules: Iterable[str]) -> str:
 
 
 def _full_layers(spec: HybridSpec) -> list[int]:
-    """The layers in which nothing streams."""
-    return sorted(set(range(spec.num_layers)) - set(spec.streaming_layers))
+    """The layers with full attention, in the base and in the hybrid."""
+    return sorted(set(spec.full_in_base) - set(spec.streaming_layers))
 
 
 @torch.no_grad()

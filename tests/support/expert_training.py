@@ -1,15 +1,16 @@
-"""Trainings of tiny mixtures of experts, alone or in the processes of one launch."""
+"""Trainings of tiny mixtures of experts and other families, alone or in the processes of one launch."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, Qwen3MoeConfig
+from transformers import AutoConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from lt_train.hybrid.loading import load_hybrid, prove_auto_family
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.processes import leave, this_process
 from lt_train.runtime.tracking import NoTracker
+from tests.support.families import on_base
 from tests.support.tiny_training import EOS, PAD, SPEC, VOCABULARY, train_in
 from tests.support.toy_family import ToyConfig, toy_config
 
@@ -46,9 +47,11 @@ def train_experts(out: Path, base: Path, settings: dict[str, Any], config: PreTr
     if config is not None:
         prove_auto_family(config)
 
-    def load(dtype: torch.dtype) -> HybridForCausalLM:
-        return load_hybrid(base, SPEC, dtype=dtype)
+    spec = on_base(AutoConfig.from_pretrained(base), SPEC)
 
-    train_in(out, settings, NoTracker(), load=load)
+    def load(dtype: torch.dtype) -> HybridForCausalLM:
+        return load_hybrid(base, spec, dtype=dtype)
+
+    train_in(out, settings, NoTracker(), load=load, spec=spec)
     if this_process().launched:
         leave(0)

@@ -108,7 +108,12 @@ def hybrid_from(base: Path, settings: dict[str, Any] | None = None) -> LoadModel
 
 
 def tiny_config() -> Qwen3Config:
-    return Qwen3Config(
+    return Qwen3Config(**tiny_sizes())
+
+
+def tiny_sizes() -> dict[str, Any]:
+    """Settings that the configs of all families have."""
+    return dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,

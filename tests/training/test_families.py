@@ -15,6 +15,7 @@ from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_co
 from tests.support import tiny_training
 from tests.support.families import FAMILIES, WITH_SINKS, attention_linears, base_of, on_base
 from tests.support.tiny_training import tiny_examples, tiny_recipe, tiny_tokenizer
+from tests.support.training_log import assert_same_course
 
 SPEC = HybridSpec(4, (1, 3), w_sink=3, w_recent=7)
 
@@ -68,3 +69,21 @@ def test_the_loss_that_training_reports_is_that_of_the_models_logits(family: str
         logits = model(ids, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(example.prompt_ids) :], reduction="none"))
     assert training.evaluate()["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(family: str, train_tiny, train_until, tmp_path: Path) -> None:
+    spec = on_base(base_of(family), tiny_training.SPEC)
+
+    def load(dtype: torch.dtype) -> HybridForCausalLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build_hybrid(base_of(family), spec).to(dtype)
+
+    lora = {"rank": 4, "targets": attention_linears(load(torch.float32))}
+    settings = {"train": {"method": "lora", "max_steps": 4, "save_steps": 2}, "lora": lora}
+    train_tiny("uninterrupted", load=load, spec=spec, **settings)
+    train_until(3, "cut", load=load, spec=spec, **settings)
+    train_tiny("cut", load=load, spec=spec, **settings)
+    assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
