@@ -144,9 +144,7 @@ def _compare_layers(base: PreTrainedModel, hybrid: HybridForCausalLM, ids_BT: Te
         gap = ((found_BTD - expected_BTD).norm() / expected_BTD.norm()).item()
         if not gap < ROUNDING:  # also true of a NaN
             at = attention_at(index, hybrid.model.layers[index].self_attn)
-            raise HybridError(
-                f"{at}: with full attention it differs from the base beyond the window of sliding layers: by {gap:.2g}"
-            )
+            raise HybridError(f"{at}: with full attention it differs from the base beyond the window, by {gap:.2g}")
 
 
 def _outputs_of_layers(model: PreTrainedModel, ids_BT: Tensor) -> list[Tensor]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers")
 _VALUES_PER_WEIGHT = 64
-# Config fields that differ between equal models: the source, the version of transformers, the dtype, and what streams.
-# `layer_types` and `sliding_window` say what streams, too, where they are not the base's own.
+# Config fields that differ between equal models: the source, the version of transformers, the dtype, and what streams, of which
+# `layer_types` and `sliding_window` are part where they are not the base's own.
 _IGNORED_FIELDS = {
     "_name_or_path",
     "transformers_version",
