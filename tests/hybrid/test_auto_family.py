@@ -94,7 +94,7 @@ def test_a_family_that_ignores_a_window_of_its_own_in_a_layer_is_refused_and_the
     at = r"model\.layers\.2\.self_attn \(ToyAttention\)"
     for fault, found in (
         ("no window", "with full attention it differs from the base beyond the window"),
-        ("no interface", "token 12 sees token 2, which sliding attention hides"),
+        ("no interface", "token 12 sees token 0, which sliding attention hides"),
     ):
         with pytest.raises(
             HybridError, match=f"^model_type: 'toy': not proved to stream: {at}: {found}.* Fix: choose another base$"
