@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
@@ -89,7 +89,7 @@ def bench_lazy_ratio(
     for option, value, least in (("--w-last", w_last, 1), ("--runs", runs, 1), ("--at", min(lengths), w_sink + w_recent + 1)):
         if value < least:
             raise UserError(f"{option}: {value}: too small. Fix: set at least {least}")
-    model = base.for_inference(HybridSpec(base.config().num_hidden_layers, (), w_sink, w_recent))
+    model = base.for_inference(hybrid_spec(base.config(), 0, w_sink, w_recent))
     lengths = sorted(set(lengths))
     table = measurement_table("tokens", "forward s", "ratios s", "added")
     with show_progress("timing", total=len(lengths) * (1 + runs)) as bar:

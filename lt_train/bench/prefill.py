@@ -13,18 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lt_train.bench.base import Base
+from lt_train.bench.base import Base, hybrid_spec
 from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.bench.roofline import MATRIX, product_rate
 from lt_train.hybrid.kv_size import head_size
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore, pages_for
 from lt_train.inference.runner import ModelRunner
 from lt_train.planning.compute import MULTIPLY_ADD, causal_pairs, streaming_pairs
 from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.progress import show_progress
-from lt_train.selection.choose import evenly_spread_layers
 
 DEFAULT_LENGTHS = (4096, 16384)
 DEFAULT_RATIOS = (0.5, 0.75)
@@ -62,14 +60,15 @@ def prefill_operations(model: HybridForCausalLM, tokens: int) -> int:
     spec, queries = model.spec, model.config.num_attention_heads * head_size(model.config.to_dict())
     weights = sum(module.weight.numel() for module in model.model.modules() if isinstance(module, nn.Linear))
     streaming = len(spec.lazy_layers)
-    pairs = (spec.num_layers - streaming) * causal_pairs(tokens) + streaming * streaming_pairs(tokens, spec.window)
+    pairs = (len(spec.full_in_base) - streaming) * causal_pairs(tokens) + streaming * streaming_pairs(tokens, spec.window)
+    pairs += len(spec.sliding_layers) * streaming_pairs(tokens, spec.sliding_window)
     return MULTIPLY_ADD * (weights * tokens + model.lm_head.weight.numel() + 2 * queries * pairs)
 
 
 def bench_prefill(
     base: Base, ratios: Sequence[float], w_sink: int, w_recent: int, lengths: Sequence[int], chunk: int, console: Console
 ) -> None:
-    """Print the table. The streaming layers are evenly spread: for speed it does not matter which.
+    """Print the table, of layers with full attention in the base.
 
     Args:
         chunk: tokens of one forward pass.
@@ -77,12 +76,12 @@ def bench_prefill(
     Raises:
         UserError: there is no such model, or no layer or every layer would stream.
     """
-    num_layers = base.config().num_hidden_layers
-    variants = [(), *(evenly_spread_layers(ratio, num_layers) for ratio in ratios)]
+    config = base.config()
+    specs = [hybrid_spec(config, ratio, w_sink, w_recent) for ratio in (0, *ratios)]
     found: dict[tuple[int, ...], list[Prefill]] = {}
-    with show_progress("timing", total=len(variants) * len(lengths)) as bar:
-        for lazy in variants:
-            hybrid = base.for_inference(HybridSpec(num_layers, lazy, w_sink, w_recent))
+    with show_progress("timing", total=len(specs) * len(lengths)) as bar:
+        for spec in specs:
+            hybrid, lazy = base.for_inference(spec), spec.lazy_layers
             if not found:
                 rate = product_rate(MATRIX[hybrid.device.type], hybrid.dtype)
             for tokens in lengths:
@@ -92,7 +91,7 @@ def bench_prefill(
             about += f" on {device_name(hybrid.device)}"
             del hybrid
     print_lines(console, f"{about}; one prompt in chunks of {chunk:,} tokens, read once; w_sink {w_sink}, w_recent {w_recent}")
-    console.print(_table(num_layers, lengths, found, rate))
+    console.print(_table(len(specs[0].full_in_base), lengths, found, rate))
     print_lines(
         console,
         "limit: operations of full attention by those of the hybrid\n"

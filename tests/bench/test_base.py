@@ -8,6 +8,8 @@ from lt_train.bench.base import SHAPES, RandomBase, hybrid_spec, of_full_layers
 from lt_train.bench.batching import bench_batching
 from lt_train.bench.decode import bench_decode
 from lt_train.bench.growth import bench_growth
+from lt_train.bench.lazy_ratio import bench_lazy_ratio
+from lt_train.bench.prefill import bench_prefill
 from lt_train.bench.training_step import compare_steps, step_recipe
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
@@ -90,9 +92,11 @@ def test_every_bench_of_a_model_runs_on_a_base_with_sliding_layers(family):
     base, console = RandomBase("tiny", BASES[family], "fp32"), Console(record=True, width=160)
     bench_growth(base, 0.67, 2, 30, [64], console)
     bench_decode(base, [0.67], 2, 30, [100], 2**22, console)
+    bench_prefill(base, [0.67], 2, 30, [100], 64, console)
+    bench_lazy_ratio(base, [64], 8, 2, 30, 1, console)
     bench_batching(base, 0.67, 2, 30, 4, 80, 2**22, console)
     recipe = step_recipe("tiny", "lora", 0.67, 2, 30, 48, checkpointing=False, dtype="fp32")
     assert compare_steps(base, recipe, runs=1).hybrid > 0
     printed = console.export_text()
-    assert printed.count("2 of 3 full layers stream") == 2 and "2/3" in printed
+    assert printed.count("2 of 3 full layers stream") == 2 and printed.count("2/3") == 2
     assert next(line for line in printed.splitlines() if line.split()[:1] == ["64"]).split()[-1] == "32", "the ring of what streams"

@@ -52,7 +52,7 @@ def works(family: str, feature: str) -> bool:
             with_rope_scaling(base, RopeScaling(rope_type="yarn", factor=2.0))
         elif feature == "export without sinks: stock class":
             return BASES[family].config_class in STOCK
-        elif feature == "vLLM plugin, by entire layers":
+        elif feature == "vLLM plugin, by layers or KV heads":
             return serves_family(family)
     except (HybridError, UserError):
         return False
@@ -67,7 +67,7 @@ def works(family: str, feature: str) -> bool:
         "`train.restore_query_key`",
         "`model.rope_scaling`",
         "export without sinks: stock class",
-        "vLLM plugin, by entire layers",
+        "vLLM plugin, by layers or KV heads",
     ],
 )
 def test_the_table_of_features_has_a_dash_where_a_family_lacks_one(feature):
