@@ -30,7 +30,7 @@ from lt_train.runtime.run_paths import RunPaths
 from lt_train.selection.choose import number_by_ratio, unscored_layers
 from lt_train.selection.profile import SCORED, LayerProfile
 
-QUICK_SAMPLES, QUICK_LIMIT = 12, 64
+QUICK_SAMPLES, QUICK_LIMIT = 16, 64
 """Of `--quick`: calibration samples, and problems or samples of an evaluation, at most."""
 
 UNTRAINED = ("train=null", "lora=null", "sample=null")
