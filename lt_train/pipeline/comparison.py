@@ -81,6 +81,11 @@ class Task:
         return base_spec(self.base_config, self.recipe.hybrid.w_sink, self.recipe.hybrid.w_recent)
 
     @property
+    def counts(self) -> list[int]:
+        """How many layers stream."""
+        return sorted({number_by_ratio(ratio, len(self.base.full_in_base)) for ratio in self.grid.ratios})
+
+    @property
     def kv_heads(self) -> int:
         return kv_heads(self.base_config)
 
@@ -114,10 +119,11 @@ def compare(recipe: Path, overrides: Sequence[str], quick: bool, runs: Path, pro
 
 def _compare(task: Task) -> Comparison:
     """Do what is missing of every cell with one seed."""
+    counts = task.counts
     base_run = task.work(_base_overrides(task))
     profile = LayerProfile.load(path) if (path := RunPaths(base_run).layer_profile).exists() else None
     cells: list[Cell] = []
-    for cell in _cells(task, profile):
+    for cell in _cells(task, counts, profile):
         same = next((known for known in cells if _are_one_run(task, known, cell)), None)
         cells.append(replace(cell, run=same.run) if same else cell)
         if same is None:
@@ -125,10 +131,9 @@ def _compare(task: Task) -> Comparison:
     return Comparison(task.recipe.name, base_run, tuple(cells), profile)
 
 
-def _cells(task: Task, profile: LayerProfile | None) -> Iterator[Cell]:
+def _cells(task: Task, counts: Sequence[int], profile: LayerProfile | None) -> Iterator[Cell]:
     """Every cell with the run that it has where no other cell has the same."""
     name, of = f"{task.runs / task.recipe.name}", len(task.base.full_in_base)
-    counts = sorted({number_by_ratio(ratio, of) for ratio in task.grid.ratios})
     for count in counts:
         alike = []
         for strategy in task.grid.choosing if "layer" in task.grid.granularities else ():
