@@ -203,7 +203,7 @@ def _generated(recipe: Recipe) -> list[Eval]:
 def _quick_overrides(recipe: Recipe) -> list[str]:
     samples = min(recipe.hybrid.calibration.samples, QUICK_SAMPLES)
     limits = [f"eval.{at}.limit={min(each.limit or QUICK_LIMIT, QUICK_LIMIT)}" for at, each in enumerate(recipe.eval)]
-    return [*UNTRAINED, f"hybrid.calibration.samples={samples}", *limits]
+    return [*UNTRAINED, *_variants(recipe, [CONVERTED]), f"hybrid.calibration.samples={samples}", *limits]
 
 
 def _base_overrides(task: Task) -> list[str]:
