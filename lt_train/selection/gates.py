@@ -4,7 +4,8 @@ A gate g on each (layer, KV head) mixes its two outputs, streaming + g (full - s
 at 0 the model whose every layer streams. Integrated gradients (arXiv 1703.01365) along the path on which all gates have one value
 divide the rise between the two among the gates; a layer's score is the sum over its heads. The integral is taken at three
 Gauss-Legendre points, so a sample costs three forward and backward passes whatever the number of layers, and two forward passes
-that find its long-reach tokens.
+that find its long-reach tokens. Where the loss rises within a small part of the path, three points miss it, and the shares do not
+add up to the rise: the path of such a sample is divided into three parts with three points each, eight further passes.
 
 Shapes: T tokens, R long-reach tokens, D hidden size, L layers, G key/value heads, H query heads.
 """
@@ -26,6 +27,12 @@ from lt_train.selection.token_losses import endpoint_losses, next_token_losses
 
 POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
 """(value of all gates, weight): Gauss-Legendre quadrature on [0, 1]."""
+PARTS = 3
+FINER_POINTS = tuple(((part + value) / PARTS, weight / PARTS) for part in range(PARTS) for value, weight in POINTS)
+"""The same in each third of the path; the middle point is one of `POINTS`."""
+
+ACCEPTED_GAP = 0.1
+"""The largest relative difference of one sample between the sum of its shares by `POINTS` and its measured rise."""
 
 LARGEST_GAP = 0.15
 """The largest relative difference between the sum of the shares and the measured rise, both averaged over samples."""
@@ -40,10 +47,12 @@ class GateShares:
     Attributes:
         heads: `heads[layer][kv_head]`; 0 in layers that slide in the base.
         measured_rise: of the loss when every layer streams, of which the shares are parts.
+        points: of the path at which gradients were taken.
     """
 
     heads: tuple[tuple[float, ...], ...]
     measured_rise: float
+    points: int
 
     @property
     def layers(self) -> list[float]:
@@ -55,13 +64,24 @@ def relative_gap(sum_of_shares: float, measured_rise: float) -> float:
     return abs(sum_of_shares - measured_rise) / max(measured_rise, SMALLEST_RISE)
 
 
-def describe_sum_of_shares(sum_of_shares: float, measured_rise: float) -> str:
-    """The two, averages over samples, as a line for the log."""
+def describe_sum_of_shares(sum_of_shares: float, measured_rise: float, points: Sequence[int]) -> str:
+    """The two, averages over samples, and what they cost, as a line for the log.
+
+    Args:
+        points: of each sample.
+    """
     gap = relative_gap(sum_of_shares, measured_rise)
     return (
         f"gates: with every layer streaming the loss on long-reach tokens rises by {measured_rise:.3g} nats; the shares add up to "
-        f"{sum_of_shares:.3g}, {gap:.1%} apart"
+        f"{sum_of_shares:.3g}, {gap:.1%} apart" + _describe_cost(points)
     )
+
+
+def _describe_cost(points: Sequence[int]) -> str:
+    finer = [count for count in points if count > len(POINTS)]
+    if not finer:
+        return ""
+    return f"; in {len(finer)} of {len(points)} samples it took gradients at {finer[0]} points instead of {len(POINTS)}"
 
 
 def check_sum_of_shares(sum_of_shares: float, measured_rise: float, samples: int) -> None:
@@ -107,11 +127,21 @@ def gate_shares(
     losses = endpoint_losses(model, prompt_ids, answer_ids)
     token_R = long_reach_tokens(losses, long_reach_fraction)
     input_ids_1T = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
-    share_LG = torch.zeros(len(model.model.layers), model.config.num_key_value_heads, dtype=torch.float64)
-    for value, weight in POINTS:
-        gate_LG = torch.full_like(share_LG, value, dtype=torch.promote_types(model.dtype, torch.float32))
-        share_LG -= weight * gate_gradients(model, input_ids_1T, len(prompt_ids) + token_R, gate_LG).double()
-    return GateShares(tuple(map(tuple, share_LG.tolist())), losses.rise_of_all(token_R))
+    rise, gradient_LG = losses.rise_of_all(token_R), dict[float, Tensor]()
+
+    def integrated(points: Sequence[tuple[float, float]]) -> Tensor:
+        share_LG = torch.zeros(len(model.model.layers), model.config.num_key_value_heads, dtype=torch.float64)
+        for value, weight in points:
+            if value not in gradient_LG:
+                gate_LG = torch.full_like(share_LG, value, dtype=torch.promote_types(model.dtype, torch.float32))
+                gradient_LG[value] = gate_gradients(model, input_ids_1T, len(prompt_ids) + token_R, gate_LG).double()
+            share_LG -= weight * gradient_LG[value]
+        return share_LG
+
+    share_LG = integrated(POINTS)
+    if relative_gap(share_LG.sum().item(), rise) > ACCEPTED_GAP:
+        share_LG = integrated(FINER_POINTS)
+    return GateShares(tuple(map(tuple, share_LG.tolist())), rise, len(gradient_LG))
 
 
 def gate_gradients(model: HybridForCausalLM, input_ids_1T: Tensor, position_R: Tensor, gate_LG: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
 from lt_train.selection.chosen import heads_by_layer
 from lt_train.selection.fingerprint import Fingerprint, Sizes, fingerprint
-from lt_train.selection.gates import check_sum_of_shares, gate_shares
+from lt_train.selection.gates import POINTS, check_sum_of_shares, gate_shares
 from lt_train.selection.kl import mean_divergence
 from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
 from lt_train.selection.nll import nll_rise
@@ -57,6 +57,8 @@ class SampleScores:
     """`gates`: the share of each KV head, `head_shares[layer][kv_head]`."""
     sum_of_shares: float | None = None
     """`gates`: the shares together, to compare with `all_streaming`."""
+    gate_points: int = len(POINTS)
+    """`gates`: values of the gates at which gradients were taken."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,7 @@ def _score_sample(model: HybridForCausalLM, example: "Example", sizes: Sizes, st
         all_streaming=all_streaming,
         head_shares=() if shares is None else shares.heads,
         sum_of_shares=None if shares is None else math.fsum(shares.layers),
+        gate_points=len(POINTS) if shares is None else shares.points,
     )
 
 

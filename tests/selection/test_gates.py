@@ -11,10 +11,12 @@ from lt_train.inference.loading import load_tokenizer
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from lt_train.selection.gates import (
+    FINER_POINTS,
     LARGEST_GAP,
     POINTS,
     GateShares,
     check_sum_of_shares,
+    describe_sum_of_shares,
     gate_gradients,
     gate_shares,
     gated_hidden_states,
@@ -80,9 +82,10 @@ def test_gradients_equal_finite_differences(hybrid_of, example_of):
     assert expected_LG.abs().min() > 1e-4
 
 
-def test_the_points_integrate_polynomials_of_the_fifth_degree_exactly():
+@pytest.mark.parametrize("points", [POINTS, FINER_POINTS])
+def test_the_points_integrate_polynomials_of_the_fifth_degree_exactly(points):
     for degree in range(6):
-        assert sum(weight * value**degree for value, weight in POINTS) == pytest.approx(1 / (degree + 1))
+        assert sum(weight * value**degree for value, weight in points) == pytest.approx(1 / (degree + 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -126,7 +129,40 @@ def test_shares_in_bf16_are_close_to_those_in_fp32(hybrid_of, example_of):
         torch.testing.assert_close(shares(hybrid_of()), exact, rtol=0, atol=spread)
 
 
-def test_the_layer_of_the_tiny_reasoner_that_looks_up_has_the_largest_share():
+def steep(gate_LG):
+    """Gradients of a loss that rises by one within a twentieth of the path, at equal parts of all gates."""
+    value = gate_LG.flatten()[0].item()
+    return torch.full_like(gate_LG, -20 / gate_LG.numel() if 0.475 < value < 0.525 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "points"),
+    [(lambda gate_LG: torch.full_like(gate_LG, -1 / gate_LG.numel()), 3), (steep, 11)],
+    ids=["even", "steep"],
+)
+def test_gradients_are_taken_at_more_points_only_where_three_miss_the_rise(hybrid_of, example_of, monkeypatch, gradients, points):
+    values = []
+
+    def counted(model, input_ids, positions, gate_LG):
+        values.append(gate_LG.flatten()[0].item())
+        return gradients(gate_LG)
+
+    monkeypatch.setattr("lt_train.selection.gates.gate_gradients", counted)
+    monkeypatch.setattr("lt_train.selection.token_losses.EndpointLosses.rise_of_all", lambda *_: 1.0)
+    shares = gate_shares(hybrid_of(), example_of(1).prompt_ids, example_of(1).answer_ids, 0.25)
+    assert shares.points == len(values) == len(set(values)) == points
+    gap = relative_gap(sum(shares.layers), 1.0)
+    assert gap == pytest.approx(0) if points == 3 else gap < abs(20 * 8 / 18 - 1) / 2, "three points alone: 7.9"
+
+
+def test_what_the_shares_cost_is_described_where_it_is_more_than_three_points():
+    assert describe_sum_of_shares(1.9, 2.0, [3, 3]).endswith("the shares add up to 1.9, 5.0% apart")
+    described = describe_sum_of_shares(1.9, 2.0, [3, 11, 11])
+    assert described.endswith("5.0% apart; in 2 of 3 samples it took gradients at 11 points instead of 3")
+
+
+def reasoner_shares(samples: int) -> list[GateShares]:
+    """Of the tiny reasoner, at the quickstart's sizes."""
     base = REPOSITORY / "data/tiny-reasoner"
     model, tokenizer = (
         load_hybrid(base, HybridSpec(8, (), 4, 12), dtype=torch.float32).eval(),
@@ -134,10 +170,15 @@ def test_the_layer_of_the_tiny_reasoner_that_looks_up_has_the_largest_share():
     )
     found: list[GateShares] = []
     with (REPOSITORY / "data/ledger/train.jsonl").open() as rows:
-        for row in map(json.loads, islice(rows, 8)):
+        for row in map(json.loads, islice(rows, samples)):
             turns = [{"role": "user", "content": row["question"]}]
             prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
             found.append(gate_shares(model, prompt_ids, tokenizer(row["combined_text"]).input_ids, 0.1))
+    return found
+
+
+def test_the_layer_of_the_tiny_reasoner_that_looks_up_has_the_largest_share():
+    found = reasoner_shares(8)
     mean_L = [fmean(layer) for layer in zip(*(shares.layers for shares in found), strict=True)]
     assert mean_L.index(max(mean_L)) == 1
     assert mean_L[1] > 0.4 * fmean(shares.measured_rise for shares in found)
@@ -150,3 +191,10 @@ def test_a_gap_is_relative_to_the_measured_rise_and_where_there_is_hardly_one_to
     check_sum_of_shares(0.004, -0.002, samples=4)
     with pytest.raises(UserError, match=r"over 4 samples .* add up to 1\.6 nats .* rises by 2 when every layer streams: 20% apart"):
         check_sum_of_shares(1.6, 2.0, samples=4)
+
+
+def test_shares_of_the_tiny_reasoner_add_up_though_its_loss_rises_within_a_small_part_of_the_path():
+    found = reasoner_shares(4)
+    gaps = [relative_gap(sum(shares.layers), shares.measured_rise) for shares in found]
+    assert max(shares.points for shares in found) == 11 and max(gaps) < 0.25
+    check_sum_of_shares(*(fmean(each) for each in ([sum(s.layers) for s in found], [s.measured_rise for s in found])), samples=4)

@@ -52,7 +52,8 @@ def _findings(context: RunContext, profile: LayerProfile) -> Iterator[str]:
     if profile.fitting:
         yield f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers"
     if "gates" in profile.strategies:
-        yield describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"))
+        points = [sample.gate_points for sample in profile.samples]
+        yield describe_sum_of_shares(profile.mean_sum_of_shares, profile.mean_all_streaming("gates"), points)
     if hybrid.granularity == "kv_head" and hybrid.strategy is not None:
         n_heads = number_that_stream(hybrid, context.variants.spec(BASE), kv_heads, profile)
         yield from describe_stability(hybrid.strategy, profile.stability_of_heads(n_heads))
