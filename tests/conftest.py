@@ -46,15 +46,24 @@ SLOWER = ("runtime/test_drawing.py", "runtime/test_tracking.py", "runtime/test_o
 LONGEST = (
     "test_whole_path.py",
     "test_launched_trainings.py",
+    "test_real_servers.py",
+    "test_check.py",
     "test_sequence_parallel.py",
     "test_pipeline.py",
+    "test_comparison.py",
+    "test_clients.py",
     "test_measured_memory.py",
     "test_training_processes.py",
     "test_export_in_bare_process.py",
-    "test_two_processes.py",
-    "test_mutants.py",
-    "test_tracking_after_kills.py",
     "test_probing.py",
+    "test_vllm_speed.py",
+    "test_two_processes.py",
+    "test_notebook.py",
+    "test_mutants.py",
+    "test_chat.py",
+    "test_doctor.py",
+    "test_distilled_reasoner.py",
+    "test_profiling.py",
 )
 """Files that take minutes or share two processes' work, in the order in which they are begun."""
 

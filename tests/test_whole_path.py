@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,22 +26,25 @@ from lt_train.inference.engine import Engine
 from lt_train.inference.loading import load_for_inference, load_tokenizer
 from lt_train.recipe.loading import load_recipe
 from tests.support import processes
-from tests.support.repository import REPOSITORY
+from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.tracked import tensorboard_curves, tensorboard_pictures, tensorboard_texts
 from tests.support.training_log import GOLDEN, evaluations, steps
+from tests.support.wandb_files import history, run_ids
 
 QUICKSTART = "recipes/quickstart.yaml"
 # The quickstart's stages on a few samples each: seconds where the recipe itself takes minutes
-SMALL = {
-    "hybrid.calibration.samples": 12,
-    "data.limit": 200,
-    "train.max_steps": 8,
-    "train.batch_size": 8,
-    "train.micro_batch_size": 8,
-    "train.save_steps": 3,
+SMALL: dict[str, Any] = {
+    "hybrid.calibration.samples": 8,
+    "data.limit": 60,
+    "data.heldout": 8,
+    "train.max_steps": 16,
+    "train.batch_size": 4,
+    "train.micro_batch_size": 4,
+    "train.save_steps": 4,
     "train.logging_steps": 1,
-    "eval.0.limit": 30,
+    "eval.0.limit": 12,
     "eval.0.max_new_tokens": 60,
-    "eval.0.batch_size": 10,
+    "eval.0.batch_size": 4,
     "eval.0.variants": "[base, trained]",
     "hybrid.compare": "[]",
 }
@@ -65,7 +70,7 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def run_forked(arguments: list[str]) -> None:
-    done = processes.run(arguments, timeout=900)
+    done = processes.run(arguments, env=ENVIRONMENT, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -124,28 +129,39 @@ def test_with_every_layer_streaming_the_tiny_reasoner_solves_hardly_anything(tmp
     spec = HybridSpec(8, tuple(range(8)), recipe.hybrid.w_sink, recipe.hybrid.w_recent)
     model = load_for_inference(recipe.model, spec, None)
     tokenizer = load_tokenizer(recipe.model)
-    some = recipe.eval[0].model_copy(update={"limit": 250})
+    some = recipe.eval[0].model_copy(update={"limit": 125})
     plan = make_plan(some, recipe.prompt, tokenizer, context=model.config.max_position_embeddings, seed=0)
-    found = evaluate(plan, Engine(model, tokenizer, max_slots=250), tmp_path, progress=False)
-    assert found.problems == 250
+    found = evaluate(plan, Engine(model, tokenizer, max_slots=125), tmp_path, progress=False)
+    assert found.problems == 125
     assert found.accuracy <= 0.20
 
 
-def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed(tmp_path: Path) -> None:
-    run_forked(command("run", tmp_path / "whole", **SMALL))
-    arguments = command("run", tmp_path / "killed", **SMALL)
-    killed, whole = tmp_path / "killed/quickstart", tmp_path / "whole/quickstart"
-    moments, output = random.Random(7), tmp_path / "output.txt"
-    for begun in (
-        "profile/samples.jsonl",
-        "train/log.jsonl",
-        "eval/base/ledger/samples.jsonl",
-        "eval/trained/ledger/samples.jsonl",
-    ):
-        kill_after(arguments, killed / begun, moments.uniform(0, 0.5), output)
-    kill_after(arguments, killed / "stages/eval.json", moments.uniform(0, 1.5), output)  # while it exports
-    run_forked(arguments)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed in each of its stages, twice in its training, and that trackers follow."""
+    os.chdir(REPOSITORY)
+    runs = tmp_path_factory.mktemp("killed")
+    folder, moment = runs / "quickstart", random.Random(7)
+    tracked: dict[str, object] = {"track.wandb": "offline", "track.tensorboard": "true"}
+    arguments = command("run", runs, **SMALL, **tracked)
 
+    def kill_once(begun: Callable[[], bool], seconds: float = 0.5, with_wandb: bool = True) -> None:
+        kill_after(arguments, begun, moment.uniform(0, seconds), runs / "output.txt", with_wandb)
+
+    kill_once((folder / "profile/samples.jsonl").exists)
+    for with_wandb in (True, False):
+        rows = logged(folder) + moment.randrange(1, 6)
+        kill_once(lambda rows=rows: logged(folder) >= rows, with_wandb=with_wandb)
+    kill_once((folder / "eval/base/ledger/samples.jsonl").exists)
+    kill_once((folder / "eval/trained/ledger/samples.jsonl").exists)
+    kill_once((folder / "stages/eval.json").exists, seconds=0.8)  # while it exports
+    run_forked(arguments)
+    return folder
+
+
+def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed(killed: Path, tmp_path: Path) -> None:
+    run_forked(command("run", tmp_path, **SMALL))
+    whole = tmp_path / "quickstart"
     assert read_json(killed / "profile/profile.json")["samples"] == read_json(whole / "profile/profile.json")["samples"]
     assert read_json(killed / "hybrid/layers.json") == read_json(whole / "hybrid/layers.json")
     assert losses(killed) == pytest.approx(losses(whole), abs=1e-6)
@@ -156,14 +172,39 @@ def test_a_run_killed_in_each_of_its_stages_ends_as_one_that_was_never_disturbed
     assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in ours)
 
 
-def kill_after(arguments: list[str], begun: Path, seconds: float, output: Path) -> None:
-    """Start a command and kill it so many seconds after the file appeared."""
+def test_each_tracker_has_each_step_and_the_picture_once_after_kills_at_any_moment(killed: Path) -> None:
+    files = sorted(killed.glob("wandb/offline-run-*/run-*.wandb"))
+    rows = [row for file in files for row in history(file)]
+    in_wandb = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    for tracked in (in_wandb, tensorboard_curves(killed)["train/loss"]):
+        assert [step for step, _ in tracked] == list(range(1, SMALL["train.max_steps"] + 1))
+        assert dict(tracked) == pytest.approx(losses(killed), abs=1e-5)
+    assert tensorboard_pictures(killed) == {"layer profile": 1}
+    assert [len(texts) for texts in tensorboard_texts(killed).values()] == [1, 1, 1]
+    assert len([row for row in rows if "layer profile/path" in row]) == 1
+    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
+    assert len(set.union(*map(run_ids, files))) == 1
+
+
+def kill_after(arguments: list[str], begun: Callable[[], bool], seconds: float, output: Path, with_wandb: bool) -> None:
+    """Start a command and kill it so many seconds after it began what is waited for.
+
+    SIGKILL, as the kernel sends it for want of memory to one process, or to all of a container, so to wandb's too.
+    """
     process = processes.start_python(arguments, output)
-    while process.is_alive() and not begun.exists():
+    while process.is_alive() and not begun():
         time.sleep(0.01)
     time.sleep(seconds)
+    for child in psutil.Process(process.pid).children(recursive=True) if with_wandb and process.is_alive() else ():
+        child.kill()
     process.kill()
     assert processes.exit_code(process) == -signal.SIGKILL, output.read_text()
+
+
+def logged(folder: Path) -> int:
+    """Rows of the log, also of steps that a resumed training took again."""
+    log = folder / "train/log.jsonl"
+    return log.read_text().count('"loss"') if log.exists() else 0
 
 
 def read_json(path: Path) -> Any:
@@ -177,7 +218,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
     rows = [json.loads(line) for line in (folder / "eval" / variant / "ledger/samples.jsonl").read_text().splitlines()]
-    assert len(rows) == len({row["problem"] for row in rows}) == 30
+    assert len(rows) == len({row["problem"] for row in rows}) == SMALL["eval.0.limit"]
     return {row["problem"]: (row["text"], row["correct"]) for row in rows}
 
 

@@ -35,6 +35,10 @@ IMPORTED = [
     "trl.trainer.sft_trainer",
     "peft",
     "wandb",
+    "matplotlib.backends.backend_agg",
+    "math_verify",
+    "typer",
+    "rich.progress",
     "pydantic",
     "pytest",
 ]
