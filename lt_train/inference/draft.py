@@ -5,7 +5,7 @@ model's own logits with the sample's own random number, and a proposed one is ac
 the draft; the draft decides how many tokens a forward pass of the model gives.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from lt_train.hybrid.spec import HybridSpec
@@ -33,48 +33,50 @@ class Draft:
     adapts: bool = False
 
     @classmethod
-    def of(cls, model: HybridSpec, streaming: HybridSpec | Collection[int] | None, length: int | None) -> "Draft":
+    def of(
+        cls,
+        model: HybridSpec,
+        streaming: HybridSpec | Collection[int] | None,
+        length: int | None,
+        written: Callable[[str], str] = str,
+    ) -> "Draft":
         """The draft of a model.
 
         Args:
             streaming: layers that stream in the draft besides what streams in the model, None: all; or a hybrid of this base, which
                 drafts for the base.
             length: tokens of a round; None: as many as measurements suggest.
+            written: how the user wrote a setting of the recipe, for messages.
 
         Raises:
             UserError: it would be the model itself, or is none that the engine can run.
         """
         if model.learned_sinks:
-            problem, fix = (
-                "layers that stream in the draft alone have no learned sinks",
-                "set hybrid.sink to tokens, or remove draft",
-            )
-            raise UserError(f"draft: {problem}. Fix: {fix}")
-        spec = _draft_spec(model, streaming)
+            problem = "layers that stream in the draft alone have no learned sinks"
+            raise UserError(f"{written('draft')}: {problem}. Fix: set hybrid.sink to tokens, or remove {written('draft')}")
+        spec = _draft_spec(model, streaming, written("draft_layers"))
         if spec == model:
-            raise UserError(
-                f"draft_layers: {list(spec.lazy_layers)}: all of them stream in the model too, so the draft would be the model "
-                "itself. Fix: name a layer that is full in the model, or remove draft"
-            )
+            problem = "all of them stream in the model too, so the draft would be the model itself"
+            fix = f"name a layer that is full in the model, or remove {written('draft')}"
+            raise UserError(f"{written('draft_layers')}: {list(spec.lazy_layers)}: {problem}. Fix: {fix}")
         window = min(model.w_recent, model.sliding_window or model.w_recent)
         if length is None:
             return cls(spec, max(1, min(LONGEST, window - 1)), adapts=True)
         if not 0 < length < window:
-            raise UserError(
-                f"draft_length: {length}: not within the window of {window} tokens. Fix: set it from 1 to {window - 1}, such as 4"
-            )
+            problem = f"not within the window of {window} tokens"
+            raise UserError(f"{written('draft_length')}: {length}: {problem}. Fix: set it from 1 to {window - 1}, such as 4")
         return cls(spec, length)
 
 
-def _draft_spec(model: HybridSpec, streaming: HybridSpec | Collection[int] | None) -> HybridSpec:
+def _draft_spec(model: HybridSpec, streaming: HybridSpec | Collection[int] | None, setting: str) -> HybridSpec:
     if isinstance(streaming, HybridSpec):
         return replace(model, lazy_layers=streaming.lazy_layers, split_layers=streaming.split_layers)
     everything = model.full_in_base
     if outside := sorted(set(streaming or ()) - set(range(model.num_layers))):
-        raise UserError(f"draft_layers: {outside}: not in the model. Fix: name layers from 0 to {model.num_layers - 1}")
+        raise UserError(f"{setting}: {outside}: not in the model. Fix: name layers from 0 to {model.num_layers - 1}")
     if sliding := sorted(set(streaming or ()) & set(model.sliding_layers)):
         raise UserError(
-            f"draft_layers: {sliding}: they see {model.sliding_window:,} tokens in the base already. "
+            f"{setting}: {sliding}: they see {model.sliding_window:,} tokens in the base already. "
             f"Fix: name layers of {list(everything)}"
         )
     lazy = {*model.lazy_layers, *(everything if streaming is None else streaming)}

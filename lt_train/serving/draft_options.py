@@ -7,6 +7,11 @@ from lt_train.inference.draft import Draft
 from lt_train.runtime.errors import UserError, shortened
 
 
+def as_option(setting: str) -> str:
+    """draft_layers -> --draft-layers."""
+    return f"--{setting.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class DraftOptions:
     """What drafts for a model that is not loaded yet.
@@ -38,7 +43,7 @@ class DraftOptions:
 
     def draft(self, model: HybridSpec) -> Draft:
         """Raises UserError: see `Draft.of`."""
-        return Draft.of(model, self.layers, self.length)
+        return Draft.of(model, self.layers, self.length, written=as_option)
 
     def __str__(self) -> str:
         streaming = "all layers stream" if self.layers is None else f"layers {', '.join(map(str, self.layers))} stream, too"

@@ -138,8 +138,8 @@ def test_ipv6_is_served_where_it_is_named() -> None:
             [EXPORT, "--draft", "streaming", "--draft-layers", "1;2"],
             "--draft-layers: 1;2: no list of layers. Fix: write",
         ),
-        ([EXPORT, "--draft", "streaming", "--draft-layers", "1,99"], "draft_layers: [99]: not in the model."),
-        ([EXPORT, "--draft", "streaming", "--draft-length", "0"], "draft_length: 0: not within the window"),
+        ([EXPORT, "--draft", "streaming", "--draft-layers", "1,99"], "error --draft-layers: [99]: not in the model."),
+        ([EXPORT, "--draft", "streaming", "--draft-length", "0"], "error --draft-length: 0: not within the window"),
         ([EXPORT, "--host", "no.such.host.invalid"], "--host: no.such.host.invalid: no address"),
     ],
 )
