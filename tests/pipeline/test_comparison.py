@@ -12,7 +12,6 @@ from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from tests.support.repository import REPOSITORY
-from tests.support.tiny_run import write_inputs
 
 ALONE = Process(0, 1, launched=False)
 OVERRIDES = ("train=null", "lora=null", "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [converted]}]")
@@ -20,10 +19,8 @@ GRID = ("grid={strategies: [lazy_ratio, periodic, random], ratios: [0.5]}",)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder / "recipe.yaml"
+def recipe(inputs) -> Path:
+    return inputs / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +171,6 @@ def test_unknown_strategies_are_refused_with_those_there_are(recipe) -> None:
 
 
 @pytest.mark.slow
-def test_quick_compares_ways_to_choose_on_the_quickstart_in_minutes(tmp_path) -> None:
-    started = time.process_time()
-    out = compare(REPOSITORY / "recipes/quickstart.yaml", ("data.heldout=16",), True, tmp_path, ALONE)
-    assert time.process_time() - started < 300
-    text = (out / "comparison.md").read_text()
-    assert "4 of 8 layers, untrained: reach is better than lazy_ratio" in text
-    assert "64 of " in text
-    assert not list(tmp_path.glob("*/train"))
-
-
-@pytest.mark.slow
 def test_the_tiny_reasoners_evidence_with_kv_heads_stays_below_five_minutes_when_quick(tmp_path, lt_train) -> None:
     started = time.process_time()
     code, out, err = lt_train("compare", "ledger-frontier", "--quick", "--runs", tmp_path)
@@ -193,3 +179,5 @@ def test_the_tiny_reasoners_evidence_with_kv_heads_stays_below_five_minutes_when
     text = (tmp_path / "ledger-frontier-quick-comparison/comparison.md").read_text()
     assert "| 7 of 8 | gates by head | untrained |" in text and "| full |" not in text
     assert "4 of 8 layers, untrained: reach is better than lazy_ratio" in out
+    assert "64 of " in text
+    assert not list(tmp_path.glob("*/train"))

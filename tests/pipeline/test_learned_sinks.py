@@ -16,17 +16,14 @@ from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
 
 OVERRIDES = ("hybrid.w_sink=0", "hybrid.sink=learned", "hybrid.calibration.sink_steps=3", 'hybrid.compare=["periodic"]')
 EVAL = "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [base, converted, trained]}]"
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Recipe:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return load_recipe(folder / "recipe.yaml", (*OVERRIDES, EVAL))
+def recipe(inputs) -> Recipe:
+    return load_recipe(inputs / "recipe.yaml", (*OVERRIDES, EVAL))
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,9 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.serving.checkpoint import load_checkpoint
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
 
 PER_PROMPT = ("hybrid.select=per_prompt", "train=null", "hybrid.compare=[periodic]")
 EVAL = "eval=[{{benchmark: ledger, path: {path}, limit: 4, max_new_tokens: 24, batch_size: 4, variants: [base, converted]}}]"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

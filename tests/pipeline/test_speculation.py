@@ -8,19 +8,11 @@ import pytest
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
 
 LAYERS = ("train=null", "hybrid.strategy=periodic")
 HEADS = ("train=null", "hybrid={streaming_kv_heads: [[1], [], [0, 1], [0], [1], [], [0], []], w_sink: 4, w_recent: 12}")
 EVAL = "eval=[{{benchmark: ledger, path: {path}, limit: 3, max_new_tokens: 32, batch_size: 2, variants: {variants}, {more}}}]"
 SAMPLED = "samples: 2, temperature: 0.9, top_p: 0.95, repetition_penalty: 1.1"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def evaluated(
