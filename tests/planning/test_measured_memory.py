@@ -1,8 +1,6 @@
 """The plan's peak against that of real trainings, in a process of their own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ from lt_train.planning.memory import Phase, training_memory
 from lt_train.planning.setup import Machine, setup_of
 from lt_train.planning.shape import model_shape
 from lt_train.runtime.units import GIB
-from tests.support.measured_training import config_of, recipe_of
-from tests.support.repository import ENVIRONMENT
+from tests.support.measured_training import config_of, measure, recipe_of
+from tests.support.processes import exit_code, start
 
 WITHIN = 0.2
 
@@ -97,21 +95,18 @@ ON_GPU = {
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """The peak of each run in bytes: one process measures them all."""
-    # The C library gives freed tensors back at once only above these sizes, which grow by themselves unless they are set.
-    environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    return peaks(tmp_path_factory.mktemp("measured"), RUNS, environment)
+    return peaks(tmp_path_factory.mktemp("measured"), RUNS)
 
 
 @pytest.fixture(scope="module")
 def measured_on_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    return peaks(tmp_path_factory.mktemp("measured"), ON_GPU, dict(ENVIRONMENT))
+    return peaks(tmp_path_factory.mktemp("measured"), ON_GPU)
 
 
-def peaks(folder: Path, runs: dict[str, Any], environment: dict[str, str]) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.support.measured_training", str(folder), json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def peaks(folder: Path, runs: dict[str, Any]) -> dict[str, int]:
+    output = folder / "output.txt"
+    assert exit_code(start(measure, folder, runs, output=output)) == 0, output.read_text()[-2000:]
+    return json.loads((folder / "peaks.json").read_text())
 
 
 @pytest.mark.slow

@@ -13,34 +13,9 @@ import torch
 from lt_train import __version__, cli
 from lt_train.runtime import processes
 from lt_train.runtime.processes import Process, is_lost_connection, let_others_tell, this_process
-from tests.support.repository import REPOSITORY
-
-COMMAND = '''
-"""lt-train validate, but with a recipe that one process, or both, cannot load while the other waits for it."""
-import os
-import sys
-
-import torch
-
-import lt_train.recipe.loading
-from lt_train import cli
-from lt_train.runtime.errors import UserError
-
-RANK, FAILING, KIND = int(os.environ["RANK"]), sys.argv.pop(), sys.argv.pop()
-
-
-def load_recipe(*_):
-    torch.distributed.init_process_group("gloo")
-    torch.distributed.barrier()
-    if str(RANK) in FAILING:
-        raise UserError("this recipe is spoilt") if KIND == "mistake" else ZeroDivisionError("a bug")
-    torch.distributed.barrier()
-
-
-sys.argv[1:] = ["validate", "any.yaml"]
-lt_train.recipe.loading.load_recipe_and_remarks = load_recipe
-cli.main()
-'''
+from tests.support import failing_ranks
+from tests.support.processes import exit_code, start_ranks
+from tests.support.repository import ENVIRONMENT, REPOSITORY
 
 
 def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,26 +72,24 @@ def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "failing", "told", "tracebacks"),
-    [
-        ("mistake", "01", "this recipe is spoilt", 0),
-        ("bug", "1", "ZeroDivisionError: a bug", 1),
-    ],
-)
-def test_the_failure_of_a_process_ends_both_with_its_own_word(
-    kind: str, failing: str, told: str, tracebacks: int, tmp_path: Path
-) -> None:
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND)
+def test_a_bug_in_one_process_ends_both_with_its_traceback_alone(tmp_path: Path) -> None:
     started = time.perf_counter()
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", "2", "--master_port", "29641"]
-    command = [*launcher, "--no_local_rank", str(script), kind, failing]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [*launcher, "--no_local_rank", failing_ranks.__file__, "bug", "1"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert said.count(told) == 1, said
-    assert said.count("Traceback") == tracebacks, said
+    assert said.count("ZeroDivisionError: a bug") == 1, said
+    assert said.count("Traceback") == 1, said
     assert time.perf_counter() - started < 90
+
+
+@pytest.mark.slow
+def test_a_mistake_that_both_processes_find_is_reported_once(tmp_path: Path) -> None:
+    first, second = start_ranks(failing_ranks.validate, "mistake", "01", outputs=tmp_path)
+    assert exit_code(first, 60) == 2
+    second.terminate()  # as launchers do when one process fails
+    assert exit_code(second, 60) != 0
+    said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
+    assert said.count("this recipe is spoilt") == 1, said
+    assert "Traceback" not in said

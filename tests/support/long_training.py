@@ -1,9 +1,5 @@
-"""Trains on long samples and prints the bytes that each training took at its peak: started by a test.
+"""Trains on long samples and measures the bytes that each training took at its peak, in a process of its own."""
 
-python -m tests.support.long_training FOLDER
-"""
-
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -58,14 +54,8 @@ def train_once(folder: Path, documents: Sequence[int], checkpointing: bool) -> N
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+def measure(folder: Path) -> None:
+    """The work of the process: peaks.json has the bytes of each training by its name."""
     torch.set_num_threads(1)
     peaks = {name: peak_of(partial(train_once, folder / name, **settings)) for name, settings in TRAININGS.items()}
     (folder / "peaks.json").write_text(json.dumps(peaks))
-
-
-if __name__ == "__main__":
-    main()

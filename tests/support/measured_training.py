@@ -1,13 +1,11 @@
-"""Trains models of given sizes and prints the bytes that each took at its peak: started by a test as a process of its own.
-
-python -m tests.support.measured_training FOLDER '{"name": {"config": {…}, "recipe": {"train": {…}}}, …}'
+"""Trains models of given sizes and measures the bytes that each took at its peak, in a process of its own.
 
 On a GPU the peak is that of torch's allocator there. On a CPU it is the process's largest resident set during the training less
 what it held before, as Linux counts both. What a first training loads and sets up by itself (libraries, threads, buffers) is there
 before, because a tiny one was trained already.
 """
 
-import argparse
+import ctypes
 import json
 import random
 from functools import partial
@@ -69,16 +67,17 @@ def train_rows(settings: dict[str, Any], folder: Path) -> None:
     train(recipe, load, tiny_tokenizer(), ExampleSet(examples, [], {}), spec, folder, NoTracker(), lambda line: None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("runs", type=json.loads)
-    given = parser.parse_args()
-    measure = cuda_peak_of if torch.cuda.is_available() else peak_of
+def measure(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """The work of the process: peaks.json has the bytes of each run by its name."""
+    give_freed_memory_back()
+    peak = cuda_peak_of if torch.cuda.is_available() else peak_of
     torch.set_num_threads(1)
-    train_rows(WARM_UP, given.folder / "warm up")
-    print(json.dumps({name: measure(partial(train_rows, each, given.folder / name)) for name, each in given.runs.items()}))
+    train_rows(WARM_UP, folder / "warm up")
+    peaks = {name: peak(partial(train_rows, each, folder / name)) for name, each in runs.items()}
+    (folder / "peaks.json").write_text(json.dumps(peaks))
 
 
-if __name__ == "__main__":
-    main()
+def give_freed_memory_back() -> None:
+    """At once, where a tensor has more than 256 KiB. The C library's own limits grow with what is freed."""
+    for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        assert ctypes.CDLL("libc.so.6").mallopt(limit, 2**18) == 1

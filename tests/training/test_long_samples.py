@@ -1,8 +1,6 @@
 """Samples of 10K to 32K tokens on one device: what they must never hold, and what they held."""
 
 import json
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from lt_train.runtime.tracking import NoTracker
 from lt_train.training import trainer as training
 from tests.support import long_training
 from tests.support.peak_memory import LiveBytes
-from tests.support.repository import ENVIRONMENT
+from tests.support.processes import exit_code, start
 from tests.support.tiny_training import SPEC, load_tiny, tiny_config, tiny_recipe, tiny_tokenizer, train_in
 
 QWEN_VOCABULARY = 151_936
@@ -93,9 +91,8 @@ def test_the_documents_of_a_32k_pack_are_found_in_no_time() -> None:
 
 @pytest.mark.slow
 def test_a_pack_of_10k_tokens_takes_memory_linear_in_its_length_and_checkpointing_cuts_it(tmp_path: Path) -> None:
-    command = [sys.executable, long_training.__file__, str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "output.txt"
+    assert exit_code(start(long_training.measure, tmp_path, output=output)) == 0, output.read_text()
     peaks = json.loads((tmp_path / "peaks.json").read_text())
     assert peaks["a pack"] < 5 * peaks["a quarter of a pack"]  # 4 where memory is linear, 16 where it is quadratic
     assert peaks["a pack"] < 0.6 * peaks["a pack, every activation kept"]

@@ -1,0 +1,32 @@
+"""`lt-train validate` in two processes, with a recipe that one, or both, cannot load while the other waits for it.
+
+deepspeed --num_accelerators 2 --no_local_rank tests/support/failing_ranks.py KIND FAILING    KIND: mistake or bug; FAILING: 1 or 01
+"""
+
+import os
+import sys
+
+import torch
+
+import lt_train.recipe.loading
+from lt_train import cli
+from lt_train.runtime.errors import UserError
+
+
+def validate(kind: str, failing: str) -> None:
+    """The work of each process; it ends as the command does."""
+
+    def load_recipe(*_: object) -> None:
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        if os.environ["RANK"] in failing:
+            raise UserError("this recipe is spoilt") if kind == "mistake" else ZeroDivisionError("a bug")
+        torch.distributed.barrier()
+
+    sys.argv[1:] = ["validate", "any.yaml"]
+    lt_train.recipe.loading.load_recipe_and_remarks = load_recipe
+    cli.main()
+
+
+if __name__ == "__main__":
+    validate(*sys.argv[1:])
