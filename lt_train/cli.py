@@ -88,7 +88,7 @@ def main() -> None:
         elif _is_out_of_memory(error):
             asked = ". ".join(str(error).split(". ")[:2])
             fix = "Fix: a smaller train.micro_batch_size, train.gradient_checkpointing, or a smaller kv_budget in eval"
-            error = UserError(f"{asked}. {fix}; the same command then goes on{more('out-of-memory')}")
+            error = UserError(f"{asked}. {fix}; the same command then resumes{more('out-of-memory')}")
         elif isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
             place = shortened(os.fsdecode(error.filename), 300)
             error = UserError(f"{place}: {error.strerror}. Fix: let this user read and write there, or move it away")

@@ -47,6 +47,15 @@ def test_mistakes_on_the_command_line_leave_with_2_and_a_reason(lt_train, argume
     assert "Traceback" not in out + err
 
 
+def test_the_help_lists_every_command_below_a_heading(lt_train):
+    code, out, _ = lt_train("--help")
+    assert code == 0 and "─ Commands ─" not in out and "probe" not in out
+    headings = [out.index(f"─ {heading} ─") for heading in cli.COMMANDS]
+    assert headings == sorted(headings)
+    for name in ("init", "eval", "import-layers", "show", "serve", "bench"):
+        assert out.index(f"│ {name} ") > headings[0]
+
+
 def test_deepspeeds_own_argument_before_the_command_is_taken(lt_train):
     code, out, _ = lt_train("--local_rank=0", "validate", "recipes/quickstart.yaml")
     assert (code, "valid recipe" in out) == (0, True)

@@ -85,7 +85,7 @@ def show_environment(found: Environment, console: Console) -> None:
         *(("device", device) for device in found.devices),
         ("memory", f"{format_bytes(found.memory_free)} of {format_bytes(found.memory)} free"),
         ("disk", f"{format_bytes(found.disk_free)} free in {Path.cwd()}"),
-        ("dtype", f"{found.dtype} is what `auto` means here"),
+        ("dtype", f"{found.dtype}, as `auto` chooses here"),
         ("decoding", found.decode_attention),
         *(("variable", f"{name}={value}") for name, value in found.variables.items()),
     ]
@@ -108,7 +108,8 @@ def _version(package: str) -> str | None:
 def _devices() -> list[str]:
     if not torch.cuda.is_available():
         accelerator = torch.accelerator.current_accelerator()
-        cpu = f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        cpu = f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
         return [cpu if accelerator is None else f"{accelerator.type}, and a {cpu}"]
     devices = []
     for index in range(torch.cuda.device_count()):

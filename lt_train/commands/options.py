@@ -19,7 +19,7 @@ Overrides = Annotated[
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs/<name> lies.")]
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs: one is DIR/<name>.")]
 
 
 def print_json(value: object) -> None:

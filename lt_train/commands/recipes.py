@@ -17,7 +17,7 @@ def recipes() -> None:
 
     from lt_train.recipe.shipped import read_header, shipped_recipes
 
-    table = Table("recipe", "runs on", "", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = Table("recipe", "runs on", "what it is", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     for path in shipped_recipes():
         header = read_header(path)
         table.add_row(path.stem, header.hardware, header.subject)

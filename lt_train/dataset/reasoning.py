@@ -74,7 +74,7 @@ def check_reasoning(answer: str, base: BaseReasoning, known: tuple[ReasoningTags
         return
     if base.tags is not None and tags != base.tags:
         raise RowFault(
-            f"{SETTING}: null: the reasoning stands between {tags.opening} and {tags.closing}, the base's between "
+            f"{SETTING}: null: the reasoning is between {tags.opening} and {tags.closing}, the base's between "
             f"{base.tags.opening} and {base.tags.closing}{prompt}{never}",
             kind=f"tags {tags.opening}",
             fix=_CONVERT,

@@ -41,7 +41,7 @@ def export_adapter(adapter: TrainedAdapter, out: Path, metadata: ExportMetadata)
         UserError: something lies at `out`, or the folder of the trained adapter lacks a file.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--adapter: {out}: something lies there, and nothing is overwritten. Fix: name a new folder")
+        raise UserError(f"--adapter: {out}: exists already, and is not overwritten. Fix: name a new folder")
     for name in (CONFIG, WEIGHTS):
         if not (adapter.folder / name).is_file():
             raise UserError(f"{adapter.folder / name}: missing. Fix: run the training's command again; it publishes the adapter")

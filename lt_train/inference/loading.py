@@ -297,7 +297,8 @@ def _failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type
         at = f" at revision {model.revision}" if model.revision else ""
         folder = Path(model.base).expanduser()
         where = "its" if folder.is_dir() else f"{_no_folder(folder)}, and of the hub model the"
-        raise UserError(f"model.base: {model.base}{at}: {where} {what} cannot be loaded: {_in_one_line(error)}") from error
+        fix = "" if folder.is_dir() else ". Fix: name a folder that holds the model, or a hub id that this machine can reach"
+        raise UserError(f"model.base: {model.base}{at}: {where} {what} cannot be loaded: {_in_one_line(error)}{fix}") from error
 
 
 class _NotOnHub(OSError):

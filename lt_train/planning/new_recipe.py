@@ -97,7 +97,7 @@ def _start(start: str | None) -> Draft:
 
 def _settings_of(start: str) -> dict[str, Any]:
     """Without what belongs to its own base and data."""
-    path = find_recipe(Path(start))
+    path = find_recipe(Path(start), "--from")
     recipe = load_recipe(path)
     if recipe.train is None:
         raise UserError(f"--from: {start}: this recipe trains nothing. Fix: name one that has a train part")

@@ -121,7 +121,8 @@ def _work(training: TrainingPlan) -> list[tuple[str, str]]:
     work, compute, machine = training.work, training.compute, training.setup.machine
     if work is None or compute is None:
         return [("tokens", "unknown: the data are not local. Fix: give --samples and --mean-tokens, or set data.limit")]
-    samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {work.epochs:.3g} times"
+    epochs = "1 epoch" if work.epochs == 1 else f"{work.epochs:.3g} epochs"
+    samples = f"{len(work.samples.lengths):,} samples of {work.samples.mean:,.0f} tokens, {epochs}"
     total, linear, attention = (_operations(count) for count in (compute.total, compute.linear, compute.attention))
     full = f"{_operations(compute.linear + compute.full_attention)} without streaming layers"
     rows = [

@@ -37,7 +37,7 @@ REFUSED = {
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """
     Raises:
-        UserError: there is no such file, or it holds no JSON object.
+        UserError: there is no such file, or it is not a JSON object.
     """
     name = shortened(str(path), 300)
     try:
@@ -49,7 +49,7 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{name}: holds no JSON object")
+        raise UserError(f"{name}: not a JSON object")
     return settings
 
 

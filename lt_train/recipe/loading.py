@@ -37,7 +37,9 @@ def load_recipe_and_remarks(path: Path, overrides: Sequence[str] = ()) -> tuple[
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         looked = shortened(str(path.absolute()), 300)
-        raise UserError(f"recipe {shortened(str(path), 300)}: cannot be read: {error.strerror} (looked at {looked})") from error
+        problem = f"cannot be read: {error.strerror} (looked at {looked})"
+        fix = "name a recipe file, or one of those that `lt-train recipes` lists"
+        raise UserError(f"recipe {shortened(str(path), 300)}: {problem}. Fix: {fix}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: not UTF-8 text ({error})") from error
     text = read_recipe_text(content, overrides, former_names(Recipe))
@@ -84,4 +86,4 @@ def _with_both_places(fault: Fault, recipe: Path) -> Fault:
     folder = recipe.absolute().parent
     if "there is no f" not in fault.problem or fault.problem.startswith(("/", "~")) or folder == Path.cwd():
         return fault
-    return replace(fault, problem=f"{fault.problem}; nor does it lie in the recipe's folder {shortened(str(folder), 300)}")
+    return replace(fault, problem=f"{fault.problem}; nor is it in the recipe's folder {shortened(str(folder), 300)}")

@@ -42,8 +42,11 @@ def _folder() -> Path:
     return Path(str(installed[0].locate())).resolve().parent
 
 
-def find_recipe(name: Path) -> Path:
+def find_recipe(name: Path, given_as: str = "RECIPE") -> Path:
     """The file of this name, else the shipped recipe of which it is the bare name ("quickstart").
+
+    Args:
+        given_as: the argument or option that named it, for the message.
 
     Raises:
         UserError: a bare name that is neither.
@@ -53,7 +56,7 @@ def find_recipe(name: Path) -> Path:
     shipped = {path.stem: path for path in shipped_recipes()}
     if str(name) not in shipped:
         raise UserError(
-            f"RECIPE: {shortened(str(name))}: there is no such file in {Path.cwd()}, and lt_train ships {', '.join(shipped)}. "
+            f"{given_as}: {shortened(str(name))}: there is no such file in {Path.cwd()}, and lt_train ships {', '.join(shipped)}. "
             "Fix: name a recipe file, or one of these"
         )
     return shipped[str(name)]

@@ -44,7 +44,7 @@ def files_in(folder: Path, split: str, subset: str | None) -> list[Path]:
         if path.is_file() and data_suffix(path) and path.name not in NOT_DATA and not _is_hidden(path.relative_to(folder))
     ]
     if not files:
-        raise UserError(f"{folder}: no {', '.join(SUFFIXES)} file lies in {folder.absolute()}")
+        raise UserError(f"{folder}: there is no {', '.join(SUFFIXES)} file in {folder.absolute()}")
     configs = _declared_configs(folder)
     if configs:
         files, splits = _declared_files(folder, configs, files, subset)

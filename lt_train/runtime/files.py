@@ -1,4 +1,4 @@
-"""Writing so that a reader never meets half a file, and reading so that one cut off mid-line is noticed.
+"""Writing so that a reader never meets half a file, and reading so that one truncated in a line is noticed.
 
 Whole files are written beside their target and renamed; JSON Lines files grow by one flushed line at a time, so the only damage a
 `kill -9` can do to them is a last line without its newline.
@@ -54,7 +54,7 @@ def read_json(path: Path, what: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a whole {what} ({error}). Delete it and run again to make it anew") from error
+        raise UserError(f"{path}: not a whole {what} ({error}). Fix: delete it; the same command makes it again") from error
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:

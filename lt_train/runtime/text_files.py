@@ -36,7 +36,7 @@ def text_files(place: str) -> list[Path]:
     files = sorted(file for file in path.glob("*.txt") if file.is_file())
     if not files:
         where = shortened(str(path.absolute()), 300)
-        raise UserError(f"{shortened(place)}: no .txt file lies in {where}. Fix: name a folder of .txt files")
+        raise UserError(f"{shortened(place)}: there is no .txt file in {where}. Fix: name a folder of .txt files")
     return files
 
 

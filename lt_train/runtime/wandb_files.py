@@ -19,7 +19,7 @@ FULL, LAST = 1, 4
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The rows of `run.log`, in the order of writing, up to where the file is cut off or damaged. `wandb sync` stops there too."""
+    """The rows of `run.log`, in the order of writing, up to where the file is truncated or damaged; so does `wandb sync`."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows = []

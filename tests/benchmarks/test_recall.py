@@ -176,7 +176,7 @@ def test_a_length_without_room_for_the_question_is_an_error(tokenizer: PreTraine
 
 
 def test_a_folder_without_texts_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"no \.txt file lies in"):
+    with pytest.raises(UserError, match=r"there is no \.txt file in"):
         load_problems(NEEDLE, str(tmp_path), None, tokenizer=tokenizer)
     (tmp_path / "latin.txt").write_bytes("Café.".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt: cannot be read as UTF-8"):

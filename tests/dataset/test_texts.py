@@ -62,7 +62,7 @@ def test_a_single_file_is_read_alone(essays, tokenizer) -> None:
 
 
 def test_texts_that_cannot_be_used_are_refused_by_the_setting_that_names_them(tmp_path, tokenizer) -> None:
-    with pytest.raises(UserError, match=r"hybrid\.calibration\.source: .*: no \.txt file lies in .*Fix: name a folder"):
+    with pytest.raises(UserError, match=r"hybrid\.calibration\.source: .*: there is no \.txt file in .*Fix: name a folder"):
         text_examples(str(tmp_path), tokenizer, **SAMPLE)
     (tmp_path / "blank.txt").write_text("\n")
     with pytest.raises(UserError, match=r"hybrid\.calibration\.source: .*: its 1 \.txt files are empty"):

@@ -94,8 +94,8 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: Path("adapter").mkdir() or Path("adapter/notes").touch(), "--adapter: adapter: something lies there"),
-        (lambda run: Path("adapter").touch(), "--adapter: adapter: something lies there"),
+        (lambda run: Path("adapter").mkdir() or Path("adapter/notes").touch(), "--adapter: adapter: exists already"),
+        (lambda run: Path("adapter").touch(), "--adapter: adapter: exists already"),
         (lambda run: (run / "recipe.yaml").unlink(), "no run: there is no recipe.yaml"),
         (lambda run: (run / "recipe.yaml").write_text("name: [1"), "not the record of a run"),
         (lambda run: shutil.rmtree(run), "no such folder"),

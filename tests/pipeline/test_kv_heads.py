@@ -18,7 +18,6 @@ from lt_train.report.results import read_results
 from lt_train.runtime.errors import UserError
 from lt_train.selection.profile import LayerProfile
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
 
 EVAL = "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [base, converted]}]"
 STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibration.long_reach_fraction=0.5")
@@ -26,13 +25,6 @@ STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibrat
 UNTRAINED = ("train=null", EVAL, "hybrid.strategy=gates", *STEADY)
 CHOICE = ("hybrid.granularity=kv_head", "hybrid.lazy_layer_ratio=0.7")
 BY_HEAD = (*UNTRAINED, *CHOICE)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +100,7 @@ def test_a_changed_granularity_chooses_and_measures_again_and_does_not_score_aga
     scored, picture = (run / "profile/profile.json").stat().st_mtime_ns, (run / "profile/curve.png").read_bytes()
     before = json.loads((run / "eval/converted/heldout_loss/scores.json").read_text())
     printed = run_in_folder(load_recipe(inputs / "recipe.yaml", BY_HEAD), tmp_path, "eval")
-    assert "11 of 16 KV heads stream" in printed and "what streams changed: the former scores now lie in" in printed
+    assert "11 of 16 KV heads stream" in printed and "what streams changed: the previous scores are now in" in printed
     assert (run / "profile/profile.json").stat().st_mtime_ns == scored
     assert (run / "profile/curve.png").read_bytes() != picture
     assert json.loads((run / "eval/converted/heldout_loss/scores.json").read_text())["loss"] != before["loss"]

@@ -27,19 +27,11 @@ from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.processes import Process
 from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs, write_recipe
+from tests.support.tiny_run import write_recipe
 
 PERIODIC = ("hybrid.strategy=periodic",)
 NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
 TRAINING_FREE = (*PERIODIC, "train=null", "lora=null")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """Data and recipe in a folder of their own."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +323,7 @@ def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tm
 @pytest.mark.slow
 def test_an_export_with_other_settings_is_written_beside_the_former_one(inputs, runs):
     changed = load_recipe(inputs / "recipe.yaml", ["export.dtype=bf16"])
-    assert "the former export now lies in" in run_in_folder(changed, runs, "export")
+    assert "the previous export is now in" in run_in_folder(changed, runs, "export")
     dtypes = [json.loads((runs / "tiny" / name / "config.json").read_text())["dtype"] for name in ("export-1", "export")]
     assert dtypes == ["float32", "bfloat16"]
 
@@ -481,7 +473,7 @@ def test_the_best_weights_are_published_after_training_without_training_again(in
     printed = run_in_folder(best, tmp_path)
     after = contents(run)
     assert "the trained model has the weights of step 1, the best by eval_loss" in printed and "training 2/2" not in printed
-    assert "the former scores now lie in" in printed and "the former export now lies in" in printed
+    assert "the previous scores are now in" in printed and "the previous export is now in" in printed
     for name in ("train/final/adapter_model.safetensors", "eval/trained/heldout_loss/scores.json", "export/model.safetensors"):
         assert before[name][1] != after[name][1], name
     assert after["train/log.jsonl"] == before["train/log.jsonl"]

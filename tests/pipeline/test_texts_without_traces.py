@@ -77,7 +77,7 @@ def test_texts_within_the_window_are_refused_with_the_sizes_that_would_do(inputs
             ["hybrid.calibration.source=null", "hybrid.strategy=periodic", "hybrid.compare=[]", "hybrid.sink=learned"],
             "data.source + hybrid.calibration.source: missing, so learned sinks have no samples",
         ),
-        (["hybrid.calibration.source=nowhere"], "hybrid.calibration.source: nowhere: no .txt file lies in "),
+        (["hybrid.calibration.source=nowhere"], "hybrid.calibration.source: nowhere: there is no .txt file in "),
     ],
 )
 def test_a_recipe_without_traces_is_refused_where_they_are_needed(inputs, overrides, message) -> None:

@@ -195,7 +195,7 @@ def test_what_cannot_become_a_run_is_refused_and_nothing_is_left_behind(what, lt
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (("--from", "qwen-9"), "lt_train ships"),
+        (("--from", "qwen-9"), "--from: qwen-9: there is no such file"),
         (("--gpus", 0), "--gpus: 0"),
         (("--gpu-memory", -1), "--gpu-memory: -"),
     ],

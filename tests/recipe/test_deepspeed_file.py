@@ -123,7 +123,7 @@ def test_all_contradictions_are_reported_at_once_when_a_recipe_is_checked(recipe
     assert "train_batch_size: 8" in lines[0] and "gradient_clipping: 9" in lines[1]
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "holds no JSON object"), ("{", "not JSON"), ("[" * 100_000, "not JSON")])
+@pytest.mark.parametrize(("text", "message"), [("[1]", "not a JSON object"), ("{", "not JSON"), ("[" * 100_000, "not JSON")])
 def test_a_file_that_is_not_a_configuration_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "faulty.json"
     path.write_text(text)

@@ -121,7 +121,7 @@ def test_the_resolved_recipe_reads_back_to_the_same_recipe(recipe_file: Path, tm
 def test_a_missing_file_is_looked_for_in_the_working_directory_and_beside_the_recipe(recipe_file: Path, tmp_path: Path) -> None:
     reported = faults(recipe_file, "data.source=none.jsonl")
     assert str(Path("none.jsonl").absolute()) in reported
-    assert f"nor does it lie in the recipe's folder {recipe_file.parent}" in reported
+    assert f"nor is it in the recipe's folder {recipe_file.parent}" in reported
     assert "recipe's folder" not in faults(recipe_file, f"data.source={tmp_path}/none.jsonl")
 
 

@@ -1,6 +1,7 @@
 """Recipes that come with lt_train: found by name from any folder, with the files that they name."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -55,13 +56,14 @@ def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are(
         load_recipe(Path("quikstart"))
 
 
-def test_the_command_lists_every_recipe_with_its_hardware(lt_train):
+def test_the_command_lists_every_recipe_in_a_line_of_80_columns_with_its_hardware(lt_train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = lt_train("recipes")
-    assert code == 0
-    for path in shipped_recipes():
-        assert path.stem in out
+    lines = [line.rstrip() for line in out.splitlines()[2:]]
+    assert code == 0 and len(lines) == len(shipped_recipes())
+    for path, line in zip(shipped_recipes(), lines, strict=True):
         header = read_header(path)
-        assert header.hardware and 10 < len(header.subject) < 70
+        assert header.hardware and re.fullmatch(rf"{path.stem} +{header.hardware} +{re.escape(header.subject)}", line)
 
 
 def test_a_folder_of_recipes_is_found_by_path_or_as_a_shipped_one(tmp_path):

@@ -88,7 +88,7 @@ def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path: Path) -> No
 
 
 def test_an_empty_folder_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"no .* file lies in {tmp_path}"):
+    with pytest.raises(UserError, match=f"there is no .* file in {tmp_path}"):
         list(load_rows(str(tmp_path)))
 
 

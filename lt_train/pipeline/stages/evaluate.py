@@ -58,7 +58,7 @@ def _set_former_scores_aside(context: RunContext) -> None:
         if any(model is not None and model != now for model in recorded):
             former = set_aside(folder, context.paths.stage(f"{NAME}-{variant}"))
             what = "the trained weights" if variant == TRAINED else "what streams"
-            context.report("evaluate", f"{what} changed: the former scores now lie in {former}")
+            context.report("evaluate", f"{what} changed: the previous scores are now in {former}")
 
 
 def _track_results(context: RunContext) -> None:

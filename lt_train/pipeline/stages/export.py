@@ -72,7 +72,7 @@ def _pushed(context: RunContext) -> list[str] | None:
 def _write(context: RunContext) -> None:
     recipe, out = context.recipe, context.paths.export
     if context.folder.is_marked(NAME):  # finished with other settings, weights or scores
-        context.report(NAME, f"the former export now lies in {set_aside(out)}")
+        context.report(NAME, f"the previous export is now in {set_aside(out)}")
     exported = CONVERTED if recipe.train is None else TRAINED
     context.report(NAME, f"writing the {exported} hybrid to {out}")
     template = recipe.prompt.chat_template
