@@ -11,7 +11,6 @@ from lt_train.pipeline.comparison import compare, trains_any_alike
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
-from tests.support.repository import REPOSITORY
 
 ALONE = Process(0, 1, launched=False)
 OVERRIDES = ("train=null", "lora=null", "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [converted]}]")
