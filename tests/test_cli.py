@@ -2,13 +2,16 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lt_train import cli
 from tests.support.made_runs import made_run
+from tests.support.repository import ENVIRONMENT
 
 BROKEN = """
 name: broken
@@ -54,6 +57,12 @@ def test_the_help_lists_every_command_below_a_heading(lt_train):
     assert headings == sorted(headings)
     for name in ("init", "eval", "import-layers", "show", "serve", "bench"):
         assert out.index(f"│ {name} ") > headings[0]
+
+
+def test_a_shell_completes_the_name_of_a_command():
+    asked = {"_LT_TRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "lt-train va", "COMP_CWORD": "1"}
+    done = subprocess.run([Path(sys.executable).with_name("lt-train")], env=ENVIRONMENT | asked, capture_output=True, text=True)
+    assert done.stdout.split() == ["validate"], done.stderr
 
 
 def test_deepspeeds_own_argument_before_the_command_is_taken(lt_train):

@@ -54,7 +54,7 @@ def read_json(path: Path, what: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a whole {what} ({error}). Fix: delete it; the same command makes it again") from error
+        raise UserError(f"{path}: not a whole {what} ({error}). Fix: delete it and run again") from error
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, cha
 def test_a_deleted_record_of_the_inputs_is_made_anew(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
     (folder.paths.root / "inputs.json").write_text("{")
-    with pytest.raises(UserError, match=r"inputs\.json: .*Delete it"):
+    with pytest.raises(UserError, match=r"inputs\.json: .*delete it"):
         opened(recipe_with(), tmp_path)
     (folder.paths.root / "inputs.json").unlink()
     opened(recipe_with(), tmp_path)

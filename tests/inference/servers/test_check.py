@@ -38,6 +38,21 @@ OF_LAYERS = ("every layer full", "sinks ignored")
 OF_HEADS = (*OF_LAYERS, "streaming KV heads ignored", "the other KV heads of a layer stream")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def prompts_are_made_once_for_each_spec():
+    """All hybrids here have the weights of one base, and each spec is checked several times."""
+    made = {}
+
+    def made_once(reference, *given):
+        if reference.spec not in made:
+            made[reference.spec] = telling_prompts(reference, *given)
+        return made[reference.spec]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lt_train.inference.servers.check.telling_prompts", made_once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def hybrid():
     return load_hybrid(BASE, SPEC)
