@@ -223,7 +223,7 @@ def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
 
 
 def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
-    full = {"train.method": "full", "lora": "null", "train.micro_batch_size": 4, "train.deepspeed": "launch/zero3.json"}
+    full = {"train.method": "full", "lora": "null", "train.batch_size": 8, "train.deepspeed": "launch/zero3.json"}
     changed = {**SMALL, **full, "train.max_steps": 2, "eval.0.limit": 11}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618"]
     logs = ["--enable_each_rank_log", str(tmp_path / "said"), "--module"]
