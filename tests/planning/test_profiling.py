@@ -100,7 +100,7 @@ def small(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mlp", "layers"), [("reach", 4096, 2), ("reach", 512, 12), ("kl", 4096, 2), ("gates", 2048, 2), ("gates", 512, 6)]
+    ("strategy", "mlp", "layers"), [("reach", 4096, 2), ("reach", 512, 24), ("kl", 4096, 2), ("gates", 2048, 2), ("gates", 512, 6)]
 )
 def test_the_states_and_the_work_are_what_scoring_a_sample_takes(strategy: str, mlp: int, layers: int, tmp_path: Path) -> None:
     """With a broad MLP mostly work, with many layers mostly states."""
