@@ -96,6 +96,12 @@ def test_a_profile_by_gates_keeps_the_share_of_every_head_their_sum_and_the_meas
     assert profile.mean_sum_of_shares == pytest.approx(profile.mean_all_streaming("gates"), rel=LARGEST_GAP)
 
 
+def test_a_profile_by_gates_keeps_at_how_many_points_gradients_were_taken(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "ACCEPTED_GAP", -1)
+    make(tmp_path, strategies=["gates"])
+    assert [sample.gate_points for sample in LayerProfile.load(tmp_path / "profile.json").samples] == [11] * 5
+
+
 def test_shares_that_do_not_add_up_to_the_measured_rise_are_refused(make, tmp_path, monkeypatch):
     monkeypatch.setattr(gates, "LARGEST_GAP", 1e-4)
     with pytest.raises(UserError, match=r"hybrid\.strategy: gates: over 5 samples the shares .* use reach instead of gates"):
