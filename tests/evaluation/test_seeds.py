@@ -88,6 +88,9 @@ def test_answers_are_averaged_by_problem() -> None:
     assert mean.value == pytest.approx((0.75 + 0.25) / 2) and mean.spread == pytest.approx(0.5 / 2**0.5)
     averaged = [(base.by_problem[problem] + converted.by_problem[problem]) / 2 for problem in base.by_problem]
     assert mean.standard_error == mean_over_problems(averaged).standard_error
+    assert mean.interval is not None and (mean.interval.low, mean.interval.high) == (0, 1)  # t of one degree of freedom: 12.7
+    apart = difference_over_seeds([converted, base], [base, converted]).interval
+    assert apart is not None and (apart.low, apart.high) == (-1, 1)
     found = difference_over_seeds([converted, converted], [base, base])
     once = difference(converted, base)
     assert found.interval is not None and (found.interval.low, found.interval.high) == pytest.approx((once.low, once.high))
