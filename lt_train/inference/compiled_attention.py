@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -33,17 +33,32 @@ class KeyBlocks:
 
     Attributes:
         start_N: the element of keys and values at which each block's first head begins, row by row.
+        length_N: the keys of each block: adjacent rows of each head.
         first_B: the number of each row's first block; one more entry, the number of blocks, ends it.
-        seen_BT: how many keys each new token sees, from the row's first block on; the last token sees all that others see.
+        seen_BT: how many keys each new token sees, from the row's first block on; the last token sees the latest key.
+        left_BT: how many of these it does not see: those after the row's sinks, its first `always_B` keys in blocks of their own.
         head_stride: elements from one head of a block to the next.
-        keys: of a block, at most: adjacent rows of each head.
     """
 
     start_N: Tensor
+    length_N: Tensor
     first_B: Tensor
     seen_BT: Tensor
+    left_BT: Tensor
+    always_B: Tensor
     head_stride: int
-    keys: int
+
+    @classmethod
+    def of_one_length(cls, start_N: Tensor, keys: int, first_B: Tensor, seen_BT: Tensor, head_stride: int) -> "KeyBlocks":
+        """Blocks of `keys` keys; a token sees all keys before its last one."""
+        nothing_BT = torch.zeros_like(seen_BT)
+        return cls(
+            start_N, torch.full_like(start_N, keys), first_B, seen_BT, nothing_BT, nothing_BT[:, 0].contiguous(), head_stride
+        )
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.length_N.max())
 
 
 def attend_blocks(
@@ -63,12 +78,12 @@ def attend_blocks(
     q_BGQD = q_BGQD.float().contiguous()
     out_BGQD = torch.empty_like(q_BGQD)
     sinks_GQ = None if sinks_GQ is None else sinks_GQ.float().contiguous()
-    held = (q_BGQD, keys, values, blocks.start_N, blocks.first_B, blocks.seen_BT)
+    held = (q_BGQD, keys, values, blocks.start_N, blocks.length_N, blocks.first_B, blocks.seen_BT, blocks.left_BT, blocks.always_B)
     with record_function("compiled attention"):  # a profile would take it for the time between operators
         function(
             *(c_void_p(tensor.data_ptr()) for tensor in held),
             c_int64(blocks.head_stride),
-            *map(c_int, (blocks.keys, rows, groups, queries, blocks.seen_BT.shape[1], size)),
+            *map(c_int, (blocks.longest, rows, groups, queries, blocks.seen_BT.shape[1], size)),
             c_float(scaling),
             None if sinks_GQ is None else c_void_p(sinks_GQ.data_ptr()),
             c_void_p(out_BGQD.data_ptr()),

@@ -119,11 +119,13 @@ static inline int within(int64_t keys, int block) { return keys < 0 ? 0 : keys <
 
 /* q, out: [rows, heads, queries, size]; query j of a head belongs to the new token j % tokens.
    keys, values: those of block i's first head begin at start[i], those of its next head head_stride elements further on.
-   block: keys of a block. first: [rows + 1], where each row's blocks begin. seen: [rows, tokens], the keys that each new token sees, from the row's first on.
+   length: keys of each block, at most `block`. first: [rows + 1], where each row's blocks begin.
+   seen, left: [rows, tokens]: a new token sees the keys before seen, counted from the row's first on, but for the `left` keys that
+   follow the row's first `always` ones, which are blocks of their own.
    sinks: [heads, queries], or null. */
-void attend(const float *q, const cached *keys, const cached *values, const int64_t *start, const int64_t *first, const int64_t *seen,
-            int64_t head_stride, int block, int rows, int heads, int queries, int tokens, int size, float scaling, const float *sinks,
-            float *out) {
+void attend(const float *q, const cached *keys, const cached *values, const int64_t *start, const int64_t *length,
+            const int64_t *first, const int64_t *seen, const int64_t *left, const int64_t *always, int64_t head_stride, int block,
+            int rows, int heads, int queries, int tokens, int size, float scaling, const float *sinks, float *out) {
 #pragma omp parallel for schedule(dynamic)
     for (int pair = 0; pair < rows * heads; pair++) {
         int row = pair / heads, head = pair % heads;
@@ -135,15 +137,18 @@ void attend(const float *q, const cached *keys, const cached *values, const int6
             largest[j] = sinks ? sinks[head * queries + j] : -1e30f;
             total[j] = sinks ? 1.0f : 0.0f;
         }
-        for (int64_t i = first[row]; i < first[row + 1]; i++) {
-            int64_t before = (i - first[row]) * block, at = start[i] + head * head_stride;
-            const int64_t *last = seen + (int64_t)(row + 1) * tokens - 1; /* the newest token sees most */
-            int count = within(*last - before, block);
+        const int64_t *sees = seen + (int64_t)row * tokens, *leaves = left + (int64_t)row * tokens;
+        for (int64_t i = first[row], before = 0; i < first[row + 1]; before += length[i++]) {
+            int64_t at = start[i] + head * head_stride;
+            int here = (int)length[i], count = within(sees[tokens - 1] - before, here); /* the newest token sees the latest key */
             score(q_here, keys + at, queries, count, size, block, scaling, scores);
             for (int j = 0; j < queries; j++) {
-                int own = within(seen[(int64_t)row * tokens + j % tokens] - before, block);
-                join(scores + j * block, own, &largest[j], &total[j], out_here + (int64_t)j * size, size);
-                for (int p = own; p < count; p++) scores[j * block + p] = 0;
+                int own = within(sees[j % tokens] - before, here);
+                int from = before < always[row] ? 0 : within(always[row] + leaves[j % tokens] - before, own);
+                float *weights = scores + j * block;
+                join(weights + from, own - from, &largest[j], &total[j], out_here + (int64_t)j * size, size);
+                for (int p = 0; p < from; p++) weights[p] = 0;
+                for (int p = own; p < count; p++) weights[p] = 0;
             }
             add(scores, values + at, queries, count, size, block, out_here);
         }

@@ -151,16 +151,36 @@ def page_blocks(keys_NGPD: Tensor, pages: Sequence[Sequence[int]], seen_BT: Tens
     """The pages of each row, in the order of its tokens, as blocks of keys."""
     page_N = torch.tensor([page for held in pages for page in held])
     first_B = torch.tensor([0, *map(len, pages)]).cumsum(0)
-    return KeyBlocks(page_N * keys_NGPD.stride(0), first_B, seen_BT, keys_NGPD.stride(1), keys_NGPD.shape[2])
+    return KeyBlocks.of_one_length(page_N * keys_NGPD.stride(0), keys_NGPD.shape[2], first_B, seen_BT, keys_NGPD.stride(1))
 
 
-def ring_blocks(keys_SGWD: Tensor, seen_B1: Tensor) -> KeyBlocks:
-    """The ring of each row as blocks of keys, for one new token that sees all of it."""
-    rows, window = len(seen_B1), keys_SGWD.shape[2]
-    place_K = torch.arange(0, window, PAGE)
-    start_BK = torch.arange(rows)[:, None] * keys_SGWD.stride(0) + place_K * keys_SGWD.stride(2)
-    first_B = torch.arange(rows + 1) * len(place_K)
-    return KeyBlocks(start_BK.flatten(), first_B, seen_B1.clamp(max=window), keys_SGWD.stride(1), PAGE)
+def ring_blocks(layer: RingLayer, first: Sequence[int], position_BT: Tensor) -> KeyBlocks:
+    """The ring of each row as blocks of keys in the order of their tokens: sinks, then what the window of some new token reaches.
+
+    Args:
+        first: the position of the first new token of each row.
+    """
+    w_sink, w_recent = layer.spec.w_sink, layer.spec.w_recent
+    earliest = [max(w_sink, at - w_recent + 1) for at in first]
+    blocks: list[tuple[int, int, int]] = []  # row, slot of its first key, keys
+    first_block = [0]
+    for row, (at, start) in enumerate(zip(first, earliest, strict=True)):
+        after = at + position_BT.shape[1]
+        if w_sink:
+            blocks.append((row, 0, min(after, w_sink)))
+        while start < after:
+            slot = w_sink + (start - w_sink) % layer.recent
+            keys = min(PAGE, after - start, w_sink + layer.recent - slot)
+            blocks.append((row, slot, keys))
+            start += keys
+        first_block.append(len(blocks))
+    row_N, slot_N, length_N = torch.tensor(blocks).T.contiguous()
+    start_N = row_N * layer.keys.stride(0) + slot_N * layer.keys.stride(2)
+    earliest_B1 = torch.tensor(earliest)[:, None]
+    seen_BT = torch.where(position_BT < w_sink, position_BT + 1, w_sink + position_BT + 1 - earliest_B1)
+    left_BT = (position_BT - w_recent + 1 - earliest_B1).clamp(min=0)
+    always_B = (position_BT[:, -1] + 1).clamp(max=w_sink)
+    return KeyBlocks(start_N, length_N, torch.tensor(first_block), seen_BT, left_BT, always_B, layer.keys.stride(1))
 
 
 @dataclass
@@ -190,18 +210,18 @@ class StepIndices:
         self.tokens = tokens
         self.device = device
         self._rings: dict[HybridSpec, RingIndices] = {}
-        self._blocks: dict[tuple[type, tuple[int, ...]], KeyBlocks | None] = {}
+        self._blocks: dict[tuple[HybridSpec | None, tuple[int, ...]], KeyBlocks] = {}
 
     def blocks(self, layer: PagedLayer | RingLayer) -> KeyBlocks | None:
         """Where the compiled attention finds a layer's keys; None where it cannot compute this step."""
-        kind = type(layer), layer.keys.stride()
+        if obstacle(self.device, layer.keys.dtype) is not None:
+            return None
+        kind = layer.spec if isinstance(layer, RingLayer) else None, layer.keys.stride()
         if kind not in self._blocks:
-            computes = obstacle(self.device, layer.keys.dtype) is None
             if isinstance(layer, PagedLayer):
-                self._blocks[kind] = page_blocks(layer.keys, self.store.pages, self._position_BT + 1) if computes else None
-            else:  # a draft's ring holds tokens beyond the window, which no query sees
-                computes = computes and not self.store.sizes.drafted
-                self._blocks[kind] = ring_blocks(layer.keys, self._position_BT + 1) if computes else None
+                self._blocks[kind] = page_blocks(layer.keys, self.store.pages, self._position_BT + 1)
+            else:
+                self._blocks[kind] = ring_blocks(layer, self.first, self._position_BT)
         return self._blocks[kind]
 
     def of_ring(self, layer: RingLayer) -> "RingIndices":

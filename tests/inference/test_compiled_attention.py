@@ -7,8 +7,12 @@ import sys
 import pytest
 import torch
 
+from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import masked_attention
+from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
+from lt_train.inference.kv_store import RingLayer
+from lt_train.inference.views import ring_blocks
 
 CPU = torch.device("cpu")
 BLOCK = 128
@@ -26,7 +30,7 @@ def drawn(dtype, scale=1.0):
     kv_2NGPD = scale * torch.randn(2, len(page_N), HEADS, BLOCK, SIZE, generator=rng)
     q_BGQD = scale * torch.randn(len(pages_B), HEADS, REST * 2, SIZE, generator=rng)
     first_B = torch.tensor([0, *pages_B]).cumsum(0)
-    blocks = KeyBlocks(page_N * HEADS * BLOCK * SIZE, first_B, SEEN_BT, BLOCK * SIZE, BLOCK)
+    blocks = KeyBlocks.of_one_length(page_N * HEADS * BLOCK * SIZE, BLOCK, first_B, SEEN_BT, BLOCK * SIZE)
     return q_BGQD.to(dtype), *kv_2NGPD.to(dtype), blocks, page_N
 
 
@@ -72,8 +76,31 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch():
     together = attend_blocks(q, keys, values, blocks, SCALING, None)
     for row in range(len(q)):
         start_N = blocks.start_N[blocks.first_B[row] : blocks.first_B[row + 1]]
-        alone = KeyBlocks(start_N, torch.tensor([0, len(start_N)]), SEEN_BT[row : row + 1], blocks.head_stride, BLOCK)
+        first_B = torch.tensor([0, len(start_N)])
+        alone = KeyBlocks.of_one_length(start_N, BLOCK, first_B, SEEN_BT[row : row + 1], blocks.head_stride)
         assert torch.equal(attend_blocks(q[row : row + 1], keys, values, alone, SCALING, None)[0], together[row])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("w_sink", "w_recent", "spare"), [(4, 200, 0), (4, 200, 7), (0, 30, 4), (3, 6, 5)])
+def test_new_tokens_see_sinks_and_window_in_a_ring_that_holds_more(w_sink, w_recent, spare, tokens):
+    """Rows in which the ring is being filled, is full, and has turned, with what it holds beyond the window of a token."""
+    spare = max(spare, tokens - 1)
+    spec, first = HybridSpec(1, (0,), w_sink, w_recent), [0, 1, 2, 5, 33, 203, 204, 205, 611]
+    rng = torch.Generator().manual_seed(0)
+    layer = RingLayer(torch.full((2, len(first), HEADS, w_sink + w_recent + spare, SIZE), torch.nan), spec)
+    q_BGQD = torch.randn(len(first), HEADS, REST * tokens, SIZE, generator=rng)
+    expected = torch.empty_like(q_BGQD)
+    position_BT = torch.tensor(first)[:, None] + torch.arange(tokens)
+    for row, position_T in enumerate(position_BT):
+        k_GKD, v_GKD = torch.randn(2, HEADS, int(position_T[-1]) + 1, SIZE, generator=rng)
+        layer.write(row, k_GKD, v_GKD, 0)
+        visible_TK = streaming_visible(position_T[:, None], torch.arange(k_GKD.shape[1]), w_sink, w_recent)
+        scores_GQK = SCALING * q_BGQD[row].double() @ k_GKD.double().mT
+        scores_GQK.masked_fill_(~visible_TK.repeat(REST, 1), float("-inf"))
+        expected[row] = (scores_GQK.softmax(-1) @ v_GKD.double()).float()
+    found = attend_blocks(q_BGQD, layer.keys, layer.values, ring_blocks(layer, first, position_BT), SCALING, None)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)
 
 
 def test_a_profile_of_operators_shows_it():
