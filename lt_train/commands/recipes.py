@@ -11,16 +11,17 @@ from lt_train.runtime.upstream import quiet_upstream
 
 
 def recipes() -> None:
-    """List the recipes that come with lt_train, each with what it does and the hardware for it."""
+    """List the recipes that come with lt_train, each with what it does, the hardware for it, and the time: of training by plan on
+    GPUs, measured in all on CPUs."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from lt_train.recipe.shipped import read_header, shipped_recipes
 
-    table = Table("recipe", "runs on", "what it is", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = Table("recipe", "runs on", "time", "what it is", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for path in shipped_recipes():
         header = read_header(path)
-        table.add_row(path.stem, header.hardware, header.subject)
+        table.add_row(path.stem, header.hardware, header.time, header.subject)
     Console().print(table, markup=False, highlight=False)
 
 

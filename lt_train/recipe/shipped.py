@@ -17,7 +17,7 @@ from lt_train.runtime.errors import UserError, shortened
 
 INSTALLED = "share/lt_train/recipes/quickstart.yaml"
 
-HARDWARE = re.compile(r"\bon (\d+ GPUs? of \d+ GB|a CPU with \d+ GB)")
+HARDWARE = re.compile(r"\bon (\d+ GPUs? of \d+ GB|a CPU with \d+ GB)(?:, (?:training )?(\d+ (?:h|min)))?")
 
 
 def shipped_recipes() -> list[Path]:
@@ -78,10 +78,16 @@ def find_recipes(name: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RecipeHeader:
-    """What the comment at the head of a recipe says: what it is about (up to the first colon), and the hardware for it."""
+    """What the comment at the head of a recipe says.
+
+    Attributes:
+        subject: what it is about, up to the first colon.
+        time: on that hardware: of training, where it was planned; of all, where it was measured; empty where neither was.
+    """
 
     subject: str
     hardware: str
+    time: str
 
 
 def read_header(recipe: Path) -> RecipeHeader:
@@ -90,7 +96,7 @@ def read_header(recipe: Path) -> RecipeHeader:
     ]
     text = " ".join(line.removeprefix("#").strip() for line in lines).strip()
     hardware = HARDWARE.search(text)
-    return RecipeHeader(text.split(": ")[0], hardware[1] if hardware else "")
+    return RecipeHeader(text.split(": ")[0], *(hardware.groups(default="") if hardware else ("", "")))
 
 
 def locate_files(values: Any, recipe: Path) -> Any:

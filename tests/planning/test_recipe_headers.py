@@ -11,6 +11,7 @@ import pytest
 from lt_train.planning.plan import plan_recipe
 from lt_train.planning.setup import Machine
 from lt_train.recipe.loading import load_recipe
+from lt_train.recipe.shipped import read_header
 from lt_train.runtime.units import GIB
 from tests.support.public_models import CONFIGS, HUB
 
@@ -66,6 +67,17 @@ def test_every_way_in_a_header_is_valid_and_fits_the_hardware_it_names(way):
     if training is not None:
         assert training.undivided is None
         assert training.fits, f"{training.memory.peak / GIB:.1f} GiB of {way.machine.usable / GIB:.1f}; {training.suggestions}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_the_hours_in_a_header_are_those_of_plan(recipe):
+    way, time = ways_of(recipe)[0], read_header(recipe).time
+    if way.machine.cpu:
+        assert time.endswith("min"), "measured"
+        return
+    base = CONFIGS / HUB[load_recipe(recipe, way.overrides).model.base]
+    plan = plan_recipe(load_recipe(recipe, [*way.overrides, f"model.base={base}"]), way.machine, samples=5000)
+    assert time == f"{max(1, round(plan.training.compute.hours(way.machine)))} h"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

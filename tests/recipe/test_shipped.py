@@ -56,14 +56,16 @@ def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are(
         load_recipe(Path("quikstart"))
 
 
-def test_the_command_lists_every_recipe_in_a_line_of_80_columns_with_its_hardware(lt_train, monkeypatch):
+def test_the_command_lists_every_recipe_in_a_line_of_80_columns_with_its_hardware_and_time(lt_train, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = lt_train("recipes")
     lines = [line.rstrip() for line in out.splitlines()[2:]]
     assert code == 0 and len(lines) == len(shipped_recipes())
     for path, line in zip(shipped_recipes(), lines, strict=True):
         header = read_header(path)
-        assert header.hardware and re.fullmatch(rf"{path.stem} +{header.hardware} +{re.escape(header.subject)}", line)
+        assert header.hardware
+        assert re.fullmatch(rf"{path.stem} +{header.hardware} +{header.time} +{re.escape(header.subject)}", line)
+    assert {read_header(path).time for path in shipped_recipes()} >= {"4 min", "37 min", "7 h"}
 
 
 def test_a_folder_of_recipes_is_found_by_path_or_as_a_shipped_one(tmp_path):
