@@ -238,7 +238,7 @@ def test_exports_by_different_versions_run_side_by_side(exported, tmp_path):
     for name, old, new in (
         ("spec.py", 'HYBRID_VERSION = "1"', 'HYBRID_VERSION = "2"'),
         ("config.json", '"hybrid_version": "1"', '"hybrid_version": "2"'),
-        ("blocked.py", "    if q_BHTD.shape[2] <= w_sink", "    w_sink = 0\n    if q_BHTD.shape[2] <= w_sink"),
+        ("blocked.py", "    if q_BHTD.shape[2] == k_", "    w_sink = 0\n    if q_BHTD.shape[2] == k_"),
     ):
         text = (second / name).read_text()
         assert text.count(old) == 1
