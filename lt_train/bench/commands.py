@@ -23,6 +23,10 @@ Shape = Annotated[
         show_default=False,
     ),
 ]
+Ratios = Annotated[
+    list[float] | None,
+    typer.Option("--lazy-layer-ratio", metavar="FRACTION", help="Fraction of layers that stream (repeatable). Default: 0.5, 0.75."),
+]
 Sinks = Annotated[int, typer.Option(help="Sink tokens.")]
 Window = Annotated[int, typer.Option(help="Window in tokens.")]
 
@@ -35,12 +39,7 @@ def decode(
         list[int] | None,
         typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
     ] = None,
-    ratios: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--lazy-layer-ratio", metavar="FRACTION", help="Fraction of layers that stream (repeatable). Default: 0.5, 0.75."
-        ),
-    ] = None,
+    ratios: Ratios = None,
     kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
@@ -81,12 +80,7 @@ def prefill(
     lengths: Annotated[
         list[int] | None, typer.Option("--at", metavar="TOKENS", min=1, help="Length of a prompt (repeatable). Default: 4K, 16K.")
     ] = None,
-    ratios: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--lazy-layer-ratio", metavar="FRACTION", help="Fraction of layers that stream (repeatable). Default: 0.5, 0.75."
-        ),
-    ] = None,
+    ratios: Ratios = None,
     chunk: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Tokens of one forward pass.")] = 2048,
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
