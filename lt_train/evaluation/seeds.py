@@ -26,6 +26,8 @@ from lt_train.evaluation.statistics import (
     student_t,
 )
 
+UNBOUNDED = Interval(-math.inf, math.inf)
+
 
 @dataclass(frozen=True)
 class SeedMean:
@@ -49,11 +51,11 @@ def mean_over_seeds(scores: Sequence[Scores]) -> SeedMean:
         return SeedMean(scores[0].mean.value, scores[0].mean.standard_error, None, scores[0].interval)
     if isinstance(scores[0], AnswerScores):
         answers = list(_answers_by_problem(scores).values())
-        over_samples, span = mean_over_problems(answers), accuracy_interval(answers)
+        over_samples, span, within = mean_over_problems(answers), accuracy_interval(answers), Interval(0, 1)
     else:
         over_samples = mean_loss(list(_losses_by_sample(scores).values()))
-        span = student_interval(over_samples)
-    return _joined([each.mean.value for each in scores], over_samples, span)
+        span, within = student_interval(over_samples), UNBOUNDED
+    return _joined([each.mean.value for each in scores], over_samples, span, within)
 
 
 def difference_over_seeds(first: Sequence[Scores], second: Sequence[Scores]) -> SeedMean:
@@ -68,20 +70,22 @@ def difference_over_seeds(first: Sequence[Scores], second: Sequence[Scores]) -> 
         return SeedMean(only.value, only.standard_error, None, Interval(only.low, only.high))
     found: Difference
     if isinstance(first[0], AnswerScores):
-        found = paired_difference(_answers_by_problem(first), _answers_by_problem(second))
+        found, within = paired_difference(_answers_by_problem(first), _answers_by_problem(second)), Interval(-1, 1)
     else:
-        found = paired_loss_difference(_losses_by_sample(first), _losses_by_sample(second))
+        found, within = paired_loss_difference(_losses_by_sample(first), _losses_by_sample(second)), UNBOUNDED
     over_samples = Mean(found.value, found.standard_error, found.n)
-    return _joined([each.value for each in by_seed], over_samples, Interval(found.low, found.high))
+    return _joined([each.value for each in by_seed], over_samples, Interval(found.low, found.high), within)
 
 
-def _joined(by_seed: Sequence[float], over_samples: Mean, span: Interval | None) -> SeedMean:
+def _joined(by_seed: Sequence[float], over_samples: Mean, span: Interval | None, within: Interval) -> SeedMean:
+    """within: the values that there are."""
     value, spread = fmean(by_seed), stdev(by_seed)
     over_seeds = student_t(len(by_seed) - 1) * spread / math.sqrt(len(by_seed))
     interval = None
     if span is not None:
         below, above = over_samples.value - span.low, span.high - over_samples.value
-        interval = Interval(value - math.hypot(below, over_seeds), value + math.hypot(above, over_seeds))
+        low, high = value - math.hypot(below, over_seeds), value + math.hypot(above, over_seeds)
+        interval = Interval(max(low, within.low), min(high, within.high))
     return SeedMean(value, over_samples.standard_error, spread, interval)
 
 

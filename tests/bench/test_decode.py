@@ -10,6 +10,7 @@ from lt_train.bench.base import StoredBase
 from lt_train.bench.decode import TIMED_STEPS, Throughput, bench_decode, gpu_table, throughput, throughput_table, weights_line
 from lt_train.bench.roofline import Rates
 from lt_train.bench.step_profile import PARTS, profile_table
+from lt_train.bench.vllm_speed import VllmStep
 from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Model
@@ -82,7 +83,9 @@ def test_every_table_fits_80_columns(tmp_path, monkeypatch) -> None:
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
     console = Console(record=True, width=80)
     full = Throughput(1024, 0, 100, 123456.0, roofline_milliseconds=12345.0)
-    console.print(throughput_table(128, [131072], {(): [full], (1,): [replace(full, slots=65536)]}, {131072: 123456.0}))
+    console.print(
+        throughput_table(128, [131072], {(): [full], (1,): [replace(full, slots=65536)]}, {131072: VllmStep(4096, 123456.0)})
+    )
     console.print(profile_table(128, [(131072, 100, dict.fromkeys(PARTS, 12345.6))]))
     out = console.export_text()
     assert "…" not in out and max(map(len, out.splitlines())) <= 80

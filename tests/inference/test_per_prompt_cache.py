@@ -14,7 +14,7 @@ from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.per_prompt import PerPrompt
 from lt_train.inference.per_prompt_cache import PerPromptCache, choose_per_prompt
 from lt_train.runtime.errors import UserError
-from tests.support.families import FAMILIES, base_of
+from tests.support.families import FAMILIES, WITH_SINKS, base_of
 from tests.support.peak_memory import LiveBytes
 from tests.support.per_prompt import SPEC, W_LAST, chosen_offline, next_logits
 from tests.support.tiny_engine import requests, tiny_model
@@ -119,7 +119,7 @@ def test_the_peak_of_a_prompts_memory_falls_by_the_layers_that_leave_the_queue()
     assert peaks[1] < peaks[0] - 2 * layer
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmo3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("olmo3", *WITH_SINKS)])
 def test_in_every_family_a_prompt_within_the_window_streams_in_the_first_layers(family: str) -> None:
     """All ratios are 1, and the lower of equally lazy layers leaves the queue; within the window its cache holds every token."""
     torch.manual_seed(0)
