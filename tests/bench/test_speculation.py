@@ -81,4 +81,5 @@ def test_the_table_fits_eighty_columns_and_says_where_the_acceptance_comes_from(
     rows = [line.split() for line in table.splitlines() if "/4" in line]
     assert [(row[0], row[1]) for row in rows] == [("200", "0/4"), ("200", "2/4"), ("584", "0/4"), ("584", "2/4")]
     assert all(row[-1] == "%" and len(row) == 12 for row in rows) and "…" not in table
-    assert ("of what the model samples after a window of made text" if stored else "assumed, as the weights are random") in table
+    source = "of what the model samples after a window of made text" if stored else "assumed, as the weights are random"
+    assert source in table
