@@ -1,24 +1,21 @@
 """A run on a base that has learned sinks of its own, experts and sliding layers (gpt-oss), and what such a base cannot do."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig
+from transformers import AutoConfig, GptOssConfig
 
-from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
-from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
+from tests.support.tiny_run import REASONER, add_base, every_stage, recipe_on_base
 
-REASONER = AutoConfig.from_pretrained(REPOSITORY / "data/tiny-reasoner")
+TOKENS = AutoConfig.from_pretrained(REASONER)
 BASE = GptOssConfig(
-    vocab_size=REASONER.vocab_size,
-    pad_token_id=REASONER.pad_token_id,
-    eos_token_id=REASONER.eos_token_id,
+    vocab_size=TOKENS.vocab_size,
+    pad_token_id=TOKENS.pad_token_id,
+    eos_token_id=TOKENS.eos_token_id,
     hidden_size=32,
     intermediate_size=32,
     num_hidden_layers=4,
@@ -35,26 +32,14 @@ BASE = GptOssConfig(
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    shutil.copytree(
-        REPOSITORY / "data/tiny-reasoner", folder / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
-    )
-    AutoModelForCausalLM.from_config(BASE).save_pretrained(folder / "base")
-    return folder
-
-
-def recipe_of(inputs: Path, *overrides: str):
-    return load_recipe(inputs / "recipe.yaml", (f"model.base={inputs / 'base'}", *overrides))
+def inputs(inputs: Path) -> Path:
+    add_base(inputs, BASE)
+    return inputs
 
 
 @pytest.mark.slow
 def test_a_run_scores_trains_evaluates_and_exports_it_and_leaves_its_sinks_as_they_are(inputs, tmp_path) -> None:
-    answers = f"{{benchmark: ledger, path: {inputs / 'problems.jsonl'}, limit: 2, max_new_tokens: 8, draft: streaming}}"
-    evaluations = f"eval=[{{benchmark: heldout_loss, batch_size: 4, variants: [base, converted, trained]}}, {answers}]"
-    overrides = ("hybrid.strategy=reach", "hybrid.compare=[lazy_ratio, periodic]", "data.packing=true", evaluations)
-    run_in_folder(recipe_of(inputs, *overrides), tmp_path)
+    run_in_folder(recipe_on_base(inputs, *every_stage(inputs)), tmp_path)
     run = tmp_path / "tiny"
     (chosen,) = json.loads((run / "hybrid/layers.json").read_text())["converted"]
     assert chosen in (1, 3), "the full layers of the base"
@@ -77,5 +62,5 @@ def test_a_run_scores_trains_evaluates_and_exports_it_and_leaves_its_sinks_as_th
 )
 def test_what_such_a_base_cannot_do_is_refused_before_anything_runs(inputs, tmp_path, overrides, reason) -> None:
     with pytest.raises((UserError, ValueError), match=reason):
-        run_in_folder(recipe_of(inputs, *overrides, "hybrid.compare=[]"), tmp_path)
+        run_in_folder(recipe_on_base(inputs, *overrides, "hybrid.compare=[]"), tmp_path)
     assert not (tmp_path / "tiny/profile").exists()

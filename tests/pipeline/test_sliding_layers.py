@@ -1,32 +1,29 @@
 """A run on a base of which some layers have a window from the start, from its scores to its checked export."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Olmo3Config
+from transformers import AutoConfig, Olmo3Config
 
 from lt_train.export.manifest import read_manifest
-from lt_train.recipe.loading import load_recipe
 from lt_train.report.contents import read_runs
 from lt_train.report.page import render
 from lt_train.report.provenance import provenance
 from lt_train.report.results import read_results
 from lt_train.runtime.errors import UserError
 from lt_train.selection.profile import LayerProfile
-from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_inputs
+from tests.support.tiny_run import REASONER, add_base, every_stage, recipe_on_base
 
 WINDOW = 24
 TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
-REASONER = AutoConfig.from_pretrained(REPOSITORY / "data/tiny-reasoner")
+TOKENS = AutoConfig.from_pretrained(REASONER)
 BASE = Olmo3Config(
-    vocab_size=REASONER.vocab_size,
-    pad_token_id=REASONER.pad_token_id,
-    eos_token_id=REASONER.eos_token_id,
+    vocab_size=TOKENS.vocab_size,
+    pad_token_id=TOKENS.pad_token_id,
+    eos_token_id=TOKENS.eos_token_id,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=6,
@@ -44,27 +41,15 @@ BASE = Olmo3Config(
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    shutil.copytree(
-        REPOSITORY / "data/tiny-reasoner", folder / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json")
-    )
-    AutoModelForCausalLM.from_config(BASE).save_pretrained(folder / "base")
-    return folder
-
-
-def recipe_of(inputs: Path, *overrides: str):
-    return load_recipe(inputs / "recipe.yaml", (f"model.base={inputs / 'base'}", *overrides))
+def inputs(inputs: Path) -> Path:
+    add_base(inputs, BASE)
+    return inputs
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
     runs = tmp_path_factory.mktemp("runs")
-    answers = f"{{benchmark: ledger, path: {inputs / 'problems.jsonl'}, limit: 2, max_new_tokens: 8, draft: streaming}}"
-    evaluations = f"eval=[{{benchmark: heldout_loss, batch_size: 4, variants: [base, converted, trained]}}, {answers}]"
-    overrides = ("hybrid.strategy=reach", "hybrid.compare=[lazy_ratio, periodic]", "data.packing=true", evaluations)
-    return runs / "tiny", run_in_folder(recipe_of(inputs, *overrides), runs)
+    return runs / "tiny", run_in_folder(recipe_on_base(inputs, *every_stage(inputs)), runs)
 
 
 def test_only_full_layers_are_scored_and_chosen_and_half_of_them_stream(finished) -> None:
@@ -138,4 +123,4 @@ def test_what_such_a_base_cannot_do_is_refused_before_anything_runs(inputs, tmp_
         )
     )
     with pytest.raises(UserError, match=reason):
-        run_in_folder(recipe_of(inputs, *clear, *overrides), tmp_path)
+        run_in_folder(recipe_on_base(inputs, *clear, *overrides), tmp_path)
