@@ -8,7 +8,40 @@ Compiled when first used (compiled_attention.py), once for each type of the cach
 #include <stdint.h>
 #include <string.h>
 
-enum { TOGETHER = 4 }; /* keys that are read at a time */
+enum {
+    LANES = 8,  /* floats of a vector, and keys that are scored at a time */
+    SPAN = 64,  /* dimensions whose sums stay in registers */
+    TILE = 32,  /* values that are added at a time */
+    AHEAD = 32, /* keys or values between what is read and what is fetched: the processor alone fetches too late */
+};
+
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(4 * LANES)))){__VA_ARGS__})
+#endif
+
+static inline lanes load(const float *from) {
+    lanes value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static inline void store(float *to, lanes value) { memcpy(to, &value, sizeof value); }
+
+/* The eight vectors' sums, in their order: halves, quarters and eighths are added, each time of two vectors in one. */
+static inline lanes sums_of(const lanes v[LANES]) {
+    lanes halves[4], quarters[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        halves[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + PICK(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        quarters[i] = PICK(halves[i], halves[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) + PICK(halves[i], halves[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    return PICK(quarters[0], quarters[1], 0, 8, 2, 10, 4, 12, 6, 14) + PICK(quarters[0], quarters[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
 
 #if defined(BF16)
 typedef uint16_t cached;
@@ -25,6 +58,20 @@ static inline float value_of(cached x) { return (float)x; }
 typedef float cached;
 static inline float value_of(cached x) { return x; }
 #endif
+
+static inline void fetch(const cached *from, int count) {
+    for (int line = 0; line < count; line += 64 / (int)sizeof(cached)) __builtin_prefetch(from + line);
+}
+
+/* `count` cached numbers as floats; `room` holds them where they are of another type */
+static inline const float *widened(const cached *restrict numbers, int count, float *restrict room) {
+#if defined(BF16) || defined(FP16)
+    for (int i = 0; i < count; i++) room[i] = value_of(numbers[i]);
+    return room;
+#else
+    return numbers;
+#endif
+}
 
 /* e^x for x <= 0, to the precision of a float: 2^n times a polynomial (Cephes, expf). Unlike libm's it is computed for many x at once. */
 static inline float exp_of_negative(float x) {
@@ -47,24 +94,21 @@ static inline float exp_of_negative(float x) {
 /* scores[j, p] = scaling * q[j] . keys[p], for `count` keys of a block */
 static inline void score(const float *restrict q, const cached *restrict keys, int queries, int count, int size, int block,
                          float scaling, float *restrict scores) {
-    int p = 0;
-    for (; p + TOGETHER <= count; p += TOGETHER) {
-        const cached *k0 = keys + (int64_t)p * size, *k1 = k0 + size, *k2 = k1 + size, *k3 = k2 + size;
+    int p = 0, whole = size - size % LANES;
+    for (; p + LANES <= count; p += LANES) {
+        fetch(keys + (int64_t)(p + AHEAD) * size, LANES * size);
+        float room[LANES * size];
+        const float *tile = widened(keys + (int64_t)p * size, LANES * size, room);
         for (int j = 0; j < queries; j++) {
             const float *query = q + (int64_t)j * size;
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-            for (int d = 0; d < size; d++) {
-                s0 += query[d] * value_of(k0[d]);
-                s1 += query[d] * value_of(k1[d]);
-                s2 += query[d] * value_of(k2[d]);
-                s3 += query[d] * value_of(k3[d]);
-            }
-            float *four = scores + j * block + p;
-            four[0] = s0 * scaling;
-            four[1] = s1 * scaling;
-            four[2] = s2 * scaling;
-            four[3] = s3 * scaling;
+            lanes sums[LANES] = {};
+            for (int d = 0; d < whole; d += LANES)
+#pragma GCC unroll 8
+                for (int i = 0; i < LANES; i++) sums[i] += load(query + d) * load(tile + i * size + d);
+            lanes sum = sums_of(sums);
+            for (int d = whole; d < size; d++)
+                for (int i = 0; i < LANES; i++) sum[i] += query[d] * tile[i * size + d];
+            store(scores + j * block + p, sum * scaling);
         }
     }
     for (; p < count; p++)
@@ -79,23 +123,29 @@ static inline void score(const float *restrict q, const cached *restrict keys, i
 /* out[j] += weights[j] . values, for `count` values of a block */
 static inline void add(const float *restrict weights, const cached *restrict values, int queries, int count, int size, int block,
                        float *restrict out) {
-    int p = 0;
-    for (; p + TOGETHER <= count; p += TOGETHER) {
-        const cached *v0 = values + (int64_t)p * size, *v1 = v0 + size, *v2 = v1 + size, *v3 = v2 + size;
+    for (int p = 0; p < count; p += TILE) {
+        int tiled = count - p < TILE ? count - p : TILE;
+        fetch(values + (int64_t)(p + AHEAD) * size, TILE * size);
+        float room[TILE * size];
+        const float *tile = widened(values + (int64_t)p * size, tiled * size, room);
         for (int j = 0; j < queries; j++) {
-            const float *four = weights + j * block + p;
-            float w0 = four[0], w1 = four[1], w2 = four[2], w3 = four[3];
+            const float *weight = weights + j * block + p;
             float *sum = out + (int64_t)j * size;
-#pragma omp simd
-            for (int d = 0; d < size; d++)
-                sum[d] += w0 * value_of(v0[d]) + w1 * value_of(v1[d]) + w2 * value_of(v2[d]) + w3 * value_of(v3[d]);
+            int d = 0;
+            for (; d + SPAN <= size; d += SPAN) {
+                lanes sums[SPAN / LANES];
+#pragma GCC unroll 8
+                for (int i = 0; i < SPAN / LANES; i++) sums[i] = load(sum + d + i * LANES);
+                for (int k = 0; k < tiled; k++)
+#pragma GCC unroll 8
+                    for (int i = 0; i < SPAN / LANES; i++) sums[i] += weight[k] * load(tile + k * size + d + i * LANES);
+#pragma GCC unroll 8
+                for (int i = 0; i < SPAN / LANES; i++) store(sum + d + i * LANES, sums[i]);
+            }
+            for (int k = 0; k < tiled; k++)
+                for (int e = d; e < size; e++) sum[e] += weight[k] * tile[k * size + e];
         }
     }
-    for (; p < count; p++)
-        for (int j = 0; j < queries; j++) {
-#pragma omp simd
-            for (int d = 0; d < size; d++) out[(int64_t)j * size + d] += weights[j * block + p] * value_of(values[(int64_t)p * size + d]);
-        }
 }
 
 /* One query: scores become weights relative to its largest score so far, and what was summed before is made relative to it too. */

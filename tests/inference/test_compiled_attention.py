@@ -22,15 +22,15 @@ SEEN_BT = torch.tensor([[5, 6], [127, 128], [128, 129], [300, 301], [1, 2]])
 pytestmark = pytest.mark.skipif(obstacle(CPU, torch.float32) is not None, reason=str(obstacle(CPU, torch.float32)))
 
 
-def drawn(dtype, scale=1.0):
+def drawn(dtype, scale=1.0, size=SIZE):
     """Pages of all rows in a random order, and the queries of two new tokens of each row."""
     pages_B = [-(-int(seen) // BLOCK) for seen in SEEN_BT[:, -1]]
     rng = torch.Generator().manual_seed(0)
     page_N = torch.randperm(sum(pages_B), generator=rng)
-    kv_2NGPD = scale * torch.randn(2, len(page_N), HEADS, BLOCK, SIZE, generator=rng)
-    q_BGQD = scale * torch.randn(len(pages_B), HEADS, REST * 2, SIZE, generator=rng)
+    kv_2NGPD = scale * torch.randn(2, len(page_N), HEADS, BLOCK, size, generator=rng)
+    q_BGQD = scale * torch.randn(len(pages_B), HEADS, REST * 2, size, generator=rng)
     first_B = torch.tensor([0, *pages_B]).cumsum(0)
-    blocks = KeyBlocks.of_one_length(page_N * HEADS * BLOCK * SIZE, BLOCK, first_B, SEEN_BT, BLOCK * SIZE)
+    blocks = KeyBlocks.of_one_length(page_N * HEADS * BLOCK * size, BLOCK, first_B, SEEN_BT, BLOCK * size)
     return q_BGQD.to(dtype), *kv_2NGPD.to(dtype), blocks, page_N
 
 
@@ -55,10 +55,19 @@ def by_mask(q_BGQD, keys, values, first_B, page_N, sinks_GQ=None):
     return torch.cat(outs).reshape(q_BGQD.shape)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_each_query_attends_to_the_keys_that_it_sees(dtype, scale):
-    q, keys, values, blocks, page_N = drawn(dtype, scale)
+@pytest.mark.parametrize(
+    "dtype, scale, size",
+    [
+        (torch.float32, 1.0, SIZE),
+        (torch.float32, 4.0, SIZE),
+        (torch.float32, 1.0, 80),  # dimensions beyond those whose sums stay in registers
+        (torch.bfloat16, 1.0, 20),  # no multiple of a vector
+        (torch.bfloat16, 4.0, SIZE),
+        (torch.float16, 4.0, SIZE),
+    ],
+)
+def test_each_query_attends_to_the_keys_that_it_sees(dtype, scale, size):
+    q, keys, values, blocks, page_N = drawn(dtype, scale, size)
     found = attend_blocks(q, keys, values, blocks, SCALING, None)
     exact = by_mask(*(x.double() for x in (q, keys, values)), blocks.first_B, page_N)
     assert float((found - exact).norm() / exact.norm()) < 3e-6
