@@ -17,6 +17,7 @@ from lt_train.bench.printing import measurement_table, print_lines
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import FullView
+from lt_train.inference.fused_attention import full_attention
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.observed_layers import run_observed
 from lt_train.runtime.devices import device_name, dtype_name, wait_for
@@ -41,17 +42,18 @@ class RatioCost:
 
 @dataclass
 class TimedView(FullView):
-    """Full attention, before which the lazy ratio of the layer is computed and timed."""
+    """Full attention, after which the lazy ratio of the layer is computed and timed."""
 
     spec: HybridSpec = field(kw_only=True)
     w_last: int = field(kw_only=True)
     seconds: float = 0.0
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
+        out_BTHD, (lse_BHT,) = full_attention(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
         started = clock(q_BHTD.device)
-        lazy_ratio(q_BHTD, k_BGKD, scaling, self.spec.w_sink, self.spec.w_recent, self.w_last)
+        lazy_ratio(q_BHTD, k_BGKD, scaling, self.spec.w_sink, self.spec.w_recent, self.w_last, lse_BHT=lse_BHT)
         self.seconds = clock(q_BHTD.device) - started
-        return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
+        return out_BTHD
 
 
 def clock(device: torch.device) -> float:

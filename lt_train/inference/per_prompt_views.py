@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
-from lt_train.hybrid.views import AttentionView
+from lt_train.hybrid.views import AttentionView, FullView
 from lt_train.inference.compiled_attention import attend_blocks, obstacle
+from lt_train.inference.fused_attention import full_attention
 from lt_train.inference.kv_store import PAGE
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.per_prompt_store import PerPromptStore
@@ -20,7 +21,7 @@ from lt_train.inference.views import PageIndices, attend_pages, page_blocks
 class PromptsView(AttentionView):
     """Several whole prompts, packed into one row: full attention in every layer; the lazy ratios of each decide what is cached."""
 
-    def __init__(self, store: PerPromptStore, inner: AttentionView, spans: list[tuple[int, int, int]]) -> None:
+    def __init__(self, store: PerPromptStore, inner: FullView, spans: list[tuple[int, int, int]]) -> None:
         """spans: (slot, first column, tokens) of each prompt. inner: the hybrid's own view of a full layer."""
         self.store = store
         self.inner = inner
@@ -28,11 +29,12 @@ class PromptsView(AttentionView):
 
     def attend(self, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout):
         spec, w_last = self.store.spec, self.store.per_prompt.w_last
-        for slot, first, tokens in self.spans:
+        out_1THD, lses = full_attention(self.inner, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout)
+        for (slot, first, tokens), lse_1HS in zip(self.spans, lses, strict=True):
             q_1HSD, k_1GSD, v_1GSD = (x[:, :, first : first + tokens] for x in (q_1HTD, k_1GTD, v_1GTD))
-            ratio = lazy_ratio(q_1HSD, k_1GSD, scaling, spec.w_sink, spec.w_recent, w_last)
+            ratio = lazy_ratio(q_1HSD, k_1GSD, scaling, spec.w_sink, spec.w_recent, w_last, lse_BHT=lse_1HS)
             self.store.write_prompt(slot, module.layer_idx, k_1GSD[0], v_1GSD[0], ratio)
-        return self.inner.attend(module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout)
+        return out_1THD
 
 
 class PerPromptStepView(AttentionView):

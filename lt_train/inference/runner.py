@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.views import AttentionView, LayerViews
+from lt_train.hybrid.views import AttentionView, FullView, LayerViews
 from lt_train.inference.draft import rows_of_step
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import packed_for
@@ -101,6 +101,7 @@ class ModelRunner:
         inner = self.model.model.attention_views(input_ids=ids_1T, position_ids=positions_1T)
         view: AttentionView
         if isinstance(self.store, PerPromptStore):
+            assert isinstance(inner.full, FullView), "without a cache every layer sees the documents of the input"
             view = PromptsView(self.store, inner.full, spans)
         else:
             view = FirstChunksView(self.store, LayerViews(inner, self.store.spec), spans)

@@ -18,6 +18,7 @@ from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import AttentionView
 from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
+from lt_train.inference.fused_attention import later_tokens_attention
 from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, PageMap, RingLayer
 
 
@@ -320,6 +321,8 @@ class LaterChunkView(StoredView):
         else:
             group.write(self.slot, k_GTD, v_GTD, self.before, pages)
             k_GKD, v_GKD = layer.read(self.after, pages)
+            if layer.device.type == "cpu":
+                return later_tokens_attention(q_1HTD, k_GKD[None], v_GKD[None], scaling, sinks_H).transpose(1, 2)
             visible_TK = full_visible(position_T1, torch.arange(self.after, device=layer.device))
         if sinks_H is not None:
             return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], visible_TK[None], sinks_H, scaling).transpose(1, 2)

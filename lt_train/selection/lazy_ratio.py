@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lt_train.hybrid.learned_sinks import sinks_of_base
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import FullView
+from lt_train.inference.fused_attention import full_attention
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.observed_layers import run_observed
 from lt_train.selection.fingerprint import Sizes
@@ -56,5 +57,6 @@ class ObservedView(FullView):
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, dropout: float) -> Tensor:
         sizes, sinks_H = self.sizes, sinks_of_base(module, q_BHTD)
-        self.lazy_ratio = lazy_ratio(q_BHTD, k_BGKD, scaling, sizes.w_sink, sizes.w_recent, sizes.w_last, sinks_H)
-        return super().attend(module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
+        out_BTHD, (lse_BHT,) = full_attention(self, module, q_BHTD, k_BGKD, v_BGKD, scaling, dropout)
+        self.lazy_ratio = lazy_ratio(q_BHTD, k_BGKD, scaling, sizes.w_sink, sizes.w_recent, sizes.w_last, sinks_H, lse_BHT)
+        return out_BTHD
