@@ -32,19 +32,18 @@ def later_tokens_attention(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scali
 
 
 def full_attention(
-    view: FullView, module: nn.Module, q_1HTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, scaling: float, dropout: float
+    view: FullView, module: nn.Module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float, dropout: float
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The attention of `view`, whose documents fill one row, and the log-sum-exps [1, H, T] of each document's queries.
+    """The attention of `view`, and the log-sum-exps [1, H, T] of each of its documents.
 
     Returns:
-        out_1THD, and None for each document where another kernel computes it.
+        out_BTHD, and None for each document where another kernel computes it, or the documents do not fill one row.
     """
-    lengths = view.documents.lengths
-    other_kernel = q_1HTD.device.type != "cpu" or kernel_for(view.kernel, q_1HTD, computed_in(v_1GTD)).full is not None
-    if other_kernel or dropout or sinks_of_base(module, q_1HTD) is not None:
-        return FullView.attend(view, module, q_1HTD, k_1GTD, v_1GTD, scaling, dropout), [None] * len(lengths)
-    dtype = computed_in(v_1GTD)
-    of_documents = zip(*(x.to(dtype).split(lengths, dim=2) for x in (q_1HTD, k_1GTD, v_1GTD)), strict=True)
+    dtype, lengths = computed_in(v_BGTD), view.documents.lengths
+    other_kernel = q_BHTD.device.type != "cpu" or kernel_for(view.kernel, q_BHTD, dtype).full is not None
+    if other_kernel or view.documents.shape != (1, sum(lengths)) or dropout or sinks_of_base(module, q_BHTD) is not None:
+        return FullView.attend(view, module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout), [None] * len(lengths)
+    of_documents = zip(*(x.to(dtype).split(lengths, dim=2) for x in (q_BHTD, k_BGTD, v_BGTD)), strict=True)
     outs, lses = zip(*(_fused(q, k, v, scaling, causal=True) for q, k, v in of_documents), strict=True)
     return torch.cat(outs, dim=2).transpose(1, 2), list(lses)
 

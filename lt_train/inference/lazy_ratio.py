@@ -3,7 +3,7 @@
 Only the keys that a query would see if the layer streamed are scored, where the attention's kernel returned log-sum-exps.
 
 Shapes: B = 1, H query heads, G key/value heads, W last queries, N queries of the H / G heads of a KV head, T tokens, K keys of a
-block, S keys that some of the queries would see, D head size.
+block, S keys that some of the queries would see, C of them recent to some only, D head size.
 """
 
 import torch
@@ -44,28 +44,32 @@ def lazy_ratio(
         return 1.0
     queries, heads = min(w_last, length), q_BHTD.shape[1] // groups
     position_T = torch.arange(length, device=k_BGTD.device)
-    seen = torch.cat([position_T[:w_sink], position_T[max(w_sink, length - queries - w_recent + 1) :]])
-    unseen_NS = ~streaming_visible(position_T[-queries:, None], seen, w_sink, w_recent).repeat(heads, 1)
+    query_W1 = position_T[-queries:, None]
+    to_some, to_all = max(w_sink, length - queries - w_recent + 1), length - w_recent + 1
+    passed_NC = ~streaming_visible(query_W1, position_T[to_some:to_all], w_sink, w_recent).repeat(heads, 1)
+    later_NW = ~full_visible(query_W1, position_T[-queries:]).repeat(heads, 1)
     q_GND = scaling * q_BHTD[0, :, -queries:].float().unflatten(0, (groups, heads)).flatten(1, 2)
     sinks_GN = None if sinks_H is None else sinks_H.float().unflatten(0, (groups, heads)).repeat_interleave(queries, 1)
     if lse_BHT is None:
-        lse_GN = _log_sum_exps(q_GND, k_BGTD[0], queries, sinks_GN)
+        lse_GN = _log_sum_exps(q_GND, k_BGTD[0], later_NW, sinks_GN)
     else:
         lse_GN = lse_BHT[0, :, -queries:].float().unflatten(0, (groups, heads)).flatten(1, 2)
     total = torch.zeros((), dtype=torch.float64, device=q_GND.device)
+    probability_NS = q_GND.new_empty(heads * queries, w_sink + length - to_some)
     for q_ND, k_TD, lse_N in zip(q_GND, k_BGTD[0], lse_GN, strict=True):
-        probability_NS = (q_ND @ k_TD[seen].float().T).sub_(lse_N[:, None]).exp_().masked_fill_(unseen_NS, 0)
-        total += probability_NS.sum(dtype=torch.float64)
+        k_SD = torch.cat([k_TD[:w_sink], k_TD[to_some:]]).float()
+        torch.mm(q_ND, k_SD.T, out=probability_NS).sub_(lse_N[:, None]).exp_()
+        probability_NS[:, w_sink : w_sink + to_all - to_some].masked_fill_(passed_NC, 0)
+        probability_NS[:, -queries:].masked_fill_(later_NW, 0)
+        total += probability_NS.sum(-1).sum(dtype=torch.float64)
     if sinks_GN is not None:
         total += (sinks_GN - lse_GN).exp().sum(dtype=torch.float64)
     return min(1.0, total.item() / (q_BHTD.shape[1] * queries))
 
 
-def _log_sum_exps(q_GND: Tensor, k_GTD: Tensor, queries: int, sinks_GN: Tensor | None) -> Tensor:
-    """lse_GN of the last `queries` tokens' full attention."""
-    position_W = torch.arange(queries, device=q_GND.device)
-    later_NW = ~full_visible(position_W[:, None], position_W).repeat(q_GND.shape[1] // queries, 1)
-    lses = []
+def _log_sum_exps(q_GND: Tensor, k_GTD: Tensor, later_NW: Tensor, sinks_GN: Tensor | None) -> Tensor:
+    """lse_GN of the full attention of the last W tokens. later_NW: which of these keys come after each query."""
+    queries, lses = later_NW.shape[1], []
     for q_ND, k_TD in zip(q_GND, k_GTD, strict=True):
         own_NW = (q_ND @ k_TD[-queries:].float().T).masked_fill_(later_NW, float("-inf"))
         of_blocks = [own_NW.logsumexp(-1), *((q_ND @ k_KD.float().T).logsumexp(-1) for k_KD in k_TD[:-queries].split(BLOCK))]

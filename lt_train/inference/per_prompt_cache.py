@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lt_train.hybrid.cache import GrowingLayer, HybridCache, Rows, SinkRingLayer
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridError, HybridSpec
-from lt_train.hybrid.views import AttentionView
+from lt_train.hybrid.views import AttentionView, FullView, LayerViews
+from lt_train.inference.fused_attention import full_attention
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.per_prompt import LayerQueue, PerPrompt
 
@@ -98,7 +99,8 @@ class PerPromptCache(HybridCache):
             self.queues = [LayerQueue(self.per_prompt.keep) for _ in lengths]
             for tokens, length in zip(self.tokens, lengths, strict=True):
                 tokens.advance(None, 1, length, device)
-            return PromptRowsView(self, view)
+            assert isinstance(view, LayerViews) and isinstance(view.views.full, FullView), "a prompt is the first pass of a cache"
+            return PromptRowsView(self, view.views.full)
         if self.rows.new > 1:
             raise HybridError(
                 f"cache: {self.rows.new} new tokens after a prompt: its last queries decided which layers stream, and these have "
@@ -130,18 +132,19 @@ class PerPromptCache(HybridCache):
 class PromptRowsView(AttentionView):
     """Whole prompts, left-padded: full attention in every layer; the lazy ratios of each row decide what is cached of it."""
 
-    def __init__(self, cache: PerPromptCache, inner: AttentionView) -> None:
-        """inner: the hybrid's own view of this pass."""
+    def __init__(self, cache: PerPromptCache, inner: FullView) -> None:
+        """inner: the hybrid's own view of a full layer in this pass."""
         self.cache = cache
         self.inner = inner
 
     def attend(self, module: nn.Module, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scaling: float, dropout: float) -> Tensor:
         cache, spec, columns = self.cache, self.cache.spec, k_BGTD.shape[2]
-        for row, tokens in enumerate(cache.tokens):
+        out_BTHD, lses = full_attention(self.inner, module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout)
+        for row, (tokens, lse_1HT) in enumerate(zip(cache.tokens, lses, strict=True)):
             q_1HTD, k_1GTD, v_1GTD = (x[row : row + 1, :, columns - tokens.columns :] for x in (q_BHTD, k_BGTD, v_BGTD))
-            ratio = lazy_ratio(q_1HTD, k_1GTD, scaling, spec.w_sink, spec.w_recent, cache.per_prompt.w_last)
+            ratio = lazy_ratio(q_1HTD, k_1GTD, scaling, spec.w_sink, spec.w_recent, cache.per_prompt.w_last, lse_BHT=lse_1HT)
             cache.write_prompt(row, module.layer_idx, k_1GTD, v_1GTD, ratio)
-        return self.inner.attend(module, q_BHTD, k_BGTD, v_BGTD, scaling, dropout)
+        return out_BTHD
 
 
 class AnswerRowsView(AttentionView):
