@@ -114,6 +114,20 @@ def test_hybrid_imports_itself_and_what_a_machine_with_transformers_has():
 STANDARD_LIBRARY = set(__import__("sys").stdlib_module_names)
 
 
+HASHES_OF_NO_RESULT = {
+    "benchmarks/reading.py",  # shuffles options
+    "inference/requests.py",  # seeds of samples
+    "inference/sampler.py",  # random numbers
+    "report/page.py",  # the page's security policy
+    "training/distillation/top_k.py",  # finds a document's rows in memory
+}
+
+
+def test_hashes_that_files_keep_are_computed_in_one_module():
+    hashing = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "hashlib" in path.read_text("utf-8")}
+    assert hashing == {"runtime/fingerprints.py", *HASHES_OF_NO_RESULT}
+
+
 def test_no_test_imports_another_test():
     """What several need lies in tests/support/."""
     tests = Path(__file__).parent

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import overload
 
 import datasets
@@ -16,6 +15,7 @@ import numpy as np
 
 from lt_train.recipe.schema import Calibration
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_json, sha256_of
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -163,10 +163,13 @@ def examples_fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 over every token and label in order: equal if and only if training sees the same data."""
     if isinstance(examples, StoredExamples) and examples.fingerprint is not None:
         return examples.fingerprint
-    digest = sha256()
-    for row in token_rows(examples):
-        digest.update(f"({json.dumps(row['input_ids'])}, {json.dumps(row['labels'])})".encode())
-    return digest.hexdigest()
+    rows = token_rows(examples)
+    return sha256_of(f"({json.dumps(row['input_ids'])}, {json.dumps(row['labels'])})".encode() for row in rows)
+
+
+def samples_fingerprint(examples: Sequence[Example]) -> str:
+    """16 hex digits that follow from the ids and tokens of calibration or held-out samples, in order."""
+    return hash_of_json([[example.id, example.prompt_ids, example.answer_ids] for example in examples])
 
 
 def calibration_examples(examples: ExampleSet, calibration: Calibration, seed: int) -> list[Example]:

@@ -5,7 +5,6 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import chain, islice
 
 import numpy as np
@@ -18,6 +17,7 @@ from lt_train.dataset.special_tokens import encode, unquoted
 from lt_train.recipe.columns import Columns
 from lt_train.recipe.schema import Data, Prompt
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import hash_of_text
 from lt_train.runtime.interruption import end_at_sigterm, sigterm_held
 from lt_train.runtime.processes import end_with
 
@@ -101,8 +101,8 @@ class RowTokenizer:
                 fix="take it out, or use a tokenizer that knows its characters",
             )
         return TokenizedAnswer(
-            id=_digest(unquoted(f"{text.prompt}\0{text.answer}")),
-            question_id=_digest(" ".join(conversation.messages[-1]["content"].split())),
+            id=hash_of_text(unquoted(f"{text.prompt}\0{text.answer}")),
+            question_id=hash_of_text(" ".join(conversation.messages[-1]["content"].split())),
             prompt_length=len(prompt_ids),
             input_ids=np.array([*prompt_ids, *answer_ids], dtype=np.int32),
         )
@@ -174,7 +174,3 @@ def _begin(tokenize: RowTokenizer, parent: int) -> None:
 
 def _tokenize(rows: list[PlacedRow]) -> list[TokenizedRow]:
     return [_in_worker(where, row) for where, row in rows]
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

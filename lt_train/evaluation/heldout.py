@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lt_train.dataset.examples import Example
+from lt_train.dataset.examples import Example, samples_fingerprint
 from lt_train.evaluation.base_answers import BaseAnswers
 from lt_train.evaluation.loss import answer_divergences, answer_losses
 from lt_train.evaluation.records import Fingerprint
@@ -13,7 +13,6 @@ from lt_train.evaluation.scores import LossScores, finished_scores, write_scores
 from lt_train.evaluation.statistics import TokenLoss, mean_loss
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.fingerprints import hash_of_json
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.run_paths import SCORES
 
@@ -74,7 +73,7 @@ def _evaluate(
 ) -> LossScores:
     chosen = examples[: eval_config.limit]
     check_heldout(chosen, eval_config.benchmark)
-    fingerprint = {**identity, "benchmark": eval_config.benchmark, "examples": hash_examples(chosen)}
+    fingerprint = {**identity, "benchmark": eval_config.benchmark, "examples": samples_fingerprint(chosen)}
     done = finished_scores(out / SCORES, fingerprint)
     if isinstance(done, LossScores):
         return done
@@ -102,7 +101,3 @@ def check_heldout(examples: Sequence[Example], benchmark: str) -> None:
         raise UserError(f"{benchmark}: no samples are held out. Fix: set data.heldout to the number of samples to set aside")
     if len({example.id for example in examples}) != len(examples):
         raise UserError(f"{benchmark}: two held-out samples have one id. Fix: give every row of the data an id of its own")
-
-
-def hash_examples(examples: Sequence[Example]) -> str:
-    return hash_of_json([[example.id, example.prompt_ids, example.answer_ids] for example in examples])

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from lt_train.evaluation.grading.extraction import ExtractedFrom
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.fingerprints import check_same
 from lt_train.runtime.run_paths import SAMPLES_META, SCORES
 
 Fingerprint = Mapping[str, str | int | float | None]
@@ -286,14 +286,10 @@ def check_same_fingerprint(path: Path, what: str, fingerprint: Fingerprint) -> N
     there = found.get("fingerprint") if isinstance(found, dict) else None
     if not isinstance(there, dict):
         raise UserError(f"{path}: lacks the fingerprint of its {what}. Fix: delete this folder to make them again")
-    if differing := differences(there, fingerprint):
-        fix = "give this evaluation another `name`, or move the folder away"
-        if there.get("instruction") != fingerprint.get("instruction"):
-            fix += "; or set `instruction` to the one there ('' for none)"
-        listed = "\n  ".join(differing)
-        raise UserError(
-            f"{path.parent}: holds {what} made in another way (there, now):\n  {listed}\n  Fix: {fix}. Nothing was changed"
-        )
+    fix = "give this evaluation another `name`, or move the folder away"
+    if there.get("instruction") != fingerprint.get("instruction"):
+        fix += "; or set `instruction` to the one there ('' for none)"
+    check_same(there, fingerprint, f"{path.parent}: holds {what} made in another way", f"{fix}. Nothing was changed")
 
 
 def parse_record(row: dict[str, Any], where: str) -> SampleRecord:

@@ -1,7 +1,7 @@
 """What an export consists of, written into its folder last: by it a whole export is told from anything else."""
 
-import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lt_train.export.verify import Check
 from lt_train.export.weights import ExportedHybrid
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.fingerprints import file_hash
+from lt_train.runtime.fingerprints import file_hash, sha256_of
 
 MANIFEST = "lt_train_export.json"
 FORMAT = 1
@@ -105,16 +105,18 @@ def _other_files(folder: Path, manifest: Manifest) -> list[str]:
 
 def content_fingerprint(described: Path, hybrid: ExportedHybrid, dtype: torch.dtype, metadata: ExportMetadata) -> str:
     """SHA-256 of what goes into an export: the small files in `described`, the weights in `dtype`, the metadata of the card."""
-    digest = hashlib.sha256()
-    for path in sorted(described.iterdir()):
-        digest.update(f"{path.name}\0{_described(path)['sha256']}\0".encode())
-    names = {id(parameter): name for name, parameter in hybrid.parameters.items()}
-    for name, parameter in sorted(hybrid.skeleton.state_dict(keep_vars=True).items()):  # tied weights under each of their names
-        weight = hybrid.weight(names[id(parameter)], dtype)
-        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps(asdict(metadata), sort_keys=True).encode())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for path in sorted(described.iterdir()):
+            yield f"{path.name}\0{file_hash(path)}\0".encode()
+        names = {id(parameter): name for name, parameter in hybrid.parameters.items()}
+        for name, parameter in sorted(hybrid.skeleton.state_dict(keep_vars=True).items()):  # tied weights under each of their names
+            weight = hybrid.weight(names[id(parameter)], dtype)
+            yield f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode()
+            yield weight.flatten().view(torch.uint8).numpy().data
+        yield json.dumps(asdict(metadata), sort_keys=True).encode()
+
+    return sha256_of(parts())
 
 
 def is_exported(folder: Path, content: str) -> bool:

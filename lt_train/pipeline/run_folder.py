@@ -16,7 +16,7 @@ from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.files import read_json, write_json, write_text
-from lt_train.runtime.fingerprints import data_fingerprint, differences, file_hash, hash_of, model_fingerprint
+from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_hash, hash_of, model_fingerprint
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.text_files import text_files
 
@@ -118,15 +118,14 @@ class RunFolder:
         if not self.paths.recipe.exists():
             return
         begun = self._begun_recipe()
-        may_change = settings_that_may_change()
-        changed = [line for line in differences(begun.model_dump(), self.recipe.model_dump()) if not _lies_in(line, may_change)]
-        if changed:
-            listed = "\n  ".join(changed)
-            raise UserError(
-                f"{self.paths.root}: this run was begun with another recipe (there, here):\n  {listed}\n"
-                "Fix: give this recipe another name (--set name=…), or delete that folder"
-                + more("the-runs-folder-belongs-to-another-recipe")
-            )
+        check_same(
+            begun.model_dump(),
+            self.recipe.model_dump(),
+            f"{self.paths.root}: this run was begun with another recipe",
+            "give this recipe another name (--set name=…), or delete that folder"
+            + more("the-runs-folder-belongs-to-another-recipe"),
+            may_differ=settings_that_may_change(),
+        )
         bring_up_to_date(self.paths, begun)
 
     def _begun_recipe(self) -> Recipe:
@@ -175,9 +174,3 @@ def recipe_of(paths: RunPaths) -> Recipe:
         raise UserError(
             f"{paths.recipe}: not the record of a run ({reason}). Fix: name the folder of a run, runs/<name>"
         ) from error
-
-
-def _lies_in(difference: str, settings: frozenset[str]) -> bool:
-    """Whether a line of `differences` is of one of the settings, or of one inside them."""
-    changed = difference.partition(": ")[0]
-    return any(changed == setting or changed.startswith(f"{setting}.") for setting in settings)

@@ -1,25 +1,19 @@
 """The fingerprint of a layer profile: model, data, sizes, versions. Scores of different fingerprints are never mixed."""
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-import torch
-
 from lt_train import __version__
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.runtime.devices import dtype_name
-from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.fingerprints import hash_of_json, hash_of_weights
 
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example
 
 _LIBRARIES = ("torch", "transformers")
-_VALUES_PER_WEIGHT = 64
 # Config fields that differ between equal models: the source, the version of transformers, the dtype, and what streams, of which
 # `layer_types` and `sliding_window` are part where they are not the base's own.
 _IGNORED_FIELDS = {
@@ -62,36 +56,20 @@ class Fingerprint:
     strategies: tuple[str, ...]
     versions: dict[str, str]
 
-    def differences(self, other: "Fingerprint") -> list[str]:
-        """One line for each value that differs: its name, this value, the other's."""
-        return differences(dataclasses.asdict(self), dataclasses.asdict(other))
-
 
 def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
+    from lt_train.dataset.examples import samples_fingerprint  # loads datasets, which readers of a profile do without
+
     spec, config = model.config.spec, {name: x for name, x in model.config.to_dict().items() if name not in _IGNORED_FIELDS}
     if spec.sliding_layers:
         config |= {"sliding_layers": spec.sliding_layers, "sliding_window": spec.sliding_window}
     return Fingerprint(
         model=str(model.config.name_or_path),
-        config=_hash(config),
-        weights=_weights_hash(model),
+        config=hash_of_json(config, sort_keys=True),
+        weights=hash_of_weights(model.state_dict()),
         dtype=dtype_name(model.dtype),
-        data=_hash([[example.id, list(example.prompt_ids), list(example.answer_ids)] for example in examples]),
+        data=samples_fingerprint(examples),
         sizes=sizes,
         strategies=tuple(strategies),
         versions={"lt_train": __version__, **{library: version(library) for library in _LIBRARIES}},
     )
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _weights_hash(model: HybridForCausalLM) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.flatten()
-        picked = flat[:: max(1, flat.numel() // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(picked.to("cpu", torch.float64).numpy().tobytes())
-    return digest.hexdigest()[:16]

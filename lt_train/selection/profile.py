@@ -20,6 +20,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import append_json_line, drop_cut_line, read_json, read_json_lines, write_json
+from lt_train.runtime.fingerprints import check_same
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.run_paths import LAYER_PROFILE
 from lt_train.selection.calibration import samples_beyond_window
@@ -326,13 +327,12 @@ def _begin_or_resume(path: Path, header: Header) -> tuple[Header, list[SampleSco
         return header, []
     where, first = rows[0]
     begun = _validated(Header, first, where)
-    differences = begun.fingerprint.differences(header.fingerprint)
-    if differences:
-        listed = "\n  ".join(differences)
-        raise UserError(
-            f"{path}: these scores have another fingerprint (there, here):\n  {listed}\n"
-            "Fix: give this run another name, or delete that folder to score again"
-        )
+    check_same(
+        dataclasses.asdict(begun.fingerprint),
+        dataclasses.asdict(header.fingerprint),
+        f"{path}: these scores have another fingerprint",
+        "give this run another name, or delete that folder to score again",
+    )
     samples = [_validated(SampleScores, row, where) for where, row in rows[1:]]
     for (where, _), sample in zip(rows[1:], samples, strict=True):
         _check_sample(sample, header.fingerprint.strategies, header.num_layers, where)

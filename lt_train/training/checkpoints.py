@@ -5,7 +5,6 @@ written last and atomically, after all other files are on disk: a checkpoint is 
 manifest also records the settings and data of the training, so that a run with others never resumes from the checkpoint.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, set_aside, write_json
-from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.fingerprints import check_same, sampled_file_hash
 from lt_train.runtime.run_paths import MANIFEST
-
-BLOCK = 2**20  # bytes read at a time
-BLOCKS_READ = 256  # of each file: all of it up to 256 MiB, evenly spaced blocks of a larger one
 
 Settings = dict[str, Any]  # flat: dotted name of a setting → its value, as JSON represents it
 
@@ -71,7 +67,7 @@ def fault_of(folder: Path) -> str | None:
         size = (folder / name).stat().st_size
         if size != recorded["size"]:
             return f"{name} has {size} bytes instead of {recorded['size']}"
-        if _file_hash(folder / name) != recorded["sha256_of_blocks"]:
+        if sampled_file_hash(folder / name) != recorded["sha256_of_blocks"]:
             return f"the content of {name} changed after it was saved"
     return None
 
@@ -101,7 +97,7 @@ def write_manifest(folder: Path, step: int, settings: Settings) -> None:
     for name in names:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())  # before a power failure, no file may be less durable than the manifest
-        files[name] = {"size": (folder / name).stat().st_size, "sha256_of_blocks": _file_hash(folder / name)}
+        files[name] = {"size": (folder / name).stat().st_size, "sha256_of_blocks": sampled_file_hash(folder / name)}
     write_json(folder / MANIFEST, {"step": step, "settings": settings, "files": files})
 
 
@@ -147,12 +143,12 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 def check_same_settings(found: Checkpoint, settings: Settings) -> None:
     """Raise a UserError that names every setting in which `found` differs from what is requested now."""
-    if differing := sorted(differences(found.settings, settings)):
-        listed = "\n  ".join(differing)
-        raise UserError(
-            f"{found.folder}: trained with other settings, so resuming would mix two trainings (there, here):\n  {listed}\n"
-            "Fix: restore the old settings, or train into another run folder (another name)"
-        )
+    check_same(
+        found.settings,
+        settings,
+        f"{found.folder}: trained with other settings, so resuming would mix two trainings",
+        "restore the old settings, or train into another run folder (another name)",
+    )
 
 
 def publish_weights(checkpoint: Checkpoint, final: Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -213,14 +209,3 @@ def _set_aside(broken: Path) -> Path:
     aside = broken.with_name(f"unfinished-{broken.name.split('-')[0]}")
     shutil.rmtree(aside, ignore_errors=True)
     return broken.rename(aside)
-
-
-def _file_hash(path: Path) -> str:
-    """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: it detects damage, and 100 GB take a second."""
-    digest = hashlib.sha256()
-    stride = max(BLOCK, path.stat().st_size // BLOCKS_READ)
-    with open(path, "rb") as file:
-        for start in range(0, path.stat().st_size, stride):
-            file.seek(start)
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()

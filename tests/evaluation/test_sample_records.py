@@ -69,7 +69,7 @@ def test_samples_of_another_model_are_not_touched_and_the_difference_is_listed(t
     with open(tmp_path / "samples.jsonl", "a") as file:
         file.write('{"cut')
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"\(there, now\):\n  model: 'abc', 'xyz'") as raised:
+    with pytest.raises(UserError, match=r"\(there, here\):\n  model: 'abc', 'xyz'") as raised:
         RecordFolder(tmp_path, {**FINGERPRINT, "model": "xyz"})
     assert "temperature" not in str(raised.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.fingerprints import BLOCK
 from lt_train.training.checkpoints import (
-    BLOCK,
     MANIFEST,
     check_same_settings,
     fault_of,

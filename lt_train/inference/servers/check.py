@@ -35,6 +35,7 @@ from lt_train.inference.servers.pool import ServerFailure, ServerSettings
 from lt_train.inference.text import decode
 from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError, more
+from lt_train.runtime.fingerprints import check_same
 
 NEW_TOKENS = 24
 BEYOND_WINDOW = 48  # tokens
@@ -146,10 +147,7 @@ def compare_config(url: str, folder: Path, served: str | None) -> None:
     except OSError:  # no name of a file
         return
     theirs, ours = _mathematics(path), _mathematics(folder / "config.json")
-    differences = [f"  {name}: {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]
-    if differences:
-        heading = f"eval.servers: {url} serves {path.parent}, whose config.json differs. Fix: serve {folder}. The differences:"
-        raise UserError("\n".join([heading, *differences]))
+    check_same(theirs, ours, f"eval.servers: {url} serves {path.parent}, whose config.json differs", f"serve {folder}")
 
 
 def _mathematics(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lt_train.hybrid.documents import find_documents
 from lt_train.inference.answer_hidden_states import answer_states
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
-from lt_train.runtime.fingerprints import differences
+from lt_train.runtime.fingerprints import check_same
 from lt_train.runtime.progress import show_progress
 
 LOGITS_AT_ONCE = 2**26
@@ -226,9 +226,8 @@ def _examples_done(folder: Path, fingerprint: TeacherFingerprint) -> int:
         return 0
     found = read_json(path, "progress of a teacher")
     done = found.pop("examples", 0)
-    if differing := differences({name: found.get(name) for name in fingerprint}, fingerprint):
-        listed = "; ".join(differing)
-        raise UserError(f"{folder}: written with another teacher (there, here: {listed}). Fix: delete the folder to write it again")
+    recorded = {name: found.get(name) for name in fingerprint}
+    check_same(recorded, fingerprint, f"{folder}: written with another teacher", "delete the folder to write it again")
     return done
 
 
