@@ -25,7 +25,7 @@ from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.schema import Recipe
-from lt_train.runtime.devices import compute_dtype
+from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
@@ -53,7 +53,17 @@ class RunContext:
 
     @property
     def dtype(self) -> torch.dtype:
+        """
+        Raises:
+            UserError: the run has computed in another dtype before, on another machine.
+        """
+        self._check_dtype()
         return compute_dtype(self.recipe.model.dtype)
+
+    def _check_dtype(self) -> None:
+        precision = self.recipe.model.dtype
+        if precision == "auto" and self.process.speaks:
+            self.folder.check_auto_dtype(dtype_name(compute_dtype(precision)))
 
     @property
     def layer_profile(self) -> LayerProfile | None:
@@ -142,9 +152,10 @@ class RunContext:
         """Report once what computes attention here, and why.
 
         Raises:
-            UserError: what the recipe names cannot compute here.
+            UserError: what the recipe names cannot compute here, or in another dtype than the run has computed before.
         """
         if not self._attention_is_reported:
+            self._check_dtype()
             hybrid = self.recipe.hybrid
             needs_gradients = self.recipe.train is not None or "gates" in (hybrid.strategy, *hybrid.compare)
             choice = attention_choice(self.recipe.model, self.base_config, trains=needs_gradients)

@@ -20,6 +20,9 @@ from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_has
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.text_files import text_files
 
+_AUTO_DTYPE = "model.dtype: auto"
+"""In the record of a run's inputs: what it means on the machines where the run computes. Runs of earlier versions lack it."""
+
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -48,7 +51,7 @@ class RunFolder:
             inputs = self._inputs_now()
             if self._is_begun():
                 self._check_recipe()
-                self._check_inputs(inputs)
+                inputs = self._checked_inputs(inputs)
             write_json(self.paths.inputs, inputs)
             write_text(self.paths.recipe, resolved_yaml(self.recipe))
             yield
@@ -62,6 +65,22 @@ class RunFolder:
                 f"--runs: {shortened(str(error.filename), 300)}: {error.strerror}, so the run's folder "
                 f"{shortened(self.paths.root.name)} cannot be made or written to. Fix: name a folder that this user may write to"
             ) from error
+
+    def check_auto_dtype(self, dtype: str) -> None:
+        """Record `dtype`, which `model.dtype: auto` means on this machine, when the run computes for the first time.
+
+        Raises:
+            UserError: the run has computed in another dtype, on another machine.
+        """
+        inputs = read_json(self.paths.inputs, "record of a run's inputs")
+        before = inputs.setdefault(_AUTO_DTYPE, dtype)
+        if before != dtype:
+            raise UserError(
+                f"{self.paths.root}: model.dtype: auto: it is {dtype} on this machine and was {before} when this run was begun, so "
+                f"results of both dtypes would stand in one table. Fix: resume on a machine where it is {before}, or give this "
+                "recipe another name (--set name=…)"
+            )
+        write_json(self.paths.inputs, inputs)
 
     def is_done(self, stage: str, key: str = "") -> bool:
         """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.
@@ -138,9 +157,10 @@ class RunFolder:
                 f"{path}: not the record of a run ({reason}). Fix: move {self.paths.root} away, or give this run another name"
             ) from error
 
-    def _check_inputs(self, now: dict[str, str]) -> None:
+    def _checked_inputs(self, now: dict[str, str]) -> dict[str, str]:
+        """What the run records of its inputs, which are those of now."""
         if not self.paths.inputs.exists():
-            return
+            return now
         begun = read_json(self.paths.inputs, "record of a run's inputs")
         changed = [name for name in now if begun.get(name) != now[name]]
         if changed:
@@ -148,6 +168,7 @@ class RunFolder:
                 f"{self.paths.root}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
                 "Fix: give this recipe another name (--set name=…), or delete that folder"
             )
+        return begun | now
 
     def _inputs_now(self) -> dict[str, str]:
         inputs = {"model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision)}

@@ -71,7 +71,8 @@ class Model(Part):
     revision: Text | None = None
     """Branch, tag or commit of a hub id. null: main."""
     dtype: Precision = "auto"
-    """Dtype of matrix products. auto: bf16 where the device computes in it, else fp32."""
+    """Dtype of matrix products. auto: bf16 where the device computes in it, else fp32; a run resumes only on machines where it is
+    the same."""
     attention: Literal["auto", "reference", "blocked", "flash"] = "auto"
     """Attention kernel. All kernels compute the same attention. auto: the fastest that works on the device; the log reports which
     one and why. flash: flash attention in bf16, of the flash-attn package if it is installed, else of torch. blocked: plain torch

@@ -34,7 +34,7 @@ class RunPaths:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.recipe = root / "recipe.yaml"  # with every default written out
-        self.inputs = root / "inputs.json"  # fingerprints of the base and of the data
+        self.inputs = root / "inputs.json"  # fingerprints of the base and of the data, and what `model.dtype: auto` means
         self.lock = root / ".lock"
         self.data = root / "data"  # the tokenized examples: made again where they are missing or of other settings
         self.profile = self.stage("profile")

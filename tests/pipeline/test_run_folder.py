@@ -90,6 +90,28 @@ def test_a_deleted_record_of_the_inputs_is_made_anew(recipe_with, tmp_path):
     assert json.loads((folder.paths.root / "inputs.json").read_text()).keys() == {"model.base", "data.source"}
 
 
+def test_auto_is_one_dtype_in_a_run_whichever_machine_resumes_it(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    folder.check_auto_dtype("bfloat16")
+    folder = opened(recipe_with(), tmp_path)
+    folder.check_auto_dtype("bfloat16")
+    with pytest.raises(UserError, match="auto: it is float32 on this machine and was bfloat16 when this run was begun"):
+        folder.check_auto_dtype("float32")
+    opened(recipe_with(), tmp_path).check_auto_dtype("bfloat16")  # what was refused is not recorded
+
+
+def test_a_run_that_made_nothing_may_compute_in_another_dtype(recipe_with, tmp_path):
+    for dtype in ("bfloat16", "float32"):
+        with (folder := RunFolder(recipe_with(), tmp_path / "runs")).begin():
+            folder.check_auto_dtype(dtype)
+
+
+def test_a_run_of_an_earlier_version_opens_without_a_recorded_dtype(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    assert "model.dtype: auto" not in json.loads(folder.paths.inputs.read_text())
+    opened(recipe_with(), tmp_path).check_auto_dtype("float32")
+
+
 def test_two_processes_do_not_work_in_one_run(recipe_with, tmp_path):
     with (
         RunFolder(recipe_with(), tmp_path / "runs").begin(),
