@@ -6,7 +6,8 @@ data, base and machine do not decide is as there.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lt_train.recipe.part import former_names
 from lt_train.recipe.schema import Model, Prompt, Recipe
 from lt_train.recipe.shipped import absolute_files, find_recipe, locate_files
 from lt_train.recipe.yaml_text import read_recipe_text
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.units import GIB, format_bytes
 
 PAPER = "as in the paper (LightTransfer, arXiv 2410.13846)"
@@ -45,7 +46,7 @@ LEARNING = {
 def write_recipe(out: Path, base: str, source: str, start: str | None, machine: Machine) -> RecipePlan:
     """
     Args:
-        base, source: as in model.base and data.source.
+        base, source: as in model.base and data.source, and given as `--base` and `--data`, which errors name.
         start: a recipe file, or the name of a recipe that comes with lt_train. None: the paper's settings.
 
     Raises:
@@ -56,13 +57,17 @@ def write_recipe(out: Path, base: str, source: str, start: str | None, machine: 
         raise UserError(f"{out}: exists already, and is not overwritten. Fix: name another file, or remove this one")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.absolute().parent}. Fix: make it, or name a file in another")
-    draft, model = _start(start), Model(base=base)
-    config = load_base_config(model)
+    draft = _start(start)
+    with _errors_name("--base", base, setting="model.base"):
+        model = Model(base=base)
+        config = load_base_config(model)
+        local = has_local_tokenizer(model)
+        tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(model) if local else None
+        eos = eos_ids(model) if local else ()
     prompt = Prompt.model_validate(draft.values.get("prompt", {}))
-    local = has_local_tokenizer(model)
-    tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(model) if local else None
     context = context_length(config.to_dict())
-    survey = survey_data(source, prompt, tokenizer, eos_ids(model) if local else (), context)
+    with _errors_name("--data", source, setting="data.source"):
+        survey = survey_data(source, prompt, tokenizer, eos, context)
     _fill_from_base(draft, out, _from_folder_of(out, base), config, machine)
     _fill_from_data(draft, _from_folder_of(out, source), survey, context, from_recipe=start is not None)
     fitting = _fill_from_plan(draft, config, machine, survey, out, from_recipe=start is not None)
@@ -73,6 +78,19 @@ def write_recipe(out: Path, base: str, source: str, start: str | None, machine: 
     with open(out, "x", encoding="utf-8") as file:
         file.write(text)
     return plan
+
+
+@contextmanager
+def _errors_name(option: str, value: str, *, setting: str) -> Iterator[None]:
+    """Name the option that was typed in errors that name the recipe's setting, or begin with its value."""
+    if not value:
+        raise UserError(f"{option}: '': empty. Fix: give a local path or a hub id")
+    try:
+        yield
+    except UserError as error:
+        message = str(error).replace(setting, option)
+        begins_with_value = message.startswith((value, shortened(value), str(Path(value).expanduser())))
+        raise UserError(f"{option}: {message}" if begins_with_value else message) from error
 
 
 # The start

@@ -166,13 +166,15 @@ def test_an_existing_file_is_not_overwritten(lt_train, data):
 
 
 REFUSED = {
-    "unreadable data": (TINY, "faulty.jsonl", "not JSON"),
-    "no such data": (TINY, "missing.jsonl", "no file or folder"),
-    "no known format": (TINY, "strange.jsonl", "no known format"),
-    "no reasoning": (TINY, "plain.jsonl", "none of the 3 samples looked at holds reasoning"),
-    "one row": (TINY, "one.jsonl", "1 row: too few"),
-    "a base of another kind": ("gpt2", "rows.jsonl", "no hybrid class"),
-    "no base": ("./nowhere", "rows.jsonl", "no folder"),
+    "unreadable data": (TINY, "faulty.jsonl", "--data: faulty.jsonl: ", "not JSON"),
+    "no such data": (TINY, "missing.jsonl", "--data: missing.jsonl: ", "no file or folder"),
+    "a value without data": (TINY, "", "--data: '': empty", ""),
+    "no known format": (TINY, "strange.jsonl", "--data: strange.jsonl:1: ", "no known format"),
+    "no reasoning": (TINY, "plain.jsonl", "--data: plain.jsonl: ", "none of the 3 samples looked at holds reasoning"),
+    "one row": (TINY, "one.jsonl", "--data: one.jsonl: ", "1 row: too few"),
+    "a base of another kind": ("gpt2", "rows.jsonl", "--base: gpt2: ", "no hybrid class"),
+    "no base": ("./nowhere", "rows.jsonl", "--base: ./nowhere: ", "no folder"),
+    "a value without a base": ("", "rows.jsonl", "--base: '': empty", ""),
 }
 
 
@@ -186,10 +188,12 @@ def test_what_cannot_become_a_run_is_refused_and_nothing_is_left_behind(what, lt
     write_rows(Path("one.jsonl"), rows_of_the_ledger(1))
     write_rows(Path("strange.jsonl"), [{"a": 1}, {"a": 2}])
     before = sorted(Path().iterdir())
-    base, source, problem = REFUSED[what]
+    base, source, option, problem = REFUSED[what]
     code, out, err = lt_train("init", "my.yaml", "--base", base, "--data", source)
     assert code == 2 and "Traceback" not in out + err
-    assert problem in err and sorted(Path().iterdir()) == before
+    assert err.startswith(f"error {option}") and problem in err
+    assert "model.base" not in err and "data.source" not in err
+    assert sorted(Path().iterdir()) == before
 
 
 @pytest.mark.parametrize(
