@@ -1,6 +1,7 @@
 """How long the rest of a run takes: the plan's operations, at the rate that the run's finished stages reached on this machine."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from lt_train.pipeline.context import RunContext
 from lt_train.planning.compute import training_compute
@@ -8,6 +9,7 @@ from lt_train.planning.profiling import profile_operations
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.workload import Samples, training_work
 from lt_train.runtime.units import format_duration
+from lt_train.selection.gates import POINTS
 
 COUNTED = ("profile", "train")
 """Stages whose operations the plan knows. Of the others evaluation alone takes long; how long its answers get is unknown."""
@@ -32,7 +34,9 @@ def time_left(context: RunContext, done: Sequence[str], pending: Sequence[str]) 
 def _operations(stage: str, context: RunContext, shape: ModelShape) -> float:
     recipe = context.recipe
     if stage == "profile":
-        return profile_operations(recipe, shape, [len(example) for example in context.calibration])
+        profile = context.layer_profile
+        points = len(POINTS) if profile is None else fmean(sample.gate_points for sample in profile.samples)
+        return profile_operations(recipe, shape, [len(example) for example in context.calibration], points)
     assert recipe.train is not None, "only a recipe with a train part is trained"
     samples = Samples([len(example) for example in context.examples.train], "as they are")
     return training_compute(shape, recipe.train, training_work(recipe, recipe.train, samples)).total

@@ -100,7 +100,8 @@ def _profile(plan: RecipePlan) -> dict[str, Any] | None:
         "hidden_states_bytes": needed.states,
         "workspace_bytes": needed.workspace,
         "sample_tokens": needed.length,
-        "hours": None if plan.machine.cpu else plan.profile_hours,
+        "hours": None if plan.machine.cpu else plan.profile_hours[0],
+        "most_hours": None if plan.machine.cpu else plan.profile_hours[1],
         "suggestions": plan.profile_suggestions,
     }
 

@@ -52,8 +52,8 @@ class RecipePlan:
     """None for a recipe without training."""
     profile: ProfileMemory | None
     """None where no strategy scores the layers."""
-    profile_hours: float
-    """Of scoring the layers, on GPUs."""
+    profile_hours: tuple[float, float]
+    """Least and most, of scoring the layers on GPUs."""
     profile_suggestions: list[str]
     cache: KVCache | None
     proof: str | None

@@ -11,7 +11,7 @@ from lt_train.planning.options import shorter_lengths
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import Layer, Linear, ModelShape
 from lt_train.recipe.schema import Recipe
-from lt_train.selection.gates import POINTS
+from lt_train.selection.gates import MOST_POINTS, POINTS
 from lt_train.selection.profile import SCORED
 from lt_train.selection.token_losses import TOKENS_PER_CALL
 
@@ -66,36 +66,45 @@ class Passes:
         return self.linear / num_layers
 
 
-def passes(strategy: str, base: HybridSpec, long_reach_fraction: float) -> Passes:
-    """What scoring one sample of a base by `strategy` alone takes."""
+def passes(strategy: str, base: HybridSpec, long_reach_fraction: float, gate_points: float = len(POINTS)) -> Passes:
+    """What scoring one sample of a base by `strategy` alone takes.
+
+    Args:
+        gate_points: at which `gates` takes gradients, as a mean over samples: more where these miss the rise of a sample.
+    """
     layers, scored, sliding = base.num_layers, len(base.full_in_base), len(base.sliding_layers)
     if strategy == "lazy_ratio":
         return Passes(linear=layers, full=scored, streaming=0, sliding=sliding, head=0)
     if strategy == "gates":  # the full and the all-streaming model, then at each point forward, forward again, backward
-        of_points = 1 + 4 * len(POINTS)
-        head = 2 + 2 * len(POINTS) * long_reach_fraction
+        of_points = 1 + 4 * gate_points
+        head = 2 + 2 * gate_points * long_reach_fraction
         both = scored * of_points
-        return Passes((2 + 3 * len(POINTS)) * layers, both, both, sliding * (1 + of_points), head)
+        return Passes((2 + 3 * gate_points) * layers, both, both, sliding * (1 + of_points), head)
     full = scored * (scored + 1) / 2  # a layer runs for the full model and the variants of the layers before it
     of_sliding = sum(2 + sum(other < layer for other in base.full_in_base) for layer in base.sliding_layers)  # and for the last
     return Passes(linear=full + 2 * scored + of_sliding, full=full, streaming=2 * scored, sliding=of_sliding, head=scored + 2)
 
 
-def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> float:
-    """Hours of scoring samples of the greatest length; the GPUs that hold the layers compute one after the other."""
-    operations = profile_operations(recipe, shape, [_length(recipe)] * recipe.hybrid.calibration.samples)
-    return operations / (machine.tflops * TERA * machine.efficiency) / HOUR
+def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[float, float]:
+    """Least and most hours of scoring samples of the greatest length; the GPUs that hold the layers compute one after the other.
+
+    They differ by strategy `gates`, which takes gradients of every sample at `len(POINTS)` to `MOST_POINTS` points.
+    """
+    lengths = [_length(recipe)] * recipe.hybrid.calibration.samples
+    least, most = (profile_operations(recipe, shape, lengths, gate_points=points) for points in (len(POINTS), MOST_POINTS))
+    an_hour = machine.tflops * TERA * machine.efficiency * HOUR
+    return least / an_hour, most / an_hour
 
 
-def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int]) -> float:
-    """Floating-point operations of scoring samples of so many tokens by all strategies of the recipe."""
+def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int], gate_points: float = len(POINTS)) -> float:
+    """Floating-point operations of scoring samples of so many tokens by all strategies of the recipe (see `passes`)."""
     layers, tokens = len(shape.layers), sum(lengths)
     full = sum(causal_pairs(length) for length in lengths)
     streaming = sum(streaming_pairs(length, shape.spec.window) for length in lengths)
     sliding = sum(streaming_pairs(length, shape.spec.sliding_window) for length in lengths)
     operations = 0.0
     for strategy in _without_shared(_scored(recipe)):
-        needed = passes(strategy, shape.spec.all_full, recipe.hybrid.calibration.long_reach_fraction)
+        needed = passes(strategy, shape.spec.all_full, recipe.hybrid.calibration.long_reach_fraction, gate_points)
         linear = needed.linear * shape.used_linears / layers + needed.head * shape.head
         seen = needed.full * full + needed.streaming * streaming + needed.sliding * sliding
         attention = 2 * shape.queries * seen

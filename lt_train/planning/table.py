@@ -6,11 +6,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lt_train.planning.compute import HOUR
 from lt_train.planning.plan import RecipePlan, TrainingPlan
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.runtime.units import format_bytes, format_duration
 from lt_train.selection.chosen import streaming_count
+from lt_train.selection.gates import MOST_POINTS
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -69,7 +71,8 @@ def _profile(plan: RecipePlan) -> list[tuple[str, str]]:
     rows = [("profile", f"{format_bytes(needed.peak)} {over}: {sizes}")]
     if not plan.machine.cpu:
         samples = plan.recipe.hybrid.calibration.samples
-        time = format_duration(3600 * plan.profile_hours)
+        least, most = (format_duration(HOUR * hours) for hours in plan.profile_hours)
+        time = least if least == most else f"{least}, or up to {most} where gates takes gradients at {MOST_POINTS} points,"
         at = f"{100 * plan.machine.efficiency:.0f} % of {plan.machine.tflops:,.0f} TFLOP/s, one GPU at a time"
         rows.append(("", f"{time} for {samples} samples of {needed.length:,} tokens at {at}"))
     return rows

@@ -30,6 +30,8 @@ POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15)
 PARTS = 3
 FINER_POINTS = tuple(((part + value) / PARTS, weight / PARTS) for part in range(PARTS) for value, weight in POINTS)
 """The same in each third of the path; the middle point is one of `POINTS`."""
+MOST_POINTS = len({value for value, _ in (*POINTS, *FINER_POINTS)})
+"""At which the gradients of one sample are taken."""
 
 ACCEPTED_GAP = 0.1
 """The largest relative difference of one sample between the sum of its shares by `POINTS` and its measured rise."""

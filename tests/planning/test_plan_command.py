@@ -65,8 +65,8 @@ KEYS = {
         *("samples", "tokens", "epochs", "optimizer_steps", "flop", "hours"),
     ],
     "profile": [
-        *("fits", "gpus", "peak_bytes", "weights_bytes", "hidden_states_bytes", "workspace_bytes", "sample_tokens", "hours"),
-        "suggestions",
+        *("fits", "gpus", "peak_bytes", "weights_bytes", "hidden_states_bytes", "workspace_bytes", "sample_tokens"),
+        *("hours", "most_hours", "suggestions"),
     ],
     "kv_cache": [
         *("evaluation", "sequence_tokens", "hybrid_bytes", "full_bytes", "hybrid_sequences", "full_sequences"),
