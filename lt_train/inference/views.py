@@ -304,26 +304,26 @@ class LaterChunkView(StoredView):
 
     def attend_group(self, group, module, q_1HTD, k_1GTD, v_1GTD, scaling):
         layer, pages = group.model, self.store.pages[self.slot]
-        if isinstance(layer, RingLayer) and layer.device.type == "cpu":
-            return self._blocked(layer, group, module, q_1HTD, k_1GTD[0], v_1GTD[0], scaling)
-        position_T1 = torch.arange(self.before, self.after, device=layer.device)[:, None]
+        position_T = torch.arange(self.before, self.after, device=layer.device)
         k_GTD, v_GTD = k_1GTD[0], v_1GTD[0]
         sinks_H = _sinks_of(module, layer, q_1HTD)
         if isinstance(layer, RingLayer):
-            spec = layer.spec
-            held = min(self.before, spec.w_sink + layer.recent)
-            before_1 = torch.tensor([self.before], device=layer.device)
-            position_K = torch.cat([slot_positions(before_1, held, spec.w_sink, layer.recent)[0], position_T1[:, 0]])
-            k_GKD = torch.cat([layer.keys[self.slot, :, :held], k_GTD], dim=1)
-            v_GKD = torch.cat([layer.values[self.slot, :, :held], v_GTD], dim=1)
-            visible_TK = streaming_visible(position_T1, position_K, spec.w_sink, spec.w_recent)
+            w_sink, w_recent = layer.spec.w_sink, layer.spec.w_recent
+            position_C, k_GCD, v_GCD = self._cached(layer)
+            k_GKD, v_GKD = torch.cat([k_GCD, k_GTD], dim=1), torch.cat([v_GCD, v_GTD], dim=1)
             group.write(self.slot, k_GTD, v_GTD, self.before, pages)
+            if attends_in_parts(layer.device):  # no query sees what lay between the sinks and the cached window
+                out_1HTD = blocked_streaming_attention(
+                    *(q_1HTD, k_GKD[None], v_GKD[None]), w_sink=w_sink, w_recent=w_recent, scaling=scaling, sinks_H=sinks_H
+                )
+                return out_1HTD.transpose(1, 2)
+            visible_TK = streaming_visible(position_T[:, None], torch.cat([position_C, position_T]), w_sink, w_recent)
         else:
             group.write(self.slot, k_GTD, v_GTD, self.before, pages)
             k_GKD, v_GKD = layer.read(self.after, pages)
-            if layer.device.type == "cpu":
+            if attends_in_parts(layer.device):
                 return later_tokens_attention(q_1HTD, k_GKD[None], v_GKD[None], scaling, sinks_H).transpose(1, 2)
-            visible_TK = full_visible(position_T1, torch.arange(self.after, device=layer.device))
+            visible_TK = full_visible(position_T[:, None], torch.arange(self.after, device=layer.device))
         if sinks_H is not None:
             return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], visible_TK[None], sinks_H, scaling).transpose(1, 2)
         grouped = q_1HTD.shape[1] != k_GKD.shape[0]
@@ -332,15 +332,14 @@ class LaterChunkView(StoredView):
         )
         return out_1HTD.transpose(1, 2)
 
-    def _blocked(self, layer: RingLayer, group: CachedHeads, module, q_1HTD, k_GTD, v_GTD, scaling):
-        """Cached and new keys in the order of their tokens. Those between sinks and window are gone: no query sees them."""
+    def _cached(self, layer: RingLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """position_C, k_GCD and v_GCD of the C tokens that a ring holds, in their order."""
         spec, held = layer.spec, min(self.before, layer.spec.w_sink + layer.recent)
-        order_K = slot_positions(torch.tensor([self.before]), held, spec.w_sink, layer.recent)[0].argsort()
-        k_GKD = torch.cat([layer.keys[self.slot, :, order_K], k_GTD], dim=1)
-        v_GKD = torch.cat([layer.values[self.slot, :, order_K], v_GTD], dim=1)
-        group.write(self.slot, k_GTD, v_GTD, self.before, self.store.pages[self.slot])
-        sizes = {"w_sink": spec.w_sink, "w_recent": spec.w_recent}
-        out_1HTD = blocked_streaming_attention(
-            q_1HTD, k_GKD[None], v_GKD[None], **sizes, scaling=scaling, sinks_H=sinks_of(module, spec, q_1HTD)
-        )
-        return out_1HTD.transpose(1, 2)
+        before_1 = torch.tensor([self.before], device=layer.device)
+        position_C, order_C = slot_positions(before_1, held, spec.w_sink, layer.recent)[0].sort()
+        return position_C, layer.keys[self.slot, :, order_C], layer.values[self.slot, :, order_C]
+
+
+def attends_in_parts(device: torch.device) -> bool:
+    """Whether later chunks attend without a mask, in parts; elsewhere one kernel with a mask takes fewer launches."""
+    return device.type == "cpu"

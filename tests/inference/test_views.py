@@ -1,5 +1,6 @@
 """A step of the engine attends as the visibility predicate says, and as exactly in bf16 as scaled_dot_product_attention."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,14 @@ from lt_train.hybrid.loading import build_hybrid
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.kv_store import KVStore
-from lt_train.inference.views import StepView
+from lt_train.inference.views import LaterChunkView, StepView
 
 SPEC = HybridSpec.from_streaming_heads([(), (0, 1, 2), (0, 2)], kv_heads=3, w_sink=3, w_recent=60)
 LENGTHS = (5, 300, 128)
 HEADS, GROUPS, SIZE, SCALING = 6, 3, 32, 32**-0.5
 
 
-def filled_store(dtype, keys, values):
-    """Sequences of LENGTHS in the slots 0, 1, 2: their keys and values but for the last token's."""
+def empty_store(spec, dtype, slots=1):
     config = Qwen3Config(
         vocab_size=8,
         hidden_size=HEADS * SIZE,
@@ -28,7 +28,12 @@ def filled_store(dtype, keys, values):
         num_key_value_heads=GROUPS,
         head_dim=SIZE,
     )
-    store = KVStore(build_hybrid(config, SPEC).to(dtype), slots=3, pages=8)
+    return KVStore(build_hybrid(config, spec).to(dtype), slots=slots, pages=8)
+
+
+def filled_store(dtype, keys, values):
+    """Sequences of LENGTHS in the slots 0, 1, 2: their keys and values but for the last token's."""
+    store = empty_store(SPEC, dtype, slots=3)
     for slot, length in enumerate(LENGTHS):
         store.admit(length)
         for layer in range(3):
@@ -84,3 +89,40 @@ def test_a_step_in_half_precision_is_as_near_to_fp64_as_sdpa(layer, dtype):
 def test_a_step_in_fp64_sees_what_the_predicate_says(layer):
     keys, values, q_BH1D = drawn(torch.float64, 1.0)
     torch.testing.assert_close(attended(torch.float64, keys, values, q_BH1D, layer), by_sdpa(keys, values, q_BH1D, layer))
+
+
+LEARNED = HybridSpec(3, (1, 2), w_sink=0, w_recent=60, learned_sinks=True)
+CHUNKS = (0, 50, 64, 190, 300)
+"""Where chunks of a prompt begin: within the window, at its end, and after the ring has come round."""
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("in_parts", [True, False], ids=["parts", "mask"])
+@pytest.mark.parametrize("spec", [SPEC, LEARNED], ids=["token sinks", "learned sinks"])
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["pages", "ring", "both"])
+def test_a_later_chunk_sees_what_the_predicate_says(layer, spec, in_parts, monkeypatch):
+    """In parts as on a CPU, by a mask as on a GPU."""
+    monkeypatch.setattr("lt_train.inference.views.attends_in_parts", lambda device: in_parts)
+    rng, length = torch.Generator().manual_seed(1), CHUNKS[-1]
+    q_HTD = torch.randn(HEADS, length, SIZE, generator=rng, dtype=torch.float64)
+    k_GTD, v_GTD = torch.randn(2, GROUPS, length, SIZE, generator=rng, dtype=torch.float64)
+    sinks_H = torch.randn(HEADS, generator=rng, dtype=torch.float64) if spec.learned_sinks else torch.full((HEADS,), float("-inf"))
+    streaming = spec.streaming_heads(GROUPS)[layer]
+    of_group = torch.arange(HEADS).unflatten(0, (GROUPS, -1))
+    module = SimpleNamespace(layer_idx=layer, sinks=lambda q_1RTD: sinks_H[of_group[list(streaming)].flatten()])
+    store = empty_store(spec, torch.float64)
+    slot = store.admit(length)
+    store.write(layer, slot, k_GTD[:, : CHUNKS[1]], v_GTD[:, : CHUNKS[1]], 0)
+    position_T = torch.arange(length)
+    for before, after in pairwise(CHUNKS[1:]):
+        store.lengths[slot] = before
+        new = [x[None, :, before:after] for x in (q_HTD, k_GTD, v_GTD)]
+        found_THD = LaterChunkView(store, slot, after - before).attend(module, *new, SCALING, 0.0)[0]
+        for head in range(HEADS):
+            streams = head // 2 in streaming
+            window = spec.w_recent if streams else length
+            visible_TK = streaming_visible(position_T[before:after, None], position_T, spec.w_sink, window)
+            scores_TK = (q_HTD[head, before:after] @ k_GTD[head // 2].T * SCALING).masked_fill(~visible_TK, float("-inf"))
+            sink_T1 = (sinks_H[head] if streams else torch.tensor(float("-inf"))).expand(after - before, 1)
+            weights_TK = torch.cat([scores_TK, sink_T1], dim=1).softmax(1)[:, :-1]
+            torch.testing.assert_close(found_THD[:, head], weights_TK @ v_GTD[head // 2])
