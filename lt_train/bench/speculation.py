@@ -149,12 +149,13 @@ class DraftRounds:
             "context", "model", "slots", "draft", "verify", "accept", "tokens/s", "faster", "limit", "reached"
         )
         for each in sorted(self.found, key=lambda each: (each.context, len(each.spec.lazy_layers))):
-            streaming = f"{len(each.spec.lazy_layers)}/{each.spec.num_layers}"
+            streaming = f"{len(each.spec.lazy_layers)}/{len(each.spec.full_in_base)}"
             row = [f"{each.context:,}", streaming, f"{each.times.slots}", f"{1000 * each.times.drafting:,.0f}"]
             row += [f"{1000 * each.times.verifying:,.0f}", f"{100 * each.acceptance:.0f} %", f"{each.tokens_per_second:,.1f}"]
             table.add_row(*row, f"{each.faster:.2f}x", f"{each.allowed:.2f}x", f"{100 * each.faster / each.allowed:.0f} %")
+        layers = "all full layers" if self.found[0].spec.sliding_layers else "all layers"
         print_lines(
-            console, f"\nspeculative decoding: all layers stream in the draft, which proposes {self.length} tokens in a round"
+            console, f"\nspeculative decoding: {layers} stream in the draft, which proposes {self.length} tokens in a round"
         )
         console.print(table)
         print_lines(

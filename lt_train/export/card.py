@@ -77,12 +77,11 @@ def _title(metadata: ExportMetadata, config: HybridConfig) -> str:
 
 
 def _fraction(spec: HybridSpec, kv_heads: int) -> str:
+    layers = f"of its {len(spec.full_in_base)} {'full-attention ' if spec.sliding_layers else ''}layers"
     if not spec.split_layers:
-        full = "full-attention " if spec.sliding_layers else ""
-        return f"{len(spec.lazy_layers)} of its {len(spec.full_in_base)} {full}layers"
-    streaming = spec.number_of_streaming_heads(kv_heads)
-    where = f"in {len(spec.streaming_layers)} of its {spec.num_layers} layers"
-    return f"{streaming} of its {spec.num_layers * kv_heads} key/value heads (with their query heads), {where},"
+        return f"{len(spec.lazy_layers)} {layers}"
+    streaming, heads = spec.number_of_streaming_heads(kv_heads), len(spec.full_in_base) * kv_heads
+    return f"{streaming} of its {heads} key/value heads (with their query heads), in {len(spec.streaming_layers)} {layers},"
 
 
 def _layers(metadata: ExportMetadata, config: HybridConfig) -> str:

@@ -83,3 +83,14 @@ def test_the_table_fits_eighty_columns_and_says_where_the_acceptance_comes_from(
     assert all(row[-1] == "%" and len(row) == 12 for row in rows) and "…" not in table
     source = "of what the model samples after a window of made text" if stored else "assumed, as the weights are random"
     assert source in table
+
+
+def test_layers_are_counted_of_those_that_can_stream() -> None:
+    spec = HybridSpec(4, (1,), 2, 30, sliding_layers=(0, 2), sliding_window=9)
+    drafts = DraftRounds(3, 0.5, w_recent=30)
+    drafts.rates = Rates(bandwidth=1e9, products=1e9)
+    drafts.found = [Rounds(200, spec, RoundTimes(1, 0.1, 0.6), 3, 0.5, limit=0.7, plain_limit=0.2, plain_rate=1.0)]
+    console = Console(record=True, width=80)
+    drafts.print(console)
+    text = console.export_text()
+    assert " 1/2 " in text and "all full layers stream in the draft" in text
