@@ -167,7 +167,7 @@ def results_table(results: list[Result]) -> Table:
     for name in (
         "accuracy, % [95 %]" if generated else "nats per token ± SE",
         "minus base [95 %]",
-        *(["trun-\ncated", "no\nanswer"] if generated else []),
+        *(["trunc.", "no\nanswer"] if generated else []),
         *(["not\ngraded"] if failures else []),
     ):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,5 +1,6 @@
 """What the cells of a comparison show together, from run folders."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,13 @@ def test_the_picture_has_a_line_a_strategy_the_base_and_a_ring_around_the_papers
     assert len(rings) == 2  # untrained and trained
     kept = 100 * found[0].result.kv_bytes / base.kv_bytes
     assert {ring.get_xdata()[0] for ring in rings} == {kept} and 50 < kept < 51
+
+
+def test_each_cell_of_the_page_names_its_column_for_screens_too_narrow_for_a_header(comparison, tmp_path) -> None:
+    written(comparison, tmp_path / "out")
+    page = (tmp_path / "out/comparison.html").read_text()
+    row = next(line for line in page.splitlines() if ">reach</td>" in line)
+    assert re.findall(r'<td data-name="([^"]*)">', row)[:2] == ["streaming", "chosen by"] and "<td>" not in page
 
 
 @pytest.fixture

@@ -367,3 +367,4 @@ def test_the_widest_rows_fit_80_columns_and_no_name_is_broken(run):
     printed = shown(run, width=80)[1:]  # the title stays on one line
     assert max(map(len, printed)) <= 80
     assert any(line.startswith("lazy_ratio, untrained ") for line in printed)
+    assert " ".join(" ".join(printed[:2]).split()) == "no model accuracy, % [95 %] minus base [95 %] trunc. answer"
