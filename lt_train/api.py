@@ -48,11 +48,11 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def run(recipe: Recipe | str | Path, runs: str | Path = "runs", up_to: UpTo = "export") -> Path:
-    """Do all that a recipe says, as `lt-train run` does; a run that was stopped resumes.
+    """Do all that a recipe sets, as `lt-train run` does; a run that was stopped resumes.
 
     Args:
         recipe: what `load_recipe` returned, or what it takes.
-        runs: the folder in which the run's own folder lies.
+        runs: the folder of run folders.
         up_to: the last stage, by the name of its command; what it needs is done before it.
 
     Returns:
@@ -168,7 +168,7 @@ def convert(
 
     Raises:
         UserError: no hybrid can be made of the model, a layer, a head, a ratio or a size is out of range, or settings of prompts
-            that choose stand beside those of layers or heads.
+            that choose are compared with those of layers or heads.
     """
     from lt_train.hybrid.base_spec import base_spec
     from lt_train.hybrid.kv_size import kv_heads
@@ -178,13 +178,13 @@ def convert(
     if select == "per_prompt":
         if layers is not None or heads is not None or learned_sinks:
             raise UserError(
-                "select: per_prompt: each prompt chooses whole layers, and sinks are tokens. Fix: remove layers, heads and "
+                "select: per_prompt: each prompt chooses entire layers, and sinks are tokens. Fix: remove layers, heads and "
                 "learned_sinks, or select"
             )
         return _choosing_per_prompt(model, lazy_layer_ratio, w_last, w_sink, w_recent, family)
     if select != "static" or lazy_layer_ratio is not None:
         raise UserError(
-            f"select: {select!r}, lazy_layer_ratio: {lazy_layer_ratio}: without prompts that choose, layers or heads say what "
+            f"select: {select!r}, lazy_layer_ratio: {lazy_layer_ratio}: without prompts that choose, layers or heads set what "
             "streams. Fix: remove both, or set select to per_prompt"
         )
     if (layers is None) == (heads is None):

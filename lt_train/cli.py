@@ -1,6 +1,6 @@
 """The commands of `lt-train`, and how one ends: exit codes, messages, tracebacks.
 
-What a command does lies in `commands/`; heavy libraries are imported inside them, so that --help and validate answer at once.
+The commands are in `commands/`; heavy libraries are imported inside them, so that --help and validate answer at once.
 """
 
 import errno
@@ -24,7 +24,7 @@ from lt_train.commands.serving import chat, serve
 from lt_train.hybrid.spec import HybridError
 from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.interruption import Interrupted, raising_interrupted
-from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, let_others_tell, this_process
+from lt_train.runtime.processes import Process, is_lost_connection, is_taken_port, leave, this_process, wait_for_the_launcher
 
 app = typer.Typer(
     name="lt-train",
@@ -56,8 +56,8 @@ NO_ACCESS = (
 """What the operating system reports of a place that this user may not use, or that holds a file where a folder should be."""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -80,25 +80,25 @@ def main() -> None:
     try:
         with raising_interrupted():
             app()
-    except SystemExit as done:  # how a command ends that has not failed, or was called wrongly
+    except SystemExit as done:  # of a command that succeeded, or was called with invalid arguments
         code = int(done.code or 0)
     except Exception as error:
         if _is_full_disk(error):
             error = UserError(f"{error}. What is finished is valid. Fix: free some space; the same command resumes")
         elif _is_out_of_memory(error):
-            asked = ". ".join(str(error).split(". ")[:2])
+            problem = ". ".join(str(error).split(". ")[:2])
             fix = "Fix: a smaller train.micro_batch_size, train.gradient_checkpointing, or a smaller kv_budget in eval"
-            error = UserError(f"{asked}. {fix}; the same command then resumes{more('out-of-memory')}")
+            error = UserError(f"{problem}. {fix}; the same command then resumes{more('out-of-memory')}")
         elif isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
             place = shortened(os.fsdecode(error.filename), 300)
             error = UserError(f"{place}: {error.strerror}. Fix: let this user read and write there, or move it away")
         if process.count == 1 and not _is_user_error(error):
             raise
-        let_others_tell(process, error)
+        wait_for_the_launcher(process, error)
         code = _report(error, process)
     except Interrupted as stop:
         code = stop.exit_code
-        if process.speaks:
+        if process.is_main:
             resumes = "; the same command resumes" if stop.resumes else ""
             Console(stderr=True).print(f"{stop}{resumes}", highlight=False, soft_wrap=True)
     if process.count > 1:
@@ -107,8 +107,8 @@ def main() -> None:
 
 
 def _report(error: Exception, process: Process) -> int:
-    """Print what went wrong; returns the exit code."""
-    where = "" if process.speaks else f" in {process.name}:"
+    """Print the error; returns the exit code."""
+    where = "" if process.is_main else f" in {process.name}:"
     if is_lost_connection(error) and process.count > 1:
         message, code = f"another process was lost ({error}). If it was not stopped, the same command resumes", 1
     elif is_taken_port(error):

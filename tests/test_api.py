@@ -144,9 +144,9 @@ def test_each_prompt_chooses_its_layers_where_that_is_asked_for() -> None:
     [
         ({"lazy_layer_ratio": None}, r"lazy_layer_ratio: missing: the fraction of layers.*Fix: pass it"),
         ({"lazy_layer_ratio": 0.01}, r"lazy_layer_ratio: 0\.01: of 8 layers 0 would stream"),
-        ({"layers": [1]}, r"select: per_prompt: each prompt chooses whole layers.*Fix: remove layers, heads and learned_sinks"),
-        ({"heads": {1: [0]}}, "select: per_prompt: each prompt chooses whole layers"),
-        ({"learned_sinks": True}, "select: per_prompt: each prompt chooses whole layers, and sinks are tokens"),
+        ({"layers": [1]}, r"select: per_prompt: each prompt chooses entire layers.*Fix: remove layers, heads and learned_sinks"),
+        ({"heads": {1: [0]}}, "select: per_prompt: each prompt chooses entire layers"),
+        ({"learned_sinks": True}, "select: per_prompt: each prompt chooses entire layers, and sinks are tokens"),
         ({"w_last": 0}, r"calibration\.w_last: 0"),
         ({"select": "static"}, r"select: 'static', lazy_layer_ratio: 0\.5: without prompts that choose.*Fix: remove both"),
     ],

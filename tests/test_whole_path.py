@@ -232,7 +232,7 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_
     folder = tmp_path / "quickstart"
     assert list(losses(folder)) == [1, 2]
     first, second = (path.read_text() for path in sorted((tmp_path / "said").glob("*.log")))
-    assert "the trained model has the weights of step 2" in first and second == "", "the first process alone speaks"
+    assert "the trained model has the weights of step 2" in first and second == "", "the main process alone prints"
     trained = (folder / "train/final/model.safetensors").stat().st_mtime_ns
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]

@@ -114,7 +114,7 @@ class RandomBase:
         return self.base_config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A stand-in that knows a padding and an eos token: token ids are random, and no text is read."""
+        """A placeholder that has a padding and an eos token: token ids are random, and no text is read."""
         words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
         return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 

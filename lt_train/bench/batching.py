@@ -2,7 +2,7 @@
 
 Both use the same hybrid and the same memory, for answers of mixed lengths.
 
-The lengths are fixed, so that both do the same work: request i ends after its own number of tokens, whichever they are. A static
+The lengths are fixed, so that both do the same work: request i ends after its own number of tokens, no matter which. A static
 batch runs until its longest row ends, and needs memory for rows as long as the longest answer of all.
 """
 

@@ -25,7 +25,7 @@ class Finding:
 
 
 class CannotRun(Exception):
-    """The machine lacks what the check needs; the text says what."""
+    """The machine lacks what the check needs; the text names it."""
 
 
 @dataclass(frozen=True)

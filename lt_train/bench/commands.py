@@ -187,7 +187,7 @@ def lazy_ratio(
     w_recent: Window = 1020,
     runs: Annotated[int, typer.Option(help="A time is the median over this many passes.")] = 3,
 ) -> None:
-    """What the lazy ratios of all layers, which per_prompt needs, add to a forward pass."""
+    """Time that the lazy ratios of all layers, which per_prompt needs, add to a forward pass."""
     from lt_train.bench.base import named_base
     from lt_train.bench.lazy_ratio import DEFAULT_LENGTHS, bench_lazy_ratio
 

@@ -1,4 +1,4 @@
-"""Whether attention is computed correctly on this device: kernels, training steps and generation against slow, exact ways.
+"""Whether attention is computed correctly on this device: kernels, training steps and generation against slow, exact computations.
 
 Shapes: B rows, T columns, H query heads, G key/value heads, D head size.
 """
@@ -33,7 +33,7 @@ MODEL = Qwen3Config(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=HEAD_SIZE,
-    initializer_range=0.1,  # attention that is nearly uniform would hide a wrong window
+    initializer_range=0.1,  # attention that is nearly uniform would hide an incorrect window
     pad_token_id=0,
     bos_token_id=None,
     eos_token_id=1,
@@ -97,7 +97,7 @@ def _compare_kernel(kernel: Kernel, case: KernelCase) -> Finding:
 def _outputs_and_gradients(
     documents: Documents, dout_BHTD: Tensor, attention: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Of queries, keys, values and, where there is a fourth input, learned sinks."""
+    """The output and the gradients of queries, keys, values and, where there is a fourth input, learned sinks."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     sinks = {"sinks_H": leaves[3]} if len(leaves) > 3 else {}
     out_BHTD = attention(documents, *leaves[:3], scaling=HEAD_SIZE**-0.5, **sinks)

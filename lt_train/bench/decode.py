@@ -116,7 +116,7 @@ def slots_in(budget: int, context: int, sequence: int) -> int:
 
 
 def gpu_milliseconds(step: Callable[[], object]) -> float:
-    """What the GPU's kernels and copies of one step take, one after the other."""
+    """Milliseconds of the GPU's kernels and copies in one step, added up."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""`lt-train doctor`: whether the machine at hand computes correctly, and how fast, in under 3 minutes. Each check stands alone."""
+"""`lt-train doctor`: whether the machine at hand computes correctly, and how fast, in under 3 minutes. Checks are independent."""
 
 import dataclasses
 import time

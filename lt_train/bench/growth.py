@@ -104,7 +104,7 @@ def _table(hybrid: list[TokenTiming], full: list[TokenTiming], weight_bytes: int
 
 
 def _bytes_in_use(cache: HybridCache) -> int:
-    """Of all layers; by `numel`, because the tensors are views of buffers with room for growth."""
+    """Bytes of the cache in all layers; by `numel`, because the tensors are views of buffers with room for growth."""
     return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.parts)
 
 

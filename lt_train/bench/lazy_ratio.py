@@ -1,4 +1,4 @@
-"""What the lazy ratios of all layers add to a forward pass over a prompt: both are timed in the same passes.
+"""Time that the lazy ratios of all layers add to a forward pass over a prompt: both are timed in the same passes.
 
 On a CPU seconds are those of all threads, so that other work on the machine counts little.
 """

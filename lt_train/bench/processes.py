@@ -77,7 +77,7 @@ def all_reduce() -> Finding:
         seconds.append(time.perf_counter() - started)
     rate = x.nbytes / min(seconds)
     correct = bool((x == count * (count + 1) / 2).all())
-    text = f"{backend}, {count} process{'es' if count > 1 else ''}: {'' if correct else 'wrong sums, '}{rate / 1e9:,.2f} GB/s"
+    text = f"{backend}, {count} process{'es' if count > 1 else ''}: {'' if correct else 'incorrect sums, '}{rate / 1e9:,.2f} GB/s"
     return Finding(text, {"processes": count, "bytes_per_second": rate}, correct)
 
 

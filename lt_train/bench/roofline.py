@@ -18,7 +18,7 @@ COPIED, MATRIX = {"cpu": 256 * MIB, "cuda": GIB}, {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does at best. bandwidth: bytes per second, read and written. products: operations per second."""
+    """The highest rates of this machine. bandwidth: bytes per second, read and written. products: operations per second."""
 
     bandwidth: float
     products: float

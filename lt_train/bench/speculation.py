@@ -37,7 +37,7 @@ TIMED_ROUNDS = 5
 SAMPLED, SAMPLED_TOKENS = 4, 128
 """Sequences, and tokens of each, by which the acceptance is measured."""
 ASSUMED_ACCEPTANCE = 0.8
-"""Of random weights, whose text says nothing: SmolLM2-135M's with all layers streaming and a window of 124 tokens."""
+"""Of random weights, whose text is noise: SmolLM2-135M's with all layers streaming and a window of 124 tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Rounds:
 
     @property
     def tokens(self) -> float:
-        """Of all sequences in a round: of each, those accepted up to the first that is not, and the model's own."""
+        """Tokens of all sequences in a round: of each, those accepted up to the first that is not, and the model's own."""
         return self.times.slots * sum(self.acceptance**number for number in range(self.length + 1))
 
     @property
@@ -88,7 +88,7 @@ class Rounds:
 
 
 class DraftRounds:
-    """What `lt-train bench decode --draft` measures and prints.
+    """The measurement and the table of `lt-train bench decode --draft`.
 
     Args:
         length: tokens that the draft proposes in a round.
@@ -209,7 +209,7 @@ def median_seconds(run: Callable[[], Tensor]) -> float:
 
 
 def measured_acceptance(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, draft: Draft) -> float:
-    """Of tokens that the model samples at temperature 1 beyond a window of made sentences: within it the draft is the model."""
+    """The acceptance of tokens sampled at temperature 1 after a window of made sentences: within it the draft is the model."""
     engine = Engine(model, tokenizer, draft=draft, max_slots=SAMPLED)
     engine.stop_ids = ()  # what ends one text begins the next
     window = model.spec.window
@@ -222,6 +222,6 @@ def measured_acceptance(model: HybridForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def made_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> tuple[int, ...]:
-    """So many token ids of made sentences."""
+    """Token ids of made sentences, `tokens` of them."""
     sentences = islice(endless(None, random.Random(seed)), tokens)  # of a token or more each
     return tuple(islice(cycle(tokenizer(" ".join(sentences), add_special_tokens=False).input_ids), tokens))

@@ -26,7 +26,7 @@ ROOM = 0.8
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on a kind of device.
+    """The sizes measured on a kind of device.
 
     Attributes:
         copied: bytes of a copy.

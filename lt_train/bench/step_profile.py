@@ -1,4 +1,4 @@
-"""Where the time of decoding steps goes: every operator's own time, by the part of the model that called it."""
+"""A profile of decoding steps: every operator's own time, by the part of the model that called it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -86,7 +86,7 @@ def _part_of_module(name: str, module: nn.Module) -> str | None:
 
 
 def _part(event: FunctionEvent) -> str | None:
-    """The innermost part around an operator; None for what lies outside of steps. A part's own time is Python's."""
+    """The innermost part around an operator; None for what is outside of steps. A part's own time is Python's."""
     if event.name in PARTS:
         return PYTHON
     if event.name in WRITING:

@@ -37,15 +37,15 @@ class VllmStep:
 def check_vllm(base: Base, python: Path) -> None:
     """
     Raises:
-        UserError: random weights, which lie in no folder, or an environment without vLLM or our plugin.
+        UserError: random weights, which are in no folder, or an environment without vLLM or our plugin.
     """
     if isinstance(base, RandomBase):
-        raise UserError(f"{OPTION}: {base.name}: vLLM loads a folder, and random weights lie in none. Fix: name a MODEL")
+        raise UserError(f"{OPTION}: {base.name}: vLLM loads a folder, and random weights are in none. Fix: name a MODEL")
     check_vllm_environment(python, OPTION)
 
 
 def vllm_steps(base: Base, python: Path, slots: Mapping[int, int], budget: int, vocab_size: int) -> dict[int, VllmStep]:
-    """By length of context.
+    """vLLM's steps by length of context.
 
     Args:
         slots: sequences at a time, by length of context; vLLM, whose blocks round up, may hold fewer.
@@ -67,13 +67,13 @@ def vllm_steps(base: Base, python: Path, slots: Mapping[int, int], budget: int, 
     threads = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
     cores = {"OMP_NUM_THREADS": str(len(threads)), "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, threads))}
     with TemporaryDirectory() as folder:
-        asked, result = Path(folder, "order.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps(order), encoding="utf-8")
-        command = [str(python), "-m", "lt_train.vllm_plugin.decode_speed", str(asked), str(result)]
+        given, result = Path(folder, "order.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(order), encoding="utf-8")
+        command = [str(python), "-m", "lt_train.vllm_plugin.decode_speed", str(given), str(result)]
         ended = subprocess.run(command, env={**os.environ, **cores}, cwd="/", capture_output=True, text=True, check=False)
         if not result.is_file():
             last = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
-            raise UserError(f"{OPTION}: {python}: it ended with code {ended.returncode} and no result. Fix what it says:\n{last}")
+            raise UserError(f"{OPTION}: {python}: ended with code {ended.returncode} and no result. Fix its error:\n{last}")
         found = json.loads(result.read_text(encoding="utf-8"))
     for length, (held, _) in zip(slots, found, strict=True):
         if held == 0:

@@ -65,7 +65,7 @@ def load_problems(
 
 
 def answer_tokens(benchmark: Benchmark, recall: RecallSettings | None = None) -> int | None:
-    """`max_new_tokens` where the recipe sets none; None: the benchmark does not say, so the recipe must."""
+    """`max_new_tokens` where the recipe sets none; None: the benchmark has none, so the recipe must set it."""
     if benchmark.grader == "copying":
         span = (recall or RecallSettings()).span
         return span + span // 4 + 32  # room for a copy with a few words around it

@@ -32,7 +32,7 @@ class Problem:
 
     Attributes:
         id: unique in its benchmark. Of generated problems: "length/depth/repeat".
-        text: the user's turn; where the benchmark has no chat template, the whole prompt.
+        text: the user's turn; where the benchmark has no chat template, all of the prompt.
         answers: reference answers; the best match counts.
         classes: all labels, where the answer is one of them.
     """
@@ -65,7 +65,7 @@ class RecallSettings:
 
     Attributes:
         lengths: of the user's turn, in tokens of the model's tokenizer; a problem lacks less than a sentence to this.
-        depths: where what must be found stands, as fractions of the text before it: 0 at its start, 1 at its end.
+        depths: where what must be found is, as fractions of the text before it: 0 at its start, 1 at its end.
         keys: needles in the text. One is queried; the others, elsewhere, must not be mistaken for it.
         span: tokens to copy.
     """
@@ -112,10 +112,10 @@ class Benchmark:
         template: the prompt with {context} and {input}, of benchmarks with a prompt of their own.
         answer_after: the marker that every answer field has in front of the answer; None: an answer field holds the answer alone,
             or behind GSM8K's marker.
-        prompt_style: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the whole
-            user turn; without_chat: no chat template.
+        prompt_style: how the text becomes a prompt. as_recipe: in the recipe's user turn and the chat template; as_is: as the user
+            turn alone; without_chat: no chat template.
         truncate_middle: too long a text loses its middle; False: too long a text is an error.
-        max_new_tokens: how long an answer may be, where the benchmark says so.
+        max_new_tokens: how long an answer may be, where the benchmark sets it.
         instruction: what follows each question where the recipe's user turn is the bare question; empty: nothing.
         recall_settings: which of RecallSettings decide the problems; empty where they are read.
     """

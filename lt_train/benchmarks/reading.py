@@ -99,15 +99,15 @@ def read_choice(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, w
 
 
 def read_longbench(benchmark: Benchmark, row: Mapping[str, Any], problem_id: str, where: str) -> Problem:
-    """`input` may be empty (a summary has no question); `all_classes` is null but for classification."""
+    """`input` may be empty (a summary has no question); `all_classes` is null except for classification."""
     context, given, answers, classes = (row.get(field) for field in benchmark.fields)
     for field, value in zip(benchmark.fields, (context, given), strict=False):
         if not isinstance(value, str):
-            raise wrong_field(benchmark, row, field, where)
+            raise invalid_field(benchmark, row, field, where)
     if not is_texts(answers):
-        raise wrong_field(benchmark, row, "answers", where)
+        raise invalid_field(benchmark, row, "answers", where)
     if benchmark.grader == "classification" and not is_texts(classes):
-        raise wrong_field(benchmark, row, "all_classes", where)
+        raise invalid_field(benchmark, row, "all_classes", where)
     text = benchmark.template.format(context=context, input=given)
     return Problem(problem_id, text, tuple(answers or ()), tuple(classes or ()))
 
@@ -119,7 +119,7 @@ def is_texts(value: object) -> bool:
 def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> str:
     value = _value(row, field)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise wrong_field(benchmark, row, field, where)
+        raise invalid_field(benchmark, row, field, where)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with one fraction in it makes 27 a 27.0
     if not str(value).strip():
@@ -127,7 +127,7 @@ def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: s
     return str(value)
 
 
-def wrong_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> UserError:
+def invalid_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> UserError:
     try:
         there = f"is {value_at(row, field)!r}"[:200]
     except LookupError as error:
@@ -141,7 +141,7 @@ def wrong_field(benchmark: Benchmark, row: Mapping[str, Any], field: str, where:
 
 
 def _value(row: Mapping[str, Any], field: str) -> Any:
-    """What a row holds under a column or a dotted path; None: nothing."""
+    """The value of a row under a column or a dotted path; None: there is none."""
     try:
         return value_at(row, field)
     except LookupError:

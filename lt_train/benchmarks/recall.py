@@ -122,7 +122,7 @@ def hidden(sentences: Sequence[str], depths: Sequence[float], needles: Sequence[
 def fill(build: Build, haystack: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark) -> str:
     """The text with as many sentences as fit into `length` tokens.
 
-    Sentences are first taken by the sum of their own tokens, then a few added or left out by the tokens of the whole.
+    Sentences are first taken by the sum of their own tokens, then a few added or left out by the tokens of all together.
     """
     room = length - count_tokens(tokenizer, build([]))
     if room < 0:

@@ -22,7 +22,7 @@ SHORT_ANSWERS = (
         answer_after=GSM8K_MARKER,
         instruction=BOX_THE_ANSWER,
     ),
-    # arXiv 2311.12022. Gated: its authors ask that no question be shown where it could be trained on
+    # arXiv 2311.12022. Gated: its authors request that no question be shown where it could be trained on
     Benchmark(
         "gpqa_diamond",
         "choice",

@@ -121,7 +121,7 @@ def import_layers(
         typer.Option("--num-layers", min=1, help="Decoder layers of the base; SWAA settings need it.", show_default=False),
     ] = None,
     granularity: Annotated[
-        Literal["layer", "kv_head"], typer.Option(help="What streams by gates: whole layers, or single KV heads.")
+        Literal["layer", "kv_head"], typer.Option(help="What streams by gates: entire layers, or single KV heads.")
     ] = "layer",
 ) -> None:
     """Print what a published hybrid streams as the `hybrid` part of a recipe."""

@@ -15,7 +15,7 @@ Only = Annotated[bool, typer.Option("--only", help="Refuse where an earlier stag
 
 
 def run(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Do all that a recipe says, from base model to exported hybrid; resumes where it stopped."""
+    """Do all that a recipe sets, from base model to exported hybrid; resumes where it stopped."""
     _work("run", recipe, overrides, runs)
 
 
@@ -40,7 +40,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs"), only: Only = False) -> None:
-    """Measure base, converted and trained model as the recipe's `eval` list says; several processes share the samples."""
+    """Measure base, converted and trained model by the recipe's `eval` list; several processes share the samples."""
     _work("eval", recipe, overrides, runs, only)
 
 
@@ -82,7 +82,7 @@ def export(
 
 
 def sample(recipe: RecipePath, overrides: Overrides = None, runs: RunsRoot = Path("runs")) -> None:
-    """Draw answers as the recipe's `sample` part says, and write the correct ones as training data."""
+    """Draw answers by the recipe's `sample` part, and write the correct ones as training data."""
     _work("sample", recipe, overrides, runs)
 
 
@@ -107,7 +107,7 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples, with one seed.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
-    """Run a recipe with what streams chosen in several ways, and write tables and a picture; finished runs are not run again."""
+    """Run a recipe with several choices of what streams, and write tables and a picture; finished runs are not run again."""
     named = {"strategies": strategies, "ratios": ratios, "granularities": granularities, "seeds": seeds}
     grid = [f"grid.{setting}=[{values}]" for setting, values in named.items() if values is not None]
     quiet_upstream()
@@ -124,7 +124,7 @@ def probe(
     step: Annotated[int, typer.Option()],
     parent: Annotated[int, typer.Option(help="Process with which to end.")],
 ) -> None:
-    """Ask a checkpoint what `train.probes` says. A training starts this by itself."""
+    """Evaluate a checkpoint by `train.probes`. A training starts this by itself."""
     quiet_upstream()
     from lt_train.pipeline.probing import probe_checkpoint
 
@@ -144,7 +144,7 @@ def _work(command: str, recipe: Path, overrides: list[str] | None, runs: Path, o
             "only train and eval run under them"
         )
     quiet_upstream()
-    if not process.speaks:
+    if not process.is_main:
         silence()
     from lt_train.pipeline.run import work
 

@@ -1,6 +1,6 @@
 """A conversation as text: the prompt up to where the model answers, and the answer as the chat template would write it there.
 
-Where the chat template writes the whole last answer, its own rendering is followed to the character. Templates that drop the
+Where the chat template writes all of the last answer, its own rendering is followed to the character. Templates that drop the
 reasoning of an answer (DeepSeek-R1's) are not: there the answer is put after the prompt as it is.
 """
 
@@ -130,7 +130,7 @@ class AnswerWriter:
         return reasoning, content
 
     def _by_template(self, turns: Sequence[Mapping[str, str]], prompt: str, reasoning: str, content: str) -> str | None:
-        """The answer in the template's rendering of the whole conversation; None where that does not hold all of it."""
+        """The answer in the template's rendering of the conversation; None where that does not hold all of it."""
         answer = {"role": "assistant", "content": content}
         if reasoning:
             answer |= {self.base.key: reasoning} if self.base.key else {"content": self._tags.lay(reasoning, content)}
@@ -151,7 +151,7 @@ class AnswerWriter:
         return self._before(answer) + self._unopened(prompt, answer)
 
     def _before(self, content: str) -> str:
-        """What the template writes before an answer; empty reasoning only where the answer has none and the template keeps it."""
+        """The template's text before an answer; empty reasoning only where the answer has none and the template keeps it."""
         before = self.template.before_answer
         tags = self.base.tags
         if tags is None or tags.closing not in before:
@@ -189,7 +189,7 @@ def base_reasoning(template: ChatTemplate, known: tuple[ReasoningTags, ...], own
 
 
 def _tags_opened_by(generation_prompt: str) -> ReasoningTags | None:
-    """Of a generation prompt that ends with an XML tag: the family does not have to be known."""
+    """The tags that a generation prompt opens with its last XML tag: the family need not be known."""
     found = re.search(r"<([A-Za-z][\w:-]+)>\s*$", generation_prompt)
     return None if found is None else ReasoningTags(f"<{found[1]}>", f"</{found[1]}>")
 
@@ -207,5 +207,5 @@ def _before_end(text: str, end: str) -> str | None:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space, which templates trim and add around reasoning."""
+    """The text without white space, which templates trim and add around reasoning."""
     return "".join(unquoted(text).split())

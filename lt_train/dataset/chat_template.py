@@ -1,4 +1,4 @@
-"""What a chat template writes around the texts of a conversation, learnt by rendering conversations of made-up texts."""
+"""The text that a chat template writes around those of a conversation, found by rendering made-up conversations."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lt_train.runtime.errors import UserError
 OWN_TEMPLATE = ". Change the recipe's prompt, or give a template of your own: prompt.chat_template"
 
 _FIRST, _ANSWER, _SECOND, _REASONING = "firstquestion7301", "firstanswer7302", "secondquestion7303", "reasoning7304"
-"""What stands for a conversation's texts while a chat template is probed."""
+"""Placeholders of a conversation's texts while a chat template is probed."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class ChatTemplate:
 
     @cached_property
     def before_answer(self) -> str:
-        """What the template writes between generation prompt and answer: nothing, a space (Mistral), empty reasoning (Qwen3).
+        """The text between generation prompt and answer: nothing, a space (Mistral), empty reasoning (Qwen3).
 
         "" where the template writes an answer otherwise than its own generation prompt begins it.
         """
-        whole, asked = self._conversation(2), self._conversation(1, add_generation_prompt=True)
-        return _between(whole, None, _ANSWER)[len(asked) :] if whole.startswith(asked) else ""
+        whole, prompt = self._conversation(2), self._conversation(1, add_generation_prompt=True)
+        return _between(whole, None, _ANSWER)[len(prompt) :] if whole.startswith(prompt) else ""
 
     def generation_prompt(self) -> str:
-        """What the template writes after the question, up to where the model goes on."""
+        """The text after the question, up to where the model continues."""
         return _between(self._conversation(1, add_generation_prompt=True), _FIRST, None)
 
     def reasoning_key(self, keys: Sequence[str]) -> str | None:
@@ -99,7 +99,7 @@ class ChatTemplate:
         return None
 
     def keeps(self, opening: str, closing: str) -> bool:
-        """Whether the template writes reasoning that stands between these tags in the last answer."""
+        """Whether the template writes reasoning that is between these tags in the last answer."""
         return _REASONING in self._conversation(2, {"content": f"{opening}\n{_REASONING}\n{closing}\n\n{_ANSWER}"})
 
     def _apply(self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -126,7 +126,7 @@ class ChatTemplate:
 
     @cached_property
     def _preamble(self) -> tuple[str, str]:
-        """What a template without system turn puts before the first user turn, and what of it is no default system turn.
+        """The text that a template without system turn puts before the first user turn, and the part of it that is no system turn.
 
         The header of a user turn is learnt from a second one, which no system turn precedes.
         """
@@ -136,7 +136,7 @@ class ChatTemplate:
             if not before.endswith(header):
                 raise UserError("the first user turn begins otherwise than later ones")
         except UserError as error:
-            if self.is_own:  # written for this recipe: taken as it stands
+            if self.is_own:  # written for this recipe: taken as it is
                 return "", ""
             raise UserError(
                 f"prompt.system is null, and whether the chat template then puts in a system turn of its own is unknown: {error}. "
@@ -152,7 +152,7 @@ class ChatTemplate:
 
     @cached_property
     def _user_header(self) -> str:
-        """What a template writes between the end of an assistant turn and the text of the user turn after it."""
+        """The text between the end of an assistant turn and the text of the user turn after it."""
         between = _between(self._conversation(3), _ANSWER, _SECOND)
         end = self._after_answer
         if not between.startswith(end):
@@ -161,7 +161,7 @@ class ChatTemplate:
 
     @cached_property
     def _after_answer(self) -> str:
-        """What a template writes after the text of a conversation's last answer."""
+        """The text after that of a conversation's last answer."""
         return _between(self._conversation(2), _ANSWER, None)
 
     def _conversation(self, turns: int, answer: Mapping[str, str] | None = None, *, add_generation_prompt: bool = False) -> str:
@@ -194,6 +194,6 @@ def _between(text: str, left: str | None, right: str | None) -> str:
     """The part of `text` after `left` and before `right`, each of which must be there once; None: the text's own end."""
     for marker in (left, right):
         if marker is not None and text.count(marker) != 1:
-            raise UserError(f"the text of a turn stands {text.count(marker)} times in what the chat template writes")
+            raise UserError(f"the text of a turn occurs {text.count(marker)} times in what the chat template writes")
     start = 0 if left is None else text.index(left) + len(left)
     return text[start : None if right is None else text.index(right)]

@@ -23,7 +23,7 @@ SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 """Columns that hold a row's own system turn."""
 
 REFUSED_NAMES = ("tools", "functions", "chat_template_kwargs")
-"""Columns that would change the prompt in ways that are not trained on here."""
+"""Columns that would change the prompt, which training here does not support."""
 
 Row = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """Examples to train on: the token ids of a prompt, and of the answer that is trained on.
 
-Those of a data set lie in an Arrow file that is memory-mapped: each is made when it is asked for, and every process of a machine
+Those of a data set are in an Arrow file that is memory-mapped: each is made when it is read, and every process of a machine
 reads the same pages.
 """
 
@@ -173,7 +173,7 @@ def samples_fingerprint(examples: Sequence[Example]) -> str:
 
 
 def calibration_examples(examples: ExampleSet, calibration: Calibration, seed: int) -> list[Example]:
-    """The samples that layers are scored on: the first of a shuffle of the training part, cut to calibration.max_length.
+    """The samples that layers are scored on: the first of a shuffle of the training part, truncated to calibration.max_length.
 
     A sample whose prompt alone fills calibration.max_length has no answer token to score and is passed over.
     """
@@ -186,11 +186,11 @@ def calibration_examples(examples: ExampleSet, calibration: Calibration, seed: i
     fitting = [at for at in order if prompts[at] < longest]
     if not fitting:
         raise UserError(f"hybrid.calibration.max_length: every prompt has {longest} tokens or more; raise it")
-    return [cut(examples.train[at], longest) for at in fitting[: calibration.samples]]
+    return [truncated(examples.train[at], longest) for at in fitting[: calibration.samples]]
 
 
-def cut(example: Example, max_length: int) -> Example:
-    """Without its end, eos included: a trace that was cut must not teach to stop in the middle."""
+def truncated(example: Example, max_length: int) -> Example:
+    """The example without its end, eos included: a truncated trace must not teach to stop in the middle."""
     if len(example) <= max_length:
         return example
     return replace(example, answer_ids=example.answer_ids[: max_length - len(example.prompt_ids)], truncated=True)

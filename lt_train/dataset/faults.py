@@ -63,7 +63,7 @@ class Kind:
 
 
 def texts_in(value: object) -> Iterable[str]:
-    """Every text that a value holds, however deep, but for names of fields and white space."""
+    """Every text that a value holds, however deep, except names of fields and white space."""
     if isinstance(value, str):
         if value.strip():
             yield value

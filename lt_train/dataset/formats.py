@@ -35,7 +35,7 @@ PLAIN_FIELDS = {"LIMO": {"question", "solution", "answer"}, "GSM8K": {"question"
 
 
 def chosen_format(data: Data, row: Mapping[str, Any]) -> tuple[str, Columns]:
-    """What the recipe says about the fields of a row, or what its first row shows.
+    """The fields of a row, as the recipe names them or its first row shows them.
 
     Returns:
         The format in words, and its fields.

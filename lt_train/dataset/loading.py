@@ -1,4 +1,4 @@
-"""From the recipe's data to examples: tokenized once, kept in a folder, and memory-mapped from there by every process."""
+"""The examples of the recipe's data: tokenized once, kept in a folder, and memory-mapped from there by every process."""
 
 import fcntl
 import shutil
@@ -35,7 +35,7 @@ def load_examples(
     Args:
         model_max_length: tokens that the model can take (its config's max_position_embeddings).
         eos_ids: tokens besides the tokenizer's eos at which the model stops (generation_config.eos_token_id).
-        folder: where the examples are kept. The first process that asks for them writes them; all others wait, and read them.
+        folder: where the examples are kept. The first process that needs them writes them; all others wait, and read them.
             None: they are held in memory.
         workers: processes that tokenize; None: one for each core.
         progress: show on stderr how many rows are done.

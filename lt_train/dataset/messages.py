@@ -12,7 +12,7 @@ Message = dict[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": …}; an assistant's may have REASONING."""
 
 REASONING = "reasoning_content"
-"""Key of a message that holds its reasoning, whichever key the data have for it."""
+"""Key of a message that holds its reasoning, by any key that data have for it."""
 
 ROLES = {
     "system": "system",

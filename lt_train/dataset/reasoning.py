@@ -40,8 +40,8 @@ def known_tags(pair: list[str] | None) -> tuple[ReasoningTags, ...]:
 def tags_of_answer(answer: str, base: BaseReasoning, known: tuple[ReasoningTags, ...]) -> ReasoningTags | None:
     """The tags that enclose the reasoning of an answer: the base's where they are there, else those that come first.
 
-    Others than the base's, STILL's and <think> count only where the answer begins with them or inside them: an answer may speak
-    of an XML tag.
+    Others than the base's, STILL's and <think> count only where the answer begins with them or inside them: an answer may mention
+     an XML tag.
     """
     if base.tags is not None and (base.tags.opening in answer or base.tags.closing in answer):
         return base.tags

@@ -43,7 +43,7 @@ class TokenizedAnswer:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """What became of a row: its answers, or the fault that it has."""
+    """A tokenized row: its answers, or its fault."""
 
     where: str
     answers: tuple[TokenizedAnswer, ...] = ()
@@ -119,7 +119,7 @@ class RowTokenizer:
         return self.writer.special.encode(answer)
 
     def _hold(self, ids: list[int], text: str) -> bool:
-        """Whether `ids` stand for all of `text`, up to what the tokenizer's normaliser makes of it (Qwen's: Unicode NFC).
+        """Whether `ids` represent all of `text`, up to what the tokenizer's normaliser makes of it (Qwen's: Unicode NFC).
 
         A space before the first word is part of SentencePiece's first token, and not decoded at the start of a text.
         """

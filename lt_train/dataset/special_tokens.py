@@ -1,4 +1,4 @@
-"""Special tokens that stand in data as text: a row that quotes <|im_end|> must not end the turn.
+"""Special tokens that occur in data as text: a row that quotes <|im_end|> must not end the turn.
 
 Each is quoted, with a mark inside it, before the chat template lays its own special tokens around the text; what is marked is
 tokenized as the characters that it consists of.

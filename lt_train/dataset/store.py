@@ -79,7 +79,7 @@ def write_examples(inputs: Inputs, folder: Path, workers: int | None, progress: 
 
 
 def read_examples(folder: Path, *, in_memory: bool = False) -> ExampleSet:
-    """What `write_examples` left in a folder, memory-mapped."""
+    """The examples that `write_examples` left in a folder, memory-mapped."""
     record = read_json(folder / RECORD, "record of tokenized data")
     table = _table(folder, in_memory)
     return ExampleSet(

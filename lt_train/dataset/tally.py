@@ -1,4 +1,4 @@
-"""What becomes of the rows of a data set: counted, refused or reported."""
+"""Counts of the rows of a data set, and of those that are left out: reported or refused."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ MUCH = 0.2
 """More than this fraction of the rows dropped is a warning."""
 
 ENOUGH = 512
-"""Where so many first rows are all faulty, the others are not read: their fields are others than the recipe names."""
+"""Where this many first rows are all faulty, the others are not read: their fields are not those that the recipe names."""
 
 
 class Tally:

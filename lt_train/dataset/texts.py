@@ -27,7 +27,7 @@ def text_examples(source: str, tokenizer: PreTrainedTokenizerBase, *, samples: i
 
 
 def _samples(file: Path, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[Example]:
-    """The whole text, or as many samples of `max_length` tokens as it has. Each begins as a sequence of its own does."""
+    """All of the text, or as many samples of `max_length` tokens as it has. Each begins as a sequence of its own does."""
     first = tokenizer("")["input_ids"]  # a bos token, where the tokenizer puts one in front
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     room = max_length - len(first)

@@ -19,7 +19,7 @@ class BaseAnswers:
     """The final hidden states that predict the answer tokens of some examples, and the language-model head that reads them; the
     base's weights need not stay in memory.
 
-    The states lie in a file without a name: the system frees its space when it is closed, or when this process dies, however it
+    The states are in a file without a name: the system frees its space when it is closed, or when this process dies, however it
     does.
 
     Attributes:

@@ -56,8 +56,8 @@ def question_text(
 
 
 def instruction_for(benchmark: Benchmark, prompt: Prompt, instruction: str | None) -> str:
-    """What follows each question: the evaluation's own `instruction`, else the benchmark's where the recipe's user turn is the bare
-    question; empty: nothing.
+    """The text after each question: the evaluation's own `instruction`, else the benchmark's where the recipe's user turn is the
+    question alone; empty: nothing.
     """
     if instruction is not None:
         return instruction
@@ -91,7 +91,7 @@ def room_for_text(
 
 def truncate_middle(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> str:
     """As LongBench's pred.py: the first and the last max_tokens // 2 tokens of too long a text, the tokenizer's own special
-    tokens counted; the instructions stand at both ends.
+    tokens counted; the instructions are at both ends.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) <= max_tokens:

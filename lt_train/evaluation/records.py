@@ -268,7 +268,7 @@ def claim_folder(folder: Path, fingerprint: Fingerprint) -> None:
 
 
 def recorded_model(folder: Path) -> str | None:
-    """Fingerprint of the model that made the samples or the scores in a folder; None where it does not say."""
+    """Fingerprint of the model that made the samples or the scores in a folder; None where the folder has none."""
     for name in (SAMPLES_META, SCORES):
         if (folder / name).is_file():
             found = files.read_json(folder / name, "record of an evaluation")
@@ -310,5 +310,5 @@ def parse_record(row: dict[str, Any], where: str) -> SampleRecord:
 
 
 def content(record: SampleRecord) -> dict[str, Any]:
-    """What two records of one sample must agree in: all but the time it took."""
+    """The fields in which two records of one sample must agree: all except the time it took."""
     return {name: value for name, value in asdict(record).items() if name != "seconds"}

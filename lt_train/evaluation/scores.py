@@ -42,7 +42,7 @@ RENAMED_SINCE_3 = {"lengths_right": "lengths_correct", "lengths_wrong": "lengths
 ADDED_SINCE_3 = {"truncated_as", "accuracy_by_truncated_as", "from_last"}
 
 TruncatedAs = Literal["incorrect", "graded"]
-"""How answers that reach max_new_tokens count: as incorrect whatever they say, or by their text."""
+"""How answers that reach max_new_tokens count: as incorrect whatever their text, or by their text."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Interval:
-    """Of 95 % confidence."""
+    """An interval of 95 % confidence."""
 
     low: float
     high: float
@@ -122,7 +122,7 @@ def wilson(fraction: float, n: int) -> Interval:
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     centre = (fraction + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
-    # Its ends are exactly 0 and 1 there, but for rounding.
+    # Its ends are exactly 0 and 1 there, up to rounding.
     return Interval(0.0 if fraction == 0 else centre - reach, 1.0 if fraction == 1 else centre + reach)
 
 
@@ -159,7 +159,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Mean:
 
 
 def lengths_of(tokens: Sequence[int]) -> Lengths | None:
-    """None where there are no answers. Quantiles are interpolated linearly."""
+    """Quantiles of lengths; None where there are no answers. Quantiles are interpolated linearly."""
     if not tokens:
         return None
     array = np.asarray(tokens, dtype=np.float64)

@@ -22,7 +22,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """What is exported.
+    """A trained adapter to export.
 
     Attributes:
         folder: where training left it. spec: of the hybrid that it was trained in.
@@ -38,7 +38,7 @@ def export_adapter(adapter: TrainedAdapter, out: Path, metadata: ExportMetadata)
     """Write the adapter to the new folder `out`: config and weights as PEFT reads them, and a card.
 
     Raises:
-        UserError: something lies at `out`, or the folder of the trained adapter lacks a file.
+        UserError: something is at `out`, or the folder of the trained adapter lacks a file.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"--adapter: {out}: exists already, and is not overwritten. Fix: name a new folder")

@@ -36,10 +36,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What the script is to do: paths and plain values only, it travels as JSON.
+    """The task of the script: paths and plain values only, passed as JSON.
 
     Attributes:
-        code: Python that leaves a `model` and a `tokenizer`; it runs as a user's would who pasted it.
+        code: Python that leaves a `model` and a `tokenizer`; it runs as if a user had pasted it.
         parent: id of the process with which this one ends.
     """
 
@@ -53,7 +53,7 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a model computes for one batch.
+    """The output of a model for one batch.
 
     Attributes:
         logits_BKV: of the last columns. sequences_BN: the tokens generated greedily, ends of answers forbidden.
@@ -103,11 +103,11 @@ def run_card(code: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Run the card's code as if it had been pasted into a Python that was started here.
 
     Raises:
-        SystemExit: it asks a question.
+        SystemExit: it calls input().
     """
 
     def refuse(question: object = "", /) -> NoReturn:
-        raise SystemExit(f"the code of the model card asks a question: {question}")
+        raise SystemExit(f"the code of the model card calls input(): {question}")
 
     sys.modules["lt_train"] = None  # type: ignore[assignment]  # importing it fails from here on, however it is installed
     sys.path.insert(0, "")

@@ -20,7 +20,7 @@ from lt_train.vllm_plugin.command import CHUNK
 
 
 def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtype, check: Check | str, *, own_code: bool) -> str:
-    """The whole README.md. Depends on nothing but its arguments.
+    """All of README.md. It follows from its arguments alone.
 
     Args:
         check: its result, or why there was none.
@@ -140,7 +140,7 @@ answer = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))
 """
 _OWN_CODE = (
-    "The model's code lies beside its weights. Without `trust_remote_code=True` loading stops with an error: no stock class "
+    "The model's code is beside its weights. Without `trust_remote_code=True` loading stops with an error: no stock class "
     "computes these layers."
 )
 _STOCK = (
@@ -164,7 +164,7 @@ def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:
 
 
 def _in_vllm(config: HybridConfig) -> str:
-    """What vLLM makes of these bytes; nothing where it does not serve this hybrid."""
+    """The sequences that vLLM holds in these bytes; nothing where it does not serve this hybrid."""
     spec = config.spec
     if not spec.streams or not (specs := with_one_more_or_fewer(spec, config.model_type, config.kv_heads)):
         return ""
@@ -212,9 +212,9 @@ def _score_row(score: ReportedScore) -> str:
 
 def _limits(config: HybridConfig, own_code: bool) -> str:
     spec, kind = config.spec, "head" if config.spec.split_layers else "layer"
-    ways = f"the full-attention {kind}s and the sinks" if spec.w_sink or spec.learned_sinks else f"the full-attention {kind}s"
+    through = f"the full-attention {kind}s and the sinks" if spec.w_sink or spec.learned_sinks else f"the full-attention {kind}s"
     reach = (
-        f"What lies further back than {spec.w_recent:,} tokens reaches a streaming {kind} only through {ways}: test exact "
+        f"What is further back than {spec.w_recent:,} tokens reaches a streaming {kind} only through {through}: test exact "
         "recall over long distances before relying on it."
     )
     by_vllm = serves_family(config.model_type) and not spec.sliding_layers
@@ -245,7 +245,7 @@ def _check(check: Check | str) -> str:
             f"## Check\n\nNot compared with the model in memory: {check}. The weights were written one by one from those of the "
             "base and of the training."
         )
-    ties = f", but for {check.ties} rows that part between equally likely tokens" if check.ties else ""
+    ties = f", except {check.ties} rows that differ from a token on which is equally likely" if check.ties else ""
     rounding = "" if check.rounding is None else f"; rounding changes one by {check.rounding:.1e}"
     faults = "".join(f", {fault} by {change:.1e}" for fault, change in check.faults.items())
     return (

@@ -46,7 +46,7 @@ def export_hybrid(
     """Write a hybrid to the folder `out`; as an ordinary checkpoint of a stock class where one computes it, else with its own code.
 
     One shard of the weights is in memory at a time; only the check loads the model, where there is room for it. An export of the
-    same content that lies there already is recognised and kept.
+    same content that is there already is recognised and kept.
 
     Args:
         max_shard_size: bytes of the largest file of weights.
@@ -54,9 +54,9 @@ def export_hybrid(
         report: called with a line before each long step.
 
     Raises:
-        UserError: something else lies at `out`; no token ends an answer; the disk is full; the export does not load in a process
-            without lt_train, or computes something else there (see `check_export`). Then what was written lies beside `out`, to
-            look at.
+        UserError: something else is at `out`; no token ends an answer; the disk is full; the export does not load in a process
+            without lt_train, or computes something else there (see `check_export`). Then what was written is kept
+            beside `out`.
     """
     out, skeleton = Path(out), hybrid.skeleton
     own_code = needs_own_code(skeleton.config)
@@ -110,20 +110,20 @@ def _empty_folder(out: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _kept_if_refused(partial: Path, out: Path) -> Iterator[None]:
-    """Keep an export that its check refuses beside `out`, in place of one that was refused before, and say where."""
+    """Keep an export that its check refuses beside `out`, in place of an earlier refused one; the error names the place."""
     try:
         yield
     except UserError as error:
         refused = out.with_name(f"{out.name}-refused")
         shutil.rmtree(refused, ignore_errors=True)
         os.rename(partial, refused)
-        raise UserError(f"{error}\nNothing was exported; what was refused lies in {refused}") from error
+        raise UserError(f"{error}\nNothing was exported. The refused export is in {refused}") from error
 
 
 def _describe(
     folder: Path, model: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, dtype: torch.dtype
 ) -> None:
-    """All that says what the weights mean: configs, tokenizer, code."""
+    """All that loading the weights needs: configs, tokenizer, code."""
     exported_config(model, dtype).save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -142,7 +142,7 @@ def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max
             save_file(weights, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # which has no errno
             problem = f"{folder.parent}: {file} of the export could not be written there: {error}"
-            raise UserError(f"{problem}. Earlier exports are whole. Fix: free some space, and export again") from error
+            raise UserError(f"{problem}. Earlier exports are complete. Fix: free some space, and export again") from error
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files that their owner alone can read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

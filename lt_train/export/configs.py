@@ -66,7 +66,7 @@ def exported_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToke
     """The base's defaults for sampling, with every token that ends an answer and one for padding.
 
     Raises:
-        UserError: nothing says where an answer ends, or the base's settings contradict each other.
+        UserError: no token ends an answer, or the base's settings contradict each other.
     """
     config = GenerationConfig.from_dict(consistent(model.generation_config.to_dict()))
     of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""What an export consists of, written into its folder last: by it a whole export is told from anything else."""
+"""The manifest of an export, written into its folder last: a folder without it is no complete export."""
 
 import json
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(found["content"], known, None if unchecked else Check(**found["check"]), unchecked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: not a whole export manifest ({error!r}). Fix: export or download it again"
+            f"{folder / MANIFEST}: not a complete export manifest ({error!r}). Fix: export or download it again"
         ) from error
 
 
@@ -120,7 +120,7 @@ def content_fingerprint(described: Path, hybrid: ExportedHybrid, dtype: torch.dt
 
 
 def is_exported(folder: Path, content: str) -> bool:
-    """Whether `folder` is a whole export of this content.
+    """Whether `folder` is a complete export of this content.
 
     Raises:
         UserError: something else is there, or the export has been damaged.

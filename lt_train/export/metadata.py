@@ -1,4 +1,4 @@
-"""Where an export comes from: plain values that its model card shows."""
+"""The origin of an export: plain values that its model card shows."""
 
 from dataclasses import dataclass
 

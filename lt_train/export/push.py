@@ -49,7 +49,7 @@ def push_export(folder: Path, repo: str, report: Callable[[str], None]) -> None:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export by lt-train", delete_patterns="*")
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"export.push: {repo}: {_reason(error)}. The export in {folder} is whole. "
+            f"export.push: {repo}: {_reason(error)}. The export in {folder} is complete. "
             f"Fix: see that {api.endpoint} can be reached and that {TOKEN} may write there; the same command pushes what is missing"
         ) from error
     report(f"pushed to {api.endpoint}/{repo}")

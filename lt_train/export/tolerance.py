@@ -20,7 +20,7 @@ from lt_train.inference.changed_config import changed
 
 EXACT = torch.float64
 MARGIN = 16.0
-"""Other kernels of the same dtype round alike within this factor. A fault that changes logits by less is not told from rounding."""
+"""Other kernels of the same dtype round alike within this factor. A fault that changes logits by less is taken for rounding."""
 
 BEYOND_WINDOW = 64  # columns
 LARGEST_WINDOW_IN_A_BATCH = 192  # tokens; a longer prompt goes alone, for its logits' sake

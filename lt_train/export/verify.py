@@ -47,7 +47,7 @@ class Check:
     Attributes:
         logits_difference: largest absolute difference of a logit; largest_logit: for scale. tolerance: what was allowed.
         tokens: generated greedily and compared. ties: rows that part where the model in memory has two next tokens within the
-            tolerance of each other; what follows such a parting is not compared.
+            tolerance of each other; what follows such a token is not compared.
         rounding, faults: see LogitChanges; only faults that would have been noticed.
     """
 
@@ -74,7 +74,7 @@ def check_export(
     """Run the model card's code in a bare process, and compare what it computes with the model in memory.
 
     Args:
-        code: Python that loads what lies in its working directory, and leaves a `model` and a `tokenizer`.
+        code: Python that loads the files of its working directory, and leaves a `model` and a `tokenizer`.
         model: in `dtype`, as exported. generation: as exported.
         scratch: an empty folder for the files that the two processes exchange.
 
@@ -126,24 +126,24 @@ def compare(
         raise UserError(
             f"{folder}: loaded by itself, the export gives other logits than the model in memory: they differ by up to "
             f"{difference:.1e}, allowed are {allowed:.1e} (largest logit {largest:.1f}; rounding makes {measured.rounding:.1e}"
-            f"{faults}). Fix: see whether the model was changed in memory after loading in a way that its config does not say"
+            f"{faults}). Fix: see whether the model was changed in memory after loading, and its config was not"
         )
-    partings = [_partings(folder, here, there, allowed) for here, there in zip(wanted, found, strict=True)]
+    agreements = [_agreeing_tokens(folder, here, there, allowed) for here, there in zip(wanted, found, strict=True)]
     return Check(
         model_class=metadata["model_class"],
         dtype=metadata["dtype"],
         logits_difference=difference,
         largest_logit=largest,
         tolerance=allowed,
-        tokens=sum(step for rows in partings for step in rows),
-        ties=sum(step < NEW_TOKENS for rows in partings for step in rows),
+        tokens=sum(step for rows in agreements for step in rows),
+        ties=sum(step < NEW_TOKENS for rows in agreements for step in rows),
         rounding=measured.rounding,
         faults=measured.noticed,
     )
 
 
-def _partings(folder: Path, wanted: Observation, found: Observation, allowed: float) -> list[int]:
-    """For each row how many tokens are equal; NEW_TOKENS where all are."""
+def _agreeing_tokens(folder: Path, wanted: Observation, found: Observation, allowed: float) -> list[int]:
+    """The number of equal tokens of each row; NEW_TOKENS where all are."""
     equal = []
     for row, differs_N in enumerate(wanted.sequences_BN != found.sequences_BN):
         step = int(differs_N.nonzero()[0]) if differs_N.any() else NEW_TOKENS
@@ -182,7 +182,7 @@ def _observe_in_a_bare_process(
 
 
 def _run_bare(scratch: Path, folder: Path) -> None:
-    """Run the script in `folder`, as its model card says; -P keeps the script's own folder off sys.path."""
+    """Run the script in `folder`, as in its model card; -P keeps the script's own folder off sys.path."""
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(scratch / "modules"),

@@ -1,4 +1,4 @@
-"""The weights of an export, read one at a time from the files where they lie: the model is in memory only where that is needed.
+"""The weights of an export, read one at a time from their files: the model is in memory only where that is needed.
 
 An adapter is merged a module at a time, by PEFT itself, with the base's weights of that module alone in memory.
 """
@@ -50,7 +50,7 @@ class NotOnDisk(Exception):
 
 @dataclass(frozen=True)
 class ExportedHybrid:
-    """What is exported.
+    """A hybrid to export.
 
     Attributes:
         skeleton: its config and generation config count, and the names and shapes of its weights, which may be on the meta device.
@@ -95,7 +95,7 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 class WeightFiles:
-    """The tensors of safetensors files, each read when it is asked for.
+    """The tensors of safetensors files, each read when it is needed.
 
     Args:
         files: name -> the file that holds it (see `files_by_name`).
@@ -256,4 +256,4 @@ def _check_merges_by_module(config: PeftConfig, skeleton: HybridForCausalLM) -> 
     if tied and {"lm_head", "embed_tokens"} & set(getattr(config, "modules_to_save", None) or ()):
         others.append("modules_to_save of tied weights")
     if others:
-        raise NotOnDisk(f"lora.peft sets {', '.join(others)}, so the adapter is merged in the whole model")
+        raise NotOnDisk(f"lora.peft sets {', '.join(others)}, so the adapter is merged in the loaded model")

@@ -29,7 +29,7 @@ def sliding_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The layers that have a window in the base.
 
     Args:
-        config: of a base, or of a hybrid of it, as a dict. `w_recent` in it says that `layer_types` are the base's.
+        config: of a base, or of a hybrid of it, as a dict. With `w_recent` in it, `layer_types` are the base's.
     """
     if "hybrid_version" in config and config.get("w_recent") is None:
         return ()

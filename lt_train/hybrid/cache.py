@@ -258,7 +258,7 @@ class SplitLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are: the two parts return unequally many columns, so the layer's view asks them."""
+        """The new keys and values as they are: the two parts return unequal numbers of columns, so the layer's view reads them."""
         return key_states, value_states
 
     @property

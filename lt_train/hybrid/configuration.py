@@ -1,7 +1,7 @@
 """Configs of the hybrid classes: the base's own config with native `layer_types` and `sliding_window`, plus `w_sink`.
 
 Of a base with sliding layers they keep its own `layer_types` and `sliding_window`, by which transformers chooses rotary embeddings,
-and say in `streaming_kv_heads` and `w_recent` what streams.
+and `streaming_kv_heads` and `w_recent` set what streams.
 
 Each has a `model_type` of its own, so that software without sinks stops instead of ignoring them; and with learned sinks a
 `hybrid_version` at which earlier code of ours stops.
@@ -30,16 +30,16 @@ from .spec import FULL, HYBRID_VERSION, STREAMING, HybridError, HybridSpec
 
 @strict
 class HybridConfig(PreTrainedConfig):
-    """What the configs of all families add. Mixed in before the family's config."""
+    """The settings that the configs of all families add. Mixed in before the family's config."""
 
     layer_types: list[str] | None = None
     sliding_window: int | None = 4096
     w_sink: int = 4
     learned_sinks: bool = False
     streaming_kv_heads: list[list[int]] | None = None
-    """By layer, the KV heads that stream; None: layers stream as a whole, as `layer_types` says."""
+    """By layer, the KV heads that stream; None: the layers that `layer_types` names stream with all their heads."""
     w_recent: int | None = None
-    """The window of what streams, where `layer_types` and `sliding_window` are the base's own; None: they say what streams."""
+    """The window of what streams, where `layer_types` and `sliding_window` are the base's own; None: these set what streams."""
     hybrid_version: str = HYBRID_VERSION
     use_cache: bool = True
 
@@ -73,8 +73,8 @@ class HybridConfig(PreTrainedConfig):
             )
         if self.layer_types != spec.layer_types:
             raise HybridError(
-                f"streaming_kv_heads: they make {spec.layer_types.count(STREAMING)} layers stream as a whole, and layer_types "
-                f"names {self.layer_types.count(STREAMING)}, or others. Fix: let both say the same"
+                f"streaming_kv_heads: they make {spec.layer_types.count(STREAMING)} layers stream with all their heads, and "
+                f"layer_types names {self.layer_types.count(STREAMING)}, or others. Fix: set both to the same layers"
             )
         if self.hybrid_version != spec.version:
             raise HybridError(
@@ -98,7 +98,7 @@ class HybridConfig(PreTrainedConfig):
     def _spec_beside_sliding_layers(self, layer_types: list[str], sliding_window: int, w_recent: int) -> HybridSpec:
         sliding = tuple(layer for layer, kind in enumerate(layer_types) if kind == STREAMING)
         if not sliding or self.streaming_kv_heads is None:
-            lacks = "no layer with a window" if not sliding else "no streaming_kv_heads, which say what streams"
+            lacks = "no layer with a window" if not sliding else "no streaming_kv_heads, which set what streams"
             raise HybridError(f"w_recent: {w_recent}: the config has {lacks}. Fix: restore the config.json that lt_train wrote")
         spec = HybridSpec.from_streaming_heads(self.streaming_kv_heads, self.kv_heads, self.w_sink, w_recent)
         return replace(spec, learned_sinks=self.learned_sinks, sliding_layers=sliding, sliding_window=sliding_window)

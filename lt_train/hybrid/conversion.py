@@ -29,7 +29,7 @@ _NOT_CARRIED_OVER = {
 
 
 def config_in(family: Family, base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConfig:
-    """All that the base's config says, in the family's class, with the layers and sizes of `spec`."""
+    """All settings of the base's config, in the family's class, with the layers and sizes of `spec`."""
     carried = {name: value for name, value in base_config.to_dict().items() if name not in _NOT_CARRIED_OVER}
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())

@@ -40,7 +40,7 @@ class Documents:
     _prepared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, prepare: Callable[[], T]) -> T:
-        """What a kernel derives from these documents: `prepare` runs once, and all layers use the result."""
+        """A value that a kernel derives from these documents: `prepare` runs once, and all layers use the result."""
         if key not in self._prepared:
             self._prepared[key] = prepare()
         return self._prepared[key]

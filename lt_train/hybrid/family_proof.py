@@ -36,7 +36,7 @@ ROUNDING = 1e-5
 """Relative difference of hidden states that rounding causes, where a family's norms or routers compute in fp32."""
 
 OF_FILES = ("architectures", "dtype", "transformers_version")
-"""Settings that say nothing of what a model computes."""
+"""Settings that do not change what a model computes."""
 
 
 def prove_family(config: PreTrainedConfig, *, split_layers: bool = False) -> None:
@@ -163,7 +163,7 @@ def _logits(model: PreTrainedModel, ids_BT: Tensor, **given: Tensor) -> Tensor:
 
 
 def _logits_by_cache(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
-    """Of a first part, a second one of several tokens, and the rest token by token."""
+    """Logits by a cache: of a first part, a second one of several tokens, and the rest token by token."""
     cache, parts = HybridCache(hybrid.spec), []
     for part_BT in ids_BT.split([LENGTH // 2, 4, *[1] * (LENGTH - LENGTH // 2 - 4)], dim=1):
         parts.append(hybrid(part_BT, **{CACHE_ARGUMENT: cache}).logits)
@@ -173,7 +173,7 @@ def _logits_by_cache(hybrid: HybridForCausalLM, ids_BT: Tensor) -> Tensor:
             held = [getattr(part, kind) for part in layer.parts]
             if (found := (sum(x.shape[1] for x in held), held[0].shape[3])) != expected:
                 at = attention_at(index, hybrid.model.layers[index].self_attn)
-                raise HybridError(f"{at}: it caches {kind} of {found} (heads, size), and the config says {expected}")
+                raise HybridError(f"{at}: it caches {kind} of {found} (heads, size), and by the config it is {expected}")
     return torch.cat(parts, dim=1)
 
 
@@ -213,9 +213,9 @@ def _check_what_layers_see(hybrid: HybridForCausalLM, ids_BT: Tensor) -> None:
         view_L = [views.sliding if layer in sliding else view for layer in range(hybrid.spec.num_layers)]
         for index, seen_TT in enumerate(_seen(hybrid, view_L, ids_BT[:1])):
             kind_of_layer, visible = ("sliding", sliding_TT) if index in sliding else (kind, visible_TT)
-            wrong = (seen_TT != visible[QUERIES]).nonzero()
-            if len(wrong):
-                row, key = wrong[0].tolist()
+            differing = (seen_TT != visible[QUERIES]).nonzero()
+            if len(differing):
+                row, key = differing[0].tolist()
                 query, sees = QUERIES[row], bool(seen_TT[row, key])
                 at = attention_at(index, hybrid.model.layers[index].self_attn)
                 found, wanted = ("sees", "hides") if sees else ("does not see", "shows")
@@ -226,7 +226,7 @@ QUERIES = [LENGTH // 2, LENGTH - 1]
 
 
 def _seen(hybrid: HybridForCausalLM, view_L: list[Any], ids_1T: Tensor) -> Iterator[Tensor]:
-    """For each layer, which tokens [queries, T] of its input the outputs at QUERIES depend on."""
+    """The tokens [queries, T] of each layer's input on which its outputs at QUERIES depend."""
     body = hybrid.model
     hidden_1TD = body.embed_tokens(ids_1T).detach()
     position_ids = torch.arange(LENGTH)[None]

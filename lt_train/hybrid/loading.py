@@ -81,7 +81,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 def refuse_undeclared(config: PreTrainedConfig) -> None:
     """
     Raises:
-        HybridError: families.py has no family of this base. The message says whether `model.family: auto` could make one.
+        HybridError: families.py has no family of this base. The message has whether `model.family: auto` could make one.
     """
     if is_declared(config):
         return
@@ -192,13 +192,11 @@ def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
     model as it is. Learned sinks that the model lacks are 0.
 
     Raises:
-        HybridError: see `hybrid_config`; a model whose weights are not those of its config (it has adapters, say), or that lies on
+        HybridError: see `hybrid_config`; a model whose weights are not those of its config (it has adapters), or that is on
             several devices.
     """
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise HybridError(
-            "device_map: the model lies on several devices. Fix: pass its folder or hub id instead, or use one device"
-        )
+        raise HybridError("device_map: the model is on several devices. Fix: pass its folder or hub id instead, or use one device")
     config = hybrid_config(model.config, spec)
     config.name_or_path = model.config.name_or_path
     with torch.device("meta"):
@@ -219,7 +217,7 @@ def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
         },
         fix="pass the model as transformers loads it, without adapters or changed modules",
     )
-    for name, buffer in model.named_buffers():  # a router's correction, say
+    for name, buffer in model.named_buffers():  # such as a router's correction
         place, _, last = name.rpartition(".")
         setattr(hybrid.get_submodule(place), last, buffer)
     hybrid.load_state_dict(weights | {name: x for name, x in model.state_dict().items() if name not in weights}, assign=True)
@@ -253,7 +251,7 @@ def _check_weights(source: str, config: HybridConfig, info: Mapping[str, Any], *
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without the table of missing weights that transformers logs: what is wrong is raised, and new sinks are not."""
+    """Hide transformers' table of missing weights: these are raised as an error, and new sinks are expected."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

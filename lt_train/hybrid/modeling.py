@@ -1,4 +1,4 @@
-"""What all hybrid model classes share: transformers' own classes, with masks, cache and attention kernels replaced.
+"""The part that all hybrid model classes share: transformers' own classes, with masks, cache and attention kernels replaced.
 
 Each family (families.py) is its stock class with `HybridBody` / `HybridForCausalLM` mixed in. transformers' `AttentionInterface`
 calls `hybrid_attention` under a name that is unique to this copy of the code, so exports of different versions can be loaded in one
@@ -156,7 +156,7 @@ class HybridBody(OwnAttention):
         return self
 
     def position_embeddings(self, hidden_BTD: Tensor, position_ids: Tensor) -> list[PositionEmbeddings]:
-        """What each layer gets as `position_embeddings`, by layer: some families have rotary embeddings for each type of layer."""
+        """The `position_embeddings` of each layer: some families have rotary embeddings for each type of layer."""
         if not self.rotates_by_layer_type:
             return [self.rotary_emb(hidden_BTD, position_ids)] * len(self.layers)
         kinds = self.config.layer_types
@@ -239,7 +239,7 @@ class HybridBody(OwnAttention):
         positions = cache.rows.new_positions_BT
         real = positions >= 0
         if position_ids is not None and not torch.equal(positions[real], position_ids.expand(batch, new)[real]):
-            raise _wrong_positions(cache, positions, position_ids.to(device).expand(batch, new))
+            raise _position_error(cache, positions, position_ids.to(device).expand(batch, new))
         full = CachedFullView(cache)
         streaming = full if self.attends_fully else CachedStreamingView(cache, self.spec)
         sliding = CachedStreamingView(cache, self.spec.sliding) if self.spec.sliding_layers else None
@@ -447,7 +447,7 @@ def refuse_unsupported_arguments(given: Mapping[str, Any]) -> None:
         raise HybridError("is_causal: False: a hybrid's attention is causal. Fix: leave it out")
 
 
-def _wrong_positions(cache: HybridCache, positions_BT: Tensor, given_BT: Tensor) -> HybridError:
+def _position_error(cache: HybridCache, positions_BT: Tensor, given_BT: Tensor) -> HybridError:
     """The error for positions that do not continue the cache, or for the mask from which generate() made them."""
     row, column = ((positions_BT >= 0) & (positions_BT != given_BT)).nonzero()[0].tolist()
     if int(cache.rows.before_B[row]) == 0:

@@ -32,7 +32,7 @@ class Shards:
     degree: int
 
     def spec_of_process(self, spec: HybridSpec, kv_heads: int) -> HybridSpec:
-        """What streams of the KV heads that this process computes: an equal part of `kv_heads`, in their order, or one of them."""
+        """The spec of the KV heads that this process computes: an equal part of `kv_heads`, in their order, or one of them."""
         first, count = self.index * kv_heads // self.degree, max(1, kv_heads // self.degree)
         heads_L = [[head - first for head in heads if first <= head < first + count] for heads in spec.streaming_heads(kv_heads)]
         return HybridSpec.from_streaming_heads(heads_L, count, spec.w_sink, spec.w_recent).on(spec)

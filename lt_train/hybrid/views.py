@@ -76,7 +76,7 @@ class CachedView(AttentionView):
 
     @cached_property
     def visible_BTK(self) -> Tensor | None:
-        """None where every query sees every key."""
+        """The mask of visible keys; None where every query sees every key."""
         raise NotImplementedError
 
     def sinks_of(self, module: nn.Module, q_BHTD: Tensor) -> Tensor | None:
@@ -131,7 +131,7 @@ class CachedStreamingView(CachedView):
 class SplitView(AttentionView):
     """A split layer: `streaming_heads` are its KV heads that stream, and the others keep full attention.
 
-    Heads stand as in the base's weights and are copied apart here; docs/code.md has the cost.
+    Heads are in the order of the base's weights, and are copied apart here; docs/code.md has the cost.
 
     Args:
         cache: if given, keys and values are new ones, which this view stores in the parts of the layer's `SplitLayer`.

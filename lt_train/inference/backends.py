@@ -1,4 +1,4 @@
-"""What answers an evaluation: the model in this process, or servers whose answers were compared with the checkpoint's."""
+"""The backend of an evaluation: the model in this process, or servers whose answers were compared with the checkpoint's."""
 
 import os
 from collections.abc import Callable, Mapping

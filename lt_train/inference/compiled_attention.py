@@ -29,7 +29,7 @@ _SECONDS = 60
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """Where the cached keys of each row lie, and which of them each new token sees.
+    """Places of the cached keys of each row, and which of them each new token sees.
 
     Attributes:
         start_N: the element of keys and values at which each block's first head begins, row by row.

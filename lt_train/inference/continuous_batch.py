@@ -4,7 +4,7 @@ A sequence that ends frees its slot at once for the next one. Prompts are read i
 together. When pages run out, the youngest sequence is put back and later read again with the tokens it has; none is lost, and none
 changes, because random numbers follow from (seed, position) alone. Where each prompt decides which layers stream, a sequence begins
 only when there are pages for all of it, and is not put back. With a draft a step gives each sequence the tokens that the draft
-guessed, up to the first wrong one, and the model's own token after them.
+guessed, up to the first incorrect one, and the model's own token after them.
 
 Shapes: B running sequences, T tokens that a step reads of each, V vocab_size.
 """
@@ -57,8 +57,8 @@ class NewToken:
     """A token that a step gave a sequence.
 
     Attributes:
-        logprobs: where the request asks for them.
-        answer: the whole answer, where this token is its last.
+        logprobs: where the request has them on.
+        answer: the complete answer, where this token is its last.
     """
 
     sequence: Running
@@ -214,7 +214,7 @@ class ContinuousBatch:
             guessed = [token.token_id == drafted[row][number] for row, token in zip(rows, new, strict=True)]
             self.acceptance.compared += len(rows)
             self.acceptance.accepted += sum(guessed)
-            rows = [row for row, token, right in zip(rows, new, guessed, strict=True) if right and token.answer is None]
+            rows = [row for row, token, correct in zip(rows, new, guessed, strict=True) if correct and token.answer is None]
         for slot, sequence in enumerate(self.running):
             self.store.lengths[slot] = len(sequence.ids) - 1
         return taken
@@ -289,6 +289,6 @@ def _logprobs(request: Request, logits_V: Tensor, token_id: int) -> Logprobs | N
 
 
 def _latest_tokens(sequence: Running, stop: Sequence[str]) -> list[int]:
-    """The last new tokens, among which a stop string must lie that the newest one has completed: a byte each at worst."""
+    """The last new tokens, which must hold a stop string that the newest one has completed: a byte each at worst."""
     most = 1 + max(len(string.encode()) for string in stop)
     return sequence.ids[-min(most, sequence.new) :]

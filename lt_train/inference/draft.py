@@ -12,7 +12,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 
 LONGEST = 8
-"""Tokens of a round, at most, where measurements choose the number: at an acceptance of 0.9 a ninth is right in 39 % of rounds."""
+"""Most tokens of a round, where measurements choose the number: at an acceptance of 0.9 a ninth is accepted in 39 % of rounds."""
 
 FIRST_ROUNDS = 4
 """Rounds whose times replace earlier ones, which may include allocations."""
@@ -91,7 +91,7 @@ def rows_of_step(sequences: int, draft: Draft | None) -> int:
 
 @dataclass
 class Acceptance:
-    """What came of the draft's tokens.
+    """Counts of the draft's tokens.
 
     Attributes:
         rounds: forward passes of the model, counted for each sequence in them.

@@ -236,7 +236,7 @@ class RingLayer:
     `slot_of`, the rule of the hybrid's own cache, gives the place of each position in the ring.
 
     Attributes:
-        spec: says what its queries see.
+        spec: decides what its queries see.
         recent: the number of latest tokens that it holds, w_recent or more.
     """
 

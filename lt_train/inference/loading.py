@@ -43,7 +43,7 @@ from lt_train.runtime.sources import resolve_model
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _LONG_LOAD_BYTES = 2 * 2**30
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError)
-"""What transformers raises at weights that are missing, cut, or of another model; anything else is a bug in the hybrid classes."""
+"""What transformers raises at missing, truncated or other weights; anything else is a bug in the hybrid classes."""
 
 
 def load_base_config(model: Model) -> PreTrainedConfig:
@@ -67,7 +67,7 @@ def load_base_config(model: Model) -> PreTrainedConfig:
 
 
 def describe_proof(config: PreTrainedConfig) -> str:
-    """What was proved of a base whose family is not declared (see `prove_auto_family`)."""
+    """The proof of a base whose family is not declared, in words (see `prove_auto_family`)."""
     within = " within the window of its sliding layers" if base_spec(config.to_dict()).sliding_layers else ""
     return (
         f"auto: a hybrid of {config.model_type} was made, and proved on a small model: with full attention it is the base to the "
@@ -76,7 +76,7 @@ def describe_proof(config: PreTrainedConfig) -> str:
 
 
 def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> PreTrainedConfig:
-    """A config whose rotary embeddings are scaled as the recipe says (`model.rope_scaling`).
+    """A config whose rotary embeddings are scaled as the recipe sets (`model.rope_scaling`).
 
     Raises:
         UserError: a family that transformers scales in no such way.
@@ -178,7 +178,7 @@ def eos_ids(model: Model) -> list[int]:
 
 
 def _generation_settings(model: Model) -> dict[str, Any]:
-    """Of the base's generation_config.json; empty where it has none, as a base need not."""
+    """The base's generation_config.json; empty where it has none, as a base need not."""
     try:
         file = cached_file(resolve_model(model.base), GENERATION_CONFIG_NAME, revision=model.revision)
     except OSError:
@@ -192,7 +192,7 @@ def _generation_settings(model: Model) -> dict[str, Any]:
 
 
 def attention_choice(model: Model, config: PreTrainedConfig, trains: bool) -> Choice:
-    """What computes attention on this process's device, known before any weights are loaded.
+    """The attention kernel for this process's device, chosen before any weights are loaded.
 
     Raises:
         UserError: `model.attention` names a kernel that cannot do it here.
@@ -212,7 +212,7 @@ def load_weights(
         sinks: the file of the learned sinks, if the spec has them. Without it they are 0.
 
     Raises:
-        UserError: a base that cannot become a hybrid, no weights, or files that are cut or do not fit.
+        UserError: a base that cannot become a hybrid, no weights, or files that are truncated or do not fit.
     """
     config = load_base_config(model)
     with _failures_named(model, "generation config"):
@@ -235,7 +235,7 @@ def load_weights(
 
 
 def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) -> HybridForCausalLM:
-    """What `load_weights` gives, without any weights: they are on the meta device."""
+    """The model of `load_weights`, without any weights: they are on the meta device."""
     with torch.device("meta"):
         hybrid = build_hybrid(base_config, spec)
     with _failures_named(model, "generation config"):
@@ -246,7 +246,7 @@ def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) 
 
 
 def empty_checkpoint(folder: Path) -> HybridForCausalLM:
-    """What `load_hybrid_checkpoint` gives, without any weights: they are on the meta device."""
+    """The model of `load_hybrid_checkpoint`, without any weights: they are on the meta device."""
     config = read_config(folder)
     with torch.device("meta"):
         hybrid = family_of(config).model_class(config)
@@ -261,7 +261,7 @@ def load_for_inference(
     """As `load_weights`, on the accelerator. Alone with several of them, a process spreads the layers over all; so it does where
     the other processes of its launch wait for it and hold nothing (`others_wait`): afterwards, `release_memory`.
 
-    In a dtype other than the one that `model.dtype` means here, attention is computed as auto says: the kernel that the recipe
+    In a dtype other than the one that `model.dtype` means here, attention is computed as by auto: the kernel that the recipe
     names need not know it.
     """
     if dtype != compute_dtype(model.dtype):
@@ -270,7 +270,7 @@ def load_for_inference(
 
 
 def device_map(others_wait: bool = False) -> str | dict[str, torch.device]:
-    """Where `from_pretrained` is to put the layers of a model for inference."""
+    """The devices on which `from_pretrained` puts the layers of a model for inference."""
     alone = others_wait or "LOCAL_RANK" not in os.environ
     several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1 and alone
     return "auto" if several else {"": compute_device()}

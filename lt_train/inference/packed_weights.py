@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
 
 
 def packed_for(model: HybridForCausalLM, rows: int) -> HybridForCausalLM:
-    """What the engine computes with: the model with packed weights, or the model itself where there is an obstacle.
+    """The model that the engine computes with: one with packed weights, or the model itself where there is an obstacle.
 
     Args:
         rows: tokens of a forward pass of all sequences that are generated together, at most.

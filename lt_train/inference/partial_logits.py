@@ -7,5 +7,5 @@ LOGITS_PER_CALL = 2**24
 
 
 def tokens_per_part(model: HybridForCausalLM) -> int:
-    """Of how many tokens the logits are at most `LOGITS_PER_CALL` numbers."""
+    """The number of tokens whose logits are at most `LOGITS_PER_CALL` numbers."""
     return max(1, LOGITS_PER_CALL // model.config.vocab_size)

@@ -1,7 +1,7 @@
 """The KV cache of `generate()` where each prompt of a batch chooses the layers that stream in its answer.
 
 Each row has a cache of its own in each layer, without padding. While the prompts are read, the layer that leaves a row's queue is
-cut to sinks and window at once, so a row never holds more than `keep` layers in full.
+reduced to sinks and window at once, so a row never holds more than `keep` layers in full.
 
 Shapes: B rows, H query heads, G key/value heads, T tokens of a prompt, D head size.
 """
@@ -24,7 +24,7 @@ from lt_train.inference.per_prompt import LayerQueue, PerPrompt
 
 
 def choose_per_prompt(model: HybridForCausalLM, per_prompt: PerPrompt) -> None:
-    """From now on `generate()` and forward passes with a cache let each prompt choose.
+    """Let each prompt choose its layers in `generate()` and in forward passes with a cache from now on.
 
     Raises:
         UserError: see `PerPrompt.check`.
@@ -104,7 +104,7 @@ class PerPromptCache(HybridCache):
         if self.rows.new > 1:
             raise HybridError(
                 f"cache: {self.rows.new} new tokens after a prompt: its last queries decided which layers stream, and these have "
-                "dropped tokens since. Fix: pass a whole prompt in one forward pass, without prefill_chunk_size, and a new prompt "
+                "dropped tokens since. Fix: pass a prompt in one forward pass, without prefill_chunk_size, and a new prompt "
                 "without the cache of an earlier one"
             )
         for tokens in self.tokens:
@@ -112,7 +112,7 @@ class PerPromptCache(HybridCache):
         return AnswerRowsView(self)
 
     def write_prompt(self, row: int, layer: int, k_1GTD: Tensor, v_1GTD: Tensor, ratio: float) -> None:
-        """Cache a layer's keys and values of a row's prompt; the layer that leaves the queue is cut to sinks and latest tokens."""
+        """Cache a layer's keys and values of a row's prompt; the layer that leaves the queue keeps sinks and latest tokens only."""
         leaving, parts = self.queues[row].add(layer, ratio), self.layers[layer].parts
         if leaving == layer:
             parts.append(self._cut(row, k_1GTD, v_1GTD))

@@ -32,7 +32,7 @@ def check_one_device(model: HybridForCausalLM) -> None:
     devices = {str(next(layer.parameters()).device) for layer in model.model.layers}
     if len(devices) > 1:
         raise UserError(
-            f"per_prompt: the layers lie on {', '.join(sorted(devices))}, and all layers share one pool of pages. "
+            f"per_prompt: the layers are on {', '.join(sorted(devices))}, and all layers share one pool of pages. "
             "Fix: load the model on one device"
         )
 
@@ -76,7 +76,7 @@ class PerPromptSizes:
 
 @dataclass
 class CachedSequence:
-    """What one sequence holds: its pages by layer, and which of its layers stream.
+    """The cache of one sequence: its pages by layer, and which of its layers stream.
 
     Attributes:
         reserved: pages that it may take in all.
@@ -152,7 +152,7 @@ class PerPromptStore:
         return last
 
     def write_prompt(self, slot: int, layer: int, k_GKD: Tensor, v_GKD: Tensor, lazy_ratio: float) -> None:
-        """Cache a layer's keys and values of a whole prompt; the layer that leaves the queue is cut to sinks and latest tokens.
+        """Cache a layer's keys and values of a complete prompt; the layer that leaves the queue keeps sinks and latest tokens only.
 
         The layers of a prompt come in order, each once.
         """

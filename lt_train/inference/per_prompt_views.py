@@ -1,4 +1,4 @@
-"""What a layer's queries see while the engine runs sequences that stream in layers of their own.
+"""Views of a layer's queries while the engine runs sequences that stream in layers of their own.
 
 Shapes as in views.py.
 """
@@ -19,7 +19,7 @@ from lt_train.inference.views import PageIndices, attend_pages, page_blocks
 
 
 class PromptsView(AttentionView):
-    """Several whole prompts, packed into one row: full attention in every layer; the lazy ratios of each decide what is cached."""
+    """Complete prompts, packed into one row: full attention in every layer; the lazy ratios of each decide what is cached."""
 
     def __init__(self, store: PerPromptStore, inner: FullView, spans: list[tuple[int, int, int]]) -> None:
         """spans: (slot, first column, tokens) of each prompt. inner: the hybrid's own view of a full layer."""
@@ -62,7 +62,7 @@ class PerPromptStepView(AttentionView):
 
 @dataclass
 class LayerIndices:
-    """Where a step finds its cached tokens in one layer.
+    """The places of a step's cached tokens in one layer.
 
     Attributes:
         held: the pages of each sequence. places: how many places of them it uses, the new token's included.

@@ -70,7 +70,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came for a request.
+    """The answer to a request.
 
     Attributes:
         text: without the stop token or string at its end; special tokens are shown.

@@ -63,7 +63,7 @@ class ModelRunner:
     def verify(self, ids_BT: Sequence[Sequence[int]]) -> Tensor:
         """The logits [B, T, V] of the token after each of T new ones of every running sequence, by slot.
 
-        Their keys and values are cached; how many of them stay, `store.lengths` says afterwards.
+        Their keys and values are cached; `store.lengths` then has how many of them stay.
         """
         assert isinstance(self.store, KVStore), "a prompt that decides on its layers has no draft"
         view = StepView(self.store, tokens=len(ids_BT[0]))

@@ -46,7 +46,7 @@ def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def uniform_number(seed: int, position: int) -> float:
-    """In [0, 1), of 32 bits: its product with a total stays below the total, so a search always ends on a possible token."""
+    """A number in [0, 1), of 32 bits: its product with a total stays below the total, so a search ends on a possible token."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest()[:4]) / 2**32
 
 

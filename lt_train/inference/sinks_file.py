@@ -39,11 +39,11 @@ def read_sinks(model: HybridForCausalLM, file: Path) -> None:
     shapes = {name: getattr(logits_H, "ds_shape", logits_H.shape) for name, logits_H in sinks.items()}  # ZeRO-3 partitions them
     if {name: logits_H.shape for name, logits_H in found.items()} != shapes:
         raise UserError(f"{file}: the learned sinks are of another hybrid. Fix: delete this file, and run again")
-    whole: AbstractContextManager[Any] = nullcontext()
+    gathered: AbstractContextManager[Any] = nullcontext()
     if is_deepspeed_zero3_enabled():
         import deepspeed
 
-        whole = deepspeed.zero.GatheredParameters(list(sinks.values()), modifier_rank=0)
-    with whole, torch.no_grad():
+        gathered = deepspeed.zero.GatheredParameters(list(sinks.values()), modifier_rank=0)
+    with gathered, torch.no_grad():
         for name, logits_H in sinks.items():
             logits_H.copy_(found[name])

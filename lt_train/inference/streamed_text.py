@@ -45,7 +45,7 @@ class StreamedText:
         """The rest of the answer.
 
         Args:
-            text: of the whole answer.
+            text: of the complete answer.
         """
         rest = text[len(self.sent) :]
         self.sent = text

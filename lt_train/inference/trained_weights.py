@@ -1,4 +1,4 @@
-"""Trained weights as a model for inference: adapters merged, queries and keys of the base restored where the recipe asks."""
+"""Trained weights as a model for inference: adapters merged, queries and keys of the base restored where the recipe sets it."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -1,6 +1,6 @@
-"""What a layer's queries see while the engine runs: each view writes the new keys and values into the store, then attends.
+"""Views of a layer's queries while the engine runs: each writes the new keys and values into the store, then attends.
 
-Shapes as in store.py.
+Shapes as in kv_store.py.
 """
 
 from collections.abc import Sequence
@@ -126,7 +126,7 @@ def attend_pages(
     shape = (rows + 1, *largest_NGR.shape[1:])
     owner_NGR = pages.owner_N[:, None, None].expand_as(largest_NGR)
     largest_BGR = largest_NGR.new_full(shape, float("-inf")).scatter_reduce(0, owner_NGR, largest_NGR, "amax")
-    largest_BGR[rows] = 0  # nobody's pages: whatever is finite
+    largest_BGR[rows] = 0  # pages without an owner: any finite value
     if sinks_GR is not None:
         largest_BGR = largest_BGR.maximum(sinks_GR)
     weights_NGRP = logits_NGRP.sub_(largest_BGR[pages.owner_N].unsqueeze(-1)).exp_()
@@ -203,7 +203,7 @@ class PageIndices:
 
 
 class StepIndices:
-    """Where a step finds its cached tokens, on one device; all layers share it."""
+    """The places of a step's cached tokens, on one device; all layers share it."""
 
     def __init__(self, store: KVStore, first: list[int], tokens: int, device: torch.device) -> None:
         self.store = store
@@ -214,7 +214,7 @@ class StepIndices:
         self._blocks: dict[tuple[HybridSpec | None, tuple[int, ...]], KeyBlocks] = {}
 
     def blocks(self, layer: PagedLayer | RingLayer) -> KeyBlocks | None:
-        """Where the compiled attention finds a layer's keys; None where it cannot compute this step."""
+        """The places of a layer's keys for the compiled attention; None where it cannot compute this step."""
         if obstacle(self.device, layer.keys.dtype) is not None:
             return None
         kind = layer.spec if isinstance(layer, RingLayer) else None, layer.keys.stride()

@@ -17,13 +17,13 @@ def export_adapter_of(run: Path, out: Path) -> None:
     """Write the adapter that a run trained to the new folder `out`.
 
     Raises:
-        UserError: no run, no adapter in it (yet), or something lies at `out`.
+        UserError: no run, no adapter in it (yet), or something is at `out`.
     """
     paths = RunPaths(run)
     recipe = recipe_of(paths)
     if recipe.train is None or recipe.lora is None:
         raise UserError(
-            f"{run}: this run trains no adapter (train.method: lora). Fix: lt-train export RECIPE writes the whole model"
+            f"{run}: this run trains no adapter (train.method: lora). Fix: lt-train export RECIPE writes the complete model"
         )
     if not paths.marker("train").is_file() or not paths.trained_manifest.is_file():
         raise UserError(f"{run}: its training is not finished. Fix: run lt-train train RECIPE, then this command again")

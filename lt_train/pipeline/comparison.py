@@ -1,4 +1,4 @@
-"""`lt-train compare`: one recipe with what streams chosen in several ways, at several ratios, and what they show together.
+"""`lt-train compare`: one recipe with several choices of what streams, at several ratios, and their results together.
 
 Every cell is a run of its own, with its own folder: a killed comparison resumes, and a finished cell is not run again. The layers
 are scored once for each seed, in the run that also evaluates the base; the cells name what streams.
@@ -43,7 +43,7 @@ class Task:
     Attributes:
         overrides: of the recipe file, for all its cells.
         recipe: with these.
-        quick: nothing is trained, and the samples are few; KV heads stand at the largest ratio alone, where they gain most.
+        quick: nothing is trained, and the samples are few; KV heads are compared at the largest ratio alone, where they gain most.
     """
 
     path: Path
@@ -159,7 +159,7 @@ def _are_one_run(task: Task, first: Cell, second: Cell) -> bool:
 
 
 def trains_any_alike(recipe: Recipe) -> bool:
-    """Whether the training of full attention is the same whichever layers stream in the hybrid."""
+    """Whether the training of full attention does not depend on which layers stream in the hybrid."""
     train = recipe.train
     if train is None or train.restore_query_key or train.distill.hidden_weight:
         return False
@@ -184,7 +184,7 @@ def _check(recipe: Recipe, grid: Grid, quick: bool) -> None:
 
 
 def _check_generates(recipe: Recipe) -> None:
-    """What prompts that choose need."""
+    """Check the settings that prompts that choose need."""
     if recipe.hybrid.sink == "learned":
         raise UserError(f"hybrid.sink: learned: prompts choose no such layers. Fix: leave {PER_PROMPT} out of --strategies")
     if not _generated(recipe):
@@ -251,7 +251,7 @@ def _variants(recipe: Recipe, variants: Sequence[str]) -> list[str]:
 
 
 def _chosen(strategy: str, count: int, base: HybridSpec, seed: int, profile: LayerProfile | None) -> tuple[int, ...]:
-    """None where prompts choose."""
+    """The chosen layers; none where prompts choose."""
     if strategy == PER_PROMPT:
         return ()
     if strategy in ("periodic", "random"):

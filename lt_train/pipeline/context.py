@@ -1,4 +1,4 @@
-"""What the stages of a run share, each made when a stage first asks for it."""
+"""What the stages of a run share, each made when a stage first needs it."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,7 +62,7 @@ class RunContext:
 
     def _check_dtype(self) -> None:
         precision = self.recipe.model.dtype
-        if precision == "auto" and self.process.speaks:
+        if precision == "auto" and self.process.is_main:
             self.folder.check_auto_dtype(dtype_name(compute_dtype(precision)))
 
     @property
@@ -95,7 +95,7 @@ class RunContext:
             seed=self.recipe.seed,
             eos_ids=eos_ids(self.recipe.model),
             folder=self.paths.data,
-            progress=self.process.speaks,
+            progress=self.process.is_main,
         )
         self.report("data", examples.format)
         for warning in examples.warnings:
@@ -164,7 +164,7 @@ class RunContext:
 
     def report(self, stage: str, line: str) -> None:
         """Print a line of a stage; only the first process prints."""
-        if self.process.speaks:
+        if self.process.is_main:
             self.console.print(f"[bold]{stage:<9}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
 
     def finish_tracking(self) -> None:

@@ -1,4 +1,4 @@
-"""The evaluations of a run: every variant under every evaluation that the recipe asks for.
+"""The evaluations of a run: every variant under every evaluation of the recipe.
 
 Prompts are made once, before anything is trained; the models then answer them one after the other.
 """
@@ -84,7 +84,7 @@ class Evaluations:
                 self._base_answers.popitem()[1].close()
 
     def measure(self, variant: str) -> None:
-        """All evaluations that ask for this variant; results lie in eval/<variant>/<evaluation>/."""
+        """All evaluations of this variant; results are in eval/<variant>/<evaluation>/."""
         eval_configs = self._asking_for(variant)
         outs = {eval_config.name: self.paths.evaluation(variant, str(eval_config.name)) for eval_config in eval_configs}
         for eval_config in eval_configs:
@@ -131,7 +131,7 @@ class Evaluations:
         return plan
 
     def plan(self, eval_config: Eval) -> EvaluationPlan:
-        """The samples of an evaluation, for whichever model; made once."""
+        """The samples of an evaluation, for any model; made once."""
         key = hash_of(eval_config)
         if key not in self._plans:
             context = context_length(self.base_config.to_dict())
@@ -151,6 +151,6 @@ class Evaluations:
 
 
 def _time_left(seconds: float, pending: Sequence[str], variant: str) -> str:
-    """Of `pending` variants, those before `variant` took so many seconds; "" where none is measured yet."""
+    """Time of `variant` and those after it, where the `pending` ones before it took `seconds`; "" where none is measured yet."""
     measured = pending.index(variant) if variant in pending else 0
     return f"about {format_duration(seconds / measured * (len(pending) - measured))} left" if measured else ""

@@ -1,4 +1,4 @@
-"""What else a stage's result depends on, beside the settings that a begun run cannot change: its key in the marker."""
+"""A stage's key in its marker: what its result depends on, beside the settings that a begun run cannot change."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from lt_train.runtime.run_paths import RunPaths
 
 
 def choice_key(recipe: Recipe) -> str:
-    """By what the hybrid was chosen, of all that may change in a begun run."""
+    """The settings by which the hybrid was chosen, of those that may change in a begun run."""
     return "" if recipe.hybrid.granularity == "layer" else recipe.hybrid.granularity
 
 
 def evaluation_key(recipe: Recipe) -> str:
-    """The evaluations asked for, which weights the trained model has, and what the hybrid was chosen by."""
+    """The recipe's evaluations, which weights the trained model has, and what the hybrid was chosen by."""
     chosen = [key] if (key := choice_key(recipe)) else []
     return hash_of([identity_of(each) for each in recipe.eval], _published(recipe.train), *chosen)
 
@@ -28,7 +28,7 @@ def export_key(recipe: Recipe, paths: RunPaths) -> str:
 
 
 def training_notes(train: Train) -> dict[str, Any]:
-    """What the marker of a training keeps of the settings that may change afterwards without the trained weights changing."""
+    """The settings in the marker of a training that may change afterwards without the trained weights changing."""
     return {name: getattr(train, name) for name in ("keep_best", "deepspeed", "micro_batch_size", "gradient_checkpointing")}
 
 

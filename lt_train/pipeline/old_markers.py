@@ -23,6 +23,6 @@ def bring_up_to_date(paths: RunPaths, begun: Recipe) -> None:
     for stage in ("profile", "hybrid", "teacher", "train", "eval", "export"):
         marker = paths.marker(stage)
         if marker.exists():
-            facts: dict[str, Any] = read_json(marker, "stage marker")
-            if "format" not in facts:
-                write_json(marker, facts | made.get(stage, {}) | {"format": MARKER_FORMAT})
+            found: dict[str, Any] = read_json(marker, "stage marker")
+            if "format" not in found:
+                write_json(marker, found | made.get(stage, {}) | {"format": MARKER_FORMAT})

@@ -66,6 +66,6 @@ def _score(name: str, found: AnswerScores) -> ProbeScore:
 
 def _shown(name: str, plan: EvaluationPlan, out: Path) -> list[ProbeSample]:
     records = RecordFolder(out, plan.fingerprint).read()
-    asked = [(request.problem, request.sample) for request in plan.requests[:SAMPLES_SHOWN]]
-    shown = [records[key] for key in asked if key in records]  # with allow_partial some may be missing
+    requested = [(request.problem, request.sample) for request in plan.requests[:SAMPLES_SHOWN]]
+    shown = [records[key] for key in requested if key in records]  # with allow_partial some may be missing
     return [ProbeSample(name, each.problem, each.text[-CHARACTERS_SHOWN:], each.extracted, each.score) for each in shown]

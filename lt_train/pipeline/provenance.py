@@ -1,4 +1,4 @@
-"""What an export says about where it comes from: gathered from the recipe and the results of its run."""
+"""Where an export comes from: gathered from the recipe and the results of its run."""
 
 from importlib.metadata import version
 from pathlib import Path

@@ -32,12 +32,12 @@ class Stage(Protocol):
     """The stages whose results it reads."""
 
     def is_wanted(self, context: RunContext) -> bool:
-        """Whether the recipe asks for it."""
+        """Whether the recipe includes it."""
 
     def is_done(self, context: RunContext) -> bool: ...
 
     def describe(self, context: RunContext) -> str:
-        """What it will do, with the recipe's sizes, in a few words."""
+        """Its work with the recipe's sizes, in a few words."""
 
     def check(self, context: RunContext) -> None:
         """Raise a UserError for what would stop it, before the stages in front of it take their time."""
@@ -65,7 +65,7 @@ def work(recipe: Recipe, command: str, runs: Path, process: Process, *, only: bo
     """
     folder = RunFolder(recipe, runs)
     context = RunContext(recipe, folder, Console(), process)
-    if process.speaks:
+    if process.is_main:
         with folder.begin(), closing(context):
             run_command(context, command, only=only)
     else:
@@ -74,7 +74,7 @@ def work(recipe: Recipe, command: str, runs: Path, process: Process, *, only: bo
 
 
 def run_command(context: RunContext, command: str, *, only: bool = False) -> None:
-    """Do what `lt-train run`, `sample` or a stage's command asks for, in the process that works in the run folder.
+    """Do the work of `lt-train run`, `sample` or a stage's command, in the process that works in the run folder.
 
     Args:
         only: refuse where an earlier stage is not done, instead of doing it first.
@@ -99,7 +99,7 @@ def run_up_to(wanted: Stage, context: RunContext, *, announce: str | None = None
     """Do `wanted`, and before it what it needs and what is not done yet.
 
     Args:
-        announce: the command to name in the line that lists the earlier stages; None: say nothing.
+        announce: the command to name in the line that lists the earlier stages; None: print none.
     """
     if not wanted.is_wanted(context) and wanted is teach:
         raise UserError(
@@ -122,7 +122,7 @@ def run_up_to(wanted: Stage, context: RunContext, *, announce: str | None = None
     for stage in pending:
         stage.check(context)
     for number, stage in enumerate(stages, start=1):
-        if not stage.is_done(context):  # asked again: new scores make a finished export one of former scores
+        if not stage.is_done(context):  # checked again: new scores make a finished export one of earlier scores
             if len(stages) > 1:
                 _announce(stage, number, stages, context)
             stage.run(context)
@@ -135,7 +135,7 @@ def _announce(stage: Stage, number: int, stages: Sequence[Stage], context: RunCo
 
 
 def follow_command(context: RunContext, command: str) -> None:
-    """What ranks other than the first do: wait for the earlier stages, then share the work of the last, in silence."""
+    """The work of ranks other than the first: wait for the earlier stages, then share the work of the last, without printing."""
     wanted = FOLLOWERS[command]
     for stage in up_to(wanted):
         if stage is not wanted and stage.is_wanted(context):

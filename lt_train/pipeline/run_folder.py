@@ -77,7 +77,7 @@ class RunFolder:
         if before != dtype:
             raise UserError(
                 f"{self.paths.root}: model.dtype: auto: it is {dtype} on this machine and was {before} when this run was begun, so "
-                f"results of both dtypes would stand in one table. Fix: resume on a machine where it is {before}, or give this "
+                f"results of both dtypes would be in one table. Fix: resume on a machine where it is {before}, or give this "
                 "recipe another name (--set name=…)"
             )
         write_json(self.paths.inputs, inputs)
@@ -85,7 +85,7 @@ class RunFolder:
     def is_done(self, stage: str, key: str = "") -> bool:
         """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.
 
-        So what an error asks to delete is made again.
+        So a file that was deleted, as an error requests, is made again.
         """
         if not self.paths.marker(stage).exists():
             return False
@@ -101,7 +101,7 @@ class RunFolder:
 
     @contextmanager
     def doing(self, stage: str, key: str = "", **notes: Any) -> Iterator[None]:
-        """Mark the stage as done when the block ends without an error; `notes` stand in the marker."""
+        """Mark the stage as done when the block ends without an error; the marker has the `notes`."""
         started = time.monotonic()
         yield
         marker = {
@@ -122,7 +122,7 @@ class RunFolder:
         write_json(self.paths.marker(stage), self.marker(stage) | notes)
 
     def _files(self, stage: str) -> list[str]:
-        """What the stage left, but for hidden files: those are other processes' half-written ones."""
+        """The files that the stage left, without hidden ones, which other processes have not finished."""
         found = [path for path in self.paths.stage(stage).rglob("*") if path.is_file() and not path.name.startswith(".")]
         return sorted(str(path.relative_to(self.paths.root)) for path in found)
 
@@ -158,7 +158,7 @@ class RunFolder:
             ) from error
 
     def _checked_inputs(self, now: dict[str, str]) -> dict[str, str]:
-        """What the run records of its inputs, which are those of now."""
+        """The run's record of its inputs, which are the present ones."""
         if not self.paths.inputs.exists():
             return now
         begun = read_json(self.paths.inputs, "record of a run's inputs")

@@ -16,7 +16,7 @@ COUNTED = ("profile", "train")
 
 
 def time_left(context: RunContext, done: Sequence[str], pending: Sequence[str]) -> str:
-    """Such as "about 12 min left, evaluation aside"; "" before the first counted stage is done, and after the last.
+    """The time left, such as "about 12 min left, evaluation aside"; "" before the first counted stage is done, and after the last.
 
     Args:
         done, pending: names of stages of this run.

@@ -68,7 +68,7 @@ class Variants:
             )
         number_that_stream(hybrid, base, self.kv_heads)
         if hybrid.granularity == "kv_head" or hybrid.sink == "learned":
-            some = hybrid.model_copy(update={"strategy": "periodic"})  # whichever: scores are not there yet
+            some = hybrid.model_copy(update={"strategy": "periodic"})  # any: there are no scores yet
             hybrid_config(self.base_config, choose_spec(some, base, self.kv_heads, self.recipe.seed))
         self._check_drafts()
         if train is None:
@@ -95,7 +95,7 @@ class Variants:
         write_json(self.paths.layers, chosen)
 
     def number_of_layers(self, profile: LayerProfile | None) -> int:
-        """How many layers stream; by granularity kv_head, how many whole layers have the KV cache nearest to that of the heads."""
+        """How many layers stream; by granularity kv_head, how many layers have the KV cache nearest to that of the heads."""
         hybrid, base = self.recipe.hybrid, self.spec(BASE)
         if hybrid.granularity == "layer":
             return number_that_stream(hybrid, base, self.kv_heads, profile)
@@ -104,11 +104,11 @@ class Variants:
 
     @property
     def kv_heads(self) -> int:
-        """Of each layer."""
+        """KV heads of each layer."""
         return kv_heads(self.base_config.to_dict())
 
     def spec(self, variant: str) -> HybridSpec:
-        """What streams in `variant`: nothing in the base, what was chosen in the trained model."""
+        """The spec of `variant`: nothing streams in the base, what was chosen streams in the trained model."""
         hybrid = self.recipe.hybrid
         base = base_spec(self.base_config.to_dict(), hybrid.scored_w_sink, hybrid.w_recent)
         if variant == BASE:
@@ -125,7 +125,7 @@ class Variants:
         return PerPrompt(base.num_layers - number_that_stream(hybrid, base, self.kv_heads), hybrid.calibration.w_last)
 
     def draft(self, variant: str, eval_config: Eval) -> Draft | None:
-        """What drafts for `variant` in an evaluation; None: nothing does.
+        """The draft of `variant` in an evaluation; None: there is none.
 
         Raises:
             UserError: it would be the model itself.
@@ -188,7 +188,7 @@ class Variants:
         return hash_of(self._base_fingerprint(), self.recipe.model.dtype, self.spec(TRAINED), files, *self._beside_layers(TRAINED))
 
     def _beside_layers(self, variant: str) -> list[Any]:
-        """What a hybrid has that the repr of its spec does not say: learned sinks, by their hash, and split layers."""
+        """What a hybrid has beside the repr of its spec: learned sinks, by their hash, and split layers."""
         file, split = self.sinks(variant), self.spec(variant).split_layers
         return [*([] if file is None else [file_hash(file)]), *([split] if split else [])]
 
@@ -196,12 +196,12 @@ class Variants:
         return read_json(self.paths.inputs, "record of a run's inputs")["model.base"]
 
     def to_evaluate(self) -> list[str]:
-        """Every variant that an evaluation asks for, in the order of the results table."""
+        """Every variant that an evaluation names, in the order of the results table."""
         wanted = {variant for eval_config in self.recipe.eval for variant in self.of(eval_config)}
         return [variant for variant in (BASE, *self._compared(), CONVERTED, TRAINED) if variant in wanted]
 
     def of(self, eval_config: Eval | HeldoutLoss | HeldoutKL) -> list[str]:
-        """The variants that an evaluation asks for; with `converted` come the hybrids of `hybrid.compare`."""
+        """The variants that an evaluation names; with `converted` come the hybrids of `hybrid.compare`."""
         variants = eval_config.variants or []
         return [*variants, *(self._compared() if CONVERTED in variants else [])]
 

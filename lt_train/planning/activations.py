@@ -58,7 +58,7 @@ def after_layers_bytes(shape: ModelShape, element: ElementBytes) -> int:
 def backward_workspace_bytes(shape: ModelShape, layer: Layer, element: ElementBytes) -> int:
     """Bytes per token that a layer's backward pass allocates beyond the saved activations.
 
-    The peak lies in the MLP: the gradients of its product, of silu(gate) and of up exist together. The product itself, if it was
+    The peak is in the MLP: the gradients of its product, of silu(gate) and of up exist together. The product itself, if it was
     saved, is freed by then.
     """
     gradients = 2 if layer.linears["down_proj"].keeps_input else 3

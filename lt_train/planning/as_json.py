@@ -10,7 +10,7 @@ def plan_as_json(plan: RecipePlan) -> dict[str, Any]:
     Returns:
         name, works, machine, model; and training, profile and kv_cache, each null where the recipe has none. What is unknown, as
         the tokens of data that are not local, is null. `suggestions` are changes each of which alone makes it fit.
-        `streaming_layers` counts those that stream wholly or in part: at most so many where KV heads are yet to be chosen.
+        `streaming_layers` counts those with streaming heads: an upper bound where KV heads are yet to be chosen.
     """
     spec, machine = plan.shape.spec, plan.machine
     return {

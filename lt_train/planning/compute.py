@@ -19,7 +19,7 @@ TERA, HOUR = 10**12, 3600
 
 @dataclass(frozen=True)
 class Compute:
-    """Floating-point operations of the whole training.
+    """Floating-point operations of all of the training.
 
     Attributes:
         linear: linear modules of the layers, adapters, head. attention: scores and their products with values.

@@ -114,7 +114,7 @@ def _drawn_rows(source: str) -> tuple[list[PlacedRow], int]:
 
 
 def _format(data: Data, rows: Sequence[PlacedRow]) -> tuple[str, Columns]:
-    """Of the first readable row."""
+    """The format of the first readable row."""
     faulty = FaultyRows()
     for where, row in rows:
         if isinstance(row, str):

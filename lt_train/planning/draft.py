@@ -30,7 +30,7 @@ class Draft:
             self.reasons[setting] = reason
 
     def recipe(self, out: Path) -> Recipe:
-        """What it is so far, in the place of `out`."""
+        """The recipe so far, in the place of `out`."""
         return Recipe.model_validate(locate_files(self.values, out))
 
     def text(self) -> str:

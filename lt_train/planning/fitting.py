@@ -32,7 +32,7 @@ class FittingTraining:
 def fitting_training(
     recipes: Sequence[Recipe], config: PreTrainedConfig, machine: Machine, shortest: int
 ) -> FittingTraining | None:
-    """The first that fits: the whole length before a shorter one, no host memory before some, the first recipe before the next, no
+    """The first that fits: the full length before a shorter one, no host memory before some, the first recipe before the next, no
     gradient checkpointing before some, the least sharding.
 
     Args:
@@ -46,8 +46,8 @@ def fitting_training(
 def _fitting(
     recipes: Sequence[Recipe], shapes: Mapping[int, ModelShape], machine: Machine, shortest: int
 ) -> Iterator[FittingTraining]:
-    whole = recipes[0].data.max_length
-    lengths = [whole, *(length for length in shorter_lengths(whole) if length >= shortest)]
+    longest = recipes[0].data.max_length
+    lengths = [longest, *(length for length in shorter_lengths(longest) if length >= shortest)]
     for length in lengths:
         for in_host_memory in (False, True):
             for recipe in recipes:

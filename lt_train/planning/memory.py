@@ -200,7 +200,7 @@ def _teacher(shape: ModelShape, setup: Setup) -> Iterator[Allocation]:
         return
     if teacher.copied:
         size = shape.base_parameters * (BF16 if setup.bf16 else FP32)
-        yield Allocation("teacher", size, ALWAYS, "a frozen copy of the base, whole on each GPU")
+        yield Allocation("teacher", size, ALWAYS, "a frozen copy of the base, all of it on each GPU")
     yield Allocation(
         "teacher's outputs",
         tokens * shape.hidden * element.residual * (1 + teacher.layers),

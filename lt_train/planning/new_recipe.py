@@ -1,6 +1,6 @@
 """`lt-train init`: a recipe for a base and data, after a look at both, whose training fits the machine by `lt-train plan`.
 
-Each value has a comment that says where it comes from. A recipe that comes with lt_train may be the start (`--from`): then what
+Each value has a comment with its source. A recipe that comes with lt_train may be the start (`--from`): then what
 data, base and machine do not decide is as there.
 """
 
@@ -114,7 +114,7 @@ def _start(start: str | None) -> Draft:
 
 
 def _settings_of(start: str) -> dict[str, Any]:
-    """Without what belongs to its own base and data."""
+    """The recipe's settings, without those of its own base and data."""
     path = find_recipe(Path(start), "--from")
     recipe = load_recipe(path)
     if recipe.train is None:
@@ -134,8 +134,8 @@ def _settings_of(start: str) -> dict[str, Any]:
 def _fill_from_base(draft: Draft, out: Path, base: str, config: PreTrainedConfig, machine: Machine) -> None:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).lstrip("._-")[:100] or "hybrid"
     draft.set("name", name, f"the run's folder is runs/{name}")
-    facts = f"{config.model_type}, {config.num_hidden_layers} layers, context of {context_length(config.to_dict()):,} tokens"
-    draft.set("model.base", base, facts)
+    metadata = f"{config.model_type}, {config.num_hidden_layers} layers, context of {context_length(config.to_dict()):,} tokens"
+    draft.set("model.base", base, metadata)
     if "dtype" not in draft.values["model"] and not machine.cpu:
         draft.set("model.dtype", "bf16", "GPUs compute in it")
 
@@ -262,7 +262,7 @@ def _with_method(values: Mapping[str, Any], method: str, from_recipe: bool) -> d
             changed["lora"] = {"rank": 16, "alpha": 32, "layers": "lazy"}
         else:
             changed.pop("lora", None)
-    if train.get("sequence_parallel", 1) == 1:  # else the schema asks for some configuration
+    if train.get("sequence_parallel", 1) == 1:  # else the schema requires some configuration
         train["deepspeed"] = None
     return changed
 

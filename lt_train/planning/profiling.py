@@ -47,7 +47,7 @@ class ProfileMemory:
 
 @dataclass(frozen=True)
 class Passes:
-    """What scoring one sample takes, in forward passes through one layer, and through the head.
+    """The cost of scoring one sample, in forward passes through one layer, and through the head.
 
     Attributes:
         linear: of the layer's linear modules; a backward pass through frozen weights counts as one.
@@ -62,12 +62,12 @@ class Passes:
     head: float
 
     def of_the_model(self, num_layers: int) -> float:
-        """In forward passes through all layers, without the head."""
+        """The cost in forward passes through all layers, without the head."""
         return self.linear / num_layers
 
 
 def passes(strategy: str, base: HybridSpec, long_reach_fraction: float, gate_points: float = len(POINTS)) -> Passes:
-    """What scoring one sample of a base by `strategy` alone takes.
+    """The cost of scoring one sample of a base by `strategy` alone.
 
     Args:
         gate_points: at which `gates` takes gradients, as a mean over samples: more where these miss the rise of a sample.
@@ -97,7 +97,7 @@ def profile_hours(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[
 
 
 def profile_operations(recipe: Recipe, shape: ModelShape, lengths: Sequence[int], gate_points: float = len(POINTS)) -> float:
-    """Floating-point operations of scoring samples of so many tokens by all strategies of the recipe (see `passes`)."""
+    """Floating-point operations of scoring samples of these lengths by all strategies of the recipe (see `passes`)."""
     layers, tokens = len(shape.layers), sum(lengths)
     full = sum(causal_pairs(length) for length in lengths)
     streaming = sum(streaming_pairs(length, shape.spec.window) for length in lengths)
@@ -120,7 +120,7 @@ def profile_memory(recipe: Recipe, shape: ModelShape, machine: Machine) -> Profi
     itemsize = inference_itemsize(recipe, machine)
     gpus = 1 if machine.cpu else min(machine.gpus, GPUS_OF_A_MACHINE)
     weights = -(-shape.base_parameters // gpus)
-    if gpus > 1:  # a layer lies on one GPU
+    if gpus > 1:  # a layer is on one GPU
         weights += max(layer.parameters for layer in shape.layers)
     needed = []
     for strategy in scored:
@@ -159,7 +159,7 @@ def _states_and_workspace(strategy: str, shape: ModelShape, itemsize: int, lengt
 
 
 def _gated_layer_bytes(shape: ModelShape, itemsize: int) -> int:
-    """Bytes per token of one layer's backward pass by `gates`: weights are frozen, and attention runs both ways."""
+    """Bytes per token of one layer's backward pass by `gates`: weights are frozen, and full and streaming attention both run."""
     element = ElementBytes(itemsize, itemsize, itemsize, autocast=False)
     frozen = _frozen(shape.layers[0])
     saved = layer_bytes(shape, frozen, element, gathered=False, dense=False, length=0)
@@ -197,6 +197,6 @@ def profile_suggestions(recipe: Recipe, shape: ModelShape, machine: Machine) -> 
 
 
 def shortened_calibration(recipe: Recipe, length: int) -> Recipe:
-    """With at most so many tokens of each calibration sample."""
+    """With at most `length` tokens of each calibration sample."""
     calibration = recipe.hybrid.calibration.model_copy(update={"max_length": length})
     return recipe.model_copy(update={"hybrid": recipe.hybrid.model_copy(update={"calibration": calibration})})

@@ -16,7 +16,7 @@ from lt_train.runtime.units import GIB
 
 BF16 = 2
 GPU_GIB = 80
-"""Memory of a GPU where none is here to ask."""
+"""Memory of a GPU where this machine has none."""
 
 ZERO_DEFAULT = 10**9
 """DeepSpeed's default of `live_parameters` and `sub_group` (deepspeed/runtime/zero/config.py)."""
@@ -66,7 +66,7 @@ def machine_here(gpus: int | None, gpu_memory: float | None) -> Machine:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Settings of DeepSpeed's configuration that decide where weights, gradients and optimizer lie. `stage` None: no DeepSpeed.
+    """Settings of DeepSpeed's configuration that place weights, gradients and optimizer. `stage` None: no DeepSpeed.
 
     Attributes:
         live_parameters: stage3_max_live_parameters, most parameters that stage 3 gathers at once.

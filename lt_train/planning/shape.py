@@ -28,7 +28,7 @@ class Linear:
         name: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj; qkv_proj and gate_up_proj where a family fuses them.
         weights: parameters of the module itself, without an adapter's.
         trained: whether the weights are trained.
-        used: the fraction of the weights that a token uses: those of its experts, where the module stands for all experts.
+        used: the fraction of the weights that a token uses: those of its experts, where the module represents all experts.
         rank: of its LoRA adapter; 0 without one.
         adapter: parameters of the adapter.
     """

@@ -51,7 +51,7 @@ def _model(plan: RecipePlan) -> list[tuple[str, str]]:
     if spec.sliding_layers:
         rows.append(("", f"{len(spec.sliding_layers)} other layers have a window of {spec.sliding_window:,} tokens in the base"))
     if spec.split_layers and plan.recipe.hybrid.streaming_kv_heads is None:
-        bound = f"at most {len(spec.streaming_layers)} layers have some of them; adapters and activations are counted for so many"
+        bound = f"at most {len(spec.streaming_layers)} layers have some of them; adapters and activations are counted for all"
         rows.append(("", bound))
     if plan.proof is not None:
         rows += [("family", plan.proof), ("", "memory and operations are counted as if its layers were Llama's or Qwen3-MoE's")]

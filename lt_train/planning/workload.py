@@ -33,7 +33,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Workload:
-    """A whole training.
+    """All of a training.
 
     Attributes:
         steps: optimizer steps.

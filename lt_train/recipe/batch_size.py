@@ -22,12 +22,12 @@ def data_parallel_size(train: Train, world_size: int) -> int:
     """Number of processes, or of groups of them that share a sequence, that see samples of their own.
 
     Raises:
-        UserError: the processes do not form whole groups of train.sequence_parallel.
+        UserError: the processes do not form complete groups of train.sequence_parallel.
     """
     if world_size % train.sequence_parallel:
         near = nearest_multiples(world_size, train.sequence_parallel)
         raise UserError(
-            f"train.sequence_parallel: {train.sequence_parallel}: {world_size} processes do not form whole groups of this size. "
+            f"train.sequence_parallel: {train.sequence_parallel}: {world_size} processes do not form complete groups of this size. "
             f"Fix: start {near} processes, or lower it"
         )
     return world_size // train.sequence_parallel
@@ -37,7 +37,7 @@ def accumulation_steps(train: Train, data: Data, world_size: int) -> int:
     """Micro-batches that each process runs before an optimizer step.
 
     Raises:
-        UserError: the batch is not made of whole micro-batches on `world_size` processes.
+        UserError: the batch is no multiple of the micro-batches on `world_size` processes.
     """
     groups, batch = data_parallel_size(train, world_size), batch_samples(train, data)
     at_once = train.micro_batch_size * groups
@@ -55,7 +55,7 @@ def accumulation_steps(train: Train, data: Data, world_size: int) -> int:
 
 
 def _other_world_sizes(batch: int, train: Train, groups: int) -> list[str]:
-    """The nearest numbers of processes that divide `batch` into whole micro-batches, in words."""
+    """The nearest numbers of processes that divide `batch` into complete micro-batches, in words."""
     fitting = _divisors(batch // train.micro_batch_size)
     below, above = [n for n in fitting if n < groups][-1:], [n for n in fitting if n > groups][:1]
     counts = [n * train.sequence_parallel for n in below + above]

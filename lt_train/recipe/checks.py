@@ -1,4 +1,4 @@
-"""What settings of several parts must agree on, and which names and files must exist. The schema checks each part by itself."""
+"""Checks of settings of several parts, and of names and files that must exist. The schema checks each part by itself."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def all_conflicts(recipe: Recipe) -> Iterator[Fault]:
 
 
 def remarks_on(recipe: Recipe) -> Iterator[Fault]:
-    """What works in some places alone, for `validate` to say before anything runs."""
+    """Remarks on settings that work with some servers only, for `validate` to report before anything runs."""
     for path, evaluation in _generations_and_losses(recipe):
         served = isinstance(evaluation, Eval) and evaluation.backend == "openai" and evaluation.variants != [BASE]
         if served and recipe.hybrid.granularity == "kv_head":
@@ -72,7 +72,7 @@ def _sources(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _without_traces(recipe: Recipe) -> Iterator[Fault]:
-    """What needs the traces that a recipe without data.source has not."""
+    """Faults of settings that need traces, in a recipe without data.source."""
     hybrid, name = recipe.hybrid, "name the traces"
     if recipe.train is not None:
         yield Fault(("data.source", "train"), "missing, so there is nothing to train on", f"{name}, or remove train")
@@ -123,7 +123,7 @@ def _evaluations(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _drafts(recipe: Recipe) -> Iterator[Fault]:
-    """What a model with more streaming layers cannot draft for."""
+    """Faults of evaluations whose draft cannot draft for their models."""
     hybrid = recipe.hybrid
     for path, part in all_parts(recipe):
         if not isinstance(part, Eval) or part.draft is None:
@@ -147,7 +147,7 @@ def _drafts(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _chosen_by_prompts(recipe: Recipe) -> Iterator[Fault]:
-    """What cannot be done with layers that each prompt chooses: all that needs them before the built-in engine reads it."""
+    """Faults of settings that need the streaming layers before the built-in engine reads a prompt that chooses them."""
     static = "set hybrid.select to static"
     if recipe.train is not None:
         problem = "each prompt chooses the layers that stream, so none can be trained for it"
@@ -238,7 +238,7 @@ def _distillation(recipe: Recipe, train: Train) -> Iterator[Fault]:
 
 
 def _zero_stage(train: Train) -> Any:
-    """Of the DeepSpeed configuration; None without a readable one, which is reported elsewhere."""
+    """The ZeRO stage of the DeepSpeed configuration; None without a readable one, which is reported elsewhere."""
     if train.deepspeed is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Where a row holds its parts."""
+"""Columns of a row."""
 
 from collections.abc import Iterator
 

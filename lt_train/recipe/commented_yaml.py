@@ -12,7 +12,7 @@ WIDTH = 120
 def commented_yaml(values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
     """
     Args:
-        values: of a recipe, by parts; what a part holds stands on one line where it can.
+        values: of a recipe, by parts; what a part holds is on one line where it fits.
         reasons: dotted path of a setting -> its comment.
     """
     return "\n".join(_lines(values, reasons)) + "\n"
@@ -31,7 +31,7 @@ def _lines(values: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[st
 
 
 def _setting(name: str, value: Any, reason: str | None, indent: str) -> Iterator[str]:
-    """The comment stands behind a setting of one line, where both fit, else above it."""
+    """The comment is behind a setting of one line, where both fit, else above it."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         lines = [f"{name}:", *(f"  - {_in_one_line(item)}" for item in value)]
     elif isinstance(value, dict | list):

@@ -57,7 +57,7 @@ class Recall(Part):
     repeats: Count = 2
     """Number of problems for each length and depth."""
     keys: int = Field(default=1, ge=1, le=64)
-    """needle: number of needles in the text. One of them is asked for."""
+    """needle: number of needles in the text. The question names one of them."""
     span: Count = 128
     """copying: number of tokens to copy."""
 
@@ -140,8 +140,8 @@ class Eval(EvalConfig):
     allow_partial: bool = False
     """Score the samples there are when some are missing, and mark the score as partial."""
     truncated: Literal["incorrect", "graded"] = Field(default="incorrect", json_schema_extra=ADDED)
-    """How an answer to maths or multiple choice counts that reaches max_new_tokens. incorrect: whatever it says. graded: by its
-    text, as in most other harnesses; compare with their scores only so. Both accuracies stand in scores.json and in the report."""
+    """How an answer to maths or multiple choice counts that reaches max_new_tokens. incorrect: whatever its text. graded: by its
+    text, as in most other harnesses; compare with their scores only so. scores.json and the report have both accuracies."""
     instruction: str | None = Field(default=None, json_schema_extra=ADDED)
     """What follows each question. null: the benchmark's own, such as to box the answer, where prompt.user is the bare question. "":
     nothing."""

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: `settings: problem. Fix: action`."""
+"""Faults of a recipe: `settings: problem. Fix: action`."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from lt_train.runtime.errors import LONGEST, shortened
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one setting, or with several that contradict each other.
+    """A fault of one setting, or of several that contradict each other.
 
     Attributes:
-        settings: dotted paths such as "eval.0.limit"; empty for the file as a whole.
-        problem: what is wrong. It starts with the value where there is one: "'16': not a whole number".
-        fix: what to change, in the imperative; empty where the problem says it already.
+        settings: dotted paths such as "eval.0.limit"; empty for the file.
+        problem: the fault. It starts with the value where there is one: "'16': not a whole number".
+        fix: what to change, in the imperative; empty where the problem has it already.
         origin: where the setting was written: "line 7", "--set".
     """
 

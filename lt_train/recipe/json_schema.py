@@ -12,7 +12,7 @@ from lt_train.recipe.schema import Recipe
 
 
 class RecipeJsonSchema(GenerateJsonSchema):
-    """Leaves out what tells an editor nothing: titles made from names, and our markers on settings."""
+    """Leaves out what an editor does not use: titles made from names, and our markers on settings."""
 
     def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> dict[str, Any]:
         made = super().generate(schema, mode)

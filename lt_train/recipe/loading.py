@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a checked recipe, and back to YAML.
+"""Reading of a YAML file and `--set` overrides as a checked recipe, and writing of its YAML.
 
 yaml_text.py reads the text, schema.py declares the settings, messages.py turns pydantic's errors into faults, checks.py compares
 settings across parts.
@@ -76,7 +76,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def _overlap(setting: str, other: str) -> bool:
-    """Whether one of two settings is the other or lies inside it."""
+    """Whether one of two settings is the other or is inside it."""
     shorter, longer = sorted((setting, other), key=len)
     return longer == shorter or longer.startswith(f"{shorter}.")
 

@@ -1,4 +1,4 @@
-"""pydantic's errors as faults in a user's words, all at once: stand-ins take the place of what is faulty."""
+"""pydantic's errors as faults in a user's words, all at once: placeholders take the place of faulty values."""
 
 import typing
 from functools import cache
@@ -80,7 +80,7 @@ STAND_INS = {
     "rope_type": "yarn",
     "factor": 2.0,
 }
-"""What stands for a faulty setting without a default, by its own name, so that the rest is checked; no such recipe is returned."""
+"""Placeholders of faulty settings without a default, by name, so that the rest is checked; no such recipe is returned."""
 
 NAMES_ELSEWHERE = {
     "model.base": ("model_name_or_path", "model_id", "base_model", "pretrained_model_name_or_path"),
@@ -121,7 +121,7 @@ MOST_LISTED = 8
 
 
 def validate_all(schema: type[Schema], values: dict[str, Any]) -> tuple[Schema, list[Fault], list[str]]:
-    """An instance of `schema`, every fault of `values`, and the settings of which the instance holds a stand-in or the default."""
+    """An instance of `schema`, every fault of `values`, and the settings that are a placeholder or the default in it."""
     faults: list[Fault] = []
     replaced: set[Path] = set()
     while True:
@@ -134,7 +134,7 @@ def validate_all(schema: type[Schema], values: dict[str, Any]) -> tuple[Schema, 
                 path, parts[path] = _locate(schema, details["loc"])
                 found.setdefault(path, _fault(schema, details, path, parts[path]))
             if replaced >= found.keys():
-                raise  # a stand-in is itself faulty: a bug here, not the user's mistake
+                raise  # a placeholder is itself faulty: a bug here, not the user's mistake
             faults += [fault for path, fault in found.items() if not any(known[: len(path)] == path for known in replaced)]
             for path in reversed(found):  # from a list's end, where removing one item moves no other
                 values = _with_stand_in(values, path, parts[path])
@@ -142,7 +142,7 @@ def validate_all(schema: type[Schema], values: dict[str, Any]) -> tuple[Schema, 
 
 
 def _with_stand_in(values: Any, path: Path, part: type[Part], above: str | int = "") -> Any:
-    """`values` with a stand-in for what lies at `path`, whose part is given, or without it where the default serves."""
+    """`values` with a placeholder at `path`, whose part is given, or without it where the default serves."""
     copied, name = values.copy(), path[0]
     if len(path) > 1:
         copied[name] = _with_stand_in(values[name], path[1:], part, name)

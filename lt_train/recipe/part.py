@@ -1,4 +1,4 @@
-"""What all parts of a recipe share: strictness, bounded types, conflicts between settings and markers on them."""
+"""The base of all parts of a recipe: strictness, bounded types, conflicts between settings and markers on them."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -46,7 +46,7 @@ Item = TypeVar("Item")
 
 
 def value_fault(problem: str, fix: str) -> PydanticCustomError:
-    """What a validator raises about one setting."""
+    """The error that a validator raises about one setting."""
     return PydanticCustomError("fault", "{problem}. Fix: {fix}", {"problem": problem, "fix": fix})
 
 
@@ -80,7 +80,7 @@ COLLECTING = object()
 
 
 class Part(BaseModel):
-    """One mapping of settings. Unknown names, wrong types and conflicts between its settings are errors."""
+    """One mapping of settings. Unknown names, invalid types and conflicts between its settings are errors."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a run. This is its schema: strict, unknown names are errors.
+"""A recipe: one YAML file with all settings of a run. This is its schema: strict, unknown names are errors.
 
 The docstring under a setting is its documentation: docs/recipes.md is made from them. Relative paths count from the working
 directory. part.py holds what the parts share, evaluations.py the parts that evaluate, checks.py the checks that span several parts.
@@ -56,7 +56,7 @@ class RopeScaling(Part):
     """Scaling of the rotary embeddings, for contexts longer than the base was trained on. Names and meaning are transformers'."""
 
     rope_type: Literal["yarn", "linear"]
-    """yarn: arXiv 2309.00071, as Qwen's model cards ask for. linear: positions are divided by `factor`."""
+    """yarn: arXiv 2309.00071, as Qwen's model cards recommend. linear: positions are divided by `factor`."""
     factor: float = Field(gt=1, le=1000)
     """The context becomes this many times the original one."""
     original_max_position_embeddings: Count | None = None
@@ -83,7 +83,7 @@ class Model(Part):
     trust_remote_code: bool = False
     """Run the Python code that a hub repository brings with its tokenizer or config."""
     rope_scaling: RopeScaling | None = Field(default=None, json_schema_extra=ADDED)
-    """A longer context than the base's config gives; the export has it, too. null: as the base's config says."""
+    """A longer context than the base's config gives; the export has it, too. null: as in the base's config."""
 
     def conflicts(self) -> Iterator[Fault]:
         if self.attention == "flash" and self.dtype == "fp32":
@@ -95,7 +95,7 @@ class Calibration(Part):
 
     source: Text | None = Field(default=None, json_schema_extra=ADDED | PATH)
     """Texts to score the layers on instead of training samples: a .txt file, or a folder of them. Every token of a text counts as
-    one of an answer; a longer text is cut into samples of max_length tokens. For long documents, without traces to train on."""
+    one of an answer; a longer text is split into samples of max_length tokens. For long documents, without traces to train on."""
     samples: Count = 64
     """Number of samples, drawn by the recipe's seed."""
     max_length: Annotated[int, Field(ge=2, le=MOST)] | None = None
@@ -117,7 +117,7 @@ SCORED_W_SINK = 4
 
 
 HOW_MANY = ("lazy_layer_ratio", "kv_budget", "max_rise")
-"""Settings of `hybrid` that say how many layers or KV heads stream."""
+"""Settings of `hybrid` that decide how many layers or KV heads stream."""
 
 NAMED = ("layers", "streaming_kv_heads")
 """Settings of `hybrid` that name what streams."""
@@ -131,7 +131,7 @@ class Hybrid(Part):
     """Which layers or KV heads stream, and what these see."""
 
     granularity: Literal["layer", "kv_head"] = Field(default="layer", json_schema_extra=ADDED | MAY_CHANGE)
-    """What is chosen. layer: whole layers. kv_head: single KV heads with their query heads, by strategy gates. At an equal KV
+    """What is chosen. layer: entire layers. kv_head: single KV heads with their query heads, by strategy gates. At an equal KV
     cache they lose less than layers where nearly all streams (87 %), hardly less at three quarters, and no less at half. It may
     change until the run is trained: scores by gates serve both."""
     lazy_layer_ratio: Fraction | None = None
@@ -168,13 +168,13 @@ class Hybrid(Part):
     w_recent: Count = 1020
     """Number of most recent tokens that a streaming layer sees. The query itself counts."""
     compare: Annotated[list[Strategy], EachOnce] = Field(default=[])
-    """Further strategies to score. Where converted is evaluated, the hybrid of each is evaluated too, untrained. They choose whole
+    """Further strategies to score. Where converted is evaluated, the hybrid of each is evaluated too, untrained. They choose entire
     layers, by granularity kv_head as many as come nearest to its KV cache; gates in this list then compares layers with heads."""
     calibration: Calibration = Calibration()
 
     @property
     def scored_w_sink(self) -> int:
-        """Sink tokens of the streaming layers that a strategy tries: before learned sinks are fitted, tokens stand for them."""
+        """Sink tokens of the streaming layers that a strategy tries: before learned sinks are fitted, tokens take their place."""
         return SCORED_W_SINK if self.sink == "learned" else self.w_sink
 
     @model_validator(mode="before")
@@ -200,7 +200,7 @@ class Hybrid(Part):
         if not named and not sized_by:
             problem, fix = "neither is set, so no layer streams", "set lazy_layer_ratio (0.5 in the paper), or list the layers"
             yield Fault(("lazy_layer_ratio", "layers"), problem, fix)
-        for names, each in ((sized_by, "each says how many layers stream"), (named, "each names what streams")):
+        for names, each in ((sized_by, "each sets how many layers stream"), (named, "each names what streams")):
             if len(names) > 1:
                 yield Fault(tuple(names), each, "set one of them, and the others to null")
         for by_hand in named[:1]:
@@ -230,7 +230,7 @@ class Hybrid(Part):
             yield Fault(("compare", "strategy"), problem, f"remove {self.strategy} from compare")
 
     def _granularity(self) -> Iterator[Fault]:
-        """What does not go with the granularity."""
+        """Conflicts with the granularity."""
         if self.granularity == "layer":
             if self.streaming_kv_heads is not None:
                 problem, fix = "single KV heads are named", "set granularity to kv_head, or streaming_kv_heads to null"
@@ -241,10 +241,10 @@ class Hybrid(Part):
             yield Fault(("granularity", "layers"), "layers are named, not KV heads", fix)
         if self.strategy not in (None, "gates"):
             fix = "set strategy to gates, or granularity to layer"
-            yield Fault(("granularity", "strategy"), f"{self.strategy} scores whole layers, not KV heads", fix)
+            yield Fault(("granularity", "strategy"), f"{self.strategy} scores entire layers, not KV heads", fix)
         if self.select == PER_PROMPT:
             fix = "set granularity to layer, or select to static"
-            yield Fault(("granularity", "select"), "prompts choose whole layers", fix)
+            yield Fault(("granularity", "select"), "prompts choose entire layers", fix)
         if self.sink == "learned":
             fix = "set sink to tokens, or granularity to layer"
             yield Fault(("granularity", "sink"), "layers of which some KV heads stream have no learned sinks", fix)
@@ -492,7 +492,7 @@ class Train(Part):
             yield Fault(("sequence_parallel", "micro_batch_size"), "processes that share sequences take one row at a time", fix)
         if self.distill.weight > 0:
             fix = "set sequence_parallel to 1, or distill.weight to 0"
-            yield Fault(("sequence_parallel", "distill.weight"), "a teacher reads whole sequences, not slices", fix)
+            yield Fault(("sequence_parallel", "distill.weight"), "a teacher reads complete sequences, not slices", fix)
         if "pad_to_multiple_of" in self.trl:
             problem = "rows are padded to slices of equal length already"
             yield Fault(("sequence_parallel", "trl.pad_to_multiple_of"), problem, "remove pad_to_multiple_of")
@@ -617,7 +617,7 @@ class Recipe(Part):
 
 
 def settings_that_may_change(part: type[Part] = Recipe, above: str = "") -> frozenset[str]:
-    """Dotted paths of the settings, or of the whole parts, that may change in a begun run."""
+    """Dotted paths of the settings, or of the parts, that may change in a begun run."""
     found: set[str] = set()
     for name, field in part.model_fields.items():
         if is_marked(field, MAY_CHANGE):

@@ -1,6 +1,6 @@
 """The recipes that come with lt_train, and the files that they name: `lt-train run quickstart` finds them from any folder.
 
-They lie in the repository, where lt_train runs from one (`pip install -e .`), else where the wheel's data files were installed.
+They are in the repository, where lt_train runs from one (`pip install -e .`), else where the wheel's data files were installed.
 """
 
 import re
@@ -78,7 +78,7 @@ def find_recipes(name: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RecipeHeader:
-    """What the comment at the head of a recipe says.
+    """The comment at the head of a recipe.
 
     Attributes:
         subject: what it is about, up to the first colon.
@@ -103,7 +103,7 @@ def locate_files(values: Any, recipe: Path) -> Any:
     """The values of a recipe, in which each relative path that the working directory lacks is taken from the recipe's folder.
 
     A recipe in a folder `recipes`, or in a folder there, may also count from the one that holds `recipes`: there `data/` and
-    `launch/` lie beside it. The DeepSpeed configurations that come with lt_train are found from anywhere, as `launch/zero3.json`.
+    `launch/` are beside it. The DeepSpeed configurations that come with lt_train are found from anywhere, as `launch/zero3.json`.
     """
     folder = recipe.absolute().parent
     above = [around.parent for around in (folder, folder.parent) if around.name == "recipes"]

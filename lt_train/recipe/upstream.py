@@ -32,7 +32,7 @@ COMMON_ZERO_SETTINGS = frozenset(
 
 
 def unknown_scheduler(name: str) -> str | None:
-    """What is wrong with the name of a learning rate schedule; None: transformers has it."""
+    """The fault in the name of a learning rate schedule; None: transformers has it."""
     if name in COMMON_SCHEDULERS:
         return None
     from transformers.trainer_utils import SchedulerType
@@ -41,7 +41,7 @@ def unknown_scheduler(name: str) -> str | None:
 
 
 def unknown_zero_setting(name: str) -> str | None:
-    """What is wrong with the name of a setting of zero_optimization; None: DeepSpeed has it."""
+    """The fault in the name of a setting of zero_optimization; None: DeepSpeed has it."""
     if name in COMMON_ZERO_SETTINGS:
         return None
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -57,7 +57,7 @@ def _unknown(name: str, names: list[str], what: str) -> str | None:
 
 
 def trl_faults(given: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with `train.trl`."""
+    """Faults of `train.trl`."""
 
     def sft_config() -> type:
         from trl import SFTConfig
@@ -68,7 +68,7 @@ def trl_faults(given: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def peft_faults(given: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with `lora.peft`."""
+    """Faults of `lora.peft`."""
 
     def lora_config() -> type:
         from peft import LoraConfig
@@ -105,7 +105,7 @@ def _type_hints(config: type) -> dict[str, Any]:
 
 
 def _refused(hint: Any, value: Any) -> str | None:
-    """What a type wants instead of a value as YAML gives it; None: it accepts the value. A name must be one of an Enum's."""
+    """The values that a type accepts, where it refuses one from YAML; None: it accepts it. A name must be one of an Enum's."""
     options = typing.get_args(hint)
     if str in options and any(isinstance(option, type) and issubclass(option, Enum) for option in options):
         hint = Union[tuple(option for option in options if option is not str)]  # noqa: UP007

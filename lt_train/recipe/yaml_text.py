@@ -1,4 +1,4 @@
-"""From the text of a recipe, and `--set` overrides, to plain values; faults are collected, none is raised.
+"""Reading of a recipe's text and of `--set` overrides as plain values; faults are collected, none is raised.
 
 YAML as `yaml.safe_load` reads it, with these differences. Numbers are those of YAML 1.2: `1e-5` is a number, and `012` and `1:30`
 are text (YAML 1.1 reads 10 and 90). A key that is given twice, a key that is not text and an explicit tag are faults.
@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 """Where a setting is: ("eval", 0, "limit")."""
 
 MOST_VALUES = 10_000
-"""More values than this, counting what an alias repeats, are refused: a few lines of aliases can stand for millions."""
+"""More values than this, counting what an alias repeats, are refused: a few lines of aliases can repeat millions."""
 
 MERGE, TEXT, DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("merge", "str", "timestamp"))
 
@@ -38,12 +38,12 @@ def pattern(path: Path) -> str:
 
 @dataclass
 class RecipeText:
-    """What a recipe's text holds.
+    """The values and faults of a recipe's text.
 
     Attributes:
         values: as written, under the names that settings have today.
         origins: where each was written: "line 7", "--set".
-        faults: what is wrong with the writing.
+        faults: of the syntax.
         remarks: former names of settings that were found.
         former_names: dotted path under the former name, "*" for an index -> name today.
     """
@@ -55,7 +55,7 @@ class RecipeText:
     former_names: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, setting: str) -> str | None:
-        """Where the setting with this dotted path, or the nearest part around it, was written."""
+        """The place where the setting with this dotted path, or the nearest part around it, was written."""
         path = tuple(int(name) if name.isdecimal() and len(name) < 10 else name for name in setting.split("."))
         found = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
         return next(found, None)
@@ -125,7 +125,7 @@ def _read(text: str, recipe: RecipeText, at: Path = (), origin: str = "") -> Any
     """The value that `text` holds. What is found on the way goes into `recipe`.
 
     Args:
-        at: where the value will stand in the recipe.
+        at: the value's place in the recipe.
         origin: where the text comes from; empty: from the file, whose lines are recorded.
 
     Raises:
@@ -220,7 +220,7 @@ def _unreadable(loader: _Loader, node: yaml.ScalarNode) -> tuple[str, str] | Non
 
 
 def _half_character(text: str) -> str | None:
-    """What is wrong with a text that no file can hold; None: nothing."""
+    """Why no file can hold a text; None: a file can."""
     return f"{shown(text)}: half of a character (a lone surrogate)" if re.search("[\ud800-\udfff]", text) else None
 
 
@@ -269,7 +269,7 @@ def _lay_over(recipe: RecipeText, override: str) -> None:
         elif isinstance(around, dict):
             path = (*path, recipe.today((*path, name), "--set"))
         else:
-            return refuse(f"{dotted(path)} is {shown(around)}, which has no settings inside", "set it as a whole")
+            return refuse(f"{dotted(path)} is {shown(around)}, which has no settings inside", "set all of it")
         if depth == len(names) - 1:
             break
         if isinstance(around, dict) and around.get(path[-1]) is None:

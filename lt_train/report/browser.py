@@ -77,7 +77,7 @@ def sample_set(each: EvaluatedVariant, problems: int) -> dict[str, Any]:
 
 
 def sample_row(record: SampleRecord) -> list[Any]:
-    """In the order that browser.js names; most of the page is samples, so names are not repeated for each."""
+    """The values of a sample in the order of browser.js; most of the page is samples, so names are not repeated for each."""
     return [
         record.problem,
         record.sample,
@@ -109,6 +109,6 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def embedded(value: object) -> Markup:
-    """JSON that cannot end the script element it stands in, nor open a comment there, whatever its texts hold."""
+    """JSON that cannot end the script element around it, nor open a comment there, whatever its texts hold."""
     written = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return Markup(written.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

@@ -33,7 +33,7 @@ VARIANT_COLOURS = {
 }
 MARKERS = "osD^"
 DASHES = ("-", "--", ":", "-.")
-"""Markers and dashes tell runs apart; colours tell variants apart."""
+"""Runs differ by markers and dashes, variants by colours."""
 HEIGHT = 210.0
 
 

@@ -1,4 +1,4 @@
-"""What the cells of a comparison show together: tables (Markdown, HTML), and the picture of quality against KV cache."""
+"""The results of a comparison's cells together: tables (Markdown, HTML), and the picture of quality against KV cache."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class Table:
 
     @property
     def digits(self) -> int:
-        """Of a percentage; of a loss, of which that of a model sure of every token has more."""
+        """Digits of a percentage or a loss; a loss near 0 has more."""
         return 1 if self.generated else 3 if self.base[0].mean.value >= 0.1 else 5
 
     @property
@@ -159,7 +159,7 @@ class Table:
         return "–" if span is None else f"{self._number(span.low)} to {self._number(span.high)}"
 
     def _difference(self, first: Sequence[Scores], second: Sequence[Scores]) -> str:
-        """Where an evaluation was changed between the two, there is none."""
+        """The difference; none where the evaluation was changed between the two."""
         try:
             found = difference_over_seeds(first, second)
         except ValueError:
@@ -209,7 +209,7 @@ def _best(group: Sequence[Entry]) -> Entry:
 
 
 def _tendency(entry: Entry, other: Entry) -> str:
-    """Whether the 95 % interval of the paired difference lies on one side of 0: worse, better, or neither."""
+    """Whether the 95 % interval of the paired difference is on one side of 0: worse, better, or neither."""
     span = difference_over_seeds(entry.scores, other.scores).interval
     assert span is not None, "a difference has an interval"
     if span.low <= 0 <= span.high:

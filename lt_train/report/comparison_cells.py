@@ -1,4 +1,4 @@
-"""What a comparison consists of: a cell for each hybrid, and its results, one for each seed."""
+"""The cells of a comparison, one for each hybrid, and their results, one for each seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured with one seed.
+    """The measurements with one seed.
 
     Attributes:
         base: the run that scored the layers and evaluated the base.
@@ -60,7 +60,7 @@ class Comparison:
         return self.profile is not None and "gates" in self.profile.strategies
 
     def predicted_rise(self, cell: Cell) -> float | None:
-        """What gates predicts for long-reach tokens; None where it did not score, or nothing streams."""
+        """The rise that gates predicts for long-reach tokens; None where it did not score, or nothing streams."""
         return self.profile.predicted_rise(cell.spec) if self.profile is not None and self.predicts and cell.spec.streams else None
 
 
@@ -73,7 +73,7 @@ class Entry:
 
     @property
     def cell(self) -> Cell:
-        """Of the first seed; the others differ from it in run and spec alone."""
+        """The cell of the first seed; the others differ from it in run and spec alone."""
         return self.cells[0]
 
     @property
@@ -102,7 +102,7 @@ def scores_of(results: Sequence[Result]) -> tuple[Scores, ...]:
 
 
 def entries_of(comparisons: Sequence[Comparison], evaluation: str) -> list[Entry]:
-    """By training, then by the number of streaming layers, then in the order of the strategies. What a seed lacks is left out."""
+    """Entries by training, then by the number of streaming layers, then by strategy; without what a seed lacks."""
     found: dict[tuple[str, int, str], list[tuple[Cell, Result]]] = {}
     for cell in chain.from_iterable(comparison.cells for comparison in comparisons):
         for result in _results(cell):

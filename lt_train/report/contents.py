@@ -72,16 +72,16 @@ class Run:
 
     @property
     def unfinished(self) -> str | None:
-        """What is done and what is missing of an unfinished run, in one sentence; None: it is finished."""
+        """The finished and the missing stages of an unfinished run, in one sentence; None: it is finished."""
         return described(self.folder, self.stages, self.missing) if self.missing else None
 
     def spec(self, variant: str) -> HybridSpec:
-        """What streams in a hybrid; where each prompt chooses, as many layers, whichever they are."""
+        """The spec of a hybrid; where each prompt chooses, as many layers, no matter which."""
         return spec_as_run(self.config, self.chosen[variant], self.settings["hybrid"])
 
     @property
     def kv_heads(self) -> int:
-        """Of each layer."""
+        """KV heads of each layer."""
         return kv_heads(self.config)
 
     def setting(self, part: str, name: str) -> Any:
@@ -91,7 +91,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a run has measured so far, as plain data.
+    """The results of a run so far, as plain data.
 
     Attributes:
         scores: one dictionary for each evaluated variant, as `lt-train show --json` prints them: `variant` (base, converted,
@@ -159,7 +159,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, or its whole path where two have one name."""
+    """Each folder's own name, or its full path where two have one name."""
     names = [folder.resolve().name for folder in folders]
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 

@@ -24,7 +24,7 @@ def difference_from(scores: Scores, base: Scores) -> tuple[str, Difference | Non
 
 
 def problems_and_sampling(scores: AnswerScores) -> str:
-    """Such as "30 of 90 problems, 4 answers each at temperature 0.6"."""
+    """Problems and sampling, such as "30 of 90 problems, 4 answers each at temperature 0.6"."""
     problems = f"{scores.problems:,}" + (f" of {scores.available:,}" if scores.problems < scores.available else "")
     temperature, plural = scores.fingerprint.get("temperature"), "s" * (scores.samples > 1)
     how = "greedy" if temperature == 0 else f"{scores.samples} answer{plural} each at temperature {temperature}"

@@ -12,7 +12,7 @@ from lt_train.runtime.fingerprints import hash_of_json
 
 @dataclass(frozen=True)
 class KnownProblems:
-    """`by_id` the problems; empty where `unknown` says why they cannot be shown."""
+    """Problems `by_id`; empty where `unknown` has the reason why they cannot be shown."""
 
     by_id: Mapping[str, Problem]
     unknown: str | None = None

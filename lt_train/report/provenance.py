@@ -42,7 +42,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
 
 
 def rows(run: Run) -> str:
-    """What became of the rows, as the last stage that read them recorded it."""
+    """Counts of rows that were used or left out, as the last stage that read them recorded them."""
     counts = next((stage.samples for stage in reversed(run.stages) if stage.samples is not None), None)
     if counts is None:
         return "not recorded"

@@ -98,11 +98,11 @@ def read_results(run: Path) -> list[Result]:
 
 
 def spec_as_run(config: Mapping[str, Any], chosen: Chosen, hybrid: Mapping[str, Any]) -> HybridSpec:
-    """What streams in a hybrid of a run.
+    """The spec of a hybrid of a run.
 
     Args:
         config: hybrid/config.json. chosen: of hybrid/layers.json; nothing where each prompt chooses: then as many layers as it
-            chooses, whichever they are. hybrid: the recipe's part.
+            chooses, no matter which. hybrid: the recipe's part.
     """
     base = base_spec(config)
     chosen = chosen or range(number_by_ratio(hybrid["lazy_layer_ratio"], base.num_layers))
@@ -183,7 +183,7 @@ def results_table(results: list[Result]) -> Table:
 
 
 def _kv_line(results: list[Result]) -> str:
-    """Hybrids of whole layers stream as many of them each in a run, so that they have one size."""
+    """In a run all hybrids of entire layers stream equally many of them, so they have one size."""
 
     def name(result: Result) -> str:
         return "base" if result.variant == BASE else "hybrid of KV heads" if result.streaming_kv_heads else "hybrids"

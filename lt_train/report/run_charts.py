@@ -48,7 +48,7 @@ def layer_profile(run: Run, profile: LayerProfile) -> Chart:
 
 
 def _chosen(run: Run) -> HybridSpec:
-    """What streams in the run's hybrid; nothing where each prompt chooses."""
+    """The streaming layers of the run's hybrid; none where each prompt chooses."""
     spec = run.spec(CONVERTED)
     return spec if run.chosen[CONVERTED] else spec.all_full
 
@@ -106,7 +106,7 @@ def kv_growth(run: Run) -> Chart:
 def training_curves(run: Run) -> Chart | None:
     """Loss, gradient norm and learning rate at every logged step; None where no loss is finite.
 
-    Of a distilled training the loss is the cross-entropy alone: the whole loss has another unit, and is nothing to compare with
+    Of a distilled training the loss is the cross-entropy alone: the total loss has another unit, and is nothing to compare with
     held-out loss.
     """
     distilled = any("sft_loss" in row for row in run.log)
@@ -164,9 +164,9 @@ def divergence_curve(run: Run) -> Chart | None:
 
 @styled
 def probe_curves(run: Run) -> Chart | None:
-    """What each probe found at each probed step, with its interval; None without probes.
+    """The result of each probe at each probed step, with its interval; None without probes.
 
-    Probes lie a little beside each other, for small ones often agree.
+    Probes are drawn a little beside each other, because small ones often agree.
     """
     if not run.probes:
         return None

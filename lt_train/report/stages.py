@@ -21,7 +21,7 @@ COMMANDS = {"profile": "profile", "hybrid": "convert", "teacher": "teacher", "tr
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """What a stage's marker has.
+    """The content of a stage's marker.
 
     Attributes:
         stage: a key of COMMANDS.

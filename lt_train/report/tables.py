@@ -35,7 +35,7 @@ class Row:
     test: str
     """The difference's p value; empty where no test was made."""
     tendency: str
-    """better | worse: the interval of the difference lies on one side of 0; otherwise empty."""
+    """better | worse: the interval of the difference is on one side of 0; otherwise empty."""
     cells: tuple[str, ...]
 
 
@@ -159,7 +159,7 @@ def interval_text(scores: Scores) -> str:
 
 
 def compared(each: EvaluatedVariant) -> tuple[str, str, str]:
-    """The difference from the base, its test, and its tendency where 0 lies outside the interval."""
+    """The difference from the base, its test, and its tendency where 0 is outside the interval."""
     if each.result.variant == BASE or each.base is None:
         return "–", "", ""
     text, found = difference_from(each.result.scores, each.base)
@@ -231,9 +231,9 @@ def caveats(each: EvaluatedVariant, several_runs: bool) -> list[str]:
                 f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score is biased towards "
                 "problems with short answers."
             )
-        ways = scores.accuracy_by_truncated_as
-        if len({mean.value for mean in ways.values()}) > 1:
-            listed = ", ".join(f"{percent(mean.value)} % with truncated answers {way}" for way, mean in ways.items())
+        accuracies = scores.accuracy_by_truncated_as
+        if len({mean.value for mean in accuracies.values()}) > 1:
+            listed = ", ".join(f"{percent(mean.value)} % with truncated answers {way}" for way, mean in accuracies.items())
             found.append(f"{who}: accuracy {listed}.")
         if scores.grading_errors:
             found.append(f"{who}: {scores.grading_errors:,} answers could not be graded and count as incorrect.")

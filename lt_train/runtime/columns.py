@@ -1,4 +1,4 @@
-"""What a row holds under a name: a column, or a dotted path into what a column holds."""
+"""Values of a row by name: a column, or a dotted path into what a column holds."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
     A column whose own name has dots comes first. JSON in a text is parsed where the path leads into it.
 
     Raises:
-        LookupError: the path leads nowhere; its text says where it ends.
+        LookupError: nothing is at the path; its text names the part that was found.
     """
     if path in row:
         return row[path]

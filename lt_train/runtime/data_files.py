@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Kinds of data files, by how their names end; all but the last two also with .gz behind."""
 
 PlacedRow = tuple[str, dict[str, Any] | str]
-"""Where a row is ("traces.jsonl:17"), and its fields, or what is wrong with it."""
+"""Where a row is ("traces.jsonl:17"), and its fields, or the fault in it."""
 
 _BOM = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
@@ -33,7 +33,7 @@ def data_suffix(path: Path) -> str | None:
 def file_rows(path: Path) -> Iterator[PlacedRow]:
     """
     Raises:
-        UserError: the file cannot be read, or is damaged so that its rows cannot be told apart.
+        UserError: the file cannot be read, or is damaged so that its rows cannot be separated.
     """
     kind = data_suffix(path)
     assert kind is not None, f"{path} is no data file"
@@ -121,7 +121,7 @@ def _parquet(path: Path) -> Iterator[PlacedRow]:
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         after = f" after row {number}" if number else ""
-        raise UserError(f"{path}: not a whole Parquet file{after} ({first_line(error)})") from error
+        raise UserError(f"{path}: not a complete Parquet file{after} ({first_line(error)})") from error
 
 
 def _arrow(path: Path) -> Iterator[PlacedRow]:
@@ -131,7 +131,7 @@ def _arrow(path: Path) -> Iterator[PlacedRow]:
     try:
         dataset = Dataset.from_file(str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole Arrow file ({first_line(error)})") from error
+        raise UserError(f"{path}: not a complete Arrow file ({first_line(error)})") from error
     for number, row in enumerate(dataset, start=1):
         yield f"{path}, row {number}", row
 

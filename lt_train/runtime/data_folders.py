@@ -1,4 +1,4 @@
-"""Which files of a folder are the data that are meant: a downloaded data set of the hub, or files of one's own."""
+"""The data files of a folder: a downloaded data set of the hub, or a user's own files."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from lt_train.runtime.data_files import SUFFIXES, PlacedRow, data_suffix, file_r
 from lt_train.runtime.errors import UserError
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-"""Words in names of files and folders that tell splits apart."""
+"""Words in names of files and folders that name a split."""
 
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data."""
@@ -65,7 +65,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that the name of a file, else of the nearest folder, tells."""
+    """The split that is named by a file, else by the nearest folder."""
     for name in (path.name.partition(".")[0], *reversed(path.parts[:-1])):
         for word in re.split(r"[^a-z]+", name.lower()):
             if word in SPLITS:
@@ -124,7 +124,7 @@ def _declared_files(
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
-    """(split, pattern) of every way to write `data_files`: a pattern, a list of them, and either by split."""
+    """(split, pattern) of every form of `data_files`: a pattern, a list of them, and either by split."""
     if isinstance(data_files, str):
         yield "train", data_files
     elif isinstance(data_files, dict):
@@ -141,8 +141,8 @@ def _saved_rows(folder: Path, split: str) -> Iterator[PlacedRow]:
 
     try:
         dataset = load_from_disk(str(folder))
-    except Exception as error:  # a damaged folder fails in many ways
-        raise UserError(f"{folder}: not a whole folder of save_to_disk ({first_line(error)})") from error
+    except Exception as error:  # a damaged folder raises many kinds of error
+        raise UserError(f"{folder}: not a complete folder of save_to_disk ({first_line(error)})") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise UserError(f"{folder}: no split {split!r}; there are {', '.join(map(str, dataset))}")

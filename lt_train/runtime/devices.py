@@ -1,4 +1,4 @@
-"""Where models run, and in which numbers."""
+"""Devices and dtypes that models run with."""
 
 import gc
 import os
@@ -18,12 +18,12 @@ def compute_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Such as "cpu, 2 threads" or "NVIDIA H100 80GB HBM3": what a measurement was taken on."""
+    """Name of a device, such as "cpu, 2 threads" or "NVIDIA H100 80GB HBM3"."""
     return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given, for a clock to be read."""
+    """Wait until the device has finished its work, before a clock is read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -48,15 +48,15 @@ def computes_in_bf16() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "bfloat16", as configs write it."""
+    """Name of a dtype as configs write it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """What `model.dtype` (auto, bf16 or fp32) means on this device; auto: bf16 where the device computes in it, else fp32.
+    """The dtype of `model.dtype` (auto, bf16 or fp32) on this device; auto: bf16 where the device computes in it, else fp32.
 
     Raises:
-        UserError: bf16 on a GPU that cannot compute in it. On a CPU it is slow, but right.
+        UserError: bf16 on a GPU that cannot compute in it. A CPU computes in it, slowly.
     """
     if precision == "bf16" and torch.cuda.is_available() and not computes_in_bf16():
         raise UserError(

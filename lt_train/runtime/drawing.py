@@ -145,7 +145,7 @@ def note_of(artist: Artist) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Without characters that XML or a font engine refuses."""
+    """The text without characters that XML or a font engine refuses."""
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
@@ -157,7 +157,7 @@ def write_png(figure: Figure, path: Path) -> None:
 
 @styled
 def to_svg(figure: Figure, label: str) -> str:
-    """An SVG element to stand in a page: no links, no ids but of shapes used twice, texts in the page's font."""
+    """An SVG element for a page: no links, no ids but of shapes used twice, texts in the page's font."""
     written = io.BytesIO()
     _save(figure, written, "svg")
     root = ElementTree.fromstring(written.getvalue())

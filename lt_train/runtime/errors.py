@@ -8,14 +8,14 @@ LONGEST = 60
 
 
 class UserError(Exception):
-    """Something the user gave (recipe, file, checkpoint, command line) cannot be used.
+    """A recipe, file, checkpoint or command line of the user cannot be used.
 
     The message names the setting or file, the value, the reason and the fix.
     """
 
 
 def more(section: str) -> str:
-    """The end of a message about which docs/troubleshooting.md has more to say, under the heading with this anchor."""
+    """The end of a message that refers to docs/troubleshooting.md, to the heading with this anchor."""
     return f". More: docs/troubleshooting.md#{section}"
 
 

@@ -1,4 +1,4 @@
-"""Writing so that a reader never meets half a file, and reading so that one truncated in a line is noticed.
+"""Atomic writing, by which a reader never finds half a file, and reading that notices a truncated last line.
 
 Whole files are written beside their target and renamed; JSON Lines files grow by one flushed line at a time, so the only damage a
 `kill -9` can do to them is a last line without its newline.
@@ -54,7 +54,7 @@ def read_json(path: Path, what: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not a whole {what} ({error}). Fix: delete it and run again") from error
+        raise UserError(f"{path}: not a complete {what} ({error}). Fix: delete it and run again") from error
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
@@ -69,11 +69,11 @@ def drop_cut_line(path: Path) -> bool:
     if not path.exists():
         return False
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole == len(content):
+    complete = content.rfind(b"\n") + 1
+    if complete == len(content):
         return False
     with open(path, "r+b") as file:
-        file.truncate(whole)
+        file.truncate(complete)
     return True
 
 
@@ -106,7 +106,7 @@ def json_row(line: bytes) -> dict[str, Any]:
     """One line of a JSON Lines file.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON or not an object; its text says which.
+        ValueError: it is not UTF-8, not JSON or not an object; its text has the reason.
     """
     try:
         row = json.loads(line.decode("utf-8"))

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: Ctrl-C (SIGINT), and SIGTERM, which SLURM sends before it preempts a job.
+"""Signals that stop a command: Ctrl-C (SIGINT), and SIGTERM, which SLURM sends before it preempts a job.
 
 Either ends the command by an exception, so that what it holds is closed: temporary folders, the tracker, processes that it started.
 """
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to stop. Its text says which one, and what was saved.
+    """A signal stops this process. Its text names the signal, and what was saved.
 
     It is no Exception, which libraries catch and pass over, and no KeyboardInterrupt, which typer turns into a bare exit code.
     """
@@ -47,7 +47,7 @@ def sigterm_held() -> Iterator[None]:
     """While the block runs, SIGTERM waits, also in what the block forks, until `end_at_sigterm` there.
 
     A forked process inherits the handler of `raising_interrupted`: an exception that it raises before the process can be stopped by
-    one would be lost, and who asked it to end would wait for ever.
+    one would be lost, and the process that sent it would wait for ever.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -57,14 +57,14 @@ def sigterm_held() -> Iterator[None]:
 
 
 def end_at_sigterm() -> None:
-    """In a forked process: SIGTERM ends it at once, also one that came before."""
+    """Let SIGTERM end this forked process at once, also one that came before."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextmanager
 def resuming() -> Iterator[None]:
-    """The block keeps what it has done: where a signal stops it, the same command resumes, and Interrupted says so."""
+    """The block keeps what it has done: where a signal stops it, the same command resumes, which Interrupted reports."""
     try:
         yield
     except Interrupted as stop:

@@ -10,5 +10,5 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 
 def _cell(value: Any) -> str:
-    """None is an empty cell; what would end a cell or a line is replaced."""
+    """A cell's text; None is empty, and characters that would end a cell or a line are replaced."""
     return "" if value is None else " ".join(str(value).replace("|", "&#124;").split())

@@ -1,7 +1,7 @@
-"""The processes of one launch (`deepspeed`, `torchrun`): which of them this is, who speaks, and how they end together.
+"""The processes of one launch (`deepspeed`, `torchrun`): which of them this is, which one prints, and how they end together.
 
-The first process speaks; the others are silent but for errors. Both launchers end all processes on a machine, within seconds,
-once one of them has failed; what is left to do here is to say once what went wrong, and to leave at once.
+The main process prints; the others print errors only. Both launchers end all processes on a machine, within seconds, once one of
+them has failed; what is left to do here is to report the error once, and to exit at once.
 """
 
 import logging
@@ -25,7 +25,8 @@ class Process:
     launched: bool  # by deepspeed or torchrun, if only as one process
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and works in the run folder: rank 0."""
         return self.rank == 0
 
     @property
@@ -34,13 +35,13 @@ class Process:
 
 
 def this_process() -> Process:
-    """As the launcher's environment says; without a launcher the only one."""
+    """This process, by the launcher's environment variables; without a launcher the only one."""
     environment = os.environ
     return Process(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")), "LOCAL_RANK" in environment)
 
 
 def silence() -> None:
-    """Keep this process from saying anything but its own errors: for those that do not speak.
+    """Keep this process, which is not the main one, from printing anything but its own errors.
 
     Standard output goes nowhere, also that of libraries written in C++; warnings and log records below errors are dropped.
     """
@@ -52,23 +53,24 @@ def silence() -> None:
     logging.disable(logging.WARNING)
 
 
-def let_others_tell(process: Process, error: BaseException) -> None:
-    """Wait for the launcher to end this process, where the word on `error` is another's.
+def wait_for_the_launcher(process: Process, error: BaseException) -> None:
+    """Wait for the launcher to end this process, where another process reports `error`.
 
-    Most errors are the same in every process, and then the first one tells it. A lost connection means that another process has
-    failed, and said so, or was killed. Where the launcher does not come (on another machine), this returns, and the error is told.
+    Most errors are the same in every process, and then the main one reports it. A lost connection means that another process has
+    failed, and reported why, or was killed. Where the launcher does not end this one (on another machine), this returns, and the
+    caller reports the error.
     """
-    if not process.speaks or is_lost_connection(error):
+    if not process.is_main or is_lost_connection(error):
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
 
 
 def is_taken_port(error: BaseException) -> bool:
-    """Whether the port at which the processes are to meet is another launch's."""
+    """Whether the port of the processes' rendezvous is used by another launch."""
     return _is_of_torch_distributed(error) and "EADDRINUSE" in str(error)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether the error says that another process cannot be reached any more."""
+    """Whether the error means that another process cannot be reached any more."""
     if _is_of_torch_distributed(error):  # NCCL, and the store that all processes share
         return not is_taken_port(error)
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # torch has no class for these
@@ -80,7 +82,7 @@ def _is_of_torch_distributed(error: BaseException) -> bool:
 
 
 def end_with(parent: int) -> None:
-    """End this process as soon as `parent`, which started it, has died in whatever way."""
+    """End this process as soon as `parent`, which started it, has ended, however it ended."""
 
     def watch() -> None:
         while os.getppid() == parent:

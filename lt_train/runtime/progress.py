@@ -1,4 +1,4 @@
-"""How far a long job is: a bar with rate and time left on a terminal, elsewhere (a log file, SLURM) a line now and then.
+"""Progress of a long job: a bar with rate and time left on a terminal, elsewhere (a log file, SLURM) a line now and then.
 
 On stderr, so that tables on stdout stay clean.
 """
@@ -33,10 +33,10 @@ class Bar:
         """Since the bar was shown."""
         return time.perf_counter() - self._started
 
-    def update(self, done: int, figures: str = "") -> None:
-        """`done` of the total are done; `figures` say what else there is to say, such as a rate."""
+    def update(self, done: int, details: str = "") -> None:
+        """`done` of the total are done; `details` are shown beside it, such as a rate."""
         self._done = done
-        rest = "  ".join(part for part in (figures, self._left()) if part)
+        rest = "  ".join(part for part in (details, self._left()) if part)
         self._progress.update(self._task, completed=done, rest=rest)
         now = time.perf_counter()
         if self._last_line is not None and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
@@ -44,8 +44,8 @@ class Bar:
             of_total = "" if self._total is None else f"/{self._total:,}"
             self._progress.console.print(f"{self._description} {done:,}{of_total}  {rest}", highlight=False, soft_wrap=True)
 
-    def advance(self, figures: str = "") -> None:
-        self.update(self._done + 1, figures)
+    def advance(self, details: str = "") -> None:
+        self.update(self._done + 1, details)
 
     def _left(self) -> str:
         here = self._done - self._done_before
@@ -75,7 +75,7 @@ def show_progress(description: str, *, total: int | None = None, done: int = 0, 
 
 @contextmanager
 def without_bars_of_transformers() -> Iterator[None]:
-    """transformers draws one for every checkpoint that it loads or writes; for small ones, and beside ours, they are in the way."""
+    """Hide transformers' bars, which it draws for every checkpoint: small ones need none, and ours would be broken by them."""
     from transformers.utils import logging  # heavy
 
     were_shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Where everything lies in the folder of a run: the one place that knows these names."""
+"""Files and folders of a run: the one place that knows their names."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ FINAL = "final"
 """The folder of the trained weights, in the folder of a training."""
 
 MANIFEST = "manifest.json"
-"""The step, settings and files of weights that training has written; its presence says that they are all there."""
+"""The step, settings and files of weights that training has written; it is written last, so with it all of them are there."""
 
 MEASURED = "measured.json"
 """The metric by which weights are the best of their training, beside those weights."""

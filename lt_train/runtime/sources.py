@@ -1,4 +1,4 @@
-"""Where a model or a data set comes from: a hub id, a local folder or a file, by one name in the recipe."""
+"""Sources of models and data sets: a hub id, a local folder or a file, by one name in the recipe."""
 
 import os
 import re
@@ -16,14 +16,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?
 LONGEST_HUB_ID = 96
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row is ("traces.jsonl:17"), and its fields."""
+"""The place of a row ("traces.jsonl:17"), and its fields."""
 
 
 def resolve_model(name: str) -> str:
     """The path of an existing local model folder, or `name` itself where it can be a hub id.
 
     Raises:
-        UserError: neither; it says where it looked.
+        UserError: neither; the message has the path that was tried.
     """
     path = _local(name)
     if os.path.isdir(path):
@@ -42,7 +42,7 @@ def resolve_data(name: str) -> Path | str:
     """The path of an existing local data file or folder, or `name` itself where it can be a hub id.
 
     Raises:
-        UserError: neither, or a file of a kind that is not read; it says where it looked.
+        UserError: neither, or a file of a kind that is not read; the message has the path that was tried.
     """
     path = _local(name)
     if os.path.isfile(path) and data_suffix(path) is None:
@@ -68,11 +68,11 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, subse
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None, subset: str | None = None) -> Iterator[PlacedRow]:
-    """Rows of a local data file, of a folder of them, or of a hub data set; a damaged row as what is wrong with it.
+    """Rows of a local data file, of a folder of them, or of a hub data set; of a damaged row the fault.
 
     Args:
         split: of a hub data set, or of a folder whose files are named after splits (train.jsonl, test.jsonl).
-        limit: only the first so many rows.
+        limit: the number of rows, from the first.
         subset: which configuration of a hub data set, or which folder in a folder.
 
     Raises:

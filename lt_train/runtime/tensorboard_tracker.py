@@ -64,7 +64,7 @@ class TensorBoardTracker:
             self._writer.add_text(name, text, step + 1)
 
     def _read(self, file: Path) -> None:
-        """What a file holds; a truncated record ends it."""
+        """The content of a file; a truncated record ends it."""
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
         for event in EventFileLoader(str(file)).Load():

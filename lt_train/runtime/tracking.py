@@ -1,7 +1,7 @@
 """Tracking of a run: curves, pictures, tables and final scores, in as many trackers as the recipe names.
 
-Each tracker is a file: wandb_tracker.py, tensorboard_tracker.py, trackio_tracker.py. All are told everything again when a run
-resumes, and skip what they hold: a process that was killed may have lost what its tracker had not written yet.
+Each tracker is a file: wandb_tracker.py, tensorboard_tracker.py, trackio_tracker.py. Everything is tracked again when a run
+resumes, and a tracker skips what it holds: a process that was killed may have lost what its tracker had not written yet.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ class Tracker(Protocol):
         """Show a table; a later one of the same name replaces it."""
 
     def summary(self, values: dict[str, Any]) -> None:
-        """Final figures of the run; a later value of the same name replaces an earlier one."""
+        """Final values of the run; a later value of the same name replaces an earlier one."""
 
     def finish(self) -> bool:
         """Write out what is still in memory, and wait for it. Call it in any case, also after an error.
 
         Returns whether all that was logged is written. It is not where a tracker's own process has ended, of a signal to all
-        processes of a job or for want of memory. The run goes on without it; when the run is tracked again, the rest is logged
+        processes of a job or for want of memory. The run continues without it; when the run is tracked again, the rest is logged
         again.
         """
 
@@ -97,7 +97,7 @@ def open_tracker(
     tensorboard: bool = False,
     trackio: bool = False,
 ) -> Tracker:
-    """Start tracking, or go on where `run_folder` was tracked before.
+    """Start tracking, or resume the tracking of `run_folder`.
 
     Args:
         mode: of wandb.

@@ -1,6 +1,6 @@
 """The curves, pictures and scores of a run in trackio's database on this machine. `trackio show` shows them.
 
-A run keeps one name over all its resumes; it stands in tracking.jsonl. A resume reads from the database which points are there.
+A run keeps one name over all its resumes; tracking.jsonl has it. A resume reads from the database which points it holds.
 """
 
 import os
@@ -80,7 +80,7 @@ class TrackioTracker:
         return logged <= self._points
 
     def _read(self) -> None:
-        """What the database holds of this run."""
+        """The points of this run in the database."""
         from trackio.sqlite_storage import SQLiteStorage
 
         for row in SQLiteStorage.get_logs(self._project, self._name):
@@ -104,6 +104,6 @@ def _run_name(run_folder: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that trackio prints at a run's start and end."""
+    """Hide the lines that trackio prints at a run's start and end."""
     with redirect_stdout(StringIO()):
         yield

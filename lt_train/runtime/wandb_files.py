@@ -1,4 +1,4 @@
-"""What a `.wandb` file holds: the part of a run that survived the death of the process that tracked it.
+"""The content of a `.wandb` file: the part of a run that survived the death of the process that tracked it.
 
 A file of LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md) after a header of wandb's: blocks of
 32 KiB, in them chunks of a header (CRC-32, length, kind) and data; one or more chunks are a protobuf record. wandb has a reader of

@@ -25,7 +25,7 @@ FLUSH_SECONDS = 1.0  # how often wandb writes out what is logged
 
 @dataclass
 class _Held:
-    """What the run's wandb folders hold."""
+    """The content of the run's wandb folders."""
 
     points: set[tuple[str, float]] = field(default_factory=set)  # of the curves: (name, step)
     pictures: set[str] = field(default_factory=set)

@@ -16,7 +16,7 @@ from lt_train.selection.random import random_layers
 
 
 def choose_spec(hybrid: Hybrid, base: HybridSpec, kv_heads: int, seed: int, profile: LayerProfile | None = None) -> HybridSpec:
-    """What the recipe's hybrid part lets stream.
+    """The spec that the recipe's hybrid part chooses.
 
     Args:
         base: the spec of the base; only layers with full attention there can stream, and only they count.

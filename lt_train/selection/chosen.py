@@ -1,4 +1,4 @@
-"""What streams in a hybrid: as hybrid/layers.json records it, and in words."""
+"""The choice of what streams in a hybrid: as hybrid/layers.json records it, and in words."""
 
 from collections.abc import Collection, Sequence
 
@@ -36,7 +36,7 @@ def heads_by_layer(flat: Collection[int], num_layers: int, kv_heads: int, slidin
 
 
 def nearest_number_of_layers(spec: HybridSpec, kv_heads: int) -> int:
-    """How many layers streaming whole have the KV cache that is nearest to that of `spec`: where layers are split, neither none nor
+    """How many streaming layers have the KV cache nearest to that of `spec`: where layers are split, neither none nor
     all of them."""
     if not spec.split_layers:
         return len(spec.lazy_layers)
@@ -45,7 +45,7 @@ def nearest_number_of_layers(spec: HybridSpec, kv_heads: int) -> int:
 
 
 def streaming_count(spec: HybridSpec, kv_heads: int) -> str:
-    """Such as "15 of 30 layers", or "78 of 90 KV heads"; of a base with sliding layers "4 of 8 full layers"."""
+    """What streams, such as "15 of 30 layers", or "78 of 90 KV heads"; of a base with sliding layers "4 of 8 full layers"."""
     of, full = len(spec.full_in_base), "full " if spec.sliding_layers else ""
     if not spec.split_layers:
         return f"{len(spec.lazy_layers)} of {of} {full}layers"
@@ -53,7 +53,7 @@ def streaming_count(spec: HybridSpec, kv_heads: int) -> str:
 
 
 def describe_streaming(spec: HybridSpec, kv_heads: int) -> str:
-    """Such as "15 of 30 layers stream", or "78 of 90 KV heads stream in 29 layers"."""
+    """What streams in words, such as "15 of 30 layers stream", or "78 of 90 KV heads stream in 29 layers"."""
     layers = len(spec.lazy_layers) + len(spec.split_layers)
     where = f" in {layers} layer{'s' * (layers > 1)}" if spec.split_layers else ""
     return f"{streaming_count(spec, kv_heads)} stream{where}"

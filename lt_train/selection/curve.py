@@ -1,6 +1,6 @@
 """The curve of a choice: KV cache against the rise that `gates` predicts, from full attention to every layer streaming.
 
-The shares of what streams add up to the predicted rise, so one profile gives the whole curve, without trying any hybrid.
+The shares of what streams add up to the predicted rise, so one profile gives the curve, without trying any hybrid.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ HEIGHT = 210.0
 
 
 def predicted_curve(shares: Sequence[float], window: int, beside: float = 0.0) -> list[Point]:
-    """None of the units streams, then the one with the smallest share, then the two smallest, to all of them.
+    """The points of the curve: no unit streams, then the one with the smallest share, then the two smallest, to all of them.
 
     Args:
         shares: of layers, or of KV heads, which all have equal keys and values.

@@ -104,7 +104,7 @@ def check_sum_of_shares(sum_of_shares: float, measured_rise: float, samples: int
 
 @dataclass
 class GatedView(AttentionView):
-    """Attends both ways and mixes the outputs: `gate_G` is 1 for full attention of a KV head and its queries, 0 for streaming."""
+    """Mixes full and streaming attention: `gate_G` is 1 for full attention of a KV head and its queries, 0 for streaming."""
 
     full: AttentionView
     streaming: AttentionView

@@ -36,8 +36,8 @@ class ImportedHybrid:
     """
     Attributes:
         source: the format. layers: those that stream, ascending. w_sink, w_recent: None: the source does not name them.
-        heads: by layer, the KV heads that stream; None: layers stream whole.
-        num_layers: of the base; None: the source does not tell. learned_sinks: see HybridSpec.
+        heads: by layer, the KV heads that stream; None: layers stream with all their heads.
+        num_layers: of the base; None: the source does not have it. learned_sinks: see HybridSpec.
         remarks: what of the source is not taken over, and what else to know.
     """
 
@@ -129,7 +129,7 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
 
 
 def _beside_sliding_layers(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
-    """A hybrid of ours whose base has sliding layers: `layer_types` are the base's, and streaming_kv_heads say what streams."""
+    """A hybrid of ours whose base has sliding layers: `layer_types` are the base's, and streaming_kv_heads set what streams."""
     heads_L = _heads_of_config(path, settings)
     if heads_L is None:
         raise UserError(f"{path}: streaming_kv_heads: missing beside w_recent. Fix: name an export as it was written")
@@ -147,7 +147,7 @@ def _beside_sliding_layers(path: Path, settings: dict[str, Any]) -> ImportedHybr
 
 
 def _heads_of_config(path: Path, settings: dict[str, Any]) -> tuple[tuple[int, ...], ...] | None:
-    """`streaming_kv_heads` of a hybrid of ours; None where its layers stream whole."""
+    """`streaming_kv_heads` of a hybrid of ours; None where its layers stream with all their heads."""
     heads_L = settings.get("streaming_kv_heads")
     if heads_L is None:
         return None
@@ -209,7 +209,7 @@ def _sizes_beside(path: Path) -> tuple[int, int]:
 
 
 def _read_gates(path: Path) -> list[list[float]]:
-    """By layer and KV head, from 0 to 1."""
+    """The gates by layer and KV head, from 0 to 1."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[float(gate) for gate in line.split("\t")] for line in lines if line.strip()]
@@ -264,11 +264,11 @@ def _from_code(path: Path) -> ImportedHybrid | None:
         raise UserError(f"{path}: lazy_list: not one list of numbers. Fix: write hybrid.layers by hand") from error
     sinks, window = _last_key_compared(tree, "kv_idx"), _last_key_compared(tree, "q_idx - kv_idx")
     if sinks is None or window is None:
-        w_sink, w_recent, told = None, None, "the code names no sizes: set w_sink and w_recent"
+        w_sink, w_recent, remark = None, None, "the code names no sizes: set w_sink and w_recent"
     else:  # the mask is written with <=
-        w_sink, w_recent, told = sinks + 1, window + 1, "the sizes are its mask's"
+        w_sink, w_recent, remark = sinks + 1, window + 1, "the sizes are its mask's"
     return ImportedHybrid(
-        "LightTransfer's lazy_list", _checked(path, "lazy_list", layers, None), w_sink, w_recent, None, remarks=(told,)
+        "LightTransfer's lazy_list", _checked(path, "lazy_list", layers, None), w_sink, w_recent, None, remarks=(remark,)
     )
 
 

@@ -132,7 +132,7 @@ class LayerProfile:
 
     @property
     def kv_heads(self) -> int:
-        """Of each layer, in a profile with scores by `gates`."""
+        """KV heads of each layer, in a profile with scores by `gates`."""
         return len(self.samples[0].head_shares[0])
 
     def _head_shares(self) -> list[list[float]]:
@@ -190,7 +190,7 @@ class LayerProfile:
         ]
 
     def predicted_rise(self, spec: HybridSpec) -> float:
-        """Of the loss on long-reach tokens, in nats: the shares by `gates` of all KV heads that stream, added up."""
+        """The predicted rise of the loss on long-reach tokens, in nats: the sum of the `gates` shares of KV heads that stream."""
         by_layer = zip(self.mean_head_shares, spec.streaming_heads(self.kv_heads), strict=True)
         return math.fsum(share_G[head] for share_G, heads in by_layer for head in heads)
 

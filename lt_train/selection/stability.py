@@ -56,7 +56,7 @@ def compare_halves(
 
     On the other half's mean costs each choice gains less than that half's own choice does. One gain is too low by the error of the
     choice, the other too high by about as much, as it is judged by the scores that it was made from; the gain of the best choice
-    lies in the middle. Choices err where layers differ by less than the standard errors, by about as much as these, so a loss is
+    is in the middle. Choices err where layers differ by less than the standard errors, by about as much as these, so a loss is
     proportional to their square: with all samples it is half of that with half of them.
     """
     halves = [range(0, len(scores), 2), range(1, len(scores), 2)]

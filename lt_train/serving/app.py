@@ -23,10 +23,10 @@ from lt_train.serving.protocol import AnswerRequest, ApiError, ChatRequest, Comp
 from lt_train.serving.replies import Choice, Kind, Reply
 
 RETRY_AFTER = 2
-"""Seconds after which a client that met a full queue is to ask again."""
+"""Seconds after which a client that met a full queue is to retry."""
 
 CLIENT_CLOSED = 499
-"""The status, nginx's, of a reply that nobody reads any more."""
+"""The status, nginx's, of a reply whose client has disconnected."""
 
 
 def make_app(name: str, checkpoint: Checkpoint, engine: EngineThread) -> FastAPI:
@@ -143,7 +143,7 @@ class Answering:
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         if not await _collect(choices, submission, http):
             return Response(status_code=CLIENT_CLOSED)
-        return JSONResponse(reply.whole(choices))
+        return JSONResponse(reply.complete(choices))
 
     def _submit(self, body: AnswerRequest, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> Submission:
         wanted, engine = len(prompts) * body.n, self.engine
@@ -157,9 +157,9 @@ class Answering:
         for prompt in prompts:
             self._check_length(body, len(prompt))
         if wanted > engine.capacity:
-            raise ApiError(400, f"n: {wanted} answers: more than the {engine.capacity} that may run and wait. Fix: ask for fewer")
+            raise ApiError(400, f"n: {wanted} answers: more than the {engine.capacity} that may run and wait. Fix: request fewer")
         if engine.requests + wanted > engine.capacity:
-            raise ApiError(429, f"{engine.requests} requests run or wait, and {engine.capacity} may. Fix: ask again later")
+            raise ApiError(429, f"{engine.requests} requests run or wait, and {engine.capacity} may. Fix: retry later")
         seed = secrets.randbits(63) if body.seed is None else body.seed
         made = []
         for prompt in prompts:

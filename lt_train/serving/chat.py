@@ -27,7 +27,7 @@ COMMANDS = {"/fold": "hide or show the reasoning", "/new": "begin a new conversa
 
 
 def chat(folder: Path, console: Console, *, folded: bool, kv_budget: int | None, draft: DraftOptions | None = None) -> None:
-    """Answer questions, a line each, until the input ends. A line that ends in a backslash goes on in the next one.
+    """Answer questions, a line each, until the input ends. A line that ends in a backslash continues in the next one.
 
     Raises:
         UserError: nothing to talk to in the folder, a model without a chat template, or no such draft.

@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def sampling(self) -> Sampling:
-        """How `generate()` samples by the checkpoint's generation_config.json: greedily, unless it says to sample."""
+        """How `generate()` samples by the checkpoint's generation_config.json: greedily, unless its do_sample is set."""
         config = self.model.generation_config
         penalty = config.repetition_penalty or 1.0
         if not config.do_sample:
@@ -56,7 +56,7 @@ class Checkpoint:
         return Sampling(temperature, top_p, 1, top_k=config.top_k or 0, min_p=config.min_p or 0.0, repetition_penalty=penalty)
 
     def room(self, prompt_tokens: int, longest: int) -> int:
-        """New tokens of an answer that nothing else limits: the generation_config.json's max_new_tokens, if there are so many left.
+        """Most new tokens of an answer: max_new_tokens of generation_config.json, or what fits the context.
 
         Args:
             longest: tokens that prompt and answer may have together.
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @property
     def streaming(self) -> str:
-        """What of the model streams, in words."""
+        """The layers or heads that stream, in words."""
         return f"{streaming_count(self.model.spec, self.model.config.kv_heads)} stream"
 
     def engine(self, kv_budget: int | None, max_slots: int = 64, draft: DraftOptions | None = None) -> Engine:

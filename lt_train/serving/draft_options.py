@@ -14,7 +14,7 @@ def as_option(setting: str) -> str:
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What drafts for a model that is not loaded yet.
+    """Options of the draft of a model that is not loaded yet.
 
     Attributes:
         layers: stream in the draft besides what streams in the model; None: all.
@@ -26,7 +26,7 @@ class DraftOptions:
 
     @classmethod
     def of(cls, draft: str | None, layers: str | None, length: int | None) -> "DraftOptions | None":
-        """By the options as they are written.
+        """The options as they are written on the command line.
 
         Raises:
             UserError: options of a draft without one, or no list of layers.

@@ -45,7 +45,7 @@ class Submission:
             yield arrived
 
     def cancel(self) -> None:
-        """Free what the requests hold whose answers have not come. Call it in any case."""
+        """Free what requests without an answer hold. Call it in any case."""
         self._thread.cancel(self)
 
     def put(self, arrived: tuple[int, NewToken] | EngineStopped) -> None:
@@ -137,7 +137,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _take_messages(self) -> bool:
-        """Add and cancel what tasks asked for; waits where there is nothing to do. False: stop."""
+        """Add and cancel what tasks requested; waits where there is nothing to do. False: stop."""
         while self._batch.is_empty or not self._inbox.empty():
             message = self._inbox.get()
             if message is None:

@@ -59,7 +59,7 @@ class StreamOptions(BaseModel):
 
 
 class AnswerRequest(BaseModel, ABC):
-    """What both kinds of request have in common.
+    """The fields that both kinds of request have in common.
 
     Attributes:
         top_k, min_p, repetition_penalty, stop_token_ids, return_token_ids: beyond OpenAI's protocol, as vLLM has them.

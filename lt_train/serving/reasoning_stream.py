@@ -1,4 +1,4 @@
-"""Reasoning and answer told apart while the text comes."""
+"""Reasoning and answer, separated while the text is generated."""
 
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ class ReasoningStream:
         yield text[:kept], self.is_reasoning
 
     def finish(self) -> tuple[str, bool]:
-        """What was held back."""
+        """The text that was held back."""
         held, self._held = self._held, ""
         return held, self.is_reasoning
 

@@ -1,4 +1,4 @@
-"""Replies of the OpenAI protocol: one choice as its tokens come, and the JSON of chunks and of whole replies."""
+"""Replies of the OpenAI protocol: one choice as its tokens come, and the JSON of chunks and of complete replies."""
 
 import time
 import uuid
@@ -45,7 +45,7 @@ class Choice:
         content = {"text": text} if self.kind == "completion" else {"delta": {"content": text}}
         return self._with_tokens(content)
 
-    def whole(self) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         text = self.streamed.sent
         content = {"text": text} if self.kind == "completion" else {"message": {"role": "assistant", "content": text}}
         return self._with_tokens(content)
@@ -86,7 +86,7 @@ def _token(text: str, logprob: float) -> dict[str, Any]:
 
 
 class Reply:
-    """What the chunks of one reply, or the whole of it, have in common."""
+    """The fields that all chunks of a reply, or the complete one, have in common."""
 
     def __init__(self, kind: Kind, model: str, prompt_tokens: int) -> None:
         self.kind = kind
@@ -97,9 +97,9 @@ class Reply:
             "model": model,
         }
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def complete(self, choices: Sequence[Choice]) -> dict[str, Any]:
         name = "text_completion" if self.kind == "completion" else "chat.completion"
-        return {**self._common, "object": name, "choices": [choice.whole() for choice in choices], "usage": self.usage(choices)}
+        return {**self._common, "object": name, "choices": [choice.complete() for choice in choices], "usage": self.usage(choices)}
 
     def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
         name = "text_completion" if self.kind == "completion" else "chat.completion.chunk"

@@ -24,7 +24,7 @@ def gather_experts_at_once(model: nn.Module) -> None:
 
 @contextmanager
 def router_loss_of_base(model: PreTrainedModel, config: SFTConfig) -> Iterator[None]:
-    """While TRL's trainer is made: it is to add the router's loss where the base's config asks for it (`output_router_logits`).
+    """While TRL's trainer is made: it is to add the router's loss where the base's config sets it (`output_router_logits`).
 
     TRL adds it wherever a config has a coefficient, and writes both into the model's config, from which an export has them.
     train.trl may set a coefficient of its own.

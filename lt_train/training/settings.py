@@ -127,7 +127,7 @@ def settings_of_training(recipe: Recipe, train: Train, spec: HybridSpec, data_sh
 
 
 def teacher_fingerprint(recipe: Recipe, data_sha256: str) -> dict[str, str | int | float]:
-    """What a teacher's log-probabilities on the training data depend on."""
+    """The values that a teacher's log-probabilities on the training data depend on."""
     return {
         "model.base": recipe.model.base,
         "model.revision": str(recipe.model.revision),

@@ -44,7 +44,7 @@ def lora_config(lora: Lora, spec: HybridSpec, model: nn.Module) -> LoraConfig:
 def freeze_all_but_lazy_projections(model: nn.Module, spec: HybridSpec) -> None:
     """Keep only the attention projections and learned sinks of streaming layers trainable; only they have optimizer states.
 
-    A layer of which some KV heads stream is trained as a whole: its output projection mixes all heads.
+    A layer of which some KV heads stream is trained with all its heads: its output projection mixes all heads.
 
     Raises:
         UserError: no layer streams.

@@ -1,4 +1,4 @@
-"""What the plugin refuses to serve. Without vLLM's modules, so that it can be tested without them."""
+"""Checks of what the plugin serves. They import no vLLM, so that they can be tested without it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +53,7 @@ def check_served(config: Any) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What of vLLM's settings decides whether it computes a hybrid.
+    """The settings of vLLM that decide whether it computes a hybrid.
 
     Attributes:
         kv_dtype: of its KV cache; auto: that of the model.

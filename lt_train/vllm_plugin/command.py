@@ -1,6 +1,6 @@
 """vLLM's server for an export, in vLLM's own environment: python -m lt_train.vllm_plugin.command EXPORT [options of vLLM]
 
-vLLM's own class for an export without sinks would be wrong: its Qwen2 does not know `layer_types` and runs full attention in every
+vLLM's own class for an export without sinks is not enough: its Qwen2 does not know `layer_types` and runs full attention in every
 layer, silently. So the class of every export is named.
 """
 

@@ -1,7 +1,7 @@
 """Our exports as a model of vLLM: its Llama classes, with streaming attention.
 
 One class for all families, because they differ from Llama in the attention alone: Qwen2 has biases, Qwen3 normalises queries and
-keys. vLLM's KV cache manager frees what lies outside a layer's window; its attention kernels, on CPUs and GPUs, know learned sinks;
+keys. vLLM's KV cache manager frees what is outside a layer's window; its attention kernels, on CPUs and GPUs, know learned sinks;
 sink tokens have a cache and kernels in `sink_attention`. Where single KV heads stream, a layer has several of vLLM's Attention
 layers: its `units`. Exports without sinks, which are checkpoints of stock classes, are computed as well: see launch/serve-vllm.sh.
 
@@ -54,7 +54,7 @@ class HybridForCausalLM(LlamaForCausalLM):
 
 
 def spec_of(config: PreTrainedConfig) -> HybridSpec:
-    """Of an export with code of its own, or of one of a stock class."""
+    """The spec of an export with code of its own, or of one of a stock class."""
     if isinstance(config, HybridConfig):
         return config.spec
     return HybridSpec.from_layer_types(config.layer_types, 0, config.sliding_window)
@@ -166,7 +166,7 @@ class ShardedSinks(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads), requires_grad=False)
-        self.weight.weight_loader = self._load  # type: ignore[attr-defined]  # how vLLM asks a parameter to load itself
+        self.weight.weight_loader = self._load  # type: ignore[attr-defined]  # vLLM's hook by which a parameter loads itself
 
     def _load(self, parameter: nn.Parameter, loaded_H: Tensor) -> None:
         heads = parameter.shape[0]

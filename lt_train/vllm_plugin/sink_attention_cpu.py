@@ -26,7 +26,7 @@ from lt_train.vllm_plugin.sink_cache import SinkTokensSpec
 
 @dataclass(frozen=True)
 class Sequence:
-    """The queries of one sequence in a batch, and where their keys lie in the cache."""
+    """The queries of one sequence in a batch, and the places of their keys in the cache."""
 
     queries: slice
     blocks_K: Tensor

@@ -1,6 +1,6 @@
 """Attention with sink tokens in vLLM on a GPU, by its Triton kernel for R-SWA (reference sliding window attention).
 
-There a query sees the first tokens of its sequence, as many as `rswa_prefix_lens` says, and the latest `rswa_window`. vLLM sets the
+There a query sees the first tokens of its sequence, as many as `rswa_prefix_lens`, and the latest `rswa_window`. vLLM sets the
 former to each request's prompt; here they are `w_sink`. Never run on a GPU: the tests run the kernel in Triton's interpreter.
 """
 

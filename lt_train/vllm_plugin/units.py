@@ -25,7 +25,7 @@ def heads_of_a_unit(spec: HybridSpec, kv_heads: int) -> int:
 
 
 def units_of_layer(spec: HybridSpec, layer: int, kv_heads: int) -> list[Unit]:
-    """The units of a layer of `kv_heads` KV heads; those that stream stand last."""
+    """The units of a layer of `kv_heads` KV heads; those that stream are last."""
     streaming = spec.streaming_heads(kv_heads)[layer]
     full = tuple(head for head in range(kv_heads) if head not in streaming)
     size = heads_of_a_unit(spec, kv_heads)
@@ -34,6 +34,6 @@ def units_of_layer(spec: HybridSpec, layer: int, kv_heads: int) -> list[Unit]:
 
 
 def number_of_units(spec: HybridSpec, kv_heads: int) -> tuple[int, int]:
-    """Of all layers, those with full attention and those that stream."""
+    """The number of units of all layers, with full attention and streaming."""
     size, streaming = heads_of_a_unit(spec, kv_heads), spec.number_of_streaming_heads(kv_heads)
     return (spec.num_layers * kv_heads - streaming) // size, streaming // size

@@ -66,9 +66,9 @@ def test_decode_refuses_what_it_cannot_compare_with(lt_train, tiny_base, tmp_pat
     short = ("--at", 40, "--lazy-layer-ratio", 0.25, "--kv-budget", 1)
     for given, message in (
         ((tiny_base, "--against", "sglang", fails), "--against: sglang: it is not compared with"),
-        (("--shape", tiny_base, "--against", "vllm", fails), "random weights lie in none"),
+        (("--shape", tiny_base, "--against", "vllm", fails), "random weights are in none"),
         ((tiny_base, "--against", "vllm", tmp_path / "none"), "not a python that runs"),
-        ((tiny_base, "--against", "vllm", fails), "it ended with code 3 and no result. Fix what it says:\nno module for this CPU"),
+        ((tiny_base, "--against", "vllm", fails), "ended with code 3 and no result. Fix its error:\nno module for this CPU"),
         ((tiny_base, "--against", "vllm", small), "--kv-budget: 1 MiB: vLLM holds no sequence of 40 tokens in it. Fix: set more"),
     ):
         code, _, err = lt_train("bench", "decode", *given, *short, *SIZES)

@@ -107,10 +107,10 @@ def test_a_file_that_was_tampered_with_is_named(lt_train, folder, tamper, fault)
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ('{"format": 1}', "not a whole export manifest"),
-        ('{"format": 1, "content": "", "files": {"a": 1}, "check": {}}', "not a whole export manifest"),
-        ('{"format": 1, "content": "", "files": [], "check": {}}', "not a whole export manifest"),
-        ('{"form', "not a whole export manifest"),
+        ('{"format": 1}', "not a complete export manifest"),
+        ('{"format": 1, "content": "", "files": {"a": 1}, "check": {}}', "not a complete export manifest"),
+        ('{"format": 1, "content": "", "files": [], "check": {}}', "not a complete export manifest"),
+        ('{"form', "not a complete export manifest"),
         (None, f"no export: there is no {MANIFEST}"),
     ],
 )

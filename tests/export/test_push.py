@@ -110,7 +110,7 @@ def test_without_a_token_or_offline_nothing_is_tried(hub: StubHub, folder: Path,
 
 def test_a_token_that_is_refused_is_not_in_the_message(hub: StubHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with pytest.raises(UserError, match=r"401.*is whole.*HF_TOKEN may write there") as refused:
+    with pytest.raises(UserError, match=r"401.*is complete.*HF_TOKEN may write there") as refused:
         push(folder)
     assert "hf_secret" not in str(refused.value) and "\n" not in str(refused.value)
 

@@ -62,7 +62,7 @@ def test_a_config_keeps_the_kv_heads_that_stream():
     ("changed", "problem"),
     [
         ({"hybrid_version": "1"}, "hybrid_version: '1'"),
-        ({"layer_types": ["full_attention"] * 3}, "streaming_kv_heads: they make 1 layers stream as a whole"),
+        ({"layer_types": ["full_attention"] * 3}, "streaming_kv_heads: they make 1 layers stream with all their heads"),
         ({"w_sink": 0, "learned_sinks": True}, "learned_sinks"),
         ({"streaming_kv_heads": [[], [5], [0, 1]]}, "not in the model"),
         ({"streaming_kv_heads": [[], [1]]}, "streaming_kv_heads"),

@@ -134,7 +134,7 @@ def test_in_every_family_a_prompt_within_the_window_streams_in_the_first_layers(
 
 def test_a_prompt_in_several_passes_is_refused() -> None:
     model, batch = choosing(3), left_padded([PROMPTS[0]])
-    with pytest.raises(HybridError, match=r"new tokens after a prompt.*Fix: pass a whole prompt in one forward pass"):
+    with pytest.raises(HybridError, match=r"new tokens after a prompt.*Fix: pass a prompt in one forward pass"):
         model.generate(**batch, max_new_tokens=3, prefill_chunk_size=16)
     cache, _ = prefill(model, [PROMPTS[0]])
     with pytest.raises(HybridError, match="3 new tokens after a prompt"):

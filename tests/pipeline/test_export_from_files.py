@@ -64,7 +64,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_the_exported_weights_are_those_of_the_model_in_memory(overrides: list[str], variant: str, tmp_path: Path) -> None:
     folder, printed, context = exported(tmp_path, overrides)
-    assert "whole model is loaded" not in printed
+    assert "model is loaded into memory" not in printed
     assert read_manifest(folder).check is not None
     found, model = tensors(folder), context.variants.load(variant, torch.float32)
     assert found.keys() == dict(model.named_parameters()).keys() and len(list(folder.glob("*.safetensors"))) > 2
@@ -77,5 +77,5 @@ def test_a_base_in_another_format_is_exported_from_memory(tmp_path: Path) -> Non
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     folder, printed, _ = exported(tmp_path, [*LORA, "train=null", f"model.base={base}"])
-    assert f"whole model is loaded: {base} has no safetensors files" in printed.replace("\n", "")
+    assert f"model is loaded into memory: {base} has no safetensors files" in printed.replace("\n", "")
     assert not list(folder.glob("*.bin")) and read_manifest(folder).check is not None

@@ -95,7 +95,7 @@ def test_a_cut_choice_of_layers_is_refused(variants):
     made = variants()
     path = made.paths.hybrid / "layers.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(UserError, match=r"hybrid/layers\.json: not a whole choice of layers.*delete it"):
+    with pytest.raises(UserError, match=r"hybrid/layers\.json: not a complete choice of layers.*delete it"):
         made.spec(CONVERTED)
 
 

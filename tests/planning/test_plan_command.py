@@ -99,7 +99,7 @@ def test_a_plan_of_kv_heads_counts_them_and_says_what_is_a_bound(plan):
     by_layer = [*by_head[:-3], "--set=hybrid.lazy_layer_ratio=0.875"]
     code, said = plan(*by_head)
     assert code == 0 and "; 448 of 512 KV heads stream (4 sinks, window 1,020)" in said
-    assert "at most 64 layers have some of them; adapters and activations are counted for so many" in said
+    assert "at most 64 layers have some of them; adapters and activations are counted for all" in said
     heads, layers = (json.loads(plan(*arguments, "--json")[1]) for arguments in (by_head, by_layer))
     assert (heads["model"]["kv_heads"], heads["model"]["streaming_kv_heads"], heads["model"]["streaming_layers"]) == (512, 448, 64)
     assert (layers["model"]["streaming_kv_heads"], layers["model"]["streaming_layers"]) == (448, 56)

@@ -28,7 +28,7 @@ def test_a_batch_in_tokens_is_a_number_of_full_rows() -> None:
 
 def test_processes_that_share_a_sequence_count_as_one() -> None:
     assert accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 16) == 24
-    with pytest.raises(UserError, match=r"sequence_parallel: 4: 7 processes do not form whole groups.*Fix: start 4 or 8 processes"):
+    with pytest.raises(UserError, match=r"sequence_parallel: 4: 7 processes do not form complete groups.*start 4 or 8 processes"):
         accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 7)
     with pytest.raises(UserError, match=r"of the 5 that 20 processes .*Fix: set it to 95 or 100, or start 16 or 24 processes"):
         accumulation_steps(train(batch_size=96, sequence_parallel=4), DATA, 20)

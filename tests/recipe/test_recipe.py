@@ -305,7 +305,7 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
         ),
         (
             "hybrid.kv_budget=0.5",
-            "hybrid.lazy_layer_ratio + hybrid.kv_budget: each says how many layers stream. Fix: set one of them, and the others",
+            "hybrid.lazy_layer_ratio + hybrid.kv_budget: each sets how many layers stream. Fix: set one of them, and the others",
         ),
         ("hybrid={max_rise: 0.1}", "hybrid.max_rise + hybrid.strategy: reach predicts no rise. Fix: set strategy to gates"),
         ("hybrid={lazy_layer_ratio: 0.5, max_rise: 0}", "hybrid.max_rise: 0: not above 0. Fix: set it above 0"),
@@ -323,7 +323,7 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
         ),
         (
             "hybrid={lazy_layer_ratio: 0.5, granularity: kv_head, strategy: reach}",
-            "hybrid.granularity + hybrid.strategy: reach scores whole layers, not KV heads. Fix: set strategy to gates, or gran",
+            "hybrid.granularity + hybrid.strategy: reach scores entire layers, not KV heads. Fix: set strategy to gates, or gran",
         ),
         (
             "hybrid={granularity: kv_head, layers: [1]}",
@@ -441,7 +441,7 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
         ("eval=5", "eval: 5: not a list. Fix: write a list, such as [a, b]"),
         ("eval.2.limit=3", "eval.2.limit: the list eval has the items 0 to 1. Fix: name one of its items"),
         ("eval.first.limit=3", "eval.first.limit: the list eval has the items 0 to 1. Fix: name one of its items"),
-        ("name.x=3", "name.x: name is 'mine', which has no settings inside. Fix: set it as a whole"),
+        ("name.x=3", "name.x: name is 'mine', which has no settings inside. Fix: set all of it"),
         ("hybrid.w_recent", "write it as --set part.setting=value"),
         ("=3", "write it as --set part.setting=value"),
         ("hybrid..w_recent=3", "write it as --set part.setting=value"),
@@ -464,7 +464,7 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
         (["hybrid.sink=learned", "hybrid.w_sink=4"], "hybrid.sink + hybrid.w_sink: learned sinks take the place of tokens"),
         (
             ["hybrid={select: per_prompt, lazy_layer_ratio: 0.5, granularity: kv_head}", "train=null"],
-            "hybrid.granularity + hybrid.select: prompts choose whole layers. Fix: set granularity to layer, or select to static",
+            "hybrid.granularity + hybrid.select: prompts choose entire layers. Fix: set granularity to layer, or select to static",
         ),
         (
             ["hybrid={layers: [1], streaming_kv_heads: [[0]]}", "hybrid.granularity=kv_head"],
@@ -495,7 +495,7 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
         ),
         (
             ["train.sequence_parallel=2", "train.distill={weight: 0.5}"],
-            "train.sequence_parallel + train.distill.weight: a teacher reads whole sequences, not slices. Fix: set",
+            "train.sequence_parallel + train.distill.weight: a teacher reads complete sequences, not slices. Fix: set",
         ),
         (
             ["train.sequence_parallel=2", "train.trl={pad_to_multiple_of: 64}"],

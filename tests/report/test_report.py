@@ -202,7 +202,7 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
         ("train/log.jsonl", '{"step": 1', r"log\.jsonl:1: not JSON"),
         ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a valid training log"),
         ("recipe.yaml", "name: [", r"recipe\.yaml: not a valid recipe"),
-        ("hybrid/layers.json", "{", r"layers\.json: not a whole"),
+        ("hybrid/layers.json", "{", r"layers\.json: not a complete"),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(run, path, content, message):

@@ -281,7 +281,7 @@ def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(run, damage):
 def test_a_cut_choice_of_layers_is_an_error_that_names_it(run, name):
     whole = (run / name).read_text()
     (run / name).write_text(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"{name}: not a whole"):
+    with pytest.raises(UserError, match=rf"{name}: not a complete"):
         read_results(run)
 
 

@@ -110,7 +110,7 @@ def test_damaged_rows_are_one_fault_each_and_the_others_are_read(
         ("a.csv", b'a,b\n"1,2\n', r"a\.csv:2: not CSV"),
         ("a.csv", b"a,a\n1,2\n", r"a\.csv: two columns have one name: a, a"),
         ("a.csv", b"a,b\n\xff,2\n", r"a\.csv:\d: not CSV in UTF-8"),
-        ("a.arrow", b"no arrow", r"a\.arrow: not a whole Arrow file"),
+        ("a.arrow", b"no arrow", r"a\.arrow: not a complete Arrow file"),
         (
             "a.parquet",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",

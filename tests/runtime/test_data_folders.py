@@ -115,5 +115,5 @@ def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no split 'dev'; there are train, test"):
         read(tmp_path / "both", "dev")
     (tmp_path / "one/data-00000-of-00001.arrow").write_bytes(b"cut")
-    with pytest.raises(UserError, match="not a whole folder of save_to_disk"):
+    with pytest.raises(UserError, match="not a complete folder of save_to_disk"):
         read(tmp_path / "one")

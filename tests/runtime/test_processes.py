@@ -1,4 +1,4 @@
-"""Two processes under torchrun and deepspeed: one speaks, and the failure of one ends both with its own word."""
+"""Two processes under torchrun and deepspeed: one prints, and the failure of one ends both with its own message."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ import torch
 
 from lt_train import __version__, cli
 from lt_train.runtime import processes
-from lt_train.runtime.processes import Process, is_lost_connection, let_others_tell, this_process
+from lt_train.runtime.processes import Process, is_lost_connection, this_process, wait_for_the_launcher
 from tests.support import failing_ranks
 from tests.support.processes import exit_code, start_ranks
 from tests.support.repository import ENVIRONMENT, REPOSITORY
@@ -54,10 +54,10 @@ def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, 
 def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(processes.time, "sleep", waited.append)
-    let_others_tell(Process(0, 2, True), ValueError())
+    wait_for_the_launcher(Process(0, 2, True), ValueError())
     assert waited == []
-    let_others_tell(Process(1, 2, True), ValueError())
-    let_others_tell(Process(0, 2, True), RuntimeError("gloo: closed"))
+    wait_for_the_launcher(Process(1, 2, True), ValueError())
+    wait_for_the_launcher(Process(0, 2, True), RuntimeError("gloo: closed"))
     assert len(waited) == 2
 
 

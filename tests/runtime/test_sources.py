@@ -102,8 +102,8 @@ def test_an_empty_folder_is_told_so(tmp_path: Path) -> None:
         ("cut.json", b'[{"a": 1}', r"cut\.json: not JSON .*call it \.jsonl"),
         ("object.json", b'{"a": 1}', r"object\.json: a \.json data file holds a list of objects, this holds a dict"),
         ("numbers.json", b"[1]", r"numbers\.json, row 1: a row must be a JSON object, this is a int"),
-        ("text.parquet", b"no parquet at all", r"text\.parquet: not a whole Parquet file"),
-        ("empty.parquet", b"", r"empty\.parquet: not a whole Parquet file"),
+        ("text.parquet", b"no parquet at all", r"text\.parquet: not a complete Parquet file"),
+        ("empty.parquet", b"", r"empty\.parquet: not a complete Parquet file"),
     ],
 )
 def test_a_damaged_file_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, told: str) -> None:
@@ -115,10 +115,10 @@ def test_a_damaged_file_is_told_with_its_place(tmp_path: Path, name: str, conten
 def test_a_parquet_file_that_is_cut_or_damaged_inside_is_told_so(tmp_path: Path) -> None:
     content = write_rows(tmp_path / "whole.parquet", ROWS * 500).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="not a complete Parquet file"):
         list(load_rows(str(tmp_path / "cut.parquet")))
     (tmp_path / "damaged.parquet").write_bytes(content[:4] + b"\xff" * 200 + content[204:])
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="not a complete Parquet file"):
         list(load_rows(str(tmp_path / "damaged.parquet")))
 
 

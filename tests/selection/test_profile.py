@@ -206,7 +206,7 @@ def test_a_cut_profile_is_refused(make, tmp_path, seed):
     path = tmp_path / "profile.json"
     content = path.read_bytes()
     path.write_bytes(content[: random.Random(seed).randrange(len(content) - 2)])
-    with pytest.raises(UserError, match=r"profile\.json: not a whole layer profile"):
+    with pytest.raises(UserError, match=r"profile\.json: not a complete layer profile"):
         LayerProfile.load(path)
 
 

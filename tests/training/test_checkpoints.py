@@ -71,7 +71,7 @@ def test_half_written_checkpoints_of_many_kills_do_not_pile_up(tmp_path: Path) -
         (lambda f: (f / "global_step" / "rank_0.pt").unlink(), "rank_0.pt is missing"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "has 3 bytes instead of 5120"),
         (lambda f: (f / "optimizer.pt").write_bytes(b"Moments"), "content of optimizer.pt changed"),
-        (lambda f: (f / MANIFEST).write_text('{"step": 2'), "not a whole checkpoint manifest"),
+        (lambda f: (f / MANIFEST).write_text('{"step": 2'), "not a complete checkpoint manifest"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_never_deleted(tmp_path: Path, damage, fault: str) -> None:

@@ -33,7 +33,7 @@ def write_recipe(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_the_first_alone_speaks(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_and_the_main_one_alone_prints(tmp_path: Path) -> None:
     command = ["train", str(write_recipe(tmp_path, "two")), "--runs", str(tmp_path)]
     first, second = call_in_ranks(call_lt_train, command, outputs=tmp_path / "printed")
     assert first[0] == 0, first

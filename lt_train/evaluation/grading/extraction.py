@@ -1,6 +1,6 @@
 r"""Which answer a text gives: its last `\boxed{}`, else what it calls the answer, else its last formula or number.
 
-What follows the reasoning counts before what stands in it. Every search is one pass over the text or over its short end, except for
+What follows the reasoning counts before what is in it. Every search is one pass over the text or over its short end, except for
 the last formula, which math-verify finds; `Grader` therefore extracts in the process that it can kill.
 """
 
@@ -55,7 +55,7 @@ PHRASE = re.compile(
          {REST_OF_LINE}""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-"""The usual ways to name an answer, and the rest of the line. A line break may stand before the answer."""
+"""The usual ways to name an answer, and the rest of the line. A line break may precede the answer."""
 
 MARK = re.compile(
     rf"""(?: <answer> \s* (?= (?P<tagged> .*? ) \s* </answer> )
@@ -123,7 +123,7 @@ SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>")
 def extract(text: str, kind: Kind = "math", ended: bool = True) -> Extracted | None:
     """The answer that a generated text gives; None: it gives none.
 
-    A box counts before any phrase, wherever it stands after the reasoning. For a choice the answer is the letter, where what was
+    A box counts before any phrase, wherever it is after the reasoning. For a choice the answer is the letter, where what was
     found names one.
 
     Args:
@@ -138,7 +138,7 @@ def extract(text: str, kind: Kind = "math", ended: bool = True) -> Extracted | N
 
 
 def named_answer(text: str, kind: Kind) -> Extracted | None:
-    """What stands in a box or is called the answer."""
+    """The content of a box, or what is called the answer."""
     if found := boxed(text, kind):
         return found
     end = text[-END_CHARACTERS:]
@@ -155,7 +155,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def end_of_reasoning(text: str) -> int:
-    """Where the text begins that follows the reasoning; 0 where no reasoning was ended."""
+    """The place where the text after the reasoning begins; 0 where no reasoning was ended."""
     return max((at + len(mark) for mark in REASONING_ENDS if (at := text.rfind(mark)) >= 0), default=0)
 
 
@@ -167,7 +167,7 @@ def boxed(text: str, kind: Kind) -> Extracted | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` or `\fbox{}` whose braces balance, stripped; None where there is none, or nothing in it.
+    r"""The content of the last `\boxed{}` or `\fbox{}` whose braces balance, stripped; None where there is none, or nothing in it.
 
     Boxes that "and", "or" or a comma joins are one answer. Of nested boxes the outer one counts. One pass over the text, whatever
     it holds.
@@ -204,7 +204,7 @@ def balanced_boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def last_phrased(end: str) -> str | None:
-    """What the last phrase such as "the answer is", or the last mark of an answer, is followed by; None: there is none."""
+    """The text after the last phrase such as "the answer is", or the last mark of an answer; None: there is none."""
     for found in sorted([*PHRASE.finditer(end), *MARK.finditer(end)], key=lambda match: match.start(), reverse=True):
         answer = marked_answer(found)
         if answer is not None:
@@ -264,7 +264,7 @@ def last_formula(text: str) -> str | None:
 
 
 def formulas(paragraph: str) -> Iterator[str]:
-    """What math-verify takes for the answer of a paragraph, if it holds any formula."""
+    """The formulas that math-verify takes for the answer of a paragraph, if it holds any."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     if not re.search(r"\d|\$|\\[(\[]|\*\*", paragraph):

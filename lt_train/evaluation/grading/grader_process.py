@@ -126,7 +126,7 @@ class Grader:
             return False
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function` returns in the child. It must be importable by its name, as must what it takes and returns.
+        """The result of `function` in the child. The function, its arguments and its result must be importable by name.
 
         Raises:
             CallFailed: it raised an exception, took too long, or its process died of it.

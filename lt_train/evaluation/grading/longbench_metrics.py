@@ -107,7 +107,7 @@ def rouge_l(answer: str, reference: str) -> float:
     """Summary-level ROUGE-L F (Lin 2004, 3.2) as the package `rouge` computes it.
 
     Sentences end at full stops. For each reference sentence the union of its longest common subsequences with every sentence of the
-    answer is taken; words count once in a text, however often they stand there.
+    answer is taken; each word of a text counts once.
     """
     answer_sentences, reference_sentences = sentences(answer), sentences(reference)
     if not answer_sentences or not reference_sentences:

@@ -63,7 +63,7 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def values(text: str) -> set[Fraction]:
-    """What number a quantity may be taken for: empty where it is none, two for "5 million" (whose unit may be the million)."""
+    """The numbers that a quantity may mean: empty where it is none, two for "5 million" (whose unit may be the million)."""
     plain = without_spacing(text)
     plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox)\s*\{([^{}]*)\}", r" \1 ", plain)
     plain = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°", plain).strip()
@@ -95,7 +95,7 @@ def is_unit(text: str) -> bool:
 
 
 def without_spacing(text: str) -> str:
-    """In one spelling, without mathematics' dollars around it and LaTeX spaces."""
+    """The text in one spelling, without mathematics' dollars around it and LaTeX spaces."""
     plain = text.strip().rstrip(".")
     if len(plain) > 1 and plain[0] == plain[-1] == "$":
         plain = plain.strip("$")

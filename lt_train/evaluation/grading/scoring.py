@@ -83,7 +83,7 @@ def number_found(problem: Problem, answer: str) -> AnswerScore:
 
 
 def passage_copied(problem: Problem, answer: str) -> AnswerScore:
-    """The longest run of the passage's words that stands in the answer, as a fraction of the passage. The passage has no
+    """The longest run of the passage's words in the answer, as a fraction of the passage. The passage has no
     punctuation, so punctuation around an answer's words does not count.
     """
     passage = problem.answer.split()

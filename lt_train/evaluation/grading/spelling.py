@@ -73,7 +73,7 @@ def with_signs(element: str, **signs: str) -> str:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """The parts between the commas that stand in no bracket."""
+    """The parts between the commas that are outside of brackets."""
     parts, depth, start = [], 0, 0
     for at, character in enumerate(text):
         depth += BRACKETS.get(character, 0)

@@ -263,7 +263,7 @@ def read_answer(
 
 
 def _text_with_reasoning(tokenizer: PreTrainedTokenizerBase, request: Request, completion: Completion) -> str:
-    """The text with the reasoning before it, as the model wrote it: parsers split off only what lies between the tags."""
+    """The text with the reasoning before it, as the model wrote it: parsers split off only what is between the tags."""
     if not completion.reasoning:
         return completion.text
     opened_by_prompt = decode(tokenizer, request.prompt_ids).rstrip().endswith(THINK.opening)

@@ -1,8 +1,8 @@
 """A comparison of what servers compute with the checkpoint, before anything is scored.
 
 Two looks: at the config of what is served, where it can be seen; and, always, at what the servers write after a few prompts longer
-than the window, against what the hybrid class computes in fp32. To know that such prompts can tell, the same is computed with the
-mistakes that engines make (every layer full, sinks ignored, other heads): prompts are added until each mistake would be found.
+than the window, against what the hybrid class computes in fp32. That the prompts can show a mistake is measured: the same is
+computed with those that engines make (every layer full, sinks ignored, other heads), and prompts are added until each is found.
 
 Shapes: T prompt tokens, N new tokens, V vocabulary.
 """
@@ -60,7 +60,7 @@ MATHEMATICS = (
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model writes greedily after a prompt. token_ids: N. logits_NV: before each of them, fp32."""
+    """The greedy continuation of a prompt. token_ids: N. logits_NV: before each of them, fp32."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -69,18 +69,18 @@ class Continuation:
 
 @dataclass(frozen=True)
 class ServerCheck:
-    """What was compared.
+    """The extent of a comparison.
 
     Attributes:
         tokens: new tokens of all prompts and servers that agree with the reference's. logprobs: those whose probability was
             compared too.
-        not_told_apart: mistakes that no prompt would have shown, because this model writes the same with them.
+        undetectable: mistakes that no prompt shows, because this model writes the same with them.
     """
 
     prompts: int
     tokens: int
     logprobs: int
-    not_told_apart: tuple[str, ...]
+    undetectable: tuple[str, ...]
 
 
 def check_server(
@@ -101,7 +101,7 @@ def check_server(
     """
     for url in settings.urls:
         asyncio.run(check_served_config(ServerClient(url, tokenizer, stop_ids, settings), folder))
-    texts, wanted, not_told_apart = telling_prompts(reference, tokenizer, prompt, stop_ids)
+    texts, wanted, undetectable = distinguishing_prompts(reference, tokenizer, prompt, stop_ids)
     requests = [Request(text, 0, 0, one.prompt_ids) for text, one in zip(texts, wanted, strict=True)]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
     tokens = logprobs = 0
@@ -113,7 +113,7 @@ def check_server(
             compare_config(url, folder, written[text].model)
             agreed, compared = compare_continuations(tokenizer, stop_ids, one, written[text], url)
             tokens, logprobs = tokens + agreed, logprobs + compared
-    return ServerCheck(len(wanted), tokens, logprobs, not_told_apart)
+    return ServerCheck(len(wanted), tokens, logprobs, undetectable)
 
 
 def chat_messages(prompt: Prompt, question: str) -> list[Message]:
@@ -162,7 +162,7 @@ def _mathematics(path: Path) -> dict[str, Any]:
     return {"model_type": family, **values}
 
 
-def telling_prompts(
+def distinguishing_prompts(
     reference: HybridForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, stop_ids: Sequence[int]
 ) -> tuple[list[str], list[Continuation], tuple[str, ...]]:
     """Seeded questions whose prompts are longer than the window, what the reference writes after them, and the mistakes that not
@@ -179,7 +179,7 @@ def telling_prompts(
         for name, spec in list(mistakes.items()):
             with computing(reference, spec):
                 mistaken = continue_greedily(reference, prompt_ids, stop_ids)
-            if parting(expected, mistaken.token_ids) is not None:
+            if first_difference(expected, mistaken.token_ids) is not None:
                 del mistakes[name]
         texts.append(text)
         wanted.append(expected)
@@ -187,7 +187,7 @@ def telling_prompts(
 
 
 def mistaken_specs(spec: HybridSpec, kv_heads: int) -> dict[str, HybridSpec]:
-    """What engines compute that do not know hybrids, or not their KV heads."""
+    """The specs that engines compute which do not support hybrids, or not their KV heads."""
     others = tuple((layer, tuple(set(range(kv_heads)) - set(heads))) for layer, heads in spec.split_layers)
     mistakes = {
         "every layer full": spec.all_full,
@@ -199,7 +199,7 @@ def mistaken_specs(spec: HybridSpec, kv_heads: int) -> dict[str, HybridSpec]:
 
 
 def computing(model: HybridForCausalLM, spec: HybridSpec) -> AbstractContextManager[None]:
-    """Within it the model computes another spec with its weights."""
+    """A context in which the model computes another spec with its weights."""
     named = spec.split_layers or spec.sliding_layers
     heads_L = [list(heads) for heads in spec.streaming_heads(model.config.kv_heads)] if named else None
     return changed(
@@ -234,8 +234,8 @@ def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], sto
     return Continuation(prompt_ids, tuple(tokens), torch.stack(logits))
 
 
-def parting(expected: Continuation, token_ids: Sequence[int]) -> int | None:
-    """The first step at which other tokens differ from the reference's and rounding does not explain it; None: there is none.
+def first_difference(expected: Continuation, token_ids: Sequence[int]) -> int | None:
+    """The first step at which tokens differ from the reference's by more than rounding explains; None: there is none.
 
     Where two tokens are so close that rounding may choose, what follows is not compared.
     """
@@ -267,7 +267,7 @@ def compare_continuations(
     """
     if not completion.token_ids:
         return compare_text(tokenizer, expected, completion, url), 0
-    step = parting(expected, completion.token_ids)
+    step = first_difference(expected, completion.token_ids)
     if step is not None:
         other = decode(tokenizer, completion.token_ids[step : step + 1])
         raise _other_mathematics(url, expected, step, _other_token(tokenizer, expected, step, other))
@@ -283,7 +283,7 @@ def compare_continuations(
 
 
 def compare_text(tokenizer: PreTrainedTokenizerBase, expected: Continuation, completion: Completion, url: str) -> int:
-    """As `compare_continuations`, where a server sends only text. The second likeliest token stands for the unknown other one."""
+    """As `compare_continuations`, where a server sends only text. The second likeliest token is taken for the unknown other one."""
     shown = [_shown(tokenizer, expected.token_ids[:count]) for count in range(len(expected.token_ids) + 1)]
     text = _shown(tokenizer, tokenizer(completion.text, add_special_tokens=False)["input_ids"])
     if text == shown[-1]:

@@ -37,7 +37,7 @@ RETRIES = 2
 and above, with waits of at most two minutes where the server sends Retry-After, else of seconds."""
 
 OVERLOADED = {429, 502, 503, 504}
-"""HTTP states that say nothing about the request itself."""
+"""HTTP states that are no verdict on the request itself."""
 
 TRANSIENT = {408, 409, 425, *OVERLOADED}
 """HTTP states after which another attempt may succeed, as after all from 500 on."""
@@ -94,7 +94,7 @@ class ServerClient:
             description = await self._look_up(f"{self.url}/openapi.json", ApiDescription)
             is_transformers = description is not None and {"/load_model", "/reset", "/v1/completions"} <= description.paths.keys()
             model = self.settings.model
-            if model is None and not is_transformers:  # that one lists what lies in the hub cache, not what it serves
+            if model is None and not is_transformers:  # that one lists what is in the hub cache, not what it serves
                 model = await self._only_model()
             abilities = Abilities(await self._prompt_format(example, model), model, is_transformers_serve=is_transformers)
             if not is_transformers:

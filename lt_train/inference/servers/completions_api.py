@@ -1,4 +1,4 @@
-"""The OpenAI completions protocol: the body of a request, and what a reply holds, streamed or whole."""
+"""The OpenAI completions protocol: the body of a request, and what a reply holds, streamed or complete."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ servers fill what a request leaves open from the checkpoint's generation_config.
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a server takes.
+    """The settings and forms of prompt that a server accepts.
 
     Attributes:
         model: the name to send; None: none is sent.
@@ -103,7 +103,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Reply(BaseModel):
-    """Strict, because what a server sends decides scores; fields that nobody reads are free."""
+    """Strict, because what a server sends decides scores; fields that are not read are free."""
 
     model_config = ConfigDict(strict=True)
 
@@ -133,7 +133,7 @@ class _Usage(_Reply):
 
 
 class Chunk(_Reply):
-    """A piece of a streamed reply, or a whole one."""
+    """A piece of a streamed reply, or a complete one."""
 
     choices: list[_Choice] = Field(max_length=1)
     usage: _Usage | None = None

@@ -15,7 +15,7 @@ class ServerFailure(Exception):
 
     Attributes:
         blames_request: the server took the request and broke on it, so that after some attempts the request itself is suspect;
-            refused connections and rate limits say nothing about it.
+            refused connections and rate limits are no such reply.
     """
 
     def __init__(self, reason: str, *, blames_request: bool = True) -> None:
@@ -25,7 +25,7 @@ class ServerFailure(Exception):
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the servers are and how long to wait for them.
+    """The addresses of the servers, and how long to wait for them.
 
     Attributes:
         urls: base addresses, with or without the /v1 at their end. They must serve the same model.
@@ -72,7 +72,7 @@ class ServerSettings:
 
 @dataclass
 class Health:
-    """What is known of a server's health.
+    """The observed health of a server.
 
     Attributes:
         consecutive_failures: since the last reply that was usable; requests that were in flight together count once.

@@ -1,4 +1,4 @@
-"""Measure every variant that the recipe's evaluations ask for. Leaves samples and scores."""
+"""Measure every variant that the recipe's evaluations name. Leaves samples and scores."""
 
 from lt_train.evaluation.records import recorded_model
 from lt_train.pipeline.context import RunContext

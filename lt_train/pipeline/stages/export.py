@@ -1,4 +1,4 @@
-"""Write the hybrid as a checkpoint that loads without lt_train, check that it does, and push it to the hub if that is asked."""
+"""Write the hybrid as a checkpoint that loads without lt_train, check that it does, and push it to the hub if the recipe does."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def _is_written(context: RunContext) -> bool:
 
 
 def _to_push(context: RunContext) -> list[str]:
-    """Where to, and what: the manifest has the hash of every file."""
+    """The repository, and the hash of the manifest, which has that of every file."""
     manifest = context.paths.export / MANIFEST
     return [str(context.recipe.export.push), file_hash(manifest) if manifest.is_file() else ""]
 
@@ -90,18 +90,18 @@ def _write(context: RunContext) -> None:
 
 
 def _hybrid(context: RunContext, exported: str) -> ExportedHybrid:
-    """Its weights from their files where that can be, else in memory."""
+    """The hybrid with weights from their files where that is possible, else in memory."""
     try:
         return hybrid_on_disk(context, exported)
     except NotOnDisk as reason:
-        context.report(NAME, f"the whole model is loaded: {reason}")
+        context.report(NAME, f"the model is loaded into memory: {reason}")
         return in_memory(context.variants.load(exported, torch.float32))
 
 
 def hybrid_on_disk(context: RunContext, exported: str) -> ExportedHybrid:
     """
     Raises:
-        NotOnDisk: the whole model must be loaded.
+        NotOnDisk: the model must be loaded into memory.
     """
     recipe, variants, paths = context.recipe, context.variants, context.paths
     spec, sinks = variants.spec(exported), variants.sinks(exported)

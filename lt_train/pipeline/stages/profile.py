@@ -47,7 +47,7 @@ def run(context: RunContext) -> None:
 
 
 def _findings(context: RunContext, profile: LayerProfile) -> Iterator[str]:
-    """What a user has to know of the scores before relying on them."""
+    """Caveats of the scores, in words."""
     hybrid, kv_heads = context.recipe.hybrid, context.variants.kv_heads
     if profile.fitting:
         yield f"{len(profile.fitting)} samples fit inside the window and were skipped: they distinguish no layers"

@@ -1,4 +1,4 @@
-"""Draw answers as the recipe's `sample` part says, and write the correct ones as training data. No run needs this stage."""
+"""Draw answers by the recipe's `sample` part, and write the correct ones as training data. No run needs this stage."""
 
 from lt_train.evaluation.records import RecordFolder
 from lt_train.pipeline.context import RunContext

@@ -31,7 +31,7 @@ def check(context: RunContext) -> None:
 
 def run(context: RunContext) -> None:
     train, examples = context.recipe.train, context.examples.train
-    assert train is not None, "only a recipe that trains wants a teacher"
+    assert train is not None, "only a recipe that trains has a teacher"
     context.report(NAME, f"the {train.distill.top_k} likeliest next tokens of the base on {len(examples):,} samples")
     with context.folder.doing(NAME):
         write_top_k(

@@ -24,7 +24,7 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    """Whether the training is finished and the trained weights are those that `train.final_weights` asks for."""
+    """Whether the training is finished and the trained weights are those that `train.final_weights` names."""
     return context.folder.is_done(NAME) and trainer.is_published(context.paths.trained, _settings(context))
 
 

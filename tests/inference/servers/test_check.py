@@ -19,8 +19,8 @@ from lt_train.inference.servers.check import (
     compare_continuations,
     computing,
     continue_greedily,
+    distinguishing_prompts,
     mistaken_specs,
-    telling_prompts,
 )
 from lt_train.inference.servers.completions_api import Completion
 from lt_train.inference.servers.pool import ServerSettings
@@ -45,11 +45,11 @@ def prompts_are_made_once_for_each_spec():
 
     def made_once(reference, *given):
         if reference.spec not in made:
-            made[reference.spec] = telling_prompts(reference, *given)
+            made[reference.spec] = distinguishing_prompts(reference, *given)
         return made[reference.spec]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lt_train.inference.servers.check.telling_prompts", made_once)
+        patch.setattr("lt_train.inference.servers.check.distinguishing_prompts", made_once)
         yield
 
 
@@ -60,7 +60,7 @@ def hybrid():
 
 @pytest.fixture(scope="module")
 def continuation(hybrid):
-    _, wanted, _ = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    _, wanted, _ = distinguishing_prompts(hybrid, TOKENIZER, Prompt(), STOP)
     return wanted[0]
 
 
@@ -78,18 +78,18 @@ def compare(continuation, **given):
 
 
 def test_the_prompts_are_longer_than_the_window_and_tell_every_mistake(hybrid):
-    texts, wanted, not_told_apart = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
-    assert not_told_apart == () and len(texts) >= 3
+    texts, wanted, undetectable = distinguishing_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    assert undetectable == () and len(texts) >= 3
     assert all(len(one.prompt_ids) > SPEC.window for one in wanted)
-    again, _, _ = telling_prompts(hybrid, TOKENIZER, Prompt(), STOP)
+    again, _, _ = distinguishing_prompts(hybrid, TOKENIZER, Prompt(), STOP)
     assert again == texts
 
 
 def test_mistakes_that_change_nothing_are_said_to_be_undetected():
     window_beyond_all = load_hybrid(BASE, HybridSpec(8, (1, 3), w_sink=0, w_recent=4096))
     window_beyond_all.config.max_position_embeddings = 200  # so that no prompt can be longer than the window
-    texts, _, not_told_apart = telling_prompts(window_beyond_all, TOKENIZER, Prompt(), STOP)
-    assert not_told_apart == ("every layer full",) and len(texts) == 12
+    texts, _, undetectable = distinguishing_prompts(window_beyond_all, TOKENIZER, Prompt(), STOP)
+    assert undetectable == ("every layer full",) and len(texts) == 12
 
 
 @pytest.mark.parametrize(("spec", "mistakes"), [(SPEC, OF_LAYERS), (SPLIT, OF_HEADS)], ids=["layers", "heads"])
@@ -200,7 +200,7 @@ def test_a_server_is_refused_exactly_if_it_computes_something_else(spec, mistake
         arguments = ServerSettings((server.url,)), hybrid, tmp_path, TOKENIZER, Prompt(), STOP
         if mistake is None:
             check = check_server(*arguments)
-            assert check.tokens > 40 and check.not_told_apart == ()
+            assert check.tokens > 40 and check.undetectable == ()
         else:
             with pytest.raises(UserError, match="computes something else than the checkpoint"):
                 check_server(*arguments)

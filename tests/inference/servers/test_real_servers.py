@@ -210,7 +210,7 @@ def test_transformers_serve_is_checked_against_the_checkpoint(transformers_serve
     reference = hybrid("no sinks")
     settings = ServerSettings((transformers_serve,), model=str(exports("no sinks")))
     check = check_server(settings, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
-    assert check.tokens > 40 and check.not_told_apart == ()
+    assert check.tokens > 40 and check.undetectable == ()
     with pytest.raises(UserError, match="layer_types"):
         other = ServerSettings((transformers_serve,), model=str(BASE))
         check_server(other, reference, exports("no sinks"), tokenizer, Prompt(), STOP)
