@@ -1,24 +1,14 @@
 """Tiny trainings by two processes."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.support import tiny_training
-from tests.support.processes import call_in_ranks, free_port
-from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.processes import call_in_ranks
+from tests.support.repository import REPOSITORY
 
 SCRIPT = Path(tiny_training.__file__)
-
-
-def start_launch(trainings: dict[Path, dict[str, Any]], base: Path, output: Path, *, examples: int = 22) -> subprocess.Popen[bytes]:
-    """DeepSpeed's launcher, whose processes train in each folder with its settings, one after the other."""
-    given = [text for folder, settings in trainings.items() for text in (str(folder), json.dumps(settings))]
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(SCRIPT), *given]
-    with open(output, "wb") as file:
-        command += ["--base", str(base), "--examples", str(examples)]
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
 def train_in_ranks(trainings: dict[Path, dict[str, Any]], base: Path, outputs: Path, examples: int = 22) -> str:

@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed, started by its launcher: the losses of one process, complete weights, kills and resumes."""
+"""Two processes that train together, most of them under DeepSpeed: the losses of one process, complete weights, kills and resumes."""
 
 import shutil
 import signal
@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
@@ -16,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 from lt_train.inference.trained_weights import load_trained
 from lt_train.runtime.errors import UserError
 from tests.support import tiny_training
-from tests.support.launched_training import SCRIPT, deepspeed_file, start_launch, train_in_ranks
+from tests.support.launched_training import deepspeed_file, train_in_ranks
 from tests.support.processes import exit_code, start_ranks
 from tests.support.training_log import assert_same_course, steps
 
@@ -31,17 +30,18 @@ MODES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero3-offload-lora": ("zero3-offload.json", LORA),
 }
 DROPOUT: dict[str, Any] = {
-    "train": {"method": "lora", "max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "save_steps": 2},
+    "train": {"method": "lora", "max_steps": 2, "batch_size": 4, "micro_batch_size": 1, "save_steps": 1},
     "lora": {"rank": 4, "dropout": 0.1},
 }
 IN_BF16 = ("zero2", "zero3", "zero3-bf16-sums")
-TWO_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 2}  # of 8 steps each
+EXAMPLES = 10
+FOUR_EPOCHS: dict[str, Any] = {"max_steps": None, "epochs": 4}  # of 3 steps each
 
 
 def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
-    """8 steps of 4 samples, 6 of them in the first epoch, for one process or several."""
+    """4 steps of 4 samples, 3 of them in the first epoch, whose last is short, for one process or several."""
     file, method = MODES[mode]
-    train = {"max_steps": 8, "batch_size": 4, "micro_batch_size": 1, "save_steps": 4, **method}
+    train = {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "save_steps": 2, **method}
     if launched and file is not None:
         train["deepspeed"] = str(deepspeed_file(file, folder))
     return {"train": train, "data": {"heldout": 5}, **({"lora": {"rank": 4}} if method else {})}
@@ -67,7 +67,7 @@ def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     trainings = {mode: settings_of(mode, folder, launched=True) for mode in MODES}
     trainings |= {"dropout": DROPOUT} | {f"{name}, bf16": bf16_settings(name, folder) for name in IN_BF16}
-    train_in_ranks({folder / name: each for name, each in trainings.items()}, base, folder / "printed")
+    train_in_ranks({folder / name: each for name, each in trainings.items()}, base, folder / "printed", EXAMPLES)
     return folder
 
 
@@ -85,12 +85,12 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 def train_alone(folder: Path, settings: dict[str, Any], base: Path) -> None:
-    tiny_training.train_in(folder, settings, tiny_training.NoTracker(), load=tiny_training.hybrid_from(base))
+    tiny_training.train_in(folder, settings, tiny_training.NoTracker(), EXAMPLES, tiny_training.hybrid_from(base))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str, two: Path, one: Callable[[str], Path]) -> None:
-    assert [row["step"] for row in steps(two / mode)] == list(range(1, 9))
+    assert [row["step"] for row in steps(two / mode)] == [1, 2, 3, 4]
     # TRL takes the mean of the processes' own accuracies, of which each counts tokens of its own number
     alone = one(mode)
     assert_same_course(two / mode, alone, tolerance=1e-3, but=["token_accuracy", "grad_norm"])
@@ -115,17 +115,17 @@ def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_train
 def test_without_deepspeed_another_number_of_processes_resumes_to_the_same_losses(two: Path, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ddp"
     shutil.copytree(two / "ddp", folder)
-    for later in ("final", "checkpoint-8"):
+    for later in ("final", "checkpoint-4"):
         shutil.rmtree(folder / later)
     train_alone(folder, settings_of("ddp", folder, launched=False), base)
-    assert '"resumed_from": 4' in (folder / "log.jsonl").read_text()
+    assert '"resumed_from": 2' in (folder / "log.jsonl").read_text()
     assert_same_course(folder, two / "ddp", tolerance=1e-3, but=["token_accuracy"])
 
 
 def test_dropout_is_not_drawn_by_another_number_of_processes(two: Path, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dropout"
     shutil.copytree(two / "dropout", folder)
-    for later in ("final", "checkpoint-4"):
+    for later in ("final", "checkpoint-2"):
         shutil.rmtree(folder / later)
     with pytest.raises(UserError, match="each of which draws its own dropout: 2, 1"):
         train_alone(folder, DROPOUT, base)
@@ -150,20 +150,16 @@ def test_another_number_of_processes_is_refused_under_deepspeed(two: Path, base:
 
 
 def test_a_training_of_which_one_process_is_killed_resumes_to_the_same_losses(base: Path, tmp_path: Path) -> None:
-    settings = {"train": {**settings_of("zero2", tmp_path, launched=True)["train"], **TWO_EPOCHS}}
-    output, killed, uninterrupted = tmp_path / "output.txt", tmp_path / "killed", tmp_path / "uninterrupted"
-    process = start_launch({killed: settings}, base, output, examples=32)
-    while len(steps(killed)) < 10:
-        assert process.poll() is None, output.read_text()
+    settings = {"train": {**settings_of("zero2", tmp_path, launched=True)["train"], **FOUR_EPOCHS}}
+    killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
+    first, second = start_ranks(tiny_training.train_each, {killed: settings}, base, EXAMPLES, outputs=tmp_path / "output")
+    while len(steps(killed)) < 4:
+        assert first.is_alive(), (tmp_path / "output/0.txt").read_text()
         time.sleep(0.02)
-    (second,) = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_second(p)]
-    second.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=45) != 0, "the other process and the launcher end too"
-    assert 10 <= len(steps(killed)) < 16, "in the second epoch"
-    printed = train_in_ranks({killed: settings, uninterrupted: settings}, base, tmp_path / "printed", examples=32)
+    second.kill()
+    assert exit_code(second) == -signal.SIGKILL
+    assert exit_code(first, seconds=45) > 0, "it ends too"
+    assert 4 <= len(steps(killed)) < 12, "after the first epoch"
+    printed = train_in_ranks({killed: settings, uninterrupted: settings}, base, tmp_path / "printed", EXAMPLES)
     assert "resumed from checkpoint-" in printed
     assert_same_course(killed, uninterrupted)
-
-
-def _is_second(process: psutil.Process) -> bool:
-    return str(SCRIPT) in process.cmdline() and "--local_rank=1" in process.cmdline()
