@@ -46,18 +46,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("overrides", "variant"),
     [
-        (FULL, TRAINED),
         ([*FULL, "train.restore_query_key=true", *LEARNED], TRAINED),
-        ([*LORA, *LEARNED], TRAINED),
-        ([*LORA, "lora.layers=all", "train.restore_query_key=true", "export.dtype=fp16"], TRAINED),
+        ([*LORA, "lora.layers=all", "train.restore_query_key=true", *LEARNED, "export.dtype=fp16"], TRAINED),
         ([*HEADS, "lora.layers=all", "train.restore_query_key=true"], TRAINED),
         ([*LORA, "train=null", *LEARNED, "export.dtype=bf16"], CONVERTED),
     ],
     ids=[
-        "full",
         "full, restored, learned sinks",
-        "LoRA, learned sinks",
-        "LoRA, restored, fp16",
+        "LoRA, restored, learned sinks, fp16",
         "LoRA, restored, split layers",
         "converted, bf16",
     ],

@@ -189,23 +189,6 @@ def test_a_teacher_that_nothing_learns_from_is_not_written(recipe, tmp_path):
         run_in_folder(recipe, tmp_path, "teacher")
 
 
-def test_what_is_put_back_after_training_holds_in_the_export_and_its_card(inputs, tmp_path):
-    settings = ["train.method=full", "train.restore_query_key=true", "train.learning_rate=1e-3", "eval=[]", *PERIODIC]
-    run_in_folder(load_recipe(inputs / "recipe.yaml", settings), tmp_path, "export")
-    run = tmp_path / "tiny"
-    base, trained, exported = (
-        load_file(folder / "model.safetensors")
-        for folder in (REPOSITORY / "data/tiny-reasoner", run / "train/final", run / "export")
-    )
-    full = set(range(8)) - set(json.loads((run / "hybrid/layers.json").read_text())["converted"])
-    names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in full for part in "qk"]
-    for name in names:
-        assert torch.equal(exported[name], base[name].to(exported[name].dtype)) and not torch.equal(trained[name], base[name])
-    kept = [name for name in exported if ".self_attn." in name and name not in names and name.endswith("proj.weight")]
-    assert all(torch.equal(exported[name], trained[name].to(exported[name].dtype)) for name in kept)
-    assert "put back after training" in (run / "export/README.md").read_text()
-
-
 def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):
     before = contents(runs / "tiny")
     run_in_folder(load_recipe(inputs / "recipe.yaml", ["eval.0.limit=5"]), runs, "eval")
@@ -417,7 +400,7 @@ def test_a_last_line_cut_off_is_made_again_and_the_result_is_the_same(recipe, ru
     (run / made).unlink()
     lines = (run / name).read_text().splitlines()
     cut(run / name)
-    run_in_folder(recipe, runs)
+    run_in_folder(recipe, runs, "eval")
     assert (run / name).read_text().splitlines()[:-1] == lines[:-1]
     again = json.loads((run / made).read_text())
     for timing in ("started", "tokens_per_second"):
@@ -466,6 +449,7 @@ def test_a_setting_that_shapes_no_weights_may_change_after_training_and_nothing_
 @pytest.mark.slow
 def test_the_best_weights_are_published_after_training_without_training_again(inputs, tmp_path):
     kept = ("train.keep_best=eval_loss", "train.save_steps=1", "train.learning_rate=0.5", *PERIODIC)  # the first step is the best
+    kept += ("eval=[{benchmark: heldout_loss, batch_size: 4}]",)
     last, best = (load_recipe(inputs / "recipe.yaml", [*kept, f"train.final_weights={which}"]) for which in ("last", "best"))
     run_in_folder(last, tmp_path)
     run = tmp_path / "tiny"
@@ -484,12 +468,24 @@ def test_the_best_weights_are_published_after_training_without_training_again(in
 
 
 @pytest.mark.slow
-def test_query_and_key_of_the_base_are_restored_after_training_without_training_again(inputs, tmp_path):
+def test_query_and_key_are_put_back_after_training_without_training_again_and_the_export_and_its_card_follow(inputs, tmp_path):
     full = ("train.method=full", "train.learning_rate=1e-3", "eval=[{benchmark: heldout_loss, batch_size: 4}]", *PERIODIC)
     run_in_folder(load_recipe(inputs / "recipe.yaml", full), tmp_path)
-    trained = contents(tmp_path / "tiny")
+    run = tmp_path / "tiny"
+    before = contents(run)
     run_in_folder(load_recipe(inputs / "recipe.yaml", [*full, "train.restore_query_key=true"]), tmp_path)
-    restored = contents(tmp_path / "tiny")
-    assert {name for name in trained if name.startswith("train/") and trained[name] != restored[name]} == set()
-    assert trained["export/model.safetensors"][1] != restored["export/model.safetensors"][1]
-    assert trained["eval/trained/heldout_loss/scores.json"][1] != restored["eval/trained/heldout_loss/scores.json"][1]
+    after = contents(run)
+    assert {name for name in before if name.startswith("train/") and before[name] != after[name]} == set()
+    assert before["eval/trained/heldout_loss/scores.json"][1] != after["eval/trained/heldout_loss/scores.json"][1]
+    base, trained, exported = (
+        load_file(folder / "model.safetensors")
+        for folder in (REPOSITORY / "data/tiny-reasoner", run / "train/final", run / "export")
+    )
+    full_layers = set(range(8)) - set(json.loads((run / "hybrid/layers.json").read_text())["converted"])
+    names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in full_layers for part in "qk"]
+    for name in names:
+        assert torch.equal(exported[name], base[name].to(exported[name].dtype)) and not torch.equal(trained[name], base[name])
+    kept = [name for name in exported if ".self_attn." in name and name not in names and name.endswith("proj.weight")]
+    assert all(torch.equal(exported[name], trained[name].to(exported[name].dtype)) for name in kept)
+    assert "put back after training" in after["export/README.md"][1].decode()
+    assert "put back after training" not in before["export/README.md"][1].decode()

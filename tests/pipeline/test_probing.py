@@ -22,7 +22,7 @@ from tests.support import processes
 from tests.support.tiny_run import write_inputs
 from tests.support.wandb_files import segments
 
-ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 40, "batch_size": 2}
+ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 24, "batch_size": 2}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def until(reached: Callable[[], Any], what: str, seconds: float = 240) -> None:
 @pytest.mark.slow
 def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume(inputs: Path) -> None:
     run = inputs / "runs/tiny"
-    how = settings(inputs, {**ASKED, "max_new_tokens": 120, "batch_size": 1}, max_steps=2, keep_best="ledger")
+    how = settings(inputs, {**ASKED, "limit": 3, "max_new_tokens": 120, "batch_size": 1}, max_steps=2, keep_best="ledger")
     command = [sys.executable, "-m", "lt_train", "train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
     command += [f"--set={each}" for each in (*how, "track.wandb=offline")]
     # without the wandb service of a test before this one in the same process, in which the killed run would stay open
@@ -101,13 +101,13 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
 
     done = processes.run(command, env=own, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 6
+    assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 3
     (result,) = read_probes(run / "train")
     assert result.step == 2 and "probe of step 2: ledger " in done.stdout
     assert (run / "train/best-2/adapter_model.safetensors").exists()
     assert segments(run)
     tables = [json.loads(path.read_text()) for path in run.glob("wandb/offline-run-*/files/media/table/**/*.table.json")]
     (scores,) = [table["data"] for table in tables if table["columns"][1] == "probe"]
-    assert scores == [[2, "ledger", result.scores[0].accuracy, result.scores[0].standard_error, 6, result.scores[0].truncated]]
+    assert scores == [[2, "ledger", result.scores[0].accuracy, result.scores[0].standard_error, 3, result.scores[0].truncated]]
     (answers,) = [table["data"] for table in tables if table["columns"][1] == "problem"]
     assert [row[1:3] for row in answers] == [[each.problem, each.answer] for each in result.samples]

@@ -20,7 +20,7 @@ def evaluated(
 ) -> tuple[dict[str, list[dict]], str]:
     """The records of each variant but for their times, and what was printed."""
     evaluation = EVAL.format(path=inputs / "problems.jsonl", variants=variants, more=more)
-    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", (*hybrid, evaluation)), runs)
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", (*hybrid, evaluation)), runs, "eval")
     records = {}
     for path in sorted((runs / "tiny/eval").rglob("samples.jsonl")):
         rows = [json.loads(line) | {"seconds": None} for line in path.read_text().splitlines()]
