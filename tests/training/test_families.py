@@ -13,7 +13,7 @@ from lt_train.recipe.schema import Lora
 from lt_train.training import trainer
 from lt_train.training.trainable import freeze_all_but_lazy_projections, lora_config
 from tests.support import tiny_training
-from tests.support.families import FAMILIES, WITH_SINKS, attention_linears, base_of, on_base
+from tests.support.families import CORE, FAMILIES, WITH_SINKS, attention_linears, base_of, on_base
 from tests.support.tiny_training import tiny_examples, tiny_recipe, tiny_tokenizer
 from tests.support.training_log import assert_same_course
 
@@ -72,7 +72,7 @@ def test_the_loss_that_training_reports_is_that_of_the_models_logits(family: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*CORE, *WITH_SINKS])
 def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(family: str, train_tiny, train_until, tmp_path: Path) -> None:
     spec = on_base(base_of(family), tiny_training.SPEC)
 

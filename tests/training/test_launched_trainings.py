@@ -1,4 +1,4 @@
-"""Two processes that train together, most of them under DeepSpeed: the losses of one process, complete weights, kills and resumes."""
+"""Two processes that train together, mostly under DeepSpeed: the losses of one process, complete weights, kills and resumes."""
 
 import shutil
 import signal

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from lt_train.hybrid.loading import load_hybrid_checkpoint
 from lt_train.training.checkpoints import fault_of
 from lt_train.training.probes.results import read_probes
 from tests.support.broken_training import BAD
-from tests.support.generated_text import generated
 from tests.support.processes import exit_code, free_port, start_python
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.tiny_training import tiny_config
@@ -81,23 +81,23 @@ import sys
 from pathlib import Path
 from tests.support.tiny_training import SPEC, hybrid_from, tiny_examples, tiny_recipe, tiny_tokenizer
 from lt_train.runtime.tracking import NoTracker
+from lt_train.training.probes.results import probe_folder
 from lt_train.training.trainer import train
 
-out, zero3, base, probe = map(Path, sys.argv[1:])
+out, zero3, base, probe, copy = map(Path, sys.argv[1:])
 settings = {"max_steps": 2, "deepspeed": str(zero3), "probes": {"steps": 2, "evals": [{"benchmark": "needle"}]}}
 given = (tiny_recipe({"train": settings}), hybrid_from(base), tiny_tokenizer(), tiny_examples(), SPEC, out, NoTracker())
-train(*given, probe_command=lambda step: [sys.executable, str(probe), str(out), str(step)])
+train(*given, probe_command=lambda step: [sys.executable, str(probe), str(probe_folder(out, step)), str(copy)])
 """
-GENERATES = """
-import os, sys
+COPIES = """
+import json, os, shutil, sys
 from pathlib import Path
-from tests.support.generated_text import generated
-from lt_train.training.probes.results import ProbeResult, ProbeSample, ProbeScore, probe_folder, write_result
 
 assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
-out, step = Path(sys.argv[1]), int(sys.argv[2])
-answer = ProbeSample("needle", "a", generated(probe_folder(out, step) / "weights"), None, 1.0)
-write_result(out, ProbeResult(step, (ProbeScore("needle", 1.0, None, 1, 0.0),), (answer,)))
+place, copy = Path(sys.argv[1]), Path(sys.argv[2])
+shutil.copytree(place / "weights", copy)
+(place / "result.tmp").write_text(json.dumps({"step": 2, "scores": [], "samples": []}))
+(place / "result.tmp").rename(place / "result.json")
 """
 
 
@@ -157,13 +157,18 @@ def test_processes_wait_for_a_probe_together_and_the_first_alone_starts_it(tmp_p
         assert json.loads((tmp_path / f"run/probes/step-{step}/result.json").read_text())["step"] == step
 
 
+def generated(weights: Path) -> list[list[int]]:
+    model = load_hybrid_checkpoint(weights)
+    return model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=12, do_sample=False).tolist()
+
+
 @pytest.mark.slow
-def test_a_probe_generates_from_a_checkpoint_that_zero3_wrote(tmp_path: Path) -> None:
+def test_a_probe_reads_the_whole_weights_of_a_checkpoint_that_zero3_wrote(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Qwen3ForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
-    (tmp_path / "probe.py").write_text(GENERATES)
-    out, zero3 = tmp_path / "run", REPOSITORY / "launch/zero3.json"
-    ended = in_two_processes(ZERO3, out, zero3, tmp_path / "base", tmp_path / "probe.py", output=tmp_path / "printed")
+    (tmp_path / "probe.py").write_text(COPIES)
+    out, zero3, probed = tmp_path / "run", REPOSITORY / "launch/zero3.json", tmp_path / "probed"
+    ended = in_two_processes(ZERO3, out, zero3, tmp_path / "base", tmp_path / "probe.py", probed, output=tmp_path / "printed")
     assert [code for code, _ in ended] == [0, 0], ended
     (result,) = read_probes(out)
-    assert result.samples[0].answer == generated(out / "final")
+    assert result.step == 2 and generated(probed) == generated(out / "final")

@@ -90,8 +90,7 @@ def losses(folder: Path, column: str = "loss") -> list[float]:
     return [row[column] for row in read_log(folder / "log.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("weight", [0.7, 1.0])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("packing", "weight"), [(False, 0.7), (True, 1.0)])
 @pytest.mark.parametrize(
     "settings",
     [lora_recipe, recipe_of, lambda **given: recipe_of(teacher="top_k", top_k=VOCABULARY, **given)],
