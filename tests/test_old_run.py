@@ -6,6 +6,7 @@ The fixture was made by commit d27557d from a base of 0.05 M random parameters; 
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,23 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A copy of the folder in which the run was made: base, data, recipe and runs/old."""
-    return Path(shutil.copytree(FIXTURE, tmp_path / "old"))
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder in which the run was made: base, data, recipe and runs/old. Commands run there."""
+    folder = Path(shutil.copytree(FIXTURE, tmp_path / "old"))
+    monkeypatch.chdir(folder)
+    return folder
 
 
-def lt_train(folder: Path, *arguments: str) -> str:
-    done = processes.run([sys.executable, "-m", "lt_train", *arguments], cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def succeeds(lt_train: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that succeeds; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        code, printed, errors = lt_train(*arguments)
+        assert code == 0, printed + errors
+        return printed
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -36,30 +45,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_finished_old_run_is_found_finished(old):
+def test_a_finished_old_run_is_found_finished(old, succeeds):
     before = contents(old / "finished/old")
-    lt_train(old, "run", "recipe.yaml", "--runs", "finished")
+    succeeds("run", "recipe.yaml", "--runs", "finished")
     assert contents(old / "finished/old") == before
 
 
-def test_an_old_run_shows_its_results(old):
-    shown = lt_train(old, "show", "finished/old")
+def test_an_old_run_shows_its_results(old, succeeds):
+    shown = succeeds("show", "finished/old")
     assert "ledger: 4 of 6 problems" in shown and "reach, trained" in shown
 
 
-def test_an_old_run_is_reported(old):
-    lt_train(old, "report", "finished/old", "--out", "report.html")
+def test_an_old_run_is_reported(old, succeeds):
+    succeeds("report", "finished/old", "--out", "report.html")
     assert "reach, trained" in (old / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_old_training_resumes_from_its_checkpoint(old):
+def test_an_old_training_resumes_from_its_checkpoint(old, succeeds):
     """As after a kill between the last checkpoint and the end."""
     run = old / "finished/old"
     final = (run / "train/final/adapter_model.safetensors").read_bytes()
     log = (run / "train/log.jsonl").read_bytes()
     shutil.rmtree(run / "train/final")
     (run / "stages/train.json").unlink()
-    lt_train(old, "train", "recipe.yaml", "--runs", "finished")
+    succeeds("train", "recipe.yaml", "--runs", "finished")
     assert (run / "train/final/adapter_model.safetensors").read_bytes() == final
     assert (run / "train/log.jsonl").read_bytes() == log  # no step was trained again
 
@@ -82,16 +91,16 @@ LOGITS = [0.68850, 0.41730, -0.58065, 0.77404]
 """Of commit d27557d's own load of this export, on the last of tokens 4 to 43."""
 
 
-def test_samples_of_an_old_evaluation_count_when_it_is_asked_for_again(old):
+def test_samples_of_an_old_evaluation_count_when_it_is_asked_for_again(old, succeeds):
     """Nothing is drawn again: the model's fingerprint is the one of before."""
     run = old / "finished/old"
     before = contents(run / "eval")
     (run / "stages/eval.json").unlink()
-    lt_train(old, "eval", "recipe.yaml", "--runs", "finished")
+    succeeds("eval", "recipe.yaml", "--runs", "finished")
     assert contents(run / "eval") == before
 
 
-def test_a_changed_evaluation_of_an_old_run_is_measured(old):
-    lt_train(old, "eval", "recipe.yaml", "--runs", "finished", "--set", "eval.0.limit=5")
+def test_a_changed_evaluation_of_an_old_run_is_measured(old, succeeds):
+    succeeds("eval", "recipe.yaml", "--runs", "finished", "--set", "eval.0.limit=5")
     scores = json.loads((old / "finished/old/eval/trained/ledger/scores.json").read_text(encoding="utf-8"))
     assert scores["problems"] == 5
