@@ -7,6 +7,7 @@ from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
 from lt_train.inference.requests import Request, Sampling
 from tests.support.families import FAMILIES
+from tests.support.tiny_engine import likeliest, written
 from tests.support.tiny_exports import tiny_hybrid, tiny_tokenizer
 
 NEW = 12
@@ -24,11 +25,9 @@ def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(family: str) 
             parameter.fill_(3.0)
     prompts = [torch.randint(3, 60, (length,)).tolist() for length in (1, 5, 11, 30)]
     requests = [Request(f"p{n}", 0, n, tuple(ids)) for n, ids in enumerate(prompts)]
-    engines = (Engine(model, tokenizer, prefill_chunk=16, draft=draft) for draft in (None, Draft.of(model.spec, None, 3)))
-    answers, drafted = ({answer.request.problem: answer for answer in engine.answers(requests, GREEDY)} for engine in engines)
-    for n, prompt in enumerate(prompts):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + NEW and (not ids[len(prompt) :] or ids[-1] != tokenizer.eos_token_id):
-            ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-        new = [token for token in ids[len(prompt) :] if token != tokenizer.eos_token_id]
-        assert answers[f"p{n}"].text == drafted[f"p{n}"].text == tokenizer.decode(new), prompt
+    for draft in (None, Draft.of(model.spec, None, 3)):
+        answers = written(Engine(model, tokenizer, prefill_chunk=16, draft=draft), requests, GREEDY)
+        for request in requests:
+            ids = answers[request.problem]
+            assert likeliest(model, request.prompt_ids, ids) == ids, request.problem
+            assert len(ids) == NEW or ids[-1] == tokenizer.eos_token_id

@@ -16,7 +16,7 @@ from lt_train.inference.per_prompt_cache import PerPromptCache, choose_per_promp
 from lt_train.runtime.errors import UserError
 from tests.support.families import FAMILIES, WITH_SINKS, base_of
 from tests.support.peak_memory import LiveBytes
-from tests.support.per_prompt import SPEC, W_LAST, chosen_offline, next_logits
+from tests.support.per_prompt import SPEC, W_LAST, chosen_offline, likeliest
 from tests.support.tiny_engine import requests, tiny_model
 
 PROMPTS = [request.prompt_ids for request in requests([40, 1, 7, 64, 11, 12, 25, 33])]
@@ -69,15 +69,12 @@ def test_logits_of_the_prompts_are_full_attentions_to_the_last_bit(dtype: torch.
 
 @pytest.mark.parametrize("keep", [1, 3, 5])
 def test_greedy_answers_of_a_padded_batch_are_those_of_masking_the_same_layers_without_a_cache(keep: int) -> None:
-    model, expected = choosing(keep), []
-    for prompt in PROMPTS:
-        ids, streaming = list(prompt), chosen_offline(model, prompt, keep)
-        for _ in range(20):
-            ids.append(int(next_logits(model, ids, len(prompt), streaming).argmax()))
-        expected.append(ids[len(prompt) :])
-    assert answers(model, PROMPTS) == expected
+    model = choosing(keep)
+    found = answers(model, PROMPTS)
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        assert likeliest(model, chosen_offline(model, prompt, keep), prompt, ids) == ids and len(ids) == 20
     with model.full_attention():
-        assert answers(model, PROMPTS) != expected
+        assert answers(model, PROMPTS) != found
 
 
 def test_rows_of_a_batch_get_the_answers_that_they_get_alone() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +21,19 @@ from lt_train.inference.requests import Request, Sampling
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Prompt
 from lt_train.serving.checkpoint import Checkpoint, load_checkpoint
-from tests.support.processes import checks_of_exports_are_forked
+from tests.support import processes
+from tests.support.graders import graders_are_kept
 from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
 from tests.support.served import NAME, checkpoint_of, served
-from tests.support.tiny_exports import metadata
+from tests.support.tiny_exports import exports_are_not_checked, metadata
 
 pytestmark = pytest.mark.slow
 
 BASE = REPOSITORY / "data/tiny-reasoner"
 PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
 SPEC = HybridSpec(8, (2, 3, 4, 7), 4, 28)
-LIMIT = 6
+LIMIT = 4
 TOKENS = 100
 
 
@@ -61,20 +61,34 @@ def greedy_texts(checkpoint: Checkpoint, chat: bool) -> list[str]:
     return [answer.text for answer in sorted(answers, key=lambda answer: int(answer.request.problem))]
 
 
+LM_EVAL = """
+import json
+import sys
+
+sys.modules["lt_train"] = None
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+folder, models, common = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+tasks = TaskManager(include_path=folder, include_defaults=False)
+answers = {}
+for model, settings in models.items():
+    found = simple_evaluate(model, tasks=["ledger"], task_manager=tasks, log_samples=True, **common, **settings)
+    answers[model] = [row["resps"][0][0] for row in sorted(found["samples"]["ledger"], key=lambda row: row["doc_id"])]
+json.dump(answers, open("answers.json", "w"))
+"""
+
+
 @pytest.fixture(scope="module")
-def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "export"
-    with checks_of_exports_are_forked():
-        return export_hybrid(in_memory(checkpoint.model), checkpoint.tokenizer, folder, metadata(), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("model", ["local-completions", "local-chat-completions", "hf"])
-def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, export: Path, tmp_path: Path, model: str) -> None:
-    """Its two models that ask servers, and the one that loads the export by transformers and its own code."""
+def by_lm_eval(checkpoint: Checkpoint, url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The answers that its models get: two that ask servers, and one that loads an export by transformers and its own code."""
+    folder = tmp_path_factory.mktemp("lm_eval")
+    with exports_are_not_checked():
+        export_hybrid(in_memory(checkpoint.model), checkpoint.tokenizer, folder / "export", metadata(), dtype=torch.float32)
     task = {
         "task": "ledger",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(PROBLEMS)}},
+        "dataset_kwargs": {"data_files": {"test": str(PROBLEMS)}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{problem}}",
@@ -85,39 +99,26 @@ def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, url: str, expo
             {"name": "boxed", "filter": [{"function": "regex", "regex_pattern": r"boxed\{(\d)\}"}, {"function": "take_first"}]}
         ],
     }
-    (tmp_path / "ledger.yaml").write_text(yaml.safe_dump(task))
-    path = "chat/completions" if "chat" in model else "completions"
-    arguments = f"model={NAME},base_url={url}/v1/{path},num_concurrent=4,tokenizer_backend=None,tokenized_requests=False"
-    if model == "hf":
-        arguments = f"pretrained={export},trust_remote_code=True,dtype=float32"
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        model,
-        "--model_args",
-        arguments,
-        "--tasks",
-        "ledger",
-        "--log_samples",
-    ]
-    command += ["--include_path", str(tmp_path), "--limit", str(LIMIT), "--output_path", str(tmp_path / "out")]
-    command += ["--apply_chat_template"] if "chat" in model else []
-    command += ["--device", "cpu", "--batch_size", str(LIMIT)] if model == "hf" else []
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_MODULES_CACHE": str(tmp_path),
+    (folder / "ledger.yaml").write_text(yaml.safe_dump(task))
+    asking = "num_concurrent=4,tokenizer_backend=None,tokenized_requests=False"
+    chat, completions = (f"model={NAME},base_url={url}/v1/{path},{asking}" for path in ("chat/completions", "completions"))
+    models: dict[str, dict[str, object]] = {
+        "local-completions": {"model_args": completions},
+        "local-chat-completions": {"model_args": chat, "apply_chat_template": True},
+        "hf": {"model_args": f"pretrained={folder}/export,trust_remote_code=True,dtype=float32", "batch_size": LIMIT},
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    common = {"limit": LIMIT, "device": "cpu", "bootstrap_iters": 0}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    command = [sys.executable, "-P", "-c", LM_EVAL, folder, json.dumps(models), json.dumps(common)]
+    done = processes.run(command, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    (samples,) = (tmp_path / "out").rglob("samples_ledger_*.jsonl")
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
-    assert [row["resps"][0][0] for row in rows] == greedy_texts(checkpoint, "chat" in model)
-    assert len(rows) == LIMIT
+    return json.loads((folder / "answers.json").read_text())
+
+
+@pytest.mark.parametrize("model", ["local-completions", "local-chat-completions", "hf"])
+def test_lm_eval_gets_the_engines_answers(checkpoint: Checkpoint, by_lm_eval: dict[str, list[str]], model: str) -> None:
+    expected = greedy_texts(checkpoint, "chat" in model)
+    assert by_lm_eval[model] == expected and len(expected) == LIMIT
 
 
 @pytest.mark.parametrize(
@@ -133,15 +134,16 @@ def test_a_run_evaluates_its_export_with_sinks_by_our_server_as_by_the_engine_in
         f"name: own\nmodel: {{base: {BASE}, dtype: fp32}}\nhybrid: {{{named}, w_sink: 4, w_recent: 28}}\n"
         f"data: {{source: {REPOSITORY}/data/ledger/train.jsonl, format: still, max_length: 256, limit: 4}}\n"
     )
-    problems = f"benchmark: ledger, path: {PROBLEMS}, limit: 12, max_new_tokens: 120"
+    problems = f"benchmark: ledger, path: {PROBLEMS}, limit: 6, max_new_tokens: 120"
     in_process = f"{{{problems}, name: in-process}}"
-    run_in_folder(load_recipe(recipe, [f"eval=[{in_process}]"]), tmp_path / "runs", "export")
+    with exports_are_not_checked():
+        run_in_folder(load_recipe(recipe, [f"eval=[{in_process}]"]), tmp_path / "runs", "export")
     run = tmp_path / "runs/own"
-    with served(load_checkpoint(run / "export")) as (url, _):
+    with served(load_checkpoint(run / "export")) as (url, _), graders_are_kept():
         by_server = f"{{{problems}, name: served, backend: openai, servers: [{url}]}}"
         run_in_folder(load_recipe(recipe, [f"eval=[{in_process}, {by_server}]"]), tmp_path / "runs", "eval")
     rows = [graded(run / "eval/converted" / name / "samples.jsonl") for name in ("in-process", "served")]
-    assert rows[0] == rows[1] and len(rows[0]) == 12
+    assert rows[0] == rows[1] and len(rows[0]) == 6
     checked = json.loads((run / "eval/converted/served/servers.json").read_text())
     assert checked["logprobs"] == checked["tokens"] > 40
 

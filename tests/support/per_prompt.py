@@ -38,13 +38,13 @@ class AnswerStreams(AttentionView):
 
 
 @torch.inference_mode()
-def next_logits(model: HybridForCausalLM, ids: Sequence[int], prompt: int, streaming: set[int]) -> torch.Tensor:
-    """Logits [V] of the token after `ids`, whose first `prompt` are the prompt, without a cache."""
-    ids_1T = torch.tensor([list(ids)])
+def likeliest(model: HybridForCausalLM, streaming: set[int], prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """What would be chosen in place of each token of an answer after those before it, by one forward pass without a cache."""
+    ids_1T = torch.tensor([[*prompt, *ids]])
     views = model.model.attention_views(input_ids=ids_1T, attention_mask=None, position_ids=None)
     hidden = model.model.embed_tokens(ids_1T)
     rotary = model.model.rotary_emb(hidden, views.position_ids)
     for index, layer in enumerate(model.model.layers):
-        view = AnswerStreams(prompt) if index in streaming else views.full
+        view = AnswerStreams(len(prompt)) if index in streaming else views.full
         hidden = layer(hidden, attention_mask=view, position_ids=views.position_ids, position_embeddings=rotary)
-    return model.lm_head(model.model.norm(hidden))[0, -1]
+    return model.lm_head(model.model.norm(hidden))[0, len(prompt) - 1 : -1].argmax(-1).tolist()

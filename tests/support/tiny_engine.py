@@ -1,5 +1,8 @@
 """A tiny model, its tokenizer and requests for the engine."""
 
+import re
+from collections.abc import Callable, Sequence
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -62,3 +65,40 @@ def answered(engine: Engine, asked: list[Request], sampling: Sampling) -> dict[t
 
 def texts(found: dict[tuple[str, int], Answer]) -> dict[tuple[str, int], tuple[str, int, str]]:
     return {key: (answer.text, answer.tokens, answer.finish_reason) for key, answer in found.items()}
+
+
+def written(engine: Engine, asked: list[Request], sampling: Sampling) -> dict[str, list[int]]:
+    """The ids of each answer's tokens."""
+    batch = engine.batch(engine.lay_out(len(asked), max(len(request.prompt_ids) for request in asked) + sampling.max_new_tokens))
+    for request in asked:
+        batch.add(request, sampling)
+    found: dict[str, list[int]] = {request.problem: [] for request in asked}
+    while not batch.is_empty:
+        for token in batch.step():
+            found[token.sequence.request.problem].append(token.token_id)
+    return found
+
+
+@torch.inference_mode()
+def likeliest(model: HybridForCausalLM, prompt_ids: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """What recomputing the prompt with the tokens before it would choose in place of each, by one forward pass without a cache.
+
+    An answer of which each token is the one chosen is the greedy one.
+    """
+    logits_1TV = model(torch.tensor([[*prompt_ids, *ids]]), use_cache=False).logits
+    return logits_1TV[0, len(prompt_ids) - 1 : -1].argmax(-1).tolist()
+
+
+def assert_greedy(
+    answers: dict[tuple[str, int], tuple[str, int, str]],
+    asked: list[Request],
+    chosen: Callable[[Sequence[int], Sequence[int]], list[int]],
+) -> None:
+    """Answers to GREEDY of `letter_tokenizer` are those of recomputing each prompt alone, by `likeliest` or its like."""
+    vocabulary = letter_tokenizer().get_vocab()
+    for request in asked:
+        text, tokens, reason = answers[request.problem, request.sample]
+        ids = [vocabulary[symbol] for symbol in re.findall(r"</?\w+>|.", text)] + [EOS] * (reason == "stop")
+        assert chosen(request.prompt_ids, ids) == ids, request.problem
+        assert tokens == len(ids) and EOS not in ids[:-1]
+        assert reason == ("stop" if ids[-1] == EOS else "length") and (ids[-1] == EOS or tokens == GREEDY.max_new_tokens)

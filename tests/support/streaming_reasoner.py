@@ -1,0 +1,72 @@
+"""The tiny reasoner as a hybrid of every kind that servers compute, exports of it, and questions for it."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from lt_train.dataset import prompts
+from lt_train.export.checkpoint import export_hybrid
+from lt_train.export.weights import in_memory
+from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.modeling import HybridForCausalLM
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.requests import Request, Sampling, sample_seed
+from lt_train.inference.sinks_file import learned_sinks
+from lt_train.recipe.schema import Prompt
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_exports import exports_are_not_checked, metadata
+
+BASE = REPOSITORY / "data/tiny-reasoner"
+PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
+LAZY = (1, 3, 5, 7)
+SPECS = {
+    "no sinks": HybridSpec(8, LAZY, 0, 28),
+    "learned sinks": HybridSpec(8, LAZY, 0, 28, learned_sinks=True),
+    "sink tokens": HybridSpec(8, LAZY, 4, 28),
+    "KV heads": HybridSpec(8, (1, 5), 0, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
+    "KV heads, sink tokens": HybridSpec(8, (1, 5), 4, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
+}
+STOP = (3,)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
+
+
+def hybrid(kind: str) -> HybridForCausalLM:
+    """Learned sinks have logits so large that answers change where they are left out."""
+    model = load_hybrid(BASE, SPECS[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for logits_H in learned_sinks(model).values():
+            torch.nn.init.uniform_(logits_H, 0, 4)
+    return model
+
+
+def exported(kind: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    with exports_are_not_checked():
+        return export_hybrid(in_memory(hybrid(kind)), tokenizer, folder, metadata(), dtype=torch.float32)
+
+
+def ledger_requests(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[Request], dict[str, str]]:
+    rows = [json.loads(line) for line in PROBLEMS.read_text().splitlines()[:count]]
+    questions = {f"ledger {number}": row["problem"] for number, row in enumerate(rows)}
+    made = [
+        Request(name, 0, sample_seed(0, name, 0), tuple(prompts.prompt_ids(tokenizer, Prompt(), {"question": question})))
+        for name, question in questions.items()
+    ]
+    return made, questions
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path, tokenizer: PreTrainedTokenizerBase, requests: list[Request]) -> dict[str, str]:
+    """Greedy answers of the stock class."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = {}
+    for request in requests:
+        ids = model.generate(torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
+        texts[request.problem] = text_of(tokenizer, ids[0, len(request.prompt_ids) :].tolist())
+    return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids[:-1] if ids[-1] in STOP else ids))

@@ -1,0 +1,146 @@
+"""What runs in vLLM's own environment, whose python LT_TRAIN_VLLM_PYTHON names: kernels, block bookkeeping, answers, speed.
+
+A server that is started as users start it is in inference/servers/test_real_servers.py.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from lt_train.bench import vllm_speed
+from lt_train.bench.base import StoredBase
+from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.engine import Engine
+from lt_train.inference.servers.check import compare_continuations, continue_greedily, telling_prompts
+from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.vllm_capacity import VllmCache
+from lt_train.recipe.schema import Model, Prompt
+from lt_train.runtime.errors import UserError
+from tests.support.streaming_reasoner import (
+    BASE,
+    GREEDY,
+    SPECS,
+    STOP,
+    by_transformers,
+    exported,
+    hybrid,
+    ledger_requests,
+    text_of,
+)
+from tests.support.vllm_python import ForkedVllm, forked_vllm, printed_in_the_interpreter, python_of_vllm
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["no sinks", "learned sinks", "sink tokens", "KV heads, sink tokens"]
+"""A server computes single KV heads without sinks, in inference/servers/test_real_servers.py."""
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[ForkedVllm]:
+    with forked_vllm() as forked:
+        yield forked
+
+
+def test_on_a_cpu_a_query_attends_to_what_the_mask_says_it_sees(vllm: ForkedVllm) -> None:
+    cases, difference = vllm.printed("sink_kernels.py", "cpu", BASE)
+    assert cases == 18 and difference < 1e-5
+
+
+def test_for_a_gpu_vllms_triton_kernel_with_our_settings_attends_to_the_same() -> None:
+    cases, difference = printed_in_the_interpreter("sink_kernels.py", "gpu", BASE)
+    assert cases == 4 and difference < 1e-5
+
+
+def test_every_query_finds_its_sinks_and_its_window_in_the_cache_whatever_is_freed_evicted_or_shared(vllm: ForkedVllm) -> None:
+    tokens_from_cached_prefixes, preempted = vllm.printed("sink_blocks.py")
+    assert tokens_from_cached_prefixes > 1000 and preempted > 100
+
+
+def test_sequences_are_those_that_vllms_code_counts(vllm: ForkedVllm, tmp_path: Path) -> None:
+    """Of every kind: no sinks, sink tokens, single KV heads in few layers and in many."""
+    some, many = ((7, (0, 2)), (9, (1,))), tuple((layer, (1,)) for layer in range(13, 30))
+    specs = [
+        HybridSpec(30, tuple(range(21)), 0, 1024),
+        HybridSpec(30, tuple(range(21)), 4, 1020),
+        HybridSpec(30, tuple(range(5)), 4, 1020, split_layers=some),
+        HybridSpec(30, tuple(range(13)), 0, 1024, split_layers=many),
+    ]
+    layer_tokens = 2**30 // (2 * 3 * 64 * 4)
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([[asdict(spec), 3, 8192, 512, layer_tokens] for spec in specs]))
+    expected = [VllmCache(512, block=128).sequences(spec, 3, 8192, layer_tokens) for spec in specs]
+    assert vllm.printed("capacity.py", BASE, cases) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_base_is_decoded_with_as_many_sequences_and_as_long(vllm: ForkedVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_speed, "subprocess", SimpleNamespace(run=vllm.run))
+    base = StoredBase(Model(base=str(BASE), dtype="fp32"))
+    found = vllm_speed.vllm_steps(base, Path(python_of_vllm()), {40: 3, 300: 40}, 16 * MIB, vocab_size=50)
+    assert list(found) == [40, 300] and all(0 < step.milliseconds < 60_000 for step in found.values())
+    assert found[40].slots == 3 and 0 < found[300].slots < 40  # as many as its blocks hold
+
+
+class Answers:
+    """Of vLLM, to questions and to the prompts that tell a kind from the mistakes that engines make."""
+
+    def __init__(self, vllm: ForkedVllm, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(BASE)
+        self.requests, _ = ledger_requests(self.tokenizer, 8)
+        self.exports = {kind: exported(kind, self.tokenizer, folder / kind / "export") for kind in KINDS}
+        self.telling = {kind: telling_prompts(hybrid(kind), self.tokenizer, Prompt(), STOP)[1] for kind in KINDS}
+        asked = [request.prompt_ids for request in self.requests]
+        order = {
+            "exports": {kind: str(path) for kind, path in self.exports.items()},
+            "prompts": {kind: [*asked, *(one.prompt_ids for one in self.telling[kind])] for kind in KINDS},
+            "max_tokens": GREEDY.max_new_tokens,
+        }
+        (folder / "order.json").write_text(json.dumps(order))
+        ran = vllm.run([python_of_vllm(), "answers.py", folder / "order.json", folder / "result.json"])
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+        self.written = json.loads((folder / "result.json").read_text())
+
+    def texts(self, kind: str, cached: bool) -> dict[str, str]:
+        answers = self.written[kind][cached][: len(self.requests)]
+        return {request.problem: text_of(self.tokenizer, ids) for request, (ids, _) in zip(self.requests, answers, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def answers(vllm: ForkedVllm, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(vllm, tmp_path_factory.mktemp("answers"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_the_engines_and_those_from_cached_prefixes_too(answers: Answers, kind: str) -> None:
+    assert min(len(request.prompt_ids) for request in answers.requests) > SPECS[kind].window
+    by_engine = Engine(hybrid(kind), answers.tokenizer).answers(answers.requests, GREEDY)
+    expected = {answer.request.problem: answer.text for answer in by_engine}
+    assert answers.texts(kind, cached=False) == answers.texts(kind, cached=True) == expected
+    if kind != "no sinks":
+        assert answers.texts("no sinks", cached=False) != expected
+
+
+def test_answers_without_sinks_are_those_of_the_stock_class(answers: Answers) -> None:
+    few = answers.requests[:3]
+    texts = by_transformers(answers.exports["no sinks"], answers.tokenizer, few)
+    assert texts.items() <= answers.texts("no sinks", cached=False).items()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_probabilities_are_the_checkpoints_and_not_those_of_another(answers: Answers, kind: str) -> None:
+    written = [Completion(token_ids=ids, logprobs=logprobs) for ids, logprobs in answers.written[kind][0][len(answers.requests) :]]
+
+    def compared(expected: list) -> list[tuple[int, int]]:
+        pairs = zip(expected, written, strict=True)
+        return [compare_continuations(answers.tokenizer, STOP, one, completion, "vllm") for one, completion in pairs]
+
+    agreed = compared(answers.telling[kind])
+    assert sum(tokens for tokens, _ in agreed) == sum(logprobs for _, logprobs in agreed) > 40
+    other = hybrid("sink tokens" if kind == "no sinks" else "no sinks")
+    with pytest.raises(UserError, match="computes something else"):
+        compared([continue_greedily(other, one.prompt_ids, STOP) for one in answers.telling[kind]])
