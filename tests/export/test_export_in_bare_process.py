@@ -185,6 +185,7 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     program = (
+        "import tempfile; tempfile.tempdir = None\n"  # known before the fork
         "from tests.export.test_export_in_bare_process import export\n"
         "from lt_train.export import checkpoint\n"
         "from pathlib import Path\n"
@@ -194,12 +195,12 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
         f"export(tiny_hybrid(), Path({str(tmp_path / 'export')!r}))\n"
     )
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-    exporting = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT | places)
+    exporting = processes.start_python([sys.executable, "-c", program], tmp_path / "output", env=ENVIRONMENT | places)
     try:
         checking = int(waited_for(tmp_path / "process"))
     finally:
         exporting.kill()
-        exporting.wait()
+        processes.exit_code(exporting)
     deadline = time.monotonic() + 30
     while psutil.pid_exists(checking) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,9 +1,6 @@
 """Exports are pushed to a stand-in for the hub by the hub's own client."""
 
 import hashlib
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ from huggingface_hub import constants
 from lt_train.export.manifest import MANIFEST, make_manifest
 from lt_train.export.push import push_export
 from lt_train.runtime.errors import UserError
+from tests.support import processes
 from tests.support.hub import TOKEN, StubHub
 from tests.support.repository import ENVIRONMENT
 
@@ -128,17 +126,22 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export_whole(folder: Path, monk
 
 
 @pytest.mark.slow
-def test_a_push_that_was_killed_goes_on_with_what_is_missing(hub: StubHub, folder: Path) -> None:
+def test_a_push_that_was_killed_goes_on_with_what_is_missing(hub: StubHub, folder: Path, tmp_path: Path) -> None:
     hub.free_uploads = 1
-    imports = "from pathlib import Path; from lt_train.export.push import push_export"
-    program = f"{imports}; push_export(Path({str(folder)!r}), {REPO!r}, print)"
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    pushing = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT | settings)
+    settings = f"dict(ENDPOINT={hub.url!r}, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True)"
+    program = (
+        "from huggingface_hub import constants\n"
+        f"vars(constants).update({settings})\n"
+        "from pathlib import Path\n"
+        "from lt_train.export.push import push_export\n"
+        f"push_export(Path({str(folder)!r}), {REPO!r}, print)"
+    )
+    pushing = processes.start_python([sys.executable, "-c", program], tmp_path / "output", env=ENVIRONMENT | {"HF_TOKEN": TOKEN})
     try:
         assert hub.holding.wait(120), "no second upload came"
     finally:
-        os.kill(pushing.pid, signal.SIGKILL)
-        pushing.wait()
+        pushing.kill()
+        processes.exit_code(pushing)
     assert len(hub.uploaded) == 1 and hub.commits == 0 and MANIFEST not in hub.files
     hub.free_uploads = 10
     push(folder)
