@@ -8,7 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import termios
 import time
@@ -27,7 +26,9 @@ from lt_train.runtime.errors import UserError
 from lt_train.serving.chat import Conversation
 from lt_train.serving.checkpoint import Checkpoint
 from lt_train.serving.draft_options import DraftOptions
-from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support import processes
+from tests.support.repository import REPOSITORY
+from tests.support.runs import call_lt_train
 from tests.support.served import checkpoint_of
 from tests.support.symbol_model import symbol_hybrid, symbol_tokenizer
 from tests.support.tiny_engine import tiny_model
@@ -209,19 +210,7 @@ def test_what_cannot_be_talked_to_is_one_sentence(lt_train, arguments, message) 
 @pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_an_answer_or_drops_a_line_and_ctrl_d_leaves(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lt_train", "chat", str(EXPORT), "--kv-budget", "64MiB"]
-    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-        cwd=tmp_path,
-        start_new_session=True,
-        preexec_fn=_take_terminal,
-    )
-    os.close(theirs)
+    process = processes.start(_chat_on, os.ttyname(theirs), output=tmp_path / "output", TERM="xterm", COLUMNS="80")
     terminal = _Terminal(ours)
     try:
         terminal.read_until("> ", 120)
@@ -230,17 +219,23 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_or_drops_a_line_and_ctrl_d_leaves(
         terminal.read_until("tokens/s", 120)
         terminal.read_until("> ", 20)
         terminal.type("\x04")
-        assert process.wait(30) == 0
+        assert processes.exit_code(process, 30) == 0
     finally:
         process.kill()
         os.close(ours)
-    assert "Traceback" not in terminal.seen
+        os.close(theirs)
+    assert "Traceback" not in terminal.seen + (tmp_path / "output").read_text()
 
 
-def _take_terminal() -> None:
-    """Ctrl-C then reaches the process, also where the tests were started in the background, which ignores it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _chat_on(terminal: str) -> None:
+    """`lt-train chat` on a terminal of its own, so that Ctrl-C reaches it."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+    for n in range(3):
+        os.dup2(descriptor, n)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "rw"[n > 0], 1, closefd=False) for n in range(3))
+    call_lt_train(["chat", str(EXPORT), "--kv-budget", "64MiB"])
 
 
 class _Terminal:

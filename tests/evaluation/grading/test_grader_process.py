@@ -90,10 +90,7 @@ NESTED = r"\sqrt{2+" * 300 + "1" + "}" * 300
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "answer",
-    [r"10^{10^{10}}", "{" * 400 + "5" + "}" * 400, "100000000!", NESTED, "(" * 3000 + "5" + ")" * 3000],
-)
+@pytest.mark.parametrize("answer", [r"10^{10^{10}}", NESTED], ids=["is computed for ever", "is parsed for ever"])
 def test_an_answer_that_takes_too_long_is_incorrect_with_the_reason_and_the_next_is_judged(hasty: Grader, answer: str) -> None:
     hasty.call(int)  # up and running
     verdict = hasty.grade(rf"\boxed{{{answer}}}", "5")
@@ -133,7 +130,7 @@ def test_what_does_not_even_compute_is_killed_by_the_clock() -> None:
 @pytest.mark.slow
 def test_the_limit_is_for_each_answer_and_not_for_all(hasty: Grader) -> None:
     child = hasty.call(os.getpid)
-    for _ in range(4):
+    for _ in range(2):
         hasty.call(exec, "from time import process_time as now\nend = now() + 0.7\nwhile now() < end: pass", {})
     assert hasty.call(os.getpid) == child
 
@@ -174,7 +171,7 @@ def test_a_child_killed_from_outside_costs_no_answer(grader: Grader) -> None:
 
 @pytest.mark.slow
 def test_answers_from_many_threads_get_their_own_verdicts() -> None:
-    with Grader(seconds=2) as grader, ThreadPoolExecutor(8) as threads:
+    with Grader(seconds=1) as grader, ThreadPoolExecutor(8) as threads:
         hanging = threads.submit(grader.grade, r"\boxed{10^{10^{10}}}", "5")
         verdicts = list(threads.map(lambda n: grader.grade(rf"\boxed{{{n}}}", str(n - n % 2)), range(200)))
         assert "Timeout" in hanging.result().error
