@@ -20,38 +20,38 @@ RUNS = {
     "mostly weights and their states": {
         "config": {
             "vocab_size": 4096,
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
+            "hidden_size": 384,
+            "intermediate_size": 1152,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
             "head_dim": 64,
         },
-        "recipe": {"data": {"max_length": 128}},
+        "recipe": {"data": {"max_length": 64}},
     },
     "mostly activations, gradients accumulated": {
         "config": {
             "vocab_size": 512,
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+        },
+        "recipe": {"data": {"max_length": 1536}, "train": {"batch_size": 2}},
+    },
+    "LoRA with gradient checkpointing, mostly the head": {
+        "config": {
+            "vocab_size": 8192,
             "hidden_size": 256,
-            "intermediate_size": 1024,
+            "intermediate_size": 768,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
         },
-        "recipe": {"data": {"max_length": 2048}, "train": {"batch_size": 2}},
-    },
-    "LoRA with gradient checkpointing, mostly the head": {
-        "config": {
-            "vocab_size": 8192,
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-        },
-        "recipe": {"data": {"max_length": 1536}, "train": {"method": "lora", "gradient_checkpointing": True}, "lora": {}},
+        "recipe": {"data": {"max_length": 1024}, "train": {"method": "lora", "gradient_checkpointing": True}, "lora": {}},
     },
 }
 

@@ -117,7 +117,7 @@ def test_a_plan_as_json_that_does_not_fit_leaves_with_1_and_suggestions(plan):
 
 
 def test_what_a_recipe_lacks_or_nobody_knows_is_null(plan):
-    arguments = ("recipes/quickstart.yaml", "--gpus", 1, "--gpu-memory", 4, "--cpu", "--json")
+    arguments = ("recipes/quickstart.yaml", "--gpus", 1, "--gpu-memory", 4, "--cpu", "--json", "--set=data.limit=200")
     nothing = ("train=null", "lora=null", "eval=[]", "hybrid.strategy=periodic", "hybrid.compare=[]")
     found = json.loads(plan(*arguments, *(f"--set={each}" for each in nothing))[1])
     assert (found["training"], found["profile"], found["kv_cache"]) == (None, None, None)

@@ -26,6 +26,7 @@ from tests.support.public_models import public_recipe
 
 BF16 = 2
 LENGTH = 2048
+HIDDEN = 256
 
 
 def planned(recipe: Recipe) -> tuple[Recipe, ModelShape]:
@@ -85,7 +86,7 @@ def small(
     folder: Path, strategy: str, mlp: int, layers: int, length: int = LENGTH
 ) -> tuple[Recipe, ModelShape, Callable[[], object]]:
     """Recipe and shape of a small model, and what scores one sample of it."""
-    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 16}
+    sizes = {**SIZES, "hidden_size": HIDDEN, "intermediate_size": mlp, "num_hidden_layers": layers, "head_dim": 16}
     Qwen3Config(**sizes).save_pretrained(folder)
     path = folder / "recipe.yaml"
     path.write_text(
@@ -100,10 +101,10 @@ def small(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mlp", "layers"), [("reach", 4096, 2), ("reach", 512, 24), ("kl", 4096, 2), ("gates", 2048, 2), ("gates", 512, 6)]
+    ("strategy", "mlp", "layers"), [("reach", 2048, 2), ("reach", 32, 12), ("kl", 2048, 2), ("gates", 1024, 2), ("gates", 256, 4)]
 )
 def test_the_states_and_the_work_are_what_scoring_a_sample_takes(strategy: str, mlp: int, layers: int, tmp_path: Path) -> None:
-    """With a broad MLP mostly work, with many layers mostly states."""
+    """With a broad MLP mostly work, with many layers as many states."""
     recipe, shape, score = small(tmp_path, strategy, mlp, layers)
     needed = profile_memory(recipe, shape, Machine(1, GIB, cpu=True))
     with LiveBytes(held=score.args[0].parameters()) as counted:
@@ -128,7 +129,7 @@ def test_the_time_follows_from_the_operations_that_scoring_a_sample_takes(
     strategy: str, gate_points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short samples: torch does not count its own attention on a CPU. Checkpointing stops before down_proj, which a plan counts."""
-    recipe, shape, score = small(tmp_path, strategy, mlp=512, layers=8, length=256)
+    recipe, shape, score = small(tmp_path, strategy, mlp=256, layers=8, length=256)
     if gate_points == MOST_POINTS:
         monkeypatch.setattr("lt_train.selection.gates.ACCEPTED_GAP", -1.0)  # no sum of shares is near enough
     with Operations() as counted:

@@ -54,17 +54,17 @@ def test_the_recipes_that_are_mutated_are_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_thousand_faulty_recipes_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
-    """7 ms of CPU each, most of it PyYAML's; the import of TRL and PEFT takes some seconds more."""
-    found = [faults_in_form(written(tmp_path, text)) for text in islice(mutants(seed=22), 4_000)]
-    assert sum(count > 0 for count in found) > 3_600, "most of them are faulty"
+def test_a_thousand_faulty_recipes_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
+    """5 ms of CPU each, most of it PyYAML's; the import of TRL and PEFT takes some seconds more."""
+    found = [faults_in_form(written(tmp_path, text)) for text in islice(mutants(seed=22), 1_000)]
+    assert sum(count > 0 for count in found) > 900, "most of them are faulty"
 
 
 @pytest.mark.slow
 def test_faulty_overrides_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
     path = written(tmp_path, EVERY_PART.encode())
-    found = [faults_in_form(path, [override]) for override in islice(overrides(seed=22), 1_000)]
-    assert sum(count > 0 for count in found) > 900
+    found = [faults_in_form(path, [override]) for override in islice(overrides(seed=22), 300)]
+    assert sum(count > 0 for count in found) > 270
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""Two processes under torchrun and deepspeed: one prints, and the failure of one ends both with its own message."""
+"""Two processes of a launch: one prints, and the failure of one ends both with its own message."""
 
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from lt_train.runtime import processes
 from lt_train.runtime.processes import Process, is_lost_connection, this_process, wait_for_the_launcher
 from tests.support import failing_ranks
 from tests.support.processes import exit_code, start_ranks
-from tests.support.repository import ENVIRONMENT, REPOSITORY
+from tests.support.repository import REPOSITORY
 
 
 def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,24 +71,20 @@ def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of
 
 
 @pytest.mark.slow
-def test_a_bug_in_one_process_ends_both_with_its_traceback_alone(tmp_path: Path) -> None:
-    started = time.perf_counter()
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", "2", "--master_port", "29641"]
-    command = [*launcher, "--no_local_rank", failing_ranks.__file__, "bug", "1"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert said.count("ZeroDivisionError: a bug") == 1, said
-    assert said.count("Traceback") == 1, said
-    assert time.perf_counter() - started < 90
-
-
-@pytest.mark.slow
-def test_a_mistake_that_both_processes_find_is_reported_once(tmp_path: Path) -> None:
-    first, second = start_ranks(failing_ranks.validate, "mistake", "01", outputs=tmp_path)
-    assert exit_code(first) == 2
-    second.terminate()  # as launchers do when one process fails
-    assert exit_code(second) != 0
+@pytest.mark.parametrize(
+    ("kind", "failing", "code", "told"),
+    [("bug", "1", 1, "ZeroDivisionError: a bug"), ("mistake", "01", 2, "this recipe is spoilt")],
+)
+def test_what_one_or_both_processes_find_ends_both_and_is_told_once(
+    tmp_path: Path, kind: str, failing: str, code: int, told: str
+) -> None:
+    """A bug in one with its traceback, a mistake in both without. Launchers end the others when the first process fails."""
+    ranks = start_ranks(failing_ranks.validate, kind, failing, outputs=tmp_path)
+    first, other = ranks[int(failing[0])], ranks[1 - int(failing[0])]
+    assert exit_code(first, seconds=60) == code
+    other.join(1)  # launchers look about once a second
+    other.terminate()
+    assert exit_code(other, seconds=60) != 0
     said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
-    assert said.count("this recipe is spoilt") == 1, said
-    assert "Traceback" not in said
+    assert said.count(told) == 1, said
+    assert said.count("Traceback") == (kind == "bug") and "another process was lost" not in said, said

@@ -123,7 +123,8 @@ def test_shares_in_bf16_are_close_to_those_in_fp32(hybrid_of, example_of):
     def shares(model) -> torch.Tensor:
         return torch.tensor(gate_shares(model, example.prompt_ids, example.answer_ids, 0.5).heads)
 
-    exact, spread = shares(hybrid_of()), 0.1 * shares(hybrid_of()).abs().max().item()
+    exact = shares(hybrid_of())
+    spread = 0.1 * exact.abs().max().item()
     torch.testing.assert_close(shares(hybrid_of().bfloat16()), exact, rtol=0, atol=spread)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(shares(hybrid_of()), exact, rtol=0, atol=spread)
@@ -161,27 +162,28 @@ def test_what_the_shares_cost_is_described_where_it_is_more_than_three_points():
     assert described.endswith("5.0% apart; in 2 of 3 samples it took gradients at 11 points instead of 3")
 
 
-def reasoner_shares(samples: int) -> list[GateShares]:
+SAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def reasoner_shares() -> list[GateShares]:
     """Of the tiny reasoner, at the quickstart's sizes."""
     base = REPOSITORY / "data/tiny-reasoner"
-    model, tokenizer = (
-        load_hybrid(base, HybridSpec(8, (), 4, 12), dtype=torch.float32).eval(),
-        load_tokenizer(Model(base=str(base))),
-    )
+    model = load_hybrid(base, HybridSpec(8, (), 4, 12), dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(Model(base=str(base)))
     found: list[GateShares] = []
     with (REPOSITORY / "data/ledger/train.jsonl").open() as rows:
-        for row in map(json.loads, islice(rows, samples)):
+        for row in map(json.loads, islice(rows, SAMPLES)):
             turns = [{"role": "user", "content": row["question"]}]
             prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
             found.append(gate_shares(model, prompt_ids, tokenizer(row["combined_text"]).input_ids, 0.1))
     return found
 
 
-def test_the_layer_of_the_tiny_reasoner_that_looks_up_has_the_largest_share():
-    found = reasoner_shares(8)
-    mean_L = [fmean(layer) for layer in zip(*(shares.layers for shares in found), strict=True)]
+def test_the_layer_of_the_tiny_reasoner_that_looks_up_has_the_largest_share(reasoner_shares):
+    mean_L = [fmean(layer) for layer in zip(*(shares.layers for shares in reasoner_shares), strict=True)]
     assert mean_L.index(max(mean_L)) == 1
-    assert mean_L[1] > 0.4 * fmean(shares.measured_rise for shares in found)
+    assert mean_L[1] > 0.4 * fmean(shares.measured_rise for shares in reasoner_shares)
 
 
 def test_a_gap_is_relative_to_the_measured_rise_and_where_there_is_hardly_one_to_a_small_rise():
@@ -193,8 +195,8 @@ def test_a_gap_is_relative_to_the_measured_rise_and_where_there_is_hardly_one_to
         check_sum_of_shares(1.6, 2.0, samples=4)
 
 
-def test_shares_of_the_tiny_reasoner_add_up_though_its_loss_rises_within_a_small_part_of_the_path():
-    found = reasoner_shares(4)
-    gaps = [relative_gap(sum(shares.layers), shares.measured_rise) for shares in found]
-    assert max(shares.points for shares in found) == 11 and max(gaps) < 0.25
-    check_sum_of_shares(*(fmean(each) for each in ([sum(s.layers) for s in found], [s.measured_rise for s in found])), samples=4)
+def test_shares_of_the_tiny_reasoner_add_up_though_its_loss_rises_within_a_small_part_of_the_path(reasoner_shares):
+    gaps = [relative_gap(sum(shares.layers), shares.measured_rise) for shares in reasoner_shares]
+    assert max(shares.points for shares in reasoner_shares) == 11 and max(gaps) < 0.25
+    sums, rises = zip(*((sum(shares.layers), shares.measured_rise) for shares in reasoner_shares), strict=True)
+    check_sum_of_shares(fmean(sums), fmean(rises), samples=SAMPLES)

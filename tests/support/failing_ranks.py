@@ -1,7 +1,4 @@
-"""`lt-train validate` in two processes, with a recipe that one, or both, cannot load while the other waits for it.
-
-deepspeed --num_accelerators 2 --no_local_rank tests/support/failing_ranks.py KIND FAILING    KIND: mistake or bug; FAILING: 1 or 01
-"""
+"""`lt-train validate` in two processes, with a recipe that one, or both, cannot load while the other waits for it."""
 
 import os
 import sys
@@ -14,7 +11,7 @@ from lt_train.runtime.errors import UserError
 
 
 def validate(kind: str, failing: str) -> None:
-    """The work of each process; it ends as the command does."""
+    """The work of each process; it ends as the command does. `kind`: mistake or bug; `failing`: the ranks that fail, 1 or 01."""
 
     def load_recipe(*_: object) -> None:
         torch.distributed.init_process_group("gloo")
@@ -26,7 +23,3 @@ def validate(kind: str, failing: str) -> None:
     sys.argv[1:] = ["validate", "any.yaml"]
     lt_train.recipe.loading.load_recipe_and_remarks = load_recipe
     cli.main()
-
-
-if __name__ == "__main__":
-    validate(*sys.argv[1:])
