@@ -70,8 +70,8 @@ def faults_of_windows(config: PreTrainedConfig) -> Iterator[str]:
     sliding = sliding_layers(values)
     if len(sliding) == config.num_hidden_layers:
         yield (
-            f"sliding_window: {config.sliding_window}: every layer of the base ({config.model_type}) sees so many tokens from the "
-            "start, and only full layers can stream. Fix: choose a base with full layers; if no sequence is longer than the "
+            f"sliding_window: {config.sliding_window}: every layer of the base ({config.model_type}) sees this many tokens from "
+            "the start, and only full layers can stream. Fix: choose a base with full layers; if no sequence is longer than the "
             "window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
         )
     if FULL in (values.get("rope_parameters") or {}) and not sliding:

@@ -122,8 +122,7 @@ def load_tokenizer(model: Model, stop_token: str | None = None) -> PreTrainedTok
         stop_token: the recipe's prompt.stop_token, which becomes the tokenizer's eos token.
 
     Raises:
-        UserError: none there, or one without any text, without the stop token, or without a padding token and without an eos to
-            stand in.
+        UserError: none there, or one without any text, without the stop token, or without a padding or eos token.
     """
     with _failures_named(model, "tokenizer"):
         folder = Path(resolve_model(model.base))

@@ -529,8 +529,8 @@ class Prompt(Part):
     user: Annotated[Text, AfterValidator(_with_question)] = "{question}"
     """User turn. {question} is replaced; all other braces stay as they are."""
     chat_template: Text | None = Field(default=None, json_schema_extra=PATH)
-    """Path of a Jinja file to use instead of the tokenizer's chat template. Of a default system turn in it only one that stands
-    by itself before the first user turn is left out."""
+    """Path of a Jinja file to use instead of the tokenizer's chat template. Its default system turn is left out only where that
+    is by itself before the first user turn."""
     stop_token: Text | None = Field(default=None, json_schema_extra=ADDED)
     """Token that ends an answer, in training, evaluation and export, for a base whose eos token is not the one that ends a turn in
     the chat template. null: the tokenizer's eos token and those of generation_config.json."""

@@ -16,25 +16,25 @@ from typing import Any
 def main(order: Path, result: Path) -> None:
     from vllm import LLM
 
-    asked = json.loads(order.read_text(encoding="utf-8"))
+    settings = json.loads(order.read_text(encoding="utf-8"))
     llm = LLM(
-        model=asked["model"],
-        dtype=asked["dtype"],
-        kv_cache_memory_bytes=asked["kv_bytes"],
-        max_model_len=max(len(prompt) for prompts in asked["prompts"] for prompt in prompts) + asked["steps"] + 1,
-        max_num_seqs=max(len(prompts) for prompts in asked["prompts"]),
+        model=settings["model"],
+        dtype=settings["dtype"],
+        kv_cache_memory_bytes=settings["kv_bytes"],
+        max_model_len=max(len(prompt) for prompts in settings["prompts"] for prompt in prompts) + settings["steps"] + 1,
+        max_num_seqs=max(len(prompts) for prompts in settings["prompts"]),
         enable_prefix_caching=True,
         enforce_eager=True,  # the CPU build computes operators of its own either way
     )
     found = []
-    for prompts in asked["prompts"]:
-        held = prompts[: _room(llm, len(prompts[0]) + asked["steps"] + 1)]
-        found.append([len(held), _seconds_of_step(llm, held, asked["steps"]) if held else 0.0])
+    for prompts in settings["prompts"]:
+        held = prompts[: _room(llm, len(prompts[0]) + settings["steps"] + 1)]
+        found.append([len(held), _seconds_of_step(llm, held, settings["steps"]) if held else 0.0])
     result.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _room(llm: Any, tokens: int) -> int:
-    """How many sequences of so many tokens the KV cache holds: in whole blocks, of which one stays empty."""
+    """The number of sequences of `tokens` tokens that the KV cache holds: in complete blocks, of which one stays empty."""
     cache = llm.llm_engine.vllm_config.cache_config
     return (cache.num_gpu_blocks - 1) // -(-tokens // cache.block_size)
 

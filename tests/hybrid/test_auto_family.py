@@ -130,7 +130,7 @@ REFUSED = {
     "learned sinks": (GraniteSWAConfig(), r"model\.layers\.0\.self_attn \(GraniteSWAAttention\): learned sinks of the base"),
     "windows in all layers": (
         Gemma3TextConfig(**SIZES, sliding_window=9),  # of six layers the last would be full, and it has four
-        r"sliding_window: 9: every layer of the base \(gemma3_text\) sees so many tokens from the start",
+        r"sliding_window: 9: every layer of the base \(gemma3_text\) sees this many tokens from the start",
     ),
     "both directions": (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention: True: tokens see later"),
     "one type of layers that has rotary embeddings by type": (

@@ -126,7 +126,7 @@ async def check_served_config(client: ServerClient, folder: Path) -> None:
     try:
         models = await client.served_models()
     except (ServerFailure, UserError):
-        return  # requests follow, and report what is wrong with the server
+        return  # the requests that follow report the server's error
     finally:
         await client.close()
     for model in models:

@@ -26,5 +26,5 @@ def check_vllm_environment(python: Path, option: str) -> None:
     if missing := found.stdout.split():
         raise UserError(
             f"{option}: {python}: its environment lacks {' and '.join(missing)}. Fix: pip install vllm==0.32.0 there (on a CPU as "
-            "launch/serve-vllm.sh says), and pip install --no-deps lt-train"
+            "in launch/serve-vllm.sh), and pip install --no-deps lt-train"
         )
