@@ -34,7 +34,8 @@ IMPORTED = [
     "transformers.models.qwen3.modeling_qwen3",
     "trl.trainer.sft_trainer",
     "peft",
-    "wandb",
+    "wandb.sdk.launch.inputs.internal",  # wandb.init imports it, for some three seconds
+    "torch.utils.tensorboard",
     "matplotlib.backends.backend_agg",
     "math_verify",
     "typer",
