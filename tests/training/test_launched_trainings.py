@@ -48,8 +48,8 @@ def settings_of(mode: str, folder: Path, *, launched: bool) -> dict[str, Any]:
 
 
 def bf16_settings(name: str, folder: Path) -> dict[str, Any]:
-    """Steps of 8 samples, 4 one after the other in each of two processes."""
-    train = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
+    """Steps of 4 samples, 2 one after the other in each of two processes."""
+    train = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 1, "deepspeed": str(deepspeed_file(f"{name}.json", folder))}
     return {"model": {"dtype": "bf16"}, "train": train}
 
 
