@@ -21,6 +21,7 @@ from tests.support.processes import call_in_ranks
 from tests.support.repository import REPOSITORY
 from tests.support.training_log import assert_same_course, evaluations, steps
 
+EXAMPLES = 12
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64
 
 
@@ -51,7 +52,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def on_one_process(folder: Path, settings: dict[str, Any], base: Path) -> None:
-    tiny_training.train_in(folder, settings, tiny_training.NoTracker(), load=tiny_training.hybrid_from(base))
+    tiny_training.train_in(folder, settings, tiny_training.NoTracker(), EXAMPLES, tiny_training.hybrid_from(base))
 
 
 def sharing(settings: dict[str, Any], config: str) -> dict[str, Any]:
@@ -68,29 +69,30 @@ def assert_same_training(two: Path, one: Path) -> None:
 @pytest.mark.slow
 def test_packs_that_two_processes_shard_train_as_on_one_and_a_killed_training_resumes(tmp_path: Path, base: Path) -> None:
     """Over two epochs, with accumulation, checkpointing, held-out samples, and packs of an odd number of tokens."""
-    train = {"max_steps": None, "epochs": 2, "batch_size": 3, "gradient_checkpointing": True, "save_steps": 1, "eval_steps": 3}
+    train = {"max_steps": None, "epochs": 2, "batch_size": 2, "gradient_checkpointing": True, "save_steps": 2, "eval_steps": 3}
     settings: dict[str, Any] = {
         "train": {**train, "micro_batch_size": 1, "keep_checkpoints": 99},
         "data": {"heldout": 5, "packing": True, "max_length": 29},
     }
     one, two = tmp_path / "one", tmp_path / "two"
     on_one_process(one, settings, base)
-    train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed")
+    train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed", EXAMPLES)
     assert_same_training(two, one)
 
-    last = len(steps(one))
-    for folder in [two / "final", *(two / f"checkpoint-{step}" for step in (last - 1, last))]:
-        shutil.rmtree(folder)
-    train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed")
+    assert len(steps(one)) == 6
+    for later in ("final", "checkpoint-6"):
+        shutil.rmtree(two / later)
+    printed = train_in_ranks({two: sharing(settings, "zero3.json")}, base, tmp_path / "printed", EXAMPLES)
+    assert "resumed from checkpoint-4" in printed
     assert_same_training(two, one)
 
 
 @pytest.mark.slow
 def test_samples_that_two_processes_shard_train_an_adapter_as_on_one(tmp_path: Path, base: Path) -> None:
-    train = {"method": "lora", "max_steps": 5, "batch_size": 2, "micro_batch_size": 1}
+    train = {"method": "lora", "max_steps": 3, "batch_size": 2, "micro_batch_size": 1}
     settings: dict[str, Any] = {"train": train, "lora": {"rank": 4}, "data": {"heldout": 3}}
     on_one_process(tmp_path / "one", settings, base)
-    train_in_ranks({tmp_path / "two": sharing(settings, "zero3.json")}, base, tmp_path / "printed")
+    train_in_ranks({tmp_path / "two": sharing(settings, "zero3.json")}, base, tmp_path / "printed", EXAMPLES)
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
