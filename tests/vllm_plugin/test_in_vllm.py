@@ -16,7 +16,7 @@ from lt_train.bench import vllm_speed
 from lt_train.bench.base import StoredBase
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
-from lt_train.inference.servers.check import compare_continuations, continue_greedily, telling_prompts
+from lt_train.inference.servers.check import compare_continuations, continue_greedily, distinguishing_prompts
 from lt_train.inference.servers.completions_api import Completion
 from lt_train.inference.servers.vllm_capacity import VllmCache
 from lt_train.recipe.schema import Model, Prompt
@@ -87,17 +87,17 @@ def test_the_base_is_decoded_with_as_many_sequences_and_as_long(vllm: ForkedVllm
 
 
 class Answers:
-    """Of vLLM, to questions and to the prompts that tell a kind from the mistakes that engines make."""
+    """Of vLLM, to questions and to the prompts that distinguish a kind from the mistakes that engines make."""
 
     def __init__(self, vllm: ForkedVllm, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
         self.requests, _ = ledger_requests(self.tokenizer, 8)
         self.exports = {kind: exported(kind, self.tokenizer, folder / kind / "export") for kind in KINDS}
-        self.telling = {kind: telling_prompts(hybrid(kind), self.tokenizer, Prompt(), STOP)[1] for kind in KINDS}
+        self.distinguishing = {kind: distinguishing_prompts(hybrid(kind), self.tokenizer, Prompt(), STOP)[1] for kind in KINDS}
         asked = [request.prompt_ids for request in self.requests]
         order = {
             "exports": {kind: str(path) for kind, path in self.exports.items()},
-            "prompts": {kind: [*asked, *(one.prompt_ids for one in self.telling[kind])] for kind in KINDS},
+            "prompts": {kind: [*asked, *(one.prompt_ids for one in self.distinguishing[kind])] for kind in KINDS},
             "max_tokens": GREEDY.max_new_tokens,
         }
         (folder / "order.json").write_text(json.dumps(order))
@@ -139,8 +139,8 @@ def test_tokens_and_probabilities_are_the_checkpoints_and_not_those_of_another(a
         pairs = zip(expected, written, strict=True)
         return [compare_continuations(answers.tokenizer, STOP, one, completion, "vllm") for one, completion in pairs]
 
-    agreed = compared(answers.telling[kind])
+    agreed = compared(answers.distinguishing[kind])
     assert sum(tokens for tokens, _ in agreed) == sum(logprobs for _, logprobs in agreed) > 40
     other = hybrid("sink tokens" if kind == "no sinks" else "no sinks")
     with pytest.raises(UserError, match="computes something else"):
-        compared([continue_greedily(other, one.prompt_ids, STOP) for one in answers.telling[kind]])
+        compared([continue_greedily(other, one.prompt_ids, STOP) for one in answers.distinguishing[kind]])
