@@ -58,8 +58,9 @@ class ForkedVllm:
             environment = {**env, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             order = {"command": rest, "environment": environment, "folder": str(cwd), **outputs}
             print(json.dumps(order), file=self._forking.stdin, flush=True)
-            code = int(self._forking.stdout.readline())
-            return subprocess.CompletedProcess(command, code, *(Path(path).read_text() for path in outputs.values()))
+            code = self._forking.stdout.readline()
+            assert code, "vLLM's python has ended; its reason is on stderr"
+            return subprocess.CompletedProcess(command, int(code), *(Path(path).read_text() for path in outputs.values()))
 
     def printed(self, *command: Path | str) -> list[float]:
         """The numbers of a script's last line."""
