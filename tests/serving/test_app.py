@@ -21,7 +21,7 @@ from tests.support.symbol_model import symbol_hybrid, symbol_tokenizer
 
 PROMPTS = ["", "1", "12+34", "abc:", "what is 7+8?", "0123456789abcdefghij", "\\boxed{1} ", "q"]
 CONTEXT = 128
-TOKENS = 40
+TOKENS = 24
 
 
 @pytest.fixture(scope="module")
