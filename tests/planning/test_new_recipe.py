@@ -14,6 +14,7 @@ from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.units import GIB, MIB
 from tests.support.families import BASES
+from tests.support.processes import checks_of_exports_are_forked
 from tests.support.repository import REPOSITORY
 
 TINY = REPOSITORY / "data/tiny-reasoner"
@@ -64,8 +65,9 @@ def test_the_recipe_validates_fits_and_says_why_each_value_was_chosen(lt_train, 
 
 def test_the_recipe_runs(lt_train, data):
     assert lt_train("init", "my.yaml", "--base", TINY, "--data", "rows.jsonl")[0] == 0
-    shorter = ("train.epochs=null", "train.max_steps=2", "hybrid.calibration.samples=2", "eval=[]")
-    code, _, err = lt_train("run", "my.yaml", *(given for setting in shorter for given in ("--set", setting)))
+    shorter = ("train.epochs=null", "train.max_steps=1", "hybrid.calibration.samples=1", "eval=[]")
+    with checks_of_exports_are_forked():
+        code, _, err = lt_train("run", "my.yaml", *(given for setting in shorter for given in ("--set", setting)))
     assert code == 0, err
     assert Path("runs/my/export/config.json").is_file()
 
