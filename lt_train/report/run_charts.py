@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from lt_train.evaluation.statistics import wilson
@@ -233,10 +233,12 @@ def set_scale(axes: Axes, title: str, rows: Sequence[tuple[int, float]]) -> None
 
 def set_log(axes: Axes, title: str, values: Sequence[float]) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=max(2, int(axes.bbox.height / 25))))
+    decades = np.arange(np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)) + 1e-9) + 1)
+    most = max(2, int(axes.bbox.height / 25))
+    axes.yaxis.set_major_locator(FixedLocator(10 ** decades[:: math.ceil(len(decades) / most)]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(10 ** np.floor(np.log10(min(values))), 10 ** np.ceil(np.log10(max(values)) + 1e-9))
+    axes.set_ylim(10 ** decades[0], 10 ** decades[-1])
     axes.set_title(title)
 
 
