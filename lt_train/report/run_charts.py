@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
@@ -233,12 +232,13 @@ def set_scale(axes: Axes, title: str, rows: Sequence[tuple[int, float]]) -> None
 
 def set_log(axes: Axes, title: str, values: Sequence[float]) -> None:
     axes.set_yscale("log")
-    decades = np.arange(np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)) + 1e-9) + 1)
+    lowest, highest = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    decades = [10.0**exponent for exponent in range(lowest, highest + 1)]
     most = max(2, int(axes.bbox.height / 25))
-    axes.yaxis.set_major_locator(FixedLocator(10 ** decades[:: math.ceil(len(decades) / most)]))
+    axes.yaxis.set_major_locator(FixedLocator(decades[:: math.ceil(len(decades) / most)]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(10 ** decades[0], 10 ** decades[-1])
+    axes.set_ylim(decades[0], decades[-1])
     axes.set_title(title)
 
 
