@@ -3,6 +3,7 @@
 Speed and memory do not depend on the values of weights, so a shape needs no download and no tokenizer.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,7 +112,8 @@ class RandomBase:
     dtype: str = "auto"
 
     def config(self) -> PreTrainedConfig:
-        return self.base_config
+        """A copy: trainers change the config of their model."""
+        return deepcopy(self.base_config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A placeholder that has a padding and an eos token: token ids are random, and no text is read."""
@@ -119,11 +121,11 @@ class RandomBase:
         return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
     def for_inference(self, spec: HybridSpec) -> HybridForCausalLM:
-        return _random(hybrid_config(self.base_config, spec), compute_dtype(self.dtype)).eval()
+        return _random(hybrid_config(self.config(), spec), compute_dtype(self.dtype)).eval()
 
     def for_training(self, spec: HybridSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, HybridForCausalLM]:
         """The unconverted model, and the hybrid with the same weights."""
-        stock, hybrid = (_random(config, dtype) for config in (self.base_config, hybrid_config(self.base_config, spec)))
+        stock, hybrid = (_random(config, dtype) for config in (self.config(), hybrid_config(self.config(), spec)))
         hybrid.load_state_dict(stock.state_dict())
         return stock, hybrid
 

@@ -90,6 +90,7 @@ def test_of_a_base_with_sliding_layers_the_full_ones_alone_are_counted_and_strea
 @pytest.mark.parametrize("family", ["olmo3", "gpt_oss"])
 def test_every_bench_of_a_model_runs_on_a_base_with_sliding_layers(family):
     base, console = RandomBase("tiny", BASES[family], "fp32"), Console(record=True, width=160)
+    before = BASES[family].to_dict()
     bench_growth(base, 0.67, 2, 30, [64], console)
     bench_decode(base, [0.67], 2, 30, [100], 2**22, console)
     bench_prefill(base, [0.67], 2, 30, [100], 64, console)
@@ -97,6 +98,7 @@ def test_every_bench_of_a_model_runs_on_a_base_with_sliding_layers(family):
     bench_batching(base, 0.67, 2, 30, 4, 80, 2**22, console)
     recipe = step_recipe("tiny", "lora", 0.67, 2, 30, 48, checkpointing=False, dtype="fp32")
     assert compare_steps(base, recipe, runs=1).hybrid > 0
+    assert BASES[family].to_dict() == before
     printed = console.export_text()
     assert printed.count("2 of 3 full layers stream") == 2 and printed.count("2/3") == 2
     assert next(line for line in printed.splitlines() if line.split()[:1] == ["64"]).split()[-1] == "32", "the ring of what streams"

@@ -194,10 +194,10 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("eval/base/ledger/scores.json", "{", r"scores\.json: not a (whole|valid) scores\.json"),
+        ("eval/base/ledger/scores.json", "{", r"scores\.json: not a (complete|valid) scores\.json"),
         ("eval/base/ledger/samples.jsonl", "{}\n", r"samples\.jsonl:1: not a sample of this version"),
         ("eval/base/ledger/meta.json", "{}", r"meta\.json: lacks the fingerprint"),
-        ("profile/profile.json", "[]", r"profile\.json: not a (whole|valid) layer profile"),
+        ("profile/profile.json", "[]", r"profile\.json: not a (complete|valid) layer profile"),
         ("train/log.jsonl", '{"loss": 1.0}\n', r"log\.jsonl: not a valid training log"),
         ("train/log.jsonl", '{"step": 1', r"log\.jsonl:1: not JSON"),
         ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a valid training log"),

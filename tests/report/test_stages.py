@@ -91,7 +91,7 @@ def test_what_the_recipe_does_not_request_is_not_missing(run):
 @pytest.mark.parametrize("damage", ["{", "[]", '{"stage": "train"}', '{"stage": "train", "seconds": "long"}'])
 def test_a_damaged_marker_is_an_error_that_names_it(run, damage):
     (run / "stages/train.json").write_text(damage)
-    with pytest.raises(UserError, match=r"stages/train\.json: not a (valid|whole) stage marker"):
+    with pytest.raises(UserError, match=r"stages/train\.json: not a (valid|complete) stage marker"):
         read_runs([run])
 
 
