@@ -24,11 +24,11 @@ def later_tokens_attention(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scali
     (k_earlier, k_own), (v_earlier, v_own) = (x.tensor_split([earlier], dim=2) for x in (k_BGKD, v_BGKD))
     out_BHTD, lse_BHT = _fused(q_BHTD, k_earlier, v_earlier, scaling, causal=False)
     own_BHTD, own_lse_BHT = _fused(q_BHTD, k_own, v_own, scaling, causal=True)
-    out_BHTD = own_BHTD.lerp(out_BHTD, (lse_BHT - own_lse_BHT).sigmoid().unsqueeze(-1).to(out_BHTD.dtype))
-    if sinks_H is None:
-        return out_BHTD
-    on_keys_BHT = (lse_BHT.logaddexp(own_lse_BHT) - sinks_H[:, None]).sigmoid()
-    return (out_BHTD * on_keys_BHT.unsqueeze(-1)).to(out_BHTD.dtype)
+    precise = lse_BHT.dtype
+    joined_BHTD = own_BHTD.to(precise).lerp(out_BHTD.to(precise), (lse_BHT - own_lse_BHT).sigmoid().unsqueeze(-1))
+    if sinks_H is not None:
+        joined_BHTD *= (lse_BHT.logaddexp(own_lse_BHT) - sinks_H[:, None]).sigmoid().unsqueeze(-1)
+    return joined_BHTD.to(out_BHTD.dtype)
 
 
 def full_attention(
@@ -49,5 +49,5 @@ def full_attention(
 
 
 def _fused(q_BHTD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out_BHTD, and lse_BHT in fp32 or better."""
+    """out_BHTD, and lse_BHT in fp32 or better. torch's own operator: nothing public returns log-sum-exps on a CPU (2.13)."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BGKD, v_BGKD, is_causal=causal, scale=scaling)

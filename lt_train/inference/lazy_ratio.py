@@ -64,7 +64,8 @@ def lazy_ratio(
         total += probability_NS.sum(-1).sum(dtype=torch.float64)
     if sinks_GN is not None:
         total += (sinks_GN - lse_GN).exp().sum(dtype=torch.float64)
-    return min(1.0, total.item() / (q_BHTD.shape[1] * queries))
+    ratio = total.item() / (q_BHTD.shape[1] * queries)
+    return 1.0 if ratio > 1 else ratio  # by rounding; NaN stays NaN
 
 
 def _log_sum_exps(q_GND: Tensor, k_GTD: Tensor, later_NW: Tensor, sinks_GN: Tensor | None) -> Tensor:
