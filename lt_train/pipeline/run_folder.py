@@ -73,14 +73,15 @@ class RunFolder:
             UserError: the run has computed in another dtype, on another machine.
         """
         inputs = read_json(self.paths.inputs, "record of a run's inputs")
-        before = inputs.setdefault(_AUTO_DTYPE, dtype)
-        if before != dtype:
+        before = inputs.get(_AUTO_DTYPE)
+        if before is None:
+            write_json(self.paths.inputs, inputs | {_AUTO_DTYPE: dtype})
+        elif before != dtype:
             raise UserError(
                 f"{self.paths.root}: model.dtype: auto: it is {dtype} on this machine and was {before} when this run was begun, so "
                 f"results of both dtypes would be in one table. Fix: resume on a machine where it is {before}, or give this "
                 "recipe another name (--set name=…)"
             )
-        write_json(self.paths.inputs, inputs)
 
     def is_done(self, stage: str, key: str = "") -> bool:
         """Whether the stage was finished, for this `key` (a hash of what else it depends on), and all that it left is there.
