@@ -2,7 +2,6 @@
 
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,29 +12,23 @@ import httpx2
 import psutil
 import pytest
 
-from lt_train import cli
 from lt_train.runtime.errors import UserError
 from lt_train.serving.address import listening
 from lt_train.serving.draft_options import DraftOptions
 from tests.support.processes import exit_code, free_port, start
 from tests.support.repository import REPOSITORY
+from tests.support.runs import call_lt_train
 from tests.support.served import until
 
 OLD = REPOSITORY / "tests/fixtures/run_before_the_folders"
 EXPORT = OLD / "finished/old/export"
 
 
-def call_lt_train(command: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    sys.argv = command
-    cli.main()
-
-
 @contextmanager
 def serving(folder: Path, output: Path, *more: str) -> Iterator[tuple[ForkServerProcess, str]]:
     """The process and its address."""
     output.touch()
-    process = start(call_lt_train, ["lt-train", "serve", str(folder), "--port", "0", *more], output=output)
+    process = start(call_lt_train, ["serve", str(folder), "--port", "0", *more], output=output)
     try:
         until(lambda: "ready at" in output.read_text() or not process.is_alive(), seconds=120)
         assert process.is_alive(), output.read_text()
