@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 
 TESTS = Path(__file__).parent
 SHARED_DATA = Path(os.environ.get("LT_TRAIN_SHARED_DATA", TESTS / "../../shared/data")).resolve()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lt_train.hybrid.attention_kernels import KERNELS, Use, choose
-from lt_train.inference.compiled_attention import obstacle
+from lt_train.inference.block_attention import obstacle
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.units import format_bytes
 
@@ -120,8 +120,11 @@ def _devices() -> list[str]:
 
 
 def _decode_attention() -> str:
-    problem = obstacle(compute_device(), compute_dtype("auto"))
-    return "attention compiled for this CPU" if problem is None else f"attention by torch's products: {problem}"
+    device = compute_device()
+    problem = obstacle(device, compute_dtype("auto"))
+    if problem is not None:
+        return f"attention by torch's products: {problem}"
+    return "attention compiled for this CPU" if device.type == "cpu" else "attention by kernels of our own in Triton"
 
 
 def _kernels() -> list[KernelReport]:

@@ -29,7 +29,8 @@ WRITING = ("aten::index_put_", "aten::_index_put_impl_")
 
 @torch.inference_mode()
 def profile_steps(runner: ModelRunner, ids: Sequence[int]) -> dict[str, float]:
-    """Milliseconds of a step by PARTS, of greedy decoding: of the CPU, or of the GPU's kernels."""
+    """Milliseconds of a step by PARTS, of greedy decoding: of the CPU, or of the GPU's kernels, which Python starts here."""
+    runner.graphs = None  # a graph's kernels belong to no part
     on_gpu = runner.model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with parts_recorded(runner.model), profile(activities=activities) as profiled:

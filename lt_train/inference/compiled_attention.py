@@ -2,7 +2,7 @@
 
 torch's matrix products read the keys of a few queries at a fraction of the memory's rate. Where there is no compiler, they do it.
 
-Shapes: B rows, N blocks, G key/value heads, T new tokens of a row, Q = R x T queries of one key/value head, D head size.
+Shapes as in key_blocks.py.
 """
 
 import os
@@ -11,54 +11,20 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lt_train.inference.key_blocks import KeyBlocks
 from lt_train.runtime.devices import dtype_name
 
 _SOURCE = Path(__file__).with_name("decode_attention.c")
 _TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",), torch.float16: ("-DFP16",)}
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-fPIC")
 _SECONDS = 60
-
-
-@dataclass(frozen=True)
-class KeyBlocks:
-    """Places of the cached keys of each row, and which of them each new token sees.
-
-    Attributes:
-        start_N: the element of keys and values at which each block's first head begins, row by row.
-        length_N: the keys of each block: adjacent rows of each head.
-        first_B: the number of each row's first block; one more entry, the number of blocks, ends it.
-        seen_BT: how many keys each new token sees, from the row's first block on; the last token sees the latest key.
-        left_BT: how many of these it does not see: those after the row's sinks, its first `always_B` keys in blocks of their own.
-        head_stride: elements from one head of a block to the next.
-    """
-
-    start_N: Tensor
-    length_N: Tensor
-    first_B: Tensor
-    seen_BT: Tensor
-    left_BT: Tensor
-    always_B: Tensor
-    head_stride: int
-
-    @classmethod
-    def of_one_length(cls, start_N: Tensor, keys: int, first_B: Tensor, seen_BT: Tensor, head_stride: int) -> "KeyBlocks":
-        """Blocks of `keys` keys; a token sees all keys before its last one."""
-        nothing_BT = torch.zeros_like(seen_BT)
-        return cls(
-            start_N, torch.full_like(start_N, keys), first_B, seen_BT, nothing_BT, nothing_BT[:, 0].contiguous(), head_stride
-        )
-
-    @cached_property
-    def longest(self) -> int:
-        return int(self.length_N.max())
 
 
 def attend_blocks(
@@ -92,10 +58,8 @@ def attend_blocks(
 
 
 @cache
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a step cannot be computed so; None where it can. The first call compiles, in under a second."""
-    if device.type != "cpu":
-        return f"the model is on {device.type}"
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why attention to a cache in `dtype` cannot be computed so; None where it can. The first call compiles, in under a second."""
     if dtype not in _TYPES:
         return f"the cache is in {dtype_name(dtype)}"
     try:

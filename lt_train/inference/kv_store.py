@@ -163,21 +163,22 @@ class KVStore:
             for number, page in enumerate(pages):
                 owner[page] = slot
                 filled[page] = first[slot] + tokens - number * PAGE
-        newest = [[pages[(at + new) // PAGE] for new in range(tokens)] for pages, at in zip(self.pages, first, strict=True)]
-        return PageMap(owner, filled, newest)
+        return PageMap(owner, filled)
+
+    def newest_pages(self, first: Sequence[int], tokens: int) -> list[list[int]]:
+        """By slot, the page of each token that a step adds."""
+        return [[pages[(at + new) // PAGE] for new in range(tokens)] for pages, at in zip(self.pages, first, strict=True)]
 
 
 @dataclass
 class PageMap:
-    """Which slot each page belongs to, and where a step writes."""
+    """Which slot each page belongs to, and how far it is filled after a step."""
 
     owner: list[int]
     """By page, the slot it belongs to."""
     filled: list[int]
     """By page, the number of its sequence's tokens from its first place on: above PAGE where there are later pages, 0 or less where
     it holds none yet."""
-    newest: list[list[int]]
-    """By slot, the page of each token that is being added."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lt_train.hybrid.cache import slot_of
 from lt_train.hybrid.views import AttentionView, FullView
-from lt_train.inference.compiled_attention import attend_blocks, obstacle
+from lt_train.inference.block_attention import attend_blocks, obstacle
 from lt_train.inference.fused_attention import full_attention
+from lt_train.inference.key_blocks import page_blocks
 from lt_train.inference.kv_store import PAGE
 from lt_train.inference.lazy_ratio import lazy_ratio
 from lt_train.inference.per_prompt_store import PerPromptStore
-from lt_train.inference.views import PageIndices, attend_pages, page_blocks
+from lt_train.inference.views import PageIndices, attend_pages
 
 
 class PromptsView(AttentionView):
@@ -52,7 +53,7 @@ class PerPromptStepView(AttentionView):
         store.values[layer.newest_B, :, layer.offset_B] = v_BG1D[:, :, 0]
         q_BGRD = q_BH1D[:, :, 0].unflatten(1, (k_BG1D.shape[1], -1))
         if obstacle(store.keys.device, store.keys.dtype) is None:
-            blocks = page_blocks(store.keys, layer.held, layer.places_B1)
+            blocks = page_blocks(store.keys, layer.held, layer.places_B1).to(store.keys.device)
             out_BGRD = attend_blocks(q_BGRD, store.keys, store.values, blocks, scaling, None).to(q_BGRD.dtype)
         else:
             k_NGPD, v_NGPD = store.keys[layer.page_N], store.values[layer.page_N]

@@ -15,6 +15,7 @@ from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import packed_for
 from lt_train.inference.per_prompt_store import PerPromptStore
 from lt_train.inference.per_prompt_views import PerPromptStepView, PromptsView
+from lt_train.inference.step_graphs import StepGraphs, obstacle_to_graphs
 from lt_train.inference.views import FirstChunksView, LaterChunkView, StepView
 
 Prompt = tuple[int, Sequence[int]]
@@ -32,6 +33,9 @@ class ModelRunner:
         self.model = packed_for(model, rows_of_step(store.slots, store.draft if isinstance(store, KVStore) else None))
         self.store = store
         self.prefill_chunk = prefill_chunk
+        self.graphs: StepGraphs | None = None
+        if isinstance(store, KVStore) and obstacle_to_graphs(model) is None:
+            self.graphs = StepGraphs(store, self._forward)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -45,8 +49,8 @@ class ModelRunner:
     def step(self, ids_B: Sequence[int]) -> Tensor:
         """Add one token to every running sequence, by slot; returns the logits [B, V] of the next token of each."""
         if isinstance(self.store, PerPromptStore):
-            hidden_B1D = self._after_cached(PerPromptStepView(self.store), [[token] for token in ids_B], self.store.lengths)
-            logits_BV = self._logits(hidden_B1D[:, 0])
+            ids_B1, positions_B1 = (self._tensor([[number] for number in numbers]) for numbers in (ids_B, self.store.lengths))
+            logits_BV = self._logits(self._forward(ids_B1, PerPromptStepView(self.store), positions_B1)[:, 0])
         else:
             logits_BV = self.verify([[token] for token in ids_B])[:, 0]
         self.store.lengths = [length + 1 for length in self.store.lengths]
@@ -56,8 +60,7 @@ class ModelRunner:
     def draft(self, ids_B: Sequence[int], drafted: int) -> Tensor:
         """The draft's logits [B, V] of the next token of every running sequence, by slot, after `drafted` tokens of its own."""
         assert isinstance(self.store, KVStore), "a prompt that decides on its layers has no draft"
-        view = StepView(self.store, drafted=drafted)
-        return self._logits(self._after_cached(view, [[token] for token in ids_B], view.first)[:, 0])
+        return self._logits(self._after_cached(self.store, [[token] for token in ids_B], drafted)[:, 0])
 
     @torch.inference_mode()
     def verify(self, ids_BT: Sequence[Sequence[int]]) -> Tensor:
@@ -66,12 +69,19 @@ class ModelRunner:
         Their keys and values are cached; `store.lengths` then has how many of them stay.
         """
         assert isinstance(self.store, KVStore), "a prompt that decides on its layers has no draft"
-        view = StepView(self.store, tokens=len(ids_BT[0]))
-        return self._logits(self._after_cached(view, ids_BT, view.first))
+        return self._logits(self._after_cached(self.store, ids_BT))
 
-    def _after_cached(self, view: AttentionView, ids_BT: Sequence[Sequence[int]], first: Sequence[int]) -> Tensor:
-        """Hidden states [B, T, D] of new tokens of every running sequence, from the positions `first` on."""
+    def _after_cached(self, store: KVStore, ids_BT: Sequence[Sequence[int]], drafted: int | None = None) -> Tensor:
+        """Hidden states [B, T, D] of new tokens of every running sequence.
+
+        Args:
+            drafted: the draft computes them, after this number of tokens of its own; None: the model itself does.
+        """
+        drafts, first = drafted is not None, [length + (drafted or 0) for length in store.lengths]
+        if self.graphs is not None and (hidden_BTD := self.graphs.hidden(ids_BT, first, drafts)) is not None:
+            return hidden_BTD
         positions = [range(at, at + len(ids)) for at, ids in zip(first, ids_BT, strict=True)]
+        view = StepView.after(store, first, len(ids_BT[0]), drafts)
         return self._forward(self._tensor(ids_BT), view, self._tensor(positions))
 
     def _groups(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:

@@ -3,9 +3,9 @@
 Shapes as in kv_store.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from lt_train.hybrid.learned_sinks import sdpa_with_sinks, sinks_of, sinks_of_ba
 from lt_train.hybrid.mask import full_visible, streaming_visible
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.hybrid.views import AttentionView
-from lt_train.inference.compiled_attention import KeyBlocks, attend_blocks, obstacle
+from lt_train.inference.block_attention import attend_blocks, obstacle
 from lt_train.inference.fused_attention import later_tokens_attention
-from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, PageMap, RingLayer
+from lt_train.inference.key_blocks import KeyBlocks, page_blocks, ring_blocks
+from lt_train.inference.kv_store import PAGE, CachedHeads, KVStore, PagedLayer, RingLayer
 
 
 class StoredView(AttentionView):
@@ -55,21 +56,26 @@ class StepView(StoredView):
     Q = R x T are the queries of one key/value head.
     """
 
-    def __init__(self, store: KVStore, tokens: int = 1, drafted: int | None = None) -> None:
+    def __init__(self, store: KVStore, indices: "Callable[[torch.device], StepIndices]", tokens: int, drafts: bool) -> None:
         """
         Args:
+            indices: the places of the tokens, on a device.
             tokens: of each sequence.
-            drafted: the draft attends, after this number of tokens of its own; None: the model itself does.
+            drafts: the draft attends; else the model itself does.
         """
         super().__init__(store)
+        self.indices = indices
         self.tokens = tokens
-        self.drafts = drafted is not None
-        self.first = [length + (drafted or 0) for length in store.lengths]
-        self._on_device: dict[torch.device, StepIndices] = {}
+        self.drafts = drafts
+
+    @classmethod
+    def after(cls, store: KVStore, first: Sequence[int], tokens: int, drafts: bool) -> "StepView":
+        """first: the position of the first new token of each sequence."""
+        return cls(store, cache(lambda device: StepIndices(store, first, tokens, device)), tokens, drafts)
 
     def attend_group(self, group, module, q_BHTD, k_BGTD, v_BGTD, scaling):
         layer = group.draft if self.drafts else group.model
-        indices = self._indices(layer.device)
+        indices = self.indices(layer.device)
         for held in group.held:
             at = indices.of_ring(held).places if isinstance(held, RingLayer) else indices.in_pages
             held.keys[at[0], :, at[1]] = k_BGTD.transpose(1, 2)
@@ -96,11 +102,6 @@ class StepView(StoredView):
         if hidden_BTW is not None:
             weights_BGQW = _hide(weights_BGQW, hidden_BTW)
         return _product(softmax_with_sinks(weights_BGQW, sinks_GQ), v_BGWD).to(q_BGQD.dtype)
-
-    def _indices(self, device: torch.device) -> "StepIndices":
-        if device not in self._on_device:
-            self._on_device[device] = StepIndices(self.store, self.first, self.tokens, device)
-        return self._on_device[device]
 
 
 def _sinks_of(module: nn.Module, layer: PagedLayer | RingLayer, q_BHTD: Tensor) -> Tensor | None:
@@ -142,46 +143,7 @@ def _product(a_BGRK: Tensor, b_BGKC: Tensor) -> Tensor:
     """The matrix product in fp32 or better, with b in bf16 and fp16 too: rounded to those, large scores would shift the softmax."""
     if b_BGKC.dtype not in (torch.bfloat16, torch.float16):
         return a_BGRK @ b_BGKC
-    if b_BGKC.is_cuda:
-        product_NRC = torch.bmm(a_BGRK.flatten(0, 1).to(b_BGKC.dtype), b_BGKC.flatten(0, 1), out_dtype=torch.float32)
-        return product_NRC.unflatten(0, a_BGRK.shape[:2])
     return a_BGRK.float() @ b_BGKC.float()
-
-
-def page_blocks(keys_NGPD: Tensor, pages: Sequence[Sequence[int]], seen_BT: Tensor) -> KeyBlocks:
-    """The pages of each row, in the order of its tokens, as blocks of keys."""
-    page_N = torch.tensor([page for held in pages for page in held])
-    first_B = torch.tensor([0, *map(len, pages)]).cumsum(0)
-    return KeyBlocks.of_one_length(page_N * keys_NGPD.stride(0), keys_NGPD.shape[2], first_B, seen_BT, keys_NGPD.stride(1))
-
-
-def ring_blocks(layer: RingLayer, first: Sequence[int], position_BT: Tensor) -> KeyBlocks:
-    """The ring of each row as blocks of keys in the order of their tokens: sinks, then what the window of some new token reaches.
-
-    Args:
-        first: the position of the first new token of each row.
-    """
-    w_sink, w_recent = layer.spec.w_sink, layer.spec.w_recent
-    earliest = [max(w_sink, at - w_recent + 1) for at in first]
-    blocks: list[tuple[int, int, int]] = []  # row, slot of its first key, keys
-    first_block = [0]
-    for row, (at, start) in enumerate(zip(first, earliest, strict=True)):
-        after = at + position_BT.shape[1]
-        if w_sink:
-            blocks.append((row, 0, min(after, w_sink)))
-        while start < after:
-            slot = w_sink + (start - w_sink) % layer.recent
-            keys = min(PAGE, after - start, w_sink + layer.recent - slot)
-            blocks.append((row, slot, keys))
-            start += keys
-        first_block.append(len(blocks))
-    row_N, slot_N, length_N = torch.tensor(blocks).T.contiguous()
-    start_N = row_N * layer.keys.stride(0) + slot_N * layer.keys.stride(2)
-    earliest_B1 = torch.tensor(earliest)[:, None]
-    seen_BT = torch.where(position_BT < w_sink, position_BT + 1, w_sink + position_BT + 1 - earliest_B1)
-    left_BT = (position_BT - w_recent + 1 - earliest_B1).clamp(min=0)
-    always_B = (position_BT[:, -1] + 1).clamp(max=w_sink)
-    return KeyBlocks(start_N, length_N, torch.tensor(first_block), seen_BT, left_BT, always_B, layer.keys.stride(1))
 
 
 @dataclass
@@ -205,66 +167,84 @@ class PageIndices:
 class StepIndices:
     """The places of a step's cached tokens, on one device; all layers share it."""
 
-    def __init__(self, store: KVStore, first: list[int], tokens: int, device: torch.device) -> None:
+    def __init__(self, store: KVStore, first: Sequence[int], tokens: int, device: torch.device) -> None:
+        """first: the position of the first new token of each sequence."""
         self.store = store
         self.first = first
         self.tokens = tokens
         self.device = device
         self._rings: dict[HybridSpec, RingIndices] = {}
-        self._blocks: dict[tuple[HybridSpec | None, tuple[int, ...]], KeyBlocks] = {}
+        self._blocks: dict[Kind, KeyBlocks] = {}
 
     def blocks(self, layer: PagedLayer | RingLayer) -> KeyBlocks | None:
-        """The places of a layer's keys for the compiled attention; None where it cannot compute this step."""
+        """The places of a layer's keys in blocks; None where attention to blocks cannot compute this step."""
         if obstacle(self.device, layer.keys.dtype) is not None:
             return None
-        kind = layer.spec if isinstance(layer, RingLayer) else None, layer.keys.stride()
+        kind = kind_of(layer)
         if kind not in self._blocks:
-            if isinstance(layer, PagedLayer):
-                self._blocks[kind] = page_blocks(layer.keys, self.store.pages, self._position_BT + 1)
-            else:
-                self._blocks[kind] = ring_blocks(layer, self.first, self._position_BT)
+            self._blocks[kind] = self.blocks_of(layer).to(self.device)
         return self._blocks[kind]
+
+    def blocks_of(self, layer: PagedLayer | RingLayer) -> KeyBlocks:
+        """The places of a layer's keys in blocks, on the CPU."""
+        if isinstance(layer, PagedLayer):
+            return page_blocks(layer.keys, self.store.pages, self._position_on_cpu_BT + 1)
+        return ring_blocks(layer, self._position_on_cpu_BT)
 
     def of_ring(self, layer: RingLayer) -> "RingIndices":
         """The places in a ring of this layer's sizes."""
         if layer.spec not in self._rings:
-            self._rings[layer.spec] = RingIndices(layer.spec, layer.recent, self.first, self._position_BT)
+            self._rings[layer.spec] = RingIndices(layer.spec, layer.recent, self.first, self.position_BT)
         return self._rings[layer.spec]
 
-    @cached_property
+    @property
     def in_pages(self) -> tuple[Tensor, Tensor]:
         """Page and place [B, T] of each new token."""
-        return torch.tensor(self._page_map.newest, device=self.device), self._position_BT % PAGE
+        return self.page_BT, self.position_BT % PAGE
 
     @cached_property
     def pages(self) -> PageIndices:
-        return PageIndices.of(self._page_map.owner, self._page_map.filled, self.device, self.tokens)
+        pages = self.store.page_map(self.first, self.tokens)
+        return PageIndices.of(pages.owner, pages.filled, self.device, self.tokens)
 
     @cached_property
-    def _position_BT(self) -> Tensor:
-        return torch.tensor(self.first, device=self.device)[:, None] + torch.arange(self.tokens, device=self.device)
+    def position_BT(self) -> Tensor:
+        return self._position_on_cpu_BT.to(self.device)
 
     @cached_property
-    def _page_map(self) -> PageMap:
-        return self.store.page_map(self.first, self.tokens)
+    def page_BT(self) -> Tensor:
+        """The page of each new token in full layers."""
+        return torch.tensor(self.store.newest_pages(self.first, self.tokens), device=self.device)
+
+    @cached_property
+    def _position_on_cpu_BT(self) -> Tensor:
+        return torch.tensor(self.first)[:, None] + torch.arange(self.tokens)
+
+
+Kind = tuple[HybridSpec | None, tuple[int, ...]]
+"""What layers whose keys lie alike have in common."""
+
+
+def kind_of(layer: PagedLayer | RingLayer) -> Kind:
+    return layer.spec if isinstance(layer, RingLayer) else None, layer.keys.stride()
 
 
 class RingIndices:
-    """The places of new tokens in rings of one size, on one device.
+    """The places of new tokens in rings of one size, on one device."""
 
-    Attributes:
-        used: places that hold a token of some row.
-    """
-
-    def __init__(self, spec: HybridSpec, recent: int, first: list[int], position_BT: Tensor) -> None:
+    def __init__(self, spec: HybridSpec, recent: int, first: Sequence[int], position_BT: Tensor) -> None:
         """recent: latest tokens that the ring holds. first: the position of the first new token of each row."""
         self.spec, self.recent, self.first, self.position_BT = spec, recent, first, position_BT
-        self.used = min(max(first) + position_BT.shape[1], spec.w_sink + recent)
+
+    @property
+    def used(self) -> int:
+        """Places that hold a token of some row."""
+        return min(max(self.first) + self.position_BT.shape[1], self.spec.w_sink + self.recent)
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """Row and place [B, T] of each new token."""
-        row_B1 = torch.arange(len(self.first), device=self.position_BT.device)[:, None]
+        row_B1 = torch.arange(len(self.position_BT), device=self.position_BT.device)[:, None]
         return row_B1, slot_of(self.position_BT, self.spec.w_sink, self.recent)
 
     @cached_property

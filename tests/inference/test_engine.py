@@ -59,7 +59,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pages of 8 tokens: short sequences then have several."""
-    for module in ("kv_store", "views"):
+    for module in ("kv_store", "key_blocks", "views"):
         monkeypatch.setattr(f"lt_train.inference.{module}.PAGE", 8)
     yield
 

@@ -33,7 +33,7 @@ Plain = Callable[[HybridSpec, Sampling], dict[tuple[str, int], tuple[str, int, s
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pages of 8 tokens: rounds then end within and across pages."""
-    for module in ("kv_store", "views"):
+    for module in ("kv_store", "key_blocks", "views"):
         monkeypatch.setattr(f"lt_train.inference.{module}.PAGE", 8)
     yield
 

@@ -44,7 +44,8 @@ def filled_store(dtype, keys, values):
 
 def attended(dtype, keys, values, q_BH1D, layer):
     newest = [torch.stack([x[:, -1:] for x in sequences]) for sequences in (keys, values)]
-    return StepView(filled_store(dtype, keys, values)).attend(SimpleNamespace(layer_idx=layer), q_BH1D, *newest, SCALING, 0.0)
+    store = filled_store(dtype, keys, values)
+    return StepView.after(store, store.lengths, 1, False).attend(SimpleNamespace(layer_idx=layer), q_BH1D, *newest, SCALING, 0.0)
 
 
 def by_sdpa(keys, values, q_BH1D, layer):
