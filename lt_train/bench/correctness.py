@@ -17,6 +17,9 @@ from lt_train.bench.checks import CannotRun, Check, Finding, within
 from lt_train.hybrid.attention_kernels import KERNELS, LARGEST_ERROR, Kernel, Use, choose
 from lt_train.hybrid.documents import Documents, find_documents
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.inference.kv_store import KVStore, pages_for
+from lt_train.inference.runner import ModelRunner
+from lt_train.inference.step_graphs import STEPS_BEFORE_CAPTURE
 from lt_train.runtime.devices import compute_device, compute_dtype, dtype_name
 
 HEAD_SIZE = 64
@@ -107,6 +110,7 @@ def _outputs_and_gradients(
 def model_checks() -> Iterator[Check]:
     yield Check("training_steps", "training steps", _compare_training)
     yield Check("generation", "generation with cache", _compare_generation)
+    yield Check("engine", "decoding by the engine", _compare_engine)
 
 
 def _compare_training(steps: int = 4) -> Finding:
@@ -150,5 +154,34 @@ def _compare_generation(new_tokens: int = 24) -> Finding:
         model.generate(ids_BT, attention_mask=mask_BT, generation_config=GenerationConfig(**greedy, use_cache=use_cache))
         for use_cache in (True, False)
     )
-    equal, count = int((cached == recomputed)[:, mask_BT.shape[1] :].sum()), len(lengths) * new_tokens
+    return _equal_tokens(cached[:, mask_BT.shape[1] :], recomputed[:, mask_BT.shape[1] :])
+
+
+@torch.inference_mode()
+def _compare_engine(captured_steps: int = 8) -> Finding:
+    """Greedy tokens, in fp32, by the engine's steps, on a GPU the last of them by a CUDA graph, and by reading all at once."""
+    torch.manual_seed(0)
+    model = RandomBase("", MODEL, dtype="fp32").for_inference(SPEC)
+    prompts = [torch.randint(2, MODEL.vocab_size, (length,)).tolist() for length in (3, 60, 150)]
+    steps = STEPS_BEFORE_CAPTURE + captured_steps
+    store = KVStore(model, len(prompts), sum(pages_for(len(prompt) + steps) for prompt in prompts))
+    for prompt in prompts:
+        store.admit(len(prompt) + steps)
+    runner = ModelRunner(model, store, prefill_chunk=64)
+    tokens = [runner.prefill(list(enumerate(prompts))).argmax(-1).tolist()]
+    for _ in range(steps):
+        tokens.append(runner.step(tokens[-1]).argmax(-1).tolist())
+    found_BT = torch.tensor(tokens).T
+    read = [torch.tensor([prompt + new.tolist()], device=model.device) for prompt, new in zip(prompts, found_BT, strict=True)]
+    expected = [model(ids_1T).logits[0, -steps - 2 : -1].argmax(-1).cpu() for ids_1T in read]
+    finding = _equal_tokens(found_BT, torch.stack(expected))
+    if runner.graphs is None:
+        return finding
+    failure = runner.graphs.failure
+    how = "the last by a CUDA graph" if failure is None else f"Python starts every kernel: {failure}"
+    return Finding(f"{finding.text}; {how}", finding.numbers, finding.passed)
+
+
+def _equal_tokens(found_BT: Tensor, expected_BT: Tensor) -> Finding:
+    equal, count = int((found_BT == expected_BT).sum()), found_BT.numel()
     return Finding(f"{equal} of {count} tokens are those without cache", {"equal": equal, "tokens": count}, equal == count)

@@ -13,6 +13,7 @@ from lt_train.bench.checks import CannotRun, Check, Finding, run_check
 from lt_train.bench.processes import process_checks
 from lt_train.hybrid import attention_kernels
 from lt_train.hybrid.attention_kernels import KERNELS, Obstacle
+from lt_train.inference import views
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
 from tests.support.families import BASES
@@ -47,7 +48,7 @@ def test_on_a_cpu_all_that_can_run_passes_and_the_rest_says_why_not(lt_train):
     code, found, whole = outcomes(lt_train)
     assert code == 0 and whole["passed"]
     kernels = [f"kernel.blocked.{case}" for case in ("one_document", "packed", "learned_sinks", "bf16")]
-    for key in (*kernels, "training_steps", "generation", "all_reduce", "deepspeed"):
+    for key in (*kernels, "training_steps", "generation", "engine", "all_reduce", "deepspeed"):
         assert found[key] == "pass", key
     assert {found[key] for key in ("memory_bandwidth", "matmul", "streaming.64", "streaming.2048", "decode")} == {"measured"}
     checks = {check["key"]: check for check in whole["checks"]}
@@ -132,7 +133,7 @@ def test_a_window_too_short_changes_the_losses_of_training_steps(monkeypatch):
         return blocked(documents, q, k, v, w_recent=w_recent - 1, **settings)
 
     monkeypatch.setitem(KERNELS, "blocked", dataclasses.replace(KERNELS["blocked"], streaming=shorter))
-    (training, _) = correctness.model_checks()
+    (training, *_) = correctness.model_checks()
     assert run_check(training).outcome == "fail"
 
 
@@ -145,8 +146,17 @@ def test_a_wrong_cache_changes_what_is_generated(monkeypatch):
         return generate(self, ids + (0 if given["generation_config"].use_cache else 1), **given)
 
     monkeypatch.setattr(HybridForCausalLM, "generate", skewed)
-    (_, generation) = correctness.model_checks()
+    (_, generation, _) = correctness.model_checks()
     assert run_check(generation).outcome == "fail"
+
+
+def test_a_window_that_is_off_by_one_changes_what_the_engine_decodes(monkeypatch):
+    ring_blocks = views.ring_blocks
+    monkeypatch.setattr(views, "ring_blocks", lambda layer, position_BT: ring_blocks(layer, position_BT + 1))
+    (*_, engine) = correctness.model_checks()
+    assert run_check(engine).outcome == "fail"
+    monkeypatch.undo()
+    assert run_check(engine).outcome == "pass"
 
 
 def test_a_check_fails_alone_or_says_why_it_cannot_run():

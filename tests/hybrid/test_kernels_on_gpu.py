@@ -1,5 +1,6 @@
 """Every kernel on a GPU in bf16: output and gradients against the reference in fp32, and the time that they are worth."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -120,7 +121,9 @@ def test_whole_models_in_bf16_train_like_the_reference(name, kind):
     """Packed and padded rows, with gradient checkpointing."""
     can(name, head_size=16)
     family, spec = MODELS[kind]
-    hybrid = build_hybrid(BASES[family], spec).to(GPU, torch.bfloat16).train()
+    config = deepcopy(BASES[family])
+    config.hidden_size = 16 * config.num_attention_heads
+    hybrid = build_hybrid(config, spec).to(GPU, torch.bfloat16).train()
     hybrid.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(2, 96, (2, 60), device=GPU)
     mask, positions = torch.ones_like(ids), torch.zeros_like(ids)

@@ -1,8 +1,10 @@
-"""Run by vLLM's python: our attention with sink tokens, on a CPU and in Triton's interpreter, against the predicate of mask.py.
+"""Run by vLLM's python: our attention with sink tokens against the predicate of mask.py, on a CPU, on a GPU and in Triton's
+interpreter.
 
-Usage: python sink_kernels.py cpu FOLDER_OF_A_MODEL, python in_interpreter.py sink_kernels.py gpu FOLDER_OF_A_MODEL
+Usage: python sink_kernels.py cpu|gpu FOLDER_OF_A_MODEL, python in_interpreter.py sink_kernels.py gpu FOLDER_OF_A_MODEL
 """
 
+import os
 import sys
 from itertools import product
 from types import SimpleNamespace
@@ -16,10 +18,12 @@ from lt_train.hybrid.mask import streaming_visible
 from lt_train.vllm_plugin.sink_cache import SinkTokensSpec
 
 PLATFORM, MODEL = sys.argv[1:]
+IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+torch.set_default_device("cpu" if PLATFORM == "cpu" or IN_INTERPRETER else "cuda")
 HEADS, GROUPS, SIZE, BLOCK = 4, 2, 32, 32
 LENGTHS = ((1, 1), (1, 150), (1, 40), (1, 64)), ((37, 37), (1, 133), (20, 180), (3, 64))
 """Batches of (queries, tokens with these): four that decode, and some that read a prompt from its start or go on with it."""
-CASES = {"cpu": list(product((1, 4, 33), (1, 7, 64), LENGTHS)), "gpu": list(product((4, 33), (7,), LENGTHS))}
+CASES = list(product((4, 33), (7,), LENGTHS) if IN_INTERPRETER else product((1, 4, 33), (1, 7, 64), LENGTHS))
 """(w_sink, w_recent, batch); few for the interpreter, which is slow."""
 
 
@@ -55,7 +59,7 @@ def check(backend: type, config: object, w_sink: int, w_recent: int, batch: tupl
     write(impl, layer, *written, cache, torch.cat(slots))
     common = CommonAttentionMetadata(
         query_start_loc=starts,
-        query_start_loc_cpu=starts,
+        query_start_loc_cpu=starts.cpu(),
         seq_lens=lengths,
         num_reqs=len(batch),
         num_actual_tokens=int(starts[-1]),
@@ -64,7 +68,7 @@ def check(backend: type, config: object, w_sink: int, w_recent: int, batch: tupl
         block_table_tensor=table,
         slot_mapping=torch.cat([slot[-queries:] for slot, (queries, _) in zip(slots, batch, strict=True)]),
     )
-    metadata = backend.get_builder_cls()(spec, [], config, torch.device("cpu")).build(0, common)
+    metadata = backend.get_builder_cls()(spec, [], config, starts.device).build(0, common)
     query = torch.cat([q for q, *_ in tokens])
     output = torch.full_like(query, torch.nan)
     impl.forward(layer, query, query, query, cache, metadata, output)
@@ -99,7 +103,7 @@ def main() -> None:
     config = EngineArgs(model=MODEL, dtype="float32", max_num_seqs=8, skip_tokenizer_init=True).create_engine_config()
     torch.manual_seed(0)
     with set_current_vllm_config(config):
-        print(len(CASES[PLATFORM]), max(check(backend, config, *case) for case in CASES[PLATFORM]))
+        print(len(CASES), max(check(backend, config, *case) for case in CASES))
 
 
 if __name__ == "__main__":
