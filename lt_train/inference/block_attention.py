@@ -43,4 +43,4 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         from lt_train.inference import triton_attention
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return triton_attention.obstacle(dtype)
+    return triton_attention.obstacle(device, dtype)

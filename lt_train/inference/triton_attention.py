@@ -61,9 +61,17 @@ def attend_blocks(
     return out_BGQD
 
 
-def obstacle(dtype: torch.dtype) -> str | None:
-    """Why attention to a cache in `dtype` cannot be computed so; None where it can."""
-    return None if dtype in _TYPES else f"the cache is in {dtype_name(dtype)}"
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why attention to a cache there cannot be computed so; None where it can. The first call on a machine compiles, in seconds."""
+    if dtype not in _TYPES:
+        return f"the cache is in {dtype_name(dtype)}"
+    keys = torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)
+    blocks = KeyBlocks.of_one_length(torch.tensor([0]), 16, torch.tensor([0, 1]), torch.tensor([[1]]), keys.stride(1))
+    try:
+        attend_blocks(keys[:, :, :1], keys, keys, blocks.to(device), 1.0, None)
+    except Exception as error:  # Triton needs a C compiler, an assembler and a driver, and each fails in its own way
+        return f"Triton fails: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
 
 
 @triton.jit(do_not_specialize=["parts"])  # it changes with the number of rows

@@ -4,6 +4,7 @@ In C as on a CPU, and in Triton: on a GPU, elsewhere in Triton's interpreter.
 """
 
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -162,6 +163,15 @@ def test_what_it_does_not_compute_has_an_obstacle():
     assert obstacle(CPU, torch.float64) == "the cache is in float64"
     assert obstacle(torch.device("cuda"), torch.float64) == "the cache is in float64"
     assert obstacle(torch.device("xpu"), torch.float32) == "the model is on xpu"
+
+
+def test_where_triton_fails_it_says_why(monkeypatch):
+    def fails(*arguments, **sizes):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    assert triton_attention.obstacle(CPU, torch.float32) is None
+    monkeypatch.setattr(triton_attention, "_attend_part", defaultdict(lambda: fails))
+    assert triton_attention.obstacle(CPU, torch.float32) == "Triton fails: Failed to find C compiler."
 
 
 def test_without_triton_a_gpu_has_an_obstacle(monkeypatch):
