@@ -224,7 +224,7 @@ def _listed(names: Sequence[str]) -> str:
 HOW = (
     "Differences are paired by problem or sample. A strategy is called better only where the 95 % interval of its difference "
     "from the other leaves out 0; these intervals are not corrected for the number of comparisons. KV heads are compared with as "
-    "many layers as have their KV cache."
+    "many layers as have their KV cache. In the picture, points of one KV cache stand beside each other where they would overlap."
 )
 
 

@@ -1,6 +1,9 @@
 """The picture of a comparison: quality against KV cache, a line for each strategy, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +21,28 @@ from lt_train.selection.choose import number_by_ratio
 PAPERS_STRATEGY, PAPERS_RATIO = "lazy_ratio", 0.5
 """What LightTransfer publishes: half of the layers, by the lazy ratio."""
 
-HEIGHT = 240.0
+HEIGHT, MARKER = 240.0, 8.0
+"""Pixels: of the panel, and of the marker of a point."""
+
+X_LIMIT = 103.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """An entry in the picture: its mean, the ends of its interval, and the fraction of the base's KV cache in percent.
+
+    Attributes:
+        line: the label of the line through it.
+        x: where it is drawn, beside the points of other lines that it would hide.
+    """
+
+    entry: Entry
+    line: str
+    value: float
+    low: float
+    high: float
+    kept: float
+    x: float
 
 
 @styled
@@ -30,25 +54,21 @@ def comparison_figure(bases: Sequence[Result], entries: Sequence[Entry], what: s
         bases: the base's result, one for each seed.
     """
     figure, (axes,) = new_figure([HEIGHT], left=72)
-    base = bases[0]
     _draw_base(axes, scores_of(bases))
     trains = any(entry.trained for entry in entries)
-    for trained in (True, False):
-        for name in dict.fromkeys(entry.cell.name for entry in entries):
-            line = [entry for entry in entries if (entry.cell.name, entry.trained) == (name, trained)]
-            if line:
-                state = f", {line[0].state}" if trains else ""
-                _draw_line(axes, base, line, f"{name}{state}", "-" if trained or not trains else "--")
-    for entry in entries:
-        paper = (PAPERS_STRATEGY, number_by_ratio(PAPERS_RATIO, entry.result.num_layers))
-        if (entry.cell.strategy, entry.cell.num_streaming) == paper:
+    points = _side_by_side(_points(bases[0], entries, trains), axes)
+    for line in dict.fromkeys(point.line for point in points):
+        _draw_line(axes, [point for point in points if point.line == line], trains)
+    for point in points:
+        cell, result = point.entry.cell, point.entry.result
+        if (cell.strategy, cell.num_streaming) == (PAPERS_STRATEGY, number_by_ratio(PAPERS_RATIO, result.num_layers)):
             label = None if any(line.get_label() == "the paper's choice" for line in axes.lines) else "the paper's choice"
-            (ring,) = axes.plot(_kept(base, entry.result), _values(entry.scores)[0], "o", markersize=17, label=label)
+            (ring,) = axes.plot(point.x, point.value, "o", markersize=17, label=label)
             ring.set(markerfacecolor="none", markeredgecolor=COLOURS["ink"], markeredgewidth=1.4, zorder=4)
             note(ring, f"the paper's choice: {PAPERS_STRATEGY}, {PAPERS_RATIO:.0%} of the layers")
     axes.set_title(what)
     axes.set_xlabel(f"KV cache at {format_tokens(KV_TOKENS)} tokens, % of the base's")
-    axes.set_xlim(0, 103)
+    axes.set_xlim(0, X_LIMIT)
     add_legend(figure, columns=2)
     return figure
 
@@ -65,25 +85,60 @@ def _draw_base(axes: Axes, scores: Sequence[Scores]) -> None:
     note(line, f"base: {value:.4g} [{low:.4g}, {high:.4g}]")
 
 
-def _draw_line(axes: Axes, base: Result, line: Sequence[Entry], label: str, dash: str) -> None:
-    line = sorted(line, key=lambda entry: entry.cell.num_streaming)
-    values = [_values(entry.scores) for entry in line]
+def _points(base: Result, entries: Sequence[Entry], trains: bool) -> list[Point]:
+    """The points of trained hybrids, then the others."""
+    points = []
+    for entry in sorted(entries, key=lambda entry: (not entry.trained, entry.cell.num_streaming)):
+        kept = 100 * entry.result.kv_bytes / base.kv_bytes
+        line = f"{entry.cell.name}, {entry.state}" if trains else entry.cell.name
+        points.append(Point(entry, line, *_values(entry.scores), kept, kept))
+    return points
+
+
+def _side_by_side(points: Sequence[Point], axes: Axes) -> list[Point]:
+    """The points line by line, those of one KV cache beside each other where their markers or intervals overlap."""
+    ends = [*axes.get_ylim(), *(end for point in points for end in (point.low, point.high))]
+    radius = MARKER / 2 / axes.bbox.height * (max(ends) - min(ends))
+    marker = MARKER / axes.bbox.width * X_LIMIT
+    free = min((right - left for left, right in pairwise(sorted({point.kept for point in points}))), default=X_LIMIT)
+    order = list(dict.fromkeys(point.line for point in points))
+    placed: list[Point] = []
+    for kept in dict.fromkeys(point.kept for point in points):
+        for group in _overlapping([point for point in points if point.kept == kept], radius):
+            lines = sorted({point.line for point in group}, key=order.index)
+            step = min(1.25 * marker, 0.7 * free / len(lines))
+            placed += [replace(each, x=kept + step * (lines.index(each.line) - (len(lines) - 1) / 2)) for each in group]
+    return sorted(placed, key=lambda point: (order.index(point.line), point.kept))
+
+
+def _overlapping(points: Iterable[Point], radius: float) -> Iterator[list[Point]]:
+    """Groups of points whose markers, of that radius, or intervals overlap vertically."""
+    group: list[Point] = []
+    top = -inf
+    for point in sorted(points, key=lambda point: min(point.low, point.value - radius)):
+        if group and min(point.low, point.value - radius) > top:
+            yield group
+            group = []
+        group.append(point)
+        top = max(top, point.high, point.value + radius)
+    yield group
+
+
+def _draw_line(axes: Axes, line: Sequence[Point], trains: bool) -> None:
+    first = line[0].entry
+    dash = "--" if trains and not first.trained else "-"
     drawn = axes.errorbar(
-        [_kept(base, entry.result) for entry in line],
-        [value for value, _, _ in values],
-        yerr=[[value - low for value, low, _ in values], [high - value for value, _, high in values]],
-        fmt=f"{'s' if line[0].cell.by_head else 'o'}{dash}",
-        color=_colour(line[0]),
-        markersize=8,
+        [point.x for point in line],
+        [point.value for point in line],
+        yerr=[[point.value - point.low for point in line], [point.high - point.value for point in line]],
+        fmt=f"{'s' if first.cell.by_head else 'o'}{dash}",
+        color=_colour(first),
+        markersize=MARKER,
         zorder=3,
-        label=label,
+        label=line[0].line,
     )
-    texts = [f"{entry.result.streaming}: {value:.4g}" for entry, (value, _, _) in zip(line, values, strict=True)]
-    note(drawn.lines[0], f"{label}: {'; '.join(texts)}")
-
-
-def _kept(base: Result, result: Result) -> float:
-    return 100 * result.kv_bytes / base.kv_bytes
+    texts = [f"{point.entry.result.streaming}: {point.value:.4g}" for point in line]
+    note(drawn.lines[0], f"{line[0].line}: {'; '.join(texts)}")
 
 
 def _values(scores: Sequence[Scores]) -> tuple[float, float, float]:
