@@ -103,13 +103,14 @@ def compare(
     ] = None,
     ratios: Annotated[str | None, _with_commas("--ratios", "NUMBERS", "Fractions of layers that stream.")] = None,
     granularities: Annotated[str | None, _with_commas("--granularities", "NAMES", "layer, kv_head (by gates), or both.")] = None,
+    trainings: Annotated[str | None, _with_commas("--trainings", "NAMES", "sft, distilled (by train.distill), or both.")] = None,
     seeds: Annotated[str | None, _with_commas("--seeds", "NUMBERS", "Repeat everything with each of these.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Train nothing, and measure on few samples, with one seed.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
     """Run a recipe with several choices of what streams, and write tables and a picture; finished runs are not run again."""
-    named = {"strategies": strategies, "ratios": ratios, "granularities": granularities, "seeds": seeds}
-    grid = [f"grid.{setting}=[{values}]" for setting, values in named.items() if values is not None]
+    lists = {"strategies": strategies, "ratios": ratios, "granularities": granularities, "trainings": trainings, "seeds": seeds}
+    grid = [f"grid.{setting}=[{values}]" for setting, values in lists.items() if values is not None]
     quiet_upstream()
     from lt_train.pipeline.comparison import compare
     from lt_train.recipe.shipped import find_recipes

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class Task:
     @property
     def trains(self) -> bool:
         return self.recipe.train is not None
+
+    @property
+    def trainings(self) -> Sequence[str | None]:
+        """How each hybrid is trained; None: as the recipe sets."""
+        return self.grid.trainings if self.trains and self.grid.trainings else [None]
 
     @property
     def scored(self) -> list[str]:
@@ -123,7 +129,7 @@ def _compare(task: Task) -> Comparison:
     base_run = task.work(_base_overrides(task))
     profile = LayerProfile.load(path) if (path := RunPaths(base_run).layer_profile).exists() else None
     cells: list[Cell] = []
-    for cell in _cells(task, counts, profile):
+    for cell in chain.from_iterable(_by_training(task, cell) for cell in _cells(task, counts, profile)):
         same = next((known for known in cells if _are_one_run(task, known, cell)), None)
         cells.append(replace(cell, run=same.run) if same else cell)
         if same is None:
@@ -151,17 +157,27 @@ def _cells(task: Task, counts: Sequence[int], profile: LayerProfile | None) -> I
             yield Cell(FULL, spec.all_full, count, Path(f"{name}-full-as-{count}of{of}"), trained_as=spec)
 
 
+def _by_training(task: Task, cell: Cell) -> Iterator[Cell]:
+    """The cell once for each way to train it."""
+    for training in [None] if cell.strategy == PER_PROMPT else task.trainings:
+        run = cell.run.with_name(f"{cell.run.name}-{training}") if training == "distilled" else cell.run
+        yield replace(cell, training=training, run=run)
+
+
 def _are_one_run(task: Task, first: Cell, second: Cell) -> bool:
-    """Whether the same streams, or the same is trained with full attention."""
+    """Whether the same streams, or the same is trained with full attention, and is trained in the same way."""
+    if first.training != second.training:
+        return False
     if FULL in (first.strategy, second.strategy):
-        return first.strategy == second.strategy and (trains_any_alike(task.recipe) or first.trained_as == second.trained_as)
+        alike = first.trained_as == second.trained_as or trains_any_alike(task.recipe, first.training)
+        return first.strategy == second.strategy and alike
     return first.spec.streams and first.spec == second.spec
 
 
-def trains_any_alike(recipe: Recipe) -> bool:
+def trains_any_alike(recipe: Recipe, training: str | None = None) -> bool:
     """Whether the training of full attention does not depend on which layers stream in the hybrid."""
     train = recipe.train
-    if train is None or train.restore_query_key or train.distill.hidden_weight:
+    if train is None or train.restore_query_key or (train.distill.hidden_weight and training != "sft"):
         return False
     return train.parameters == "all" and (recipe.lora is None or recipe.lora.layers == "all")
 
@@ -176,6 +192,8 @@ def _check(recipe: Recipe, grid: Grid, quick: bool) -> None:
             raise UserError(f"hybrid.{name}: compare sets how many layers stream. Fix: set it to null, and use --ratios")
     if PER_PROMPT in grid.strategies:
         _check_generates(recipe)
+    if grid.trainings and recipe.train is None and not quick:
+        raise UserError("--trainings: the recipe trains nothing. Fix: add a train part, or leave it out")
     learned = recipe.hybrid.sink == "learned"
     if FULL in grid.strategies and (recipe.train is None or learned) and not quick:
         raise UserError(f"--strategies: {FULL}: nothing is trained, or learned sinks are. Fix: leave it out; the base is measured")
@@ -228,9 +246,12 @@ def _cell_overrides(task: Task, cell: Cell) -> list[str]:
         heads_L = [list(heads) for heads in spec.streaming_heads(task.kv_heads)]
         chosen = ["hybrid.layers=null", f"hybrid.streaming_kv_heads={heads_L}", "hybrid.granularity=kv_head"]
     changes = [f"name={cell.run.name}", *chosen, "hybrid.strategy=null", "hybrid.compare=[]", "hybrid.lazy_layer_ratio=null"]
+    if cell.training == "sft":
+        changes.append("train.distill={}")
     if cell.strategy == FULL:  # a window as long as the context hides nothing
         return [*changes, f"hybrid.w_recent={context_length(task.base_config)}", *_variants(recipe, [TRAINED])]
-    return [*changes, *_variants(recipe, [CONVERTED, TRAINED] if task.trains else [CONVERTED])]
+    variants = [CONVERTED] if cell.training == task.trainings[0] else []  # untrained all are one
+    return [*changes, *_variants(recipe, [*variants, TRAINED] if task.trains else variants)]
 
 
 def _by_prompt(recipe: Recipe, cell: Cell) -> list[str]:

@@ -266,6 +266,8 @@ class Grid(Part):
     """Fractions of layers that stream."""
     granularities: Annotated[list[Literal["layer", "kv_head"]], EachOnce] = Field(default=["layer"], min_length=1)
     """layer: by `strategies`. kv_head: by gates alone, as many KV heads as have the layers' KV cache."""
+    trainings: Annotated[list[Literal["sft", "distilled"]], EachOnce] = Field(default=[])
+    """How each hybrid is trained. sft: without train.distill. distilled: with it. []: once, as the recipe sets."""
     seeds: Annotated[list[Seed], EachOnce] = Field(default=[])
     """Seeds to repeat everything with, each in runs of its own. []: once, with the recipe's seed."""
 
@@ -614,6 +616,14 @@ class Recipe(Part):
 
     def conflicts(self) -> Iterator[Fault]:
         yield from twice("eval", [evaluation.name for evaluation in self.eval])
+        if (
+            self.grid is not None
+            and "distilled" in self.grid.trainings
+            and self.train is not None
+            and self.train.distill.weight == 0
+        ):
+            problem = "distilled: the weight of the teacher is 0, so nothing is distilled"
+            yield Fault(("grid.trainings", "train.distill.weight"), problem, "set the weight above 0, or remove distilled")
 
 
 def settings_that_may_change(part: type[Part] = Recipe, above: str = "") -> frozenset[str]:

@@ -177,7 +177,7 @@ class Table:
 
 def findings(entries: Sequence[Entry]) -> Iterator[str]:
     """At each number of streaming layers, which strategies differ by more than the error from the best of them, and which from
-    full attention trained alike."""
+    full attention trained alike; and which hybrids by one training from those by another."""
     for (streaming, state), found in groupby(entries, key=lambda entry: (entry.cell.streaming, entry.state)):
         group = list(found)
         hybrids, where = [entry for entry in group if not entry.is_full], f"{streaming} layers, {state}"
@@ -186,6 +186,20 @@ def findings(entries: Sequence[Entry]) -> Iterator[str]:
             yield f"{where}: {_compared(best, [entry for entry in hybrids if entry is not best])}"
         for alike in (entry for entry in group if entry.is_full):
             yield f"{where}: {_compared(alike, hybrids, name=ALIKE)}"
+    yield from _by_training([entry for entry in entries if entry.trained and not entry.is_full])
+
+
+def _by_training(entries: Sequence[Entry]) -> Iterator[str]:
+    """Of each hybrid that was trained in two ways, which is better."""
+    for hybrid in dict.fromkeys((entry.cell.streaming, entry.cell.name) for entry in entries):
+        first, *others = [entry for entry in entries if (entry.cell.streaming, entry.cell.name) == hybrid]
+        for other in others:
+            found = {
+                "better": f"{other.state} is better than {first.state}",
+                "worse": f"{first.state} is better than {other.state}",
+                "": f"no difference between {first.state} and {other.state} shows",
+            }
+            yield f"{hybrid[0]} layers, {hybrid[1]}: {found[_tendency(other, first)]}."
 
 
 def _compared(best: Entry, others: Sequence[Entry], name: str | None = None) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from lt_train.evaluation.scores import Scores
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.recipe.evaluations import CONVERTED, TRAINED
+from lt_train.recipe.evaluations import TRAINED
 from lt_train.recipe.schema import FULL
 from lt_train.report.results import BY_HEAD, Result, full_kv_bytes, read_results
 from lt_train.selection.profile import LayerProfile
+
+STATES = {None: "trained", "sft": "trained by SFT", "distilled": "distilled"}
+"""Training of a cell -> what the trained hybrid is called."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Cell:
         num_streaming: how many layers stream, or have the KV cache of the KV heads that do.
         by_head: whether single KV heads were chosen.
         trained_as: of full attention: the hybrid whose parameters are trained.
+        training: of the grid's `trainings`; None where it lists none, or nothing is trained.
     """
 
     strategy: str
@@ -30,6 +34,7 @@ class Cell:
     run: Path
     by_head: bool = False
     trained_as: HybridSpec | None = None
+    training: str | None = None
 
     @property
     def streaming(self) -> str:
@@ -90,7 +95,7 @@ class Entry:
 
     @property
     def state(self) -> str:
-        return "trained" if self.trained else "untrained"
+        return STATES[self.cell.training] if self.trained else "untrained"
 
     @property
     def is_full(self) -> bool:
@@ -102,15 +107,16 @@ def scores_of(results: Sequence[Result]) -> tuple[Scores, ...]:
 
 
 def entries_of(comparisons: Sequence[Comparison], evaluation: str) -> list[Entry]:
-    """Entries by training, then by the number of streaming layers, then by strategy; without what a seed lacks."""
-    found: dict[tuple[str, int, str], list[tuple[Cell, Result]]] = {}
+    """Entries by state, then by the number of streaming layers, then by strategy; without what a seed lacks."""
+    found: dict[tuple[str, int, str, str | None], list[tuple[Cell, Result]]] = {}
     for cell in chain.from_iterable(comparison.cells for comparison in comparisons):
         for result in _results(cell):
             if result.evaluation == evaluation:
-                found.setdefault((cell.name, cell.num_streaming, result.variant), []).append((cell, result))
-    order = (CONVERTED, TRAINED)
+                training = cell.training if result.variant == TRAINED else None
+                found.setdefault((cell.name, cell.num_streaming, result.variant, training), []).append((cell, result))
+    order = ("untrained", *STATES.values())
     entries = [Entry(*zip(*each, strict=True)) for each in found.values() if len(each) == len(comparisons)]
-    return sorted(entries, key=lambda entry: (order.index(entry.result.variant), entry.cell.num_streaming))
+    return sorted(entries, key=lambda entry: (order.index(entry.state), entry.cell.num_streaming))
 
 
 def _results(cell: Cell) -> list[Result]:
@@ -126,6 +132,6 @@ def full_trained_alike(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     alike: Iterator[Entry] = (
         other
         for other in entries
-        if other.is_full and other.trained == entry.trained and other.cell.num_streaming == entry.cell.num_streaming
+        if other.is_full and other.state == entry.state and other.cell.num_streaming == entry.cell.num_streaming
     )
     return None if entry.is_full else next(alike, None)

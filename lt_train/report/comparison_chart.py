@@ -12,7 +12,7 @@ from lt_train.evaluation.scores import AnswerScores, Scores
 from lt_train.evaluation.seeds import mean_over_seeds
 from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.recipe.schema import FULL, PER_PROMPT
-from lt_train.report.comparison_cells import Entry, scores_of
+from lt_train.report.comparison_cells import STATES, Entry, scores_of
 from lt_train.report.results import Result
 from lt_train.runtime.drawing import COLOURS, add_legend, new_figure, note, styled
 from lt_train.runtime.units import format_tokens
@@ -47,8 +47,8 @@ class Point:
 
 @styled
 def comparison_figure(bases: Sequence[Result], entries: Sequence[Entry], what: str) -> Figure:
-    """A line a strategy (dashed: untrained, where some are trained; squares: of KV heads), the base as a band, and a ring around
-    the paper's choice.
+    """A line a strategy (dashed: untrained, where some are trained; dotted: distilled; squares: of KV heads), the base as a band,
+    and a ring around the paper's choice.
 
     Args:
         bases: the base's result, one for each seed.
@@ -126,7 +126,7 @@ def _overlapping(points: Iterable[Point], radius: float) -> Iterator[list[Point]
 
 def _draw_line(axes: Axes, line: Sequence[Point], trains: bool) -> None:
     first = line[0].entry
-    dash = "--" if trains and not first.trained else "-"
+    dash = ":" if first.state == STATES["distilled"] else "--" if trains and not first.trained else "-"
     drawn = axes.errorbar(
         [point.x for point in line],
         [point.value for point in line],

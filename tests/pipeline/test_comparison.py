@@ -109,6 +109,33 @@ def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path
         compare(recipe, (*OVERRIDES, "grid.strategies=[periodic, full]"), False, tmp_path, ALONE)
 
 
+def test_hybrids_trained_by_sft_and_distilled_stand_beside_each_other(recipe, tmp_path, lt_train) -> None:
+    overrides = ("eval=[{benchmark: heldout_loss, batch_size: 4}]", "train.distill={weight: 0.5, hidden_weight: 1.0}")
+    grid = "grid={strategies: [periodic, full], ratios: [0.5]}"
+    changes = [word for override in (*overrides, grid) for word in ("--set", override)]
+    code, _, err = lt_train("compare", recipe, "--trainings", "sft,distilled", "--runs", tmp_path, *changes)
+    assert code == 0, err
+    names = {"tiny-periodic-4of8": 0.0, "tiny-periodic-4of8-distilled": 0.5, "tiny-full-as-4of8-distilled": 0.5}
+    recipes = {name: yaml.safe_load((tmp_path / name / "recipe.yaml").read_text()) for name in names}
+    assert {name: each["train"]["distill"]["weight"] for name, each in recipes.items()} == names
+    sft, distilled, _ = recipes.values()
+    assert sft["train"] == distilled["train"] | {"distill": sft["train"]["distill"]} and sft["hybrid"] == distilled["hybrid"]
+    rows = [line.split(" | ") for line in (tmp_path / "tiny-comparison/comparison.md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == "| 4 of 8"]
+    assert [" ".join(row[1:3]) for row in rows] == [
+        "periodic untrained",
+        "periodic trained by SFT",
+        "full trained by SFT",
+        "periodic distilled",
+        "full distilled",
+    ]
+    assert rows[1][3] != rows[3][3]  # the losses
+    with pytest.raises(UserError, match=r"grid\.trainings \+ train\.distill\.weight: distilled: the weight .* Fix: set the weight"):
+        load_recipe(recipe, ["grid.trainings=[distilled]"])
+    with pytest.raises(UserError, match=r"--trainings: the recipe trains nothing\. Fix: add a train part"):
+        compare(recipe, (*OVERRIDES, "grid.trainings=[sft]"), False, tmp_path, ALONE)
+
+
 def test_a_folder_of_recipes_with_grids_is_compared_over_their_seeds(recipe, tmp_path, lt_train) -> None:
     one_seed = ("seed=1", "name=tiny-seed1", "grid={strategies: [periodic], ratios: [0.5]}")
     compare(recipe, (*OVERRIDES, *one_seed), False, tmp_path / "runs", ALONE)
@@ -142,6 +169,11 @@ def test_a_folder_of_recipes_with_grids_is_compared_over_their_seeds(recipe, tmp
 )
 def test_full_attention_is_trained_once_where_its_training_asks_for_no_layers(recipe, overrides, alike) -> None:
     assert trains_any_alike(load_recipe(recipe, overrides)) is alike
+
+
+def test_full_attention_is_trained_once_by_sft_though_it_is_distilled_for_each_choice_of_layers(recipe) -> None:
+    distilled = load_recipe(recipe, ["lora.layers=all", "train.distill={weight: 0.5, hidden_weight: 1.0}"])
+    assert trains_any_alike(distilled, "sft") and not trains_any_alike(distilled, "distilled")
 
 
 def test_a_granularity_that_is_none_and_heads_with_learned_sinks_are_refused(recipe, tmp_path) -> None:

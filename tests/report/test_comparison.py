@@ -148,6 +148,30 @@ def test_points_with_equal_values_stand_beside_each_other_and_one_apart_from_the
     assert 8 < pixels[1] - pixels[0] == pytest.approx(pixels[2] - pixels[1]) and pixels[2] - pixels[0] < 24
 
 
+def test_what_distillation_gains_over_sft_is_said_where_the_difference_exceeds_its_error(comparison, tmp_path) -> None:
+    runs, cells = comparison.base.parent, []
+    losses = {
+        "reach": (above_base(0.5, 0.6, 0.5, 0.6), above_base(0.2, 0.3, 0.3, 0.2)),
+        "periodic": (BASE, above_base(1, -1, 1, -1)),
+    }
+    for strategy, by_training in losses.items():
+        for training, loss in zip(("sft", "distilled"), by_training, strict=True):
+            made = {"trained": loss} | ({"converted": above_base(1, 1, 1, 1)} if training == "sft" else {})
+            run = made_cell(runs, f"{strategy}-{training}", (0, 2), **made)
+            cells.append(Cell(strategy, HybridSpec(4, (0, 2)), 2, run, training=training))
+    both = replace(comparison, cells=tuple(cells))
+    states = [(entry.cell.name, entry.state) for entry in entries(both)]
+    expected = [("reach", "untrained"), ("periodic", "untrained"), ("reach", "trained by SFT"), ("periodic", "trained by SFT")]
+    assert states == [*expected, ("reach", "distilled"), ("periodic", "distilled")]
+    assert list(findings(entries(both)))[-2:] == [
+        "2 of 4 layers, reach: distilled is better than trained by SFT.",
+        "2 of 4 layers, periodic: no difference between trained by SFT and distilled shows.",
+    ]
+    (axes,) = comparison_figure(read_results(both.base), entries(both), "nats per token").axes
+    dashes = {(note_of(line) or "").split(":")[0]: line.get_linestyle() for line in axes.lines}
+    assert [dashes[f"reach, {state}"] for state in ("untrained", "trained by SFT", "distilled")] == ["--", "-", ":"]
+
+
 def test_each_cell_of_the_page_names_its_column_for_screens_too_narrow_for_a_header(comparison, tmp_path) -> None:
     written(comparison, tmp_path / "out")
     page = (tmp_path / "out/comparison.html").read_text()
