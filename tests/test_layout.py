@@ -1,7 +1,7 @@
 """Which folder of lt_train may import which: the plan of the house, read from the imports of the code."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -50,10 +50,19 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module of lt_train that a file imports, at its top, inside functions, or for its types."""
+    return imported_by(ast.walk(parsed(path)), path)
+
+
+def imported_by(nodes: Iterable[ast.AST], path: Path) -> Iterator[str]:
     known, package = modules(), path.relative_to(PACKAGE).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -70,20 +79,22 @@ def imports(path: Path) -> Iterator[str]:
                 yield name
 
 
-ARROWS = {name: set(imports(path)) - {name} for name, path in modules().items()}
+@cache
+def arrows() -> dict[str, set[str]]:
+    return {name: set(imports(path)) - {name} for name, path in modules().items()}
 
 
 def test_every_file_lies_in_a_folder_of_the_plan():
     loose = {path.name for path in PACKAGE.glob("*.py")}
     assert loose == {"__init__.py", "__main__.py", "api.py", "cli.py"}
-    assert {name.partition(".")[0] for name in ARROWS} == set(ALLOWED)
+    assert {name.partition(".")[0] for name in arrows()} == set(ALLOWED)
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_a_folder_imports_what_it_may(folder):
     refused = [
         f"{name} imports {other}"
-        for name, others in ARROWS.items()
+        for name, others in arrows().items()
         if name.partition(".")[0] == folder
         for other in others
         if (there := other.partition(".")[0]) != folder
@@ -94,17 +105,41 @@ def test_a_folder_imports_what_it_may(folder):
 
 def test_no_folder_and_no_file_imports_itself_by_a_circle():
     folders: dict[str, set[str]] = {}
-    for name, others in ARROWS.items():
+    for name, others in arrows().items():
         here = name.partition(".")[0]
         folders.setdefault(here, set()).update(there for other in others if (there := other.partition(".")[0]) != here)
-    for graph in (folders, ARROWS):
+    for graph in (folders, arrows()):
         list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def libraries_loaded_with(*names: str) -> set[str]:
+    """What importing these modules of lt_train loads at once: imports inside functions and for types come later, or never."""
+    libraries, pending, loaded = set[str](), set(names), set[str]()
+    while pending:
+        loaded.add(name := pending.pop())
+        path = modules()[name]
+        at_top = parsed(path).body
+        for node in at_top:
+            if isinstance(node, ast.Import):
+                libraries |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                libraries.add((node.module or "").partition(".")[0])
+        packages = {name.rpartition(".")[0]} & modules().keys()
+        pending |= (packages | set(imported_by(at_top, path))) - loaded
+    return libraries
+
+
+def test_a_command_loads_trl_datasets_and_matplotlib_when_a_stage_needs_them():
+    """They take seconds, which an evaluation would otherwise wait for in each of its processes."""
+    slow = {"trl", "datasets", "matplotlib", "wandb", "deepspeed"}
+    assert not slow & libraries_loaded_with("pipeline.run", "pipeline.probing")
+    assert {"trl", "datasets"} <= libraries_loaded_with("training.trainer", "dataset.loading")
 
 
 def test_hybrid_imports_itself_and_what_a_machine_with_transformers_has():
     allowed = {"torch", "transformers", "huggingface_hub", "flash_attn", "flash_attn_interface"}
     for path in (PACKAGE / "hybrid").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             tops = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 tops = [node.module or ""]

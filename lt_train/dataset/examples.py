@@ -8,14 +8,16 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-import datasets
 import numpy as np
 
 from lt_train.recipe.schema import Calibration
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json, sha256_of
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -52,30 +54,15 @@ class Example:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "where": datasets.Value("string"),
-        "question_id": datasets.Value("string"),
-        "truncated": datasets.Value("bool"),
-        "prompt_length": datasets.Value("int32"),
-        "length": datasets.Value("int32"),
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-    }
-)
-"""Columns of stored examples."""
-
-
 class StoredExamples(Sequence[Example]):
     """Examples in an Arrow table.
 
     Args:
-        table: with the columns of FEATURES.
+        table: with the columns of `store.FEATURES`.
         fingerprint: `examples_fingerprint` of these, where it is known.
     """
 
-    def __init__(self, table: datasets.Dataset, fingerprint: str | None = None) -> None:
+    def __init__(self, table: "datasets.Dataset", fingerprint: str | None = None) -> None:
         self.table = table
         self.fingerprint = fingerprint
 
@@ -150,10 +137,12 @@ def longest_first(examples: Sequence[Example]) -> Sequence[Example]:
     return select(examples, np.argsort(-lengths(examples), kind="stable").tolist())
 
 
-def token_rows(examples: Sequence[Example]) -> datasets.Dataset:
+def token_rows(examples: Sequence[Example]) -> "datasets.Dataset":
     """The examples as rows of `input_ids` and `labels`; stored ones stay where they are."""
     if isinstance(examples, StoredExamples):
         return examples.table.select_columns(["input_ids", "labels"])
+    import datasets  # seconds, which evaluations of answers do without
+
     return datasets.Dataset.from_dict(
         {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
     )

@@ -18,7 +18,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.dataset.conversations import reasoning_columns
-from lt_train.dataset.examples import FEATURES, IGNORED, ExampleSet, StoredExamples, examples_fingerprint
+from lt_train.dataset.examples import IGNORED, ExampleSet, StoredExamples, examples_fingerprint
 from lt_train.dataset.faults import RowFault
 from lt_train.dataset.formats import chosen_format
 from lt_train.dataset.row_tokenizer import PlacedRow, RowTokenizer, TokenizedAnswer, tokenized_rows
@@ -33,6 +33,20 @@ TABLE, RECORD = "examples.arrow", "examples.json"
 
 ROWS_BEFORE_WRITING = 100
 """Examples that are held in memory until they are written; 1,000 by default, which of long traces are gigabytes."""
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "where": datasets.Value("string"),
+        "question_id": datasets.Value("string"),
+        "truncated": datasets.Value("bool"),
+        "prompt_length": datasets.Value("int32"),
+        "length": datasets.Value("int32"),
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+    }
+)
+"""Columns of stored examples."""
 
 
 @dataclass(frozen=True)

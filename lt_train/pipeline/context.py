@@ -9,7 +9,6 @@ from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset.examples import Example, ExampleSet, calibration_examples
-from lt_train.dataset.loading import check_context, load_examples
 from lt_train.dataset.texts import text_examples
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.loading import is_declared
@@ -86,6 +85,8 @@ class RunContext:
         """The traces; none where the recipe has no data.source."""
         if self.recipe.data.source is None:
             return ExampleSet((), (), {})
+        from lt_train.dataset.loading import load_examples  # loads datasets
+
         check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         examples = load_examples(
             self.recipe.data,
@@ -108,6 +109,8 @@ class RunContext:
         calibration, data, seed = self.recipe.hybrid.calibration, self.recipe.data, self.recipe.seed
         if calibration.source is None:
             return calibration_examples(self.examples, calibration, seed)
+        from lt_train.dataset.loading import check_context
+
         check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         check_context(data, self._context_length)
         longest = min(calibration.max_length or data.max_length, data.max_length)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lt_train.report.contents import read_runs
-from lt_train.report.page import render
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 
@@ -21,6 +20,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: no run is given, a folder is no run or has no scores, a file of it is damaged, or `out` cannot be written.
     """
+    from lt_train.report.page import render  # loads matplotlib, which readers of results do without
+
     page = render(read_runs(runs))
     if out.is_dir():
         raise UserError(f"--out: {out}: a folder. Fix: name the file to write, such as {out / 'report.html'}")

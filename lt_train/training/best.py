@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lt_train.recipe.schema import EVAL_LOSS
+from lt_train.recipe.schema import EVAL_LOSS, Train
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED
 from lt_train.training.checkpoints import Checkpoint, fault_of, publish_weights, read_checkpoint
@@ -59,3 +59,12 @@ class Best:
 
     def _folders(self) -> list[Path]:
         return [path for path in self.out.glob("best-*") if path.name.removeprefix("best-").isdecimal()]
+
+
+def is_published(final: Path, train: Train) -> bool:
+    """Whether the weights in `final` are those of train.final_weights: the last, or the best by train.keep_best."""
+    measured = final / MEASURED
+    if not measured.is_file():
+        return train.final_weights == "last"
+    metric = read_json(measured, "record of the metric")["metric"]
+    return train.final_weights == "best" and metric == train.keep_best

@@ -19,9 +19,9 @@ from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train, settings_that_may_c
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.progress import without_bars_of_transformers
-from lt_train.runtime.run_paths import FINAL, MEASURED, TRAINING_LOG
+from lt_train.runtime.run_paths import FINAL, TRAINING_LOG
 from lt_train.runtime.tracking import Tracker
-from lt_train.training.best import Best
+from lt_train.training.best import Best, is_published
 from lt_train.training.broadcast import decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
@@ -126,15 +126,6 @@ def train(
     if finished is None or not is_published(final, train):
         finished = decided_by_main(lambda: _publish(out, final, _to_publish(out, train), report))
     return _result(out, finished)
-
-
-def is_published(final: Path, train: Train) -> bool:
-    """Whether the weights in `final` are those of train.final_weights: the last, or the best by train.keep_best."""
-    measured = final / MEASURED
-    if not measured.is_file():
-        return train.final_weights == "last"
-    metric = read_json(measured, "record of the metric")["metric"]
-    return train.final_weights == "best" and metric == train.keep_best
 
 
 def _to_publish(out: Path, train: Train) -> Best | None:

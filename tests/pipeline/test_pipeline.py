@@ -325,7 +325,7 @@ def test_adapters_on_modules_that_the_base_lacks_are_refused_before_data_and_wei
     def never(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("lt_train.pipeline.context.load_examples", never)
+    monkeypatch.setattr("lt_train.dataset.loading.load_examples", never)
     monkeypatch.setattr("lt_train.inference.loading.load_weights", never)
     with pytest.raises(UserError, match=r"lora\.targets: c_attn: .*Fix: name some of down_proj, .*q_proj"):
         run_in_folder(load_recipe(inputs / "recipe.yaml", ["lora.targets=[q_proj, c_attn]"]), tmp_path, command)

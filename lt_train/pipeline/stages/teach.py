@@ -5,8 +5,6 @@ from lt_train.inference.loading import load_for_inference
 from lt_train.pipeline.context import RunContext
 from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
-from lt_train.training.distillation.top_k import write_top_k
-from lt_train.training.settings import teacher_fingerprint
 
 NAME = "teacher"
 NEEDS: tuple[str, ...] = ()
@@ -30,6 +28,9 @@ def check(context: RunContext) -> None:
 
 
 def run(context: RunContext) -> None:
+    from lt_train.training.distillation.top_k import write_top_k  # both load TRL
+    from lt_train.training.settings import teacher_fingerprint
+
     train, examples = context.recipe.train, context.examples.train
     assert train is not None, "only a recipe that trains has a teacher"
     context.report(NAME, f"the {train.distill.top_k} likeliest next tokens of the base on {len(examples):,} samples")

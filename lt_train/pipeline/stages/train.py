@@ -10,7 +10,7 @@ from lt_train.pipeline.keys import training_notes
 from lt_train.recipe.evaluations import TRAINED
 from lt_train.recipe.schema import Train
 from lt_train.runtime.tracking import NoTracker, Tracker
-from lt_train.training import trainer
+from lt_train.training.best import is_published
 from lt_train.training.launch import check_launch
 from lt_train.training.log import track_log
 from lt_train.training.probes.results import track_probes
@@ -25,7 +25,7 @@ def is_wanted(context: RunContext) -> bool:
 
 def is_done(context: RunContext) -> bool:
     """Whether the training is finished and the trained weights are those that `train.final_weights` names."""
-    return context.folder.is_done(NAME) and trainer.is_published(context.paths.trained, _settings(context))
+    return context.folder.is_done(NAME) and is_published(context.paths.trained, _settings(context))
 
 
 def describe(context: RunContext) -> str:
@@ -63,8 +63,10 @@ def follow(context: RunContext) -> None:
 
 
 def _train(context: RunContext, tracker: Tracker, report: Callable[[str], None]) -> None:
+    from lt_train.training.trainer import train  # loads TRL, which a finished training and other stages do without
+
     spec = context.variants.spec(TRAINED)
-    trainer.train(
+    train(
         context.recipe,
         lambda dtype: load_weights(context.recipe.model, spec, dtype, sinks=context.variants.sinks(TRAINED)),
         context.tokenizer,
