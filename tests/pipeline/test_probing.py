@@ -79,7 +79,9 @@ def until(reached: Callable[[], Any], what: str, seconds: float = 240) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume(inputs: Path) -> None:
+def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume(
+    inputs: Path, lt_train: Callable[..., tuple[int, str, str]]
+) -> None:
     run = inputs / "runs/tiny"
     how = settings(inputs, {**ASKED, "limit": 3, "max_new_tokens": 120, "batch_size": 1}, max_steps=2, keep_best="ledger")
     command = [sys.executable, "-m", "lt_train", "train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
@@ -99,11 +101,12 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     before = begun.read_bytes()
     assert before and not (probe_folder(run / "train", 2) / "result.json").exists()
 
-    done = processes.run(command, env=own, timeout=480)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with processes.probes_are_forked():
+        code, printed, errors = lt_train(*command[3:])
+    assert code == 0, printed + errors
     assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 3
     (result,) = read_probes(run / "train")
-    assert result.step == 2 and "probe of step 2: ledger " in done.stdout
+    assert result.step == 2 and "probe of step 2: ledger " in printed
     assert (run / "train/best-2/adapter_model.safetensors").exists()
     assert segments(run)
     tables = [json.loads(path.read_text()) for path in run.glob("wandb/offline-run-*/files/media/table/**/*.table.json")]

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -92,6 +92,19 @@ def checks_of_exports_are_forked() -> Iterator[None]:
     """The process that loads an export by its card's code is forked as well; it cannot import lt_train either way."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lt_train.export.verify.subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+        yield
+
+
+@contextmanager
+def probes_are_forked() -> Iterator[None]:
+    """A training in this process forks its probes, with the environment and the arguments that it gives them."""
+
+    def forked(command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: Any) -> SimpleNamespace:
+        process = start_python(command, Path(stdout.name), env=env)
+        return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, wait=process.join)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lt_train.training.probes.launching.subprocess", SimpleNamespace(Popen=forked, DEVNULL=subprocess.DEVNULL))
         yield
 
 
