@@ -11,20 +11,20 @@ from tests.support.runs import run_in_folder
 
 
 def divergence(runs: Path, name: str, distill: str) -> float:
-    """KL(base || trained) on held-out answers after 18 steps."""
+    """KL(base || trained) on held-out answers after 15 steps."""
     settings = {
         "name": name,
         "model.base": REPOSITORY / "data/tiny-reasoner",
         "hybrid": "{layers: [2, 3, 4, 5, 6, 7], w_sink: 4, w_recent: 12}",
         "data.source": REPOSITORY / "data/ledger/train.jsonl",
-        "data.limit": 200,
-        "data.heldout": 24,
-        "train.max_steps": 18,
+        "data.limit": 120,
+        "data.heldout": 12,
+        "train.max_steps": 15,
         "train.learning_rate": 3e-3,
-        "train.batch_size": 8,
-        "train.micro_batch_size": 8,
+        "train.batch_size": 6,
+        "train.micro_batch_size": 6,
         "train.distill": distill,
-        "eval": "[{benchmark: heldout_kl, batch_size: 24}]",
+        "eval": "[{benchmark: heldout_kl, batch_size: 12}]",
     }
     recipe = load_recipe(REPOSITORY / "recipes/quickstart.yaml", [f"{key}={value}" for key, value in settings.items()])
     run_in_folder(recipe, runs, "eval")
