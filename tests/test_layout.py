@@ -129,10 +129,11 @@ def libraries_loaded_with(*names: str) -> set[str]:
     return libraries
 
 
-def test_a_command_loads_trl_datasets_and_matplotlib_when_a_stage_needs_them():
-    """They take seconds, which an evaluation would otherwise wait for in each of its processes."""
+def test_libraries_that_take_seconds_to_import_are_loaded_when_they_are_needed():
+    """An evaluation would otherwise wait for them in each of its processes, and vLLM for ours before it starts."""
     slow = {"trl", "datasets", "matplotlib", "wandb", "deepspeed"}
     assert not slow & libraries_loaded_with("pipeline.run", "pipeline.probing")
+    assert not {"torch", "transformers"} & libraries_loaded_with("commands.serving", "serving.by_vllm")
     assert {"trl", "datasets"} <= libraries_loaded_with("training.trainer", "dataset.loading")
 
 

@@ -14,8 +14,8 @@ from lt_train.export.weights import ExportedHybrid
 from lt_train.runtime import files
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import file_hash, sha256_of
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 
-MANIFEST = "lt_train_export.json"
 FORMAT = 1
 
 
@@ -35,7 +35,7 @@ class Manifest:
     unchecked: str | None = None
 
     def write(self, folder: Path) -> None:
-        files.write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
+        files.write_json(folder / EXPORT_MANIFEST, {"format": FORMAT, **asdict(self)})
 
 
 def make_manifest(folder: Path, content: str, check: Check | str) -> Manifest:
@@ -49,16 +49,18 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: none there, or not one of this version.
     """
-    found = files.read_json(folder / MANIFEST, "export manifest")
+    found = files.read_json(folder / EXPORT_MANIFEST, "export manifest")
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: not an export manifest of this version of lt_train. Export into another folder")
+        raise UserError(
+            f"{folder / EXPORT_MANIFEST}: not an export manifest of this version of lt_train. Export into another folder"
+        )
     try:
         known = {name: dict(known) for name, known in found["files"].items()}
         unchecked = found.get("unchecked")
         return Manifest(found["content"], known, None if unchecked else Check(**found["check"]), unchecked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: not a complete export manifest ({error!r}). Fix: export or download it again"
+            f"{folder / EXPORT_MANIFEST}: not a complete export manifest ({error!r}). Fix: export or download it again"
         ) from error
 
 
@@ -70,8 +72,8 @@ def verify_files(folder: Path) -> Manifest:
     Raises:
         UserError: no export, or a file is missing, changed or none of the export's; the message names it.
     """
-    if not (folder / MANIFEST).is_file():
-        what = f"no export: there is no {MANIFEST}" if folder.is_dir() else "no such folder"
+    if not (folder / EXPORT_MANIFEST).is_file():
+        what = f"no export: there is no {EXPORT_MANIFEST}" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}. Fix: name the folder of an export, runs/<name>/export")
     manifest = read_manifest(folder)
     faults = [
@@ -99,7 +101,7 @@ def damaged_files(folder: Path, manifest: Manifest, *, by_size: bool = False) ->
 
 def _other_files(folder: Path, manifest: Manifest) -> list[str]:
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    known = {MANIFEST, *manifest.files}
+    known = {EXPORT_MANIFEST, *manifest.files}
     return [str(name) for name in names if str(name) not in known and not any(part.startswith(".") for part in name.parts)]
 
 
@@ -127,7 +129,7 @@ def is_exported(folder: Path, content: str) -> bool:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / MANIFEST).is_file():
+    if not (folder / EXPORT_MANIFEST).is_file():
         raise UserError(
             f"{folder}: exists and is no export of lt_train; it is left alone. Export into another folder, or move it away"
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, constants
 
-from lt_train.export.manifest import MANIFEST, verify_files
+from lt_train.export.manifest import verify_files
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 
 TOKEN = "HF_TOKEN"
 
@@ -38,8 +39,8 @@ def push_export(folder: Path, repo: str, report: Callable[[str], None]) -> None:
     try:
         api.create_repo(repo, private=True, exist_ok=True)
         found = set(api.list_repo_files(repo)) - {".gitattributes"}
-        others = sorted(found - {MANIFEST, *manifest.files})
-        if others and MANIFEST not in found:
+        others = sorted(found - {EXPORT_MANIFEST, *manifest.files})
+        if others and EXPORT_MANIFEST not in found:
             raise UserError(
                 f"export.push: {repo}: this repository holds no export, but files such as {others[0]}; nothing was pushed. "
                 "Fix: name another repository, or empty this one"

@@ -8,6 +8,9 @@ FINAL = "final"
 MANIFEST = "manifest.json"
 """The step, settings and files of weights that training has written; it is written last, so with it all of them are there."""
 
+EXPORT_MANIFEST = "lt_train_export.json"
+"""The files of an export and how it was checked; it is written last as well."""
+
 MEASURED = "measured.json"
 """The metric by which weights are the best of their training, beside those weights."""
 

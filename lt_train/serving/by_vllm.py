@@ -6,15 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
-from lt_train.export.manifest import MANIFEST
 from lt_train.runtime.files import read_json
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import EXPORT_MANIFEST, RunPaths
 from lt_train.vllm_plugin.checks import check_served
 
 
 def export_in(folder: Path) -> Path | None:
     """The export that `folder` is, or that this run made; None: there is none yet."""
-    return next((found for found in (folder, RunPaths(folder).export) if (found / MANIFEST).is_file()), None)
+    return next((found for found in (folder, RunPaths(folder).export) if (found / EXPORT_MANIFEST).is_file()), None)
 
 
 def obstacle(export: Path | None) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.export.checkpoint import exported_tokenizer
-from lt_train.export.manifest import MANIFEST, damaged_files, read_manifest
+from lt_train.export.manifest import damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
@@ -21,7 +21,7 @@ from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.recipe.schema import PER_PROMPT, Model
 from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import EXPORT_MANIFEST, RunPaths
 from lt_train.runtime.units import GIB
 from lt_train.selection.chosen import streaming_count
 from lt_train.serving.draft_options import DraftOptions
@@ -91,7 +91,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: neither, a run that has not come so far, or an export of which files are missing.
     """
-    if (folder / MANIFEST).is_file():
+    if (folder / EXPORT_MANIFEST).is_file():
         return _export(folder)
     paths = RunPaths(folder)
     if paths.recipe.is_file():

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lt_train.export.card import loading_code
 from lt_train.export.checkpoint import CARD, export_hybrid
 from lt_train.export.configs import exported_config
-from lt_train.export.manifest import MANIFEST, read_manifest
+from lt_train.export.manifest import read_manifest
 from lt_train.export.weights import in_memory
 from lt_train.hybrid.families import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support import processes
 from tests.support.families import FAMILIES
 from tests.support.repository import ENVIRONMENT
@@ -143,7 +144,7 @@ def test_tokenizer_template_and_ends_of_answers_come_with_it(dressed):
 
 
 def test_the_manifest_names_every_other_file(dressed):
-    assert set(read_manifest(dressed).files) == {path.name for path in dressed.iterdir()} - {MANIFEST}
+    assert set(read_manifest(dressed).files) == {path.name for path in dressed.iterdir()} - {EXPORT_MANIFEST}
 
 
 def test_a_tokenizer_that_would_come_back_as_another_is_not_exported(tmp_path):
@@ -333,7 +334,7 @@ def test_a_model_changed_in_memory_alone_is_not_exported(tmp_path):
         export(model, tmp_path / "export")
     kept = tmp_path / "export-refused"
     assert str(kept) in str(refused.value) and [path.name for path in tmp_path.iterdir()] == [kept.name]
-    assert (kept / "model.safetensors").is_file() and not (kept / MANIFEST).exists()
+    assert (kept / "model.safetensors").is_file() and not (kept / EXPORT_MANIFEST).exists()
 
 
 @pytest.mark.parametrize(("dtype", "name", "value"), [(torch.bfloat16, "sliding_window", 8), (torch.float32, "w_sink", 2)])

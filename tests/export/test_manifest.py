@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from lt_train.export.manifest import MANIFEST, content_fingerprint, is_exported, make_manifest, read_manifest
+from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest, read_manifest
 from lt_train.export.verify import Check
 from lt_train.export.weights import in_memory
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support.tiny_exports import metadata, tiny_hybrid
 
 CHECK = Check("HybridQwen3ForCausalLM", "float32", 0.0, 12.5, 1e-5, 48, 0)
@@ -51,8 +52,8 @@ def test_a_damaged_export_is_named(folder, damage):
 
 @pytest.mark.parametrize("text", ['{"format": 1, "con', '{"format": 99}', "[]"])
 def test_a_cut_or_foreign_manifest_is_an_error(folder, text):
-    (folder / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match=MANIFEST):
+    (folder / EXPORT_MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=EXPORT_MANIFEST):
         is_exported(folder, "abc")
 
 
@@ -111,11 +112,11 @@ def test_a_file_that_was_tampered_with_is_named(lt_train, folder, tamper, fault)
         ('{"format": 1, "content": "", "files": {"a": 1}, "check": {}}', "not a complete export manifest"),
         ('{"format": 1, "content": "", "files": [], "check": {}}', "not a complete export manifest"),
         ('{"form', "not a complete export manifest"),
-        (None, f"no export: there is no {MANIFEST}"),
+        (None, f"no export: there is no {EXPORT_MANIFEST}"),
     ],
 )
 def test_what_has_no_manifest_cannot_be_verified(lt_train, folder, written, message):
-    (folder / MANIFEST).unlink() if written is None else (folder / MANIFEST).write_text(written)
+    (folder / EXPORT_MANIFEST).unlink() if written is None else (folder / EXPORT_MANIFEST).write_text(written)
     code, shown = verified(lt_train, folder)
     assert (code, message in shown) == (2, True), shown
 

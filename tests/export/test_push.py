@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lt_train.export.manifest import MANIFEST, make_manifest
+from lt_train.export.manifest import make_manifest
 from lt_train.export.push import push_export
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support import processes
 from tests.support.hub import TOKEN, StubHub
 from tests.support.repository import ENVIRONMENT
@@ -142,7 +143,7 @@ def test_a_push_that_was_killed_goes_on_with_what_is_missing(hub: StubHub, folde
     finally:
         pushing.kill()
         processes.exit_code(pushing)
-    assert len(hub.uploaded) == 1 and hub.commits == 0 and MANIFEST not in hub.files
+    assert len(hub.uploaded) == 1 and hub.commits == 0 and EXPORT_MANIFEST not in hub.files
     hub.free_uploads = 10
     push(folder)
     assert sorted(hub.uploaded) == sorted(hashes(*SHARDS.values())), "a file was uploaded twice"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lt_train.export.manifest import MANIFEST
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support.hub import TOKEN, StubHub
 from tests.support.runs import run_in_folder
 from tests.support.tiny_run import write_inputs
@@ -39,7 +39,7 @@ def test_a_finished_run_is_pushed_once_it_says_so_and_again_only_what_changed(
 
     run()
     assert hub.repository is None
-    written = (export / MANIFEST).stat().st_mtime_ns
+    written = (export / EXPORT_MANIFEST).stat().st_mtime_ns
 
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="HF_TOKEN is not set"):
@@ -47,8 +47,8 @@ def test_a_finished_run_is_pushed_once_it_says_so_and_again_only_what_changed(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     printed = run(PUSH)
     assert "pushed to" in printed and "writing weights" not in printed
-    assert (export / MANIFEST).stat().st_mtime_ns == written
-    assert hub.files[MANIFEST] == (export / MANIFEST).read_bytes() and hub.private
+    assert (export / EXPORT_MANIFEST).stat().st_mtime_ns == written
+    assert hub.files[EXPORT_MANIFEST] == (export / EXPORT_MANIFEST).read_bytes() and hub.private
     assert "push" not in run(PUSH)
 
     uploads = len(hub.uploaded)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lt_train.export.manifest import MANIFEST
 from lt_train.inference.servers import vllm_environment
-from lt_train.runtime.run_paths import RunPaths
+from lt_train.runtime.run_paths import EXPORT_MANIFEST, RunPaths
 from lt_train.serving import by_vllm
 
 LEARNED = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "learned_sinks": True}
@@ -31,7 +30,7 @@ def started(monkeypatch) -> list[list[str]]:
 
 def export(folder: Path, config: dict[str, object]) -> Path:
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text("{}")
+    (folder / EXPORT_MANIFEST).write_text("{}")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -6,7 +6,6 @@ import torch
 
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.export.code_files import check_exportable
-from lt_train.export.manifest import MANIFEST
 from lt_train.export.push import check_push, push_export
 from lt_train.export.weights import ExportedHybrid, MergedWeights, NotOnDisk, WeightFiles, base_files, files_by_name, in_memory
 from lt_train.inference.loading import empty_checkpoint, empty_hybrid
@@ -18,6 +17,7 @@ from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.recipe.schema import PER_PROMPT
 from lt_train.runtime.files import set_aside
 from lt_train.runtime.fingerprints import file_hash
+from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from lt_train.runtime.sources import resolve_model
 
 NAME = "export"
@@ -60,7 +60,7 @@ def _is_written(context: RunContext) -> bool:
 
 def _to_push(context: RunContext) -> list[str]:
     """The repository, and the hash of the manifest, which has that of every file."""
-    manifest = context.paths.export / MANIFEST
+    manifest = context.paths.export / EXPORT_MANIFEST
     return [str(context.recipe.export.push), file_hash(manifest) if manifest.is_file() else ""]
 
 
