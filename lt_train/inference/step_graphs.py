@@ -49,7 +49,7 @@ class StepGraphs:
     def __init__(self, store: KVStore, forward: Forward, capture: Capture | None = None) -> None:
         self.store = store
         self.forward = forward
-        self.capture = capture or in_one_pool()
+        self.capture = capture or in_one_pool(store.layers[0][0].model.device)
         self.failure: str | None = None
         self._steps: Counter[tuple[int, int, bool]] = Counter()
         self.captured: dict[tuple[int, int, bool], CapturedStep] = {}
@@ -138,19 +138,19 @@ class FilledIndices(StepIndices):
         return self._blocks[kind_of(layer)]
 
 
-def in_one_pool() -> Capture:
-    """Graphs that share their memory: what one leaves behind, the next overwrites."""
-    pool = torch.cuda.graph_pool_handle()
+def in_one_pool(device: torch.device) -> Capture:
+    """Graphs of one GPU that share their memory: what one leaves behind, the next overwrites."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()  # compiles kernels and creates handles, which a graph cannot hold
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = compute()
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                compute()  # compiles kernels and creates handles, which a graph cannot hold
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                result = compute()
 
         def run() -> Tensor:
             graph.replay()

@@ -5,6 +5,8 @@ The keys of a row are divided over several programs, so that few rows fill the G
 Shapes as in key_blocks.py; S parts of a row's keys.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,13 @@ def attend_blocks(
         keys, values: of any shape whose last dimension is D.
         sinks_GQ: learned sinks of the queries.
     """
+    with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():  # where Triton starts its kernels
+        return _attend_blocks(q_BGQD, keys, values, blocks, scaling, sinks_GQ)
+
+
+def _attend_blocks(
+    q_BGQD: Tensor, keys: Tensor, values: Tensor, blocks: KeyBlocks, scaling: float, sinks_GQ: Tensor | None
+) -> Tensor:
     rows, groups, queries, size = q_BGQD.shape
     parts = min(triton.cdiv(_PROGRAMS, rows * groups), 64)
     q_BGQD = q_BGQD.to(keys.dtype).contiguous()
