@@ -9,6 +9,7 @@ from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from lt_train.hybrid.blocked import blocked_streaming_attention
@@ -297,18 +298,21 @@ class LaterChunkView(StoredView):
                     *(q_1HTD, k_GKD[None], v_GKD[None]), w_sink=w_sink, w_recent=w_recent, scaling=scaling, sinks_H=sinks_H
                 )
                 return out_1HTD.transpose(1, 2)
-            visible_TK = streaming_visible(position_T[:, None], torch.cat([position_C, position_T]), w_sink, w_recent)
+            mask_TK = streaming_visible(position_T[:, None], torch.cat([position_C, position_T]), w_sink, w_recent)
         else:
             group.write(self.slot, k_GTD, v_GTD, self.before, pages)
             k_GKD, v_GKD = layer.read(self.after, pages)
             if attends_in_parts(layer.device):
                 return later_tokens_attention(q_1HTD, k_GKD[None], v_GKD[None], scaling, sinks_H).transpose(1, 2)
-            visible_TK = full_visible(position_T[:, None], torch.arange(self.after, device=layer.device))
+            if sinks_H is None:  # flash attention knows this mask, and none that is dense
+                mask_TK = causal_lower_right(len(position_T), self.after)
+            else:
+                mask_TK = full_visible(position_T[:, None], torch.arange(self.after, device=layer.device))
         if sinks_H is not None:
-            return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], visible_TK[None], sinks_H, scaling).transpose(1, 2)
+            return sdpa_with_sinks(q_1HTD, k_GKD[None], v_GKD[None], mask_TK[None], sinks_H, scaling).transpose(1, 2)
         grouped = q_1HTD.shape[1] != k_GKD.shape[0]
         out_1HTD = scaled_dot_product_attention(
-            q_1HTD, k_GKD[None], v_GKD[None], attn_mask=visible_TK, scale=scaling, enable_gqa=grouped
+            q_1HTD, k_GKD[None], v_GKD[None], attn_mask=mask_TK, scale=scaling, enable_gqa=grouped
         )
         return out_1HTD.transpose(1, 2)
 
