@@ -18,8 +18,8 @@ from lt_train.hybrid.mask import streaming_visible
 from lt_train.vllm_plugin.sink_cache import SinkTokensSpec
 
 PLATFORM, MODEL = sys.argv[1:]
-IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-torch.set_default_device("cpu" if PLATFORM == "cpu" or IN_INTERPRETER else "cuda")
+IN_INTERPRETER = PLATFORM == "gpu" and os.environ.get("TRITON_INTERPRET") == "1"
+torch.set_default_device("cuda" if PLATFORM == "gpu" and not IN_INTERPRETER else "cpu")
 HEADS, GROUPS, SIZE, BLOCK = 4, 2, 32, 32
 LENGTHS = ((1, 1), (1, 150), (1, 40), (1, 64)), ((37, 37), (1, 133), (20, 180), (3, 64))
 """Batches of (queries, tokens with these): four that decode, and some that read a prompt from its start or go on with it."""
