@@ -143,14 +143,13 @@ def in_one_pool(device: torch.device) -> Capture:
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                compute()  # compiles kernels and creates handles, which a graph cannot hold
-            torch.cuda.current_stream().wait_stream(stream)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # torch alone would stay on the stream of a capture that fails
+            compute()  # compiles kernels and creates handles, which a graph cannot hold
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = compute()
+        current.wait_stream(stream)
 
         def run() -> Tensor:
             graph.replay()
