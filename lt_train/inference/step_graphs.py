@@ -6,6 +6,7 @@ the model or its draft.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,11 +94,12 @@ class CapturedStep:
         self.tokens = len(ids_BT[0])
         attending = [group.draft if drafts else group.model for groups in store.layers for group in groups]
         self.layers = {kind_of(layer): layer for layer in attending}
-        new_tokens, kinds = self._inputs(ids_BT, first)
-        inputs = _tensors(new_tokens, kinds)
-        self.flat = torch.cat([x.flatten() for x in inputs]).to(attending[0].device)
+        new_tokens, kinds = self._places(first)
+        inputs = [torch.tensor(ids_BT), *_tensors(new_tokens, kinds)]
+        self.flat = _flat(inputs).to(attending[0].device)
         parts = self.flat.split([x.numel() for x in inputs])
         kept = [part.view(x.shape) for part, x in zip(parts, inputs, strict=True)]
+        self._expected: Expected | None = None
 
         def compute() -> Tensor:
             ids, positions, pages, *rest = kept
@@ -109,19 +111,42 @@ class CapturedStep:
         self._run = capture(compute)
 
     def run(self, ids_BT: Sequence[Sequence[int]], first: Sequence[int]) -> Tensor:
-        self.flat.copy_(torch.cat([x.flatten() for x in _tensors(*self._inputs(ids_BT, first))]))
-        return self._run()
+        expected = self._expected
+        if expected is None or (expected.first, expected.pages) != (list(first), self.store.pages):
+            expected = self._expect(first)
+        self.flat.copy_(_flat([torch.tensor(ids_BT), expected.flat]))
+        hidden_BTD = self._run()
+        following = [at + self.tokens for at in first]
+        has_room = not any(self.store.missing_pages(row, at + self.tokens) for row, at in enumerate(following))
+        self._expected = self._expect(following) if has_room else None  # made while the GPU computes
+        return hidden_BTD
 
-    def _inputs(self, ids_BT: Sequence[Sequence[int]], first: Sequence[int]) -> tuple[list[Tensor], dict[Kind, KeyBlocks]]:
-        """On the CPU: ids, positions and pages [B, T] of the new tokens, and the blocks of each kind of layers, all of constant
-        sizes."""
+    def _expect(self, first: Sequence[int]) -> "Expected":
+        pages = [list(held) for held in self.store.pages]
+        return Expected(list(first), pages, _flat(_tensors(*self._places(first))))
+
+    def _places(self, first: Sequence[int]) -> tuple[list[Tensor], dict[Kind, KeyBlocks]]:
+        """On the CPU: positions and pages [B, T] of the new tokens, and the blocks of each kind of layers, padded to one size."""
         step = StepIndices(self.store, first, self.tokens, torch.device("cpu"))
-        kinds = {kind: step.blocks_of(layer).padded(most_blocks(layer, len(ids_BT))) for kind, layer in self.layers.items()}
-        return [torch.tensor(ids_BT), step.position_BT, step.page_BT], kinds
+        kinds = {kind: step.blocks_of(layer).padded(most_blocks(layer, len(first))) for kind, layer in self.layers.items()}
+        return [step.position_BT, step.page_BT], kinds
+
+
+@dataclass
+class Expected:
+    """The places of a step whose tokens begin at the positions `first`, with these pages of each sequence."""
+
+    first: list[int]
+    pages: list[list[int]]
+    flat: Tensor
 
 
 def _tensors(new_tokens: list[Tensor], kinds: dict[Kind, KeyBlocks]) -> list[Tensor]:
     return [*new_tokens, *(x for blocks in kinds.values() for x in blocks.tensors())]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
 
 
 class FilledIndices(StepIndices):

@@ -98,6 +98,31 @@ def test_a_kind_of_step_is_captured_once_and_after_several_steps() -> None:
     assert (repeats.captured, repeats.runs) == (1, 3)
 
 
+def test_what_was_prepared_for_the_next_step_is_not_used_after_pages_changed() -> None:
+    """A sequence ends, and another one comes to its slot with as many tokens, on other pages."""
+    model, prompt = tiny_model(SPECS["layers"]), [5, 6, 7]
+
+    def logits(captures: bool) -> Tensor:
+        store = KVStore(model, slots=2, pages=12)
+        runner = ModelRunner(model, store, 8)
+        if captures:
+            runner.graphs = StepGraphs(store, runner._forward, Repeats(store).capture)
+        store.admit(30)
+        runner.prefill([(0, prompt)])
+        for _ in range(step_graphs.STEPS_BEFORE_CAPTURE + 2):
+            runner.step([4])
+        length = store.lengths[0]
+        store.release(0)
+        for _ in range(2):
+            store.admit(30)
+        runner.prefill([(0, [8] * 9), (1, [*prompt, *range(length - 3)])])
+        store.release(0)
+        assert store.lengths == [length]
+        return runner.step([4])
+
+    assert logits(True).equal(logits(False))
+
+
 def test_graphs_not_used_for_long_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
     monkeypatch.setattr(step_graphs, "STEPS_BEFORE_CAPTURE", 0)
