@@ -131,7 +131,7 @@ def test_a_model_of_any_family_becomes_a_hybrid_with_auto_and_is_refused_without
     assert len(profile.scores["nll"][0]) == 4
 
 
-def test_each_prompt_chooses_its_layers_where_that_is_asked_for() -> None:
+def test_each_prompt_chooses_its_layers_where_that_is_requested() -> None:
     base = AutoModelForCausalLM.from_pretrained(REASONER)
     hybrid = lt_train.convert(base, select="per_prompt", lazy_layer_ratio=0.75, w_last=4, **SIZES)
     given = {"input_ids": torch.randint(2, 60, (2, 40)), "attention_mask": torch.ones(2, 40).long()}

@@ -89,7 +89,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     ],
     ids=lambda given: given[0] if given else "",
 )
-def test_a_command_that_a_signal_stops_says_whether_the_same_command_resumes(
+def test_a_command_that_a_signal_stops_reports_whether_the_same_command_resumes(
     lt_train, monkeypatch, command, resumes, number, code, line
 ):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -101,7 +101,7 @@ def test_a_command_that_a_signal_stops_says_whether_the_same_command_resumes(
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_with_the_fix(lt_train, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/mine/scores.json")
 
@@ -111,7 +111,7 @@ def test_a_full_disk_is_said_in_one_line_with_the_way_on(lt_train, monkeypatch):
     assert "No space left on device: 'runs/mine/scores.json'" in err and "free some space" in err
 
 
-def test_a_device_without_memory_is_said_with_the_settings_that_need_less(lt_train, monkeypatch):
+def test_a_device_without_memory_is_reported_with_the_settings_that_need_less(lt_train, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has a total capacity of 79.1 GiB")
 
@@ -122,7 +122,7 @@ def test_a_device_without_memory_is_said_with_the_settings_that_need_less(lt_tra
     assert "docs/troubleshooting.md#out-of-memory" in err
 
 
-def test_report_writes_the_page_that_is_asked_for(lt_train, tmp_path):
+def test_report_writes_the_page_that_is_requested(lt_train, tmp_path):
     runs = [made_run(tmp_path / "runs", name) for name in ("one", "two")]
     code, out, err = lt_train("report", *runs, "--out", tmp_path / "page.html")
     assert code == 0, err

@@ -33,7 +33,7 @@ def test_every_file_that_is_linked_is_there(page):
     assert gone == []
 
 
-def test_what_troubleshooting_quotes_is_said_by_the_code():
+def test_what_troubleshooting_quotes_is_written_by_the_code():
     """Its headings quote parts of messages: a reader searches the page for them."""
     page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
     quoted = {part for heading in re.findall(r"^## (.*)$", page, re.MULTILINE) for part in re.findall(r"`([^`]+)`", heading)}
@@ -47,7 +47,7 @@ def test_what_troubleshooting_quotes_is_said_by_the_code():
     assert {part for part in quoted if part not in said} == set()
 
 
-def test_every_message_that_says_where_to_read_more_names_a_section_that_is_there():
+def test_every_message_that_names_where_to_read_more_names_a_section_that_is_there():
     page = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
     anchors = {
         re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^## (.*)$", page, re.MULTILINE)

@@ -91,7 +91,7 @@ LOGITS = [0.68850, 0.41730, -0.58065, 0.77404]
 """Of commit d27557d's own load of this export, on the last of tokens 4 to 43."""
 
 
-def test_samples_of_an_old_evaluation_count_when_it_is_asked_for_again(old, succeeds):
+def test_samples_of_an_old_evaluation_count_when_it_is_requested_again(old, succeeds):
     """Nothing is drawn again: the model's fingerprint is the one of before."""
     run = old / "finished/old"
     before = contents(run / "eval")

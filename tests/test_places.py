@@ -80,18 +80,18 @@ def told(result: tuple[int, str, str]) -> str:
 
 
 @pytest.mark.parametrize("command", STAGES)
-def test_a_file_in_the_place_of_the_runs_is_told_in_one_sentence(lt_train: Command, recipe: Path, command: str) -> None:
+def test_a_file_in_the_place_of_the_runs_is_reported_in_one_sentence(lt_train: Command, recipe: Path, command: str) -> None:
     for runs in (recipe, recipe / "below"):
         assert "error --runs: " in (sentence := told(lt_train(command, recipe, "--runs", runs)))
         assert "Not a directory, so the run's folder tiny cannot be made or written to. Fix: name a folder" in sentence
 
 
 @pytest.mark.parametrize("runs", ["/proc/runs", "/dev/null/runs", "/tmp/" + "x" * 300, "/tmp/" + "x/" * 4000])
-def test_a_place_that_takes_no_folder_from_any_user_is_told_in_one_sentence(lt_train: Command, recipe: Path, runs: str) -> None:
+def test_a_place_that_takes_no_folder_from_any_user_is_reported_in_one_sentence(lt_train: Command, recipe: Path, runs: str) -> None:
     assert "error --runs: " in told(lt_train("convert", recipe, "--runs", runs))
 
 
-def test_a_file_in_the_place_of_the_run_or_of_its_lock_is_told_in_one_sentence(
+def test_a_file_in_the_place_of_the_run_or_of_its_lock_is_reported_in_one_sentence(
     lt_train: Command, recipe: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny").write_text("a file")
@@ -102,7 +102,7 @@ def test_a_file_in_the_place_of_the_run_or_of_its_lock_is_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("command", STAGES)
-def test_a_read_only_place_is_told_in_one_sentence(lt_train: Command, recipe: Path, shared: Path, command: str) -> None:
+def test_a_read_only_place_is_reported_in_one_sentence(lt_train: Command, recipe: Path, shared: Path, command: str) -> None:
     readable, runs = copied(recipe, shared / "inputs"), shared / "runs"
     runs.mkdir()
     with another_user(runs):
@@ -128,7 +128,7 @@ def test_a_run_of_another_user_can_be_shown_and_reported_but_not_worked_in(
 
 
 @pytest.mark.parametrize("closed", [".", "recipe.yaml", "eval"])
-def test_a_run_that_this_user_may_not_read_is_told_in_one_sentence(lt_train: Command, shared: Path, closed: str) -> None:
+def test_a_run_that_this_user_may_not_read_is_reported_in_one_sentence(lt_train: Command, shared: Path, closed: str) -> None:
     run = made_run(shared, "mine")
     mode = (run / closed).stat().st_mode
     (run / closed).chmod(0)
@@ -141,7 +141,7 @@ def test_a_run_that_this_user_may_not_read_is_told_in_one_sentence(lt_train: Com
 
 
 @pytest.mark.parametrize("command", ["validate", "plan", "run"])
-def test_a_recipe_a_base_or_data_that_this_user_may_not_read_is_told_in_one_sentence(
+def test_a_recipe_a_base_or_data_that_this_user_may_not_read_is_reported_in_one_sentence(
     lt_train: Command, recipe: Path, shared: Path, command: str
 ) -> None:
     closed = copied(recipe, shared / "closed").parent
@@ -156,7 +156,7 @@ def test_a_recipe_a_base_or_data_that_this_user_may_not_read_is_told_in_one_sent
         closed.chmod(0o700)
 
 
-def test_a_file_in_the_place_of_a_stage_is_told_in_one_sentence(lt_train: Command, recipe: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_stage_is_reported_in_one_sentence(lt_train: Command, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/hybrid").symlink_to("hybrid")
     arguments = ("convert", recipe, "--runs", tmp_path / "runs", "--set", "hybrid.strategy=periodic")

@@ -49,7 +49,7 @@ def test_sigterm_saves_a_checkpoint_in_time_and_the_same_command_resumes_from_it
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_that_the_training_stopped_and_the_same_command_resumes_it(inputs: Path, tmp_path: Path) -> None:
+def test_ctrl_c_reports_that_the_training_stopped_and_the_same_command_resumes_it(inputs: Path, tmp_path: Path) -> None:
     train = tmp_path / "runs/tiny/train"
     process = start_train(inputs, tmp_path, "train.save_steps=3")
     wait_for_steps(train, 5)

@@ -127,7 +127,7 @@ def test_layers_chosen_by_reach_score_above_those_of_the_papers_lazy_ratio(quick
     assert difference(scores(quickstart[0], "converted"), scores(quickstart[0], "converted-by-lazy_ratio")).low > 0
 
 
-def test_the_quickstart_ends_with_a_table_and_says_where_its_files_lie(quickstart: tuple[Path, str]) -> None:
+def test_the_quickstart_ends_with_a_table_and_reports_where_its_files_lie(quickstart: tuple[Path, str]) -> None:
     folder, printed = quickstart
     for row in ("base", "lazy_ratio, untrained", "reach, untrained", "reach, trained"):
         assert f"\n{row} " in printed
@@ -233,7 +233,7 @@ def samples(folder: Path, variant: str) -> dict[str, tuple[str, bool]]:
     return {row["problem"]: (row["text"], row["correct"]) for row in rows}
 
 
-def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_goes_on_to_the_export(tmp_path: Path) -> None:
+def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_continues_to_the_export(tmp_path: Path) -> None:
     full = {"train.method": "full", "lora": "null", "train.batch_size": 8, "train.deepspeed": "launch/zero3.json"}
     changed = {**SMALL, **full, "hybrid.strategy": "periodic", "train.max_steps": 2, "eval.0.limit": 5}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618"]

@@ -31,7 +31,7 @@ def test_the_limit_is_the_ratio_of_pairs_that_see_each_other_and_reached_is_its_
     assert row[-4:] == ["2.50x", f"{full / streaming:.2f}x", f"{250 * streaming / full:.0f}", "%"]
 
 
-def test_every_kernel_and_window_is_run_forward_and_backward_at_the_length_asked_for(monkeypatch):
+def test_every_kernel_and_window_is_run_forward_and_backward_at_the_length_requested(monkeypatch):
     seen = []
 
     def streaming(documents, q, k, v, *, w_sink, w_recent, scaling):

@@ -36,7 +36,7 @@ def test_decode_takes_lengths_fractions_and_a_budget_from_the_command_line(lt_tr
     assert rows == [["300", "0/4"], ["300", "1/4"], ["200", "0/4"], ["200", "1/4"]]
 
 
-def test_decode_prints_a_profile_and_vllms_speed_where_asked(lt_train, tiny_base, tmp_path):
+def test_decode_prints_a_profile_and_vllms_speed_on_request(lt_train, tiny_base, tmp_path):
     order = tmp_path / "order.json"
     python = tmp_path / "python"  # an environment whose vLLM holds two sequences, and takes a quarter of a second for each step
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit\ncp "$3" {order}\necho "[[2, 0.25], [2, 0.25]]" > "$4"\n')

@@ -35,7 +35,7 @@ def test_the_budget_is_filled_with_sequences_and_the_bytes_of_a_step_are_counted
     assert found.tokens_per_second == pytest.approx(7000 / found.milliseconds)
 
 
-def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_says_so(tmp_path, capsys) -> None:
+def test_a_hybrid_gets_more_slots_from_the_same_budget_and_the_table_shows_it(tmp_path, capsys) -> None:
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
     base = StoredBase(Model(base=str(tmp_path), dtype="fp32"))
     console = Console(record=True, width=160)
@@ -91,7 +91,7 @@ def test_every_table_fits_80_columns(tmp_path, monkeypatch) -> None:
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
 
 
-def test_what_does_not_pack_weights_says_so(tmp_path, monkeypatch) -> None:
+def test_what_does_not_pack_weights_reports_it(tmp_path, monkeypatch) -> None:
     assert weights_line([None, None]) == "weights: packed by oneDNN"
     assert weights_line([None, "one sequence gains nothing"]) == (
         "weights: as they are stored, or packed by oneDNN (one sequence gains nothing)"

@@ -44,7 +44,7 @@ def outcomes(lt_train, *given):
 
 @pytest.mark.slow
 @on_a_cpu
-def test_on_a_cpu_all_that_can_run_passes_and_the_rest_says_why_not(lt_train):
+def test_on_a_cpu_all_that_can_run_passes_and_the_rest_reports_why_not(lt_train):
     code, found, whole = outcomes(lt_train)
     assert code == 0 and whole["passed"]
     kernels = [f"kernel.blocked.{case}" for case in ("one_document", "packed", "learned_sinks", "bf16")]
@@ -159,7 +159,7 @@ def test_a_window_that_is_off_by_one_changes_what_the_engine_decodes(monkeypatch
     assert run_check(engine).outcome == "pass"
 
 
-def test_a_check_fails_alone_or_says_why_it_cannot_run():
+def test_a_check_fails_alone_or_reports_why_it_cannot_run():
     def fails():
         raise KeyError("anything")
 

@@ -19,7 +19,7 @@ def test_every_line_is_printed_and_fits_80_columns_where_it_is_a_table(lt_train,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what works on a CPU")
-def test_each_kernel_works_or_says_why_not(lt_train):
+def test_each_kernel_works_or_reports_why_not(lt_train):
     _, out, _ = lt_train("env", "--json")
     kernels = {kernel["name"]: kernel for kernel in json.loads(out)["kernels"]}
     assert kernels.keys() == KERNELS.keys()
@@ -36,7 +36,7 @@ def test_no_secret_is_printed(lt_train, monkeypatch):
     assert "hidden-value" not in out and "HF_HUB_OFFLINE=1" in out
 
 
-def test_what_is_not_installed_is_said(lt_train, monkeypatch):
+def test_what_is_not_installed_is_reported(lt_train, monkeypatch):
     monkeypatch.setattr("lt_train.bench.environment.PACKAGES", ("torch", "no-such-package"))
     found = json.loads(lt_train("env", "--json")[1])
     assert found["packages"] == {"torch": torch.__version__, "no-such-package": None}

@@ -16,7 +16,7 @@ from tests.support.families import BASES
     [HybridSpec(4, (0, 2), 2, 30), HybridSpec.from_streaming_heads([(0, 1), (1,), (0,), ()], 2, 2, 30)],
     ids=["half of the layers", "half of the KV heads"],
 )
-def test_times_are_taken_at_the_lengths_asked_for_with_what_the_cache_holds(spec):
+def test_times_are_taken_at_the_lengths_requested_with_what_the_cache_holds(spec):
     model = build_hybrid(BASES["qwen3"], spec).eval()
     timings = time_decoding(model, [64, 100], progress=False)
     per_entry = 2 * 2 * 16 * 4  # keys and values, heads, head size, fp32

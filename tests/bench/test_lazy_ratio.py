@@ -20,7 +20,7 @@ def test_the_ratio_of_every_layer_is_timed_in_every_pass_and_the_rest_is_the_for
     assert cost.added == 0.8
 
 
-def test_the_table_says_what_the_ratios_add(tmp_path):
+def test_the_table_reports_what_the_ratios_add(tmp_path):
     AutoModelForCausalLM.from_config(BASES["qwen3"]).save_pretrained(tmp_path)
     console = Console(record=True, width=80)
     bench_lazy_ratio(StoredBase(Model(base=str(tmp_path), dtype="fp32")), [100, 64], 8, 2, 30, 1, console)

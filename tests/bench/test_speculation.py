@@ -67,7 +67,7 @@ def test_the_acceptance_is_that_of_tokens_beyond_the_window() -> None:
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["weights", "a shape"])
-def test_the_table_fits_eighty_columns_and_says_where_the_acceptance_comes_from(tmp_path, stored: bool) -> None:
+def test_the_table_fits_eighty_columns_and_reports_where_the_acceptance_comes_from(tmp_path, stored: bool) -> None:
     config = BASES["qwen3"]
     if stored:
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

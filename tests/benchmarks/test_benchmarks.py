@@ -66,7 +66,7 @@ def test_the_ledger_that_comes_along_loads_from_its_default_place(monkeypatch: p
         ("gsm8k", "openai/gsm8k", "test", "main"),
     ],
 )
-def test_without_a_path_the_hub_is_asked_for_the_right_part(
+def test_without_a_path_the_right_part_is_requested_of_the_hub(
     monkeypatch: pytest.MonkeyPatch, name: str, source: str, split: str, subset: str | None
 ) -> None:
     asked = []
@@ -177,7 +177,7 @@ def test_gpqa_shows_four_options_in_an_order_that_depends_on_the_problem_only(tm
     assert all(0.15 < share < 0.35 for share in shares)
 
 
-def test_gpqa_says_what_it_asks_and_how_to_answer(tmp_path: Path) -> None:
+def test_gpqa_states_the_question_and_how_to_answer(tmp_path: Path) -> None:
     rows = [gpqa_row(number) for number in range(198)]
     text = load_problems(BENCHMARKS["gpqa_diamond"], write_rows(tmp_path / "gpqa.jsonl", rows), limit=1).problems[0].text
     assert text.startswith("What is the correct answer to this question: Which is number 0?\n\nChoices:\n(A) ")

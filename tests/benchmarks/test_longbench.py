@@ -104,7 +104,7 @@ def test_half_of_a_task_is_not_the_task(shared_data: Path) -> None:
         load_problems(task("multi_news"), str(shared_data / REAL["multi_news"]), limit=10)
 
 
-def test_real_rows_load_and_are_asked_in_the_published_words(real: Callable) -> None:
+def test_real_rows_load_and_are_put_in_the_published_words(real: Callable) -> None:
     _, news = real("multi_news")
     assert len(news) == 100
     assert news[0].text.startswith(

@@ -37,7 +37,7 @@ def tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 
 @pytest.mark.parametrize("benchmark", [NEEDLE, PASSKEY, COPYING], ids=lambda benchmark: benchmark.name)
-def test_problems_have_the_lengths_asked_for(benchmark, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_problems_have_the_lengths_requested(benchmark, tokenizer: PreTrainedTokenizerFast) -> None:
     problems = load_problems(benchmark, None, None, recall=SMALL, tokenizer=tokenizer, seed=3).problems
     assert [problem.id for problem in problems][:5] == ["300/0.0/0", "300/0.0/1", "300/0.5/0", "300/0.5/1", "300/1.0/0"]
     assert len(problems) == 12
@@ -73,7 +73,7 @@ def test_what_must_be_found_stands_once_at_its_depth(benchmark, tokenizer: PreTr
         assert place / len(around) == pytest.approx(float(problem.id.split("/")[1]), abs=0.05)
 
 
-def test_of_many_needles_one_is_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_of_many_needles_one_is_requested(tokenizer: PreTrainedTokenizerFast) -> None:
     settings = RecallSettings(lengths=(2000,), depths=(0.5,), repeats=3, keys=8)
     for problem in load_problems(NEEDLE, None, None, recall=settings, tokenizer=tokenizer).problems:
         needles = dict(re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", problem.text))
@@ -111,7 +111,7 @@ def test_the_passkey_stands_in_the_published_irrelevant_text(tokenizer: PreTrain
     assert all(sentence in problem.text for sentence in NOISE)
 
 
-def test_the_passage_to_copy_has_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_passage_to_copy_has_the_tokens_requested(tokenizer: PreTrainedTokenizerFast) -> None:
     problem = load_problems(COPYING, None, 1, recall=SMALL, tokenizer=tokenizer).problems[0]
     assert f" The secret phrase is: {problem.answer}. " in f" {problem.text} ".replace("\n", " ")
     assert 40 <= tokens(tokenizer, problem.answer) < 50

@@ -192,13 +192,13 @@ def test_an_answer_that_the_tokenizer_cannot_write_stops_with_counts(tmp_path: P
         ),
     ],
 )
-def test_a_faulty_row_is_told_with_its_file_and_line(load: Load, data_format: str, row: dict, told: str) -> None:
+def test_a_faulty_row_is_reported_with_its_file_and_line(load: Load, data_format: str, row: dict, told: str) -> None:
     good = {**STILL, "prompt": "x", "response": "y", "messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}
     with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{told}"):
         load([good, row], format=data_format)
 
 
-def test_no_rows_at_all_is_told_so(load: Load) -> None:
+def test_no_rows_at_all_is_reported(load: Load) -> None:
     with pytest.raises(UserError, match="there are no rows in it"):
         load([])
 

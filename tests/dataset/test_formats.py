@@ -232,7 +232,7 @@ def test_the_shared_case_of_a_row_s_system_turn_is_used(shared_cases: Path) -> N
         ),
     ],
 )
-def test_what_a_row_says_about_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         load_rows(tmp_path, [row])
 

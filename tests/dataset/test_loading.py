@@ -53,7 +53,7 @@ def test_faulty_rows_are_counted_by_kind_with_the_first_three_places_of_each(tmp
     assert "data.faulty: drop" in told
 
 
-def test_faulty_rows_are_dropped_where_the_recipe_asks_for_it_and_reported(tmp_path: Path) -> None:
+def test_faulty_rows_are_dropped_where_the_recipe_requests_it_and_reported(tmp_path: Path) -> None:
     examples = load(write(tmp_path, [GOOD, *FAULTY, *rows(10)]), None, faulty="drop")
     assert examples.counts["faulty"] == 8 and examples.counts["rows"] == 19 and len(examples.train) == 11
     assert any("data.faulty: drop" in line and "and 2 others: not JSON" in line for line in examples.warnings)
@@ -172,7 +172,7 @@ def test_workers_make_the_same_examples_in_the_same_order(tmp_path: Path, monkey
     assert alone.counts == shared.counts and alone.warnings == shared.warnings
 
 
-def test_a_worker_ends_when_it_is_told_to_however_late_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_ends_when_its_parent_ends_it_however_late_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker with the command's own handler lost the signal while it began, and the command waited for it for ever."""
     monkeypatch.setattr(row_tokenizer, "ROWS_WITHOUT_WORKERS", 1)
     monkeypatch.setattr(row_tokenizer, "ROWS_AT_ONCE", 1)

@@ -37,12 +37,12 @@ def test_the_recipes_system_turn_stands_in_the_prompt_and_the_templates_does_not
     assert "helpful assistant" not in rendered
 
 
-def test_a_template_that_refuses_a_system_turn_is_told_so() -> None:
+def test_a_template_that_refuses_a_system_turn_is_reported() -> None:
     with pytest.raises(UserError, match=r"refuses a conversation of system, user: only user and assistant.*prompt\.chat_template"):
         render_prompt(family_tokenizer("mistral"), Prompt(system="Think long."), QUESTION)
 
 
-def test_a_template_that_drops_the_system_turn_in_silence_is_told_so() -> None:
+def test_a_template_that_drops_the_system_turn_in_silence_is_reported() -> None:
     template = CHATML_TURNS.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(UserError, match=r"drops or changes the system turn 'Think long\.'"):
         render_prompt(byte_tokenizer(template, None, "<|im_end|>"), Prompt(system="Think long."), QUESTION)
@@ -75,7 +75,7 @@ def test_a_template_of_the_recipes_own_is_used_instead(tmp_path: Path) -> None:
         render_prompt(family_tokenizer("qwen2.5"), prompt, QUESTION)
 
 
-def test_a_template_with_a_mistake_is_told_so(tmp_path: Path) -> None:
+def test_a_template_with_a_mistake_is_reported(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{% for m in messages %}")
     with pytest.raises(UserError, match="refuses a conversation of user"):
         render_prompt(family_tokenizer("qwen2.5"), Prompt(chat_template=str(tmp_path / "own.jinja")), QUESTION)

@@ -218,7 +218,7 @@ def test_converting_for_a_base_without_tags_is_an_error_unless_they_are_named(tm
     )
 
 
-def test_an_answer_that_speaks_of_tags_is_no_reasoning(tmp_path: Path) -> None:
+def test_an_answer_that_mentions_tags_is_no_reasoning(tmp_path: Path) -> None:
     text = "Put the note into <reasoning> and close it with </reasoning>."
     assert answer_of(tmp_path, text, "qwen2.5") == text
     quoting = f"<think>\nA <thinking> tag? {REASONING}\n</think>\n\n{ANSWER}"

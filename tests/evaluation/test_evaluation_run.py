@@ -133,7 +133,7 @@ def test_scores_are_those_of_the_records(evaluation, tmp_path: Path) -> None:
     assert difference(scores, scores).value == 0
 
 
-def test_records_say_what_was_asked_and_what_came(evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_records_have_the_request_and_the_answer(evaluation, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     evaluation(tmp_path / "out")
     for row in samples(tmp_path / "out").values():
         tokens = len(tokenizer(row["text"]).input_ids)
@@ -179,7 +179,7 @@ def test_more_samples_and_problems_are_added_to_those_there(evaluation, tmp_path
     assert without_times(scores) == without_times(evaluation(tmp_path / "at_once"))
 
 
-def test_a_limited_score_says_of_how_many_problems_it_is(evaluation, tmp_path: Path) -> None:
+def test_a_limited_score_reports_its_number_of_problems(evaluation, tmp_path: Path) -> None:
     scores = evaluation(tmp_path / "out", limit=2)
     assert (scores.problems, scores.available) == (2, 6)
     assert list(scores.by_problem) == ["p0", "p1"]
@@ -256,7 +256,7 @@ def test_what_would_stop_an_evaluation_is_found_without_a_model(
         make_plan(eval_config, recipe.Prompt(), tokenizer, context=128, seed=0)
 
 
-def test_a_truncated_answer_is_incorrect_whatever_it_says(evaluation, tmp_path: Path) -> None:
+def test_a_truncated_answer_is_incorrect_whatever_it_contains(evaluation, tmp_path: Path) -> None:
     evaluation(tmp_path / "out", samples=12)
     truncated = [row for row in samples(tmp_path / "out").values() if row["finish_reason"] == "length"]
     assert not any(row["correct"] or row["score"] for row in truncated)

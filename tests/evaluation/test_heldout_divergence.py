@@ -65,7 +65,7 @@ def test_batches_and_chunks_change_no_divergence(
     assert nats(model, base, batch_size=2) == pytest.approx(expected, abs=1e-4)
 
 
-def test_scores_are_per_answer_token_and_the_base_is_asked_only_where_they_are_missing(
+def test_scores_are_per_answer_token_and_the_base_answers_only_where_they_are_missing(
     model: HybridForCausalLM, base: BaseAnswers, tmp_path: Path
 ) -> None:
     scores = measured(model, lambda: base, tmp_path)
@@ -81,7 +81,7 @@ def test_scores_against_another_base_are_not_taken(model: HybridForCausalLM, bas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_the_base_says_comes_back_from_disk_to_the_bit_in_any_order(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_the_base_computes_comes_back_from_disk_to_the_bit_in_any_order(dtype: torch.dtype, tmp_path: Path) -> None:
     said = {example: torch.randn(len(example.answer_ids), 5, dtype=dtype) for example in EXAMPLES}
     answers = BaseAnswers(torch.zeros(2, 5, dtype=dtype), tmp_path)
     for example, states in said.items():
@@ -93,7 +93,7 @@ def test_their_file_has_no_name_so_a_killed_process_leaves_nothing(base: BaseAns
     assert base.states(EXAMPLES[0]).any() and list((tmp_path / "base").iterdir()) == []
 
 
-def test_a_full_disk_is_told_where_the_base_is_asked(model: HybridForCausalLM, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_where_the_base_answers(model: HybridForCausalLM, tmp_path: Path) -> None:
     with files_of_at_most(2**10), pytest.raises(OSError, match="File too large"):
         base_answers(model, EXAMPLES, 3, tmp_path)
 

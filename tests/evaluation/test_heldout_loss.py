@@ -88,7 +88,7 @@ def test_scores_of_another_model_or_other_samples_are_not_taken_or_overwritten(m
     assert (tmp_path / "scores.json").read_bytes() == before
 
 
-def test_a_loss_without_heldout_samples_says_which_setting_makes_some(model: HybridForCausalLM, tmp_path: Path) -> None:
+def test_a_loss_without_heldout_samples_names_which_setting_makes_some(model: HybridForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.heldout"):
         evaluate_heldout_loss(model, [], ENTRY, tmp_path, model_fingerprint="m", progress=False)
 

@@ -40,7 +40,7 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row.pop("problem"): {name: value for name, value in row.items() if name != "seconds"} for row in found}
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_records(engine: Engine, plan: EvaluationPlan, tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_to_the_same_records(engine: Engine, plan: EvaluationPlan, tmp_path: Path) -> None:
     started = time.perf_counter()
     undisturbed = evaluate(plan, engine, tmp_path / "whole", progress=False)
     duration = time.perf_counter() - started

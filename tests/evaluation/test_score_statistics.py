@@ -49,7 +49,7 @@ def test_the_error_of_many_samples_is_the_spread_between_problems() -> None:
     assert mean.standard_error == pytest.approx(math.sqrt((16 + 1 + 25) / 144 / 2 / 3))
 
 
-def test_a_single_problem_says_nothing_of_its_error() -> None:
+def test_a_single_problem_has_no_standard_error() -> None:
     assert mean_over_problems([1.0]).standard_error is None
 
 
@@ -122,7 +122,7 @@ def test_a_paired_difference_turns_its_sign_with_the_order_of_the_models(values:
 
 
 @pytest.mark.parametrize("second", [{"a": 1.0}, {"a": 1.0, "c": 0.0}, {"a": 1.0, "b": 0.0, "c": 0.0}])
-def test_models_that_were_asked_other_problems_are_not_compared(second: dict[str, float]) -> None:
+def test_models_that_answered_other_problems_are_not_compared(second: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="not the same problems"):
         paired_difference({"a": 1.0, "b": 0.0}, second)
 
@@ -282,7 +282,7 @@ def test_the_interval_of_a_loss_is_students() -> None:
     assert student_interval(mean_loss([TokenLoss(1.0, 10)])) is None
 
 
-def test_lengths_are_told_by_their_quantiles() -> None:
+def test_lengths_are_reported_by_their_quantiles() -> None:
     assert lengths_of(range(1, 102)) == Lengths(101, 51, 11, 26, 51, 76, 91, 101)
     assert lengths_of([7]) == Lengths(1, 7, 7, 7, 7, 7, 7, 7)
     assert lengths_of([]) is None
@@ -333,7 +333,7 @@ def test_a_drawn_permutation_p_is_near_the_exact_one_repeats_and_is_never_zero(m
     assert sign_flip_p(differences, seed=1) == pytest.approx(exact, abs=0.006)
 
 
-def test_a_difference_says_by_which_test_it_was_judged() -> None:
+def test_a_difference_names_the_test_by_which_it_was_judged() -> None:
     first, second = {"a": 1.0, "b": 1.0, "c": 0.0}, {"a": 1.0, "b": 0.0, "c": 0.0}
     found = paired_difference(first, second)
     assert (found.test, found.p) == ("mcnemar", 1.0)

@@ -60,7 +60,7 @@ def test_its_card_names_base_and_spec(lt_train: LtTrain, run: Path) -> None:
     assert '"base_model_name_or_path": "base"' in Path("adapter/adapter_config.json").read_text()
 
 
-def test_its_card_says_where_learned_sinks_are() -> None:
+def test_its_card_states_where_learned_sinks_are() -> None:
     card = adapter_card(HybridSpec(4, (1, 2), 0, 12, learned_sinks=True), metadata())
     assert "sinks: learned, in this adapter; `w_recent`: 12 tokens" in card and "w_recent=12, learned_sinks=True)" in card
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     assert not list(Path().glob(".adapter*"))
 
 
-def test_a_run_without_adapters_says_so(lt_train: LtTrain, run: Path) -> None:
+def test_a_run_without_adapters_reports_it(lt_train: LtTrain, run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe |= {"lora": None, "train": recipe["train"] | {"method": "full"}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))

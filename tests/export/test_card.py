@@ -62,7 +62,7 @@ def test_the_card_of_split_layers_names_their_heads_sizes_and_what_serves_them()
     assert "vllm serve" not in text
 
 
-def test_the_card_says_which_server_loads_the_export():
+def test_the_card_states_which_server_loads_the_export():
     by_plugin, on_cpus = "`lt-train serve FOLDER --vllm PYTHON`", "over sink tokens was run on CPUs alone"
     other = "in this architecture and do not load it. `lt-train serve` serves it."
     tokens, learned, olmo = (
@@ -102,13 +102,13 @@ def test_kv_cache_sizes_are_those_of_the_layers():
     assert "in bfloat16" in half and "| 16 MiB | 8 MiB | 50.0% |" in half
 
 
-def test_without_training_the_card_says_so():
+def test_without_training_the_card_states_it():
     text = card(training=None, scores=())
     assert "without any training" in text and "Not evaluated." in text
     assert "base_model_relation" not in ModelCard(text).data.to_dict()
 
 
-def test_without_sinks_the_card_asks_for_no_trust():
+def test_without_sinks_the_card_needs_no_trust():
     text = card(w_sink=0)
     assert "trust_remote_code" not in text and "custom_code" not in text
     assert "--model-impl transformers" in text

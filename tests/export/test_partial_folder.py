@@ -31,7 +31,7 @@ def test_a_renamed_folder_stays(tmp_path):
     assert (tmp_path / "export/weights").read_bytes() == b"whole"
 
 
-def test_an_export_that_fills_the_disk_leaves_nothing_and_says_what_to_do(tmp_path):
+def test_an_export_that_fills_the_disk_leaves_nothing_and_reports_a_fix(tmp_path):
     with (
         files_of_at_most(60_000),
         pytest.raises(UserError, match=r"model\.safetensors of the export could not be .* Fix: free some"),

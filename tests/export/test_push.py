@@ -83,7 +83,7 @@ def test_a_repository_of_something_else_is_left_alone(hub: StubHub, folder: Path
     assert hub.files == {"notes.txt": b"mine"}
 
 
-def test_that_a_repository_is_public_is_told(hub: StubHub, folder: Path) -> None:
+def test_that_a_repository_is_public_is_reported(hub: StubHub, folder: Path) -> None:
     hub.repository = REPO
     assert push(folder)[0] == f"warning: {REPO} is a public repository"
 
@@ -127,7 +127,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export_whole(folder: Path, monk
 
 
 @pytest.mark.slow
-def test_a_push_that_was_killed_goes_on_with_what_is_missing(hub: StubHub, folder: Path, tmp_path: Path) -> None:
+def test_a_push_that_was_killed_resumes_with_what_is_missing(hub: StubHub, folder: Path, tmp_path: Path) -> None:
     hub.free_uploads = 1
     settings = f"dict(ENDPOINT={hub.url!r}, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True)"
     program = (

@@ -13,7 +13,7 @@ def test_the_tolerance_is_a_multiple_of_rounding_that_lies_below_every_fault_tha
     assert near.tolerance == pytest.approx(6.3e-4, rel=0.01) and set(near.noticed) == set(near.faults)
 
 
-def test_a_fault_that_changes_no_more_than_rounding_is_not_said_to_be_noticed():
+def test_a_fault_that_changes_no_more_than_rounding_is_not_reported_as_noticed():
     measured = LogitChanges(1e-3, {"a window longer by one": 2e-3, "no sinks": 1.0})
     assert set(measured.noticed) == {"no sinks"} and measured.tolerance == pytest.approx(16e-3)
 

@@ -46,7 +46,7 @@ def test_another_token_is_an_error():
         compared(found)
 
 
-def test_a_tie_is_told_from_another_token():
+def test_a_tie_is_distinguished_from_another_token():
     wanted, found = observation(), observation()
     mine = int(wanted.sequences_BN[1, 4])
     theirs = (mine + 1) % 5

@@ -44,11 +44,11 @@ def test_auto_takes_blocked_on_a_cpu():
     assert choose("auto", CPU).name == choose("auto", without(CPU, trains=True)).name == "blocked"
 
 
-def test_auto_takes_flash_on_a_gpu_and_says_which(on_a_gpu):
+def test_auto_takes_flash_on_a_gpu_and_reports_which(on_a_gpu):
     assert choose("auto", GPU) == Choice("flash", "the fastest for bf16 on this device (dense stand-in)")
 
 
-def test_auto_says_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
+def test_auto_reports_why_it_takes_no_faster_kernel(on_a_gpu, monkeypatch):
     assert choose("auto", without(GPU, dtype=torch.float32)).name == "blocked"
     monkeypatch.setattr(attention_kernels, "flash_kernel", lambda capability: None)
     choice = choose("auto", GPU)
@@ -160,7 +160,7 @@ def test_whole_models_give_the_logits_of_the_reference(name, base_config, flash_
 
 
 @torch.no_grad()
-def test_generation_goes_on_from_a_prompt_that_any_kernel_read(qwen3_config, flash_on_a_cpu):
+def test_generation_continues_from_a_prompt_that_any_kernel_read(qwen3_config, flash_on_a_cpu):
     hybrid = build_hybrid(qwen3_config, SPEC).eval()
     prompt = torch.randint(2, 96, (1, 30))
     answers = []

@@ -51,7 +51,7 @@ def test_merged_parts_are_the_reference_in_output_and_gradients(case, seed):
 @pytest.mark.parametrize(
     ("kernel", "present"), [(Flash2, flash_2_package), (Flash3, flash_3_package), (TorchFlash, flash_in_torch)]
 )
-def test_each_package_is_asked_the_right_thing(case, kernel, present):
+def test_each_package_gets_the_right_arguments(case, kernel, present):
     documents = documents_of(case)
     with present():
         assert_is_the_reference(case, merged(case, documents, kernel()), documents)
@@ -89,7 +89,7 @@ def test_a_merge_in_bf16_stays_within_the_rounding_of_bf16():
     assert all((x.float() - y).norm() < 0.01 * y.norm() for x, y in zip(found, expected, strict=True))
 
 
-def test_the_operators_of_torch_take_what_they_are_asked():
+def test_the_operators_of_torch_take_the_arguments_given():
     """On fake tensors torch checks the arguments against the operators' schemas and its own shapes, without a GPU."""
     with FakeTensorMode():
         varlen = streaming_parts((96,), 4, 20, torch.device("cuda"))[1].varlen(0.3)
@@ -118,5 +118,5 @@ def test_the_newest_package_that_runs_on_the_device_is_taken(monkeypatch):
         assert isinstance(choose((8, 0)), Flash2)
 
 
-def test_no_flash_package_is_imported_before_it_is_asked_for():
+def test_no_flash_package_is_imported_before_it_is_requested():
     assert not {"flash_attn", "flash_attn_interface"} & sys.modules.keys()

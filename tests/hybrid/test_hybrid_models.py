@@ -231,7 +231,7 @@ def test_generation_with_attention_probabilities_is_refused(qwen3_config):
         hybrid.generate(tokens(1, 4), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
 
 
-def test_a_base_that_asks_for_attention_probabilities_becomes_a_hybrid_that_does_not(qwen3_config):
+def test_a_base_that_requests_attention_probabilities_becomes_a_hybrid_that_does_not(qwen3_config):
     asks = type(qwen3_config)(**{**qwen3_config.to_dict(), "output_attentions": True})
     assert hybrid_config(asks, SPEC).output_attentions is False
 

@@ -77,7 +77,7 @@ def test_cached_tokens_in_chunks_have_the_logits_of_one_pass(base):
     assert model.spec.cached_tokens(60, kv_heads=2) == 2 * (WINDOW + 7 + 60 + WINDOW)
 
 
-def test_the_config_keeps_the_types_and_window_of_the_base_and_says_beside_them_what_streams(base, tmp_path):
+def test_the_config_keeps_the_types_and_window_of_the_base_and_records_what_streams_beside_them(base, tmp_path):
     spec = spec_of(base, lazy_layers=(1,), split_layers=((2, (1,)),))
     config = hybrid_config(base, spec)
     assert (config.layer_types, config.sliding_window) == (TYPES, WINDOW)

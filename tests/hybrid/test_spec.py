@@ -9,7 +9,7 @@ SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads"
 HEADS = [[], [1], [0, 1]]
 
 
-def test_a_spec_and_its_kv_heads_are_two_ways_to_say_the_same():
+def test_a_spec_and_its_kv_heads_are_two_forms_of_the_same():
     spec = HybridSpec.from_streaming_heads(HEADS, kv_heads=2, w_sink=4, w_recent=12)
     assert spec == HybridSpec(3, (2,), 4, 12, split_layers=((1, (1,)),))
     assert list(map(list, spec.streaming_heads(kv_heads=2))) == HEADS

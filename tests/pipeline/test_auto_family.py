@@ -89,7 +89,7 @@ def test_auto_leaves_a_family_that_is_declared_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("config", [HELIUM, toy_config()], ids=["helium", "toy"])
-def test_a_plan_counts_a_made_family_and_says_what_was_proved(config, recipe_of, capsys):
+def test_a_plan_counts_a_made_family_and_reports_what_was_proved(config, recipe_of, capsys):
     recipe = recipe_of(config, "lora.targets=[q_proj]")
     plan = plan_recipe(recipe, Machine(1, 8 * GIB))
     assert plan.shape.base_parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -167,7 +167,7 @@ def test_a_folder_of_recipes_with_grids_is_compared_over_their_seeds(recipe, tmp
         (("train=null", "lora=null"), False),
     ],
 )
-def test_full_attention_is_trained_once_where_its_training_asks_for_no_layers(recipe, overrides, alike) -> None:
+def test_full_attention_is_trained_once_where_its_training_depends_on_no_layers(recipe, overrides, alike) -> None:
     assert trains_any_alike(load_recipe(recipe, overrides)) is alike
 
 

@@ -41,7 +41,7 @@ def variants_of(recipe: Recipe, runs: Path):
     return RunContext(recipe, RunFolder(recipe, runs), None, None).variants
 
 
-def test_the_heads_with_the_smallest_shares_stream_and_the_run_says_so(finished) -> None:
+def test_the_heads_with_the_smallest_shares_stream_and_the_run_reports_them(finished) -> None:
     runs, printed = finished
     profile = LayerProfile.load(runs / "tiny/profile/profile.json")
     chosen = json.loads((runs / "tiny/hybrid/layers.json").read_text())
@@ -56,7 +56,7 @@ def test_the_heads_with_the_smallest_shares_stream_and_the_run_says_so(finished)
     assert (config["streaming_kv_heads"], config["hybrid_version"]) == (chosen["converted"], "3")
 
 
-def test_results_and_report_tell_heads_from_layers(finished) -> None:
+def test_results_and_report_distinguish_heads_from_layers(finished) -> None:
     runs, _ = finished
     base, by_layers, by_head, trained, answers = read_results(runs / "tiny")
     assert (by_layers.label, by_head.label) == ("gates, untrained", "gates by head, untrained")

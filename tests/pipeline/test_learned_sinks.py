@@ -51,7 +51,7 @@ def test_layers_are_scored_with_sink_tokens_in_place_of_sinks_that_are_not_fitte
     assert profile["fingerprint"]["sizes"]["w_sink"] == 4
 
 
-def test_the_export_holds_the_trained_sinks_and_says_what_they_are(finished, recipe):
+def test_the_export_holds_the_trained_sinks_and_describes_them(finished, recipe):
     run = finished[0] / "tiny"
     exported, began = load_file(run / "export/model.safetensors"), load_file(run / "hybrid/sinks-converted.safetensors")
     trained = variants_of(recipe, finished[0]).load(TRAINED, torch.float32).state_dict()

@@ -95,7 +95,7 @@ def test_a_run_shows_what_it_does_and_found(finished):
         assert line in printed
 
 
-def test_a_run_says_once_what_computes_attention_and_why(finished):
+def test_a_run_reports_once_what_computes_attention_and_why(finished):
     _, printed = finished
     assert printed.count("attention ") == 1 and "attention blocked: " in printed
 
@@ -217,7 +217,7 @@ def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, t
     assert (tmp_path / "tiny/export/model.safetensors").is_file()
 
 
-def test_what_is_asked_is_settled_once_for_all_models(inputs, tmp_path, monkeypatch):
+def test_the_plan_of_an_evaluation_is_made_once_for_all_models(inputs, tmp_path, monkeypatch):
     made = []
 
     def counted(entry, *args, **kwargs):
@@ -250,7 +250,7 @@ def test_layers_that_the_recipe_names_need_no_profile(inputs, tmp_path):
         pytest.param("export/model.safetensors", "export", marks=pytest.mark.slow),
     ],
 )
-def test_what_was_deleted_is_made_anew(recipe, runs, made, again):
+def test_what_was_deleted_is_made_again(recipe, runs, made, again):
     if again == "export":
         shutil.rmtree(runs / "tiny/export")
     else:
@@ -294,7 +294,7 @@ def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp
     assert {name for name in contents(tmp_path / "tiny") if not name.startswith("data/")} == set()  # data/: its tokens, a cache
 
 
-def test_a_setting_mended_after_a_refusal_goes_on_under_the_same_name(inputs, tmp_path):
+def test_a_setting_fixed_after_a_refusal_resumes_under_the_same_name(inputs, tmp_path):
     wrong = load_recipe(inputs / "recipe.yaml", ["hybrid.w_recent=1020"])
     with pytest.raises(UserError, match=r"hybrid\.w_recent"):
         run_in_folder(wrong, tmp_path, "profile")
@@ -340,7 +340,7 @@ def test_correct_answers_of_the_base_become_training_data(inputs, tmp_path):
     assert not (tmp_path / "tiny/hybrid").exists()
 
 
-def test_a_recipe_that_says_nothing_of_samples_draws_none(recipe, tmp_path):
+def test_a_recipe_without_a_sample_part_draws_none(recipe, tmp_path):
     with pytest.raises(UserError, match="add a `sample` part"):
         run_in_folder(recipe, tmp_path, "sample")
 

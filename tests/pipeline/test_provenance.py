@@ -51,7 +51,7 @@ def test_an_export_names_base_data_and_how_the_layers_were_chosen(tmp_path, run)
     assert metadata.versions.keys() == set(PACKAGES)
 
 
-def test_layers_of_the_recipe_are_said_to_be_given_there(tmp_path, run):
+def test_layers_of_the_recipe_are_reported_as_given_there(tmp_path, run):
     given = recipe_with(tmp_path, "hybrid.lazy_layer_ratio=null", "hybrid.strategy=null", "hybrid.layers=[0, 2]")
     assert export_metadata(given, run, {}).selection == "given in the recipe"
 
@@ -80,7 +80,7 @@ def test_full_training_has_no_settings_of_lora_and_a_training_free_hybrid_has_no
     assert export_metadata(free, run, {}).training is None
 
 
-def test_the_card_says_what_was_distilled_trained_and_put_back(tmp_path, run):
+def test_the_card_states_what_was_distilled_trained_and_put_back(tmp_path, run):
     distilled = recipe_with(tmp_path, "train.distill.weight=0.5", "train.restore_query_key=true")
     metadata = export_metadata(distilled, run, {}).training
     assert metadata["distill_weight"] == 0.5 and metadata["distill_teacher"] == "auto" and "distill_top_k" not in metadata

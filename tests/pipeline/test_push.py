@@ -28,7 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         yield found
 
 
-def test_a_finished_run_is_pushed_once_it_says_so_and_again_only_what_changed(
+def test_a_finished_run_is_pushed_once_and_reported_and_again_only_what_changed(
     hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_inputs(tmp_path)

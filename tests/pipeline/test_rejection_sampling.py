@@ -64,7 +64,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_records() -> None:
     assert kept(records) == kept(records[::-1])
 
 
-def test_counts_say_what_became_of_every_answer() -> None:
+def test_counts_show_what_became_of_every_answer() -> None:
     records = [answer("a", 0, 5, "x"), answer("a", 1, 5, "x"), answer("a", 2, 50), answer("b", 0, 5, correct=False)]
     counts = select_traces(records, Sample(benchmark="ledger", max_new_tokens=9, max_tokens=9)).counts
     assert counts == {
@@ -93,7 +93,7 @@ def test_what_is_written_is_training_data_with_the_same_prompt_and_the_whole_ans
     assert json.loads((tmp_path / "counts.json").read_text())["kept"] == 1
 
 
-def test_nothing_to_keep_is_an_error_that_says_what_there_was(tmp_path: Path) -> None:
+def test_nothing_to_keep_is_an_error_with_the_counts(tmp_path: Path) -> None:
     selection = select_traces([answer("a", 0, 9, correct=False)], Sample(benchmark="ledger", max_new_tokens=9))
     with pytest.raises(UserError, match="generated 1, correct 0"):
         write_traces(tmp_path, selection, {"a": "?"})

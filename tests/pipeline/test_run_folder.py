@@ -42,7 +42,7 @@ def opened(recipe, tmp_path):
     return folder
 
 
-def test_a_run_goes_on_with_the_recipe_it_was_begun_with(recipe_with, tmp_path):
+def test_a_run_resumes_with_the_recipe_it_was_begun_with(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
     opened(recipe_with(), tmp_path)
     assert load_recipe(folder.paths.root / "recipe.yaml") == recipe_with()
@@ -80,7 +80,7 @@ def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, cha
         opened(recipe_with(), tmp_path)
 
 
-def test_a_deleted_record_of_the_inputs_is_made_anew(recipe_with, tmp_path):
+def test_a_deleted_record_of_the_inputs_is_made_again(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
     (folder.paths.root / "inputs.json").write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json: .*delete it"):
@@ -147,7 +147,7 @@ def test_a_stage_of_which_something_was_deleted_is_done_again(recipe_with, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["{", "name: [", "\x00"])
-def test_a_damaged_record_of_a_run_is_an_error_that_says_what_to_do(recipe_with, tmp_path, damage):
+def test_a_damaged_record_of_a_run_is_an_error_with_a_fix(recipe_with, tmp_path, damage):
     folder = opened(recipe_with(), tmp_path)
     (folder.paths.root / "recipe.yaml").write_text(damage)
     with pytest.raises(UserError, match=r"Move|another"):

@@ -73,7 +73,7 @@ def test_training_changes_the_streaming_layers_alone(finished) -> None:
     assert sorted(trained) == chosen
 
 
-def test_results_report_and_export_say_what_slides(finished) -> None:
+def test_results_report_and_export_report_what_slides(finished) -> None:
     run, printed = finished
     base, *hybrids = read_results(run)
     assert base.num_layers == 4

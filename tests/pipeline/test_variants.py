@@ -64,7 +64,7 @@ def test_a_runs_hybrid_drafts_for_the_base_with_the_kv_heads_that_stream_in_it(v
     assert list(map(list, made.draft(BASE, eval_config).spec.streaming_heads(kv_heads=2))) == heads
 
 
-def test_each_strategy_chooses_the_layers_of_its_own_hybrid_as_many_as_the_recipes_ratio_says(variants):
+def test_each_strategy_chooses_the_layers_of_its_own_hybrid_as_many_as_the_recipes_ratio_gives(variants):
     made = variants()
     assert made.spec(CONVERTED) == HybridSpec(4, (1, 2), w_sink=2, w_recent=6)
     assert made.spec(converted_by("lazy_ratio")).lazy_layers == (0, 3)
@@ -114,7 +114,7 @@ def test_with_the_untrained_hybrid_come_those_it_is_compared_with(variants):
     assert made.to_evaluate() == [BASE, *compared, CONVERTED]
 
 
-def test_what_no_evaluation_asks_for_is_not_evaluated(variants):
+def test_what_no_evaluation_requests_is_not_evaluated(variants):
     made = variants()
     assert made.of(made.recipe.eval[0]) == made.to_evaluate() == [TRAINED]
     assert variants("eval=[]").to_evaluate() == []

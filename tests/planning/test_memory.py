@@ -34,7 +34,7 @@ def size_of(memory: Memory, name: str) -> int:
 
 
 @pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
-def test_each_zero_stage_shards_what_it_says(shape, setup, stage, weights, gradients, optimizer):
+def test_each_zero_stage_shards_its_states(shape, setup, stage, weights, gradients, optimizer):
     """2 + 2 + 12 bytes a parameter in bf16, each over as many GPUs as share it."""
     memory = training_memory(shape, replace(setup, sharding=Sharding(stage), accumulates=False))
     for name, size, over in (("weights", 2, weights), ("gradients", 2, gradients), ("optimizer", 12, optimizer)):

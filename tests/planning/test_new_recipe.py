@@ -43,7 +43,7 @@ def comments(text):
     return {line.split(":")[0].strip(): line.split("  # ")[1] for line in text.splitlines() if "  # " in line}
 
 
-def test_the_recipe_validates_fits_and_says_why_each_value_was_chosen(lt_train, data, monkeypatch):
+def test_the_recipe_validates_fits_and_reports_why_each_value_was_chosen(lt_train, data, monkeypatch):
     monkeypatch.setattr(setup, "machine_here", lambda gpus, memory: CPU)
     code, out, err = lt_train("init", "my.yaml", "--base", TINY, "--data", "rows.jsonl")
     assert code == 0, err
@@ -140,7 +140,7 @@ def test_tags_of_other_models_are_converted_and_faulty_rows_dropped(tmp_path, mo
     assert "between <think> and </think>" in text and "1 of the rows looked at cannot be trained on" in text
 
 
-def test_without_a_local_tokenizer_lengths_are_estimated_and_it_says_so(data):
+def test_without_a_local_tokenizer_lengths_are_estimated_and_it_is_reported(data):
     BASES["qwen3"].save_pretrained("base")
     write_recipe(Path("my.yaml"), "base", "rows.jsonl", None, CPU)
     text = Path("my.yaml").read_text()

@@ -26,7 +26,7 @@ def plan(monkeypatch, capsys):
     return run
 
 
-def test_a_plan_needs_a_config_alone_and_says_all_that_was_asked_for(plan):
+def test_a_plan_needs_a_config_alone_and_reports_all_that_was_requested(plan):
     code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 8, "--mean-tokens", 6000)
     assert code == 0
     for name in (
@@ -92,7 +92,7 @@ def test_a_plan_as_json_has_stable_keys_and_the_numbers_of_the_table(plan):
     assert found["kv_cache"]["hybrid_bytes"] < found["kv_cache"]["full_bytes"]
 
 
-def test_a_plan_of_kv_heads_counts_them_and_says_what_is_a_bound(plan):
+def test_a_plan_of_kv_heads_counts_them_and_reports_what_is_a_bound(plan):
     heads = ("hybrid.granularity=kv_head", "hybrid.strategy=gates", "hybrid.lazy_layer_ratio=0.875")
     base = f"model.base={CONFIGS / 'qwq-32b'}"
     by_head = ("recipes/qwq-32b.yaml", "--set", base, "--gpus", 8, "--mean-tokens", 6000, *(f"--set={each}" for each in heads))
@@ -128,18 +128,18 @@ def test_what_a_recipe_lacks_or_nobody_knows_is_null(plan):
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 FLOP"), (999.4, "999.4 FLOP"), (5.024e12, "5.024 TFLOP"), (1.725e19, "17.25 EFLOP")]
 )
-def test_operations_are_told_with_the_prefix_of_their_size(count, said):
+def test_operations_are_reported_with_the_prefix_of_their_size(count, said):
     assert _operations(count) == said
 
 
-def test_what_does_not_fit_says_what_would_and_leaves_with_1(plan):
+def test_what_does_not_fit_reports_what_would_and_leaves_with_1(plan):
     code, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN, "--gpus", 8, "--set", "train.sequence_parallel=1")
     assert code == 1
     assert "does not fit" in said and "each of these changes alone makes it fit" in said
     assert "--set train.sequence_parallel=4" in said and "12 GPUs of this size" in said
 
 
-def test_a_scoring_of_layers_that_does_not_fit_is_told_and_leaves_with_1(plan):
+def test_a_scoring_of_layers_that_does_not_fit_is_reported_and_leaves_with_1(plan):
     lora = ("--set", "train.method=lora", "--set", "train.deepspeed=launch/zero3-offload.json")
     code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 1, *lora)
     assert code == 1
@@ -149,7 +149,7 @@ def test_a_scoring_of_layers_that_does_not_fit_is_told_and_leaves_with_1(plan):
         assert way in said
 
 
-def test_a_batch_that_cannot_be_shared_out_is_told_with_the_nearest_that_can(plan):
+def test_a_batch_that_cannot_be_shared_out_is_reported_with_the_nearest_that_can(plan):
     code, said = plan("recipes/qwq-32b.yaml", "--set", f"model.base={CONFIGS / 'qwq-32b'}", "--gpus", 7)
     assert code == 1
     assert "the batch cannot be divided" in said and "28 or 35" in said
@@ -161,7 +161,7 @@ def test_a_cpu_run_is_planned_from_the_data_at_hand(plan):
     assert "counted in data/ledger/train.jsonl" in said and "fp32" in said and "TFLOP/s" not in said
 
 
-def test_unknown_tokens_are_said_to_be_unknown(plan):
+def test_unknown_tokens_are_reported_as_unknown(plan):
     _, said = plan("recipes/qwq-still-32b.yaml", "--set", QWEN)
     assert "unknown: the data are not local. Fix: give --samples" in said
 

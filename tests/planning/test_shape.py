@@ -77,7 +77,7 @@ def test_a_token_uses_the_weights_of_its_experts_alone():
     assert (shape.experts, shape.experts_of_token, shape.mlp) == (128, 8, 8 * 768)
 
 
-def test_the_plan_of_the_mixtures_recipe_says_both_counts_and_trains_adapters_of_attention_alone(capsys):
+def test_the_plan_of_the_mixtures_recipe_reports_both_counts_and_trains_adapters_of_attention_alone(capsys):
     base = f"model.base={CONFIGS / 'qwen3-30b-a3b'}"
     plan = plan_recipe(load_recipe(Path("recipes/qwen3-30b-a3b.yaml"), [base]), Machine(8, 80 * GIB), samples=5000)
     show_plan(plan, Console(width=400))
@@ -95,7 +95,7 @@ def test_targets_that_no_layer_has_are_an_error():
         shape_of("qwen3-8b", train={"method": "lora"}, lora={"targets": ["c_attn"]})
 
 
-def test_every_config_says_where_it_is_from():
+def test_every_config_names_where_it_is_from():
     for folder in CONFIGS.iterdir():
         assert (folder / "config.json").is_file()
         assert "https://huggingface.co/" in (folder / "source.txt").read_text()

@@ -28,7 +28,7 @@ def test_an_epoch_ends_with_a_smaller_step():
     assert (work.steps, work.tokens) == (3 * 4, 150_000)  # 16 samples a step
 
 
-def test_steps_that_are_set_tell_how_often_the_data_are_seen():
+def test_steps_that_are_set_determine_how_often_the_data_are_seen():
     work = work_of([1000] * 50, train={"epochs": None, "max_steps": 10})
     assert (work.steps, work.epochs, work.tokens) == (10, 3.2, 160_000)
 
@@ -69,12 +69,12 @@ def test_counting_data_keeps_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_said_goes_before_what_is_at_hand():
+def test_options_go_before_the_data_at_hand():
     samples = samples_of(load_recipe(Path("recipes/quickstart.yaml")), count=1000, mean=100)
     assert (len(samples.lengths), samples.mean, samples.source) == (936, 100, "from --samples and --mean-tokens")
 
 
-def test_without_data_the_limit_says_how_many_and_the_length_how_long_at_most():
+def test_without_data_the_limit_gives_how_many_and_the_length_how_long_at_most():
     samples = samples_of(public_recipe("qwen3-8b", data={"limit": 500, "heldout": 20}))
     assert (len(samples.lengths), samples.mean) == (480, 4096)
     assert "data.limit" in samples.source and "upper bound" in samples.source

@@ -287,7 +287,7 @@ def test_values_of_a_training_that_are_not_finite_are_left_out_and_counted(run):
     assert "nan" not in chart.svg.lower() and "inf" not in chart.svg.lower()
 
 
-def test_several_runs_are_told_apart_by_name_and_shape(tmp_path):
+def test_several_runs_are_distinguished_by_name_and_shape(tmp_path):
     runs = read_runs([made_run(tmp_path, "one"), made_run(tmp_path, "two")])
     rows = [each for run in runs for each in run.measured if each.result.evaluation == "ledger"]
     chart = charts.accuracy_by_tokens(rows, several_runs=True)

@@ -110,7 +110,7 @@ def test_the_page_needs_no_network_and_allows_its_own_script_alone(page):
     assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[^']+';", policy)
 
 
-def test_a_long_trace_is_shortened_and_the_page_says_to_what(tmp_path, monkeypatch):
+def test_a_long_trace_is_shortened_and_the_page_shows_to_what(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "MAX_CHARACTERS", 1000)
     monkeypatch.setattr(samples.character_limit, "__defaults__", (1000, samples.MAX_TOTAL_CHARACTERS))
     records = [record("p0", text="<think>" + "a" * 30_000 + "</think>end"), *ANSWERS["base"][1:]]
@@ -135,7 +135,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert page.visible.count("optimizer step") == 2
 
 
-def test_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
+def test_runs_of_one_name_are_distinguished_by_their_place(tmp_path):
     page = page_of(made_run(tmp_path / "here", "tiny"), made_run(tmp_path / "there", "tiny"))
     assert {each["run"] for each in page.data["index"]} == {str(tmp_path / "here/tiny"), str(tmp_path / "there/tiny")}
 
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_an_error_that_names_it(run, path, content, message):
     assert not (run / "report.html").exists()
 
 
-def test_no_run_no_scores_and_no_place_for_the_page_are_errors_that_say_what_to_do(run, tmp_path):
+def test_no_run_no_scores_and_no_place_for_the_page_are_errors_with_a_fix(run, tmp_path):
     with pytest.raises(UserError, match="name one or more run folders"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"no run: .*recipe\.yaml is missing\. Fix: start it"):

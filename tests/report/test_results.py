@@ -115,7 +115,7 @@ def test_the_trained_hybrid_streams_the_layers_of_the_converted_one(run):
     assert [result.layers for result in read_results(run)] == [(), (0, 1), (0, 2), (0, 2)]
 
 
-def test_a_hybrid_of_kv_heads_has_their_cache_and_says_what_streams(run):
+def test_a_hybrid_of_kv_heads_has_their_cache_and_reports_what_streams(run):
     path = run / "recipe.yaml"
     path.write_text(path.read_text().replace("strategy: reach", "strategy: gates\n  granularity: kv_head"))
     heads = [[0], [], [0, 1], [1]]
@@ -175,7 +175,7 @@ def test_several_answers_to_a_problem_are_shown_with_their_majority(run):
     assert "75.0 [50.0, 100.0], maj 75.0" in row(run, "base")
 
 
-def test_a_partial_score_says_how_many_samples_are_missing(run):
+def test_a_partial_score_reports_how_many_samples_are_missing(run):
     score(run, "base", replace(answers([0.5, 1.0], samples=2), partial=True, missing=3))
     assert "PARTIAL: 3 samples missing" in row(run, "base")
 
@@ -198,7 +198,7 @@ def test_a_single_problem_has_no_error_to_show(run):
     assert " 100.0 " in row(run, "base") and "[" not in row(run, "base")
 
 
-def test_it_is_said_which_weights_of_the_training_the_trained_model_has(run):
+def test_it_is_reported_which_weights_of_the_training_the_trained_model_has(run):
     assert not any(line.startswith("trained model") for line in shown(run))
     write_json(run / "train/final/manifest.json", {"step": 1200, "settings": {}, "files": {}})
     assert "trained model weights of step 1,200, the last" in shown(run)
@@ -228,7 +228,7 @@ def test_divergences_from_the_base_have_no_difference_from_it_and_a_name_of_thei
     assert "0.000200 ± 0.000100" in row(run, "reach, trained")
 
 
-def test_the_title_says_of_how_many_problems_and_stays_on_one_line_however_narrow_the_console(run):
+def test_the_title_has_the_number_of_problems_and_stays_on_one_line_however_narrow_the_console(run):
     score(run, "converted", answers([1.0, 0.0], available=1500))
     title = "ledger: 2 of 1,500 problems, greedy; hybrids stream 2 of 4 layers"
     assert title in shown(run, width=40)
@@ -251,7 +251,7 @@ def test_what_else_a_run_has_made_is_named_with_its_place(run):
     ]
 
 
-def test_a_folder_that_is_no_run_is_an_error_that_says_how_to_make_one(tmp_path):
+def test_a_folder_that_is_no_run_is_an_error_with_the_way_to_make_one(tmp_path):
     with pytest.raises(UserError, match=r"no run: .*recipe\.yaml.*lt-train run RECIPE"):
         read_results(tmp_path)
 
@@ -263,7 +263,7 @@ def test_a_run_whose_hybrid_is_not_decided_on_has_no_scores_yet(run):
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"kind": "answers"}', '{"kind": "votes"}', "\x00\x00"])
-def test_damaged_scores_are_an_error_that_says_what_to_do(run, damage):
+def test_damaged_scores_are_an_error_with_a_fix(run, damage):
     score(run, "base", answers([1.0, 0.0]))
     (run / "eval/base/ledger/scores.json").write_text(damage)
     with pytest.raises(UserError, match=r"eval/base/ledger/scores\.json: not a .*[Dd]elete it and run again"):

@@ -120,7 +120,7 @@ def test_the_limit_is_the_greatest_that_keeps_all_traces_within_the_total(length
 
 
 @given(st.text(max_size=300), st.integers(0, 100))
-def test_what_is_left_out_is_said_and_the_rest_is_whole(text, limit):
+def test_what_is_left_out_is_reported_and_the_rest_is_whole(text, limit):
     short = shortened(text, limit)
     if len(text) <= limit:
         assert short == text

@@ -77,7 +77,7 @@ def test_losses_are_better_when_they_fall(run):
     assert table_of(run, evaluation="heldout_loss").rows[1].tendency == "better"
 
 
-def test_a_divergence_from_the_base_says_what_it_is_and_is_not_compared_with_the_base(run):
+def test_a_divergence_from_the_base_is_named_and_is_not_compared_with_the_base(run):
     rows = [each for found in read_runs([run]) for each in found.measured if each.result.evaluation == "heldout_loss"]
     loss = rows[1].result.scores
     rows = [replace(rows[1], base=None, result=replace(rows[1].result, scores=replace(loss, benchmark="heldout_kl")))]

@@ -35,7 +35,7 @@ def test_a_snapshot_s_data_lie_a_folder_down_and_what_lies_beside_them_is_none(t
     assert read(tmp_path, "test") == ["data/test-00000-of-00001.jsonl"]
 
 
-def test_splits_are_told_by_any_word_of_a_name_and_by_folders(tmp_path: Path) -> None:
+def test_splits_are_recognized_by_any_word_of_a_name_and_by_folders(tmp_path: Path) -> None:
     laid(tmp_path, "math_train.jsonl", "math_test.jsonl", "validation/part.jsonl")
     assert read(tmp_path) == ["math_train.jsonl"]
     assert read(tmp_path, "validation") == ["validation/part.jsonl"]

@@ -36,7 +36,7 @@ def test_hashes_are_those_of_earlier_runs(tmp_path: Path) -> None:
     assert data_fingerprint(str(base)) == "5822f545d80df2f1ce487cd3ef620ebebcfcce5aca380843f6535d8e9f45d2b0"
 
 
-def test_keys_are_sorted_where_their_order_says_nothing() -> None:
+def test_keys_are_sorted_where_their_order_has_no_meaning() -> None:
     assert hash_of_json({"a": 1, "b": 2}, sort_keys=True) == hash_of_json({"b": 2, "a": 1}, sort_keys=True)
 
 

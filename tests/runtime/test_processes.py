@@ -35,11 +35,11 @@ def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: p
         (ValueError("gloo"), False),
     ],
 )
-def test_a_lost_process_is_told_from_other_errors(error: Exception, lost: bool) -> None:
+def test_a_lost_process_is_distinguished_from_other_errors(error: Exception, lost: bool) -> None:
     assert is_lost_connection(error) == lost
 
 
-def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_reported_with_the_fix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(torch.distributed.DistNetworkError) as refused:
@@ -50,7 +50,7 @@ def test_a_taken_port_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch, 
     assert f"port {port}, at which the processes meet, is in use" in capsys.readouterr().err
 
 
-def test_the_first_process_tells_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_process_reports_its_error_at_once_and_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(processes.time, "sleep", waited.append)
     wait_for_the_launcher(Process(0, 2, True), ValueError())
@@ -75,7 +75,7 @@ def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of
     ("kind", "failing", "code", "told"),
     [("bug", "1", 1, "ZeroDivisionError: a bug"), ("mistake", "01", 2, "this recipe is spoilt")],
 )
-def test_what_one_or_both_processes_find_ends_both_and_is_told_once(
+def test_what_one_or_both_processes_find_ends_both_and_is_reported_once(
     tmp_path: Path, kind: str, failing: str, code: int, told: str
 ) -> None:
     """A bug in one with its traceback, a mistake in both without. Launchers end the others when the first process fails."""

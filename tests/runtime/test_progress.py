@@ -43,7 +43,7 @@ def test_time_left_follows_from_this_sessions_rate(stderr: io.StringIO, monkeypa
     assert "training 95/100  0:01:40 left" in stderr.getvalue()  # 5 steps took 100 s, 5 are left
 
 
-def test_nothing_is_shown_where_nobody_asked(stderr: io.StringIO) -> None:
+def test_nothing_is_shown_where_nobody_requested_it(stderr: io.StringIO) -> None:
     with progress.show_progress("scoring", total=1, shown=False) as bar:
         bar.advance()
     assert stderr.getvalue() == ""

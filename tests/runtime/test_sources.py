@@ -35,13 +35,13 @@ def test_a_local_model_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["./models/x", "/models/x", "a/b/c", "~/models/x", "", "a b", "..", "models/../x", "a/b/"])
-def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_told_with_where_it_was_looked_for(name: str) -> None:
+def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_reported_with_where_it_was_looked_for(name: str) -> None:
     with pytest.raises(UserError) as error:
         resolve_model(name)
     assert str(Path(name).expanduser().absolute()) in str(error.value)
 
 
-def test_a_model_named_by_its_file_is_told_to_name_the_folder(tmp_path: Path) -> None:
+def test_a_model_named_by_its_file_is_refused_with_the_advice_to_name_the_folder(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.touch()
     with pytest.raises(UserError, match="is a file; name the folder"):
@@ -49,7 +49,7 @@ def test_a_model_named_by_its_file_is_told_to_name_the_folder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "data/none.parquet", "./none", "../data/none", "a/b/c"])
-def test_data_that_are_neither_a_file_nor_a_hub_id_are_told_with_where_they_were_looked_for(name: str) -> None:
+def test_data_that_are_neither_a_file_nor_a_hub_id_are_reported_with_where_they_were_looked_for(name: str) -> None:
     with pytest.raises(UserError) as error:
         resolve_data(name)
     assert str(Path(name).absolute()) in str(error.value)
@@ -77,7 +77,7 @@ def test_a_folder_gives_the_rows_of_all_its_files_in_order(tmp_path: Path) -> No
     assert [row["n"] for _, row in load_rows(str(tmp_path))] == [1, 2, 3]
 
 
-def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path: Path) -> None:
+def test_a_folder_with_splits_gives_only_the_one_requested(tmp_path: Path) -> None:
     write_rows(tmp_path / "train-00000-of-00001.parquet", ROWS[:1])
     write_rows(tmp_path / "test.jsonl", ROWS[1:2])
     write_rows(tmp_path / "more.jsonl", ROWS[2:])
@@ -87,7 +87,7 @@ def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path: Path) -> No
         list(load_rows(str(tmp_path), "validation"))
 
 
-def test_an_empty_folder_is_told_so(tmp_path: Path) -> None:
+def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"there is no .* file in {tmp_path}"):
         list(load_rows(str(tmp_path)))
 
@@ -106,13 +106,13 @@ def test_an_empty_folder_is_told_so(tmp_path: Path) -> None:
         ("empty.parquet", b"", r"empty\.parquet: not a complete Parquet file"),
     ],
 )
-def test_a_damaged_file_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_a_damaged_file_is_reported_with_its_place(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told):
         list(load_rows(str(tmp_path / name)))
 
 
-def test_a_parquet_file_that_is_cut_or_damaged_inside_is_told_so(tmp_path: Path) -> None:
+def test_a_parquet_file_that_is_cut_or_damaged_inside_is_reported(tmp_path: Path) -> None:
     content = write_rows(tmp_path / "whole.parquet", ROWS * 500).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="not a complete Parquet file"):
@@ -122,6 +122,6 @@ def test_a_parquet_file_that_is_cut_or_damaged_inside_is_told_so(tmp_path: Path)
         list(load_rows(str(tmp_path / "damaged.parquet")))
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_told_with_the_reason() -> None:
+def test_a_hub_data_set_that_cannot_be_had_is_reported_with_the_reason() -> None:
     with pytest.raises(UserError, match=r"there is no local file or folder .*split 'train', subset None.*cannot be loaded"):
         list(load_rows("nobody-at-all/no-such-data"))

@@ -140,7 +140,7 @@ def test_a_finished_tracker_has_written_out_all_and_its_folders_may_be_cleaned(t
     assert [row["step"] for row in history(segment)] == [4]
 
 
-def test_a_state_whose_last_line_was_cut_off_goes_on_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
+def test_a_state_whose_last_line_was_cut_off_resumes_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "tracking.jsonl").write_text('{"run_id": "abcd1234"}\n{"saved_step": 2}\n{"saved_st')
     tracker = open_tracker("offline", PROJECT, tmp_path, {})
     log_steps(tracker, [1, 2, 3])

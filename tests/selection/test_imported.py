@@ -90,7 +90,7 @@ def test_a_checkpoint_that_slides_natively_computes_the_same_as_a_hybrid_of_its_
     torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
 
 
-def test_swaa_settings_give_the_layers_that_slide_and_say_what_is_not_taken_over(tmp_path: Path) -> None:
+def test_swaa_settings_give_the_layers_that_slide_and_report_what_is_not_taken_over(tmp_path: Path) -> None:
     swaa = {"sliding_window_size": 2048, "keep_first": 100, "force_fa_decode": True, "non_sliding_layers": [1, 3]}
     found = import_hybrid(written(tmp_path / "swaa.json", swaa), num_layers=6)
     assert (found.layers, found.w_sink, found.w_recent) == ((0, 2, 4, 5), 100, 2048)

@@ -8,7 +8,7 @@ budgets = st.integers(2, 100).flatmap(lambda layers: st.tuples(st.integers(1, la
 
 
 @given(budgets)
-def test_exactly_the_asked_number_of_layers_streams_and_the_last_is_full(budget):
+def test_exactly_the_requested_number_of_layers_streams_and_the_last_is_full(budget):
     n_layers, num_layers = budget
     chosen = periodic_layers(n_layers, num_layers)
     assert len(set(chosen)) == n_layers

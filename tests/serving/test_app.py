@@ -133,7 +133,7 @@ def test_usage_counts_tokens_streamed_and_not(client, checkpoint) -> None:
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_an_answer_without_a_limit_goes_on_until_the_context_is_full(client) -> None:
+def test_an_answer_without_a_limit_continues_until_the_context_is_full(client) -> None:
     prompt = "0123456789abcdefghijklmnop"
     chat = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": prompt}], temperature=0)
     choice = chat.choices[0]
@@ -341,7 +341,7 @@ def test_a_failure_of_the_engine_reaches_its_clients(checkpoint, monkeypatch) ->
         assert isinstance(engine.failure, ZeroDivisionError)
 
 
-def test_what_a_request_leaves_open_is_as_the_generation_config_says(checkpoint) -> None:
+def test_what_a_request_leaves_open_comes_from_the_generation_config(checkpoint) -> None:
     assert checkpoint.sampling == Sampling(0.0, 1.0, 1)
     model = symbol_hybrid()
     model.generation_config.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)

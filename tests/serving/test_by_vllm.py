@@ -36,7 +36,7 @@ def export(folder: Path, config: dict[str, object]) -> Path:
 
 
 @pytest.mark.parametrize("config", [LEARNED, TOKENS, HEADS])
-def test_an_export_that_vllm_computes_is_served_by_it_with_what_was_asked(lt_train, tmp_path, started, config) -> None:
+def test_an_export_that_vllm_computes_is_served_by_it_with_the_options_given(lt_train, tmp_path, started, config) -> None:
     folder = export(tmp_path / "export", config)
     lt_train("serve", folder, "--vllm", sys.executable, "--port", "0", "--kv-budget", "2GiB", "--", "--dtype", "float32")
     command = started[0]
@@ -52,7 +52,7 @@ def test_of_a_run_its_export_is_served(lt_train, tmp_path, started, monkeypatch)
     assert str(made) in started[0]
 
 
-def test_what_vllm_cannot_compute_is_said_and_served_by_the_built_in_engine(lt_train, tmp_path, started) -> None:
+def test_what_vllm_cannot_compute_is_reported_and_served_by_the_built_in_engine(lt_train, tmp_path, started) -> None:
     for folder, reason in (
         (export(tmp_path / "export", OTHER_FAMILY), "model_type: lt_hybrid_glm4: "),
         (export(tmp_path / "windows", TWO_WINDOWS), "w_recent: 8: "),

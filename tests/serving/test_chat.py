@@ -85,7 +85,7 @@ def test_folded_reasoning_is_not_shown_and_stays_in_the_conversation(reasoner: C
     assert not talk.folded
 
 
-def test_the_line_below_an_answer_says_its_rate_and_its_kv_cache(reasoner: Checkpoint) -> None:
+def test_the_line_below_an_answer_reports_its_rate_and_its_kv_cache(reasoner: Checkpoint) -> None:
     talk, shown = conversation(reasoner)
     talk.ask(PROBLEM["problem"])
     _, report = answer_of(shown)
@@ -94,7 +94,7 @@ def test_the_line_below_an_answer_says_its_rate_and_its_kv_cache(reasoner: Check
     assert "KV 620 KiB" in report  # one of eight layers holds 16 tokens
 
 
-def test_a_draft_changes_no_answer_and_is_said_at_the_beginning(symbols: Checkpoint) -> None:
+def test_a_draft_changes_no_answer_and_is_shown_at_the_beginning(symbols: Checkpoint) -> None:
     precise, shown = replace(symbols, model=copy.deepcopy(symbols.model).double()), []
     for draft in (None, DraftOptions(length=3)):
         talk, out = conversation(precise, draft=draft)
@@ -106,7 +106,7 @@ def test_a_draft_changes_no_answer_and_is_said_at_the_beginning(symbols: Checkpo
     assert "\ndraft: all layers stream; it proposes 3 tokens in a round\n" in out.getvalue()
 
 
-def test_the_beginning_says_what_streams(symbols: Checkpoint) -> None:
+def test_the_beginning_reports_what_streams(symbols: Checkpoint) -> None:
     assert symbols.streaming == "1 of 2 layers stream"
     split = HybridSpec.from_streaming_heads([(1,), (0, 1), ()], kv_heads=2, w_sink=2, w_recent=6)
     assert replace(symbols, model=tiny_model(split)).streaming == "3 of 6 KV heads stream"
@@ -126,7 +126,7 @@ def test_each_turn_follows_the_earlier_ones_in_the_models_template(symbols: Chec
     assert prompts[-1] == "be brief\n5\n:"
 
 
-def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(symbols: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_and_the_conversation_continues(symbols: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     talk, shown = conversation(symbols)
     before, step, steps = signal.getsignal(signal.SIGINT), ContinuousBatch.step, []
 
@@ -176,7 +176,7 @@ def test_piped_questions_are_answered_a_line_each(lt_train: Callable[..., tuple[
     assert out.count(" tokens/s") == 2 and out.count("the reasoning is hidden") == 1
 
 
-def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next_one(lt_train, monkeypatch) -> None:
+def test_a_line_that_ends_in_a_backslash_continues_in_the_next_one(lt_train, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(Conversation, "ask", lambda talk, question: asked.append(question))
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo \\\n three\\\nfour\nfive\\\n"))

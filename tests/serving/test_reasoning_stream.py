@@ -21,14 +21,14 @@ def parts(pieces: list[str], prompt: str = "<user>") -> list[tuple[str, bool]]:
 
 @given(cuts=st.lists(st.integers(0, 60), max_size=12), tags=st.sampled_from(REASONING_TAGS))
 @settings(deadline=None)
-def test_reasoning_is_told_from_the_answer_wherever_the_text_is_cut(cuts: list[int], tags) -> None:
+def test_reasoning_is_distinguished_from_the_answer_wherever_the_text_is_cut(cuts: list[int], tags) -> None:
     text = f"{tags.opening}a < b{tags.closing}\nThe <answer"
     places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     pieces = [text[start:end] for start, end in pairwise(places)]
     assert parts(pieces) == [(f"{tags.opening}a < b{tags.closing}", True), ("\nThe <answer", False)]
 
 
-def test_reasoning_that_the_prompt_opens_goes_on_until_its_tag() -> None:
+def test_reasoning_that_the_prompt_opens_continues_until_its_tag() -> None:
     assert parts(["so ", "7</th", "ink>7"], "<|assistant|><think>\n") == [("so 7</think>", True), ("7", False)]
 
 

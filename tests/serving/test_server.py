@@ -88,7 +88,7 @@ def test_the_draft_is_as_the_options_say(lt_train, monkeypatch) -> None:
     assert asked == 2 * [None, DraftOptions(), DraftOptions((1, 5), 4)]
 
 
-def test_it_listens_at_127_0_0_1_unless_told(lt_train, monkeypatch) -> None:
+def test_it_listens_at_127_0_0_1_by_default(lt_train, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, taken, *_: asked.append(taken.getsockname()))
     for host in ([], ["--host", "0.0.0.0"]):

@@ -67,7 +67,7 @@ def test_qwen3_moe_under_zero3_has_the_losses_of_one_process_and_saves_every_exp
 
 
 @pytest.mark.parametrize(("asked_for", "trl", "coefficient"), [(True, {}, 0.5), (False, {}, 0.0), (False, {COEFFICIENT: 0.2}, 0.2)])
-def test_training_adds_the_routers_loss_where_the_bases_config_asks_for_it_and_held_out_losses_lack_it(
+def test_training_adds_the_routers_loss_where_the_bases_config_requests_it_and_held_out_losses_lack_it(
     asked_for: bool, trl: dict[str, float], coefficient: float, tmp_path: Path
 ) -> None:
     def build(router: bool) -> tuple[HybridSFTTrainer, HybridForCausalLM]:

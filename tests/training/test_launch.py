@@ -39,7 +39,9 @@ def test_processes_among_which_the_batch_does_not_divide_are_reported_before_any
         check({}, Process(0, 3, launched=True))
 
 
-def test_one_process_that_sees_several_gpus_is_asked_to_start_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_that_sees_several_gpus_is_refused_with_the_advice_to_start_one_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     with pytest.raises(UserError, match=r"8 GPUs are visible to one process.*--num_gpus 8"):
         check({}, Process(0, 1, launched=False))

@@ -99,7 +99,7 @@ def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str
 
 
 @pytest.mark.parametrize("mode", ["zero3", "zero3-offload-lora"])
-def test_what_zero3_saves_has_every_weight_whole_and_says_what_one_process_trained(
+def test_what_zero3_saves_has_every_weight_whole_as_one_process_trained_it(
     mode: str, two: Path, one: Callable[[str], Path], base: Path
 ) -> None:
     recipe = tiny_training.tiny_recipe(settings_of(mode, two, launched=False))
@@ -131,7 +131,7 @@ def test_dropout_is_not_drawn_by_another_number_of_processes(two: Path, base: Pa
         train_alone(folder, DROPOUT, base)
 
 
-def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_says_otherwise(two: Path) -> None:
+def test_in_bf16_gradients_are_summed_up_in_fp32_unless_deepspeeds_file_sets_otherwise(two: Path) -> None:
     zero2, zero3, bf16_sums = (two / f"{name}, bf16" for name in IN_BF16)
     assert_same_course(zero2, zero3)
     for mine, theirs in zip(steps(zero3), steps(bf16_sums), strict=True):

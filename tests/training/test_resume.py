@@ -158,7 +158,7 @@ def test_how_often_to_save_may_change_on_the_way(train_tiny, train_until) -> Non
     assert train_tiny("run", train={"save_steps": 3, "keep_checkpoints": 5, "eval_steps": 1}).steps == 4
 
 
-def test_a_training_that_ran_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_losses(
+def test_a_training_that_ran_out_of_memory_resumes_with_smaller_micro_batches_and_the_same_losses(
     train_tiny, train_until, tmp_path: Path, uninterrupted: Path
 ) -> None:
     train_until(5, "cut", **TWO_EPOCHS)

@@ -48,7 +48,7 @@ def vllm() -> Iterator[ForkedVllm]:
         yield forked
 
 
-def test_on_a_cpu_a_query_attends_to_what_the_mask_says_it_sees(vllm: ForkedVllm) -> None:
+def test_on_a_cpu_a_query_attends_to_what_the_mask_lets_it_see(vllm: ForkedVllm) -> None:
     cases, difference = vllm.printed("sink_kernels.py", "cpu", BASE)
     assert cases == 18 and difference < 1e-5
 

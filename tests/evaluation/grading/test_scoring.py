@@ -67,6 +67,6 @@ def test_multiple_choice_is_scored_by_its_letter(text: str, extracted: str | Non
         ("copying", 192),
     ],
 )
-def test_benchmarks_that_fix_how_long_an_answer_may_be_say_so(name: str, tokens: int | None) -> None:
+def test_benchmarks_that_fix_how_long_an_answer_may_be_set_the_limit(name: str, tokens: int | None) -> None:
     assert answer_tokens(BENCHMARKS[name]) == tokens
     assert BENCHMARKS[name].truncated_is_incorrect == (tokens is None)
