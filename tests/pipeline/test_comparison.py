@@ -14,7 +14,7 @@ from lt_train.runtime.processes import Process
 
 ALONE = Process(0, 1, launched=False)
 OVERRIDES = ("train=null", "lora=null", "eval=[{benchmark: heldout_loss, batch_size: 4, variants: [converted]}]")
-GRID = ("grid={strategies: [lazy_ratio, periodic, random], ratios: [0.5]}",)
+GRID = ("grid={strategies: [reach, nll, periodic, random], ratios: [0.5]}",)  # nll chooses the layers that reach does
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,13 @@ def test_every_cell_is_a_run_whose_recipe_names_the_layers_that_its_strategy_cho
         "comparison.md",
         "heldout_loss.png",
     ]
+
+
+def test_strategies_that_choose_the_same_layers_share_a_run(runs) -> None:
+    assert sorted(path.name for path in runs.glob("tiny-*-4of8")) == ["tiny-periodic-4of8", "tiny-random-4of8", "tiny-reach-4of8"]
+    text = (runs / "tiny-comparison/comparison.md").read_text()
+    rows = {row.split(" | ")[1]: row.split(" | ")[2:] for row in text.splitlines() if row.startswith("| 4 of 8")}
+    assert rows["reach"] == rows["nll"] != rows["random"]
 
 
 def test_finished_cells_are_not_run_again_and_a_missing_one_is(runs, recipe) -> None:
