@@ -149,15 +149,20 @@ def test_without_a_local_tokenizer_lengths_are_estimated_and_it_is_reported(data
     assert made["model"]["base"] == "base" and made["data"]["max_length"] == 128
 
 
-def test_an_outlier_does_not_decide_the_length(tmp_path, monkeypatch):
+def test_the_length_holds_the_long_samples_and_no_outlier_and_held_out_rows_are_limited(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = rows_of_the_ledger(200)
-    rows[7]["combined_text"] = rows[7]["combined_text"].replace(
-        "<|begin_of_thought|>", "<|begin_of_thought|>" + 500 * "1. x>b8=8\n"
-    )
+    rows = rows_of_the_ledger(700)
+
+    def add_steps(row, count):
+        row["combined_text"] = row["combined_text"].replace("<|begin_of_thought|>", "<|begin_of_thought|>" + count * "1. x>b8=8\n")
+
+    add_steps(rows[7], 500)
+    for row in rows[20:60]:
+        add_steps(row, 10)
     write_rows(Path("rows.jsonl"), rows)
     write_recipe(Path("my.yaml"), str(TINY), "rows.jsonl", None, CPU)
-    assert yaml.safe_load(Path("my.yaml").read_text())["data"]["max_length"] == 192
+    data = yaml.safe_load(Path("my.yaml").read_text())["data"]
+    assert data["max_length"] == 256 and data["heldout"] == 64
 
 
 def test_an_existing_file_is_not_overwritten(lt_train, data):
