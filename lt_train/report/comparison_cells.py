@@ -12,7 +12,7 @@ from lt_train.recipe.schema import FULL
 from lt_train.report.results import BY_HEAD, Result, full_kv_bytes, read_results
 from lt_train.selection.profile import LayerProfile
 
-STATES = {None: "trained", "sft": "trained by SFT", "distilled": "distilled"}
+STATES = {None: "trained", "sft": "SFT", "distilled": "distilled"}
 """Training of a cell -> what the trained hybrid is called."""
 
 

@@ -106,7 +106,7 @@ def _side_by_side(points: Sequence[Point], axes: Axes) -> list[Point]:
     for kept in dict.fromkeys(point.kept for point in points):
         for group in _overlapping([point for point in points if point.kept == kept], radius):
             lines = sorted({point.line for point in group}, key=order.index)
-            step = min(1.25 * marker, 0.7 * free / len(lines))
+            step = min(1.25 * marker, 3 * marker / len(lines), 0.7 * free / len(lines))
             placed += [replace(each, x=kept + step * (lines.index(each.line) - (len(lines) - 1) / 2)) for each in group]
     return sorted(placed, key=lambda point: (order.index(point.line), point.kept))
 

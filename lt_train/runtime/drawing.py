@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -124,7 +125,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist] | None = None, columns:
     """Name what is drawn, below the panels: what has a label in the first, or `handles`."""
     shown = figure.axes[0].get_legend_handles_labels()[0] if handles is None else list(handles)
     labels = [textwrap.fill(str(handle.get_label()), 56 // columns) for handle in shown]
-    lines = -(-sum(label.count("\n") + 1 for label in labels) // columns)
+    lines = max(sum(label.count("\n") + 1 for label in column) for column in np.array_split(labels, columns))
     former, height = figure.bbox.height, figure.bbox.height + _LINE * lines
     figure.set_figheight(height / 72)
     for axes in figure.axes:

@@ -131,8 +131,8 @@ def test_hybrids_trained_by_sft_and_distilled_stand_beside_each_other(recipe, tm
     rows = [row for row in rows if row[0] == "| 4 of 8"]
     assert [" ".join(row[1:3]) for row in rows] == [
         "periodic untrained",
-        "periodic trained by SFT",
-        "full trained by SFT",
+        "periodic SFT",
+        "full SFT",
         "periodic distilled",
         "full distilled",
     ]

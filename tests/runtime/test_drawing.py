@@ -11,6 +11,16 @@ from lt_train.runtime.drawing import COLOURS, PALETTE, add_legend, new_figure, n
 
 
 @styled
+def with_legend_of_columns(*labels: str) -> Figure:
+    figure, (axes,) = new_figure([200.0])
+    for label in labels:
+        axes.plot([1, 2], [0.5, 0.25], label=label)
+    axes.set_xlabel("step")
+    add_legend(figure, columns=2)
+    return figure
+
+
+@styled
 def drawn(label: str = "training", tooltip: str = "0.5 at step 1") -> Figure:
     figure, (axes,) = new_figure([200.0])
     (line,) = axes.plot([1, 2, 3], [0.5, 0.25, 0.125], color=COLOURS["trained"], label=label)
@@ -64,6 +74,14 @@ def test_the_legend_lies_below_and_inside_the_figure(label):
     legend, (axes,) = figure.legends[0].get_window_extent(), figure.axes
     assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width and 0 <= legend.y0 < legend.y1 < axes.bbox.y0
     assert axes.bbox.height > 120
+
+
+def test_a_legend_of_two_columns_has_room_for_the_longer_one():
+    long = "a label that takes two lines of its column"
+    figure = with_legend_of_columns(long, long, "short", "short")
+    to_svg(figure, "losses")
+    (axes,) = figure.axes
+    assert figure.legends[0].get_window_extent().y1 < axes.xaxis.get_tightbbox().y0
 
 
 def test_a_png_replaces_a_former_one_in_one_step(tmp_path):
