@@ -30,15 +30,7 @@ _SECONDS = 60
 def attend_blocks(
     q_BGQD: Tensor, keys: Tensor, values: Tensor, blocks: KeyBlocks, scaling: float, sinks_GQ: Tensor | None
 ) -> Tensor:
-    """Softmax attention of each query to the keys it sees, computed in fp32. Returns out_BGQD in fp32.
-
-    Args:
-        keys, values: of any shape whose last dimension is D.
-        sinks_GQ: learned sinks of the queries.
-
-    Raises:
-        RuntimeError: there is an obstacle to it (`obstacle`).
-    """
+    """As `block_attention.attend_blocks`. Raises RuntimeError: there is an obstacle to it (`obstacle`)."""
     function = _compiled(keys.dtype)
     rows, groups, queries, size = q_BGQD.shape
     q_BGQD = q_BGQD.float().contiguous()

@@ -28,12 +28,7 @@ _LOG2_E = 1.4426950408889634
 def attend_blocks(
     q_BGQD: Tensor, keys: Tensor, values: Tensor, blocks: KeyBlocks, scaling: float, sinks_GQ: Tensor | None
 ) -> Tensor:
-    """Softmax attention of each query to the keys it sees, summed in fp32. Returns out_BGQD in fp32.
-
-    Args:
-        keys, values: of any shape whose last dimension is D.
-        sinks_GQ: learned sinks of the queries.
-    """
+    """As `block_attention.attend_blocks`; of 16-bit keys and values the weights are rounded to them before their product."""
     with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():  # where Triton starts its kernels
         return _attend_blocks(q_BGQD, keys, values, blocks, scaling, sinks_GQ)
 
