@@ -112,7 +112,8 @@ def score_layers(
     """
     from lt_train.hybrid.base_spec import base_spec
     from lt_train.recipe.schema import Hybrid
-    from lt_train.selection.profile import SCORED, profile_layers
+    from lt_train.selection.profile import SCORED
+    from lt_train.selection.scoring import profile_layers
 
     strategies = [strategy] if isinstance(strategy, str) else list(strategy)
     unknown = [name for name in strategies if name not in SCORED]

@@ -130,10 +130,10 @@ def libraries_loaded_with(*names: str) -> set[str]:
 
 
 def test_libraries_that_take_seconds_to_import_are_loaded_when_they_are_needed():
-    """An evaluation would otherwise wait for them in each of its processes, and vLLM for ours before it starts."""
+    """An evaluation would otherwise wait for them in each of its processes, and vLLM and tables for torch."""
     slow = {"trl", "datasets", "matplotlib", "wandb", "deepspeed"}
     assert not slow & libraries_loaded_with("pipeline.run", "pipeline.probing")
-    assert not {"torch", "transformers"} & libraries_loaded_with("commands.serving", "serving.by_vllm")
+    assert not {"torch", "transformers"} & libraries_loaded_with("commands.serving", "serving.by_vllm", "report", "report.results")
     assert {"trl", "datasets"} <= libraries_loaded_with("training.trainer", "dataset.loading")
 
 

@@ -9,7 +9,7 @@ from lt_train.planning.profiling import profile_operations
 from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.planning.workload import Samples, training_work
 from lt_train.runtime.units import format_duration
-from lt_train.selection.gates import POINTS
+from lt_train.selection.quadrature import POINTS
 
 COUNTED = ("profile", "train")
 """Stages whose operations the plan knows. Of the others evaluation alone takes long; how long its answers get is unknown."""

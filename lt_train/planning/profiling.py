@@ -11,8 +11,8 @@ from lt_train.planning.options import shorter_lengths
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import Layer, Linear, ModelShape
 from lt_train.recipe.schema import Recipe
-from lt_train.selection.gates import MOST_POINTS, POINTS
 from lt_train.selection.profile import SCORED
+from lt_train.selection.quadrature import MOST_POINTS, POINTS
 from lt_train.selection.token_losses import TOKENS_PER_CALL
 
 GPUS_OF_A_MACHINE = 8

@@ -12,7 +12,7 @@ from lt_train.planning.setup import Machine
 from lt_train.planning.shape import ModelShape
 from lt_train.runtime.units import format_bytes, format_duration
 from lt_train.selection.chosen import streaming_count
-from lt_train.selection.gates import MOST_POINTS
+from lt_train.selection.quadrature import MOST_POINTS
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 

@@ -6,12 +6,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from lt_train import __version__
-from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.fingerprints import hash_of_json, hash_of_weights
 
 if TYPE_CHECKING:
     from lt_train.dataset.examples import Example
+    from lt_train.hybrid.modeling import HybridForCausalLM
 
 _LIBRARIES = ("torch", "transformers")
 # Config fields that differ between equal models: the source, the version of transformers, the dtype, and what streams, of which
@@ -57,8 +56,9 @@ class Fingerprint:
     versions: dict[str, str]
 
 
-def fingerprint(model: HybridForCausalLM, examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
-    from lt_train.dataset.examples import samples_fingerprint  # loads datasets, which readers of a profile do without
+def fingerprint(model: "HybridForCausalLM", examples: Sequence["Example"], sizes: Sizes, strategies: Sequence[str]) -> Fingerprint:
+    from lt_train.dataset.examples import samples_fingerprint
+    from lt_train.runtime.devices import dtype_name  # loads torch, which readers of a profile do without
 
     spec, config = model.config.spec, {name: x for name, x in model.config.to_dict().items() if name not in _IGNORED_FIELDS}
     if spec.sliding_layers:

@@ -22,16 +22,9 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.views import AttentionView
 from lt_train.inference.partial_logits import tokens_per_part
 from lt_train.runtime.errors import UserError
+from lt_train.selection.quadrature import FINER_POINTS, POINTS
 from lt_train.selection.reach import long_reach_tokens
 from lt_train.selection.token_losses import endpoint_losses, next_token_losses
-
-POINTS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
-"""(value of all gates, weight): Gauss-Legendre quadrature on [0, 1]."""
-PARTS = 3
-FINER_POINTS = tuple(((part + value) / PARTS, weight / PARTS) for part in range(PARTS) for value, weight in POINTS)
-"""The same in each third of the path; the middle point is one of `POINTS`."""
-MOST_POINTS = len({value for value, _ in (*POINTS, *FINER_POINTS)})
-"""At which the gradients of one sample are taken."""
 
 ACCEPTED_GAP = 0.1
 """The largest relative difference of one sample between the sum of its shares by `POINTS` and its measured rise."""

@@ -6,7 +6,6 @@ Shapes: B = 1, H query heads, G key/value heads, T tokens, K keys, D head size, 
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,23 +28,6 @@ def lazy_ratios(model: HybridForCausalLM, input_ids: Sequence[int], sizes: Sizes
     """
     views = run_observed(model, input_ids, lambda _, full: ObservedView(full.documents, full.kernel, sizes=sizes))
     return [view.lazy_ratio for view in views]
-
-
-def most_often_lazy(ratios: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
-    """LightTransfer-Train's choice: the layers that are most often among the `n_layers` laziest layers of a sample.
-
-    `ratios[sample][layer]`. Equal counts are ordered by the mean ratio, then by index; within a sample the lower of two
-    equal layers comes first. The sums are exact (`math.fsum`), so the order of the samples does not matter.
-    """
-    layers = range(len(ratios[0]))
-    votes: Counter[int] = Counter()
-    for ratio_L in ratios:
-        votes.update(
-            sorted(layers, key=[-ratio for ratio in ratio_L].__getitem__)[:n_layers]
-        )  # stable: the lower of equal layers first
-    total_L = [math.fsum(column) for column in zip(*ratios, strict=True)]
-    ranked = sorted(layers, key=lambda layer: (-votes[layer], -total_L[layer], layer))
-    return tuple(sorted(ranked[:n_layers]))
 
 
 @dataclass

@@ -8,7 +8,6 @@ Shape legend: V variants of the model, T tokens of one sample, A answer tokens, 
 W vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -170,13 +169,3 @@ def _logits(model: HybridForCausalLM, hidden_AD: Tensor) -> Tensor:
 
 def _cross_entropies(p_AW: Tensor, logits_AW: Tensor) -> Tensor:
     return logits_AW.logsumexp(dim=-1) - torch.linalg.vecdot(p_AW, logits_AW)
-
-
-def smallest_rise(scores: Sequence[Sequence[float]], n_layers: int) -> tuple[int, ...]:
-    """The `n_layers` layers whose rise, averaged over samples, is smallest; ties go to the lower layer.
-
-    `scores[sample][layer]`. The sums are exact (`math.fsum`), so the order of the samples does not matter.
-    """
-    mean_L = [math.fsum(column) / len(column) for column in zip(*scores, strict=True)]
-    ranked = sorted(range(len(mean_L)), key=lambda layer: (mean_L[layer], layer))
-    return tuple(sorted(ranked[:n_layers]))

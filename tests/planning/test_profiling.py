@@ -18,7 +18,8 @@ from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.units import GIB
-from lt_train.selection.gates import MOST_POINTS, POINTS, gate_shares
+from lt_train.selection.gates import gate_shares
+from lt_train.selection.quadrature import MOST_POINTS, POINTS
 from lt_train.selection.token_losses import Variants
 from tests.support.families import SIZES
 from tests.support.peak_memory import LiveBytes

@@ -11,9 +11,7 @@ from lt_train.inference.loading import load_tokenizer
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from lt_train.selection.gates import (
-    FINER_POINTS,
     LARGEST_GAP,
-    POINTS,
     GateShares,
     check_sum_of_shares,
     describe_sum_of_shares,
@@ -22,6 +20,7 @@ from lt_train.selection.gates import (
     gated_hidden_states,
     relative_gap,
 )
+from lt_train.selection.quadrature import FINER_POINTS, POINTS
 from lt_train.selection.reach import long_reach_tokens
 from lt_train.selection.token_losses import endpoint_losses, next_token_losses
 from tests.support.families import FAMILIES

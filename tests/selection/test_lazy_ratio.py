@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lt_train.selection.fingerprint import Sizes
-from lt_train.selection.lazy_ratio import lazy_ratios, most_often_lazy
+from lt_train.selection.lazy_ratio import lazy_ratios
+from lt_train.selection.ranking import most_often_lazy
 from tests.support.families import FAMILIES
 
 

@@ -11,10 +11,11 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.recipe.schema import Calibration, Hybrid
 from lt_train.runtime.errors import UserError
 from lt_train.selection import gates
-from lt_train.selection import profile as module
+from lt_train.selection import scoring as module
 from lt_train.selection.choose import choose_layers
 from lt_train.selection.gates import LARGEST_GAP
-from lt_train.selection.profile import LayerProfile, profile_layers
+from lt_train.selection.profile import LayerProfile
+from lt_train.selection.scoring import profile_layers
 
 STRATEGIES = ("gates", "reach", "nll", "kl", "lazy_ratio")
 

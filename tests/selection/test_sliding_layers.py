@@ -16,7 +16,8 @@ from lt_train.selection.choose import choose_spec, explicit_heads, explicit_laye
 from lt_train.selection.curve import curve_figure
 from lt_train.selection.fingerprint import Sizes, fingerprint
 from lt_train.selection.picture import profile_figure
-from lt_train.selection.profile import LayerProfile, profile_layers
+from lt_train.selection.profile import LayerProfile
+from lt_train.selection.scoring import profile_layers
 from tests.support.families import BASES as FAMILIES
 
 BASE = HybridSpec(8, (), sliding_layers=(0, 1, 3, 4, 6), sliding_window=4096)

@@ -3,8 +3,8 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from lt_train.selection.ranking import smallest_rise
 from lt_train.selection.stability import LARGEST_LOSS, Stability, compare_halves, describe_stability
-from lt_train.selection.token_losses import smallest_rise
 from tests.support.gates_profiles import profile_of
 
 TRUE_COSTS = np.linspace(0.0, 1.0, 12)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lt_train.selection import token_losses as module
-from lt_train.selection.token_losses import Variants, endpoint_losses, smallest_rise
+from lt_train.selection.ranking import smallest_rise
+from lt_train.selection.token_losses import Variants, endpoint_losses
 from tests.support.families import FAMILIES
 
 

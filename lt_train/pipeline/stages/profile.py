@@ -9,7 +9,8 @@ from lt_train.recipe.evaluations import BASE
 from lt_train.runtime.devices import release_memory
 from lt_train.selection.choose import number_that_stream
 from lt_train.selection.gates import describe_sum_of_shares
-from lt_train.selection.profile import SCORED, LayerProfile, profile_layers
+from lt_train.selection.profile import SCORED, LayerProfile
+from lt_train.selection.scoring import profile_layers
 from lt_train.selection.stability import describe_stability
 
 NAME = "profile"
