@@ -64,6 +64,12 @@ def test_a_runs_hybrid_drafts_for_the_base_with_the_kv_heads_that_stream_in_it(v
     assert list(map(list, made.draft(BASE, eval_config).spec.streaming_heads(kv_heads=2))) == heads
 
 
+def test_layers_named_for_a_draft_are_those_that_stream_in_it(variants):
+    made = variants("eval.0.variants=[base]", "eval.0.draft=streaming", "eval.0.draft_layers=[0, 2]")
+    (eval_config,) = made.recipe.eval
+    assert made.draft(BASE, eval_config).spec.lazy_layers == (0, 2)
+
+
 def test_each_strategy_chooses_the_layers_of_its_own_hybrid_as_many_as_the_recipes_ratio_gives(variants):
     made = variants()
     assert made.spec(CONVERTED) == HybridSpec(4, (1, 2), w_sink=2, w_recent=6)
