@@ -170,7 +170,7 @@ def bench_decode(
     specs = [hybrid_spec(config, ratio, w_sink, w_recent) for ratio in (0, *ratios)]
     num_layers = len(specs[0].full_in_base)
     if vllm is not None:
-        check_vllm(base, vllm)
+        check_vllm(base, vllm, lengths)
     found: dict[tuple[int, ...], list[Throughput]] = {}
     with show_progress("timing", total=len(specs) * len(lengths)) as bar:
         for spec in specs:

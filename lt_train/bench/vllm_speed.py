@@ -4,7 +4,7 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from lt_train.bench.base import Base, RandomBase
+from lt_train.hybrid.context_length import context_length
 from lt_train.inference.servers.vllm_environment import check_vllm_environment
 from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
@@ -34,13 +35,23 @@ class VllmStep:
         return 1000 * self.slots / self.milliseconds
 
 
-def check_vllm(base: Base, python: Path) -> None:
+def check_vllm(base: Base, python: Path, lengths: Sequence[int]) -> None:
     """
+    Args:
+        lengths: tokens of each context.
+
     Raises:
-        UserError: random weights, which are in no folder, or an environment without vLLM or our plugin.
+        UserError: random weights, which are in no folder, a length beyond the model's context, which vLLM refuses, or an
+            environment without vLLM or our plugin.
     """
     if isinstance(base, RandomBase):
         raise UserError(f"{OPTION}: {base.name}: vLLM loads a folder, and random weights are in none. Fix: name a MODEL")
+    context, most = context_length(base.config().to_dict()), max(lengths) + STEPS + 1
+    if most > context:
+        raise UserError(
+            f"--at: {max(lengths):,}: with its new tokens beyond the model's context of {context:,}, and vLLM decodes within it. "
+            f"Fix: set at most {context - STEPS - 1:,}, or leave out {OPTION}"
+        )
     check_vllm_environment(python, OPTION)
 
 

@@ -67,6 +67,10 @@ def test_decode_refuses_what_it_cannot_compare_with(lt_train, tiny_base, tmp_pat
     for given, message in (
         ((tiny_base, "--against", "sglang", fails), "--against: sglang: it is not compared with"),
         (("--shape", tiny_base, "--against", "vllm", fails), "random weights are in none"),
+        (
+            (tiny_base, "--against", "vllm", small, "--at", 8176),
+            "--at: 8,176: with its new tokens beyond the model's context of 8,192",
+        ),
         ((tiny_base, "--against", "vllm", tmp_path / "none"), "not a python that runs"),
         ((tiny_base, "--against", "vllm", fails), "ended with code 3 and no result. Fix its error:\nno module for this CPU"),
         ((tiny_base, "--against", "vllm", small), "--kv-budget: 1 MiB: vLLM holds no sequence of 40 tokens in it. Fix: set more"),
