@@ -3,10 +3,18 @@
 Either ends the command by an exception, so that what it holds is closed: temporary folders, the tracker, processes that it started.
 """
 
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from threading import Timer
 from types import FrameType
+from typing import Any
+
+SECONDS_UNTIL_REPEATED = 0.05
+"""From a signal whose exception Python dropped to the next: enough to be out of what dropped it."""
 
 
 class Interrupted(BaseException):
@@ -29,15 +37,19 @@ class Interrupted(BaseException):
 def raising_interrupted() -> Iterator[None]:
     """While the block runs, SIGINT and SIGTERM raise Interrupted in the main thread. A signal that is ignored stays ignored.
 
-    After a first SIGTERM further ones are ignored: launchers send several, and none may interrupt what the first one began.
+    After a first SIGTERM further ones are ignored: launchers send several, and none may interrupt what the first one began. Python
+    drops an exception that is raised while it destroys an object; the signal of such a one comes again.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _interrupt)
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_repeat_if_dropped, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -70,6 +82,15 @@ def resuming() -> Iterator[None]:
     except Interrupted as stop:
         stop.resumes = True
         raise
+
+
+def _repeat_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    if not isinstance(dropped.exc_value, Interrupted):
+        otherwise(dropped)
+        return
+    number = dropped.exc_value.number
+    signal.signal(number, _interrupt)
+    Timer(SECONDS_UNTIL_REPEATED, os.kill, (os.getpid(), number)).start()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

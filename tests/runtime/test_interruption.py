@@ -49,6 +49,20 @@ def test_a_second_sigterm_does_not_end_the_cleanup_after_the_first() -> None:
     assert cleaned
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_an_object_is_destroyed_is_not_lost(number: int) -> None:
+    """Python drops every exception there."""
+
+    class Destroyed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(Interrupted) as stopped, raising_interrupted():
+        Destroyed()
+        time.sleep(5)
+    assert stopped.value.number == number
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with raising_interrupted():
