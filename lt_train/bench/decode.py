@@ -27,7 +27,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.packed_weights import obstacle_to_packing
 from lt_train.inference.runner import ModelRunner
-from lt_train.inference.step_graphs import STEPS_BEFORE_CAPTURE
+from lt_train.inference.step_graphs import STEPS_BEFORE_CAPTURE, until_captured
 from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import show_progress
@@ -87,9 +87,7 @@ def throughput(
     fill(store, slots, context)
     runner = ModelRunner(model, store, prefill_chunk=1)
     ids = [1] * slots
-    if runner.graphs is not None:
-        for _ in range(STEPS_BEFORE_CAPTURE + 1):
-            runner.step(ids)
+    until_captured(runner.graphs, lambda: runner.step(ids))
     times = []
     for _ in range(TIMED_STEPS):
         started = time.perf_counter()

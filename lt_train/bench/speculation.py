@@ -29,6 +29,7 @@ from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import KVStore, kv_sizes
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.runner import ModelRunner
+from lt_train.inference.step_graphs import until_captured
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.units import MIB, format_bytes
 
@@ -189,8 +190,10 @@ def time_rounds(model: HybridForCausalLM, draft: Draft, context: int, budget: in
         held.keys.normal_()
         held.values.normal_()
     runner = ModelRunner(model, store, prefill_chunk=1)
-    drafting = median_seconds(lambda: runner.draft([1] * slots, length // 2))
-    return RoundTimes(slots, drafting, median_seconds(lambda: runner.verify([[1] * (length + 1)] * slots)))
+    passes = (lambda: runner.draft([1] * slots, length // 2), lambda: runner.verify([[1] * (length + 1)] * slots))
+    for run in passes:
+        until_captured(runner.graphs, run)
+    return RoundTimes(slots, *map(median_seconds, passes))
 
 
 def pass_limit(rates: Rates, model: HybridForCausalLM, spec: HybridSpec, context: int, slots: int, tokens: int) -> float:

@@ -78,6 +78,12 @@ class StepGraphs:
         return step.run(ids_BT, first)
 
 
+def until_captured(graphs: StepGraphs | None, step: Callable[[], object]) -> None:
+    """Run a kind of step until a graph runs it; where there are no graphs, not once."""
+    for _ in range(0 if graphs is None else STEPS_BEFORE_CAPTURE + 1):
+        step()
+
+
 class CapturedStep:
     """One kind of step. What differs from run to run lies in one tensor, so that one copy brings it to the GPU."""
 

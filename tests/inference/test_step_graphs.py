@@ -11,7 +11,7 @@ from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import KVStore
 from lt_train.inference.runner import ModelRunner
-from lt_train.inference.step_graphs import StepGraphs
+from lt_train.inference.step_graphs import StepGraphs, until_captured
 from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
 
 SPECS = {
@@ -83,19 +83,32 @@ def test_answers_are_those_of_steps_that_python_runs(kind: str, drafted: int | N
     assert repeats[0].captured > 1 and repeats[0].runs > 20
 
 
-def test_a_kind_of_step_is_captured_once_and_after_several_steps() -> None:
+def repeating_runner() -> tuple[ModelRunner, Repeats]:
+    """With one sequence of three tokens."""
     model = tiny_model(SPECS["layers"])
-    store = KVStore(model, slots=2, pages=8)
+    store = KVStore(model, slots=1, pages=8)
     repeats, runner = Repeats(store), ModelRunner(model, store, 8)
     runner.graphs = StepGraphs(store, runner._forward, repeats.capture)
     store.admit(30)
     runner.prefill([(0, [1, 2, 3])])
+    return runner, repeats
+
+
+def test_a_kind_of_step_is_captured_once_and_after_several_steps() -> None:
+    runner, repeats = repeating_runner()
     for _ in range(step_graphs.STEPS_BEFORE_CAPTURE):
         runner.step([4])
     assert repeats.captured == 0
     for _ in range(3):
         runner.step([4])
     assert (repeats.captured, repeats.runs) == (1, 3)
+
+
+def test_what_is_timed_is_captured_before() -> None:
+    runner, repeats = repeating_runner()
+    until_captured(runner.graphs, lambda: runner.step([4]))
+    assert (repeats.captured, repeats.runs) == (1, 1)
+    until_captured(None, pytest.fail)
 
 
 def test_what_was_prepared_for_the_next_step_is_not_used_after_pages_changed() -> None:
@@ -126,12 +139,7 @@ def test_what_was_prepared_for_the_next_step_is_not_used_after_pages_changed() -
 def test_graphs_not_used_for_long_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
     monkeypatch.setattr(step_graphs, "STEPS_BEFORE_CAPTURE", 0)
-    model = tiny_model(SPECS["full"])
-    store = KVStore(model, slots=1, pages=8)
-    repeats, runner = Repeats(store), ModelRunner(model, store, 8)
-    runner.graphs = StepGraphs(store, runner._forward, repeats.capture)
-    store.admit(30)
-    runner.prefill([(0, [1, 2, 3])])
+    runner, repeats = repeating_runner()
     captured = []
     for tokens in (1, 2, 1, 3, 1, 2):
         runner.verify([[4] * tokens])
