@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 
+from lt_train.export.granite_swa import is_granite_swa
 from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.export.verify import Check
 from lt_train.hybrid.configuration import HybridConfig
@@ -28,7 +29,7 @@ def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtyp
     sections = [
         _title(metadata, config),
         _layers(metadata, config),
-        _how_to_load(own_code),
+        _how_to_load(config, own_code),
         _kv_cache(config, dtype),
         _data(metadata),
         _training(metadata),
@@ -147,10 +148,16 @@ _STOCK = (
     "An ordinary checkpoint: no code of its own. In vLLM: `vllm serve FOLDER --model-impl transformers` (vLLM's own classes of "
     "this architecture do not take mixed layer types)."
 )
+_GRANITE_SWA = (
+    "An ordinary checkpoint of GraniteSWA, whose layers have windows and learned sinks: no code of its own. In vLLM 0.32 or later: "
+    f"`vllm serve FOLDER --max-num-batched-tokens {CHUNK}`. transformers computes its attention eagerly by default, in memory that grows "
+    'with the square of a prompt\'s length: on a GPU load it with `attn_implementation="flex_attention"`.'
+)
 
 
-def _how_to_load(own_code: bool) -> str:
-    return f"## How to load\n\n```python\n{loading_code(own_code=own_code)}```\n\n{_OWN_CODE if own_code else _STOCK}"
+def _how_to_load(config: HybridConfig, own_code: bool) -> str:
+    how = _OWN_CODE if own_code else _GRANITE_SWA if is_granite_swa(config) else _STOCK
+    return f"## How to load\n\n```python\n{loading_code(own_code=own_code)}```\n\n{how}"
 
 
 def _kv_cache(config: HybridConfig, dtype: torch.dtype) -> str:

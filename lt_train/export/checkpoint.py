@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lt_train.export.card import loading_code, model_card
 from lt_train.export.code_files import hybrid_code
 from lt_train.export.configs import exported_config, exported_generation_config, needs_own_code
+from lt_train.export.granite_swa import GraniteSWAWeights, is_granite_swa
 from lt_train.export.manifest import content_fingerprint, is_exported, make_manifest
 from lt_train.export.metadata import ExportMetadata
 from lt_train.export.room import lacking_room
@@ -134,10 +135,11 @@ def _describe(
 
 def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max_shard_size: int) -> None:
     """Files and index as transformers' save_pretrained names them, a shard at a time."""
-    shapes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in hybrid.parameters.items()}
+    stored = GraniteSWAWeights(hybrid) if is_granite_swa(hybrid.skeleton.config) else hybrid
+    shapes = {name: torch.empty_like(weight, dtype=dtype, device="meta") for name, weight in stored.parameters.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        weights = {name: hybrid.weight(name, dtype) for name in names}
+        weights = {name: stored.weight(name, dtype) for name in names}
         try:
             save_file(weights, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # which has no errno

@@ -10,6 +10,7 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from lt_train.export.code_files import entry_module
+from lt_train.export.granite_swa import granite_swa_config, is_granite_swa
 from lt_train.hybrid.configuration import (
     HybridConfig,
     HybridMinistralConfig,
@@ -34,18 +35,22 @@ _NOT_STOCK = {"model_type", "architectures", "auto_map", "transformers_version"}
 
 
 def needs_own_code(config: HybridConfig) -> bool:
-    """Sinks, layers of which some KV heads stream, and windows of two sizes are known to no stock class, and a window in some
+    """Sink tokens, layers of which some KV heads stream, and windows of two sizes are known to no stock class, and a window in some
     layers to few."""
     spec = config.spec
     own = config.learned_sinks or spec.split_layers or spec.sliding_layers
-    return config.w_sink > 0 or bool(own) or type(config) not in STOCK
+    return not is_granite_swa(config) and (config.w_sink > 0 or bool(own) or type(config) not in STOCK)
 
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:
     """The config.json of an export of `model`, as a new object."""
-    config = _with_own_code(model) if needs_own_code(model.config) else stock_config(model.config)
+    config = _with_own_code(model) if needs_own_code(model.config) else _stock_config(model)
     config.dtype = dtype
     return config
+
+
+def _stock_config(model: HybridForCausalLM) -> PreTrainedConfig:
+    return granite_swa_config(model) if is_granite_swa(model.config) else stock_config(model.config)
 
 
 def stock_config(config: HybridConfig) -> PreTrainedConfig:

@@ -149,6 +149,7 @@ def load_hybrid(
     config: PreTrainedConfig | None = None,
     revision: str | None = None,
     attention_kernel: str = "auto",
+    surplus: str | None = None,
     **from_pretrained: Any,
 ) -> HybridForCausalLM:
     """Load a base model's weights into the hybrid class, without a second copy in memory or on disk.
@@ -157,6 +158,7 @@ def load_hybrid(
         base: folder or hub id of the base model.
         spec: one in which nothing streams gives the base itself. A base has no learned sinks: they are 0.
         config: the base's config, to override the one in its folder.
+        surplus: how the names of weights end that the base has, and the hybrid has not.
         from_pretrained: arguments of transformers' `from_pretrained`, for example `device_map`.
 
     Raises:
@@ -164,7 +166,7 @@ def load_hybrid(
     """
     base_config = AutoConfig.from_pretrained(base, revision=revision) if config is None else config
     config = hybrid_config(base_config, spec)
-    model = _load(base, config, new=_LEARNED_SINKS, dtype=dtype, revision=revision, **from_pretrained)
+    model = _load(base, config, new=_LEARNED_SINKS, surplus=surplus, dtype=dtype, revision=revision, **from_pretrained)
     model.set_attention_kernel(attention_kernel)
     return model
 
@@ -229,14 +231,20 @@ def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
 _LEARNED_SINKS = ".self_attn.sinks.weight"
 
 
-def _load(source: str | Path, config: HybridConfig, *, new: str | None = None, **from_pretrained: Any) -> HybridForCausalLM:
-    """`new`: how the names of weights end that are not in the source."""
+def _load(
+    source: str | Path, config: HybridConfig, *, new: str | None = None, surplus: str | None = None, **from_pretrained: Any
+) -> HybridForCausalLM:
+    """
+    Args:
+        new: how the names of weights end that are not in the source. surplus: of those that only the source has.
+    """
     with _without_report():
         model, info = family_of(config).model_class.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
         )  # mismatched sizes raise an error below, which names them
-    if new is not None:
-        info["missing_keys"] = {name for name in info["missing_keys"] if not name.endswith(new)}
+    for kind, ending in (("missing_keys", new), ("unexpected_keys", surplus)):
+        if ending is not None:
+            info[kind] = {name for name in info[kind] if not name.endswith(ending)}
     _check_weights(str(source), config, info, fix="restore the config.json or the weights of this folder")
     return model.eval()
 

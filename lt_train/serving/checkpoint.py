@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.granite_swa import GraniteSWAConfig
 
 from lt_train.export.checkpoint import exported_tokenizer
+from lt_train.export.granite_swa import load_granite_swa
 from lt_train.export.manifest import damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
@@ -113,6 +115,8 @@ def _export(folder: Path) -> Checkpoint:
     with bar_if_it_takes_long(source):
         if is_hybrid(config):
             model = load_hybrid_checkpoint(folder, dtype=dtype, device_map=device_map())
+        elif config.model_type == GraniteSWAConfig.model_type:
+            model = load_granite_swa(folder, config, dtype=dtype, device_map=device_map())
         else:
             spec, base = _without_window(config)
             model = load_hybrid(folder, spec, dtype=dtype, config=base, device_map=device_map())

@@ -28,6 +28,10 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")
 """By the `model_type` of a base or of an export without its prefix: those that differ from vLLM's Llama in what model.py knows."""
 
 
+COMPUTED_BY_VLLM = ("granite_swa",)
+"""By `model_type`: exports that are checkpoints of a class that vLLM computes as it is, windows and sinks of its layers included."""
+
+
 def serves_family(model_type: str) -> bool:
     return model_type.removeprefix("lt_hybrid_") in FAMILIES
 
@@ -35,8 +39,10 @@ def serves_family(model_type: str) -> bool:
 def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: a family other than those of FAMILIES, or a config with sliding layers of the base.
+        ValueError: neither an export that vLLM computes as it is nor one of FAMILIES, or a config with sliding layers of the base.
     """
+    if config.model_type in COMPUTED_BY_VLLM:
+        return
     if not serves_family(config.model_type):
         raise ValueError(
             f"model_type: {config.model_type}: lt_train's plugin computes {', '.join(FAMILIES)} by vLLM's Llama classes, and this "

@@ -23,9 +23,17 @@ from lt_train.hybrid.families import HybridQwen3ForCausalLM
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support import processes
-from tests.support.families import FAMILIES
+from tests.support.families import BASES, FAMILIES
 from tests.support.repository import ENVIRONMENT
-from tests.support.tiny_exports import END, TEMPLATE, exports_are_not_checked, metadata, tiny_hybrid, tiny_tokenizer
+from tests.support.tiny_exports import (
+    END,
+    TEMPLATE,
+    exports_are_not_checked,
+    metadata,
+    tiny_hybrid,
+    tiny_hybrid_with_learned_sinks,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +119,14 @@ def test_an_export_without_sinks_is_an_ordinary_checkpoint(family, model_type, t
     assert type(stock).__module__.startswith("transformers.models")
     largest = logits(model).abs().max()
     assert (logits(stock) - logits(model)).abs().max() <= 1e-5 * largest
+
+
+def test_an_export_with_learned_sinks_is_an_ordinary_checkpoint_of_granite_swa(tmp_path):
+    folder = export(tiny_hybrid_with_learned_sinks(BASES["qwen2"]), tmp_path / "export", dtype=torch.bfloat16)
+    check, card = read_manifest(folder).check, (folder / "README.md").read_text()
+    assert check.model_class == "GraniteSWAForCausalLM" and check.dtype == "bfloat16" and not list(folder.glob("*.py"))
+    assert check.logits_difference <= check.tolerance < min(check.faults.values()) and check.tokens > 0
+    assert "trust_remote_code" not in card and "`vllm serve FOLDER --max-num-batched-tokens 1024`" in card
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from lt_train.runtime.run_paths import EXPORT_MANIFEST, RunPaths
 from lt_train.serving import by_vllm
 
 LEARNED = {"model_type": "lt_hybrid_qwen3", "w_sink": 0, "learned_sinks": True}
+GRANITE_SWA = {"model_type": "granite_swa"}
 TOKENS = {"model_type": "lt_hybrid_qwen3", "w_sink": 4}
 HEADS = {"model_type": "lt_hybrid_qwen3", "w_sink": 4, "streaming_kv_heads": [[0], []]}
 OTHER_FAMILY = {"model_type": "lt_hybrid_glm4", "w_sink": 4}
@@ -35,7 +36,7 @@ def export(folder: Path, config: dict[str, object]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", [LEARNED, TOKENS, HEADS])
+@pytest.mark.parametrize("config", [LEARNED, GRANITE_SWA, TOKENS, HEADS])
 def test_an_export_that_vllm_computes_is_served_by_it_with_the_options_given(lt_train, tmp_path, started, config) -> None:
     folder = export(tmp_path / "export", config)
     lt_train("serve", folder, "--vllm", sys.executable, "--port", "0", "--kv-budget", "2GiB", "--", "--dtype", "float32")

@@ -1,15 +1,18 @@
-"""The tiny reasoner as a hybrid of every kind that servers compute, exports of it, and questions for it."""
+"""The tiny reasoner as a hybrid of every kind that servers compute, exports of it, and questions for it.
+
+GRANITE_SWA is a Llama with random weights instead, which reads the same tokens: the reasoner is a Qwen3, and no GraniteSWA.
+"""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.export.weights import in_memory
-from lt_train.hybrid.loading import load_hybrid
+from lt_train.hybrid.loading import build_hybrid, load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.requests import Request, Sampling, sample_seed
@@ -21,9 +24,11 @@ from tests.support.tiny_exports import exports_are_not_checked, metadata
 BASE = REPOSITORY / "data/tiny-reasoner"
 PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
 LAZY = (1, 3, 5, 7)
+GRANITE_SWA = "learned sinks, GraniteSWA"
 SPECS = {
     "no sinks": HybridSpec(8, LAZY, 0, 28),
     "learned sinks": HybridSpec(8, LAZY, 0, 28, learned_sinks=True),
+    GRANITE_SWA: HybridSpec(4, (1, 3), 0, 28, learned_sinks=True),
     "sink tokens": HybridSpec(8, LAZY, 4, 28),
     "KV heads": HybridSpec(8, (1, 5), 0, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
     "KV heads, sink tokens": HybridSpec(8, (1, 5), 4, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
@@ -34,11 +39,22 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
 
 def hybrid(kind: str) -> HybridForCausalLM:
     """Learned sinks have logits so large that answers change where they are left out."""
-    model = load_hybrid(BASE, SPECS[kind])
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        model = load_hybrid(BASE, SPECS[kind]) if kind != GRANITE_SWA else _random_llama(SPECS[kind])
         for logits_H in learned_sinks(model).values():
             torch.nn.init.uniform_(logits_H, 0, 4)
+    return model
+
+
+def _random_llama(spec: HybridSpec) -> HybridForCausalLM:
+    """Its weights are so large that answers depend on every token in sight."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    config = LlamaConfig(**sizes, vocab_size=268, num_hidden_layers=spec.num_layers, eos_token_id=STOP[0], pad_token_id=0)
+    model = build_hybrid(config, spec).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(5)
     return model
 
 

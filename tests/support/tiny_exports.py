@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.hybrid.loading import build_hybrid
@@ -38,12 +39,24 @@ def tiny_hybrid(
 ) -> HybridForCausalLM:
     """Random weights, made large enough that a token more or less in sight changes what is generated."""
     spec = on_base(base_of(family), HybridSpec(4, lazy, w_sink, w_recent, split_layers=split))
-    model = build_hybrid(base_of(family), spec).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
+    return _enlarged(build_hybrid(base_of(family), spec))
+
+
+def tiny_hybrid_with_learned_sinks(base: PreTrainedConfig) -> HybridForCausalLM:
+    """The same with learned sinks; they and all biases are random."""
+    model = _enlarged(build_hybrid(base, HybridSpec(4, (1, 3), 0, 7, learned_sinks=True)))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", ".sinks.weight")):
+            nn.init.normal_(parameter)
     return model
+
+
+@torch.no_grad()
+def _enlarged(model: HybridForCausalLM) -> HybridForCausalLM:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(5)
+    return model.eval()
 
 
 def metadata(**changed) -> ExportMetadata:

@@ -24,6 +24,7 @@ from lt_train.recipe.schema import Model, Prompt
 from lt_train.runtime.errors import UserError
 from tests.support.streaming_reasoner import (
     BASE,
+    GRANITE_SWA,
     GREEDY,
     SPECS,
     STOP,
@@ -37,7 +38,7 @@ from tests.support.vllm_python import ForkedVllm, forked_vllm, printed_in_the_in
 
 pytestmark = pytest.mark.slow
 
-KINDS = ["no sinks", "learned sinks", "sink tokens", "KV heads, sink tokens"]
+KINDS = ["no sinks", "learned sinks", GRANITE_SWA, "sink tokens", "KV heads, sink tokens"]
 """A server computes single KV heads without sinks, in inference/servers/test_real_servers.py."""
 MIB = 2**20
 
@@ -133,10 +134,11 @@ def test_answers_are_the_engines_and_those_from_cached_prefixes_too(answers: Ans
         assert answers.texts("no sinks", cached=False) != expected
 
 
-def test_answers_without_sinks_are_those_of_the_stock_class(answers: Answers) -> None:
+@pytest.mark.parametrize("kind", ["no sinks", GRANITE_SWA])
+def test_answers_of_a_stock_class_are_those_of_transformers(answers: Answers, kind: str) -> None:
     few = answers.requests[:3]
-    texts = by_transformers(answers.exports["no sinks"], answers.tokenizer, few)
-    assert texts.items() <= answers.texts("no sinks", cached=False).items()
+    texts = by_transformers(answers.exports[kind], answers.tokenizer, few)
+    assert texts.items() <= answers.texts(kind, cached=False).items()
 
 
 @pytest.mark.parametrize("kind", KINDS)

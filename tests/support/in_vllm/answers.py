@@ -18,7 +18,7 @@ from lt_train.vllm_plugin.command import server_command
 def engine(folder: str) -> LLM:
     """With the class that `lt-train serve --vllm` names."""
     command = server_command(Path(folder), [])
-    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    overrides = json.loads(command[command.index("--hf-overrides") + 1]) if "--hf-overrides" in command else None
     chunked = dict(max_num_batched_tokens=32, max_num_seqs=16, enable_chunked_prefill=True, enable_prefix_caching=True)
     sizes = dict(dtype="float32", max_model_len=2048, block_size=32, kv_cache_memory_bytes=2**28)
     return LLM(model=folder, hf_overrides=overrides, enforce_eager=True, **chunked, **sizes)
