@@ -149,9 +149,9 @@ _STOCK = (
     "this architecture do not take mixed layer types)."
 )
 _GRANITE_SWA = (
-    "An ordinary checkpoint of GraniteSWA, whose layers have windows and learned sinks: no code of its own. In vLLM 0.32 or later: "
-    f"`vllm serve FOLDER --max-num-batched-tokens {CHUNK}`. transformers computes its attention eagerly by default, in memory that grows "
-    'with the square of a prompt\'s length: on a GPU load it with `attn_implementation="flex_attention"`.'
+    "An ordinary checkpoint of GraniteSWA, whose layers have windows and learned sinks: no code of its own. In vLLM, 0.32 or "
+    f"later: `vllm serve FOLDER --max-num-batched-tokens {CHUNK}`. transformers, 5.19 or later, holds all scores of a layer in "
+    'memory by default; on a GPU `attn_implementation="flex_attention"` does not.'
 )
 
 

@@ -1,7 +1,7 @@
 """A hybrid with learned sinks as a checkpoint of GraniteSWA, the stock class whose layers have windows and sinks.
 
-GraniteSWA is Granite, which with all multipliers at 1 is Llama, and with biases Qwen2. So transformers and vLLM compute such a hybrid
-by their own classes. GraniteSWA has sinks in its full layers as well, which here leave the probabilities as they are.
+GraniteSWA is Granite, which with all multipliers at 1 is Llama, and with biases Qwen2. So transformers and vLLM compute such a
+hybrid by their own classes. GraniteSWA has sinks in its full layers as well, which here leave the probabilities as they are.
 """
 
 from pathlib import Path

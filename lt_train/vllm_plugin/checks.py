@@ -28,8 +28,8 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")
 """By the `model_type` of a base or of an export without its prefix: those that differ from vLLM's Llama in what model.py knows."""
 
 
-COMPUTED_BY_VLLM = ("granite_swa",)
-"""By `model_type`: exports that are checkpoints of a class that vLLM computes as it is, windows and sinks of its layers included."""
+VLLMS_OWN = ("granite_swa",)
+"""The `model_type` of exports that vLLM's own class computes, with the windows and sinks of their layers."""
 
 
 def serves_family(model_type: str) -> bool:
@@ -41,7 +41,7 @@ def check_served(config: Any) -> None:
     Raises:
         ValueError: neither an export that vLLM computes as it is nor one of FAMILIES, or a config with sliding layers of the base.
     """
-    if config.model_type in COMPUTED_BY_VLLM:
+    if config.model_type in VLLMS_OWN:
         return
     if not serves_family(config.model_type):
         raise ValueError(

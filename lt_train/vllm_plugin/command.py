@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from lt_train.vllm_plugin.checks import COMPUTED_BY_VLLM, check_served
+from lt_train.vllm_plugin.checks import VLLMS_OWN, check_served
 
 CHUNK = 1024
 """Tokens that a step computes at most (`--max-num-batched-tokens`): streaming layers hold as many beside their window, and vLLM's
@@ -30,7 +30,7 @@ def server_command(export: Path, options: Sequence[str]) -> list[str]:
         raise ValueError(f"{export}: no checkpoint: {error.strerror}: config.json. Fix: name an export") from error
     check_served(SimpleNamespace(**config))
     ours = ["--max-num-batched-tokens", str(CHUNK)]
-    if config["model_type"] not in COMPUTED_BY_VLLM:
+    if config["model_type"] not in VLLMS_OWN:
         family = config["model_type"].removeprefix("lt_hybrid_").capitalize()
         ours += ["--hf-overrides", json.dumps({"architectures": [f"Hybrid{family}ForCausalLM"]})]
     # Not the command `vllm`: the CPU build's does not start, for it looks for a package named vllm.

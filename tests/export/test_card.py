@@ -78,6 +78,14 @@ def test_the_card_states_which_server_loads_the_export():
     assert other in olmo and by_plugin not in olmo and "vLLM, with blocks" not in olmo
 
 
+def test_the_card_of_granite_swa_states_how_vllm_and_transformers_load_it_without_our_code():
+    config = build_hybrid(base_of("qwen2"), HybridSpec(4, (1,), 0, 7, learned_sinks=True)).config
+    text = model_card(metadata(), config, torch.float32, CHECK, own_code=False)
+    assert "An ordinary checkpoint of GraniteSWA" in text and "`vllm serve FOLDER --max-num-batched-tokens 1024`" in text
+    assert "trust_remote_code" not in text and "custom_code" not in text and "--model-impl" not in text
+    assert "vLLM, with blocks of 16 tokens" in text
+
+
 def test_local_folders_are_named_without_their_path_and_not_as_hub_ids(tmp_path):
     base, data = tmp_path / "bases/mine", tmp_path / "data/traces.jsonl"
     base.mkdir(parents=True)

@@ -1,13 +1,15 @@
 """docs/families.md says of each family what the code has."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
 from lt_train.export.configs import STOCK
+from lt_train.export.granite_swa import is_granite_swa
 from lt_train.hybrid import configuration, families
 from lt_train.hybrid.families import BASES
-from lt_train.hybrid.loading import build_hybrid
+from lt_train.hybrid.loading import build_hybrid, hybrid_config
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.loading import with_rope_scaling
 from lt_train.inference.trained_weights import check_restorable
@@ -77,6 +79,13 @@ def test_the_table_of_features_has_a_dash_where_a_family_lacks_one(feature):
     for said, family_names in zip(row[1:-1], COLUMNS.values(), strict=True):
         for family in family_names:
             assert works(family, feature) == (said not in ("–", "the base's")), family
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - {"gpt_oss"}))
+def test_the_first_table_names_what_an_export_with_learned_sinks_is(family):
+    config, (row,) = CONFIGS[family], (row for row in table("# Families of base models") if f"`{family}`" in row[0])
+    spec = replace(on_base(config, HybridSpec(4, (1, 3), 0, 7)), learned_sinks=True)
+    assert ("`granite_swa`" in row[3]) == is_granite_swa(hybrid_config(config, spec))
 
 
 def test_every_family_is_in_the_first_table_and_in_a_column():
