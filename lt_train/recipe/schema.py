@@ -161,7 +161,7 @@ class Hybrid(Part):
     strategy; granularity is then kv_head."""
     sink: Literal["tokens", "learned"] = Field(default="tokens", json_schema_extra=ADDED)
     """What a streaming layer has at the start of a sequence. tokens: the first w_sink tokens. learned: a logit for each query head
-    in the softmax's denominator, as in gpt-oss: no tokens, and stock kernels know it, so that the export of a Llama, Mistral, Qwen2,
+    in the softmax's denominator, as in gpt-oss: no tokens, and stock kernels know it, so the export of a Llama, Mistral, Qwen2,
     Seed-OSS or Granite base is a checkpoint of a stock class. The logits are fitted when the base is converted, and trained with
     everything else."""
     w_sink: Natural = 4
