@@ -15,6 +15,9 @@ SLIDING_LAYERS_VERSION = "4"
 FULL = "full_attention"
 STREAMING = "sliding_attention"  # the name in transformers and vLLM for a layer with a window
 
+GRANITE_SWA = "granite_swa"
+"""The `model_type` of the stock class whose layers have windows and learned sinks."""
+
 
 class HybridError(ValueError):
     """A request that a hybrid cannot compute correctly. The message names the setting, the problem and the fix."""

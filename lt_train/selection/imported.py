@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.hybrid.kv_size import kv_heads
-from lt_train.hybrid.spec import FULL, STREAMING
+from lt_train.hybrid.spec import FULL, GRANITE_SWA, STREAMING
 from lt_train.runtime.errors import UserError
 from lt_train.selection.choose import explicit_heads, number_by_ratio
 from lt_train.selection.chosen import numbers
@@ -122,7 +122,7 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
         _count(path, "w_sink", settings.get("w_sink", 0), least=0),
         _count(path, "sliding_window", window),
         len(kinds),
-        learned_sinks=settings.get("learned_sinks") is True,
+        learned_sinks=settings.get("learned_sinks") is True or settings.get("model_type") == GRANITE_SWA,
         heads=_heads_of_config(path, settings),
     )
     return found if "w_sink" in settings else replace(found, remarks=(remark,))

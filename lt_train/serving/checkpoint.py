@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.granite_swa import GraniteSWAConfig
 
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.granite_swa import load_granite_swa
@@ -13,7 +12,7 @@ from lt_train.export.manifest import damaged_files, read_manifest
 from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_config
 from lt_train.hybrid.modeling import HybridForCausalLM
-from lt_train.hybrid.spec import FULL, HybridSpec
+from lt_train.hybrid.spec import FULL, GRANITE_SWA, HybridSpec
 from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config, load_tokenizer
 from lt_train.inference.requests import Sampling
@@ -115,7 +114,7 @@ def _export(folder: Path) -> Checkpoint:
     with bar_if_it_takes_long(source):
         if is_hybrid(config):
             model = load_hybrid_checkpoint(folder, dtype=dtype, device_map=device_map())
-        elif config.model_type == GraniteSWAConfig.model_type:
+        elif config.model_type == GRANITE_SWA:
             model = load_granite_swa(folder, config, dtype=dtype, device_map=device_map())
         else:
             spec, base = _without_window(config)

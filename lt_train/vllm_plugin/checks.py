@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lt_train.hybrid.spec import HybridSpec
+from lt_train.hybrid.spec import GRANITE_SWA, HybridSpec
 
 VERSION = "0.32"
 """The version of vLLM whose classes the plugin extends."""
@@ -28,10 +28,6 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")
 """By the `model_type` of a base or of an export without its prefix: those that differ from vLLM's Llama in what model.py knows."""
 
 
-VLLMS_OWN = ("granite_swa",)
-"""The `model_type` of exports that vLLM's own class computes, with the windows and sinks of their layers."""
-
-
 def serves_family(model_type: str) -> bool:
     return model_type.removeprefix("lt_hybrid_") in FAMILIES
 
@@ -39,9 +35,10 @@ def serves_family(model_type: str) -> bool:
 def check_served(config: Any) -> None:
     """
     Raises:
-        ValueError: neither an export that vLLM computes as it is nor one of FAMILIES, or a config with sliding layers of the base.
+        ValueError: neither GraniteSWA, which vLLM's own class computes, nor one of FAMILIES, or a config with sliding layers of
+            the base.
     """
-    if config.model_type in VLLMS_OWN:
+    if config.model_type == GRANITE_SWA:
         return
     if not serves_family(config.model_type):
         raise ValueError(

@@ -1,7 +1,7 @@
 """vLLM's server for an export, in vLLM's own environment: python -m lt_train.vllm_plugin.command EXPORT [options of vLLM]
 
 vLLM's own class for an export without sinks is not enough: its Qwen2 does not know `layer_types` and runs full attention in every
-layer, silently. So the class of every export is named, but for those that vLLM computes as they are.
+layer, silently. So the class of every export is named, but of GraniteSWA, which vLLM's own class computes.
 """
 
 import json
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from lt_train.vllm_plugin.checks import VLLMS_OWN, check_served
+from lt_train.hybrid.spec import GRANITE_SWA
+from lt_train.vllm_plugin.checks import check_served
 
 CHUNK = 1024
 """Tokens that a step computes at most (`--max-num-batched-tokens`): streaming layers hold as many beside their window, and vLLM's
@@ -30,7 +31,7 @@ def server_command(export: Path, options: Sequence[str]) -> list[str]:
         raise ValueError(f"{export}: no checkpoint: {error.strerror}: config.json. Fix: name an export") from error
     check_served(SimpleNamespace(**config))
     ours = ["--max-num-batched-tokens", str(CHUNK)]
-    if config["model_type"] not in VLLMS_OWN:
+    if config["model_type"] != GRANITE_SWA:
         family = config["model_type"].removeprefix("lt_hybrid_").capitalize()
         ours += ["--hf-overrides", json.dumps({"architectures": [f"Hybrid{family}ForCausalLM"]})]
     # Not the command `vllm`: the CPU build's does not start, for it looks for a package named vllm.

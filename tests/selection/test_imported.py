@@ -63,8 +63,11 @@ def test_a_hybrid_of_ours_gives_its_sinks_too(tmp_path: Path) -> None:
     ours = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 12, "w_sink": 4}
     written(tmp_path / "config.json", ours)
     assert as_part(import_hybrid(tmp_path).as_recipe()).w_sink == 4
-    written(tmp_path / "config.json", ours | {"w_sink": 0, "learned_sinks": True})
-    assert as_part(import_hybrid(tmp_path).as_recipe()).sink == "learned"
+    granite_swa = {"model_type": "granite_swa", "layer_types": ours["layer_types"], "sliding_window": 12}
+    for learned in (ours | {"w_sink": 0, "learned_sinks": True}, granite_swa):
+        written(tmp_path / "config.json", learned)
+        part = as_part(import_hybrid(tmp_path).as_recipe())
+        assert (part.sink, part.w_sink, part.w_recent) == ("learned", 0, 12)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
