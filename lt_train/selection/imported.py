@@ -116,13 +116,16 @@ def _from_layer_types(path: Path, settings: dict[str, Any]) -> ImportedHybrid:
     layers = [layer for layer, kind in enumerate(kinds) if kind == STREAMING]
     split = settings.get("streaming_kv_heads") is not None
     remark = "model.base: a copy of the checkpoint whose config.json has full attention (docs/choosing.md, 'Hybrids of others')"
+    has_sinks = settings.get("model_type") == GRANITE_SWA
+    if has_sinks:
+        remark = "model.base: the model that this was made from, for a checkpoint of GraniteSWA is no base"
     found = ImportedHybrid(
         "layer_types of transformers",
         _checked(path, "layer_types", layers, len(kinds), may_be_empty=split),
         _count(path, "w_sink", settings.get("w_sink", 0), least=0),
         _count(path, "sliding_window", window),
         len(kinds),
-        learned_sinks=settings.get("learned_sinks") is True or settings.get("model_type") == GRANITE_SWA,
+        learned_sinks=has_sinks or settings.get("learned_sinks") is True,
         heads=_heads_of_config(path, settings),
     )
     return found if "w_sink" in settings else replace(found, remarks=(remark,))

@@ -68,6 +68,7 @@ def test_a_hybrid_of_ours_gives_its_sinks_too(tmp_path: Path) -> None:
         written(tmp_path / "config.json", learned)
         part = as_part(import_hybrid(tmp_path).as_recipe())
         assert (part.sink, part.w_sink, part.w_recent) == ("learned", 0, 12)
+    assert "a checkpoint of GraniteSWA is no base" in import_hybrid(tmp_path).as_recipe()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
