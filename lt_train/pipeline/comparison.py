@@ -4,6 +4,7 @@ Every cell is a run of its own, with its own folder: a killed comparison resumes
 are scored once for each seed, in the run that also evaluates the base; the cells name what streams.
 """
 
+import glob
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +21,16 @@ from lt_train.hybrid.kv_size import kv_heads
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.loading import load_base_config
 from lt_train.pipeline.run import work
+from lt_train.pipeline.run_folder import recipe_of
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
-from lt_train.recipe.schema import FULL, PER_PROMPT, Eval, Grid, Recipe
+from lt_train.recipe.schema import FULL, PER_PROMPT, Eval, Grid, Hybrid, Recipe
 from lt_train.report.comparison import write_comparison
 from lt_train.report.comparison_cells import Cell, Comparison
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.selection.choose import number_by_ratio, unscored_layers
+from lt_train.selection.choose import choose_spec, number_by_ratio, unscored_layers
 from lt_train.selection.profile import SCORED, LayerProfile
 
 QUICK_SAMPLES, QUICK_LIMIT = 16, 64
@@ -130,7 +132,7 @@ def _compare(task: Task) -> Comparison:
     profile = LayerProfile.load(path) if (path := RunPaths(base_run).layer_profile).exists() else None
     cells: list[Cell] = []
     for cell in chain.from_iterable(_by_training(task, cell) for cell in _cells(task, counts, profile)):
-        same = next((known for known in cells if _are_one_run(task, known, cell)), None)
+        same = next((known for known in cells if _are_one_run(known, cell)), None)
         cells.append(replace(cell, run=same.run) if same else cell)
         if same is None:
             task.work(_cell_overrides(task, cell))
@@ -160,18 +162,39 @@ def _cells(task: Task, counts: Sequence[int], profile: LayerProfile | None) -> I
 def _by_training(task: Task, cell: Cell) -> Iterator[Cell]:
     """The cell once for each way to train it."""
     for training in [None] if cell.strategy == PER_PROMPT else task.trainings:
-        run = cell.run.with_name(f"{cell.run.name}-{training}") if training == "distilled" else cell.run
-        yield replace(cell, training=training, run=run)
+        suffix = f"-{training}" if training == "distilled" else ""
+        trained = replace(cell, training=training, run=cell.run.with_name(f"{cell.run.name}{suffix}"))
+        yield _of_full_attention(task, trained, suffix) if cell.strategy == FULL else trained
 
 
-def _are_one_run(task: Task, first: Cell, second: Cell) -> bool:
-    """Whether the same streams, or the same is trained with full attention, and is trained in the same way."""
-    if first.training != second.training:
-        return False
-    if FULL in (first.strategy, second.strategy):
-        alike = first.trained_as == second.trained_as or trains_any_alike(task.recipe, first.training)
-        return first.strategy == second.strategy and alike
-    return first.spec.streams and first.spec == second.spec
+def _of_full_attention(task: Task, cell: Cell, suffix: str) -> Cell:
+    """The cell with the folder of its training, and with the layers that this was begun with, whatever else is compared now.
+
+    A training that does not depend on these has one folder, which earlier versions named after the first ratio.
+    """
+    run, trained_as = cell.run, cell.trained_as
+    if trains_any_alike(task.recipe, cell.training):
+        named_after_ratios = sorted(run.parent.glob(f"{glob.escape(task.recipe.name)}-{FULL}-as-*of*[0-9]{suffix}"))
+        finished = (each for each in named_after_ratios if RunPaths(each).marker("train").exists())
+        run = run.with_name(f"{task.recipe.name}-{FULL}{suffix}")
+        run = run if run.exists() else next(finished, run)
+        trained_as = replace(task.base, lazy_layers=task.base.full_in_base[:1])
+    begun = _begun_with(run)
+    if begun is not None and (begun.layers or begun.streaming_kv_heads):
+        trained_as = choose_spec(begun, task.base, task.kv_heads, task.recipe.seed)
+    return replace(cell, run=run, trained_as=trained_as)
+
+
+def _begun_with(run: Path) -> Hybrid | None:
+    """What streams by the recipe of a run; None where there is no such run."""
+    paths = RunPaths(run)
+    return recipe_of(paths).hybrid if paths.recipe.is_file() else None
+
+
+def _are_one_run(first: Cell, second: Cell) -> bool:
+    """Whether the same streams and is trained in the same way, or both are the one training of full attention."""
+    same = first.run == second.run or (first.spec.streams and first.spec == second.spec)
+    return same and first.training == second.training
 
 
 def trains_any_alike(recipe: Recipe, training: str | None = None) -> bool:
@@ -225,13 +248,20 @@ def _quick_overrides(recipe: Recipe) -> list[str]:
 
 
 def _base_overrides(task: Task) -> list[str]:
-    """The run that scores the layers by every strategy that looks at the model, and evaluates the base."""
-    first, *others = task.scored or ["periodic"]
+    """The run that scores the layers by every strategy that looks at the model, and evaluates the base.
+
+    One that was begun for other ratios, or for further strategies, serves these too.
+    """
+    name = f"{task.recipe.name}-base"
+    begun = _begun_with(task.runs / name)
+    known = [begun.strategy, *begun.compare] if begun is not None and begun.strategy is not None else []
+    first, *others = [*known, *(each for each in task.scored if each not in known)] or ["periodic"]
+    ratio = (begun and begun.lazy_layer_ratio) or task.grid.ratios[0]  # no score depends on it
     return [
-        f"name={task.recipe.name}-base",
+        f"name={name}",
         *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"),
         *(f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
-        f"hybrid.lazy_layer_ratio={task.grid.ratios[0]}",
+        f"hybrid.lazy_layer_ratio={ratio}",
         *UNTRAINED,
         *_variants(task.recipe, [BASE]),
     ]

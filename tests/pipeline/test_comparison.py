@@ -106,14 +106,35 @@ def test_full_attention_trained_alike_stands_beside_the_hybrids(recipe, tmp_path
     base, _, trained, alike = rows
     assert base[-1] == alike[-1] != trained[-1]  # KV cache
     assert float(alike[3].split(" ± ")[0]) < float(trained[3].split(" ± ")[0])
-    more = (*overrides, "grid.ratios=[0.5, 0.75]", "lora.layers=all", "name=more")
-    rows = (compare(recipe, more, False, tmp_path, ALONE) / "comparison.md").read_text().splitlines()
-    assert [row.split(" | ")[0] for row in rows if " | full | " in row] == ["| 4 of 8", "| 6 of 8"]
-    assert [path.name for path in tmp_path.glob("more-full-*")] == ["more-full-as-4of8"]
     with pytest.raises(UserError, match=r"grid\.strategies: full: no hybrid that it is trained as\. Fix: name a strategy"):
         load_recipe(recipe, ["grid.strategies=[full, per_prompt]"])
     with pytest.raises(UserError, match=r"--strategies: full: nothing is trained"):
         compare(recipe, (*OVERRIDES, "grid.strategies=[periodic, full]"), False, tmp_path, ALONE)
+
+
+def test_full_attention_whose_training_depends_on_no_layers_is_trained_once_whatever_else_is_compared(recipe, tmp_path) -> None:
+    """In one folder for all ratios, strategies and granularities; also in one that an earlier version named after a ratio."""
+
+    def full_rows(*grid: str) -> list[str]:
+        evaluation = "eval=[{benchmark: heldout_loss, batch_size: 4, limit: 4}]"
+        out = compare(recipe, (evaluation, "train.max_steps=1", *STEADY[1:], *grid), False, tmp_path, ALONE)
+        return [row.split(" | ")[0] for row in (out / "comparison.md").read_text().splitlines() if " | full | " in row]
+
+    first = ("grid={strategies: [gates, lazy_ratio, full], ratios: [0.75]}", "lora.layers=all")
+    assert full_rows(*first) == ["| 6 of 8"]
+    trained = tmp_path / "tiny-full/stages/train.json"
+    before = trained.stat().st_mtime_ns
+    heads = "grid={strategies: [full], granularities: [kv_head], ratios: [0.5]}"
+    assert full_rows("lora.layers=all", heads) == ["| 4 of 8"]
+    assert trained.stat().st_mtime_ns == before
+
+    old = (tmp_path / "tiny-full").rename(tmp_path / "tiny-full-as-6of8")
+    as_begun = yaml.safe_load((old / "recipe.yaml").read_text()) | {"name": old.name}
+    as_begun["hybrid"]["layers"] = [0, 1, 2, 3, 5, 7]
+    (old / "recipe.yaml").write_text(yaml.safe_dump(as_begun))
+    assert full_rows("lora.layers=all", heads) == ["| 4 of 8"]
+    assert [path.name for path in tmp_path.glob("tiny-full*")] == [old.name]
+    assert (old / "stages/train.json").stat().st_mtime_ns == before
 
 
 def test_hybrids_trained_by_sft_and_distilled_stand_beside_each_other(recipe, tmp_path, lt_train) -> None:
