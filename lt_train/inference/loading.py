@@ -34,9 +34,10 @@ from lt_train.hybrid.spec import FULL, HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.inference.sinks_file import read_sinks
 from lt_train.inference.text import check_stop_tokens
+from lt_train.recipe.reasoning_tags import REASONING_TAGS
 from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.devices import compute_device, compute_dtype
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, shortened
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.sources import resolve_model
 
@@ -153,17 +154,39 @@ def load_tokenizer(model: Model, stop_token: str | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def check_vocabulary(model: Model, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(
+    model: Model, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> None:
     """
+    Args:
+        chat_template: the recipe's own; None: it uses the tokenizer's.
+
     Raises:
-        UserError: the tokenizer has tokens that the model has no embedding for, or lacks one that ends answers.
+        UserError: the tokenizer has tokens that the model has no embedding for, or lacks one that ends answers. The model may have
+            more embeddings than there are tokens, as many bases do whose number is rounded up.
     """
     check_stop_tokens(eos_ids(model), tokenizer, model.base)
-    if len(tokenizer) > config.vocab_size:
+    missing = _without_embedding(config.vocab_size, tokenizer, str(chat_template or tokenizer.chat_template))
+    if missing:
+        count, (token, token_id) = max(missing.values()) + 1, min(missing.items(), key=lambda token: token[1])
         raise UserError(
-            f"model.base: {model.base}: its tokenizer has {len(tokenizer):,} tokens, the model embeds {config.vocab_size:,}. Fix: "
-            "remove the tokens that were added to the tokenizer, or resize the model's embeddings"
+            f"model.base: {model.base}: its tokenizer needs {count:,} embeddings, and the model has {config.vocab_size:,}, none "
+            f"for {shortened(token)} (token {token_id}). Fix: remove the tokens that were added to the tokenizer, or save the "
+            f"base with embeddings for them: model.resize_token_embeddings({count}) in transformers"
         )
+
+
+def _without_embedding(vocab_size: int, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, int]:
+    """The tokens that texts may have and the model does not embed.
+
+    Special tokens that only programs write are passed over: Gemma 3's tokenizer has one for images, which its text models lack.
+    """
+    beyond = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    tags = {tag for each in REASONING_TAGS for tag in (each.opening, each.closing)}
+    unwritten = {token for token in special - ends - tags if token not in chat_template}
+    return {token: token_id for token, token_id in beyond.items() if token not in unwritten}
 
 
 def eos_ids(model: Model) -> list[int]:

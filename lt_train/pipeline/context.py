@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lt_train.dataset.chat_template import ChatTemplate
 from lt_train.dataset.examples import Example, ExampleSet, calibration_examples
 from lt_train.dataset.texts import text_examples
 from lt_train.hybrid.context_length import context_length
@@ -78,7 +79,10 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model, self.recipe.prompt.stop_token)
+        tokenizer = load_tokenizer(self.recipe.model, self.recipe.prompt.stop_token)
+        own = None if self.recipe.prompt.chat_template is None else ChatTemplate(tokenizer, self.recipe.prompt).text
+        check_vocabulary(self.recipe.model, self.base_config, tokenizer, own)
+        return tokenizer
 
     @cached_property
     def examples(self) -> ExampleSet:
@@ -87,7 +91,6 @@ class RunContext:
             return ExampleSet((), (), {})
         from lt_train.dataset.loading import load_examples  # loads datasets
 
-        check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         examples = load_examples(
             self.recipe.data,
             self.recipe.prompt,
@@ -111,7 +114,6 @@ class RunContext:
             return calibration_examples(self.examples, calibration, seed)
         from lt_train.dataset.loading import check_context
 
-        check_vocabulary(self.recipe.model, self.base_config, self.tokenizer)
         check_context(data, self._context_length)
         longest = min(calibration.max_length or data.max_length, data.max_length)
         return text_examples(calibration.source, self.tokenizer, samples=calibration.samples, max_length=longest, seed=seed)

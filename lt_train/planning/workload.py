@@ -118,15 +118,17 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Sampl
     if not isinstance(resolve_data(recipe.data.traces), Path):
         return None
     from lt_train.dataset.loading import training_lengths
-    from lt_train.inference.loading import eos_ids, has_local_tokenizer, load_tokenizer
+    from lt_train.inference.loading import check_vocabulary, eos_ids, has_local_tokenizer, load_tokenizer
 
     if not has_local_tokenizer(recipe.model):
         return None
 
+    tokenizer = load_tokenizer(recipe.model, recipe.prompt.stop_token)
+    check_vocabulary(recipe.model, base_config, tokenizer)
     lengths = training_lengths(
         recipe.data,
         recipe.prompt,
-        load_tokenizer(recipe.model, recipe.prompt.stop_token),
+        tokenizer,
         model_max_length=context_length(base_config.to_dict()),
         seed=recipe.seed,
         eos_ids=eos_ids(recipe.model),

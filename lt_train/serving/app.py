@@ -107,11 +107,8 @@ class Answering:
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer(_encodable(prompt, "prompt"))["input_ids"])
-        unknown = [token_id for token_id in prompt if not 0 <= token_id < self.vocab_size]
-        if unknown:
-            raise ApiError(400, f"prompt: {unknown[0]}: no token id; there are 0 to {self.vocab_size - 1:,}", param="prompt")
-        return tuple(prompt)
+            return self._embedded(self.tokenizer(_encodable(prompt, "prompt"))["input_ids"], "prompt")
+        return self._embedded(prompt, "prompt")
 
     def conversation_ids(self, body: ChatRequest) -> tuple[int, ...]:
         try:
@@ -120,7 +117,15 @@ class Answering:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
-        return tuple(self.tokenizer(_encodable(str(text), "messages"), add_special_tokens=False)["input_ids"])
+        ids = self.tokenizer(_encodable(str(text), "messages"), add_special_tokens=False)["input_ids"]
+        return self._embedded(ids, "messages")
+
+    def _embedded(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """Refuses ids that are none of the model's, which a tokenizer may have."""
+        unknown = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
+        if unknown is not None:
+            raise ApiError(400, f"{param}: {unknown}: no token id; there are 0 to {self.vocab_size - 1:,}", param=param)
+        return tuple(ids)
 
     async def reply(self, kind: Kind, body: AnswerRequest, prompts: Sequence[tuple[int, ...]], http: HTTPRequest) -> Response:
         self.check_model(body.model)

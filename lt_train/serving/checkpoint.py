@@ -14,7 +14,7 @@ from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_co
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, GRANITE_SWA, HybridSpec
 from lt_train.inference.engine import Engine, default_budget
-from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config, load_tokenizer
+from lt_train.inference.loading import bar_if_it_takes_long, check_vocabulary, device_map, load_base_config, load_tokenizer
 from lt_train.inference.requests import Sampling
 from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
@@ -107,9 +107,9 @@ def _export(folder: Path) -> Checkpoint:
         raise UserError(
             f"{folder}: {', '.join(damaged)}: missing, or of another size than exported. Fix: export or download it again"
         )
-    source = Model(base=str(folder))
+    source, config = Model(base=str(folder)), read_config(folder)
     tokenizer = load_tokenizer(source)
-    config = read_config(folder)
+    check_vocabulary(source, config, tokenizer)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) and computes_in_bf16() else torch.float32
     with bar_if_it_takes_long(source):
         if is_hybrid(config):

@@ -234,12 +234,21 @@ def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_
     assert "its generation config cannot be loaded" in refused(eos_ids, Model(base=str(base)))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused_unless_only_programs_write_them() -> None:
     model = Model(base="data/tiny-reasoner")
     config, tokenizer = load_base_config(model), load_tokenizer(model)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # of Gemma 3, whose text models do not embed it
     check_vocabulary(model, config, tokenizer)
-    tokenizer.add_tokens([f"<extra{number}>" for number in range(config.vocab_size)])
-    with pytest.raises(UserError, match=r"model\.base: data/tiny-reasoner: its tokenizer has"):
+    for template, added, named in (
+        ("{{ '<image_soft_token>' }}", [], "<image_soft_token>"),
+        (None, ["<think>"], "<think>"),
+    ):
+        tokenizer.add_tokens(added, special_tokens=True)
+        with pytest.raises(UserError, match=rf"its tokenizer needs \d+ embeddings, and the model has 268, none for {named} "):
+            check_vocabulary(model, config, tokenizer, template)
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["pineapple"])
+    with pytest.raises(UserError, match=r"needs 269 embeddings, and the model has 268, none for pineapple \(token 268\)"):
         check_vocabulary(model, config, tokenizer)
 
 

@@ -258,6 +258,19 @@ def test_a_prompt_that_cannot_be_answered_is_refused(url, kind, body, message) -
     assert (reply.status_code, message in reply.json()["error"]["message"]) == (400, True), reply.text
 
 
+def test_a_text_with_a_token_that_the_model_does_not_embed_is_refused(checkpoint) -> None:
+    """As Gemma 3's tokenizer has one for images, which its text models lack."""
+    tokenizer = symbol_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    with served(replace(checkpoint, tokenizer=tokenizer)) as (url, _):
+        for kind, body in (
+            ("completions", {"prompt": "1<image>"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "<image>"}]}),
+        ):
+            reply = httpx2.post(f"{url}/v1/{kind}", json={"model": NAME, **body})
+            assert reply.status_code == 400 and "41: no token id; there are 0 to 40" in reply.text
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"", b"[" * 100_000])
 def test_a_body_that_is_no_json_is_refused(url, content) -> None:
     reply = httpx2.post(f"{url}/v1/completions", content=content, headers={"content-type": "application/json"})
