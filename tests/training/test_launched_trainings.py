@@ -1,5 +1,6 @@
 """Two processes that train together, mostly under DeepSpeed: the losses of one process, complete weights, kills and resumes."""
 
+import os
 import shutil
 import signal
 import time
@@ -10,10 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from rich.console import Console
 from transformers import Qwen3ForCausalLM
 
-from lt_train.inference.trained_weights import load_trained
+from lt_train.hybrid.loading import load_hybrid
+from lt_train.pipeline.context import RunContext
+from lt_train.pipeline.run_folder import RunFolder
+from lt_train.pipeline.stages.export import hybrid_on_disk
+from lt_train.recipe.evaluations import TRAINED
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.processes import Process
+from lt_train.training.checkpoints import last_valid_checkpoint
 from tests.support import tiny_training
 from tests.support.launched_training import deepspeed_file, train_in_ranks
 from tests.support.processes import exit_code, start_ranks
@@ -99,17 +109,57 @@ def test_two_processes_have_the_course_of_one_with_double_accumulation(mode: str
 
 
 @pytest.mark.parametrize("mode", ["zero3", "zero3-offload-lora"])
-def test_what_zero3_saves_has_every_weight_whole_as_one_process_trained_it(
-    mode: str, two: Path, one: Callable[[str], Path], base: Path
+def test_an_export_of_what_zero3_trained_has_every_weight_as_one_process_trains_it(
+    mode: str, two: Path, one: Callable[[str], Path], base: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_training.tiny_recipe(settings_of(mode, two, launched=False))
-    load = tiny_training.hybrid_from(base)
-    mine, single = (load_trained(recipe, folder / "final", load, torch.float32).model for folder in (two / mode, one(mode)))
-    assert {n: w.shape for n, w in mine.state_dict().items()} == {n: w.shape for n, w in single.state_dict().items()}
-    input_ids = torch.randint(2, tiny_training.VOCABULARY, (2, 20))
-    with torch.no_grad():
-        assert (mine(input_ids).logits - single(input_ids).logits).abs().max() < 1e-2
-        assert (mine(input_ids).logits - load(torch.float32)(input_ids).logits).abs().max() > 0.02, "it was trained"
+    mine, alone = (exported_weights(mode, folder, base, tmp_path / folder.parent.name) for folder in (two / mode, one(mode)))
+    untrained, changed = dict(load_hybrid(base, tiny_training.SPEC).named_parameters()), set()
+    assert mine.keys() == alone.keys() == untrained.keys()
+    for name, weight in mine.items():
+        step = (alone[name] - untrained[name]).abs().max()
+        assert (weight - alone[name]).abs().max() <= max(1e-6, 0.05 * step), name
+        changed |= {name} if step > 1e-3 else set()
+    assert len(changed) > 6
+
+
+def exported_weights(mode: str, training: Path, base: Path, root: Path) -> dict[str, torch.Tensor]:
+    """By name, as `lt-train export` reads them from the files of a finished training."""
+    settings = {**settings_of(mode, root, launched=False), "model": {"base": str(base)}}
+    recipe = tiny_training.tiny_recipe(settings)
+    context = RunContext(recipe, RunFolder(recipe, root), Console(quiet=True), Process(0, 1, launched=False))
+    context.variants.choose(None)
+    shutil.copytree(training / "final", context.paths.trained)
+    hybrid = hybrid_on_disk(context, TRAINED)
+    return {name: hybrid.weight(name, torch.float32) for name in hybrid.parameters}
+
+
+def test_a_process_killed_while_zero3_gathers_weights_leaves_the_checkpoint_before(base: Path, tmp_path: Path) -> None:
+    settings = settings_of("zero3", tmp_path, launched=True)
+    ranks = start_ranks(train_and_die_in_the_second_gathering, tmp_path / "killed", settings, base, outputs=tmp_path)
+    codes, printed = [exit_code(process, seconds=90) for process in ranks], (tmp_path / "0.txt").read_text()
+    assert codes[1] == -signal.SIGKILL and codes[0] > 0, printed
+    assert "in _zero3_consolidated_16bit_state_dict" in printed, "the other process was gathering, too"
+    found = last_valid_checkpoint(tmp_path / "killed", print)
+    assert found is not None and found.step == 2
+    assert not list((tmp_path / "killed").glob("*4")) and not (tmp_path / "killed/final").exists()
+
+
+def train_and_die_in_the_second_gathering(folder: Path, settings: dict[str, Any], base: Path) -> None:
+    gather, enter = DeepSpeedEngine._zero3_consolidated_16bit_state_dict, GatheredParameters.__enter__
+    gatherings, modules = [], []
+
+    def counted(engine: DeepSpeedEngine, *given: Any, **named: Any) -> Any:
+        gatherings.append(engine)
+        return gather(engine, *given, **named)
+
+    def entered(parameters: GatheredParameters) -> Any:
+        modules.extend([parameters] if len(gatherings) == 2 else [])
+        if len(modules) > 8 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return enter(parameters)
+
+    DeepSpeedEngine._zero3_consolidated_16bit_state_dict, GatheredParameters.__enter__ = counted, entered
+    tiny_training.train_each({folder: settings}, base, EXAMPLES)
 
 
 def test_without_deepspeed_another_number_of_processes_resumes_to_the_same_losses(two: Path, base: Path, tmp_path: Path) -> None:
