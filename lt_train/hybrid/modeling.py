@@ -108,6 +108,7 @@ class HybridBody(OwnAttention):
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
+    tp_plan: dict[str, str]
 
     def __init__(self, config: HybridConfig) -> None:
         self.attention_kernel = AUTO
@@ -119,6 +120,8 @@ class HybridBody(OwnAttention):
         if config.learned_sinks:
             for layer in config.spec.lazy_layers:
                 self.layers[layer].self_attn.sinks = LearnedSinks(config.num_attention_heads)
+        if config.learned_sinks or config.spec.split_layers:  # they name heads, and each process would compute a part of these
+            self.tp_plan = {name: style for name, style in self.tp_plan.items() if ".self_attn." not in name}
 
     @property
     def spec(self) -> HybridSpec:
