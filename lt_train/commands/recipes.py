@@ -85,11 +85,10 @@ def plan(
     quiet_upstream()
     from lt_train.planning.as_json import plan_as_json
     from lt_train.planning.plan import plan_recipe
-    from lt_train.planning.setup import Machine
+    from lt_train.planning.setup import Machine, gpu_memory_bytes
     from lt_train.planning.table import show_plan
-    from lt_train.runtime.units import GIB
 
-    made = plan_recipe(checked, Machine(gpus, int(gpu_memory * GIB), cpu, tflops, efficiency), samples, mean_tokens, runs)
+    made = plan_recipe(checked, Machine(gpus, gpu_memory_bytes(gpu_memory), cpu, tflops, efficiency), samples, mean_tokens, runs)
     if as_json:
         print_json(plan_as_json(made))
     else:

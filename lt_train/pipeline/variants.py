@@ -38,7 +38,7 @@ from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.fingerprints import file_hash, hash_of
 from lt_train.runtime.run_paths import MANIFEST, RunPaths
 from lt_train.selection.choose import choose_layers, choose_spec, number_that_stream
-from lt_train.selection.chosen import Chosen, nearest_number_of_layers, recorded, spec_of
+from lt_train.selection.chosen import Chosen, nearest_number_of_layers, read_chosen, recorded, spec_of
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
 
@@ -113,7 +113,7 @@ class Variants:
         base = base_spec(self.base_config.to_dict(), hybrid.scored_w_sink, hybrid.w_recent)
         if variant == BASE:
             return base
-        chosen = read_json(self.paths.layers, "choice of layers")[CONVERTED if variant == TRAINED else variant]
+        chosen = read_chosen(self.paths.layers)[CONVERTED if variant == TRAINED else variant]
         learned = hybrid.sink == "learned"
         return spec_of(chosen, base.num_layers, self.kv_heads, hybrid.w_sink, hybrid.w_recent, learned).on(base)
 

@@ -90,6 +90,8 @@ def survey_data(
         raise faulty.error(source, f"{len(rows):,} rows")
     if not lengths:
         raise UserError(f"data.source: {source}: no answer in it is verified. Fix: give data with verified answers")
+    if len(lengths) < 2:
+        raise UserError(f"data.source: {source}: one sample of it can be trained on: too few. Fix: give at least two")
     if not reasoning:
         opening, closing = known_tags(None)[0].opening, known_tags(None)[0].closing
         raise UserError(

@@ -18,6 +18,9 @@ BF16 = 2
 GPU_GIB = 80
 """Memory of a GPU where this machine has none."""
 
+MOST_GIB = 10**6
+"""Of one GPU: more is a mistake."""
+
 ZERO_DEFAULT = 10**9
 """DeepSpeed's default of `live_parameters` and `sub_group` (deepspeed/runtime/zero/config.py)."""
 
@@ -55,13 +58,24 @@ class Machine:
         return self.memory if self.cpu else int(self.memory * USABLE)
 
 
+def gpu_memory_bytes(gib: float) -> int:
+    """--gpu-memory in bytes.
+
+    Raises:
+        UserError: no memory of a GPU, such as NaN.
+    """
+    if not 0 < gib <= MOST_GIB:
+        raise UserError(f"--gpu-memory: {gib:g}: not above 0 and at most {MOST_GIB:,}. Fix: set it to the GiB of one GPU")
+    return int(gib * GIB)
+
+
 def machine_here(gpus: int | None, gpu_memory: float | None) -> Machine:
     """The machine to plan for: GPUs as given, else those that are here, else this machine's CPU."""
     if gpus is None and gpu_memory is None and not torch.cuda.is_available():
         return Machine(1, psutil.virtual_memory().available, cpu=True)
     here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else GPU_GIB * GIB
     count = (torch.cuda.device_count() or 1) if gpus is None else gpus
-    return Machine(count, here if gpu_memory is None else int(gpu_memory * GIB))
+    return Machine(count, here if gpu_memory is None else gpu_memory_bytes(gpu_memory))
 
 
 @dataclass(frozen=True)

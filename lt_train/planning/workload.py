@@ -14,6 +14,9 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.sources import load_rows, resolve_data
 
+MOST_SAMPLES = 10**8
+"""A plan holds the length of each in memory."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -97,6 +100,8 @@ def training_samples(
             f"{source}: {count}: data.heldout takes {recipe.data.heldout} samples, none is left to train on. Fix: give more "
             "samples, or lower data.heldout"
         )
+    if left > MOST_SAMPLES:
+        raise UserError(f"{source}: {count:,}: more than {MOST_SAMPLES:,}. Fix: plan for fewer samples; the hours grow with them")
     if mean is None:
         return Samples(
             [recipe.data.max_length] * left,

@@ -1,5 +1,6 @@
 """The contents of a report, read from run folders."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lt_train.report.stages import FinishedStage, described, finished_stages, mi
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import RunPaths
-from lt_train.selection.chosen import Chosen
+from lt_train.selection.chosen import Chosen, read_chosen
 from lt_train.selection.profile import LayerProfile
 from lt_train.training.log import read_log
 from lt_train.training.probes.results import ProbeResult, read_probes
@@ -118,7 +119,7 @@ def read_run_results(folder: Path) -> RunResults:
         UserError: the folder is no run, or a file of it is damaged.
     """
     paths, results = RunPaths(folder), read_results(folder)
-    layers = read_json(paths.layers, "choice of layers") if paths.layers.is_file() else {}
+    layers = read_chosen(paths.layers) if paths.layers.is_file() else {}
     return RunResults(
         folder=folder,
         scores=tuple(results_as_json(results)),
@@ -152,7 +153,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if not folders:
         raise UserError("RUN: missing. Fix: name one or more run folders, such as runs/quickstart")
     for folder in folders:
-        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+        if [*map(os.path.realpath, folders)].count(os.path.realpath(folder)) > 1:
             raise UserError(f"RUN: {folder}: named twice. Fix: name every run once")
     names = run_names(folders)
     return [read_run(folder, name, number) for number, (folder, name) in enumerate(zip(folders, names, strict=True))]
@@ -160,7 +161,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Each folder's own name, or its full path where two have one name."""
-    names = [folder.resolve().name for folder in folders]
+    names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
@@ -180,7 +181,7 @@ def read_run(folder: Path, name: str, number: int) -> Run:
         settings=settings,
         recipe=recipe,
         config=read_json(paths.hybrid_config, "hybrid config"),
-        chosen=read_json(paths.layers, "choice of layers"),
+        chosen=read_chosen(paths.layers),
         measured=measured,
         problems=problems_by_evaluation(settings, measured),
         profile=LayerProfile.load(paths.layer_profile) if paths.layer_profile.exists() else None,

@@ -22,7 +22,7 @@ from lt_train.runtime.files import read_json
 from lt_train.runtime.run_paths import MEASURED, RunPaths
 from lt_train.runtime.units import format_bytes
 from lt_train.selection.choose import number_by_ratio
-from lt_train.selection.chosen import Chosen, describe_streaming, spec_of
+from lt_train.selection.chosen import Chosen, describe_streaming, read_chosen, spec_of
 
 BY_HEAD = " by head"
 """What follows the strategy in the label of a hybrid with split layers."""
@@ -69,7 +69,7 @@ def read_results(run: Path) -> list[Result]:
         raise UserError(f"RUN: {run}: no run: {paths.recipe} is missing. Fix: start it with lt-train run RECIPE")
     if not paths.hybrid_config.is_file():
         return []
-    layers = read_json(paths.layers, "choice of layers")
+    layers = read_chosen(paths.layers)
     sizes = read_json(paths.hybrid_config, "hybrid config")
     order = [BASE, *[name for name in layers if name != CONVERTED], CONVERTED, TRAINED]
     evaluations, hybrid = _evaluations_and_hybrid(paths.recipe)
@@ -248,7 +248,8 @@ def _evaluations_and_hybrid(recipe: Path) -> tuple[list[str], dict[str, Any]]:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         return [eval_config["name"] for eval_config in settings["eval"]], {"strategy": None, **settings["hybrid"]}
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{recipe}: not a valid recipe ({error}). Fix: delete it and run again, which writes it again") from error
+        reason = "it lacks the settings of a run" if isinstance(error, KeyError | TypeError) else error
+        raise UserError(f"{recipe}: not a valid recipe ({reason}). Fix: delete it and run again, which writes it again") from error
 
 
 def _title(results: list[Result]) -> str:

@@ -45,7 +45,7 @@ def resolve_data(name: str) -> Path | str:
         UserError: neither, or a file of a kind that is not read; the message has the path that was tried.
     """
     path = _local(name)
-    if os.path.isfile(path) and data_suffix(path) is None:
+    if os.path.exists(path) and not os.path.isdir(path) and data_suffix(path) is None:
         raise UserError(f"{name}: a data file ends in {', '.join(SUFFIXES)}, not in {path.suffix or 'nothing'}")
     if os.path.exists(path):
         return path

@@ -1,11 +1,36 @@
 """The choice of what streams in a hybrid: as hybrid/layers.json records it, and in words."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from lt_train.hybrid.spec import HybridSpec
+from lt_train.recipe.evaluations import CONVERTED
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.files import read_json
 
 Chosen = Sequence[int] | Sequence[Sequence[int]]
 """The layers that stream; where layers are split, a list for each layer: its KV heads that stream."""
+
+
+_BY_VARIANT = TypeAdapter(dict[str, list[NonNegativeInt] | list[list[NonNegativeInt]]])
+
+
+def read_chosen(path: Path) -> Mapping[str, Chosen]:
+    """What hybrid/layers.json records, by variant.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged.
+    """
+    found = read_json(path, "choice of layers")
+    try:
+        by_variant = _BY_VARIANT.validate_python(found, strict=True)
+    except ValidationError:
+        by_variant = {}
+    if CONVERTED not in by_variant:
+        raise UserError(f"{path}: not a valid choice of layers. Fix: delete it and run again")
+    return by_variant
 
 
 def recorded(spec: HybridSpec, kv_heads: int) -> Chosen:

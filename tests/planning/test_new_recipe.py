@@ -179,6 +179,7 @@ REFUSED = {
     "no known format": (TINY, "strange.jsonl", "--data: strange.jsonl:1: ", "no known format"),
     "no reasoning": (TINY, "plain.jsonl", "--data: plain.jsonl: ", "none of the 3 samples looked at holds reasoning"),
     "one row": (TINY, "one.jsonl", "--data: one.jsonl: ", "1 row: too few"),
+    "one row that is sound": (TINY, "sound.jsonl", "--data: sound.jsonl: ", "one sample of it can be trained on: too few"),
     "a base of another kind": ("gpt2", "rows.jsonl", "--base: gpt2: ", "no hybrid class"),
     "no base": ("./nowhere", "rows.jsonl", "--base: ./nowhere: ", "no folder"),
     "a value without a base": ("", "rows.jsonl", "--base: '': empty", ""),
@@ -193,6 +194,7 @@ def test_what_cannot_become_a_run_is_refused_and_nothing_is_left_behind(what, lt
     plain = [{"question": f"{n}?", "combined_text": f"{n}"} for n in range(3)]
     write_rows(Path("plain.jsonl"), plain)
     write_rows(Path("one.jsonl"), rows_of_the_ledger(1))
+    Path("sound.jsonl").write_text(Path("one.jsonl").read_text() + '{"a"\n')
     write_rows(Path("strange.jsonl"), [{"a": 1}, {"a": 2}])
     before = sorted(Path().iterdir())
     base, source, option, problem = REFUSED[what]
@@ -208,7 +210,8 @@ def test_what_cannot_become_a_run_is_refused_and_nothing_is_left_behind(what, lt
     [
         (("--from", "qwen-9"), "--from: qwen-9: there is no such file"),
         (("--gpus", 0), "--gpus: 0"),
-        (("--gpu-memory", -1), "--gpu-memory: -"),
+        (("--gpu-memory", -1), "--gpu-memory: -1"),
+        (("--gpu-memory", "nan"), "--gpu-memory: nan"),
     ],
 )
 def test_options_that_cannot_be_are_refused(given, problem, lt_train, data):

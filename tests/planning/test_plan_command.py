@@ -176,7 +176,10 @@ def test_a_recipe_without_training_has_a_plan_too(plan):
     ("arguments", "reason"),
     [
         (["--gpus", 0], "--gpus: 0: not above 0"),
-        (["--gpu-memory", -1], "--gpu-memory"),
+        (["--gpu-memory", -1], "--gpu-memory: -1: not above 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory: nan: not above 0"),
+        (["--gpu-memory", "inf"], "--gpu-memory: inf: not above 0 and at most 1,000,000"),
+        (["--samples", 10**25], "more than 100,000,000"),
         (["--efficiency", 1.5], "--efficiency: 1.5"),
         (["--tflops", 0], "--tflops: 0"),
         (["--samples", 0], "--samples: 0"),

@@ -203,6 +203,9 @@ def test_a_report_that_cannot_be_made_leaves_the_former_one(run, tmp_path):
         ("train/log.jsonl", '{"loss": 1}\n{"resumed_from": 3}\n', r"log\.jsonl: not a valid training log"),
         ("recipe.yaml", "name: [", r"recipe\.yaml: not a valid recipe"),
         ("hybrid/layers.json", "{", r"layers\.json: not a complete"),
+        ("hybrid/layers.json", "[]", r"layers\.json: not a valid choice of layers\. Fix: delete it and run again"),
+        ("hybrid/layers.json", '{"converted": ["x"]}', r"layers\.json: not a valid choice of layers"),
+        ("hybrid/layers.json", "{}", r"layers\.json: not a valid choice of layers"),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(run, path, content, message):
@@ -221,6 +224,9 @@ def test_no_run_no_scores_and_no_place_for_the_page_are_errors_with_a_fix(run, t
         write_report([run, run / "../tiny"], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"a folder\. Fix: name the file"):
         write_report([run], tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"loop: no run: "):
+        write_report([tmp_path / "loop"], tmp_path / "report.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the report cannot be written"):
         write_report([run], tmp_path / "file/report.html")

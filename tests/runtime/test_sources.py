@@ -122,6 +122,11 @@ def test_a_parquet_file_that_is_cut_or_damaged_inside_is_reported(tmp_path: Path
         list(load_rows(str(tmp_path / "damaged.parquet")))
 
 
+def test_a_device_is_no_data_file() -> None:
+    with pytest.raises(UserError, match=r"/dev/null: a data file ends in .* not in nothing"):
+        list(load_rows("/dev/null"))
+
+
 def test_a_hub_data_set_that_cannot_be_had_is_reported_with_the_reason() -> None:
     with pytest.raises(UserError, match=r"there is no local file or folder .*split 'train', subset None.*cannot be loaded"):
         list(load_rows("nobody-at-all/no-such-data"))
