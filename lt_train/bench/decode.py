@@ -226,8 +226,8 @@ def weights_line(obstacles: Sequence[str | None]) -> str:
     """Whether the rows of a table computed with packed weights, and the reasons where not."""
     reasons = sorted({reason for reason in obstacles if reason is not None})
     if not reasons:
-        return "weights: packed by oneDNN"
-    return f"weights: as they are stored{', or packed by oneDNN' if None in obstacles else ''} ({'; '.join(reasons)})"
+        return "weights: packed"
+    return f"weights: as they are stored{', or packed' if None in obstacles else ''} ({'; '.join(reasons)})"
 
 
 def throughput_table(

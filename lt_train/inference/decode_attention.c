@@ -5,6 +5,7 @@ of its head. Blocks of keys are joined by a running softmax, so a sequence's res
 
 Compiled when first used (compiled_attention.py), once for each type of the cache: -DBF16, -DFP16, or neither for fp32. */
 
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -12,7 +13,6 @@ enum {
     LANES = 8,  /* floats of a vector, and keys that are scored at a time */
     SPAN = 64,  /* dimensions whose sums stay in registers */
     TILE = 32,  /* values that are added at a time */
-    AHEAD = 32, /* keys or values between what is read and what is fetched: the processor alone fetches too late */
 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -59,8 +59,9 @@ typedef float cached;
 static inline float value_of(cached x) { return x; }
 #endif
 
+/* To the second cache: the processor alone fetches too late. */
 static inline void fetch(const cached *from, int count) {
-    for (int line = 0; line < count; line += 64 / (int)sizeof(cached)) __builtin_prefetch(from + line);
+    for (int line = 0; line < count; line += 64 / (int)sizeof(cached)) __builtin_prefetch(from + line, 0, 2);
 }
 
 /* `count` cached numbers as floats; `room` holds them where they are of another type */
@@ -91,12 +92,12 @@ static inline float exp_of_negative(float x) {
     return (p * f * f + f + 1.0f) * power;
 }
 
-/* scores[j, p] = scaling * q[j] . keys[p], for `count` keys of a block */
-static inline void score(const float *restrict q, const cached *restrict keys, int queries, int count, int size, int block,
-                         float scaling, float *restrict scores) {
+/* scores[j, p] = scaling * q[j] . keys[p], for `count` keys; as many values from `next` on are fetched */
+static inline void score(const float *restrict q, const cached *restrict keys, const cached *next, int queries, int count, int size,
+                         int block, float scaling, float *restrict scores) {
     int p = 0, whole = size - size % LANES;
     for (; p + LANES <= count; p += LANES) {
-        fetch(keys + (int64_t)(p + AHEAD) * size, LANES * size);
+        fetch(next + (int64_t)p * size, LANES * size);
         float room[LANES * size];
         const float *tile = widened(keys + (int64_t)p * size, LANES * size, room);
         for (int j = 0; j < queries; j++) {
@@ -120,12 +121,12 @@ static inline void score(const float *restrict q, const cached *restrict keys, i
         }
 }
 
-/* out[j] += weights[j] . values, for `count` values of a block */
-static inline void add(const float *restrict weights, const cached *restrict values, int queries, int count, int size, int block,
-                       float *restrict out) {
+/* out[j] += weights[j] . values, for `count` values; as many keys from `next` on are fetched */
+static inline void add(const float *restrict weights, const cached *restrict values, const cached *next, int queries, int count,
+                       int size, int block, float *restrict out) {
     for (int p = 0; p < count; p += TILE) {
         int tiled = count - p < TILE ? count - p : TILE;
-        fetch(values + (int64_t)(p + AHEAD) * size, TILE * size);
+        fetch(next + (int64_t)p * size, tiled * size);
         float room[TILE * size];
         const float *tile = widened(values + (int64_t)p * size, tiled * size, room);
         for (int j = 0; j < queries; j++) {
@@ -178,7 +179,8 @@ void attend(const float *q, const cached *keys, const cached *values, const int6
             int rows, int heads, int queries, int tokens, int size, float scaling, const float *sinks, float *out) {
 #pragma omp parallel for schedule(dynamic)
     for (int pair = 0; pair < rows * heads; pair++) {
-        int row = pair / heads, head = pair % heads;
+        int row = pair / heads, head = pair % heads, later = (pair + omp_get_num_threads()) % (rows * heads);
+        const cached *of_later = keys + start[first[later / heads]] + later % heads * head_stride;
         const float *q_here = q + (int64_t)pair * queries * size;
         float *out_here = out + (int64_t)pair * queries * size;
         float largest[queries], total[queries], scores[queries * block];
@@ -190,8 +192,9 @@ void attend(const float *q, const cached *keys, const cached *values, const int6
         const int64_t *sees = seen + (int64_t)row * tokens, *leaves = left + (int64_t)row * tokens;
         for (int64_t i = first[row], before = 0; i < first[row + 1]; before += length[i++]) {
             int64_t at = start[i] + head * head_stride;
+            const cached *next = i + 1 < first[row + 1] ? keys + start[i + 1] + head * head_stride : of_later;
             int here = (int)length[i], count = within(sees[tokens - 1] - before, here); /* the newest token sees the latest key */
-            score(q_here, keys + at, queries, count, size, block, scaling, scores);
+            score(q_here, keys + at, values + at, queries, count, size, block, scaling, scores);
             for (int j = 0; j < queries; j++) {
                 int own = within(sees[j % tokens] - before, here);
                 int from = before < always[row] ? 0 : within(always[row] + leaves[j % tokens] - before, own);
@@ -200,7 +203,7 @@ void attend(const float *q, const cached *keys, const cached *values, const int6
                 for (int p = 0; p < from; p++) weights[p] = 0;
                 for (int p = own; p < count; p++) weights[p] = 0;
             }
-            add(scores, values + at, queries, count, size, block, out_here);
+            add(scores, values + at, next, queries, count, size, block, out_here);
         }
         for (int j = 0; j < queries; j++)
             for (int d = 0; d < size; d++) out_here[(int64_t)j * size + d] /= total[j];

@@ -9,7 +9,7 @@ from lt_train.benchmarks import BENCHMARKS, RecallSettings, answer_tokens
 from lt_train.hybrid.kv_size import head_bytes, kv_bytes, kv_heads, token_bytes
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import LONGEST
-from lt_train.inference.packed_weights import can_pack, fits, is_worth_packing
+from lt_train.inference.packed_weights import fits, is_worth_packing, obstacle_here
 from lt_train.inference.servers.vllm_capacity import VllmCache, with_one_more_or_fewer
 from lt_train.planning.setup import Machine, inference_itemsize
 from lt_train.planning.shape import ModelShape
@@ -83,7 +83,8 @@ def _packed(shape: ModelShape, machine: Machine, itemsize: int, left: int) -> in
     """Bytes of the engine's packed weights, where it packs them."""
     dense = [linear.weights for layer in shape.layers for linear in layer.linears.values() if linear.used == 1]
     packed = itemsize * sum(elements for elements in (*dense, shape.head) if is_worth_packing(elements))
-    return packed if machine.cpu and itemsize == torch.float32.itemsize and can_pack() and fits(packed, left) else 0
+    packs = machine.cpu and itemsize == torch.float32.itemsize and fits(packed, left)
+    return packed if packs and packed and obstacle_here() is None else 0
 
 
 def _in_vllm(spec: HybridSpec, model_type: str, heads: int, tokens: int, layer_tokens: int) -> dict[int, int]:

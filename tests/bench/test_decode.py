@@ -92,11 +92,11 @@ def test_every_table_fits_80_columns(tmp_path, monkeypatch) -> None:
 
 
 def test_what_does_not_pack_weights_reports_it(tmp_path, monkeypatch) -> None:
-    assert weights_line([None, None]) == "weights: packed by oneDNN"
+    assert weights_line([None, None]) == "weights: packed"
     assert weights_line([None, "one sequence gains nothing"]) == (
-        "weights: as they are stored, or packed by oneDNN (one sequence gains nothing)"
+        "weights: as they are stored, or packed (one sequence gains nothing)"
     )
-    assert weights_line(["no oneDNN"] * 2) == "weights: as they are stored (no oneDNN)"
+    assert weights_line(["no compiler"] * 2) == "weights: as they are stored (no compiler)"
 
 
 def test_a_profile_divides_the_time_of_a_step_among_its_parts() -> None:

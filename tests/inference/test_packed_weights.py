@@ -1,6 +1,8 @@
 """The engine computes with packed weights on x86 CPUs; the model keeps its own."""
 
 import copy
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lt_train.inference import packed_weights
 from lt_train.inference.draft import Draft
 from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.kv_store import KVStore
-from lt_train.inference.packed_weights import PackedLinear, obstacle_to_packing, packed_bytes, packed_for
+from lt_train.inference.packed_weights import MOST_ROWS, PackedLinear, obstacle_here, obstacle_to_packing, packed_bytes, packed_for
 from lt_train.inference.runner import ModelRunner
 from lt_train.runtime.units import GIB
 from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
@@ -21,9 +23,7 @@ from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, 
 SPEC = HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6)
 PROMPTS = [(0, [3, 4, 5, 6]), (1, [7, 8]), (2, [9] * 20)]
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="weights are packed on x86 alone"
-)
+pytestmark = pytest.mark.skipif(obstacle_here() is not None, reason=f"no weights are packed: {obstacle_here()}")
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,12 @@ def tiny_weights_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model() -> HybridForCausalLM:
     return tiny_model(SPEC)
+
+
+@contextmanager
+def without_packing():
+    with patch.object(packed_weights, "obstacle_here", lambda: "the test"):
+        yield
 
 
 def biased_and_tied() -> HybridForCausalLM:
@@ -49,8 +55,8 @@ def biased_and_tied() -> HybridForCausalLM:
 
 def logits(model: HybridForCausalLM, pack: bool) -> torch.Tensor:
     """Of a prefill in two chunks and three steps of three sequences."""
-    with torch.backends.mkldnn.flags(enabled=pack):
-        store = KVStore(model, slots=3, pages=3)
+    store = KVStore(model, slots=3, pages=3)
+    with nullcontext() if pack else without_packing():
         runner = ModelRunner(model, store, prefill_chunk=16)
     for _, ids in PROMPTS:
         store.admit(len(ids) + 3)
@@ -68,13 +74,14 @@ def test_every_linear_layer_of_the_runners_model_is_packed_and_shares_the_stored
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == 3 * 7 + 1
     assert {id(tensor) for tensor in packed.parameters()} == {id(tensor) for tensor in model.parameters()}
-    assert packed_bytes(model) == sum(layer.packed.numel() for layer in layers) * 4
+    packed = sum(layer.linear.weight.numel() for layer in layers)
+    assert packed_bytes(model) == packed * 4 <= sum(layer.packed.numel() for layer in layers) * 4
 
 
 def test_greedy_answers_are_the_same_with_and_without_packing(model) -> None:
     engine = Engine(model, letter_tokenizer(), max_slots=4)
     packed = texts(answered(engine, requests(MANY, samples=2), GREEDY))
-    with torch.backends.mkldnn.flags(enabled=False):
+    with without_packing():
         assert texts(answered(engine, requests(MANY, samples=2), GREEDY)) == packed
 
 
@@ -120,11 +127,18 @@ def test_a_single_sequence_with_a_draft_has_rows_enough_for_packed_weights(model
     assert Engine(model, letter_tokenizer(), max_slots=1, draft=draft).budget == int(0.8 * (GIB - packed_bytes(model)))
 
 
-def test_a_build_of_torch_without_onednn_computes_with_the_stored_weights(model, monkeypatch) -> None:
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert obstacle_to_packing(model, 3) == "torch has no oneDNN for this CPU, or it is switched off"
-        assert packed_for(model, 3) is model
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+@pytest.mark.parametrize(
+    ("settings", "obstacle"), [({"CC": "no-such-compiler"}, "there is no C compiler"), ({}, "the CPU has no AVX2")]
+)
+def test_where_products_cannot_be_compiled_the_stored_weights_are_used(settings, obstacle, model, monkeypatch) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    if not settings:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(packed_weights, "_library", packed_weights._library.__wrapped__)  # nothing is kept
+    monkeypatch.setattr(packed_weights, "compiled", packed_weights.compiled.__wrapped__)
+    monkeypatch.setattr(packed_weights, "obstacle_here", obstacle_here.__wrapped__)
+    assert str(obstacle_to_packing(model, 3)).startswith(obstacle)
     assert packed_for(model, 3) is model
 
 
@@ -151,11 +165,40 @@ def test_only_weights_that_gain_from_it_are_packed(model, monkeypatch) -> None:
     assert packed_for(model, 3) is model
 
 
-def test_one_row_is_multiplied_by_the_stored_weights() -> None:
-    linear = torch.nn.Linear(32, 16)
+@pytest.mark.parametrize("outputs", [64, 45, 7])  # whole blocks, and one that is not full
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_any_number_of_rows_are_those_of_the_stored_weights(outputs, bias) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(33, outputs, bias=bias)
     layer = PackedLinear(linear)
     with torch.inference_mode():
-        x_1D = torch.randn(1, 1, 32)
-        assert torch.equal(layer(x_1D), linear(x_1D))
-        layer.packed = None
-        assert layer(x_1D).shape == (1, 1, 16)
+        for rows in (*range(1, 31), 100, MOST_ROWS):
+            x_RD = torch.randn(33, rows).mT  # not contiguous
+            exact = torch.nn.functional.linear(x_RD.double(), linear.weight.double(), linear.bias.double() if bias else None)
+            torch.testing.assert_close(layer(x_RD), exact.float(), atol=2e-6, rtol=0)
+
+
+def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch() -> None:
+    layer, x_RD = PackedLinear(torch.nn.Linear(48, 96)), torch.randn(MOST_ROWS, 48)
+    with torch.inference_mode():
+        together = layer(x_RD)
+        for rows in (1, 2, 5, 13, 14, 15, 29, 100):
+            assert torch.equal(layer(x_RD[-rows:]), together[-rows:])
+
+
+def test_more_rows_and_none_are_multiplied_by_the_stored_weights(monkeypatch) -> None:
+    linear = torch.nn.Linear(32, 16)
+    layer = PackedLinear(linear)
+    layer.packed.zero_()
+    layer.packed_bias.zero_()
+    with torch.inference_mode():
+        for rows, stored in ((0, True), (MOST_ROWS, False), (MOST_ROWS + 1, True)):
+            x_RD = torch.randn(rows, 32)
+            assert torch.equal(layer(x_RD), linear(x_RD) if stored else torch.zeros(rows, 16))
+
+
+def test_a_profile_of_operators_shows_packed_products() -> None:
+    layer = PackedLinear(torch.nn.Linear(32, 16))
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        layer(torch.randn(2, 32))
+    assert "packed product" in {event.name for event in profiled.events()}

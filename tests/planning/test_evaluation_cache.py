@@ -6,7 +6,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
 from lt_train.inference.kv_store import PAGE, KVStore, PagedLayer, kv_sizes
 from lt_train.inference.loading import load_base_config
-from lt_train.inference.packed_weights import can_pack, packed_bytes
+from lt_train.inference.packed_weights import obstacle_here, packed_bytes
 from lt_train.planning.evaluation import kv_cache
 from lt_train.planning.setup import Machine
 from lt_train.planning.shape import model_shape
@@ -108,7 +108,7 @@ def test_the_planned_kv_cache_of_split_layers_and_its_rings_are_the_engines(sett
         assert sizes.slot + 3 * sizes.page == size
 
 
-@pytest.mark.skipif(not can_pack(), reason="weights are packed on x86 alone")
+@pytest.mark.skipif(obstacle_here() is not None, reason="no weights are packed on this CPU")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_on_a_cpu_fewer_sequences_fit_beside_the_engines_packed_weights(family, tmp_path, monkeypatch):
     monkeypatch.setattr("lt_train.inference.packed_weights.SMALLEST", 0)
