@@ -27,6 +27,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.kv_store import KVStore, PagedLayer, kv_sizes, pages_for
 from lt_train.inference.packed_weights import obstacle_to_packing
 from lt_train.inference.runner import ModelRunner
+from lt_train.inference.sampler import likeliest_tokens
 from lt_train.inference.step_graphs import STEPS_BEFORE_CAPTURE, until_captured
 from lt_train.runtime.devices import device_name, dtype_name
 from lt_train.runtime.errors import UserError
@@ -91,7 +92,7 @@ def throughput(
     times = []
     for _ in range(TIMED_STEPS):
         started = time.perf_counter()
-        runner.step(ids).argmax(-1).tolist()  # waits for the device
+        likeliest_tokens(runner.step(ids))  # waits for the device
         times.append(time.perf_counter() - started)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     held = slots * sizes.sequence(context)

@@ -29,6 +29,7 @@ from lt_train.inference.engine import Engine
 from lt_train.inference.kv_store import KVStore, kv_sizes
 from lt_train.inference.requests import Request, Sampling
 from lt_train.inference.runner import ModelRunner
+from lt_train.inference.sampler import likeliest_tokens
 from lt_train.inference.step_graphs import until_captured
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.units import MIB, format_bytes
@@ -205,7 +206,7 @@ def pass_limit(rates: Rates, model: HybridForCausalLM, spec: HybridSpec, context
 def median_seconds(run: Callable[[], Tensor]) -> float:
     def seconds() -> float:
         started = time.perf_counter()
-        run().argmax(-1).tolist()  # waits for the device
+        likeliest_tokens(run())  # waits for the device
         return time.perf_counter() - started
 
     return median(seconds() for _ in range(TIMED_ROUNDS))

@@ -9,8 +9,12 @@ Compiled when first used (compiled_attention.py), once for each type of the cach
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#define LANES 16 /* floats of a vector, and keys that are scored at a time */
+#else
+#define LANES 8
+#endif
 enum {
-    LANES = 8,  /* floats of a vector, and keys that are scored at a time */
     SPAN = 64,  /* dimensions whose sums stay in registers */
     TILE = 32,  /* values that are added at a time */
 };
@@ -31,9 +35,26 @@ static inline lanes load(const float *from) {
 
 static inline void store(float *to, lanes value) { memcpy(to, &value, sizeof value); }
 
-/* The eight vectors' sums, in their order: halves, quarters and eighths are added, each time of two vectors in one. */
+/* The vectors' sums, in their order: halves, quarters and so on are added, each time of two vectors in one. */
 static inline lanes sums_of(const lanes v[LANES]) {
-    lanes halves[4], quarters[2];
+    lanes halves[LANES / 2], quarters[LANES / 4];
+#if LANES == 16
+    lanes eighths[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        halves[i] = PICK(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    PICK(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        quarters[i] = PICK(halves[i], halves[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                      PICK(halves[i], halves[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        eighths[i] = PICK(quarters[i], quarters[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                     PICK(quarters[i], quarters[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return PICK(eighths[0], eighths[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           PICK(eighths[0], eighths[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#else
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         halves[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + PICK(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
@@ -41,6 +62,7 @@ static inline lanes sums_of(const lanes v[LANES]) {
     for (int i = 0; i < 2; i++)
         quarters[i] = PICK(halves[i], halves[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) + PICK(halves[i], halves[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     return PICK(quarters[0], quarters[1], 0, 8, 2, 10, 4, 12, 6, 14) + PICK(quarters[0], quarters[1], 1, 9, 3, 11, 5, 13, 7, 15);
+#endif
 }
 
 #if defined(BF16)
@@ -104,7 +126,7 @@ static inline void score(const float *restrict q, const cached *restrict keys, c
             const float *query = q + (int64_t)j * size;
             lanes sums[LANES] = {};
             for (int d = 0; d < whole; d += LANES)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) sums[i] += load(query + d) * load(tile + i * size + d);
             lanes sum = sums_of(sums);
             for (int d = whole; d < size; d++)

@@ -18,6 +18,7 @@ from lt_train.inference.sampler import (
     filtered_probabilities,
     keep_likeliest,
     keep_nucleus,
+    likeliest_tokens,
     penalise_repetition,
     uniform_number,
 )
@@ -35,6 +36,12 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert counts[1] == 0
     for token, probability in enumerate(probabilities):
         assert abs(counts[token] / 4000 - probability) < 4 * (probability * (1 - probability) / 4000) ** 0.5 + 1e-9
+
+
+def test_the_likeliest_token_is_the_first_of_equals_as_for_torch() -> None:
+    logits_BTV = torch.randn(7, 2, 50, generator=torch.Generator().manual_seed(0)).round()
+    assert likeliest_tokens(logits_BTV[:, 1]) == logits_BTV[:, 1].argmax(-1).tolist()
+    assert likeliest_tokens(torch.tensor([[0.0, 2.0, 2.0], [-3.0, -3.0, -4.0]])) == [1, 0]
 
 
 def test_temperature_sharpens_the_distribution() -> None:
