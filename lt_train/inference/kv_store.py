@@ -25,6 +25,7 @@ from lt_train.hybrid.kv_size import head_bytes, head_size
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.draft import Draft
+from lt_train.runtime.huge_pages import huge_zeros
 
 PAGE = 128
 """Tokens of a page: large enough for an efficient product, small enough to waste little: on average half a page a sequence."""
@@ -97,11 +98,11 @@ class KVStore:
                 held: list[PagedLayer | RingLayer] = []
                 if not streams:
                     shape = (2, pages, len(of_kind), PAGE, size)
-                    held.append(PagedLayer(torch.zeros(shape, dtype=model.dtype, device=device)))
+                    held.append(PagedLayer(huge_zeros(shape, model.dtype, device)))
                 if streams or drafts:
                     spec = self.spec.sliding if slides else self.spec
                     shape = (2, slots, len(of_kind), spec.window + self.sizes.drafted, size)
-                    held.append(RingLayer(torch.zeros(shape, dtype=model.dtype, device=device), spec))
+                    held.append(RingLayer(huge_zeros(shape, model.dtype, device), spec))
                 self.layers[-1].append(CachedHeads(torch.tensor(of_kind, device=device), held[0], held[-1]))
 
     @property

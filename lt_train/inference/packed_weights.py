@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.compiled_c import compiled, shown_as
 from lt_train.runtime.devices import dtype_name, free_memory
+from lt_train.runtime.huge_pages import huge_zeros
 from lt_train.runtime.units import format_bytes
 
 SMALLEST = 2**16
@@ -36,7 +37,8 @@ class PackedLinear(nn.Module):
         block = c_int.in_dll(_library(), "block").value
         weight, bias = linear.weight.detach(), linear.bias
         missing = -len(weight) % block
-        self.packed = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, block)).mT.contiguous()
+        by_block = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, block)).mT
+        self.packed = huge_zeros(by_block.shape, weight.dtype, weight.device).copy_(by_block)
         self.packed_bias = pad(weight.new_zeros(len(weight)) if bias is None else bias.detach(), (0, missing))
 
     def forward(self, x: Tensor) -> Tensor:

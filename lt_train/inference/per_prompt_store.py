@@ -22,6 +22,7 @@ from lt_train.inference.kv_store import PAGE, pages_for
 from lt_train.inference.per_prompt import LayerQueue, PerPrompt
 from lt_train.inference.requests import Request
 from lt_train.runtime.errors import UserError
+from lt_train.runtime.huge_pages import huge_zeros
 
 
 def check_one_device(model: HybridForCausalLM) -> None:
@@ -111,7 +112,7 @@ class PerPromptStore:
         self._free = list(range(pages))  # a heap: the lowest page first
         heads = model.config.kv_heads
         shape = (2, pages, heads, PAGE, head_size(model.config.to_dict()))
-        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.keys, self.values = huge_zeros(shape, model.dtype, model.device)
 
     @property
     def free_pages(self) -> int:
