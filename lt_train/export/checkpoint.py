@@ -145,6 +145,7 @@ def _write_weights(folder: Path, hybrid: ExportedHybrid, dtype: torch.dtype, max
         except SafetensorError as error:  # which has no errno
             problem = f"{folder.parent}: {file} of the export could not be written there: {error}"
             raise UserError(f"{problem}. Earlier exports are complete. Fix: free some space, and export again") from error
+        del weights  # before those of the next file are read
         shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files that their owner alone can read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

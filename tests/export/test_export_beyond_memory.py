@@ -1,7 +1,6 @@
 """A model whose weights exceed the memory of the process that exports it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +14,15 @@ from transformers import LlamaConfig
 from lt_train.export.manifest import read_manifest
 from lt_train.hybrid.loading import build_hybrid, load_hybrid
 from lt_train.hybrid.spec import HybridSpec
+from tests.support import processes
 from tests.support.repository import ENVIRONMENT
 
-SPEC = HybridSpec(14, tuple(range(0, 14, 2)), 3, 7)
+SPEC = HybridSpec(9, tuple(range(0, 9, 2)), 3, 7)
 CONFIG = LlamaConfig(
     vocab_size=2048,
     hidden_size=1024,
     intermediate_size=4096,
-    num_hidden_layers=14,
+    num_hidden_layers=9,
     num_attention_heads=8,
     num_key_value_heads=8,
     pad_token_id=0,
@@ -65,15 +65,15 @@ def test_a_model_larger_than_the_memory_of_the_process_is_exported_as_it_would_b
     base = base_in(tmp_path / "base")
     adapter, out = adapter_in(tmp_path / "adapter", base), tmp_path / "export"
     size = 2 * sum(path.stat().st_size for path in base.glob("*.safetensors"))  # in fp32
-    given = {"num_layers": SPEC.num_layers, "lazy_layers": SPEC.lazy_layers, "allowed": 4 * SHARD, "shard": SHARD}
+    given = {"num_layers": SPEC.num_layers, "lazy_layers": SPEC.lazy_layers, "allowed": 2 * SHARD, "shard": SHARD}
     places = {"base": str(base), "adapter": str(adapter), "out": str(out)}
     command = [sys.executable, "-m", "tests.support.limited_export", json.dumps(given | places)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = processes.run(command, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
     measured = json.loads(out.with_suffix(".json").read_text())
-    assert given["allowed"] < 0.4 * size and measured["limit"] < size, (measured, size)
-    assert measured["peak of anonymous memory"] < 3 * SHARD, (measured, size)
+    assert given["allowed"] < size / 3
+    assert measured["peak of anonymous memory"] < 1.75 * SHARD, measured
     assert any("not compared with the model in memory: it needs" in line for line in measured["lines"])
     assert read_manifest(out).check is None and "Not compared with the model in memory" in (out / "README.md").read_text()
 
