@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset import prompts
 from lt_train.export.checkpoint import export_hybrid
@@ -25,26 +26,35 @@ BASE = REPOSITORY / "data/tiny-reasoner"
 PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
 LAZY = (1, 3, 5, 7)
 GRANITE_SWA = "learned sinks, GraniteSWA"
+SPLIT = ((3, (0, 2)), (4, (0, 3)), (7, (1, 2)))
+"""Of four KV heads; with the streaming ones behind the others, no layer has an order that is its own inverse."""
 SPECS = {
     "no sinks": HybridSpec(8, LAZY, 0, 28),
     "learned sinks": HybridSpec(8, LAZY, 0, 28, learned_sinks=True),
     GRANITE_SWA: HybridSpec(4, (1, 3), 0, 28, learned_sinks=True),
     "sink tokens": HybridSpec(8, LAZY, 4, 28),
-    "KV heads": HybridSpec(8, (1, 5), 0, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
-    "KV heads, sink tokens": HybridSpec(8, (1, 5), 4, 28, split_layers=((3, (1,)), (4, (0,)), (7, (0,)))),
+    "KV heads": HybridSpec(8, (1, 5), 0, 28, split_layers=SPLIT),
+    "KV heads, sink tokens": HybridSpec(8, (1, 5), 4, 28, split_layers=SPLIT),
 }
 STOP = (3,)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
 
 
 def hybrid(kind: str) -> HybridForCausalLM:
-    """Learned sinks have logits so large that answers change where they are left out."""
+    """Learned sinks have logits so large that answers change where they are left out. Where KV heads stream, each query head has
+    one of its own, a copy of the one that it shares in the base."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = load_hybrid(BASE, SPECS[kind]) if kind != GRANITE_SWA else _random_llama(SPECS[kind])
+        model = _model(kind, SPECS[kind])
         for logits_H in learned_sinks(model).values():
             torch.nn.init.uniform_(logits_H, 0, 4)
     return model
+
+
+def _model(kind: str, spec: HybridSpec) -> HybridForCausalLM:
+    if spec.split_layers:
+        return _with_a_kv_head_for_each_query_head(spec)
+    return _random_llama(spec) if kind == GRANITE_SWA else load_hybrid(BASE, spec)
 
 
 def _random_llama(spec: HybridSpec) -> HybridForCausalLM:
@@ -56,6 +66,18 @@ def _random_llama(spec: HybridSpec) -> HybridForCausalLM:
         if parameter.dim() > 1:
             parameter.data.mul_(5)
     return model
+
+
+def _with_a_kv_head_for_each_query_head(spec: HybridSpec) -> HybridForCausalLM:
+    config = AutoConfig.from_pretrained(BASE)
+    copies, config.num_key_value_heads = config.num_attention_heads // config.num_key_value_heads, config.num_attention_heads
+    model = build_hybrid(config, spec)
+    weights = load_file(BASE / "model.safetensors")
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weight.unflatten(0, (-1, config.head_dim)).repeat_interleave(copies, dim=0).flatten(0, 1)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def exported(kind: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:

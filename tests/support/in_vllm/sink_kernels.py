@@ -23,8 +23,9 @@ torch.set_default_device("cuda" if PLATFORM == "gpu" and not IN_INTERPRETER else
 HEADS, GROUPS, SIZE, BLOCK = 4, 2, 32, 32
 LENGTHS = ((1, 1), (1, 150), (1, 40), (1, 64)), ((37, 37), (1, 133), (20, 180), (3, 64))
 """Batches of (queries, tokens with these): four that decode, and some that read a prompt from its start or go on with it."""
-CASES = list(product((4, 33), (7,), LENGTHS) if IN_INTERPRETER else product((1, 4, 33), (1, 7, 64), LENGTHS))
-"""(w_sink, w_recent, batch); few for the interpreter, which is slow."""
+SHORT = ((1, 1), (1, 135), (1, 40)), ((37, 37), (3, 135))
+CASES = list(product((4, 33), (7,), SHORT) if IN_INTERPRETER else product((1, 4, 33), (1, 7, 64), LENGTHS))
+"""(w_sink, w_recent, batch); few and short ones for the interpreter, which is slow."""
 
 
 def visible_blocks(queries: int, length: int, w_sink: int, w_recent: int) -> set[int]:
