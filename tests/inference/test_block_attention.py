@@ -114,8 +114,10 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch():
         assert torch.equal(attend_blocks(q[row : row + 1], keys, values, alone, SCALING, None)[0], together[row])
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(("w_sink", "w_recent", "spare"), [(4, 200, 0), (4, 200, 7), (0, 30, 4), (3, 6, 5), (150, 40, 0)])
+@pytest.mark.parametrize(
+    ("w_sink", "w_recent", "spare", "tokens"),
+    [(4, 200, 0, 1), (4, 200, 0, 5), (4, 200, 7, 1), (0, 30, 4, 1), (3, 6, 5, 5), (150, 40, 0, 5)],
+)
 def test_new_tokens_see_sinks_and_window_in_a_ring_that_holds_more(attend_blocks, w_sink, w_recent, spare, tokens):
     """Rows in which the ring is being filled, is full, and has turned, with what it holds beyond the window of a token."""
     spare = max(spare, tokens - 1)

@@ -116,7 +116,7 @@ def test_samples_of_a_seed_are_those_without_a_draft(models, plain, spec: Hybrid
 
 
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     slots=st.integers(1, 5),
     chunk=st.sampled_from([3, 8, 64]),
     length=st.integers(1, 5),

@@ -71,18 +71,18 @@ def drawn(dtype, size):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("layer", [0, 1, 2], ids=["pages", "ring", "both"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_in_half_precision_is_as_near_to_fp64_as_sdpa(layer, dtype):
-    for size in (1.0, 3.0):  # scores up to 4, up to 40
-        keys, values, q_BH1D = drawn(dtype, size)
-        exact = by_sdpa([x.double() for x in keys], [x.double() for x in values], q_BH1D.double(), layer)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.bfloat16, 3.0), (torch.float16, 3.0)])
+def test_a_step_in_half_precision_is_as_near_to_fp64_as_sdpa(layer, dtype, size):
+    """Scores up to 4, up to 40."""
+    keys, values, q_BH1D = drawn(dtype, size)
+    exact = by_sdpa([x.double() for x in keys], [x.double() for x in values], q_BH1D.double(), layer)
 
-        def error(out, exact=exact):
-            return float((out.double() - exact).norm() / exact.norm())
+    def error(out):
+        return float((out.double() - exact).norm() / exact.norm())
 
-        found = attended(dtype, keys, values, q_BH1D, layer)
-        assert found.dtype == dtype
-        assert error(found) <= 1.05 * error(by_sdpa(keys, values, q_BH1D, layer))
+    found = attended(dtype, keys, values, q_BH1D, layer)
+    assert found.dtype == dtype
+    assert error(found) <= 1.05 * error(by_sdpa(keys, values, q_BH1D, layer))
 
 
 @torch.inference_mode()

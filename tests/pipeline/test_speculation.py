@@ -11,7 +11,7 @@ from tests.support.runs import run_in_folder
 
 LAYERS = ("train=null", "hybrid.strategy=periodic")
 HEADS = ("train=null", "hybrid={streaming_kv_heads: [[1], [], [0, 1], [0], [1], [], [0], []], w_sink: 4, w_recent: 12}")
-EVAL = "eval=[{{benchmark: ledger, path: {path}, limit: 3, max_new_tokens: 32, batch_size: 2, variants: {variants}, {more}}}]"
+EVAL = "eval=[{{benchmark: ledger, path: {path}, limit: 3, max_new_tokens: 20, batch_size: 3, variants: {variants}, {more}}}]"
 SAMPLED = "samples: 2, temperature: 0.9, top_p: 0.95, repetition_penalty: 1.1"
 
 

@@ -53,17 +53,17 @@ def test_a_resumed_training_of_split_layers_has_the_losses_of_an_uninterrupted_o
 ) -> None:
     distill = {"weight": 0.3, "hidden_weight": 0.1, "teacher": "copy"}
     settings: dict[str, Any] = {
-        "train": {"max_steps": 12, "save_steps": 4, "batch_size": 8, "gradient_checkpointing": True, "distill": distill},
+        "train": {"max_steps": 8, "save_steps": 3, "batch_size": 8, "gradient_checkpointing": True, "distill": distill},
         "data": {"packing": True, "max_length": 48},
     }
     train_tiny("uninterrupted", spec=SPLIT, **settings)
-    train_until(7, "cut", spec=SPLIT, **settings)
+    train_until(5, "cut", spec=SPLIT, **settings)
     with pytest.raises(UserError, match="KV heads that stream in split layers"):
         train_tiny("cut", spec=replace(SPLIT, split_layers=((2, (1,)), (3, (1,)))), **settings)
     train_tiny("cut", spec=SPLIT, **settings)
     assert_same_course(tmp_path / "cut", tmp_path / "uninterrupted")
     losses = [row["loss"] for row in steps(tmp_path / "cut")]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Answers:
 
     def __init__(self, vllm: ForkedVllm, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(BASE)
-        self.requests, _ = ledger_requests(self.tokenizer, 8)
+        self.requests, _ = ledger_requests(self.tokenizer, 4)
         self.exports = {kind: exported(kind, self.tokenizer, folder / kind / "export") for kind in KINDS}
         self.distinguishing = {kind: distinguishing_prompts(hybrid(kind), self.tokenizer, Prompt(), STOP)[1] for kind in KINDS}
         asked = [request.prompt_ids for request in self.requests]
