@@ -18,6 +18,7 @@ from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import MOST_ROWS, PackedLinear, obstacle_here, obstacle_to_packing, packed_bytes, packed_for
 from lt_train.inference.runner import ModelRunner
 from lt_train.runtime.units import GIB
+from tests.support.families import FAMILIES, WITH_SINKS, base_of, on_base
 from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
 
 SPEC = HybridSpec(num_layers=3, lazy_layers=(1, 2), w_sink=2, w_recent=6)
@@ -66,6 +67,15 @@ def logits(model: HybridForCausalLM, pack: bool) -> torch.Tensor:
 @pytest.mark.parametrize("build", [lambda: tiny_model(SPEC), biased_and_tied], ids=["no biases", "biases, tied"])
 def test_packed_weights_give_the_logits_of_the_stored_ones(build) -> None:
     model = build()
+    torch.testing.assert_close(logits(model, pack=True), logits(model, pack=False), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_of_every_family_give_the_logits_of_the_stored_ones(family) -> None:
+    config = base_of(family)
+    spec = on_base(config, HybridSpec(num_layers=4, lazy_layers=(1, 2), w_sink=0 if family in WITH_SINKS else 2, w_recent=6))
+    torch.manual_seed(0)
+    model = build_hybrid(config, spec).eval()
     torch.testing.assert_close(logits(model, pack=True), logits(model, pack=False), atol=1e-4, rtol=0)
 
 
