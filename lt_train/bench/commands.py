@@ -37,10 +37,10 @@ def decode(
     shape: Shape = None,
     lengths: Annotated[
         list[int] | None,
-        typer.Option("--at", metavar="TOKENS", help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
+        typer.Option("--at", metavar="TOKENS", min=1, help="Context of every sequence (repeatable). Default: 2K, 8K, 16K."),
     ] = None,
     ratios: Ratios = None,
-    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of each model, in MiB.")] = 2048,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", min=1, help="KV cache of each model, in MiB.")] = 2048,
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
     draft: Annotated[
@@ -99,7 +99,7 @@ def batching(
     shape: Shape = None,
     count: Annotated[int, typer.Option("--answers", help="How many answers.")] = 64,
     longest: Annotated[int, typer.Option("--longest", help="Tokens of the longest answer; the shortest has a sixteenth.")] = 1024,
-    kv_budget: Annotated[int, typer.Option(metavar="MIB", help="KV cache of both, in MiB.")] = 256,
+    kv_budget: Annotated[int, typer.Option(metavar="MIB", min=1, help="KV cache of both, in MiB.")] = 256,
     lazy_layer_ratio: Annotated[float, typer.Option(help="Fraction of layers that stream.")] = 0.5,
     w_sink: Sinks = 4,
     w_recent: Window = 1020,
@@ -180,7 +180,7 @@ def lazy_ratio(
     model: BaseModel = None,
     shape: Shape = None,
     lengths: Annotated[
-        list[int] | None, typer.Option("--at", metavar="TOKENS", help="Length of the prompt (repeatable). Default: 4K.")
+        list[int] | None, typer.Option("--at", metavar="TOKENS", min=1, help="Length of the prompt (repeatable). Default: 4K.")
     ] = None,
     w_last: Annotated[int, typer.Option(help="Last queries over which the ratio is averaged.")] = 64,
     w_sink: Sinks = 4,

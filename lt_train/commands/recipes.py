@@ -117,7 +117,9 @@ def import_layers(
     ] = None,
     num_layers: Annotated[
         int | None,
-        typer.Option("--num-layers", min=1, help="Decoder layers of the base; SWAA settings need it.", show_default=False),
+        typer.Option(
+            "--num-layers", min=1, max=10_000, help="Decoder layers of the base; SWAA settings need it.", show_default=False
+        ),
     ] = None,
     granularity: Annotated[
         Literal["layer", "kv_head"], typer.Option(help="What streams by gates: entire layers, or single KV heads.")

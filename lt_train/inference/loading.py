@@ -14,11 +14,12 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.base_spec import base_spec
-from lt_train.hybrid.kv_size import head_size
+from lt_train.hybrid.kv_size import head_size, kv_heads
 from lt_train.hybrid.loading import (
     build_hybrid,
     family_of,
@@ -60,11 +61,27 @@ def load_base_config(model: Model) -> PreTrainedConfig:
     with _failures_named(model, "config", _UNLOADABLE):
         if model.family is None:
             refuse_undeclared(config)  # first, because a config of another kind need not count its layers
+        _check_sizes(config.to_dict())
         config = with_rope_scaling(config, model.rope_scaling)
         if model.family == "auto" and not is_declared(config):
             prove_auto_family(config)
         hybrid_config(config, base_spec(config.to_dict()))
     return config
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raises ValueError for sizes and rotary embeddings of which no model can be made: transformers' configs take them."""
+    for name in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        size = config.get(name)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{name}: {size}: below 1. Fix: download the base again")
+    heads, groups = config["num_attention_heads"], kv_heads(config)
+    if heads % groups:
+        raise ValueError(f"num_key_value_heads: {groups}: no divisor of {heads} query heads. Fix: download the base again")
+    rope = config.get("rope_parameters") or {}
+    for kind in {each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)}:
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"rope_parameters: rope_type {kind}: unknown to this transformers. Fix: install a newer one")
 
 
 def describe_proof(config: PreTrainedConfig) -> str:

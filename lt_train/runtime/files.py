@@ -53,7 +53,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not a complete {what} ({error}). Fix: delete it and run again") from error
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import accumulate
-from math import ceil
+from math import ceil, isfinite
 
 from lt_train.hybrid.kv_size import KV_TOKENS
 from lt_train.hybrid.spec import HybridSpec
@@ -144,6 +144,8 @@ def number_by_ratio(ratio: float, units: int, unit: str = "layer") -> int:
     Raises:
         UserError: it would be none, or every one.
     """
+    if not isfinite(ratio):
+        raise UserError(f"hybrid.lazy_layer_ratio: {ratio:g}: not a finite number. Fix: set it above 0 and below 1")
     # Decimal, because the binary float 0.35 * 10 is not exactly 3.5.
     count = int((Decimal(str(ratio)) * units).quantize(Decimal(1), rounding=ROUND_HALF_UP))
     if 0 < count < units:
@@ -153,7 +155,7 @@ def number_by_ratio(ratio: float, units: int, unit: str = "layer") -> int:
             f"hybrid.lazy_layer_ratio: {ratio:g}: this model has one {unit}; a hybrid needs one that streams and one that "
             "does not. Fix: choose another model.base"
         )
-    which = f"no {unit}" if count == 0 else f"every {unit}"
+    which = f"no {unit}" if count <= 0 else f"every {unit}"
     raise UserError(
         f"hybrid.lazy_layer_ratio: {ratio:g}: of {units} {unit}s {count} would stream, {which}. "
         f"Fix: set it from {1 / units:.3g} (1 {unit}) to {1 - 1 / units:.3g} ({units - 1} {unit}s)"

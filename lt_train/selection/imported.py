@@ -311,7 +311,7 @@ def _count(path: Path, name: str, value: Any, *, least: int = 1) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON that can be read ({error}). Fix: download it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not one mapping of settings. Fix: name a file with one")

@@ -99,16 +99,18 @@ class Answering:
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
         self.defaults = checkpoint.sampling
-        self.vocab_size = checkpoint.model.config.vocab_size
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.name):
             raise ApiError(404, f"model: {model}: not served here. Fix: {self.name}", param="model", code="model_not_found")
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self._embedded(self.tokenizer(_encodable(prompt, "prompt"))["input_ids"], "prompt")
-        return self._embedded(prompt, "prompt")
+        try:
+            if isinstance(prompt, str):
+                return self.checkpoint.prompt_ids(prompt, add_special_tokens=True)
+            return self.checkpoint.checked(prompt)
+        except ValueError as error:
+            raise ApiError(400, f"prompt: {error}", param="prompt") from error
 
     def conversation_ids(self, body: ChatRequest) -> tuple[int, ...]:
         try:
@@ -117,15 +119,10 @@ class Answering:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
-        ids = self.tokenizer(_encodable(str(text), "messages"), add_special_tokens=False)["input_ids"]
-        return self._embedded(ids, "messages")
-
-    def _embedded(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
-        """Refuses ids that are none of the model's, which a tokenizer may have."""
-        unknown = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
-        if unknown is not None:
-            raise ApiError(400, f"{param}: {unknown}: no token id; there are 0 to {self.vocab_size - 1:,}", param=param)
-        return tuple(ids)
+        try:
+            return self.checkpoint.prompt_ids(str(text))
+        except ValueError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from error
 
     async def reply(self, kind: Kind, body: AnswerRequest, prompts: Sequence[tuple[int, ...]], http: HTTPRequest) -> Response:
         self.check_model(body.model)
@@ -186,14 +183,6 @@ class Answering:
                 f"{self.engine.longest:,}. Fix: shorten the prompt, lower max_tokens, or start the server with more --kv-budget",
                 code="context_length_exceeded",
             )
-
-
-def _encodable(text: str, param: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ApiError(400, f"{param}: it holds half of a surrogate pair, which is no text", param=param) from error
-    return text
 
 
 async def _events(reply: Reply, choices: Sequence[Choice], submission: Submission, with_usage: bool) -> AsyncIterator[str]:

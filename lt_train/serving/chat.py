@@ -131,7 +131,11 @@ class Conversation:
         except (TemplateError, ValueError, TypeError) as error:
             self._complain(f"the chat template refuses this turn: {error}")
             return
-        ids = tuple(self.checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        try:
+            ids = self.checkpoint.prompt_ids(prompt)
+        except ValueError as error:
+            self._complain(f"this turn cannot be read: {error}")
+            return
         if len(ids) >= self.longest:
             self._complain(f"{len(ids):,} tokens so far, and there is room for {self.longest:,}. Fix: /new")
             return

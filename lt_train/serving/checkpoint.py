@@ -1,5 +1,6 @@
 """The hybrid that a run's folder or an export holds, with its tokenizer, ready to answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,26 @@ class Checkpoint:
             longest: tokens that prompt and answer may have together.
         """
         return min(longest - prompt_tokens, self.model.generation_config.max_new_tokens or longest)
+
+    def prompt_ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
+        """The tokens of a prompt.
+
+        Raises:
+            ValueError: it is no text, or holds a token that the model does not embed.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds bytes that are no UTF-8, or half of a surrogate pair, which is no text") from error
+        return self.checked(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Raises ValueError for ids that the model does not embed; its tokenizer may have some."""
+        vocab_size = self.model.config.vocab_size
+        unknown = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown}: no token id; there are 0 to {vocab_size - 1:,}")
+        return tuple(ids)
 
     @property
     def streaming(self) -> str:

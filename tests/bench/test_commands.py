@@ -136,6 +136,12 @@ def test_training_step_refuses_what_no_recipe_takes(given, lt_train):
     assert code == 2 and str(given[1]) in err and "Traceback" not in out + err
 
 
+@pytest.mark.parametrize("given", [("--kv-budget", -1), ("--kv-budget", 0), ("--at", 0), ("--lazy-layer-ratio", "nan")])
+def test_decode_refuses_what_it_cannot_time(given, lt_train):
+    code, out, err = lt_train("bench", "decode", "data/tiny-reasoner", *given)
+    assert code == 2 and given[0].replace("--lazy-layer-ratio", "lazy_layer_ratio: nan") in err and "Traceback" not in out + err
+
+
 def test_a_budget_that_holds_no_sequence_is_refused_by_its_option(lt_train):
     code, out, err = lt_train("bench", "batching", "data/tiny-reasoner", "--kv-budget", 0)
     assert code == 2 and "--kv-budget" in err and "Traceback" not in out + err

@@ -234,6 +234,21 @@ def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_
     assert "its generation config cannot be loaded" in refused(eos_ids, Model(base=str(base)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads: 0: below 1"),
+        ({"head_dim": 0}, "head_dim: 0: below 1"),
+        ({"vocab_size": 0}, "vocab_size: 0: below 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3: no divisor of 4 query heads"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type spiral: unknown to this transformers"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_made_is_refused(base, settings, told):
+    change(base / "config.json", **settings)
+    assert told in refused(load_base_config, Model(base=str(base)))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused_unless_only_programs_write_them() -> None:
     model = Model(base="data/tiny-reasoner")
     config, tokenizer = load_base_config(model), load_tokenizer(model)

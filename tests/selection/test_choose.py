@@ -21,6 +21,12 @@ from lt_train.selection.choose import (
 from tests.support.gates_profiles import HEADS, profile_of
 
 
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf")])
+def test_a_ratio_that_is_no_finite_number_is_refused(ratio) -> None:
+    with pytest.raises(UserError, match=r"hybrid\.lazy_layer_ratio: (nan|inf): not a finite number\. Fix: set it above 0"):
+        number_by_ratio(ratio, 8)
+
+
 @pytest.mark.parametrize(("ratio", "num_layers", "count"), [(0.5, 8, 4), (0.5, 7, 4), (0.35, 10, 4), (0.25, 30, 8), (0.73, 30, 22)])
 def test_ratio_is_rounded_to_the_nearest_number_a_half_upwards(ratio, num_layers, count):
     assert number_by_ratio(ratio, num_layers) == count

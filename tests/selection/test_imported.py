@@ -166,6 +166,7 @@ def test_unknown_formats_are_refused_with_what_is_known(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such file or folder")
     refused(written(tmp_path / "list.json", [1]), "holds a list, not one mapping")
     refused(written(tmp_path / "cut.json", "{"), "no JSON that can be read")
+    refused(written(tmp_path / "deep.json", "[" * 10**5), "no JSON that can be read")
 
 
 def test_values_that_are_none_are_refused(tmp_path: Path) -> None:

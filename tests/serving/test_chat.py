@@ -152,6 +152,12 @@ def test_a_question_without_room_is_refused_and_forgotten(symbols: Checkpoint) -
     assert talk.turns == []
 
 
+def test_a_question_that_is_no_text_is_refused_and_forgotten(symbols: Checkpoint) -> None:
+    talk, shown = conversation(symbols)
+    talk.ask("1\udcff")  # as a pipe gives a byte that is no UTF-8
+    assert shown.getvalue().startswith("this turn cannot be read: it holds bytes that are no UTF-8") and talk.turns == []
+
+
 def test_a_models_text_does_not_steer_the_terminal(symbols: Checkpoint) -> None:
     from lt_train.serving.chat import _Shown
     from lt_train.serving.reasoning_stream import ReasoningStream
