@@ -51,7 +51,7 @@ def read_conversations(columns: Columns, chosen: str, row: Row) -> Iterator[Conv
         RowFault: the row is faulty, or holds something that would be lost.
     """
     fields = Fields(columns, chosen, row)
-    _refuse_tools(row)
+    _refuse_lost_columns(row)
     if columns.messages is not None:
         turns = read_messages(fields.value(columns.messages), columns.messages)
         yield fields.conversation(turns)
@@ -85,7 +85,14 @@ class Fields:
         assert name is not None
         value = self.value(name)
         if is_list_of_messages(value):
-            yield read_messages(value, name)
+            turns = read_messages(value, name)
+            if (count := sum(turn["role"] == "assistant" for turn in turns)) > 1:
+                raise RowFault(
+                    f"{name!r} holds {count} answers, of which the last alone would be trained on",
+                    kind=f"several answers in {name}",
+                    fix="make a row of each answer, with what comes before it in the prompt",
+                )
+            yield turns
         elif self.columns.verified:
             yield from ([{"role": "assistant", "content": answer}] for answer in self._verified(name, parsed_list(value)))
         else:
@@ -182,15 +189,28 @@ def reasoning_columns(columns: Columns, row: Row) -> dict[str, str]:
     return {name: text for name, text in texts.items() if len(text.split()) > 1}
 
 
-def _refuse_tools(row: Row) -> None:
+def _refuse_lost_columns(row: Row) -> None:
+    if row.get("label") is False and "completion" in row:
+        raise RowFault(
+            "'label' is false: a completion that TRL's preference data have as an undesired one",
+            kind="undesired completion",
+            fix="take such rows out, or remove the column 'label'",
+        )
     for name in REFUSED_NAMES:
         value = parsed_list(row.get(name))
-        if any(texts_in(value)):
+        if _says_something(value):
             raise RowFault(
                 f"{name!r} is not trained on, and would be lost",
                 kind=f"column {name}",
                 fix=f"remove the column {name!r}, or the rows that need it",
             )
+
+
+def _says_something(value: object) -> bool:
+    """Whether a value, however deep, is more than nothing: a text, a number, true or false."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_says_something, value.values() if isinstance(value, dict) else value))
+    return value is not None and value != ""
 
 
 def _check_encodable(conversation: Conversation) -> None:

@@ -27,6 +27,9 @@ ROLES = {
 }
 """The roles that data give, and the roles that chat templates know."""
 
+_TRAINED_BY = ("weight", "train", "training")
+"""Keys by which OpenAI's, Mistral's and axolotl's data exclude an assistant's message from the loss: 0, or false."""
+
 _REASONING_NAME = re.compile(
     r"(^|_)(reasoning|thinking|thoughts?|think|cot|chain_of_thoughts?|rationale)(_(content|text|traces?|trajector(y|ies)|process|steps?))?$"
 )
@@ -49,7 +52,15 @@ def read_messages(value: object, name: str) -> list[Message]:
     turns = parsed_list(value)
     if not isinstance(turns, list) or not turns:
         raise RowFault(f"{name!r} must be a list of {{role, content}}, this is {kind_of(value)}", kind="no list of messages")
-    return [_message(turn, f"{name}[{at}]", first=at == 0) for at, turn in enumerate(turns)]
+    messages = [_message(turn, f"{name}[{at}]", first=at == 0) for at, turn in enumerate(turns)]
+    for key in _TRAINED_BY:
+        if turns[-1].get(key) in (0, False) and messages[-1]["role"] == "assistant":
+            raise RowFault(
+                f"{name}[{len(turns) - 1}]: {key!r} is {turns[-1][key]!r}, so this answer is not to be trained on",
+                kind=f"answer with {key} 0",
+                fix="take such rows out",
+            )
+    return messages
 
 
 def parsed_list(value: object) -> object:

@@ -230,11 +230,34 @@ def test_the_shared_case_of_a_row_s_system_turn_is_used(shared_cases: Path) -> N
             {"chat_template_kwargs": {"custom_instructions": "Be brief."}, "messages": CHAT},
             "'chat_template_kwargs' is not trained on",
         ),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "messages": CHAT}, "'chat_template_kwargs' is not trained on"),
     ],
 )
 def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         load_rows(tmp_path, [row])
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, r"messages\[1\]: 'weight' is 0, so this answer is not to be trained on"),
+        ({"prompt": "6 x 7?", "completion": [CHAT[1] | {"train": False}]}, r"completion\[0\]: 'train' is False"),
+        ({"prompt": "6 x 7?", "completion": "41", "label": False}, "'label' is false: .* an undesired one"),
+        ({"prompt": "6 x 7?", "completion": [CHAT[1], *CHAT]}, "'completion' holds 2 answers, of which the last alone"),
+    ],
+)
+def test_answers_that_are_not_to_be_trained_on_or_would_be_left_out_are_errors(
+    tmp_path: Path, row: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        load_rows(tmp_path, [row])
+
+
+def test_an_answer_that_its_data_weigh_is_trained_on_and_an_earlier_one_without_weight_is_not(tmp_path: Path) -> None:
+    messages = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 1}]
+    assert len(load_rows(tmp_path, [{"messages": messages}]).train) == 1
+    assert len(load_rows(tmp_path, [{"prompt": "6 x 7?", "completion": "42", "label": True}]).train) == 1
 
 
 @pytest.mark.parametrize("empty", [None, [], "", "[]", {}])
