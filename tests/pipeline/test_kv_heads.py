@@ -1,6 +1,7 @@
 """A run whose single KV heads stream, from recipe to export, and what a change of the granularity does again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,27 +94,34 @@ def test_each_choice_of_heads_is_another_model(inputs, tmp_path) -> None:
     assert len(found) == 2
 
 
-def test_a_changed_granularity_chooses_and_measures_again_and_does_not_score_again(inputs, tmp_path) -> None:
+@pytest.fixture
+def profiled(finished, tmp_path) -> Path:
+    """A folder of runs in which the layers of this one are scored."""
+    shutil.copytree(finished[0] / "tiny/profile", tmp_path / "tiny/profile")
+    return tmp_path
+
+
+def test_a_changed_granularity_chooses_and_measures_again_and_does_not_score_again(inputs, profiled) -> None:
     by_layers = load_recipe(inputs / "recipe.yaml", (*UNTRAINED, "hybrid.lazy_layer_ratio=0.7"))
-    run_in_folder(by_layers, tmp_path, "eval")
-    run = tmp_path / "tiny"
+    run_in_folder(by_layers, profiled, "eval")
+    run = profiled / "tiny"
     scored, picture = (run / "profile/profile.json").stat().st_mtime_ns, (run / "profile/curve.png").read_bytes()
     before = json.loads((run / "eval/converted/heldout_loss/scores.json").read_text())
-    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", BY_HEAD), tmp_path, "eval")
+    printed = run_in_folder(load_recipe(inputs / "recipe.yaml", BY_HEAD), profiled, "eval")
     assert "11 of 16 KV heads stream" in printed and "what streams changed: the previous scores are now in" in printed
     assert (run / "profile/profile.json").stat().st_mtime_ns == scored
     assert (run / "profile/curve.png").read_bytes() != picture
     assert json.loads((run / "eval/converted/heldout_loss/scores.json").read_text())["loss"] != before["loss"]
     assert json.loads((run / "eval-converted-1/heldout_loss/scores.json").read_text()) == before
-    assert "6 of 8 layers stream" in run_in_folder(by_layers, tmp_path, "eval")
+    assert "6 of 8 layers stream" in run_in_folder(by_layers, profiled, "eval")
 
 
-def test_the_granularity_of_a_trained_run_stays(inputs, tmp_path) -> None:
-    run_in_folder(load_recipe(inputs / "recipe.yaml", (*UNTRAINED, "eval=[]")), tmp_path, "convert")
-    (tmp_path / "tiny/train").mkdir()
+def test_the_granularity_of_a_trained_run_stays(inputs, profiled) -> None:
+    run_in_folder(load_recipe(inputs / "recipe.yaml", (*UNTRAINED, "eval=[]")), profiled, "convert")
+    (profiled / "tiny/train").mkdir()
     with pytest.raises(
         UserError, match=r"hybrid\.granularity: kv_head: .*tiny/train was trained while others .*Fix: give this recipe"
     ):
         run_in_folder(
-            load_recipe(inputs / "recipe.yaml", (*BY_HEAD, "eval=[]", "hybrid.lazy_layer_ratio=0.5")), tmp_path, "convert"
+            load_recipe(inputs / "recipe.yaml", (*BY_HEAD, "eval=[]", "hybrid.lazy_layer_ratio=0.5")), profiled, "convert"
         )

@@ -54,17 +54,17 @@ def test_the_recipes_that_are_mutated_are_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_faulty_recipes_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
+def test_hundreds_of_faulty_recipes_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
     """5 ms of CPU each, most of it PyYAML's; the import of TRL and PEFT takes some seconds more."""
-    found = [faults_in_form(written(tmp_path, text)) for text in islice(mutants(seed=22), 1_000)]
-    assert sum(count > 0 for count in found) > 900, "most of them are faulty"
+    found = [faults_in_form(written(tmp_path, text)) for text in islice(mutants(seed=22), 500)]
+    assert sum(count > 0 for count in found) > 450, "most of them are faulty"
 
 
 @pytest.mark.slow
 def test_faulty_overrides_are_valid_or_refused_in_one_form(tmp_path: Path) -> None:
     path = written(tmp_path, EVERY_PART.encode())
-    found = [faults_in_form(path, [override]) for override in islice(overrides(seed=22), 300)]
-    assert sum(count > 0 for count in found) > 270
+    found = [faults_in_form(path, [override]) for override in islice(overrides(seed=22), 150)]
+    assert sum(count > 0 for count in found) > 135
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ BASE = REPOSITORY / "data/tiny-reasoner"
 PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
 SPEC = HybridSpec(8, (2, 3, 4, 7), 4, 28)
 LIMIT = 4
-TOKENS = 100
+TOKENS = 64
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_run_evaluates_its_export_with_sinks_by_our_server_as_by_the_engine_in
         f"name: own\nmodel: {{base: {BASE}, dtype: fp32}}\nhybrid: {{{named}, w_sink: 4, w_recent: 28}}\n"
         f"data: {{source: {REPOSITORY}/data/ledger/train.jsonl, format: still, max_length: 256, limit: 4}}\n"
     )
-    problems = f"benchmark: ledger, path: {PROBLEMS}, limit: 6, max_new_tokens: 120"
+    problems = f"benchmark: ledger, path: {PROBLEMS}, limit: 4, max_new_tokens: 80"
     in_process = f"{{{problems}, name: in-process}}"
     with exports_are_not_checked():
         run_in_folder(load_recipe(recipe, [f"eval=[{in_process}]"]), tmp_path / "runs", "export")
@@ -143,7 +143,7 @@ def test_a_run_evaluates_its_export_with_sinks_by_our_server_as_by_the_engine_in
         by_server = f"{{{problems}, name: served, backend: openai, servers: [{url}]}}"
         run_in_folder(load_recipe(recipe, [f"eval=[{in_process}, {by_server}]"]), tmp_path / "runs", "eval")
     rows = [graded(run / "eval/converted" / name / "samples.jsonl") for name in ("in-process", "served")]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert rows[0] == rows[1] and len(rows[0]) == 4
     checked = json.loads((run / "eval/converted/served/servers.json").read_text())
     assert checked["logprobs"] == checked["tokens"] > 40
 
