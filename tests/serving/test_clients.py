@@ -34,7 +34,7 @@ BASE = REPOSITORY / "data/tiny-reasoner"
 PROBLEMS = REPOSITORY / "data/ledger/test.jsonl"
 SPEC = HybridSpec(8, (2, 3, 4, 7), 4, 28)
 LIMIT = 4
-TOKENS = 64
+TOKENS = 100
 
 
 @pytest.fixture(scope="module")
