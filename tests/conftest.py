@@ -41,8 +41,8 @@ FAST = (
 )
 """The fast tier, `pytest -m fast`: files whose tests build no model and train nothing; a test that is marked slow is not in it."""
 
-SLOWER = ("runtime/test_drawing.py", "runtime/test_tracking.py", "runtime/test_other_trackers.py")
-"""Files of those folders that are not in it: they import matplotlib, or what writes to a tracker."""
+SLOWER = ("runtime/test_drawing.py", "runtime/test_huge_pages.py", "runtime/test_tracking.py", "runtime/test_other_trackers.py")
+"""Files of those folders that are not in it: they import matplotlib, the engine, or what writes to a tracker."""
 
 
 LONGEST = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, DiffLlamaConfig
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, HeliumConfig
 
 from lt_train.hybrid.spec import HybridError, HybridSpec
 from lt_train.inference.loading import load_base_config, load_weights
@@ -27,6 +27,9 @@ from tests.support.tiny_run import write_inputs
 from tests.support.toy_family import toy_config
 
 SPEC = HybridSpec(4, (1, 3), 4, 12)
+TOKENS = 268
+"""Of the tokenizer beside a base, which must have as many embeddings."""
+HELIUM_OF_TOKENS = HeliumConfig(**{**HELIUM.to_dict(), "vocab_size": TOKENS})
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def context_of(recipe: Recipe, runs: Path) -> RunContext:
 
 
 def test_a_run_reports_what_was_proved_before_it_does_anything(recipe_of, tmp_path, capsys):
-    context = context_of(recipe_of(HELIUM), tmp_path / "runs")
+    context = context_of(recipe_of(HELIUM_OF_TOKENS), tmp_path / "runs")
     assert context.base_config.model_type == "helium"
     printed = capsys.readouterr().out
     assert "family    auto: a hybrid of helium was made, and proved on a small model: with full attention it is the base" in printed
@@ -76,7 +79,7 @@ def test_a_base_that_proves_nothing_is_refused_by_runs_and_plans_and_the_message
 
 
 def test_without_auto_a_base_is_refused_even_where_an_earlier_recipe_proved_it(recipe_of):
-    recipe = recipe_of(toy_config())
+    recipe = recipe_of(toy_config(vocab_size=TOKENS))
     load_base_config(recipe.model)
     with pytest.raises(UserError, match=r"model_type: 'toy': no hybrid class\. Fix: set model\.family to auto"):
         load_base_config(Model(base=recipe.model.base))
@@ -88,7 +91,7 @@ def test_auto_leaves_a_family_that_is_declared_as_it_is(tmp_path):
     assert not type(hybrid).__module__.endswith("auto_family")
 
 
-@pytest.mark.parametrize("config", [HELIUM, toy_config()], ids=["helium", "toy"])
+@pytest.mark.parametrize("config", [HELIUM_OF_TOKENS, toy_config(vocab_size=TOKENS)], ids=["helium", "toy"])
 def test_a_plan_counts_a_made_family_and_reports_what_was_proved(config, recipe_of, capsys):
     recipe = recipe_of(config, "lora.targets=[q_proj]")
     plan = plan_recipe(recipe, Machine(1, 8 * GIB))
@@ -98,7 +101,7 @@ def test_a_plan_counts_a_made_family_and_reports_what_was_proved(config, recipe_
 
 
 def test_a_run_whose_export_would_lack_its_code_is_refused_before_anything_runs(recipe_of, tmp_path):
-    recipe = recipe_of(toy_config())
+    recipe = recipe_of(toy_config(vocab_size=TOKENS))
     with pytest.raises(UserError, match=r"ToyForCausalLM: its code is in .* Fix: train and measure without an export"):
         run_command(context_of(recipe, tmp_path / "runs"), "run")
     assert not list((tmp_path / "runs").rglob("*.json"))
