@@ -9,24 +9,13 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from lt_train.inference.requests import Request, Sampling
 from lt_train.serving.checkpoint import load_checkpoint
+from tests.support.families import SIZES
 from tests.support.runs import run_in_folder
 from tests.support.tiny_run import REASONER, add_base, recipe_on_base
 
 TOKENS = AutoConfig.from_pretrained(REASONER).vocab_size
 ROUNDED_UP = 384
-BASE = Qwen3Config(
-    vocab_size=ROUNDED_UP,
-    pad_token_id=0,
-    eos_token_id=3,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
+BASE = Qwen3Config(**SIZES | {"vocab_size": ROUNDED_UP, "eos_token_id": 3, "tie_word_embeddings": True}, head_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +34,7 @@ def test_a_base_with_more_embeddings_than_tokens_is_scored_trained_evaluated_exp
     embeddings, before = (
         load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (export, inputs / "base")
     )
-    assert embeddings.shape == (ROUNDED_UP, 32) and not embeddings[:TOKENS].equal(before[:TOKENS])
+    assert embeddings.shape == (ROUNDED_UP, SIZES["hidden_size"]) and not embeddings[:TOKENS].equal(before[:TOKENS])
     checkpoint, prompt = load_checkpoint(export), Request("any", 0, 0, tuple(range(TOKENS - 9, TOKENS)))
     (answer,) = checkpoint.engine(None, 1).answers([prompt], Sampling(1.0, 1.0, 32))
     assert answer.tokens == 32 and checkpoint.tokenizer.decode([TOKENS, ROUNDED_UP - 1]) == ""
