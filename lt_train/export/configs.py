@@ -44,13 +44,13 @@ def needs_own_code(config: HybridConfig) -> bool:
 
 def exported_config(model: HybridForCausalLM, dtype: torch.dtype) -> PreTrainedConfig:
     """The config.json of an export of `model`, as a new object."""
-    config = _with_own_code(model) if needs_own_code(model.config) else _stock_config(model)
+    config: PreTrainedConfig
+    if is_granite_swa(model.config):
+        config = granite_swa_config(model)
+    else:
+        config = _with_own_code(model) if needs_own_code(model.config) else stock_config(model.config)
     config.dtype = dtype
     return config
-
-
-def _stock_config(model: HybridForCausalLM) -> PreTrainedConfig:
-    return granite_swa_config(model) if is_granite_swa(model.config) else stock_config(model.config)
 
 
 def stock_config(config: HybridConfig) -> PreTrainedConfig:

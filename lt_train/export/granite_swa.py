@@ -36,9 +36,8 @@ _OF_THE_CLASS = {"model_type", "architectures", "auto_map", "transformers_versio
 
 
 def is_granite_swa(config: HybridConfig) -> bool:
-    """Whether GraniteSWA computes this hybrid: entire layers stream, with learned sinks."""
-    spec = config.spec
-    return isinstance(config, _FAMILIES) and spec.learned_sinks and not (spec.w_sink or spec.split_layers or spec.sliding_layers)
+    """Whether GraniteSWA computes this hybrid: it has learned sinks, so entire layers stream, and windows of one size."""
+    return isinstance(config, _FAMILIES) and config.learned_sinks and not config.spec.sliding_layers
 
 
 def granite_swa_config(model: HybridForCausalLM) -> GraniteSWAConfig:
@@ -72,10 +71,9 @@ class GraniteSWAWeights:
 def _added(skeleton: HybridForCausalLM) -> dict[str, Tensor]:
     config, added = skeleton.config, {}
     for name, layer in skeleton.model.layers.named_children():
-        attention = f"model.layers.{name}.self_attn"
         added[f"model.layers.{name}{_SINKS}"] = torch.full((config.num_attention_heads,), NO_SINK)
         if layer.self_attn.q_proj.bias is not None:
-            added[f"{attention}.o_proj.bias"] = torch.zeros(config.hidden_size)
+            added[f"model.layers.{name}.self_attn.o_proj.bias"] = torch.zeros(config.hidden_size)
     return added
 
 
