@@ -280,7 +280,7 @@ def _base(model: str | Path, family: Literal["auto"] | None = None) -> Model:
 
 
 def _tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    from lt_train.inference.loading import load_tokenizer
+    from lt_train.inference.tokenizer import load_tokenizer
 
     return load_tokenizer(_base(model))
 

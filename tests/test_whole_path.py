@@ -23,7 +23,8 @@ from lt_train.evaluation.scores import AnswerScores, difference, read_scores
 from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
-from lt_train.inference.loading import load_for_inference, load_tokenizer
+from lt_train.inference.loading import load_for_inference
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.recipe.loading import load_recipe
 from tests.support import processes
 from tests.support.repository import ENVIRONMENT, REPOSITORY

@@ -25,7 +25,8 @@ from lt_train.hybrid.base_spec import base_spec
 from lt_train.hybrid.loading import hybrid_config
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_for_inference, load_tokenizer, load_weights
+from lt_train.inference.loading import bar_if_it_takes_long, load_base_config, load_for_inference, load_weights
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.recipe.schema import Model
 from lt_train.runtime.devices import compute_device, compute_dtype
 from lt_train.runtime.errors import UserError, shortened

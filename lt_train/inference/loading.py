@@ -1,4 +1,4 @@
-"""The recipe's base model: its config, its tokenizer, its weights in the hybrid classes. Every failure names the setting."""
+"""The recipe's base model: its config, and its weights in the hybrid classes. Every failure names the setting."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
@@ -34,15 +34,12 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, HybridError, HybridSpec
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.inference.sinks_file import read_sinks
-from lt_train.inference.text import check_stop_tokens
-from lt_train.recipe.reasoning_tags import REASONING_TAGS
 from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.devices import compute_device, compute_dtype
-from lt_train.runtime.errors import UserError, shortened
+from lt_train.runtime.errors import UserError
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.sources import resolve_model
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _LONG_LOAD_BYTES = 2 * 2**30
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError, StrictDataclassError)
 """What transformers raises at missing, truncated or other weights; anything else is a bug in the hybrid classes."""
@@ -54,11 +51,11 @@ def load_base_config(model: Model) -> PreTrainedConfig:
         UserError: no such folder or hub model, no config that transformers reads, or a base that cannot become a hybrid; with
             `model.family: auto`, what differed.
     """
-    with _failures_named(model, "config"):
+    with failures_named(model, "config"):
         config = AutoConfig.from_pretrained(
             resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    with _failures_named(model, "config", _UNLOADABLE):
+    with failures_named(model, "config", _UNLOADABLE):
         if model.family is None:
             refuse_undeclared(config)  # first, because a config of another kind need not count its layers
         _check_sizes(config.to_dict())
@@ -125,94 +122,13 @@ def with_rope_scaling(config: PreTrainedConfig, scaling: RopeScaling | None) -> 
     return type(config)(**{**config.to_dict(), **changes})
 
 
-def has_local_tokenizer(model: Model) -> bool:
-    """Whether the base's tokenizer is in its folder, or in the cache of the hub: `load_tokenizer` then downloads nothing."""
-    name = resolve_model(model.base)
-    if Path(name).is_dir():
-        return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-    return any(isinstance(try_to_load_from_cache(name, file, revision=model.revision), str) for file in _TOKENIZER_FILES)
-
-
-def load_tokenizer(model: Model, stop_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, padding on the left as generation needs it.
-
-    Args:
-        stop_token: the recipe's prompt.stop_token, which becomes the tokenizer's eos token.
-
-    Raises:
-        UserError: none there, or one without any text, without the stop token, or without a padding or eos token.
-    """
-    with _failures_named(model, "tokenizer"):
-        folder = Path(resolve_model(model.base))
-        if folder.is_dir() and not model.trust_remote_code and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise FileNotFoundError("there is no tokenizer.json. Fix: download the base again, with all its files")
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(model.base), revision=model.revision, trust_remote_code=model.trust_remote_code, padding_side="left"
-        )
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen without the files
-        raise UserError(
-            f"model.base: {model.base}: its tokenizer has no tokens of text: tokenizer.json is missing or empty. Fix: download the "
-            "base again, with all its files"
-        )
-    if stop_token is not None:
-        if stop_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"prompt.stop_token: {stop_token}: the tokenizer of {model.base} has no such token. Fix: set it to the token that "
-                "ends a turn in the chat template"
-            )
-        tokenizer.eos_token = stop_token
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model.base: {model.base}: its tokenizer has neither a padding nor an eos token. Fix: set eos_token in its "
-                "tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def check_vocabulary(
-    model: Model, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> None:
-    """
-    Args:
-        chat_template: the recipe's own; None: it uses the tokenizer's.
-
-    Raises:
-        UserError: the tokenizer has tokens that the model has no embedding for, or lacks one that ends answers. The model may have
-            more embeddings than there are tokens, as many bases do whose number is rounded up.
-    """
-    check_stop_tokens(eos_ids(model), tokenizer, model.base)
-    missing = _without_embedding(config.vocab_size, tokenizer, str(chat_template or tokenizer.chat_template))
-    if missing:
-        count, (token, token_id) = max(missing.values()) + 1, min(missing.items(), key=lambda token: token[1])
-        raise UserError(
-            f"model.base: {model.base}: its tokenizer needs {count:,} embeddings, and the model has {config.vocab_size:,}, none "
-            f"for {shortened(token)} (token {token_id}). Fix: remove the tokens that were added to the tokenizer, or save the "
-            f"base with embeddings for them: model.resize_token_embeddings({count}) in transformers"
-        )
-
-
-def _without_embedding(vocab_size: int, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, int]:
-    """The tokens that texts may have and the model does not embed.
-
-    Special tokens that only programs write are passed over: Gemma 3's tokenizer has one for images, which its text models lack.
-    """
-    beyond = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    tags = {tag for each in REASONING_TAGS for tag in (each.opening, each.closing)}
-    unwritten = {token for token in special - ends - tags if token not in chat_template}
-    return {token: token_id for token, token_id in beyond.items() if token not in unwritten}
-
-
 def eos_ids(model: Model) -> list[int]:
     """The tokens at which the base's own generation config stops; empty where it has none.
 
     Raises:
         UserError: it has one that cannot be read.
     """
-    with _failures_named(model, "generation config"):
+    with failures_named(model, "generation config"):
         return listed(_generation_settings(model).get("eos_token_id"))
 
 
@@ -254,11 +170,11 @@ def load_weights(
         UserError: a base that cannot become a hybrid, no weights, or files that are truncated or do not fit.
     """
     config = load_base_config(model)
-    with _failures_named(model, "generation config"):
+    with failures_named(model, "generation config"):
         settings = _generation_settings(model)
         if settings:  # checked by transformers, too
             from_pretrained = {"generation_config": GenerationConfig.from_dict(settings), **from_pretrained}
-    with _failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
+    with failures_named(model, "weights", _UNLOADABLE), bar_if_it_takes_long(model):
         hybrid = load_hybrid(
             resolve_model(model.base),
             spec,
@@ -277,7 +193,7 @@ def empty_hybrid(model: Model, spec: HybridSpec, base_config: PreTrainedConfig) 
     """The model of `load_weights`, without any weights: they are on the meta device."""
     with torch.device("meta"):
         hybrid = build_hybrid(base_config, spec)
-    with _failures_named(model, "generation config"):
+    with failures_named(model, "generation config"):
         settings = _generation_settings(model)
         if settings:
             hybrid.generation_config = GenerationConfig.from_dict(settings)
@@ -323,7 +239,7 @@ def bar_if_it_takes_long(model: Model) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+def failures_named(model: Model, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
     """Turn what other libraries raise at a faulty model into an error of one line that names the setting."""
     try:
         _check_hub(model)

@@ -8,19 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.dataset.chat_template import ChatTemplate
 from lt_train.dataset.examples import Example, ExampleSet, calibration_examples
 from lt_train.dataset.texts import text_examples
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.loading import is_declared
-from lt_train.inference.loading import (
-    attention_choice,
-    check_vocabulary,
-    describe_proof,
-    eos_ids,
-    load_base_config,
-    load_tokenizer,
-)
+from lt_train.inference.loading import attention_choice, describe_proof, eos_ids, load_base_config
+from lt_train.inference.tokenizer import load_checked_tokenizer
 from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
@@ -79,10 +72,7 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self.recipe.model, self.recipe.prompt.stop_token)
-        own = None if self.recipe.prompt.chat_template is None else ChatTemplate(tokenizer, self.recipe.prompt).text
-        check_vocabulary(self.recipe.model, self.base_config, tokenizer, own)
-        return tokenizer
+        return load_checked_tokenizer(self.recipe.model, self.base_config, self.recipe.prompt)
 
     @cached_property
     def examples(self) -> ExampleSet:

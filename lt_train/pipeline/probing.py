@@ -11,8 +11,9 @@ from lt_train.evaluation.run import evaluate
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.hybrid.context_length import context_length
 from lt_train.inference.backends import engine_for
-from lt_train.inference.loading import load_base_config, load_tokenizer
+from lt_train.inference.loading import load_base_config
 from lt_train.inference.text import stop_tokens
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import TRAINED
 from lt_train.recipe.loading import load_recipe

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from lt_train.hybrid.context_length import context_length
-from lt_train.inference.loading import check_vocabulary, eos_ids, has_local_tokenizer, load_base_config, load_tokenizer
+from lt_train.inference.loading import eos_ids, load_base_config
+from lt_train.inference.tokenizer import has_local_tokenizer, load_checked_tokenizer
 from lt_train.planning.data_survey import BYTES_PER_TOKEN, DataSurvey, survey_data
 from lt_train.planning.draft import Draft
 from lt_train.planning.fitting import FittingTraining, fitting_calibration, fitting_training
@@ -62,10 +63,8 @@ def write_recipe(out: Path, base: str, source: str, start: str | None, machine: 
         model = Model(base=base)
         config = load_base_config(model)
         local = has_local_tokenizer(model)
-        tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(model) if local else None
+        tokenizer = load_checked_tokenizer(model, config) if local else None
         eos = eos_ids(model) if local else ()
-        if tokenizer is not None:
-            check_vocabulary(model, config, tokenizer)
     prompt = Prompt.model_validate(draft.values.get("prompt", {}))
     context = context_length(config.to_dict())
     with _errors_name("--data", source, setting="data.source"):

@@ -123,13 +123,13 @@ def _counted(recipe: Recipe, base_config: PreTrainedConfig, runs: Path) -> Sampl
     if not isinstance(resolve_data(recipe.data.traces), Path):
         return None
     from lt_train.dataset.loading import training_lengths
-    from lt_train.inference.loading import check_vocabulary, eos_ids, has_local_tokenizer, load_tokenizer
+    from lt_train.inference.loading import eos_ids
+    from lt_train.inference.tokenizer import has_local_tokenizer, load_checked_tokenizer
 
     if not has_local_tokenizer(recipe.model):
         return None
 
-    tokenizer = load_tokenizer(recipe.model, recipe.prompt.stop_token)
-    check_vocabulary(recipe.model, base_config, tokenizer)
+    tokenizer = load_checked_tokenizer(recipe.model, base_config, recipe.prompt)
     lengths = training_lengths(
         recipe.data,
         recipe.prompt,

@@ -15,8 +15,9 @@ from lt_train.hybrid.loading import load_hybrid, load_hybrid_checkpoint, read_co
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import FULL, GRANITE_SWA, HybridSpec
 from lt_train.inference.engine import Engine, default_budget
-from lt_train.inference.loading import bar_if_it_takes_long, check_vocabulary, device_map, load_base_config, load_tokenizer
+from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config
 from lt_train.inference.requests import Sampling
+from lt_train.inference.tokenizer import load_checked_tokenizer, load_tokenizer
 from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
@@ -129,8 +130,7 @@ def _export(folder: Path) -> Checkpoint:
             f"{folder}: {', '.join(damaged)}: missing, or of another size than exported. Fix: export or download it again"
         )
     source, config = Model(base=str(folder)), read_config(folder)
-    tokenizer = load_tokenizer(source)
-    check_vocabulary(source, config, tokenizer)
+    tokenizer = load_checked_tokenizer(source, config)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) and computes_in_bf16() else torch.float32
     with bar_if_it_takes_long(source):
         if is_hybrid(config):

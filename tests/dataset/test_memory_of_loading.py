@@ -45,7 +45,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def measure(folder: Path) -> None:
-    from lt_train.inference.loading import load_tokenizer  # here, for the fast tier imports no models
+    from lt_train.inference.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Model(base=str(REPOSITORY / "data/tiny-reasoner"), dtype="fp32"), None)
 

@@ -16,7 +16,8 @@ from lt_train.evaluation.plan import EvaluationPlan, make_plan
 from lt_train.evaluation.run import evaluate
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
-from lt_train.inference.loading import load_for_inference, load_tokenizer
+from lt_train.inference.loading import load_for_inference
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.recipe.schema import Eval, Model, Prompt
 
 KILLS = 6

@@ -14,15 +14,14 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.generation_config import SAMPLING
 from lt_train.inference.loading import (
     attention_choice,
-    check_vocabulary,
     eos_ids,
     load_base_config,
     load_for_inference,
-    load_tokenizer,
     load_weights,
 )
 from lt_train.inference.text import stop_tokens
-from lt_train.recipe.schema import Model, RopeScaling
+from lt_train.inference.tokenizer import check_vocabulary, load_checked_tokenizer, load_tokenizer
+from lt_train.recipe.schema import Model, Prompt, RopeScaling
 from lt_train.runtime.errors import UserError
 from tests.support.families import BASES, SIZES
 
@@ -265,6 +264,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused_unless_on
     tokenizer.add_tokens(["pineapple"])
     with pytest.raises(UserError, match=r"needs 269 embeddings, and the model has 268, none for pineapple \(token 268\)"):
         check_vocabulary(model, config, tokenizer)
+
+
+def test_a_recipes_own_chat_template_writes_tokens_that_the_model_must_embed_and_it_alone(base, tmp_path):
+    tokenizer = load_tokenizer(Model(base=str(base)))
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.chat_template = "{{ '<tool>' }}"
+    tokenizer.save_pretrained(base)
+    model = Model(base=str(base))
+    config, own = load_base_config(model), tmp_path / "own.jinja"
+    config.vocab_size = len(tokenizer) - 1
+    assert "none for <tool>" in refused(lambda model: load_checked_tokenizer(model, config), model)
+    own.write_text("{{ messages[0].content }}")
+    assert load_checked_tokenizer(model, config, Prompt(chat_template=str(own))).convert_tokens_to_ids("<tool>") > 0
+    own.write_text("{{ '<tool>' }}")
+    assert "none for <tool>" in refused(lambda model: load_checked_tokenizer(model, config, Prompt(chat_template=str(own))), model)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import torch
 
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
-from lt_train.inference.loading import load_for_inference, load_tokenizer
+from lt_train.inference.loading import load_for_inference
 from lt_train.inference.per_prompt_store import PerPrompt
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.recipe.evaluations import BASE, CONVERTED, Eval

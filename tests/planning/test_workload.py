@@ -6,7 +6,8 @@ import pytest
 from lt_train.dataset import loading
 from lt_train.dataset.loading import load_examples
 from lt_train.hybrid.context_length import context_length
-from lt_train.inference.loading import eos_ids, load_base_config, load_tokenizer
+from lt_train.inference.loading import eos_ids, load_base_config
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.planning.workload import Samples, training_samples, training_work
 from lt_train.recipe.loading import load_recipe
 from lt_train.runtime.errors import UserError

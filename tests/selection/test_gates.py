@@ -7,7 +7,7 @@ import torch
 
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference.loading import load_tokenizer
+from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.recipe.schema import Model
 from lt_train.runtime.errors import UserError
 from lt_train.selection.gates import (
