@@ -11,13 +11,13 @@ from lt_train.dataset.messages import (
     Message,
     is_list_of_messages,
     is_reasoning_name,
-    kind_of,
     parsed_list,
     read_messages,
     text_of,
 )
 from lt_train.recipe.columns import Columns
 from lt_train.runtime.columns import value_at
+from lt_train.runtime.errors import kind_of
 
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 """Columns that hold a row's own system turn."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lt_train.dataset.faults import RowFault, texts_in
+from lt_train.runtime.errors import kind_of
 
 Message = dict[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": …}; an assistant's may have REASONING."""
@@ -82,10 +83,6 @@ def is_list_of_messages(value: object) -> bool:
     return (
         isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
     )
-
-
-def kind_of(value: object) -> str:
-    return "empty" if value is None or value == [] else f"of type {type(value).__name__}"
 
 
 def _message(turn: object, where: str, first: bool) -> Message:

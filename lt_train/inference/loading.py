@@ -36,7 +36,7 @@ from lt_train.inference.generation_config import consistent, listed
 from lt_train.inference.sinks_file import read_sinks
 from lt_train.recipe.schema import Model, RopeScaling
 from lt_train.runtime.devices import compute_device, compute_dtype
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, kind_of
 from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.sources import resolve_model
 
@@ -142,7 +142,7 @@ def _generation_settings(model: Model) -> dict[str, Any]:
         return {}
     settings = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError(f"it holds a {type(settings).__name__}, not settings")
+        raise ValueError(f"it holds {kind_of(settings)}, not settings")
     return consistent(settings)
 
 

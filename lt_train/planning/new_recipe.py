@@ -291,9 +291,12 @@ def _checked(text: str, out: Path) -> Recipe:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}. Fix: name a file in another folder") from error
+    try:
         return load_recipe(temporary)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink()
 
 
 def _from_folder_of(out: Path, name: str) -> str:

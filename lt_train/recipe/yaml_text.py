@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import yaml
 
 from lt_train.recipe.faults import Fault
-from lt_train.runtime.errors import shortened, shown
+from lt_train.runtime.errors import kind_of, shortened, shown
 
 Path = tuple[str | int, ...]
 """Where a setting is: ("eval", 0, "limit")."""
@@ -113,7 +113,7 @@ def read_recipe_text(text: str, overrides: Sequence[str] = (), former_names: Map
         recipe.faults.append(Fault((), str(error)))
         return recipe
     if not isinstance(recipe.values, dict):
-        found = "is empty" if recipe.values is None else f"holds a {type(recipe.values).__name__}"
+        found = "is empty" if recipe.values is None else f"holds {kind_of(recipe.values)}"
         recipe.faults.append(Fault((), f"the file {found}", "write a mapping of settings that starts with `name:`"))
         return recipe
     for override in overrides:

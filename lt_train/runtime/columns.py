@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lt_train.runtime.errors import kind_of
+
 
 def value_at(row: Mapping[str, Any], path: str) -> Any:
     """The value at a path such as `answer`, `metadata.answer` or `thinking_trajectories.0`.
@@ -35,7 +37,7 @@ def _inside(value: Any, name: str, path: str) -> Any:
         raise LookupError(f"no field {name!r}: {place} {', '.join(map(str, value)) or 'no fields'}")
     if isinstance(value, list):
         raise LookupError(f"no item {name}: {place} a list of {len(value)}, counted from 0")
-    raise LookupError(f"no field {name!r}: {place} {'nothing' if value is None else f'a {type(value).__name__}'}")
+    raise LookupError(f"no field {name!r}: {place} {'nothing' if value is None else kind_of(value)}")
 
 
 def _parsed(text: str) -> Any:

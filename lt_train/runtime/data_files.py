@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, kind_of
 from lt_train.runtime.files import json_row
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -81,10 +81,10 @@ def _json(path: Path) -> Iterator[PlacedRow]:
             return
         raise UserError(f"{path}: not JSON ({error}); if it holds one object a line, call it .jsonl") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a .json data file holds a list of objects, this holds a {type(rows).__name__}")
+        raise UserError(f"{path}: a .json data file holds a list of objects, this holds {kind_of(rows)}")
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
-        yield where, row if isinstance(row, dict) else f"a row must be a JSON object, this is a {type(row).__name__}"
+        yield where, row if isinstance(row, dict) else f"a row must be a JSON object, this is {kind_of(row)}"
 
 
 def _csv(path: Path) -> Iterator[PlacedRow]:

@@ -43,6 +43,16 @@ shown = _Yaml().repr
 """A value as a message writes it."""
 
 
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+
+
+def kind_of(value: object) -> str:
+    """What a value from JSON or YAML is, in words, such as "a list"; "empty" for null and a list of nothing."""
+    if value is None or value == []:
+        return "empty"
+    return shown(value) if isinstance(value, bool) else _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
 def shortened(name: str, longest: int = LONGEST) -> str:
     """A name as a message writes it: its middle cut out, and in quotes where it does not print or its ends would not show."""
     half = longest // 2

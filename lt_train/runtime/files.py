@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, kind_of
 
 
 @contextmanager
@@ -116,5 +116,5 @@ def json_row(line: bytes) -> dict[str, Any]:
         cut = "" if line.endswith(b"\n") else "; the file ends in the middle of this line"
         raise ValueError(f"not JSON ({error}){cut}. Fix: correct the line, or remove it") from error
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, this is a {type(row).__name__}")
+        raise ValueError(f"a row must be a JSON object, this is {kind_of(row)}")
     return row

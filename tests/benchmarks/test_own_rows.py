@@ -59,7 +59,7 @@ def test_the_real_gsm8k_as_custom_has_the_answers_of_the_benchmark(shared_data: 
     ("columns", "told"),
     [
         ({"question": "Question", "answer": "Answer"}, "field 'Question' is missing; the row has Answer, ID, Problem, Solution"),
-        ({"question": "Problem", "answer": "Answer.0"}, r"field 'Answer\.0' is missing \(no field '0': 'Answer' holds a int\)"),
+        ({"question": "Problem", "answer": "Answer.0"}, r"field 'Answer\.0' is missing \(no field '0': 'Answer' holds a number\)"),
         ({}, "field 'problem' is missing; .* Fix: name the columns that hold them, such as columns: {question: Problem, answer: "),
     ],
 )

@@ -177,7 +177,7 @@ def test_columns_lead_into_lists_and_mappings(tmp_path: Path) -> None:
     [
         ({"question": "q", "answer": "b"}, "no field 'b', which data.columns needs; the row has q, a"),
         ({"question": "q", "answer": "a.3"}, r"no field 'a\.3'.*no item 3: 'a' holds a list of 2"),
-        ({"question": "q", "answer": "a"}, "'a' must be text, this is of type list"),
+        ({"question": "q", "answer": "a"}, "'a' must be text, this is a list"),
         ({"question": "q", "answer": "a", "verified": ["q"]}, "'q' must hold one true or false for each of 'a'"),
         ({"messages": "q"}, "'q' must be a list of {role, content}"),
     ],

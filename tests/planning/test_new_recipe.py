@@ -172,6 +172,11 @@ def test_an_existing_file_is_not_overwritten(lt_train, data):
     assert Path("my.yaml").read_text() == "mine"
 
 
+def test_a_place_that_takes_no_file_is_an_error(lt_train, data):
+    code, _, err = lt_train("init", "/proc/my.yaml", "--base", TINY, "--data", "rows.jsonl")
+    assert code == 2 and "/proc/my.yaml: cannot be written: No such file or directory. Fix: name a file in another folder" in err
+
+
 REFUSED = {
     "unreadable data": (TINY, "faulty.jsonl", "--data: faulty.jsonl: ", "not JSON"),
     "no such data": (TINY, "missing.jsonl", "--data: missing.jsonl: ", "no file or folder"),

@@ -19,7 +19,7 @@ def test_a_path_leads_through_names_and_numbers(path: str, value: object) -> Non
         ("other", "no field 'other': the row has answer, deep"),
         ("deep.other", "no field 'other': 'deep' holds list"),
         ("deep.list.7", r"no item 7: 'deep.list' holds a list of 2, counted from 0"),
-        ("answer.x", "no field 'x': 'answer' holds a int"),
+        ("answer.x", "no field 'x': 'answer' holds a number"),
         ("none.x", "no field 'x': 'none' holds nothing"),
     ],
 )
