@@ -16,7 +16,7 @@ from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.servers.vllm_capacity import BLOCK, VllmCache, with_one_more_or_fewer
 from lt_train.runtime.devices import dtype_name
 from lt_train.runtime.units import format_bytes
-from lt_train.vllm_plugin.checks import serves_family
+from lt_train.vllm_plugin.checks import is_served
 from lt_train.vllm_plugin.command import CHUNK
 
 
@@ -224,7 +224,7 @@ def _limits(config: HybridConfig, own_code: bool) -> str:
         f"What is further back than {spec.w_recent:,} tokens reaches a streaming {kind} only through {through}: test exact "
         "recall over long distances before relying on it."
     )
-    by_vllm = serves_family(config.model_type) and not spec.sliding_layers
+    by_vllm = is_served(config.model_type, spec)
     servers = _SERVED_BY_THE_PLUGIN + (_PLUGIN_WITH_SINK_TOKENS if spec.w_sink else "") if by_vllm else _SERVED_BY_LT_TRAIN
     limits = [reach, *([*_LIMITS_OF_OWN_CODE, servers] if own_code else [])]
     return "## What it cannot do\n\n" + "\n".join(f"- {limit}" for limit in limits)

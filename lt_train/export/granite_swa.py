@@ -13,31 +13,22 @@ from transformers import GraniteConfig, PreTrainedConfig
 from transformers.models.granite_swa import GraniteSWAConfig, GraniteSWAForCausalLM
 
 from lt_train.export.weights import ExportedHybrid, WeightFiles, base_files, files_by_name
-from lt_train.hybrid.configuration import (
-    HybridConfig,
-    HybridGraniteConfig,
-    HybridMinistralConfig,
-    HybridQwen2Config,
-    HybridSeedOssConfig,
-)
+from lt_train.hybrid.configuration import HybridConfig
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
+from lt_train.vllm_plugin.checks import fits_granite_swa
 
 NO_SINK = -(2.0**13)
 """A sink logit so far below every score that exp of the difference is 0; it is the same number in bf16 and fp16."""
-
-_FAMILIES = (HybridQwen2Config, HybridMinistralConfig, HybridSeedOssConfig, HybridGraniteConfig)
-"""Those with Granite's layers: no norms of queries and keys, and the rotary embedding of the whole head in every layer."""
 
 _SINKS = ".self_attn.sinks"
 _OF_THE_CLASS = {"model_type", "architectures", "auto_map", "transformers_version", "layer_rope_theta"}
 
 
 def is_granite_swa(config: HybridConfig) -> bool:
-    """Whether GraniteSWA computes this hybrid: it has learned sinks, so entire layers stream, and windows of one size."""
-    return isinstance(config, _FAMILIES) and config.learned_sinks and not config.spec.sliding_layers
+    return fits_granite_swa(config.model_type, config.spec)
 
 
 def granite_swa_config(model: HybridForCausalLM) -> GraniteSWAConfig:

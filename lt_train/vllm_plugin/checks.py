@@ -28,8 +28,22 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "ministral")
 """By the `model_type` of a base or of an export without its prefix: those that differ from vLLM's Llama in what model.py knows."""
 
 
-def serves_family(model_type: str) -> bool:
-    return model_type.removeprefix("lt_hybrid_") in FAMILIES
+GRANITE_SWA_FAMILIES = ("qwen2", "llama", "mistral", "ministral", "seed_oss", "granite")
+"""Likewise, those with Granite's layers: no norms of queries and keys, and rotary embeddings of the whole head in every layer."""
+
+
+def fits_granite_swa(model_type: str, spec: HybridSpec) -> bool:
+    """Whether GraniteSWA, a class of transformers and of vLLM, computes a hybrid: it has learned sinks, and windows of one size."""
+    return family_of(model_type) in GRANITE_SWA_FAMILIES and spec.learned_sinks and not spec.sliding_layers
+
+
+def is_served(model_type: str, spec: HybridSpec) -> bool:
+    """Whether vLLM serves a hybrid, by the plugin or by itself."""
+    return fits_granite_swa(model_type, spec) or (family_of(model_type) in FAMILIES and not spec.sliding_layers)
+
+
+def family_of(model_type: str) -> str:
+    return model_type.removeprefix("lt_hybrid_")
 
 
 def check_served(config: Any) -> None:
@@ -40,7 +54,7 @@ def check_served(config: Any) -> None:
     """
     if config.model_type == GRANITE_SWA:
         return
-    if not serves_family(config.model_type):
+    if family_of(config.model_type) not in FAMILIES:
         raise ValueError(
             f"model_type: {config.model_type}: lt_train's plugin computes {', '.join(FAMILIES)} by vLLM's Llama classes, and this "
             "family differs from them. Fix: evaluate this export with the built-in engine (backend: hybrid), or serve it with "

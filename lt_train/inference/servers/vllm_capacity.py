@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.vllm_plugin.checks import serves_family
+from lt_train.vllm_plugin.checks import is_served
 from lt_train.vllm_plugin.command import CHUNK
 from lt_train.vllm_plugin.units import heads_of_a_unit, number_of_units
 
@@ -65,7 +65,7 @@ def with_as_many_heads(spec: HybridSpec, streaming: int, kv_heads: int) -> Hybri
 def with_one_more_or_fewer(spec: HybridSpec, model_type: str, kv_heads: int) -> dict[int, HybridSpec]:
     """A hybrid and its neighbours by their number of streaming layers, or of streaming KV heads where layers are split; its own
     first. Empty where vLLM does not serve it."""
-    if not serves_family(model_type) or spec.sliding_layers:
+    if not is_served(model_type, spec):
         return {}
     if spec.split_layers:
         heads = spec.number_of_streaming_heads(kv_heads)

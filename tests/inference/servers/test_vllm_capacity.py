@@ -43,7 +43,14 @@ def test_neighbours_have_one_streaming_layer_or_kv_head_more_or_fewer():
 
 def test_vllm_holds_nothing_of_what_it_does_not_serve():
     assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, sliding_layers=(0,), sliding_window=9), "qwen2", 2) == {}
-    assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8), "glm4", 2) == {}
+    for family in ("glm4", "seed_oss"):
+        assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8), family, 2) == {}
+    assert with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, learned_sinks=True), "glm4", 2) == {}
+
+
+def test_vllms_own_class_holds_learned_sinks_of_families_that_the_plugin_does_not_know():
+    for family in ("seed_oss", "lt_hybrid_granite"):
+        assert list(with_one_more_or_fewer(HybridSpec(4, (1,), 0, 8, learned_sinks=True), family, 2)) == [1, 2]
 
 
 def test_whole_layers_as_kv_heads_gain_as_much_as_by_their_bytes():
