@@ -65,9 +65,13 @@ STEADY = ("hybrid.w_recent=32", "hybrid.calibration.samples=4", "hybrid.calibrat
 """With these the shares of the tiny reasoner's KV heads add up to the measured rise."""
 
 
-def test_kv_heads_by_gates_stand_beside_layers_with_the_same_kv_cache(recipe, tmp_path) -> None:
+def test_kv_heads_by_gates_that_are_added_later_stand_beside_layers_with_the_same_kv_cache(recipe, tmp_path) -> None:
+    compare(recipe, (*OVERRIDES, *STEADY, "grid={strategies: [periodic], ratios: [0.75]}"), True, tmp_path, ALONE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/eval/*/*/scores.json")}
     grid = "grid={strategies: [periodic], ratios: [0.5, 0.75], granularities: [layer, kv_head]}"
     out = compare(recipe, (*OVERRIDES, *STEADY, grid), True, tmp_path, ALONE)
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2  # the base and periodic layers
+    assert [path.parents[1].name for path in tmp_path.glob("*/profile/profile.json")] == ["tiny-quick-scores-gates"]
     assert not (tmp_path / "tiny-quick-gates-8of16heads").exists()  # quick has heads at the largest ratio alone
     hybrid = yaml.safe_load((tmp_path / "tiny-quick-gates-12of16heads/recipe.yaml").read_text())["hybrid"]
     assert hybrid["granularity"] == "kv_head" and sum(map(len, hybrid["streaming_kv_heads"])) == 12
