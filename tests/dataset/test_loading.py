@@ -83,7 +83,7 @@ def test_nothing_but_damaged_lines_is_an_error_with_their_places(tmp_path: Path)
         (2, 1, r"3 of 10 rows were dropped: 2 too long, 1 faulty\. Fix: raise data\.max_length .*, and correct the faulty rows"),
     ],
 )
-def test_more_than_a_fifth_of_the_rows_dropped_is_a_warning_that_names_the_way_out(
+def test_more_than_a_fifth_of_the_rows_dropped_is_a_warning_that_names_the_fix(
     tmp_path: Path, long: int, faulty: int, fix: str | None
 ) -> None:
     given = [*rows(10 - long - faulty), *rows(long, length=500), *["{"] * faulty]

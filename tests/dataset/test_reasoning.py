@@ -65,7 +65,7 @@ def test_reasoning_is_taken_once_however_a_message_holds_it(tmp_path: Path, answ
     assert answer_of(tmp_path, answer, "qwen3-reasoning") == THINK
 
 
-def test_reasoning_where_the_base_shows_no_tags_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+def test_reasoning_where_the_base_shows_no_tags_is_an_error_with_the_fix(tmp_path: Path) -> None:
     answer = {"reasoning_content": REASONING, "content": ANSWER}
     with pytest.raises(UserError, match=r"rows\.jsonl:1: reasoning in a field of its own.*Fix: .*data\.reasoning_tag_pair"):
         answer_of(tmp_path, answer, "mistral")

@@ -60,7 +60,7 @@ def test_auto_takes_no_kernel_that_failed_its_trial(on_a_gpu, monkeypatch):
     assert choose("auto", GPU) == Choice("blocked", "not flash: it is broken")
 
 
-def test_what_flash_cannot_do_is_refused_with_the_way_out(on_a_gpu, monkeypatch):
+def test_what_flash_cannot_do_is_refused_with_the_fix(on_a_gpu, monkeypatch):
     assert choose("flash", GPU).name == "flash"
     for wrong, message in [
         (dict(device=torch.device("cpu")), "needs an NVIDIA GPU.*Fix: set auto"),

@@ -81,7 +81,7 @@ def test_the_recipes_kernel_is_for_the_recipes_dtype(base):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU flash attention can do this")
-def test_a_kernel_that_cannot_do_what_the_recipe_asks_is_told_with_the_way_out(base):
+def test_a_kernel_that_cannot_compute_the_recipe_is_refused_with_the_fix(base):
     config = load_base_config(Model(base=str(base)))
 
     def chosen(attention):
@@ -93,13 +93,13 @@ def test_a_kernel_that_cannot_do_what_the_recipe_asks_is_told_with_the_way_out(b
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_a_folder_that_is_not_there_is_told_with_the_place_looked_at(load, tmp_path):
+def test_a_missing_folder_is_reported_with_its_full_path(load, tmp_path):
     with pytest.raises(UserError, match=rf"there is no folder {tmp_path}/nowhere"):
         load(Model(base=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_a_hub_model_that_cannot_be_had_is_told_with_the_folder_that_was_looked_for_first(load):
+def test_a_hub_model_out_of_reach_is_reported_with_the_folder_that_was_looked_for_first(load):
     assert f"there is no folder {Path('nobody/nothing').absolute()}, and of the hub model" in refused(
         load, Model(base="nobody/nothing")
     )
@@ -113,7 +113,7 @@ def test_a_config_that_is_none_is_refused(base, text):
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "gpt2"}', '{"model_type": "t5"}', '{"model_type": "clip"}'])
-def test_an_architecture_without_a_hybrid_class_is_refused_with_those_there_are(base, text):
+def test_an_architecture_without_a_hybrid_class_is_refused_with_the_known_ones(base, text):
     (base / "config.json").write_text(text)
     message = refused(load_base_config, Model(base=str(base)))
     assert all(family in message for family in ("no hybrid class", "llama", "mistral", "qwen2", "qwen3"))
@@ -331,7 +331,7 @@ def test_a_folder_without_tokenizer_json_is_refused_with_the_fix(base):
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_a_mistyped_folder_is_told_at_once_with_its_neighbour(load, tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_reported_at_once_with_the_nearest_name(load, tmp_path, monkeypatch):
     """A name with one slash may be a hub model's: the hub is queried once, not five times for each file."""
     (tmp_path / "models/tiny-reasoner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -347,7 +347,7 @@ def test_a_mistyped_folder_is_told_at_once_with_its_neighbour(load, tmp_path, mo
     assert "no network" in message and len(queries) == 1
 
 
-def test_a_base_that_slides_already_is_refused_with_the_way_out(tmp_path):
+def test_a_base_that_slides_already_is_refused_with_the_fix(tmp_path):
     MistralConfig(**SIZES, sliding_window=64).save_pretrained(tmp_path)
     assert "Fix: choose a base with full layers" in refused(load_base_config, Model(base=str(tmp_path)))
 

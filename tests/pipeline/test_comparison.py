@@ -228,7 +228,7 @@ def test_a_recipe_that_cannot_be_compared_is_refused(recipe, tmp_path, overrides
         compare(recipe, (*OVERRIDES, *GRID, *overrides), False, tmp_path, ALONE)
 
 
-def test_unknown_strategies_are_refused_with_those_there_are(recipe) -> None:
+def test_unknown_strategies_are_refused_with_the_known_ones(recipe) -> None:
     with pytest.raises(UserError, match=r"grid\.strategies\.0: 'reech'.*reach"):
         load_recipe(recipe, ["grid.strategies=[reech]"])
 

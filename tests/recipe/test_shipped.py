@@ -51,7 +51,7 @@ def test_the_deepspeed_configurations_are_found_from_any_folder(tmp_path):
     assert located["data"]["source"] == "launch/zero3.json", "nothing else is"
 
 
-def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are():
+def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"quikstart: there is no such file in .*ships .*quickstart"):
         load_recipe(Path("quikstart"))
 

@@ -210,7 +210,7 @@ def test_two_points_of_a_curve_that_come_in_one_step_are_both_there(tmp_path: Pa
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
 
 
-def test_online_without_a_login_is_an_error_with_the_way_out(tmp_path: Path, no_network: None) -> None:
+def test_online_without_a_login_is_an_error_with_the_fix(tmp_path: Path, no_network: None) -> None:
     with pytest.raises(UserError, match=r"track\.wandb: online: wandb cannot start.*wandb login.*offline or off"):
         open_tracker("online", "lt-train", tmp_path, {})
 

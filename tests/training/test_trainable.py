@@ -54,7 +54,7 @@ def test_full_fine_tuning_gives_gradients_to_every_parameter(tmp_path: Path) -> 
     assert names == {name for name, _ in load_tiny(torch.float32).named_parameters()}
 
 
-def test_an_unknown_target_is_an_error_that_names_the_modules_there_are() -> None:
+def test_an_unknown_target_is_an_error_that_names_the_modules() -> None:
     recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj", "query"]}})
     with pytest.raises(UserError, match=r"lora\.targets: query: .*name some of down_proj, .*q_proj"):
         lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
