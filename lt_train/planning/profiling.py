@@ -61,10 +61,6 @@ class Passes:
     sliding: float
     head: float
 
-    def of_the_model(self, num_layers: int) -> float:
-        """The cost in forward passes through all layers, without the head."""
-        return self.linear / num_layers
-
 
 def passes(strategy: str, base: HybridSpec, long_reach_fraction: float, gate_points: float = len(POINTS)) -> Passes:
     """The cost of scoring one sample of a base by `strategy` alone.

@@ -141,10 +141,10 @@ def test_the_time_follows_from_the_operations_that_scoring_a_sample_takes(
 
 
 def test_gates_take_the_same_passes_whatever_the_depth_and_one_layer_at_a_time_half_as_many_as_layers():
-    assert [passes("gates", HybridSpec(layers, ()), 0.1).of_the_model(layers) for layers in (30, 64)] == [11, 11]
-    assert [passes("gates", HybridSpec(layers, ()), 0.1, MOST_POINTS).of_the_model(layers) for layers in (30, 64)] == [35, 35]
-    assert [passes("reach", HybridSpec(layers, ()), 0.1).of_the_model(layers) for layers in (30, 64)] == [17.5, 34.5]
-    assert passes("lazy_ratio", HybridSpec(64, ()), 0.1).of_the_model(64) == 1
+    assert [passes("gates", HybridSpec(layers, ()), 0.1).linear / layers for layers in (30, 64)] == [11, 11]
+    assert [passes("gates", HybridSpec(layers, ()), 0.1, MOST_POINTS).linear / layers for layers in (30, 64)] == [35, 35]
+    assert [passes("reach", HybridSpec(layers, ()), 0.1).linear / layers for layers in (30, 64)] == [17.5, 34.5]
+    assert passes("lazy_ratio", HybridSpec(64, ()), 0.1).linear / 64 == 1
 
 
 def test_layers_that_slide_in_the_base_run_and_are_not_scored():
