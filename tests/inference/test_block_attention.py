@@ -1,6 +1,6 @@
 """The attention of a decoding step to blocks of keys is that of a dense mask, for every type of cache.
 
-In C as on a CPU, and in Triton: on a GPU, elsewhere in Triton's interpreter.
+In C as on a CPU, for this processor and for those without AVX-512, and in Triton: on a GPU, elsewhere in Triton's interpreter.
 """
 
 import sys
@@ -16,6 +16,7 @@ from lt_train.inference import compiled_attention, triton_attention
 from lt_train.inference.block_attention import obstacle
 from lt_train.inference.key_blocks import KeyBlocks, ring_blocks
 from lt_train.inference.kv_store import RingLayer
+from tests.support.avx2 import RUNS_AVX2, compiled_for_avx2
 
 CPU = torch.device("cpu")
 BLOCK = 128
@@ -25,13 +26,17 @@ SEEN_BT = torch.tensor([[5, 6], [127, 128], [128, 129], [300, 301], [1, 2]])
 NO_COMPILER = compiled_attention.obstacle(torch.float32)
 
 
-@pytest.fixture(params=[compiled_attention, pytest.param(triton_attention, marks=pytest.mark.gpu)], ids=["C", "Triton"])
+@pytest.fixture(params=["C", "C for AVX2", pytest.param("Triton", marks=pytest.mark.gpu)])
 def attend_blocks(request, monkeypatch):
-    if request.param is triton_attention:
+    if request.param == "Triton":
         monkeypatch.setattr(triton_attention, "_PROGRAMS", 40)  # which its interpreter runs one after the other
         return on_triton_device
     if NO_COMPILER is not None:
         pytest.skip(NO_COMPILER)
+    if request.param == "C for AVX2":
+        if not RUNS_AVX2:
+            pytest.skip("this processor has no AVX2")
+        monkeypatch.setattr(compiled_attention, "compiled", compiled_for_avx2)
     return compiled_attention.attend_blocks
 
 

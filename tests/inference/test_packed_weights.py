@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager, nullcontext
+from ctypes import c_int
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +19,7 @@ from lt_train.inference.kv_store import KVStore
 from lt_train.inference.packed_weights import MOST_ROWS, PackedLinear, obstacle_here, obstacle_to_packing, packed_bytes, packed_for
 from lt_train.inference.runner import ModelRunner
 from lt_train.runtime.units import GIB
+from tests.support.avx2 import compiled_for_avx2
 from tests.support.families import FAMILIES, WITH_SINKS, base_of, on_base
 from tests.support.tiny_engine import GREEDY, MANY, answered, letter_tokenizer, requests, texts, tiny_model
 
@@ -175,9 +177,19 @@ def test_only_weights_that_gain_from_it_are_packed(model, monkeypatch) -> None:
     assert packed_for(model, 3) is model
 
 
+@pytest.fixture(params=[None, 16], ids=["this processor", "AVX2"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which the products are compiled; 16: outputs of a block for AVX2."""
+    if request.param is not None:
+        monkeypatch.setattr(packed_weights, "compiled", compiled_for_avx2)
+        library = packed_weights._library.__wrapped__()
+        assert c_int.in_dll(library, "block").value == request.param
+        monkeypatch.setattr(packed_weights, "_library", lambda: library)
+
+
 @pytest.mark.parametrize("outputs", [64, 45, 7])  # whole blocks, and one that is not full
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_any_number_of_rows_are_those_of_the_stored_weights(outputs, bias) -> None:
+def test_products_of_any_number_of_rows_are_those_of_the_stored_weights(processor, outputs, bias) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(33, outputs, bias=bias)
     layer = PackedLinear(linear)
@@ -188,7 +200,7 @@ def test_products_of_any_number_of_rows_are_those_of_the_stored_weights(outputs,
             torch.testing.assert_close(layer(x_RD), exact.float(), atol=2e-6, rtol=0)
 
 
-def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch() -> None:
+def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch(processor) -> None:
     layer, x_RD = PackedLinear(torch.nn.Linear(48, 96)), torch.randn(MOST_ROWS, 48)
     with torch.inference_mode():
         together = layer(x_RD)
