@@ -1,13 +1,12 @@
 """`lt-train compare`: one recipe with several choices of what streams, at several ratios, and their results together.
 
 Every cell is a run of its own, with its own folder: a killed comparison resumes, and a finished cell is not run again. The layers
-are scored once for each seed, in the run that also evaluates the base, and in a run of its own by each strategy that was requested
-later; the cells name what streams.
+are scored once for each seed, in the run that also evaluates the base; the cells name what streams.
 """
 
 import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -62,8 +61,8 @@ class Task:
         """The recipe of a run, which has no grid."""
         return load_recipe(self.path, [*self.overrides, "grid=null", *changes])
 
-    def work(self, changes: Sequence[str], up_to: str = "eval") -> Path:
-        return work(self.load(changes), up_to, self.runs, self.process)
+    def work(self, changes: Sequence[str]) -> Path:
+        return work(self.load(changes), "eval", self.runs, self.process)
 
     @property
     def trains(self) -> bool:
@@ -130,37 +129,28 @@ def _compare(task: Task) -> Comparison:
     """Do what is missing of every cell with one seed."""
     counts = task.counts
     base_run = task.work(_base_overrides(task))
-    profiles = _profiles(task, base_run)
+    profile = LayerProfile.load(path) if (path := RunPaths(base_run).layer_profile).exists() else None
     cells: list[Cell] = []
-    for cell in chain.from_iterable(_by_training(task, cell) for cell in _cells(task, counts, profiles)):
+    for cell in chain.from_iterable(_by_training(task, cell) for cell in _cells(task, counts, profile)):
         same = next((known for known in cells if _are_one_run(known, cell)), None)
         cells.append(replace(cell, run=same.run) if same else cell)
         if same is None:
             task.work(_cell_overrides(task, cell))
-    return Comparison(task.recipe.name, base_run, tuple(cells), profiles.get("gates"))
+    return Comparison(task.recipe.name, base_run, tuple(cells), profile)
 
 
-def _profiles(task: Task, base_run: Path) -> dict[str, LayerProfile]:
-    """The layer profile that has the scores of each strategy that looks at the model."""
-    begun, found = recipe_of(RunPaths(base_run)).hybrid, {}
-    for strategy in task.scored:
-        known = strategy in (begun.strategy, *begun.compare)
-        run = base_run if known else task.work(_scoring_overrides(task, strategy), "profile")
-        found[strategy] = LayerProfile.load(RunPaths(run).layer_profile)
-    return found
-
-
-def _cells(task: Task, counts: Sequence[int], profiles: Mapping[str, LayerProfile]) -> Iterator[Cell]:
+def _cells(task: Task, counts: Sequence[int], profile: LayerProfile | None) -> Iterator[Cell]:
     """Every cell with the run that it has where no other cell has the same."""
     name, of = f"{task.runs / task.recipe.name}", len(task.base.full_in_base)
     for count in counts:
         alike = []
         for strategy in task.grid.choosing if "layer" in task.grid.granularities else ():
-            layers = _chosen(strategy, count, task.base, task.recipe.seed, profiles)
+            layers = _chosen(strategy, count, task.base, task.recipe.seed, profile)
             alike.append(Cell(strategy, replace(task.base, lazy_layers=layers), count, Path(f"{name}-{strategy}-{count}of{of}")))
         if task.grid.by_head and (not task.quick or count == counts[-1]):
+            assert profile is not None, "the base's run scores by gates"
             heads, hybrid = count * task.kv_heads, task.recipe.hybrid
-            streaming_L = profiles["gates"].choose_heads(heads)
+            streaming_L = profile.choose_heads(heads)
             spec = HybridSpec.from_streaming_heads(streaming_L, task.kv_heads, hybrid.w_sink, hybrid.w_recent).on(task.base)
             alike.append(Cell("gates", spec, count, Path(f"{name}-gates-{heads}of{of * task.kv_heads}heads"), by_head=True))
         yield from alike
@@ -260,33 +250,20 @@ def _quick_overrides(recipe: Recipe) -> list[str]:
 def _base_overrides(task: Task) -> list[str]:
     """The run that scores the layers by every strategy that looks at the model, and evaluates the base.
 
-    One that was begun for other ratios or strategies serves these too.
+    One that was begun for other ratios, or for further strategies, serves these too.
     """
     name = f"{task.recipe.name}-base"
     begun = _begun_with(task.runs / name)
     known = [begun.strategy, *begun.compare] if begun is not None and begun.strategy is not None else []
-    ratio = (begun and begun.lazy_layer_ratio) or task.grid.ratios[0]
-    return [f"name={name}", *_scored_by(known or task.scored or ["periodic"], ratio), *_variants(task.recipe, [BASE])]
-
-
-def _scoring_overrides(task: Task, strategy: str) -> list[str]:
-    """The run that scores the layers by a strategy that the base's run was begun without."""
-    name = f"{task.recipe.name}-scores-{strategy}"
-    begun = _begun_with(task.runs / name)
-    ratio = (begun and begun.lazy_layer_ratio) or task.grid.ratios[0]
-    return [f"name={name}", *_scored_by([strategy], ratio), "eval=[]"]
-
-
-def _scored_by(strategies: Sequence[str], ratio: float) -> list[str]:
-    """
-    Args:
-        ratio: any; no score depends on it.
-    """
+    first, *others = [*known, *(each for each in task.scored if each not in known)] or ["periodic"]
+    ratio = (begun and begun.lazy_layer_ratio) or task.grid.ratios[0]  # no score depends on it
     return [
+        f"name={name}",
         *("hybrid.layers=null", "hybrid.streaming_kv_heads=null", "hybrid.granularity=layer"),
-        *(f"hybrid.strategy={strategies[0]}", f"hybrid.compare=[{', '.join(strategies[1:])}]"),
+        *(f"hybrid.strategy={first}", f"hybrid.compare=[{', '.join(others)}]"),
         f"hybrid.lazy_layer_ratio={ratio}",
         *UNTRAINED,
+        *_variants(task.recipe, [BASE]),
     ]
 
 
@@ -324,10 +301,11 @@ def _variants(recipe: Recipe, variants: Sequence[str]) -> list[str]:
     return [f"eval.{at}.variants=[{', '.join(variants)}]" for at in range(len(recipe.eval))]
 
 
-def _chosen(strategy: str, count: int, base: HybridSpec, seed: int, profiles: Mapping[str, LayerProfile]) -> tuple[int, ...]:
+def _chosen(strategy: str, count: int, base: HybridSpec, seed: int, profile: LayerProfile | None) -> tuple[int, ...]:
     """The chosen layers; none where prompts choose."""
     if strategy == PER_PROMPT:
         return ()
     if strategy in ("periodic", "random"):
         return unscored_layers(strategy, count, base, seed)
-    return profiles[strategy].choose(strategy, count)
+    assert profile is not None, "the base's run scores by every strategy that scores"
+    return profile.choose(strategy, count)

@@ -1,5 +1,6 @@
 """A stage's key in its marker: what its result depends on, beside the settings that a begun run cannot change."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lt_train.recipe.schema import Recipe, Train, identity_of
@@ -37,6 +38,13 @@ def as_trained(paths: RunPaths, train: Train) -> dict[str, Any]:
     marker = paths.marker("train")
     notes = read_json(marker, "stage marker").get("settings") if marker.exists() else None
     return training_notes(train) if notes is None else notes
+
+
+def compared_when_trained(paths: RunPaths, recipe: Recipe) -> Sequence[str]:
+    """`hybrid.compare` when the training was finished: fingerprints of trained weights hold it, which do not depend on it."""
+    marker = paths.marker("train")
+    noted = read_json(marker, "stage marker").get("compare") if marker.exists() else None
+    return recipe.hybrid.compare if noted is None else noted
 
 
 def _published(train: Train | None) -> tuple[Any, ...] | None:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from lt_train.pipeline.keys import compared_when_trained
 from lt_train.pipeline.old_markers import MARKER_FORMAT, bring_up_to_date
 from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
@@ -147,6 +148,8 @@ class RunFolder:
             may_differ=settings_that_may_change(),
         )
         bring_up_to_date(self.paths, begun)
+        if begun.hybrid.compare != self.recipe.hybrid.compare and self.is_marked("train"):
+            self.note("train", compare=list(compared_when_trained(self.paths, begun)))
 
     def _begun_recipe(self) -> Recipe:
         path = self.paths.recipe

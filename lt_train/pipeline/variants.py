@@ -17,7 +17,7 @@ from lt_train.inference.draft import Draft
 from lt_train.inference.loading import load_for_inference
 from lt_train.inference.per_prompt import PerPrompt
 from lt_train.inference.trained_weights import check_restorable, load_trained
-from lt_train.pipeline.keys import as_trained
+from lt_train.pipeline.keys import as_trained, compared_when_trained
 from lt_train.recipe.evaluations import BASE, CONVERTED, TRAINED
 from lt_train.recipe.part import all_parts
 from lt_train.recipe.schema import (
@@ -43,7 +43,8 @@ from lt_train.selection.profile import LayerProfile
 from lt_train.training.trainable import check_names
 
 IDENTIFYING = ("keep_best", "final_weights", "restore_query_key", "deepspeed", "micro_batch_size", "gradient_checkpointing")
-"""Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`)."""
+"""Settings of a training that may change afterwards, and that a fingerprint holds all the same (see `as_trained`); so it does
+`hybrid.compare`."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Variants:
             as_many |= {"strategy": strategy, "granularity": "layer"}
             chosen[converted_by(strategy)] = choose_layers(hybrid.model_copy(update=as_many), base, seed, profile)
         write_json(self.paths.layers, chosen)
+
+    def are_chosen(self) -> bool:
+        """Whether what streams in every hybrid is written down."""
+        return {*self.converted()} <= read_chosen(self.paths.layers).keys()
 
     def number_of_layers(self, profile: LayerProfile | None) -> int:
         """How many layers stream; by granularity kv_head, how many layers have the KV cache nearest to that of the heads."""
@@ -172,7 +177,7 @@ class Variants:
     def _training(self) -> dict[str, Any]:
         """All settings that decide the trained weights, of which some may have changed without effect since."""
         settings = identity_of(self.recipe)
-        for name in settings_that_may_change() - {f"train.{name}" for name in IDENTIFYING}:
+        for name in settings_that_may_change() - {"hybrid.compare", *(f"train.{name}" for name in IDENTIFYING)}:
             part, _, inner = name.partition(".")
             (settings[part] if inner and settings[part] else settings).pop(inner or part, None)
         if self.recipe.train is not None:
@@ -180,6 +185,7 @@ class Variants:
             if self.recipe.train.final_weights == "best":
                 unchanged.pop("keep_best")
             settings["train"] |= unchanged
+        settings["hybrid"]["compare"] = compared_when_trained(self.paths, self.recipe)
         return settings
 
     def fingerprint_of(self, weights: Path) -> str:

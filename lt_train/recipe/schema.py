@@ -168,7 +168,7 @@ class Hybrid(Part):
     """Number of first tokens of a sequence that a streaming layer always sees. 0 where sink is learned."""
     w_recent: Count = 1020
     """Number of most recent tokens that a streaming layer sees. The query itself counts."""
-    compare: Annotated[list[Strategy], EachOnce] = Field(default=[])
+    compare: Annotated[list[Strategy], EachOnce] = Field(default=[], json_schema_extra=MAY_CHANGE)
     """Further strategies to score. Where converted is evaluated, the hybrid of each is evaluated too, untrained. They choose entire
     layers, by granularity kv_head as many as come nearest to its KV cache; gates in this list then compares layers with heads."""
     calibration: Calibration = Calibration()

@@ -51,22 +51,22 @@ class Comparison:
 
     Attributes:
         base: the run that scored the layers and evaluated the base.
-        gates: the layer profile with its scores; None where it did not score the layers.
+        profile: None where no strategy looked at the model.
     """
 
     name: str
     base: Path
     cells: tuple[Cell, ...]
-    gates: LayerProfile | None
+    profile: LayerProfile | None
 
     @property
     def predicts(self) -> bool:
         """Whether gates scored the layers."""
-        return self.gates is not None
+        return self.profile is not None and "gates" in self.profile.strategies
 
     def predicted_rise(self, cell: Cell) -> float | None:
         """The rise that gates predicts for long-reach tokens; None where it did not score, or nothing streams."""
-        return self.gates.predicted_rise(cell.spec) if self.gates is not None and cell.spec.streams else None
+        return self.profile.predicted_rise(cell.spec) if self.profile is not None and self.predicts and cell.spec.streams else None
 
 
 @dataclass(frozen=True)

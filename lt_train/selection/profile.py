@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json, write_json
+from lt_train.runtime.fingerprints import check_same
 from lt_train.selection.chosen import heads_by_layer
 from lt_train.selection.fingerprint import Fingerprint
 from lt_train.selection.periodic import periodic_layers
@@ -45,6 +46,12 @@ class SampleScores:
     """`gates`: the shares together, to compare with `all_streaming`."""
     gate_points: int = len(POINTS)
     """`gates`: values of the gates at which gradients were taken."""
+
+    def joined(self, other: "SampleScores") -> "SampleScores":
+        """With the scores of `other`, by further strategies."""
+        by_gates = other if "gates" in other.scores else self
+        scores, all_streaming = self.scores | other.scores, self.all_streaming | other.all_streaming
+        return dataclasses.replace(by_gates, scores=scores, all_streaming=all_streaming)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,27 @@ class LayerProfile:
                 "Fix: score the layers again with strategy gates"
             )
         return [[share for layer in self.full_in_base for share in sample.head_shares[layer]] for sample in self.samples]
+
+    def joined(self, other: "LayerProfile", where: str) -> "LayerProfile":
+        """With the scores of `other`, by further strategies, on the same samples.
+
+        Args:
+            where: the file of this one.
+
+        Raises:
+            UserError: the two are of another model, other data, sizes or versions.
+        """
+        no_strategies = {"strategies": ()}
+        check_same(
+            dataclasses.asdict(self.fingerprint) | no_strategies,
+            dataclasses.asdict(other.fingerprint) | no_strategies,
+            f"{where}: these scores have another fingerprint",
+            "give this run another name, or delete that folder to score again",
+        )
+        both = {*self.strategies, *other.strategies}
+        strategies = tuple(strategy for strategy in SCORED if strategy in both)
+        samples = tuple(mine.joined(theirs) for mine, theirs in zip(self.samples, other.samples, strict=True))
+        return dataclasses.replace(self, fingerprint=dataclasses.replace(self.fingerprint, strategies=strategies), samples=samples)
 
     def stability(self, strategy: str, n_layers: int) -> Stability | None:
         """How far two halves of the samples agree on the layers; None for a single sample. `strategy` is one that was scored."""

@@ -71,7 +71,7 @@ def test_kv_heads_by_gates_that_are_added_later_stand_beside_layers_with_the_sam
     grid = "grid={strategies: [periodic], ratios: [0.5, 0.75], granularities: [layer, kv_head]}"
     out = compare(recipe, (*OVERRIDES, *STEADY, grid), True, tmp_path, ALONE)
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2  # the base and periodic layers
-    assert [path.parents[1].name for path in tmp_path.glob("*/profile/profile.json")] == ["tiny-quick-scores-gates"]
+    assert [path.parents[1].name for path in tmp_path.glob("*/profile/profile.json")] == ["tiny-quick-base"]
     assert not (tmp_path / "tiny-quick-gates-8of16heads").exists()  # quick has heads at the largest ratio alone
     hybrid = yaml.safe_load((tmp_path / "tiny-quick-gates-12of16heads/recipe.yaml").read_text())["hybrid"]
     assert hybrid["granularity"] == "kv_head" and sum(map(len, hybrid["streaming_kv_heads"])) == 12

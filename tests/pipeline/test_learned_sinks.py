@@ -14,7 +14,9 @@ from lt_train.pipeline.run_folder import RunFolder
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
+from lt_train.report.results import read_results
 from lt_train.runtime.errors import UserError
+from lt_train.selection.profile import LayerProfile
 from tests.support.runs import run_in_folder
 
 OVERRIDES = ("hybrid.w_sink=0", "hybrid.sink=learned", "hybrid.calibration.sink_steps=3", 'hybrid.compare=["periodic"]')
@@ -44,6 +46,23 @@ def test_each_untrained_hybrid_has_sinks_of_its_own_and_the_trained_one_begins_w
     assert made.sinks(TRAINED) == made.sinks(CONVERTED)
     assert "fitting the learned sinks of converted: 3 steps" in printed
     assert "16 logits fitted: loss" in printed
+
+
+def test_further_strategies_of_a_finished_run_are_scored_and_measured_and_nothing_else_is(finished, inputs, tmp_path):
+    shutil.copytree(finished[0] / "tiny", run := tmp_path / "tiny")
+    further = load_recipe(inputs / "recipe.yaml", (*OVERRIDES[:3], "hybrid.compare=[nll, periodic]", EVAL))
+    kept = [*run.glob("eval/*/*/scores.json"), *run.glob("hybrid/sinks-*"), *run.rglob("train/final/*")]
+    before, scored = {path: path.stat().st_mtime_ns for path in kept}, LayerProfile.load(run / "profile/profile.json")
+    printed = run_in_folder(further, tmp_path, "eval")
+    assert {path: path.stat().st_mtime_ns for path in kept} == before and len(kept) > 8
+    joined, added = (LayerProfile.load(run / f"profile/{name}profile.json") for name in ("", "nll/"))
+    assert joined.scores == scored.scores | added.scores and joined.strategies == ("reach", "nll")
+    assert joined.mean_all_streaming("reach") == scored.mean_all_streaming("reach") != joined.mean_all_streaming("nll")
+    assert json.loads((run / "hybrid/layers.json").read_text())["converted-by-nll"] == list(added.choose("nll", 4))
+    assert {result.variant for result in read_results(run)} >= {"converted-by-nll", "converted-by-periodic", "trained"}
+    assert "by nll, " in printed and "fitting the learned sinks of converted-by-nll" in printed
+    assert "fitting the learned sinks of converted:" not in printed
+    assert "scoring" not in run_in_folder(further, tmp_path, "eval")
 
 
 def test_layers_are_scored_with_sink_tokens_in_place_of_sinks_that_are_not_fitted_yet(finished):

@@ -96,7 +96,7 @@ def test_the_table_has_a_row_for_each_hybrid_with_its_difference_from_the_base(c
 
 
 def test_predicted_rises_stand_beside_the_measured_ones(comparison, tmp_path) -> None:
-    predicting = replace(comparison, gates=gates_profile())
+    predicting = replace(comparison, profile=gates_profile())
     text = written(predicting, tmp_path)
     rises = {line.split(" | ")[1]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 2 of 4")}
     assert rises == {"reach": "+1.500 |", "lazy_ratio": "+1.050 |", "periodic": "+0.550 |"}
@@ -107,7 +107,7 @@ def test_heads_stand_beside_the_layers_of_the_same_kv_cache(comparison, tmp_path
     run = made_cell(runs, "heads", heads, converted=above_base(0.0, 0.1, 0.0, 0.1), trained=above_base(0.1, 0.1, 0.1, 0.1))
     spec = spec_of(heads, 4, 2, w_sink=2, w_recent=6)
     by_head = Cell("gates", spec, 2, run, by_head=True)
-    both = replace(comparison, cells=(*comparison.cells, by_head), gates=gates_profile())
+    both = replace(comparison, cells=(*comparison.cells, by_head), profile=gates_profile())
     text = written(both, tmp_path)
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 2 of 4")]
     (untrained,) = [row for row in rows if row[1:3] == ["gates by head", "untrained"]]

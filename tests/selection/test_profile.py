@@ -89,6 +89,17 @@ def test_a_strategy_scores_alike_alone_and_beside_others(make, profile):
         assert make(strategies=[strategy]).scores[strategy] == profile.scores[strategy]
 
 
+def test_scores_that_are_added_later_are_those_of_scoring_together(make, profile):
+    later = make(strategies=["reach", "lazy_ratio"]).joined(make(strategies=["nll"]), "profile.json")
+    later = later.joined(make(strategies=["kl", "gates"]), "profile.json")
+    assert without_date(later) == without_date(profile)
+
+
+def test_scores_of_other_samples_are_not_added(make, profile, examples):
+    with pytest.raises(UserError, match=r"profile\.json: these scores have another fingerprint .*\n.*data: "):
+        profile.joined(make(examples=examples[:-1], strategies=["nll"]), "profile.json")
+
+
 def test_layers_without_attention_output_are_the_first_to_stream(make, hybrid_of, examples):
     model = hybrid_of()
     with torch.no_grad():

@@ -26,7 +26,7 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME, choice_key(context.recipe))
+    return context.folder.is_done(NAME, choice_key(context.recipe)) and context.variants.are_chosen()
 
 
 def describe(context: RunContext) -> str:
@@ -70,7 +70,8 @@ def run(context: RunContext) -> None:
         context.variants.choose(profile)
         if context.recipe.hybrid.sink == "learned":
             for variant in context.variants.converted():
-                _fit_sinks(context, variant)
+                if not context.paths.sinks(variant).exists():
+                    _fit_sinks(context, variant)
         spec = context.variants.spec(CONVERTED)
         hybrid_config(context.base_config, spec).save_pretrained(context.paths.hybrid)
     if (by_prompt := context.variants.per_prompt(CONVERTED)) is not None:

@@ -17,7 +17,11 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME, evaluation_key(context.recipe))
+    return context.folder.is_done(NAME, evaluation_key(context.recipe)) and all(
+        context.paths.scores(variant, str(each.name)).exists()
+        for each in context.recipe.eval
+        for variant in context.variants.of(each)
+    )
 
 
 def describe(context: RunContext) -> str:

@@ -22,13 +22,13 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME)
+    return context.folder.is_done(NAME) and not _missing(context)
 
 
 def describe(context: RunContext) -> str:
     samples = context.recipe.hybrid.calibration.samples
     layers = len(context.variants.spec(BASE).full_in_base)
-    return f"profile ({layers} layers by {', '.join(_strategies(context))}, {samples} samples)"
+    return f"profile ({layers} layers by {', '.join(_missing(context) or _strategies(context))}, {samples} samples)"
 
 
 def check(context: RunContext) -> None:
@@ -37,12 +37,15 @@ def check(context: RunContext) -> None:
 
 
 def run(context: RunContext) -> None:
-    strategies = _strategies(context)
-    context.report(NAME, f"scoring the layers of {context.recipe.model.base} by {', '.join(strategies)}")
+    profile, missing = context.layer_profile, _missing(context)
     with context.folder.doing(NAME, samples=context.examples.counts):
-        profile = _score_layers(context, strategies)
+        if missing:
+            context.report(NAME, f"scoring the layers of {context.recipe.model.base} by {', '.join(missing)}")
+            profile = _score_layers(context, missing, profile)
+            release_memory()  # before the other ranks, which wait for the hybrid, load theirs
+        assert profile is not None, "no strategy is missing in it"
         draw_pictures(context, profile)
-        release_memory()  # before the other ranks, which wait for the hybrid, load theirs
+        profile.save(context.paths.layer_profile)
     for line in _findings(context, profile):
         context.report(NAME, line)
 
@@ -64,11 +67,21 @@ def _findings(context: RunContext, profile: LayerProfile) -> Iterator[str]:
             yield from describe_stability(strategy, profile.stability(strategy, n_layers))
 
 
-def _score_layers(context: RunContext, strategies: list[str]) -> LayerProfile:
-    recipe = context.recipe
+def _score_layers(context: RunContext, strategies: list[str], before: LayerProfile | None) -> LayerProfile:
+    """Score by strategies that are not in the profile of `before`, in a folder of their own, and add the scores to it."""
+    recipe, out = context.recipe, context.paths.profile
     calibration = context.calibration  # before the model is loaded
     model = load_for_inference(recipe.model, context.variants.spec(BASE), context.dtype, others_wait=True)
-    return profile_layers(model, calibration, recipe.hybrid, strategies, out=context.paths.profile)
+    if before is None:
+        return profile_layers(model, calibration, recipe.hybrid, strategies, out=out)
+    added = profile_layers(model, calibration, recipe.hybrid, strategies, out=out / "-".join(strategies))
+    return before.joined(added, str(context.paths.layer_profile))
+
+
+def _missing(context: RunContext) -> list[str]:
+    """The strategies by which the layers are not scored yet."""
+    profile = context.layer_profile
+    return [strategy for strategy in _strategies(context) if profile is None or strategy not in profile.strategies]
 
 
 def _strategies(context: RunContext) -> list[str]:
