@@ -5,7 +5,8 @@ A mistake of the caller raises `lt_train.runtime.errors.UserError`, with the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -191,15 +192,18 @@ def convert(
     if (layers is None) == (heads is None):
         raise UserError("layers, heads: both or neither. Fix: pass the layers that stream, or by layer the KV heads that do")
 
+    w_sink, w_recent = _whole_numbers("w_sink, w_recent", (w_sink, w_recent))
+    named_layers = None if layers is None else _whole_numbers("layers", layers)
+    named_heads = {} if heads is None else _named_heads(heads)
+
     def spec(config: PreTrainedConfig) -> HybridSpec:
         count, base = config.num_hidden_layers, base_spec(config.to_dict())
-        if layers is not None:
-            named = explicit_layers(list(layers), count, base.sliding_layers)
-            return HybridSpec(count, named, w_sink, w_recent, learned_sinks).on(base)
-        assert heads is not None, "see above"
-        if outside := sorted(heads.keys() - range(count)):
+        if named_layers is not None:
+            lazy = explicit_layers(named_layers, count, base.sliding_layers)
+            return HybridSpec(count, lazy, w_sink, w_recent, learned_sinks).on(base)
+        if outside := sorted(named_heads.keys() - range(count)):
             raise UserError(f"heads: layers {outside}: not in the model. Fix: name layers from 0 to {count - 1}")
-        heads_L = [heads.get(layer, ()) for layer in range(count)]
+        heads_L = [named_heads.get(layer, ()) for layer in range(count)]
         found = HybridSpec.from_streaming_heads(heads_L, kv_heads(config.to_dict()), w_sink, w_recent).on(base)
         if not found.streams or len(found.lazy_layers) == len(base.full_in_base):
             raise UserError("heads: none or all of them would stream. Fix: name some KV heads, and not all")
@@ -207,6 +211,23 @@ def convert(
 
     with _as_user_error():
         return _hybrid(model, spec, family)
+
+
+def _whole_numbers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """As plain ints, also those of an array or a tensor, whose elements no set or range of ints finds."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError as error:
+        raise UserError(f"{name}: {values!r}: not whole numbers. Fix: write each as digits, as in [0, 3]") from error
+
+
+def _named_heads(heads: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
+    if not isinstance(heads, Mapping):
+        raise UserError(f"heads: {heads!r}: no mapping. Fix: pass by layer the KV heads that stream, such as {{2: [0, 3]}}")
+    layers = _whole_numbers("heads: layers", heads)
+    return {
+        layer: _whole_numbers(f"heads of layer {layer}", heads_G) for layer, heads_G in zip(layers, heads.values(), strict=True)
+    }
 
 
 def _choosing_per_prompt(
@@ -293,14 +314,14 @@ def _examples(texts: Sequence[str | Sequence[int]], tokenizer: PreTrainedTokeniz
         raise UserError("texts: a single text. Fix: pass a list of texts")
     examples = []
     for number, text in enumerate(texts):
-        ids = _token_ids(text, tokenizer)
+        ids = _token_ids(f"texts[{number}]", text, tokenizer)
         examples.append(Example(f"texts[{number}]", f"texts[{number}]", ids[:1], ids[1:]))
     return examples
 
 
-def _token_ids(text: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def _token_ids(name: str, text: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     if not isinstance(text, str):
-        return tuple(map(int, text))
+        return _whole_numbers(name, text)
     if tokenizer is None:
         raise UserError("tokenizer: missing, and texts are to be tokenized. Fix: pass the model's tokenizer, or token ids")
     return tuple(tokenizer(text)["input_ids"])

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -174,6 +176,30 @@ def test_the_hybrid_is_trained_and_the_base_keeps_its_gradients_flags_and_mode()
     assert not torch.equal(base.model.layers[0].self_attn.q_proj.weight, before)
 
 
+def test_what_is_frozen_in_the_model_is_frozen_in_the_hybrid_and_learned_sinks_are_not() -> None:
+    base = AutoModelForCausalLM.from_pretrained(REASONER)
+    base.requires_grad_(False)
+    base.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    hybrid = lt_train.convert(base, layers=[1], w_sink=0, w_recent=6, learned_sinks=True)
+    assert [name for name, weight in hybrid.named_parameters() if weight.requires_grad] == [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.sinks.weight",
+    ]
+
+
+@pytest.mark.parametrize("numbers", [np.array, torch.tensor])
+def test_layers_and_heads_of_an_array_or_a_tensor_stream(numbers: Callable) -> None:
+    base = AutoModelForCausalLM.from_pretrained(REASONER)
+    layers, heads = (
+        lt_train.convert(base, layers=numbers([3, 1]), **SIZES),
+        lt_train.convert(base, heads={1: numbers([0])}, **SIZES),
+    )
+    ids = torch.randint(2, 60, (1, 20))
+    for hybrid, same in ((layers, {"layers": [1, 3]}), (heads, {"heads": {1: [0]}})):
+        assert hybrid.spec == lt_train.convert(base, **same, **SIZES).spec
+        assert not torch.allclose(hybrid(ids).logits, base(ids).logits, atol=1e-3)
+
+
 @torch.no_grad()
 def test_learned_sinks_start_at_zero_in_the_streaming_layers(tmp_path) -> None:
     base = AutoModelForCausalLM.from_pretrained(REASONER)
@@ -201,7 +227,12 @@ def test_learned_sinks_start_at_zero_in_the_streaming_layers(tmp_path) -> None:
         ({"layers": None, "heads": {9: [0]}}, r"heads: layers \[9\]: not in the model"),
         ({"layers": None, "heads": {}}, "heads: none or all of them would stream"),
         ({"layers": None, "heads": {0: [0]}, "w_sink": 0, "learned_sinks": True}, "learned_sinks: layers of which some KV heads"),
+        ({"layers": ["0"]}, r"layers: \['0'\]: not whole numbers"),
+        ({"layers": 0}, "layers: 0: not whole numbers"),
+        ({"layers": None, "heads": [[0], []]}, r"heads: \[\[0\], \[\]\]: no mapping"),
+        ({"layers": None, "heads": {0: 1}}, "heads of layer 0: 1: not whole numbers"),
         ({"w_recent": 0}, "w_recent: 0: below 1"),
+        ({"w_recent": 6.0}, r"w_sink, w_recent: \(2, 6.0\): not whole numbers"),
         ({"learned_sinks": True}, "w_sink: 2: learned sinks take the place"),
         ({"model": "nobody/nothing-at-all"}, "model.base: nobody/nothing-at-all"),
         ({"model": ""}, "base"),
@@ -253,6 +284,7 @@ def test_a_path_brings_its_tokenizer_and_token_ids_need_none() -> None:
         ({"w_recent": 1020}, "fit inside the window"),
         ({"texts": []}, "no training sample is left"),
         ({"texts": [[5, 10**6] * 20]}, r"texts\[0\]: token 1000000: the model embeds"),
+        ({"texts": [{"text": "one text"}]}, r"texts\[0\]: .*: not whole numbers"),
         ({"model": AutoModelForCausalLM.from_config(BASES["qwen3"])}, "tokenizer: missing"),
     ],
     ids=str,

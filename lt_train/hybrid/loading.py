@@ -219,6 +219,8 @@ def hybrid_of(model: PreTrainedModel, spec: HybridSpec) -> HybridForCausalLM:
         },
         fix="pass the model as transformers loads it, without adapters or changed modules",
     )
+    for name, weight in hybrid.named_parameters():  # `assign` keeps the flag of the weight that is replaced
+        weight.requires_grad_(weights[name].requires_grad)
     for name, buffer in model.named_buffers():  # such as a router's correction
         place, _, last = name.rpartition(".")
         setattr(hybrid.get_submodule(place), last, buffer)
