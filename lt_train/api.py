@@ -6,6 +6,7 @@ A mistake of the caller raises `lt_train.runtime.errors.UserError`, with the sam
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -218,7 +219,7 @@ def _whole_numbers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
     try:
         return tuple(operator.index(value) for value in values)
     except TypeError as error:
-        raise UserError(f"{name}: {values!r}: not whole numbers. Fix: write each as digits, as in [0, 3]") from error
+        raise UserError(f"{name}: {reprlib.repr(values)}: not whole numbers. Fix: write each as digits, as in [0, 3]") from error
 
 
 def _named_heads(heads: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
