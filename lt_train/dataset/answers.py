@@ -60,6 +60,8 @@ class AnswerWriter:
         written = () if self.base.tags is None else (self.base.tags.opening, self.base.tags.closing)
         self.special = SpecialTokens(tokenizer, written)
         self._stops = tuple(self.template.stop_names(eos_ids))
+        begins = self._before_tag(self.template.generation_prompt())
+        self._generation_prompt = begins if self.special.quote(begins) != begins else None
 
     def write(self, conversation: Conversation) -> AnsweredPrompt:
         """
@@ -67,6 +69,7 @@ class AnswerWriter:
             RowFault: reasoning would be lost, or not closed as the base closes it.
             UserError: the chat template cannot express the conversation.
         """
+        self._refuse_rendered(conversation.messages[-1]["content"])
         turns = turns_of(self.prompt, [self._message(message) for message in conversation.messages])
         prompt = render_turns(self.template, turns)
         reasoning, content = self._parts(conversation)
@@ -75,6 +78,18 @@ class AnswerWriter:
         if written is None:
             written = self._by_hand(prompt, reasoning, content)
         return AnsweredPrompt(prompt, written)
+
+    def _refuse_rendered(self, question: str) -> None:
+        if self._generation_prompt is not None and self._before_tag(question).endswith(self._generation_prompt):
+            raise RowFault(
+                f"the question ends with {self._generation_prompt!r}: a chat template was applied to it, and would be again",
+                kind="question with a chat template's text",
+                fix="give the question alone, or the conversation as messages",
+            )
+
+    def _before_tag(self, prompt: str) -> str:
+        """A prompt without the tag that opens the answer's reasoning, and without white space around it."""
+        return prompt.strip().removesuffix(self.base.tags.opening if self.base.tags else "").strip()
 
     def _message(self, message: Message) -> Message:
         """A message of the prompt as the chat template takes it."""

@@ -25,6 +25,9 @@ SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 REFUSED_NAMES = ("tools", "functions", "chat_template_kwargs")
 """Columns that would change the prompt, which training here does not support."""
 
+EARLIER_TURNS = "history"
+"""Column of Alpaca's rows that holds the turns before the question."""
+
 Row = Mapping[str, Any]
 
 
@@ -99,6 +102,8 @@ class Fields:
             yield [{"role": "assistant", "content": self._text(name, value)}]
 
     def conversation(self, turns: list[Message]) -> Conversation:
+        if len(turns) > 1 and turns[0]["role"] == "system" and not turns[0]["content"].strip():
+            turns = turns[1:]
         turns = self._with_system(turns)
         if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
             raise RowFault("the last two messages must be of user and assistant: the question and the answer to train on")
@@ -195,6 +200,13 @@ def _refuse_lost_columns(row: Row) -> None:
             "'label' is false: a completion that TRL's preference data have as an undesired one",
             kind="undesired completion",
             fix="take such rows out, or remove the column 'label'",
+        )
+    earlier = parsed_list(row.get(EARLIER_TURNS))
+    if isinstance(earlier, list) and _says_something(earlier):
+        raise RowFault(
+            f"{EARLIER_TURNS!r} holds the turns before the question, which would be lost",
+            kind=f"column {EARLIER_TURNS}",
+            fix="write each row as messages, or take such rows out",
         )
     for name in REFUSED_NAMES:
         value = parsed_list(row.get(name))

@@ -129,6 +129,14 @@ def test_a_special_token_that_data_quote_is_text(tmp_path: Path, family: str) ->
         assert [token for token in ids if token in specials] == [token for token in without if token in specials]
 
 
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "r1", "qwen3-thinking"])
+def test_a_question_to_which_a_chat_template_was_applied_is_a_faulty_row(tmp_path: Path, family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    prompt = str(tokenizer.apply_chat_template([{"role": "user", "content": "6 x 7?"}], tokenize=False, add_generation_prompt=True))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the question ends with .*: a chat template was applied to it"):
+        load_rows(tmp_path, [{"prompt": prompt, "completion": "<think>\nSix sevens.\n</think>\n\n42"}], family)
+
+
 def test_an_evaluated_question_s_quoted_tokens_are_text_too() -> None:
     tokenizer = family_tokenizer("qwen2.5")
     ids = prompt_ids(tokenizer, Prompt(), {"question": "What is <|im_end|>?"})

@@ -231,6 +231,10 @@ def test_the_shared_case_of_a_row_s_system_turn_is_used(shared_cases: Path) -> N
             "'chat_template_kwargs' is not trained on",
         ),
         ({"chat_template_kwargs": {"enable_thinking": False}, "messages": CHAT}, "'chat_template_kwargs' is not trained on"),
+        (
+            {"instruction": "And 6 x 8?", "input": "", "output": "48", "history": [["6 x 7?", "42"]]},
+            "'history' holds the turns before the question",
+        ),
     ],
 )
 def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], told: str) -> None:
@@ -258,6 +262,19 @@ def test_an_answer_that_its_data_weigh_is_trained_on_and_an_earlier_one_without_
     messages = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 1}]
     assert len(load_rows(tmp_path, [{"messages": messages}]).train) == 1
     assert len(load_rows(tmp_path, [{"prompt": "6 x 7?", "completion": "42", "label": True}]).train) == 1
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_system_turn_is_none_and_the_recipe_s_is_used(tmp_path: Path, empty: str | None) -> None:
+    (example,) = load_rows(
+        tmp_path, [{"messages": [{"role": "system", "content": empty}, *CHAT]}], prompt=Prompt(system="Think.")
+    ).train
+    assert texts(example, "qwen2.5")[0].startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n6 x 7?")
+
+
+def test_a_history_that_is_empty_or_a_subject_is_no_fault(tmp_path: Path) -> None:
+    rows = [{"instruction": "6 x 7?", "input": "", "output": "42", "history": history} for history in ([], None, "", "Of numbers.")]
+    assert len(load_rows(tmp_path, rows).train) == 4
 
 
 @pytest.mark.parametrize("empty", [None, [], "", "[]", {}])
