@@ -4,6 +4,7 @@ The commands are in `commands/`; heavy libraries are imported inside them, so th
 """
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def main() -> None:
     Of several processes one reports it, and all end.
     """
     process = this_process()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks ± and ─
     try:
         with raising_interrupted():
             app()

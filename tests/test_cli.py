@@ -11,7 +11,7 @@ import torch
 
 from lt_train import cli
 from tests.support.made_runs import made_run
-from tests.support.repository import ENVIRONMENT
+from tests.support.repository import ENVIRONMENT, REPOSITORY
 
 BROKEN = """
 name: broken
@@ -131,6 +131,21 @@ def test_report_writes_the_page_that_is_requested(lt_train, tmp_path):
     assert page.startswith("<!") and "one" in page and "two" in page
     code, out, err = lt_train("report", tmp_path / "nowhere")
     assert code == 2 and "no run" in err and "Traceback" not in out + err
+
+
+def test_a_terminal_that_is_not_utf_8_shows_results_without_traceback_and_gets_the_same_json(tmp_path):
+    def printed(*arguments: str, encoding: str) -> str:
+        environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "lt_train", *arguments]
+        done = subprocess.run(command, capture_output=True, encoding=encoding, env=environment, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    show = ("show", str(made_run(tmp_path, "tiny")))
+    assert "± SE" in printed(*show, encoding="utf-8") and "? SE" in printed(*show, encoding="ascii")
+    validate = ("validate", "quickstart", "--json", "--set", "prompt.system=Größe")
+    recipe = json.loads(printed(*validate, encoding="ascii"))["recipe"]
+    assert recipe["prompt"]["system"] == "Größe"
 
 
 def test_only_training_runs_in_several_processes(lt_train, monkeypatch):

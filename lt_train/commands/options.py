@@ -23,4 +23,4 @@ RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of
 
 
 def print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=2))
