@@ -17,12 +17,15 @@ from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.files import read_json, write_json, write_text
-from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_hash, hash_of, model_fingerprint
+from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_hash, hash_of, model_fingerprint, weights_fingerprint
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.text_files import text_files
 
 _AUTO_DTYPE = "model.dtype: auto"
 """In the record of a run's inputs: what it means on the machines where the run computes. Runs of earlier versions lack it."""
+
+_WEIGHTS = "model.base: weights"
+"""In the record of a run's inputs. Runs of earlier versions lack it."""
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -166,16 +169,19 @@ class RunFolder:
         if not self.paths.inputs.exists():
             return now
         begun = read_json(self.paths.inputs, "record of a run's inputs")
-        changed = [name for name in now if begun.get(name) != now[name]]
+        changed = [name for name in now if begun.get(name) != now[name] and (name in begun or name != _WEIGHTS)]
         if changed:
+            settings = dict.fromkeys(name.partition(":")[0] for name in changed)
             raise UserError(
-                f"{self.paths.root}: {' and '.join(changed)} changed since this run was begun, so its results would mix two. "
+                f"{self.paths.root}: {' and '.join(settings)} changed since this run was begun, so its results would mix two. "
                 "Fix: give this recipe another name (--set name=…), or delete that folder"
             )
         return begun | now
 
     def _inputs_now(self) -> dict[str, str]:
         inputs = {"model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision)}
+        if (weights := weights_fingerprint(self.recipe.model.base)) is not None:
+            inputs[_WEIGHTS] = weights
         if self.recipe.data.source is not None:
             inputs["data.source"] = data_fingerprint(self.recipe.data.source)
         if (texts := self.recipe.hybrid.calibration.source) is not None:

@@ -21,6 +21,11 @@ BLOCK = 2**20
 BLOCKS_READ = 256
 """Blocks that `sampled_file_hash` reads of a file: all of it up to 256 MiB, evenly spaced blocks of a larger one."""
 
+PAGE = 4096
+"""Bytes that `weights_fingerprint` reads at a time."""
+PAGES_READ = 2048
+"""Pages that `weights_fingerprint` reads of a file: one every 2.4 MB of a file of 5 GB, so that no matrix is passed over."""
+
 _EDGE = 64 * 1024  # bytes hashed at both ends of a weights file: whole 32B models would take minutes
 _VALUES_PER_WEIGHT = 64
 _SHORT = 16  # hex digits
@@ -68,15 +73,15 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def sampled_file_hash(path: Path) -> str:
+def sampled_file_hash(path: Path, block: int = BLOCK, blocks_read: int = BLOCKS_READ) -> str:
     """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: it detects damage, and 100 GB take a second."""
     size = path.stat().st_size
 
     def blocks() -> Iterator[bytes]:
         with open(path, "rb") as opened:
-            for start in range(0, size, max(BLOCK, size // BLOCKS_READ)):
+            for start in range(0, size, max(block, size // blocks_read)):
                 opened.seek(start)
-                yield opened.read(BLOCK)
+                yield opened.read(block)
 
     return sha256_of(blocks())
 
@@ -89,7 +94,7 @@ def model_fingerprint(base: str, revision: str | None) -> str:
 
     def parts() -> Iterator[bytes]:
         yield (folder / "config.json").read_bytes()
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("tokenizer*")]):
+        for file in sorted([*_weights_in(folder), *folder.glob("tokenizer*")]):
             size = file.stat().st_size
             yield f"{file.name} {size}".encode()
             with open(file, "rb") as opened:
@@ -98,6 +103,20 @@ def model_fingerprint(base: str, revision: str | None) -> str:
                 yield opened.read(_EDGE)
 
     return sha256_of(parts())
+
+
+def weights_fingerprint(base: str) -> str | None:
+    """Follows from pages all over the files of a local model's weights: a merged adapter changes them in the middle alone. None of a
+    hub model.
+    """
+    folder = Path(resolve_model(base))
+    if not folder.is_dir():
+        return None
+    return hash_of(*(sampled_file_hash(file, PAGE, PAGES_READ) for file in sorted(_weights_in(folder))))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
 
 
 def data_fingerprint(source: str) -> str:

@@ -80,6 +80,24 @@ def test_a_run_does_not_go_on_when_its_inputs_changed(recipe_with, tmp_path, cha
         opened(recipe_with(), tmp_path)
 
 
+def test_a_run_does_not_go_on_when_weights_in_the_middle_of_a_file_changed(recipe_with, tmp_path):
+    """As where another adapter was merged into the base: embeddings, head and norms, at the ends of a file, stay."""
+    recipe, weights = recipe_with(), bytes(2**21)
+    path = tmp_path / "base/model.safetensors"
+    path.write_bytes(weights * 3)
+    folder = opened(recipe, tmp_path)
+    opened(recipe, tmp_path)
+    path.write_bytes(weights + b"1" * len(weights) + weights)
+    with pytest.raises(UserError, match=r"tiny: model\.base changed since this run was begun"):
+        opened(recipe, tmp_path)
+    inputs = json.loads(folder.paths.inputs.read_text())
+    folder.paths.inputs.write_text(json.dumps({name: inputs[name] for name in ("model.base", "data.source")}))
+    opened(recipe, tmp_path)  # begun by a version that recorded no weights
+    path.write_bytes(weights * 3)
+    with pytest.raises(UserError, match=r"model\.base changed"):
+        opened(recipe, tmp_path)
+
+
 def test_a_deleted_record_of_the_inputs_is_made_again(recipe_with, tmp_path):
     folder = opened(recipe_with(), tmp_path)
     (folder.paths.root / "inputs.json").write_text("{")
@@ -87,7 +105,11 @@ def test_a_deleted_record_of_the_inputs_is_made_again(recipe_with, tmp_path):
         opened(recipe_with(), tmp_path)
     (folder.paths.root / "inputs.json").unlink()
     opened(recipe_with(), tmp_path)
-    assert json.loads((folder.paths.root / "inputs.json").read_text()).keys() == {"model.base", "data.source"}
+    assert json.loads((folder.paths.root / "inputs.json").read_text()).keys() == {
+        "model.base",
+        "model.base: weights",
+        "data.source",
+    }
 
 
 def test_auto_is_one_dtype_in_a_run_whichever_machine_resumes_it(recipe_with, tmp_path):
