@@ -106,8 +106,9 @@ def model_fingerprint(base: str, revision: str | None) -> str:
 
 
 def weights_fingerprint(base: str) -> str | None:
-    """Follows from pages all over the files of a local model's weights: a merged adapter changes them in the middle alone. None of a
-    hub model.
+    """Follows from pages all over the files of a local model's weights: merging an adapter may change no end of a file.
+
+    None of a hub model.
     """
     folder = Path(resolve_model(base))
     if not folder.is_dir():

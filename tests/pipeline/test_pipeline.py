@@ -201,6 +201,18 @@ def test_a_changed_evaluation_is_measured_without_training_again(inputs, runs):
     assert read_scores(runs / "tiny/eval/trained/ledger/scores.json").problems == 5
 
 
+def test_problems_that_changed_after_their_evaluation_are_an_error_and_their_scores_are_not_shown_as_new(inputs, runs, tmp_path):
+    own = shutil.copy(inputs / "problems.jsonl", tmp_path)
+    recipe = load_recipe(inputs / "recipe.yaml", [f"eval.0.path={own}"])
+    run_in_folder(recipe, runs, "eval")
+    before = contents(runs / "tiny")
+    run_in_folder(recipe, runs, "eval")
+    assert contents(runs / "tiny") == before
+    damaged_row(tmp_path, "problems.jsonl", 1, answer="0")
+    with pytest.raises(UserError, match=r"tiny/eval/trained/ledger: holds samples made in another way(.|\n)*problems: "):
+        run_in_folder(recipe, runs, "eval")
+
+
 def test_a_stage_first_does_those_before_it_and_none_after_it(recipe, tmp_path):
     run_in_folder(recipe, tmp_path, "convert")
     assert marked(tmp_path / "tiny") == ["profile", "hybrid"]

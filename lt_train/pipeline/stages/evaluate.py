@@ -3,10 +3,12 @@
 from lt_train.evaluation.records import recorded_model
 from lt_train.pipeline.context import RunContext
 from lt_train.pipeline.keys import evaluation_key
-from lt_train.recipe.evaluations import BASE, TRAINED
+from lt_train.recipe.evaluations import BASE, TRAINED, Eval
+from lt_train.recipe.schema import Recipe
 from lt_train.report.results import TRACKED_COLUMNS, read_results, summary_values, tracked_rows
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import set_aside
+from lt_train.runtime.fingerprints import data_fingerprint
 
 NAME = "eval"
 NEEDS: tuple[str, ...] = ("train",)
@@ -17,11 +19,13 @@ def is_wanted(context: RunContext) -> bool:
 
 
 def is_done(context: RunContext) -> bool:
-    return context.folder.is_done(NAME, evaluation_key(context.recipe)) and all(
-        context.paths.scores(variant, str(each.name)).exists()
-        for each in context.recipe.eval
-        for variant in context.variants.of(each)
-    )
+    if not context.folder.is_done(NAME, evaluation_key(context.recipe)):
+        return False
+    measured = context.folder.marker(NAME).get("problems", {})  # runs of earlier versions lack it
+    if any(measured.get(name, problems) != problems for name, problems in _problems(context.recipe).items()):
+        return False
+    wanted = ((variant, str(each.name)) for each in context.recipe.eval for variant in context.variants.of(each))
+    return all(context.paths.scores(variant, name).exists() for variant, name in wanted)
 
 
 def describe(context: RunContext) -> str:
@@ -40,7 +44,7 @@ def check(context: RunContext) -> None:
 
 def run(context: RunContext) -> None:
     _set_former_scores_aside(context)
-    with context.folder.doing(NAME, evaluation_key(context.recipe)):
+    with context.folder.doing(NAME, evaluation_key(context.recipe), problems=_problems(context.recipe)):
         context.evaluations.measure_all()
         _track_results(context)
         context.finish_tracking()
@@ -49,6 +53,12 @@ def run(context: RunContext) -> None:
 def follow(context: RunContext) -> None:
     if not is_done(context):
         context.evaluations.measure_all()
+
+
+def _problems(recipe: Recipe) -> dict[str, str]:
+    """By evaluation, the fingerprint of the problems that its `path` names."""
+    paths = {str(each.name): each.path for each in recipe.eval if isinstance(each, Eval)}
+    return {name: data_fingerprint(path) for name, path in paths.items() if path is not None}
 
 
 def _set_former_scores_aside(context: RunContext) -> None:
