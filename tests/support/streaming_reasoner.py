@@ -96,12 +96,14 @@ def ledger_requests(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[lis
 
 
 @torch.inference_mode()
-def by_transformers(folder: Path, tokenizer: PreTrainedTokenizerBase, requests: list[Request]) -> dict[str, str]:
+def by_transformers(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, requests: list[Request], max_new_tokens: int = GREEDY.max_new_tokens
+) -> dict[str, str]:
     """Greedy answers of the stock class."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = {}
     for request in requests:
-        ids = model.generate(torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
+        ids = model.generate(torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=max_new_tokens)
         texts[request.problem] = text_of(tokenizer, ids[0, len(request.prompt_ids) :].tolist())
     return texts
 

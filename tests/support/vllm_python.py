@@ -26,18 +26,6 @@ def python_of_vllm() -> str:
     return python
 
 
-def printed_in_the_interpreter(*command: Path | str) -> list[float]:
-    """The numbers of a script's last line, whose Triton kernels run in Triton's interpreter."""
-    ran = subprocess.run(
-        [python_of_vllm(), "in_interpreter.py", *command],
-        env=os.environ | ENVIRONMENT,
-        cwd=SCRIPTS,
-        capture_output=True,
-        text=True,
-    )
-    return _last_numbers(ran)
-
-
 class ForkedVllm:
     """Processes of vLLM's environment, forked from one that has imported vLLM: by itself, each would take ten seconds for it.
 
@@ -64,7 +52,9 @@ class ForkedVllm:
 
     def printed(self, *command: Path | str) -> list[float]:
         """The numbers of a script's last line."""
-        return _last_numbers(self.run([python_of_vllm(), *command]))
+        ran = self.run([python_of_vllm(), *command])
+        assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+        return [float(number) for number in ran.stdout.splitlines()[-1].split()]
 
 
 @contextmanager
@@ -75,8 +65,3 @@ def forked_vllm() -> Iterator[ForkedVllm]:
         yield ForkedVllm(forking)
         assert forking.stdin
         forking.stdin.close()
-
-
-def _last_numbers(ran: "subprocess.CompletedProcess[str]") -> list[float]:
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
-    return [float(number) for number in ran.stdout.splitlines()[-1].split()]

@@ -1,11 +1,12 @@
 """Run by vLLM's python: greedy answers of exports: python answers.py ORDER.json RESULT.json
 
-ORDER: {"exports": {name: folder}, "prompts": {name: [[token id, ...], ...]}, "max_tokens": N}
-RESULT: {name: two lists, the second from cached prefixes, with [token ids, their log-probabilities] for each prompt}
+ORDER: {"exports": {name: folder}, "prompts": {name: [[token id, ...], ...]}, "again": M, "max_tokens": N}
+RESULT: {name: two lists with [token ids, their log-probabilities] for each prompt, the second for the first M, from cached prefixes}
 
 Prompts are read in chunks smaller than they are, and answers share what their prompts have in common.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -17,10 +18,11 @@ from lt_train.vllm_plugin.command import server_command
 
 def engine(folder: str) -> LLM:
     """With the class that `lt-train serve --vllm` names."""
+    gc.freeze()  # again: an engine that ends undoes it
     command = server_command(Path(folder), [])
     overrides = json.loads(command[command.index("--hf-overrides") + 1]) if "--hf-overrides" in command else None
     chunked = dict(max_num_batched_tokens=32, max_num_seqs=16, enable_chunked_prefill=True, enable_prefix_caching=True)
-    sizes = dict(dtype="float32", max_model_len=2048, block_size=32, kv_cache_memory_bytes=2**28)
+    sizes = dict(dtype="float32", max_model_len=2048, block_size=32, kv_cache_memory_bytes=2**26)
     return LLM(model=folder, hf_overrides=overrides, enforce_eager=True, **chunked, **sizes)
 
 
@@ -39,7 +41,8 @@ def main(order: Path, result: Path) -> None:
     found = {}
     for name, folder in asked["exports"].items():
         llm = engine(folder)
-        found[name] = [answers(llm, asked["prompts"][name], asked["max_tokens"]) for _ in range(2)]
+        prompts = asked["prompts"][name]
+        found[name] = [answers(llm, each, asked["max_tokens"]) for each in (prompts, prompts[: asked["again"]])]
         del llm  # its cache makes room for the next one's
     result.write_text(json.dumps(found))
 

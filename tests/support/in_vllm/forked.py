@@ -3,6 +3,7 @@
 An order: {"command": [SCRIPT or -m MODULE, arguments], "environment": {...}, "folder": ..., "stdout": file, "stderr": file}
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ def work(order: dict) -> None:
     for stream in (sys.stdout, sys.stderr):
         with open(order[stream.name.strip("<>")], "ab") as file:
             os.dup2(file.fileno(), stream.fileno())
+    gc.freeze()  # or each engine looks several times for garbage in all that vLLM holds
     option, *rest = order["command"]
     if option == "-m":
         sys.argv = rest

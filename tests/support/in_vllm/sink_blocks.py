@@ -104,5 +104,5 @@ def serve(seed: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     init_none_hash(sha256)
-    counts = [serve(seed) for seed in range(6)]
+    counts = [serve(seed) for seed in range(3)]
     print(*(sum(column) for column in zip(*counts, strict=True)))
