@@ -87,6 +87,12 @@ def run(
         return subprocess.CompletedProcess(command, code, *(path.read_text(errors="replace") for path in written))
 
 
+def popen(command: Sequence[str], output: Path, *, env: Mapping[str, str]) -> SimpleNamespace:
+    """What waits for `subprocess.Popen` or ends it can do so with this."""
+    process = start_python(command, output, env=env)
+    return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, terminate=process.terminate, wait=process.join)
+
+
 @contextmanager
 def checks_of_exports_are_forked() -> Iterator[None]:
     """The process that loads an export by its card's code is forked as well; it cannot import lt_train either way."""
@@ -100,8 +106,7 @@ def probes_are_forked() -> Iterator[None]:
     """A training in this process forks its probes, with the environment and the arguments that it gives them."""
 
     def forked(command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: Any) -> SimpleNamespace:
-        process = start_python(command, Path(stdout.name), env=env)
-        return SimpleNamespace(poll=lambda: process.exitcode, kill=process.kill, wait=process.join)
+        return popen(command, Path(stdout.name), env=env)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lt_train.training.probes.launching.subprocess", SimpleNamespace(Popen=forked, DEVNULL=subprocess.DEVNULL))

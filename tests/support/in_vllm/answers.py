@@ -1,7 +1,7 @@
 """Run by vLLM's python: greedy answers of exports: python answers.py ORDER.json RESULT.json
 
 ORDER: {"exports": {name: folder}, "prompts": {name: [[token id, ...], ...]}, "again": M, "max_tokens": N}
-RESULT: {name: two lists with [token ids, their log-probabilities] for each prompt, the second for the first M, from cached prefixes}
+RESULT: {name: two lists with [token ids, their log-probabilities] for each prompt, the second from cached prefixes, for M prompts}
 
 Prompts are read in chunks smaller than they are, and answers share what their prompts have in common.
 """
