@@ -236,7 +236,8 @@ def test_unknown_strategies_are_refused_with_the_known_ones(recipe) -> None:
 @pytest.mark.slow
 def test_the_tiny_reasoners_evidence_is_soon_compared_with_kv_heads_when_quick_and_on_few_samples(tmp_path, lt_train) -> None:
     started = time.process_time()
-    fewer = ("hybrid.calibration.samples=4", "data.limit=80", "data.heldout=8", "eval.0.limit=8", "eval.1.limit=6")
+    fewer = ("hybrid.calibration.samples=2", "data.limit=80", "data.heldout=8", "eval.0.limit=8")
+    fewer += ("eval.1.limit=6", "eval.1.max_new_tokens=40")
     few = ("--strategies", "reach,lazy_ratio", "--ratios", "0.5,0.875", *(word for each in fewer for word in ("--set", each)))
     code, out, err = lt_train("compare", "ledger-frontier", "--quick", "--runs", tmp_path, *few)
     assert code == 0, err
