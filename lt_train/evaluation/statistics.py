@@ -192,7 +192,8 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float], s
 
     `value` and `standard_error` are the plain ones. The interval is Bonett and Price's (2012, doi
     10.3102/1076998611411915), extended from paired binary answers to scores: two further problems are assumed, one won and one
-    lost by the first model. So it keeps a width where both models agree on every problem and the standard error is 0.
+    lost by the first model, by the largest difference of a problem, or by 1 where there is none. So it keeps a width where both
+    models agree on every problem and the standard error is 0, and small differences of graded answers are not lost in it.
 
     `p` is McNemar's exact one where every problem is either correct or incorrect, else that of a paired permutation test.
 
@@ -204,8 +205,9 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float], s
     """
     differences = paired(first, second)
     plain = mean_over_problems(differences)
-    widened = mean_over_problems([*differences, 1.0, -1.0])
-    spread = math.sqrt(fmean((d - widened.value) ** 2 for d in [*differences, 1.0, -1.0]) / widened.n)
+    largest = max(map(abs, differences)) or 1.0
+    widened = mean_over_problems(further := [*differences, largest, -largest])
+    spread = math.sqrt(fmean((d - widened.value) ** 2 for d in further) / widened.n)
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
     binary = {*first.values(), *second.values()} <= {0, 1}
     return Difference(

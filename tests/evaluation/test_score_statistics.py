@@ -110,6 +110,17 @@ def test_two_models_that_agree_everywhere_are_still_not_known_to_be_equal() -> N
     assert -0.003 < many.low < 0 < many.high < 0.003
 
 
+def test_the_interval_of_graded_answers_is_as_narrow_as_their_differences():
+    rng = random.Random(0)
+    first, second = ({problem: rng.random() for problem in range(20)} for _ in range(2))
+    wide, narrow = (
+        paired_difference(*({problem: scale * score for problem, score in scores.items()} for scores in (first, second)))
+        for scale in (1.0, 0.1)
+    )
+    assert (narrow.low, narrow.high) == pytest.approx((0.1 * wide.low, 0.1 * wide.high))
+    assert narrow.high - narrow.low < 1.2 * 2 * 1.96 * narrow.standard_error
+
+
 @given(SHARES, st.randoms())
 def test_a_paired_difference_turns_its_sign_with_the_order_of_the_models(values: list[float], random) -> None:
     first = dict(enumerate(values))
