@@ -85,11 +85,12 @@ def test_the_prompts_are_longer_than_the_window_and_tell_every_mistake(hybrid):
     assert again == texts
 
 
-def test_mistakes_that_change_nothing_are_said_to_be_undetected():
+def test_mistakes_that_change_nothing_are_said_to_be_undetected(monkeypatch):
+    monkeypatch.setattr("lt_train.inference.servers.check.MOST_PROMPTS", 4)
     window_beyond_all = load_hybrid(BASE, HybridSpec(8, (1, 3), w_sink=0, w_recent=4096))
     window_beyond_all.config.max_position_embeddings = 120  # so that no prompt can be longer than the window
     texts, _, undetectable = distinguishing_prompts(window_beyond_all, TOKENIZER, Prompt(), STOP)
-    assert undetectable == ("every layer full",) and len(texts) == 12
+    assert undetectable == ("every layer full",) and len(texts) == 4
 
 
 @pytest.mark.parametrize(("spec", "mistakes"), [(SPEC, OF_LAYERS), (SPLIT, OF_HEADS)], ids=["layers", "heads"])
