@@ -23,6 +23,7 @@ def empty_store(spec, dtype, slots=1):
     config = Qwen3Config(
         vocab_size=8,
         hidden_size=HEADS * SIZE,
+        intermediate_size=8,
         num_hidden_layers=3,
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
