@@ -270,8 +270,18 @@ def test_a_path_brings_its_tokenizer_and_token_ids_need_none() -> None:
     tokenizer = AutoTokenizer.from_pretrained(REASONER)
     by_path = lt_train.score_layers(str(REASONER), texts(2), **SIZES)
     ids = [tokenizer(text)["input_ids"] for text in texts(2)]
-    by_ids = lt_train.score_layers(AutoModelForCausalLM.from_pretrained(REASONER), ids, **SIZES)
+    with torch.inference_mode():  # as models are often used
+        base = AutoModelForCausalLM.from_pretrained(REASONER)
+        by_ids = lt_train.score_layers(base, ids, **SIZES)
     assert by_path.scores == by_ids.scores
+
+
+def test_gates_scores_layers_where_no_gradients_are_wanted() -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(REASONER), AutoTokenizer.from_pretrained(REASONER)
+    steady = {"strategy": "gates", "w_sink": 4, "w_recent": 12, "long_reach_fraction": 0.5}
+    with torch.inference_mode():
+        within = lt_train.score_layers(base, texts(1), tokenizer=tokenizer, **steady)
+    assert within.scores == lt_train.score_layers(base, texts(1), tokenizer=tokenizer, **steady).scores
 
 
 @pytest.mark.parametrize(
@@ -282,7 +292,7 @@ def test_a_path_brings_its_tokenizer_and_token_ids_need_none() -> None:
         ({"w_recent": 0}, "w_recent: 0: less than 1"),
         ({"long_reach_fraction": 2.0}, "calibration.long_reach_fraction: 2.0: more than 1"),
         ({"w_recent": 1020}, "fit inside the window"),
-        ({"texts": []}, "no training sample is left"),
+        ({"texts": []}, "texts: none, so no layer can be scored"),
         ({"texts": [[5, 10**6] * 20]}, r"texts\[0\]: token 1000000: the model embeds"),
         ({"texts": [{"text": "one text"}]}, r"texts\[0\]: .*: not whole numbers"),
         ({"model": AutoModelForCausalLM.from_config(BASES["qwen3"])}, "tokenizer: missing"),
