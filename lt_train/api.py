@@ -123,13 +123,13 @@ def score_layers(
     unknown = [name for name in strategies if name not in SCORED]
     if unknown or not strategies:
         raise UserError(f"strategy: {', '.join(unknown) or 'none'}: scores no layers. Fix: use {', '.join(SCORED)}")
-    if not len(texts):
-        raise UserError(f"texts: none, so no layer can be scored. Fix: pass documents of at least {w_sink + w_recent + 2} tokens")
     calibration = {"w_last": w_last, "long_reach_fraction": long_reach_fraction}
     hybrid = _checked(Hybrid, {"lazy_layer_ratio": 0.5, "w_sink": w_sink, "w_recent": w_recent, "calibration": calibration})
     if isinstance(model, str | Path) and tokenizer is None:
         tokenizer = _tokenizer(model)
     examples = _examples(texts, tokenizer)
+    if not examples:
+        raise UserError(f"texts: none, so no layer can be scored. Fix: pass documents of at least {w_sink + w_recent + 2} tokens")
     with _as_user_error(), torch.inference_mode(False):  # gates needs gradients
         scored = _hybrid(model, lambda config: base_spec(config.to_dict(), hybrid.w_sink, hybrid.w_recent), family)
         _check_ids(examples, scored.config.vocab_size)
