@@ -142,7 +142,7 @@ def _generation_settings(model: Model) -> dict[str, Any]:
         return {}
     settings = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError(f"it holds {kind_of(settings)}, not settings")
+        raise ValueError(f"it is {kind_of(settings)}, not settings")
     return consistent(settings)
 
 

@@ -70,7 +70,7 @@ class Evaluations:
 
     def measure_all(self) -> None:
         variants = self.variants.to_evaluate()
-        pending = [variant for variant in variants if not self._is_measured(variant)]
+        pending = [variant for variant in variants if not self.variants.is_measured(variant)]
         started = time.monotonic()
         try:
             for number, variant in enumerate(variants, start=1):
@@ -99,10 +99,6 @@ class Evaluations:
 
     def _asking_for(self, variant: str) -> list[Eval | HeldoutLoss | HeldoutKL]:
         return [eval_config for eval_config in self.recipe.eval if variant in self.variants.of(eval_config)]
-
-    def _is_measured(self, variant: str) -> bool:
-        names = [str(eval_config.name) for eval_config in self._asking_for(variant)]
-        return all((self.paths.evaluation(variant, name) / SCORES).exists() for name in names)
 
     def measure_heldout(self, eval_config: HeldoutLoss | HeldoutKL, variant: str, model: HybridForCausalLM, out: Path) -> None:
         identity = self.variants.fingerprint(variant)

@@ -211,6 +211,10 @@ class Variants:
         variants = eval_config.variants or []
         return [*variants, *(self._compared() if CONVERTED in variants else [])]
 
+    def is_measured(self, variant: str) -> bool:
+        """Whether every evaluation that names the variant has its scores."""
+        return all(self.paths.scores(variant, str(each.name)).exists() for each in self.recipe.eval if variant in self.of(each))
+
     def converted(self) -> list[str]:
         """The hybrids before training: the recipe's own, and those that it compares."""
         return [CONVERTED, *self._compared()]

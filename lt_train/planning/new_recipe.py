@@ -290,13 +290,13 @@ def _checked(text: str, out: Path) -> Recipe:
     """Read as `lt-train validate` reads it, under another name in the same folder."""
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}. Fix: name a file in another folder") from error
-    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written: {error.strerror}. Fix: name a file in another folder") from error
         return load_recipe(temporary)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def _from_folder_of(out: Path, name: str) -> str:

@@ -113,7 +113,8 @@ def read_recipe_text(text: str, overrides: Sequence[str] = (), former_names: Map
         recipe.faults.append(Fault((), str(error)))
         return recipe
     if not isinstance(recipe.values, dict):
-        found = "is empty" if recipe.values is None else f"holds {kind_of(recipe.values)}"
+        kind = kind_of(recipe.values)
+        found = "is empty" if kind == "empty" else f"holds {kind}"
         recipe.faults.append(Fault((), f"the file {found}", "write a mapping of settings that starts with `name:`"))
         return recipe
     for override in overrides:

@@ -74,7 +74,11 @@ def file_hash(path: Path) -> str:
 
 
 def sampled_file_hash(path: Path, block: int = BLOCK, blocks_read: int = BLOCKS_READ) -> str:
-    """SHA-256 of a file up to 256 MiB, of 256 evenly spaced MiB of a larger one: it detects damage, and 100 GB take a second."""
+    """SHA-256 of evenly spaced blocks of a file: of all of it up to `blocks_read` of them. By default 100 GB take a second.
+
+    Args:
+        block: bytes.
+    """
     size = path.stat().st_size
 
     def blocks() -> Iterator[bytes]:

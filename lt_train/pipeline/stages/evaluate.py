@@ -24,8 +24,7 @@ def is_done(context: RunContext) -> bool:
     measured = context.folder.marker(NAME).get("problems", {})  # runs of earlier versions lack it
     if any(measured.get(name, problems) != problems for name, problems in _problems(context.recipe).items()):
         return False
-    wanted = ((variant, str(each.name)) for each in context.recipe.eval for variant in context.variants.of(each))
-    return all(context.paths.scores(variant, name).exists() for variant, name in wanted)
+    return all(map(context.variants.is_measured, context.variants.to_evaluate()))
 
 
 def describe(context: RunContext) -> str:
