@@ -173,12 +173,24 @@ class ChatTemplate:
         return self._apply(messages[:turns], add_generation_prompt=add_generation_prompt)
 
 
+def own_template(prompt: Prompt) -> str | None:
+    """The recipe's own template; None: it uses the tokenizer's.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    if prompt.chat_template is None:
+        return None
+    try:
+        return Path(prompt.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt.chat_template: {Path(prompt.chat_template).absolute()} cannot be read: {error}") from error
+
+
 def _template_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    if prompt.chat_template is not None:
-        try:
-            return Path(prompt.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt.chat_template: {Path(prompt.chat_template).absolute()} cannot be read: {error}") from error
+    own = own_template(prompt)
+    if own is not None:
+        return own
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, so there is no prompt to train or evaluate with. "

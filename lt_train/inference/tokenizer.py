@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.dataset.chat_template import ChatTemplate
+from lt_train.dataset.chat_template import own_template
 from lt_train.inference.loading import eos_ids, failures_named
 from lt_train.inference.text import check_stop_tokens
 from lt_train.recipe.reasoning_tags import REASONING_TAGS
@@ -72,8 +72,7 @@ def load_checked_tokenizer(model: Model, config: PreTrainedConfig, prompt: Promp
         UserError: see `load_tokenizer` and `check_vocabulary`; or the recipe's chat template cannot be read.
     """
     tokenizer = load_tokenizer(model, None if prompt is None else prompt.stop_token)
-    own = None if prompt is None or prompt.chat_template is None else ChatTemplate(tokenizer, prompt).text
-    check_vocabulary(model, config, tokenizer, own)
+    check_vocabulary(model, config, tokenizer, None if prompt is None else own_template(prompt))
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from lt_train.hybrid.context_length import context_length
 from lt_train.inference.backends import engine_for
 from lt_train.inference.loading import load_base_config
 from lt_train.inference.text import stop_tokens
-from lt_train.inference.tokenizer import load_tokenizer
+from lt_train.inference.tokenizer import load_checked_tokenizer
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import TRAINED
 from lt_train.recipe.loading import load_recipe
@@ -43,7 +43,8 @@ def probe_checkpoint(run: Path, step: int) -> None:
         raise UserError(
             f"{place}: holds no weights to probe. A training with train.probes leaves them there and starts this itself"
         )
-    base_config, tokenizer = load_base_config(recipe.model), load_tokenizer(recipe.model, recipe.prompt.stop_token)
+    base_config = load_base_config(recipe.model)
+    tokenizer = load_checked_tokenizer(recipe.model, base_config, recipe.prompt)
     variants = Variants(recipe, paths, base_config)
     model = variants.load_from(place / WEIGHTS, compute_dtype(recipe.model.dtype))
     fingerprint, stop_ids = variants.fingerprint_of(place / WEIGHTS), stop_tokens(model, tokenizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lt_train.dataset.chat_template import own_template
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.granite_swa import load_granite_swa
 from lt_train.export.manifest import damaged_files, read_manifest
@@ -17,7 +18,7 @@ from lt_train.hybrid.spec import FULL, GRANITE_SWA, HybridSpec
 from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config
 from lt_train.inference.requests import Sampling
-from lt_train.inference.tokenizer import load_checked_tokenizer, load_tokenizer
+from lt_train.inference.tokenizer import load_checked_tokenizer
 from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
@@ -162,9 +163,8 @@ def _run(paths: RunPaths) -> Checkpoint:
     if not left.is_file():
         stage = "convert" if variant == CONVERTED else "train"
         raise UserError(f"{paths.root}: there is no {variant} hybrid in this run yet. Fix: lt-train {stage} RECIPE")
-    template = recipe.prompt.chat_template
-    tokenizer = exported_tokenizer(
-        load_tokenizer(recipe.model, recipe.prompt.stop_token), Path(template).read_text(encoding="utf-8") if template else None
-    )
-    model = Variants(recipe, paths, load_base_config(recipe.model)).load(variant, compute_dtype(recipe.model.dtype))
+    config = load_base_config(recipe.model)
+    tokenizer = load_checked_tokenizer(recipe.model, config, recipe.prompt)
+    tokenizer = exported_tokenizer(tokenizer, own_template(recipe.prompt))
+    model = Variants(recipe, paths, config).load(variant, compute_dtype(recipe.model.dtype))
     return Checkpoint(paths.root, f"{variant} hybrid", model, tokenizer, recipe.prompt.system)

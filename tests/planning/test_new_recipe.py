@@ -1,5 +1,6 @@
 """`lt-train init`: a recipe that validates, fits and runs, with a reason for each value; or an error, and nothing written."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -227,3 +228,14 @@ def test_options_that_cannot_be_are_refused(given, problem, lt_train, data):
 def test_a_folder_that_is_not_there_is_refused(lt_train, data):
     code, _, err = lt_train("init", "none/my.yaml", "--base", TINY, "--data", "rows.jsonl")
     assert code == 2 and "there is no folder" in err
+
+
+def test_a_full_disk_leaves_no_half_of_a_recipe(lt_train, data, monkeypatch):
+    def write_half(path, text, encoding):
+        path.write_bytes(text.encode(encoding)[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    code, _, err = lt_train("init", "my.yaml", "--base", TINY, "--data", "rows.jsonl")
+    assert code == 2 and "my.yaml: cannot be written: No space left on device" in err
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]

@@ -51,6 +51,7 @@ PHRASE = re.compile(
     rf"""(?: \b answers? (?: \s+ (?:to|for) \b [^.\n:]{{1,80}}? )? {EMPHASIS} \s*
              (?: \b (?:is|are|equals) \b (?: \s+ (?:therefore|thus|hence|indeed|simply|just|then) \b )* \s* {COLON}? | {COLON} | = )
            | 答案 \s* (?: 应该 | 应 )? \s* (?: [是为选选] \s* {COLON}? | {COLON} )
+           | 答え \s* (?: は | {COLON} )
          )
          {REST_OF_LINE}""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
@@ -92,9 +93,10 @@ DELIMITED = re.compile(
 BOLD = re.compile(r"\*\*(?!\s)((?:\\.|[^*\n$\\]|\*(?!\*))+)(?<!\s)\*\*")
 
 SENTENCE_END = re.compile(
-    r"(?<!\\)[.!?](?=\s|$)|[\u3002\uff0c\uff1b\uff01\uff1f]|,?\s+(?=(?:because|since|which|where|so|but|not)\b)|,\s+(?=(?:as|and)\b)"
+    r"(?<!\\)[.!?](?=\s|$)|[\u3002\uff0c\uff1b\uff01\uff1f]|\s*(?:です|である|となります|になります)"
+    r"|,?\s+(?=(?:because|since|which|where|so|but|not)\b)|,\s+(?=(?:as|and)\b)"
 )
-"""The numbers are Chinese punctuation: full stop, comma, semicolon, exclamation and question mark."""
+"""The numbers are Chinese punctuation: full stop, comma, semicolon, exclamation and question mark. The words end Japanese ones."""
 
 WORD = re.compile(r"(?<![\\\w])[A-Za-z]{2,}")
 WORDS_OF_A_SENTENCE = 3

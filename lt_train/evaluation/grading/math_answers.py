@@ -28,6 +28,8 @@ LEAST_DIGITS = 3
 """Of the smallest number of a reference answer that a comparison looks at, whatever its size."""
 
 WITH_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]+)\s*_\s*(?:\{(?P<braced>[^{}]*(?:\{[^{}]*\})?)\}|(?P<digit>\d))")
+OPTION = re.compile(r"\(?(?P<letter>[A-J])(?:\)|[.:](?=\s))\s*(?P<text>\S.*)", re.DOTALL)
+TIME_OF_DAY = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?\s*(?P<half>[ap])\.?m\b\.?", re.IGNORECASE)
 IN_BRACES = re.compile(r"\\(?:left\\)?\{.*\\(?:right\\)?\}", re.DOTALL)
 IN_PARENTHESES = re.compile(r"(?:\\left)?\(.*(?:\\right)?\)", re.DOTALL)
 
@@ -84,6 +86,10 @@ def matches(reference: str, answer: str) -> bool:
     reference, answer = one_spelling(reference), one_spelling(answer)
     if reference == answer or same_number(reference, answer):
         return True
+    if option := OPTION.fullmatch(answer):  # of a reference answer that is a letter, or the option's own text
+        return reference == option["letter"] or matches(reference, option["text"])
+    if (one := time_of_day(reference)) and (other := time_of_day(answer)):
+        return one == other  # math-verify reads 11:00 as a division by zero
     if in_different_bases(reference, answer) or is_set_and_tuple(reference, answer):
         return False  # math-verify drops the base, and reads (1, 2) as an interval, which it takes for the set {1, 2}
     references, answers = read(reference), read(answer)
@@ -95,9 +101,16 @@ def matches(reference: str, answer: str) -> bool:
         answers,
         float_rounding=FLOAT_DECIMALS + extra,
         numeric_precision=NUMERIC_DIGITS + extra,
+        allow_set_relation_comp=True,  # an interval equals its inequality, whichever of the two the reference answer is
         timeout_seconds=None,
         raise_on_error=True,
     )
+
+
+def time_of_day(text: str) -> tuple[int, int, str] | None:
+    """Hour, minute, and "a" or "p"; None: it is no time with am or pm."""
+    found = TIME_OF_DAY.fullmatch(text)
+    return (int(found["hour"]), int(found["minute"] or 0), found["half"].lower()) if found else None
 
 
 def in_different_bases(first: str, second: str) -> bool:

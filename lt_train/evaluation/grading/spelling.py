@@ -1,4 +1,4 @@
-r"""One spelling for what people write in several: "1 234", "－5", "0{,}5", "√2", "1.5e-7", "2 \pm 1"."""
+r"""One spelling for what people write in several: "1 234", "1 1/2", "－5", "0{,}5", "√2", "1.5e-7", "2 \pm 1"."""
 
 import re
 
@@ -33,6 +33,7 @@ BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:\{,\}\d{3})+(?!\d)")
 EMPTY_SET = re.compile(r"\\varnothing\b|\\\{\s*\\\}|\\O\b")
 ABOUT = re.compile(r"^\s*(?:\\(?:approx|simeq|sim|thickapprox)\b|=)\s*")
+MIXED_NUMBER = re.compile(r"(?<![\d.,/])(\d+) +(\d+)/(\d+)(?![\d.,/])")
 SCIENTIFIC = re.compile(r"^\s*([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)\s*$")
 ONLY_TEXT = re.compile(r"\s*\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}\s*")
 SIGN = re.compile(r"\\(pm|mp)\b\s*")
@@ -47,6 +48,7 @@ def one_spelling(answer: str) -> str:
         plain = text[1].strip()
     plain = ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", plain)
     plain = GROUPED_DIGITS.sub(lambda number: re.sub(r"\D", "", number[0]), plain)
+    plain = MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", plain)
     plain = THOUSANDS.sub(lambda number: number[0].replace("{,}", ""), plain)
     plain = BRACED_COMMA.sub(".", plain)  # what does not group thousands is a decimal comma
     plain = EMPTY_SET.sub(lambda _: r"\emptyset", plain)

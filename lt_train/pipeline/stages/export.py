@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from lt_train.dataset.chat_template import own_template
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.export.code_files import check_exportable
 from lt_train.export.push import check_push, push_export
@@ -75,7 +76,6 @@ def _write(context: RunContext) -> None:
         context.report(NAME, f"the previous export is now in {set_aside(out)}")
     exported = CONVERTED if recipe.train is None else TRAINED
     context.report(NAME, f"writing the {exported} hybrid to {out}")
-    template = recipe.prompt.chat_template
     with context.folder.doing(NAME, export_key(recipe, context.paths)):
         export_hybrid(
             _hybrid(context, exported),
@@ -84,7 +84,7 @@ def _write(context: RunContext) -> None:
             export_metadata(recipe, context.paths.root, context.examples.counts),
             dtype=_dtype(context),
             max_shard_size=recipe.export.max_shard_size,
-            chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+            chat_template=own_template(recipe.prompt),
             report=lambda line: context.report(NAME, line),
         )
 

@@ -29,6 +29,8 @@ from lt_train.evaluation.grading.extraction import Extracted, extract, last_boxe
         ("答案是 42\u3002", "42"),
         ("因此\uff0c最终答案\uff1a12 cm\u3002因为", "12 cm"),
         ("答案:5", "5"),
+        ("したがって\u3001答えは42です", "42"),
+        ("最終的な答えは $\\frac{1}{2}$ となります\u3002", r"\frac{1}{2}"),
         ("the answer is not 5", None),
         (r"the answer is \boxed{\frac{1}{", None),
         ("I answered", None),

@@ -155,6 +155,17 @@ def test_a_hundred_thousand_open_boxes_take_no_time() -> None:
         ("(1,2)", "(1, 2)"),
         (r"\{1,2\}", "2, 1"),
         ("June 20", r"\text{June 20}"),
+        ("3/2", "1 1/2"),
+        ("1 1/2", "1.5"),
+        ("-5/2", "-2 1/2"),
+        (r"(2,\infty)", "x>2"),
+        ("x>2", r"(2,\infty)"),
+        ("[1,3)", r"1 \le x < 3"),
+        ("11:00 am", "11:00 a.m."),
+        ("11 PM", "11:00 pm"),
+        ("A", "A) 5"),
+        ("5", "(A) 5"),
+        ("12 cm", "B. 12 cm"),
     ],
 )
 def test_the_same_answer_in_another_spelling_is_correct(reference: str, answer: str) -> None:
@@ -183,6 +194,12 @@ def test_the_same_answer_in_another_spelling_is_correct(reference: str, answer: 
         ("34", r"\approx 35"),
         ("18.90", r"$\$18.91$"),
         ("-5", "\uff0d6"),
+        ("3/2", "1 1/3"),
+        (r"(2,\infty)", r"x \ge 2"),
+        ("11:00 am", "11:00 pm"),
+        ("11:00 am", "11:30 am"),
+        ("A", "B) 5"),
+        ("6", "(A) 5"),
     ],
 )
 def test_answers_that_look_alike_are_incorrect_both_ways(first: str, second: str) -> None:
