@@ -60,8 +60,8 @@ def test_the_help_lists_every_command_below_a_heading(lt_train):
 
 
 def test_a_shell_completes_the_name_of_a_command():
-    asked = {"_LT_TRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "lt-train va", "COMP_CWORD": "1"}
-    done = subprocess.run([Path(sys.executable).with_name("lt-train")], env=ENVIRONMENT | asked, capture_output=True, text=True)
+    variables = {"_LT_TRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "lt-train va", "COMP_CWORD": "1"}
+    done = subprocess.run([Path(sys.executable).with_name("lt-train")], env=ENVIRONMENT | variables, capture_output=True, text=True)
     assert done.stdout.split() == ["validate"], done.stderr
 
 

@@ -70,7 +70,7 @@ def copied(recipe: Path, folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def told(result: tuple[int, str, str]) -> str:
+def reported(result: tuple[int, str, str]) -> str:
     """The one sentence that a command leaves."""
     code, out, err = result
     assert code == 2, out + err
@@ -82,23 +82,23 @@ def told(result: tuple[int, str, str]) -> str:
 @pytest.mark.parametrize("command", STAGES)
 def test_a_file_in_the_place_of_the_runs_is_reported_in_one_sentence(lt_train: Command, recipe: Path, command: str) -> None:
     for runs in (recipe, recipe / "below"):
-        assert "error --runs: " in (sentence := told(lt_train(command, recipe, "--runs", runs)))
+        assert "error --runs: " in (sentence := reported(lt_train(command, recipe, "--runs", runs)))
         assert "Not a directory, so the run's folder tiny cannot be made or written to. Fix: name a folder" in sentence
 
 
 @pytest.mark.parametrize("runs", ["/proc/runs", "/dev/null/runs", "/tmp/" + "x" * 300, "/tmp/" + "x/" * 4000])
 def test_a_place_that_takes_no_folder_from_any_user_is_reported_in_one_sentence(lt_train: Command, recipe: Path, runs: str) -> None:
-    assert "error --runs: " in told(lt_train("convert", recipe, "--runs", runs))
+    assert "error --runs: " in reported(lt_train("convert", recipe, "--runs", runs))
 
 
 def test_a_file_in_the_place_of_the_run_or_of_its_lock_is_reported_in_one_sentence(
     lt_train: Command, recipe: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny").write_text("a file")
-    assert "tiny: File exists, so" in told(lt_train("convert", recipe, "--runs", tmp_path))
+    assert "tiny: File exists, so" in reported(lt_train("convert", recipe, "--runs", tmp_path))
     (tmp_path / "tiny").unlink()
     (tmp_path / "tiny/.lock").mkdir(parents=True)
-    assert ".lock: Is a directory, so" in told(lt_train("convert", recipe, "--runs", tmp_path))
+    assert ".lock: Is a directory, so" in reported(lt_train("convert", recipe, "--runs", tmp_path))
 
 
 @pytest.mark.parametrize("command", STAGES)
@@ -106,10 +106,10 @@ def test_a_read_only_place_is_reported_in_one_sentence(lt_train: Command, recipe
     readable, runs = copied(recipe, shared / "inputs"), shared / "runs"
     runs.mkdir()
     with another_user(runs):
-        assert "runs/tiny: Permission denied, so" in told(lt_train(command, readable, "--runs", runs))
+        assert "runs/tiny: Permission denied, so" in reported(lt_train(command, readable, "--runs", runs))
     (runs / "tiny").mkdir()
     with another_user(runs, runs / "tiny"):
-        assert "runs/tiny/.lock: Permission denied, so" in told(lt_train(command, readable, "--runs", runs))
+        assert "runs/tiny/.lock: Permission denied, so" in reported(lt_train(command, readable, "--runs", runs))
 
 
 def test_a_run_of_another_user_can_be_shown_and_reported_but_not_worked_in(
@@ -123,7 +123,7 @@ def test_a_run_of_another_user_can_be_shown_and_reported_but_not_worked_in(
     with another_user(shared, run):
         code, out, err = lt_train("show", run)
         assert (code, err) == (0, "") and "ledger" in out
-        sentence = told(lt_train("report", run, "--out", run / "page.html"))
+        sentence = reported(lt_train("report", run, "--out", run / "page.html"))
         assert sentence.startswith(f"error --out: {run}/page.html: the report cannot be written: Permission denied")
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_this_user_may_not_read_is_reported_in_one_sentence(lt_train:
     try:
         with another_user():
             for command in ("show", "report"):
-                assert "Permission denied" in told(lt_train(command, run))
+                assert "Permission denied" in reported(lt_train(command, run))
     finally:
         (run / closed).chmod(mode)
 
@@ -149,7 +149,7 @@ def test_a_recipe_a_base_or_data_that_this_user_may_not_read_is_reported_in_one_
     closed.chmod(0o700 if os.geteuid() == 0 else 0)
     try:
         with another_user():
-            told(lt_train(command, closed / "recipe.yaml"))
+            reported(lt_train(command, closed / "recipe.yaml"))
             code, _, err = lt_train(command, shared / "open.yaml")
             assert code == 2 and "Traceback" not in err and "closed/traces.jsonl" in err
     finally:
@@ -160,4 +160,4 @@ def test_a_file_in_the_place_of_a_stage_is_reported_in_one_sentence(lt_train: Co
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/hybrid").symlink_to("hybrid")
     arguments = ("convert", recipe, "--runs", tmp_path / "runs", "--set", "hybrid.strategy=periodic")
-    assert "hybrid: " in told(lt_train(*arguments)).splitlines()[-1]
+    assert "hybrid: " in reported(lt_train(*arguments)).splitlines()[-1]

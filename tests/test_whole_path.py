@@ -199,7 +199,7 @@ def test_each_tracker_has_each_step_and_the_picture_once_after_kills_at_any_mome
 
 
 def kill_after(arguments: list[str], begun: Callable[[], bool], seconds: float, output: Path, with_wandb: bool) -> None:
-    """Start a command and kill it so many seconds after it began what is waited for.
+    """Start a command and kill it a number of seconds after it began what is waited for.
 
     SIGKILL, as the kernel sends it for want of memory to one process, or to all of a container, so to wandb's too.
     """

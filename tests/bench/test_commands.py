@@ -8,8 +8,8 @@ from tests.support.families import BASES
 
 
 def test_help_loads_no_heavy_library():
-    asked = "import sys; from lt_train.cli import app; app(['bench', '--help'], standalone_mode=False); print(*sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    program = "import sys; from lt_train.cli import app; app(['bench', '--help'], standalone_mode=False); print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "training-step" in shown
     assert not {"torch", "transformers", "numpy"} & set(shown.splitlines()[-1].split())
 
@@ -50,9 +50,9 @@ def test_decode_prints_a_profile_and_vllms_speed_on_request(lt_train, tiny_base,
         ["300", "vLLM", "2", "250", "8.0"],
         ["200", "vLLM", "2", "250", "8.0"],
     ]
-    asked = json.loads(order.read_text())
-    assert asked["model"] == str(tiny_base) and asked["kv_bytes"] == 2**20 and asked["dtype"] == "float32"
-    assert [(len(prompts), len(prompts[0])) for prompts in asked["prompts"]] == [(slots[0], 300), (slots[1], 200)]
+    requested = json.loads(order.read_text())
+    assert requested["model"] == str(tiny_base) and requested["kv_bytes"] == 2**20 and requested["dtype"] == "float32"
+    assert [(len(prompts), len(prompts[0])) for prompts in requested["prompts"]] == [(slots[0], 300), (slots[1], 200)]
     assert "products" in out and "sampling" in out
 
 

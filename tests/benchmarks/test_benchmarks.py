@@ -66,20 +66,20 @@ def test_the_ledger_that_comes_along_loads_from_its_default_place(monkeypatch: p
         ("gsm8k", "openai/gsm8k", "test", "main"),
     ],
 )
-def test_without_a_path_the_right_part_is_requested_of_the_hub(
+def test_without_a_path_the_part_of_that_name_is_requested_of_the_hub(
     monkeypatch: pytest.MonkeyPatch, name: str, source: str, split: str, subset: str | None
 ) -> None:
-    asked = []
+    requested = []
     benchmark = BENCHMARKS[name]
 
     def rows_of_the_hub(source: str, split: str, subset: str | None = None) -> list:
-        asked.append((source, split, subset))
+        requested.append((source, split, subset))
         row = dict.fromkeys(benchmark.fields, "#### 1")
         return [(f"hub, row {number}", row) for number in range(benchmark.count)]
 
     monkeypatch.setattr(reading.sources, "load_rows", rows_of_the_hub)
     assert load_problems(benchmark, path=None, limit=None).available == benchmark.count
-    assert asked == [(source, split, subset)]
+    assert requested == [(source, split, subset)]
 
 
 def test_a_wrong_number_of_problems_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""LongBench: its tasks as published, its real rows, how they are asked and cut, and how answers score."""
+"""LongBench: its tasks as published, its real rows, their prompts, how these are cut, and how answers score."""
 
 import hashlib
 import io
@@ -130,7 +130,7 @@ def test_real_answers_score_1_and_others_less(real: Callable) -> None:
     assert score_answer(passages, problems[0], "不知道").score == 0
 
 
-def test_several_right_answers_count_by_the_best_match(tmp_path: Path) -> None:
+def test_several_correct_answers_count_by_the_best_match(tmp_path: Path) -> None:
     hotpot = replace(task("hotpotqa"), count=1)
     problem = load_problems(hotpot, write_rows(tmp_path / "hotpotqa.jsonl", [row()]), limit=None).problems[0]
     assert problem == Problem("0", task("hotpotqa").template.format(context="Some text.", input="Who?"), ("Ada", "Lovelace"))
@@ -172,17 +172,17 @@ def test_a_folder_of_all_tasks_gives_each_its_file(tmp_path: Path) -> None:
 
 
 def test_without_a_path_the_rows_come_out_of_the_hub_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/trec.jsonl", "".join(json.dumps(row(all_classes=["Date"])) + "\n" for _ in range(200)))
 
     def download(repository: str, name: str, repo_type: str) -> str:
-        asked.append((repository, name, repo_type))
+        requested.append((repository, name, repo_type))
         return str(tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert load_problems(task("trec"), None, limit=1).problems[0].classes == ("Date",)
-    assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
+    assert requested == [("THUDM/LongBench", "data.zip", "dataset")]
     with pytest.raises(
         UserError, match=r"THUDM/LongBench/data.zip/data/lcc.jsonl: cannot be read: KeyError.*set `path` to the folder"
     ):

@@ -56,15 +56,17 @@ def test_the_real_gsm8k_as_custom_has_the_answers_of_the_benchmark(shared_data: 
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "reported"),
     [
         ({"question": "Question", "answer": "Answer"}, "field 'Question' is missing; the row has Answer, ID, Problem, Solution"),
         ({"question": "Problem", "answer": "Answer.0"}, r"field 'Answer\.0' is missing \(no field '0': 'Answer' holds a number\)"),
         ({}, "field 'problem' is missing; .* Fix: name the columns that hold them, such as columns: {question: Problem, answer: "),
     ],
 )
-def test_a_column_that_rows_do_not_have_is_an_error_that_names_theirs(tmp_path: Path, columns: dict[str, str], told: str) -> None:
-    with pytest.raises(UserError, match=rf"rows\.jsonl:1: {told}"):
+def test_a_column_that_rows_do_not_have_is_an_error_that_names_theirs(
+    tmp_path: Path, columns: dict[str, str], reported: str
+) -> None:
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: {reported}"):
         problems_of(tmp_path, AIME, columns)
 
 

@@ -1,4 +1,4 @@
-"""Needles, passkeys and passages to copy: as long as asked for, where asked for, the same for the same seed; and their scores."""
+"""Needles, passkeys and passages to copy: their length and place, the same for the same seed; and their scores."""
 
 import re
 from itertools import islice
@@ -78,8 +78,8 @@ def test_of_many_needles_one_is_requested(tokenizer: PreTrainedTokenizerFast) ->
     for problem in load_problems(NEEDLE, None, None, recall=settings, tokenizer=tokenizer).problems:
         needles = dict(re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", problem.text))
         assert len(needles) == len(set(needles.values())) == 8
-        asked = re.search(r"What is the special magic number for (\S+) mentioned", problem.text)[1]
-        assert needles[asked] == problem.answer
+        requested = re.search(r"What is the special magic number for (\S+) mentioned", problem.text)[1]
+        assert needles[requested] == problem.answer
 
 
 def test_needles_are_hidden_in_real_essays(shared_data: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_copy_scores_the_longest_run_of_its_words() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=8), st.lists(st.sampled_from("abcd"), max_size=12))
-def test_a_copy_is_right_only_where_the_whole_passage_stands_in_it(passage: list[str], answer: list[str]) -> None:
+def test_a_copy_is_correct_only_where_the_whole_passage_stands_in_it(passage: list[str], answer: list[str]) -> None:
     score = score_answer(COPYING, Problem("1/0/0", "…", (" ".join(passage),)), " ".join(answer)).score
     runs = [
         n

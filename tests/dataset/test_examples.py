@@ -96,8 +96,8 @@ def test_of_a_conversation_only_the_last_answer_is_trained_on(load: Load) -> Non
     example = load([{"messages": chat}], format="messages", prompt=Prompt(system="not this one")).train[0]
     tokenizer = family_tokenizer("qwen2.5")
     assert tokenizer.decode(example.answer_ids) == "assistant says 4<|im_end|>"
-    asked = tokenizer.decode(example.prompt_ids)
-    assert all(f"{role} says {at}" in asked for at, role in enumerate(turns[:-1])) and "not this one" not in asked
+    requested = tokenizer.decode(example.prompt_ids)
+    assert all(f"{role} says {at}" in requested for at, role in enumerate(turns[:-1])) and "not this one" not in requested
 
 
 def test_no_space_is_put_before_an_answer_by_a_tokenizer_that_begins_every_text_with_one(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_an_answer_that_the_tokenizer_cannot_write_stops_with_counts(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("data_format", "row", "told"),
+    ("data_format", "row", "reported"),
     [
         ("still", {"question": "x"}, "no field 'combined_text', which data.format still needs; the row has question"),
         (
@@ -192,9 +192,9 @@ def test_an_answer_that_the_tokenizer_cannot_write_stops_with_counts(tmp_path: P
         ),
     ],
 )
-def test_a_faulty_row_is_reported_with_its_file_and_line(load: Load, data_format: str, row: dict, told: str) -> None:
+def test_a_faulty_row_is_reported_with_its_file_and_line(load: Load, data_format: str, row: dict, reported: str) -> None:
     good = {**STILL, "prompt": "x", "response": "y", "messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}
-    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{told}"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{reported}"):
         load([good, row], format=data_format)
 
 

@@ -152,15 +152,15 @@ def test_auto_recognises_a_published_data_set_and_reports_what_it_took(
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "reported"),
     [
         ({"text": "6 x 7? 42"}, r"rows\.jsonl:1: data\.format: auto: no known format; the row has text\. Fix: .*data\.columns"),
         ({"messages": CHAT, "conversations": SHAREGPT}, "several formats fit: messages, sharegpt.*set data.format"),
         ({"question": "6 x 7?", "context": "Multiply.", "answer": "42"}, "no known format; the row has question, context, answer"),
     ],
 )
-def test_a_format_that_is_not_certain_is_never_guessed(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_format_that_is_not_certain_is_never_guessed(tmp_path: Path, row: dict[str, Any], reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         load_rows(tmp_path, [row])
 
 
@@ -173,7 +173,7 @@ def test_columns_lead_into_lists_and_mappings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "reported"),
     [
         ({"question": "q", "answer": "b"}, "no field 'b', which data.columns needs; the row has q, a"),
         ({"question": "q", "answer": "a.3"}, r"no field 'a\.3'.*no item 3: 'a' holds a list of 2"),
@@ -182,8 +182,8 @@ def test_columns_lead_into_lists_and_mappings(tmp_path: Path) -> None:
         ({"messages": "q"}, "'q' must be a list of {role, content}"),
     ],
 )
-def test_columns_that_do_not_fit_the_rows_are_an_error(tmp_path: Path, columns: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{told}"):
+def test_columns_that_do_not_fit_the_rows_are_an_error(tmp_path: Path, columns: dict[str, Any], reported: str) -> None:
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{reported}"):
         load_rows(tmp_path, [{"q": "6 x 7?", "a": ["42", "41"]}], columns=columns)
 
 
@@ -220,7 +220,7 @@ def test_the_shared_case_of_a_row_s_system_turn_is_used(shared_cases: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "reported"),
     [
         ({"system": "In French.", "messages": [{"role": "system", "content": "Otherwise."}, *CHAT]}, "another one in its messages"),
         ({"system": ["In French."], "messages": CHAT}, "'system' must be text"),
@@ -237,13 +237,13 @@ def test_the_shared_case_of_a_row_s_system_turn_is_used(shared_cases: Path) -> N
         ),
     ],
 )
-def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dict[str, Any], reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         load_rows(tmp_path, [row])
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "reported"),
     [
         ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, r"messages\[1\]: 'weight' is 0, so this answer is not to be trained on"),
         ({"prompt": "6 x 7?", "completion": [CHAT[1] | {"train": False}]}, r"completion\[0\]: 'train' is False"),
@@ -252,9 +252,9 @@ def test_what_a_row_has_for_its_prompt_is_never_ignored(tmp_path: Path, row: dic
     ],
 )
 def test_answers_that_are_not_to_be_trained_on_or_would_be_left_out_are_errors(
-    tmp_path: Path, row: dict[str, Any], told: str
+    tmp_path: Path, row: dict[str, Any], reported: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         load_rows(tmp_path, [row])
 
 

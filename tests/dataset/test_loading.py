@@ -45,12 +45,12 @@ def test_faulty_rows_are_counted_by_kind_with_the_first_three_places_of_each(tmp
     path = write(tmp_path, [GOOD, *FAULTY, *rows(10)])
     with pytest.raises(UserError) as error:
         load(path, None)
-    told = str(error.value)
-    assert f"data.source: {path}: 8 of 19 rows cannot be trained on" in told
-    assert f"{path}:2, {path}:5, {path}:7 and 2 others: not JSON" in told
-    assert f"{path}:3, {path}:6: the answer is empty" in told
-    assert f"{path}:4: no field 'response'" in told
-    assert "data.faulty: drop" in told
+    reported = str(error.value)
+    assert f"data.source: {path}: 8 of 19 rows cannot be trained on" in reported
+    assert f"{path}:2, {path}:5, {path}:7 and 2 others: not JSON" in reported
+    assert f"{path}:3, {path}:6: the answer is empty" in reported
+    assert f"{path}:4: no field 'response'" in reported
+    assert "data.faulty: drop" in reported
 
 
 def test_faulty_rows_are_dropped_where_the_recipe_requests_it_and_reported(tmp_path: Path) -> None:

@@ -95,14 +95,14 @@ def test_a_key_of_a_message_whose_text_would_be_lost_is_named(tmp_path: Path, an
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "reported"),
     [
         ({"reasoning": REASONING, "thinking": "Otherwise.", "content": ANSWER}, "reasoning, thinking hold different reasoning"),
         ({"reasoning": "Otherwise.", "content": THINK}, "reasoning of its own beside"),
     ],
 )
-def test_two_kinds_of_reasoning_in_one_answer_are_an_error(tmp_path: Path, answer: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_two_kinds_of_reasoning_in_one_answer_are_an_error(tmp_path: Path, answer: dict[str, Any], reported: str) -> None:
+    with pytest.raises(UserError, match=reported):
         answer_of(tmp_path, answer, "qwen3-reasoning")
 
 

@@ -80,7 +80,7 @@ def without_times(scores: AnswerScores) -> dict[str, Any]:
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Let the engine fail when it has handed over so many answers."""
+    """Let the engine fail after a number of answers."""
     original = Engine.answers
 
     def failing(*arguments: Any) -> Iterator[Any]:
@@ -359,7 +359,7 @@ def test_a_lost_process_loses_no_finished_sample(evaluation, tmp_path: Path, mon
         evaluation(tmp_path / "out", rank=1, world_size=2)
     three = (tmp_path / "out" / "samples-1.jsonl").read_text()
     assert len(three.splitlines()) == 3
-    scores = evaluation(tmp_path / "out")  # one process goes on with the rest
+    scores = evaluation(tmp_path / "out")  # one process resumes with the rest
     assert (tmp_path / "out" / "samples-1.jsonl").read_text() == three
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 15
     assert without_times(scores) == without_times(evaluation(tmp_path / "alone"))

@@ -71,7 +71,7 @@ def test_scores_are_per_answer_token_and_the_base_answers_only_where_they_are_mi
     scores = measured(model, lambda: base, tmp_path)
     assert scores.loss == pytest.approx(sum(nats(model, base, 4).values()) / scores.tokens)
     assert scores.tokens == sum(len(example.answer_ids) for example in EXAMPLES) and scores.standard_error > 0
-    assert measured(model, lambda: pytest.fail("asked again"), tmp_path) == scores
+    assert measured(model, lambda: pytest.fail("requested again"), tmp_path) == scores
 
 
 def test_scores_against_another_base_are_not_taken(model: HybridForCausalLM, base: BaseAnswers, tmp_path: Path) -> None:

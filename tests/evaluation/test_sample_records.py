@@ -39,7 +39,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     assert RecordFolder(tmp_path, FINGERPRINT).read() == {("60", 0): RECORD, ("60", 1): other}
 
 
-def test_a_last_line_cut_off_anywhere_is_dropped_and_the_others_stay(tmp_path: Path) -> None:
+def test_a_last_line_truncated_anywhere_is_dropped_and_the_others_stay(tmp_path: Path) -> None:
     RecordFolder(tmp_path, FINGERPRINT).append(RECORD)
     whole = (tmp_path / "samples.jsonl").read_text()
     line = json.dumps(asdict(replace(RECORD, sample=1)))

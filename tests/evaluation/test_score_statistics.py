@@ -29,7 +29,7 @@ from lt_train.evaluation.statistics import (
     wilson,
 )
 
-SHARES = st.lists(st.integers(0, 8).map(lambda right: right / 8), min_size=2, max_size=30)
+SHARES = st.lists(st.integers(0, 8).map(lambda correct: correct / 8), min_size=2, max_size=30)
 
 
 def equal_fractions(first: str, second: str) -> bool:
@@ -91,7 +91,7 @@ def test_a_vote_does_not_depend_on_the_order_of_the_answers(answers: list[tuple[
 
 
 def test_the_paired_interval_is_that_of_bonett_and_price() -> None:
-    # 20 problems: 9 both right, 5 both wrong, 5 only the first, 1 only the second. By the formula of the paper
+    # 20 problems: 9 both correct, 5 both incorrect, 5 only the first, 1 only the second. By the formula of the paper
     # p12 = (5+1)/22, p21 = (1+1)/22: 4/22 ± 1.959964 * sqrt((8/22 - (4/22)²) / 22).
     first = [1.0] * 9 + [0.0] * 5 + [1.0] * 5 + [0.0]
     second = [1.0] * 9 + [0.0] * 5 + [0.0] * 5 + [1.0]
@@ -192,7 +192,7 @@ def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.lists(st.booleans(), min_size=n, max_size=n), st.integers(1, n))))
-def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_a_right_one(drawn: tuple[list[bool], int]) -> None:
+def test_pass_at_k_is_the_fraction_of_all_choices_of_k_samples_with_a_correct_one(drawn: tuple[list[bool], int]) -> None:
     samples, k = drawn
     choices = [any(chosen) for chosen in itertools.combinations(samples, k)]
     assert pass_at_k(sum(samples), len(samples), k) == pytest.approx(sum(choices) / len(choices))
@@ -204,10 +204,10 @@ def test_pass_at_k_of_very_many_samples_is_exact() -> None:
     assert pass_at_k(5000, 5000, 1) == 1
 
 
-@pytest.mark.parametrize(("right", "n", "k"), [(1, 4, 5), (1, 4, 0), (5, 4, 1), (-1, 4, 1)])
-def test_pass_at_more_samples_than_there_are_is_refused(right: int, n: int, k: int) -> None:
+@pytest.mark.parametrize(("correct", "n", "k"), [(1, 4, 5), (1, 4, 0), (5, 4, 1), (-1, 4, 1)])
+def test_pass_at_more_samples_than_there_are_is_refused(correct: int, n: int, k: int) -> None:
     with pytest.raises(ValueError, match=f"pass@{k} of {n} samples"):
-        pass_at_k(right, n, k)
+        pass_at_k(correct, n, k)
 
 
 def test_pass_at_k_over_problems_has_the_error_of_a_mean() -> None:
@@ -216,7 +216,7 @@ def test_pass_at_k_over_problems_has_the_error_of_a_mean() -> None:
 
 
 def test_the_bootstrap_interval_is_that_of_the_exact_distribution() -> None:
-    # 30 problems, half of them right: the mean of a resample is Binomial(30, 1/2) / 30, whose 2.5 % and 97.5 % points are 10 and
+    # 30 problems, half of them correct: the mean of a resample is Binomial(30, 1/2) / 30, whose 2.5 % and 97.5 % points are 10 and
     # 20 (those at 5 % and 95 %: 11 and 19).
     assert bootstrap_interval([0.0, 1.0] * 15) == Interval(pytest.approx(10 / 30), pytest.approx(20 / 30))
 
@@ -254,13 +254,13 @@ def test_wilsons_interval_is_the_published_one() -> None:
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
 
 
-def test_none_right_and_all_right_leave_room_for_doubt() -> None:
+def test_none_correct_and_all_correct_have_an_interval() -> None:
     none, every = accuracy_interval([0.0] * 30), accuracy_interval([1.0] * 30)
     assert (every.low, every.high) == (pytest.approx(0.8865, abs=1e-4), 1.0)  # n / (n + z²)
     assert (none.low, none.high) == (0.0, pytest.approx(1 - every.low))
 
 
-def test_a_single_right_answer_rules_out_that_none_is() -> None:
+def test_a_single_correct_answer_rules_out_that_none_is() -> None:
     assert accuracy_interval([1.0] + [0.0] * 29) == wilson(1 / 30, 30)
     assert accuracy_interval([1.0] + [0.0] * 29).low > 0
 

@@ -82,11 +82,11 @@ def by_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 @pytest.mark.parametrize("name", SPECS)
 def test_pipelines_batches_and_streams_of_transformers_give_the_engines_answers(by_clients, name: str) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(BASE), load_hybrid(BASE, SPECS[name])
-    asked = [
+    requested = [
         Request(str(number), 0, 0, tuple(prompts.prompt_ids(tokenizer, Prompt(), {"question": question})))
         for number, question in enumerate(QUESTIONS)
     ]
-    answers = Engine(model, tokenizer).answers(asked, Sampling(0.0, 1.0, TOKENS))
+    answers = Engine(model, tokenizer).answers(requested, Sampling(0.0, 1.0, TOKENS))
     expected = [answer.text for answer in sorted(answers, key=lambda answer: int(answer.request.problem))]
     found = by_clients[name]
     assert found["pipeline"] == found["batch"] == expected

@@ -115,7 +115,7 @@ def test_an_adapter_merged_by_module_gives_the_weights_of_the_merged_model(famil
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
@@ -123,11 +123,11 @@ def test_an_adapter_merged_by_module_gives_the_weights_of_the_merged_model(famil
     ],
 )
 def test_an_adapter_that_reaches_beyond_its_modules_is_left_to_the_model_in_memory(
-    settings: Any, told: str, tmp_path: Path
+    settings: Any, reported: str, tmp_path: Path
 ) -> None:
     base = base_in(tmp_path / "base", "llama")
     adapter = adapter_in(tmp_path / "adapter", base, **settings)
-    with pytest.raises(NotOnDisk, match=told):
+    with pytest.raises(NotOnDisk, match=reported):
         MergedWeights(weights_of(base), empty(base), adapter, None)
 
 

@@ -174,7 +174,7 @@ def test_full_layers_of_rows_that_are_one_document_let_torch_choose_the_kernel(m
     """As the unconverted model does, so that no full layer is slower than there."""
     case = Case(((40,), (40,)))
     q, k, v, _ = tensors_of(case, torch.float32)
-    monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: pytest.fail("flash attention was asked"))
+    monkeypatch.setattr(attention_kernels, "_flash_on", lambda device: pytest.fail("flash attention was requested"))
     found = KERNELS["flash"].full(documents_of(case), q, k, v, scaling=0.3)
     whole = dataclasses.replace(case, w_sink=0, w_recent=99)
     torch.testing.assert_close(found, expected_output(whole, documents_of(case), q, k, v), atol=1e-5, rtol=1e-5)

@@ -51,7 +51,7 @@ def test_merged_parts_are_the_reference_in_output_and_gradients(case, seed):
 @pytest.mark.parametrize(
     ("kernel", "present"), [(Flash2, flash_2_package), (Flash3, flash_3_package), (TorchFlash, flash_in_torch)]
 )
-def test_each_package_gets_the_right_arguments(case, kernel, present):
+def test_each_package_gets_its_arguments(case, kernel, present):
     documents = documents_of(case)
     with present():
         assert_is_the_reference(case, merged(case, documents, kernel()), documents)

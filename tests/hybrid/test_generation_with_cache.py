@@ -119,7 +119,7 @@ def test_slots_hold_the_sinks_and_the_latest_tokens_and_nothing_twice(real, w_si
 
 @SPECS
 @pytest.mark.parametrize(
-    "asked",
+    "requested",
     [
         dict(num_beams=2),
         dict(prompt_lookup_num_tokens=3),
@@ -128,10 +128,10 @@ def test_slots_hold_the_sinks_and_the_latest_tokens_and_nothing_twice(real, w_si
         dict(cache_implementation="paged"),
     ],
 )
-def test_decoding_that_a_ring_cannot_serve_is_refused(qwen3_config, spec, asked):
+def test_decoding_that_a_ring_cannot_serve_is_refused(qwen3_config, spec, requested):
     model = build_hybrid(qwen3_config, spec).eval()
     with pytest.raises(HybridError):
-        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, **asked)
+        model.generate(torch.randint(2, 96, (1, 5)), max_new_tokens=3, **requested)
 
 
 @SPECS

@@ -206,7 +206,7 @@ def test_a_foreign_cache_is_refused(qwen3_config):
         hybrid(tokens(1, 4), **{CACHE_ARGUMENT: HybridCache(HybridSpec(4, (1, 3), w_sink=4, w_recent=7))})
 
 
-def test_masks_and_packing_that_cannot_be_right_are_refused(qwen3_config):
+def test_masks_and_packing_that_cannot_be_valid_are_refused(qwen3_config):
     hybrid = build_hybrid(qwen3_config, SPEC).eval()
     ids = tokens(1, 4)
     with pytest.raises(HybridError, match="dict of masks"):

@@ -1,4 +1,4 @@
-"""What a HybridSpec accepts, and how split layers are told from those that stream as a whole."""
+"""What a HybridSpec accepts, and how split layers are distinguished from those that stream as a whole."""
 
 import pytest
 

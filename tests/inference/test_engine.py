@@ -127,12 +127,12 @@ def test_every_kind_of_hybrid_answers_as_it_does_without_a_cache(tokenizer, spec
 @settings(max_examples=3, deadline=None)
 def test_no_budget_changes_or_loses_an_answer(precise, tokenizer, lengths: list[int], slots: int, chunk: int, spare: int) -> None:
     """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
-    asked = requests(lengths)
-    alone = texts(answered(Engine(precise, tokenizer, max_slots=1), asked, SAMPLED))
+    requested = requests(lengths)
+    alone = texts(answered(Engine(precise, tokenizer, max_slots=1), requested, SAMPLED))
     sizes = kv.kv_sizes(precise)
     budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
     tight = Engine(precise, tokenizer, kv_budget=budget, max_slots=slots, prefill_chunk=chunk)
-    assert texts(answered(tight, asked, SAMPLED)) == alone
+    assert texts(answered(tight, requested, SAMPLED)) == alone
 
 
 def test_the_youngest_is_put_back_when_pages_run_out(either, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +142,11 @@ def test_the_youngest_is_put_back_when_pages_run_out(either, tokenizer, monkeypa
     admitted = []
     admit = kv.KVStore.admit
     monkeypatch.setattr(kv.KVStore, "admit", lambda store, tokens: admitted.append(tokens) or admit(store, tokens))
-    asked = requests([20, 21, 22])
+    requested = requests([20, 21, 22])
     never_ends = Sampling(0.0, 1.0, 40)
     sizes = kv.kv_sizes(either)
     budget = 2 * sizes.slot + 13 * sizes.page  # a whole sequence takes 8
-    found = answered(Engine(either, tokenizer, kv_budget=budget, max_slots=2), asked, never_ends)
+    found = answered(Engine(either, tokenizer, kv_budget=budget, max_slots=2), requested, never_ends)
     assert {answer.finish_reason for answer in found.values()} <= {"length", "stop"}
     assert len(admitted) > 3
     assert max(admitted) > 22  # read again with the tokens it had
@@ -184,18 +184,18 @@ def test_logits_in_a_full_batch_are_those_alone(either, tokenizer, monkeypatch: 
 
 
 def test_samples_do_not_depend_on_what_shares_the_batch_or_on_the_order(either, tokenizer) -> None:
-    asked = requests(MANY, samples=2)
-    alone = texts(answered(Engine(either, tokenizer, max_slots=1), asked, SAMPLED))
-    assert texts(answered(Engine(either, tokenizer, max_slots=7), asked[::-1], SAMPLED)) == alone
+    requested = requests(MANY, samples=2)
+    alone = texts(answered(Engine(either, tokenizer, max_slots=1), requested, SAMPLED))
+    assert texts(answered(Engine(either, tokenizer, max_slots=7), requested[::-1], SAMPLED)) == alone
     assert len({text for text, _, _ in alone.values()}) > len(alone) // 2
 
 
 def test_a_stop_string_ends_the_answer_before_it(model, tokenizer) -> None:
-    asked = requests(MANY)
-    free = answered(Engine(model, tokenizer), asked, GREEDY)
+    requested = requests(MANY)
+    free = answered(Engine(model, tokenizer), requested, GREEDY)
     plain = [answer.text for answer in free.values() if "<" not in answer.text]
     stop = plain[0][5:8]
-    stopped = answered(Engine(model, tokenizer), asked, Sampling(0.0, 1.0, 24, stop=(stop,)))
+    stopped = answered(Engine(model, tokenizer), requested, Sampling(0.0, 1.0, 24, stop=(stop,)))
     for key, answer in stopped.items():
         before, found, _ = free[key].text.partition(stop)
         assert answer.text == before
@@ -205,11 +205,11 @@ def test_a_stop_string_ends_the_answer_before_it(model, tokenizer) -> None:
     assert any(stop in answer.text for answer in free.values())
 
 
-def test_a_thought_over_its_budget_is_closed_and_the_answer_goes_on(model, tokenizer) -> None:
-    asked = requests(MANY)
+def test_reasoning_over_its_budget_is_closed_and_the_answer_continues(model, tokenizer) -> None:
+    requested = requests(MANY)
     forced = Sampling(0.0, 1.0, 24, thinking_budget=5, thinking_close="</think>")
-    free, closed = answered(Engine(model, tokenizer), asked, GREEDY), 0
-    for key, answer in answered(Engine(model, tokenizer), asked, forced).items():
+    free, closed = answered(Engine(model, tokenizer), requested, GREEDY), 0
+    for key, answer in answered(Engine(model, tokenizer), requested, forced).items():
         thought = free[key].thinking_tokens
         if free[key].tokens <= 5 or (thought is not None and thought <= 5):
             assert answer.text == free[key].text
@@ -222,9 +222,9 @@ def test_a_thought_over_its_budget_is_closed_and_the_answer_goes_on(model, token
 
 def test_answers_come_as_soon_as_they_are_done(model, tokenizer) -> None:
     """A short one behind a long one is not held back by it."""
-    asked = requests(MANY)
+    requested = requests(MANY)
     hot = Sampling(temperature=2.0, top_p=1.0, max_new_tokens=60)
-    done = [answer.tokens for answer in Engine(model, tokenizer, max_slots=10).answers(asked, hot)]
+    done = [answer.tokens for answer in Engine(model, tokenizer, max_slots=10).answers(requested, hot)]
     assert done == sorted(done) and len(set(done)) > 1
 
 
@@ -245,15 +245,15 @@ def run_to_end(batch: ContinuousBatch) -> dict[tuple[str, int], Answer]:
 
 def test_requests_that_come_while_others_run_get_the_answers_they_get_alone(precise, tokenizer) -> None:
     """Each with a sampling of its own."""
-    asked = requests(MANY)
+    requested = requests(MANY)
     samplings = [Sampling(0.1 * n, 0.95, 10 + n, top_k=n % 3 * 4, repetition_penalty=1 + n % 2) for n in range(len(MANY))]
     alone: dict[tuple[str, int], Answer] = {}
-    for request, sampling in zip(asked, samplings, strict=True):
+    for request, sampling in zip(requested, samplings, strict=True):
         alone |= answered(Engine(precise, tokenizer, max_slots=1), [request], sampling)
     engine = Engine(precise, tokenizer, max_slots=4, prefill_chunk=8)
     batch = engine.batch(engine.lay_out(len(MANY), 64))
     found: dict[tuple[str, int], Answer] = {}
-    for request, sampling in zip(asked, samplings, strict=True):
+    for request, sampling in zip(requested, samplings, strict=True):
         batch.add(request, sampling)
         for _ in range(3):
             found |= {(t.answer.request.problem, 0): t.answer for t in batch.step() if t.answer is not None}
@@ -279,18 +279,18 @@ def test_the_tokens_that_come_are_those_of_the_answer(model, tokenizer) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_a_cancelled_request_frees_what_it_held_and_changes_no_other_answer(model, tokenizer, steps: int) -> None:
     engine = Engine(model, tokenizer, max_slots=2)
-    asked = requests([9, 15, 16, 17])
-    expected = texts(answered(engine, asked, GREEDY))
+    requested = requests([9, 15, 16, 17])
+    expected = texts(answered(engine, requested, GREEDY))
     batch = engine.batch(engine.lay_out(4, 64))
     free = batch.store.free_pages
-    sequences = [batch.add(request, GREEDY) for request in asked]
+    sequences = [batch.add(request, GREEDY) for request in requested]
     found = {}
     for _ in range(steps):
         found |= {(t.answer.request.problem, 0): t.answer for t in batch.step() if t.answer is not None}
     for cancelled in (sequences[0], sequences[3], sequences[0]):  # in a slot, waiting, gone already
         batch.cancel(cancelled)
     found |= run_to_end(batch)
-    kept = {key: value for key, value in expected.items() if key[0] in {asked[1].problem, asked[2].problem}}
+    kept = {key: value for key, value in expected.items() if key[0] in {requested[1].problem, requested[2].problem}}
     assert kept.items() <= texts(found).items() <= expected.items()
     assert (batch.store.free_pages, batch.store.lengths) == (free, [])
 

@@ -52,15 +52,15 @@ def test_greedy_answers_are_those_of_recomputing_each_prompt_alone(kind: str, gr
     torch.manual_seed(0)
     model = build_hybrid(config, spec).to("cuda").eval()
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    asked = [Request(f"p{n}", 0, sample_seed(7, f"p{n}", 0), prompt) for n, prompt in enumerate(PROMPTS)]
+    requested = [Request(f"p{n}", 0, sample_seed(7, f"p{n}", 0), prompt) for n, prompt in enumerate(PROMPTS)]
     engine = Engine(model, tokenizer, max_slots=4, prefill_chunk=8)
-    answers = {answer.request.problem: answer for answer in engine.answers(asked, Sampling(0.0, 1.0, NEW))}
+    answers = {answer.request.problem: answer for answer in engine.answers(requested, Sampling(0.0, 1.0, NEW))}
     if not spec.learned_sinks:
         drafting = Engine(model, tokenizer, max_slots=4, prefill_chunk=8, draft=Draft.of(spec, None, 3))
-        drafted = {answer.request.problem: answer.text for answer in drafting.answers(asked, Sampling(0.0, 1.0, NEW))}
+        drafted = {answer.request.problem: answer.text for answer in drafting.answers(requested, Sampling(0.0, 1.0, NEW))}
         assert drafted == {problem: answer.text for problem, answer in answers.items()}
     assert all(each.failure is None and each.captured for each in graphs), [each.failure for each in graphs]
-    for request in asked:
+    for request in requested:
         ids = torch.tensor([request.prompt_ids], device="cuda")
         cached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[
             0, ids.shape[1] :

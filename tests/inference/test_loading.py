@@ -120,7 +120,7 @@ def test_an_architecture_without_a_hybrid_class_is_refused_with_the_known_ones(b
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers"),
@@ -128,24 +128,24 @@ def test_an_architecture_without_a_hybrid_class_is_refused_with_the_known_ones(b
         ({"dtype": "float99"}, "float99"),
     ],
 )
-def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, told):
+def test_a_config_with_a_wrong_value_is_refused_by_its_name(base, settings, reported):
     change(base / "config.json", **settings)
-    assert told in refused(load_base_config, Model(base=str(base)))
+    assert reported in refused(load_base_config, Model(base=str(base)))
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reported"),
     [
         (MistralConfig(**SIZES, sliding_window=64), "sliding_window: 64: every layer of the base"),
         (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: Llama and Mistral models become `ministral`"),
         (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias: Llama and Mistral models become `ministral`"),
     ],
 )
-def test_a_base_that_cannot_become_a_hybrid_is_refused_before_its_weights_are_looked_at(config, told, tmp_path):
+def test_a_base_that_cannot_become_a_hybrid_is_refused_before_its_weights_are_looked_at(config, reported, tmp_path):
     config.save_pretrained(tmp_path)
     for load in (load_base_config, LOADS["weights"]):
         message = refused(load, Model(base=str(tmp_path)))
-        assert told in message and "cannot be loaded" not in message
+        assert reported in message and "cannot be loaded" not in message
 
 
 def test_a_folder_without_weights_is_refused(base):
@@ -234,7 +234,7 @@ def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"num_attention_heads": 0}, "num_attention_heads: 0: below 1"),
         ({"head_dim": 0}, "head_dim: 0: below 1"),
@@ -243,9 +243,9 @@ def test_a_generation_config_that_is_there_and_unreadable_is_refused_not_passed_
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type spiral: unknown to this transformers"),
     ],
 )
-def test_a_config_of_which_no_model_can_be_made_is_refused(base, settings, told):
+def test_a_config_of_which_no_model_can_be_made_is_refused(base, settings, reported):
     change(base / "config.json", **settings)
-    assert told in refused(load_base_config, Model(base=str(base)))
+    assert reported in refused(load_base_config, Model(base=str(base)))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused_unless_only_programs_write_them() -> None:
@@ -306,8 +306,8 @@ def test_an_eos_id_that_is_no_token_is_refused(base):
     change(base / "generation_config.json", eos_token_id=[3, 4000])
     model = Model(base=str(base))
     tokenizer = load_tokenizer(model)
-    told = rf"model\.base: {base}: eos_token_id 4000 of its generation_config\.json is no token"
-    with pytest.raises(UserError, match=told):
+    reported = rf"model\.base: {base}: eos_token_id 4000 of its generation_config\.json is no token"
+    with pytest.raises(UserError, match=reported):
         check_vocabulary(model, load_base_config(model), tokenizer)
     with pytest.raises(UserError, match="eos_token_id 4000"):
         stop_tokens(load_weights(model, SPEC, torch.float32), tokenizer)

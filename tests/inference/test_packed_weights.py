@@ -111,7 +111,7 @@ def test_after_answers_the_model_has_its_own_weights_and_trains(model) -> None:
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
-def test_an_engine_answers_with_the_weights_that_the_model_has_when_it_is_asked(model) -> None:
+def test_an_engine_answers_with_the_weights_that_the_model_has_at_the_time_of_a_request(model) -> None:
     """Between two evaluations a training changes the weights: nothing of the earlier ones stays packed."""
     engine = Engine(model, letter_tokenizer())
     first = texts(answered(engine, requests(MANY), GREEDY))

@@ -47,17 +47,17 @@ def engine(model: HybridForCausalLM, tokenizer: PreTrainedTokenizerFast, keep: i
     return Engine(model, tokenizer, per_prompt=PerPrompt(keep, W_LAST), **settings)
 
 
-def assert_masked(model: HybridForCausalLM, keep: int, answers: dict[tuple[str, int], tuple[str, int, str]], asked) -> None:
+def assert_masked(model: HybridForCausalLM, keep: int, answers: dict[tuple[str, int], tuple[str, int, str]], requested) -> None:
     """They are those of masking the same layers without a cache."""
-    assert_greedy(answers, asked, lambda prompt, ids: likeliest(model, chosen_offline(model, prompt, keep), prompt, ids))
+    assert_greedy(answers, requested, lambda prompt, ids: likeliest(model, chosen_offline(model, prompt, keep), prompt, ids))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
 def test_every_prompt_keeps_the_layers_with_the_smallest_of_all_ratios(model, tokenizer, keep: int) -> None:
-    asked = requests([length for length in LENGTHS if length > SPEC.window])
+    requested = requests([length for length in LENGTHS if length > SPEC.window])
     batch_of = engine(model, tokenizer, keep)
-    batch = batch_of.batch(batch_of.lay_out(len(asked), 100))
-    for request in asked:
+    batch = batch_of.batch(batch_of.lay_out(len(requested), 100))
+    for request in requested:
         batch.add(request, GREEDY)
     batch.step()
     found = [sequence.streaming for sequence in batch.store.sequences]
@@ -79,8 +79,8 @@ def test_logits_of_a_prompt_are_full_attentions_to_the_last_bit(dtype: torch.dty
 
 @pytest.mark.parametrize(("keep", "slots"), [(1, 16), (3, 3), (3, 1), (5, 4)])
 def test_greedy_answers_are_those_of_masking_the_same_layers_without_a_cache(model, tokenizer, keep: int, slots: int) -> None:
-    asked = requests(LENGTHS)
-    assert_masked(model, keep, texts(answered(engine(model, tokenizer, keep, max_slots=slots), asked, GREEDY)), asked)
+    requested = requests(LENGTHS)
+    assert_masked(model, keep, texts(answered(engine(model, tokenizer, keep, max_slots=slots), requested, GREEDY)), requested)
 
 
 def test_where_attention_cannot_be_compiled_the_answers_are_the_same(model, tokenizer, monkeypatch) -> None:
@@ -90,10 +90,10 @@ def test_where_attention_cannot_be_compiled_the_answers_are_the_same(model, toke
 
 
 def test_answers_differ_from_full_attentions_and_from_one_choice_for_all(model, tokenizer) -> None:
-    asked = requests(LENGTHS)
-    found = texts(answered(engine(model, tokenizer, 3), asked, GREEDY))
-    assert found != texts(answered(Engine(model, tokenizer), asked, GREEDY))
-    choices = {request.problem: chosen_offline(model, request.prompt_ids, 3) for request in asked}
+    requested = requests(LENGTHS)
+    found = texts(answered(engine(model, tokenizer, 3), requested, GREEDY))
+    assert found != texts(answered(Engine(model, tokenizer), requested, GREEDY))
+    choices = {request.problem: chosen_offline(model, request.prompt_ids, 3) for request in requested}
     assert len({frozenset(layers) for layers in choices.values()}) > 2
 
 
@@ -106,20 +106,20 @@ def test_answers_differ_from_full_attentions_and_from_one_choice_for_all(model, 
 @settings(max_examples=5, deadline=None)
 def test_no_budget_changes_or_loses_an_answer(model, tokenizer, lengths: list[int], slots: int, spare: int, keep: int) -> None:
     """From just enough for the longest sequence, where the others wait, to plenty; slots are freed and moved on the way."""
-    asked, sampled = requests(lengths), Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
-    alone = texts(answered(engine(model, tokenizer, keep, max_slots=1), asked, sampled))
+    requested, sampled = requests(lengths), Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24)
+    alone = texts(answered(engine(model, tokenizer, keep, max_slots=1), requested, sampled))
     sizes = PerPromptSizes.of(model, PerPrompt(keep, W_LAST))
     budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
-    assert texts(answered(engine(model, tokenizer, keep, kv_budget=budget, max_slots=slots), asked, sampled)) == alone
+    assert texts(answered(engine(model, tokenizer, keep, kv_budget=budget, max_slots=slots), requested, sampled)) == alone
 
 
 def test_requests_that_come_and_go_while_others_run_get_the_answers_they_get_alone(model, tokenizer) -> None:
-    asked = requests([40, 9, 64, 17, 33])
+    requested = requests([40, 9, 64, 17, 33])
     made = engine(model, tokenizer, 2, max_slots=3)
     batch = made.batch(made.lay_out(5, 64 + 24))
-    first = batch.add(asked[0], GREEDY)
+    first = batch.add(requested[0], GREEDY)
     answers: dict[tuple[str, int], Answer] = {}
-    waiting = asked[1:]
+    waiting = requested[1:]
     for step in range(200):
         if waiting and step % 3 == 1:
             batch.add(waiting.pop(0), GREEDY)
@@ -130,9 +130,9 @@ def test_requests_that_come_and_go_while_others_run_get_the_answers_they_get_alo
                 answers[token.answer.request.problem, 0] = token.answer
         if batch.is_empty and not waiting:
             break
-    answers.pop((asked[0].problem, 0), None)
+    answers.pop((requested[0].problem, 0), None)
     assert len(answers) == 4
-    assert_masked(model, 2, texts(answers), asked[1:])
+    assert_masked(model, 2, texts(answers), requested[1:])
     assert batch.store.free_pages == batch.store.num_pages
 
 

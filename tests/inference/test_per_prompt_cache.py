@@ -139,7 +139,7 @@ def test_a_prompt_in_several_passes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         (dict(num_beams=2), "generation mode: beam_search"),
         (dict(prompt_lookup_num_tokens=3), "greedy search or sampling"),
@@ -147,9 +147,9 @@ def test_a_prompt_in_several_passes_is_refused() -> None:
         ({CACHE_ARGUMENT: HybridCache(SPEC)}, "cache: HybridCache: no layer of it would be cut"),
     ],
 )
-def test_generation_that_would_keep_every_layer_full_or_reorder_rows_is_refused(asked, message: str) -> None:
+def test_generation_that_would_keep_every_layer_full_or_reorder_rows_is_refused(requested, message: str) -> None:
     with pytest.raises(HybridError, match=message):
-        choosing(3).generate(**left_padded(PROMPTS[:1]), max_new_tokens=3, **asked)
+        choosing(3).generate(**left_padded(PROMPTS[:1]), max_new_tokens=3, **requested)
 
 
 def test_training_and_saving_are_refused(tmp_path) -> None:

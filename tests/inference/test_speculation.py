@@ -125,24 +125,24 @@ def test_samples_of_a_seed_are_those_without_a_draft(models, plain, spec: Hybrid
 @settings(max_examples=4, deadline=None)
 def test_no_budget_changes_or_loses_an_answer(models, lengths, slots: int, chunk: int, length: int, spare: int) -> None:
     """From just enough for the longest sequence, where nearly all are put back again and again, to plenty."""
-    model, asked = models[HEADS], requests(lengths)
-    expected = texts(answered(Engine(model, TOKENIZER), asked, SAMPLED))
+    model, requested = models[HEADS], requests(lengths)
+    expected = texts(answered(Engine(model, TOKENIZER), requested, SAMPLED))
     sizes = kv.kv_sizes(model, Draft.of(model.spec, None, length))
     budget = sizes.sequence(max(lengths) + 24) + spare * sizes.page
     tight = speculating(model, length, kv_budget=budget, max_slots=slots, prefill_chunk=chunk)
-    assert texts(answered(tight, asked, SAMPLED)) == expected
+    assert texts(answered(tight, requested, SAMPLED)) == expected
 
 
 def test_each_request_has_its_own_limit_and_sampling(models) -> None:
     """Rows of one batch accept different numbers of tokens, and end in the middle of a round."""
-    asked = [replace(request, max_new_tokens=1 + 3 * n) for n, request in enumerate(requests(MANY))]
+    requested = [replace(request, max_new_tokens=1 + 3 * n) for n, request in enumerate(requests(MANY))]
     samplings = [Sampling(0.2 * n, 0.95, 24, repetition_penalty=1 + n % 2 / 4) for n in range(len(MANY))]
     alone = {}
-    for request, sampling in zip(asked, samplings, strict=True):
+    for request, sampling in zip(requested, samplings, strict=True):
         alone |= texts(answered(Engine(models[FULL], TOKENIZER), [request], sampling))
     engine = speculating(models[FULL], 4, max_slots=4)
     batch = engine.batch(engine.lay_out(len(MANY), 64))
-    for request, sampling in zip(asked, samplings, strict=True):
+    for request, sampling in zip(requested, samplings, strict=True):
         batch.add(request, sampling)
     found, most, come = {}, 0, Counter()
     while not batch.is_empty:
@@ -218,33 +218,33 @@ def test_log_probabilities_are_the_models(models) -> None:
 
 def test_a_cancelled_request_frees_what_it_held_and_changes_no_other_answer(models) -> None:
     engine = speculating(models[FULL], 3, max_slots=2)
-    asked = requests([9, 15, 16, 17])
-    expected = texts(answered(engine, asked, GREEDY))
+    requested = requests([9, 15, 16, 17])
+    expected = texts(answered(engine, requested, GREEDY))
     batch = engine.batch(engine.lay_out(4, 64))
     free = batch.store.free_pages
-    sequences = [batch.add(request, GREEDY) for request in asked]
+    sequences = [batch.add(request, GREEDY) for request in requested]
     batch.step()
     for cancelled in (sequences[0], sequences[3]):
         batch.cancel(cancelled)
     found = {}
     while not batch.is_empty:
         found |= {(t.answer.request.problem, 0): t.answer for t in batch.step() if t.answer is not None}
-    assert texts(found) == {(r.problem, 0): expected[r.problem, 0] for r in asked[1:3]}
+    assert texts(found) == {(r.problem, 0): expected[r.problem, 0] for r in requested[1:3]}
     assert (batch.store.free_pages, batch.store.lengths) == (free, [])
 
 
 def test_the_draft_guesses_more_the_more_of_the_model_it_is(models) -> None:
     """A draft that streams in one layer only, and within its window, is the model."""
-    asked = requests(MANY)
+    requested = requests(MANY)
     rates = []
     for layers in (None, (2,)):
         engine = speculating(models[FULL], 3, layers)
-        answered(engine, asked, GREEDY)
+        answered(engine, requested, GREEDY)
         rates.append(engine.acceptance.rate)
     assert rates[0] < rates[1]
     short = tiny_model(replace(FULL, w_recent=500), torch.float64)
     engine = speculating(short, 3)
-    answered(engine, asked, SAMPLED)
+    answered(engine, requested, SAMPLED)
     assert engine.acceptance.rate == 1
 
 

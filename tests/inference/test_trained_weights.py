@@ -109,7 +109,7 @@ def test_after_full_fine_tuning_queries_and_keys_of_full_layers_are_the_bases_ag
     assert restored.lm_head.weight is restored.model.embed_tokens.weight and not restored.training
 
 
-def test_a_restored_model_comes_in_the_dtype_asked_for(full: Path) -> None:
+def test_a_restored_model_comes_in_the_requested_dtype(full: Path) -> None:
     recipe = tiny_recipe({"train": {"restore_query_key": True}})
     model = load_trained(recipe, full, load_tiny, torch.bfloat16).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

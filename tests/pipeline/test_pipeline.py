@@ -281,7 +281,7 @@ def damaged_row(inputs: Path, file: str, number: int, **fields: str | None) -> N
 
 
 @pytest.mark.parametrize(
-    ("damage", "overrides", "told"),
+    ("damage", "overrides", "reported"),
     [
         (("traces.jsonl", 3, {"combined_text": None}), (), r"traces\.jsonl:3: no field 'combined_text'"),
         (("traces.jsonl", 16, {"combined_text": " "}), (), r"traces\.jsonl:16: the answer is empty"),
@@ -296,12 +296,12 @@ def damaged_row(inputs: Path, file: str, number: int, **fields: str | None) -> N
         (None, ("lora.peft.modules_to_save=[score]", *PERIODIC), r"lora\.peft\.modules_to_save: score: no module has this name"),
     ],
 )
-def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp_path, damage, overrides, told):
+def test_a_run_that_cannot_be_done_stops_before_it_has_made_anything(inputs, tmp_path, damage, overrides, reported):
     own = Path(shutil.copytree(inputs, tmp_path / "inputs"))
     write_recipe(own)
     if damage is not None:
         damaged_row(own, damage[0], damage[1], **damage[2])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         run_in_folder(load_recipe(own / "recipe.yaml", overrides), tmp_path)
     assert {name for name in contents(tmp_path / "tiny") if not name.startswith("data/")} == set()  # data/: its tokens, a cache
 
@@ -388,7 +388,7 @@ def cut_in_the_middle(path: Path) -> None:
 )
 def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(recipe, runs, name, damage, undone):
     run = runs / "tiny"
-    (run / f"stages/{undone}.json").unlink()  # the run was cut off in this stage
+    (run / f"stages/{undone}.json").unlink()  # the run was killed in this stage
     if name.endswith("samples.jsonl"):
         (run / name).with_name("profile.json" if undone == "profile" else "scores.json").unlink()
     damage(run / name)
@@ -405,7 +405,7 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(recipe, runs, n
         ("eval/trained/ledger/samples.jsonl", "eval/trained/ledger/scores.json", "eval"),
     ],
 )
-def test_a_last_line_cut_off_is_made_again_and_the_result_is_the_same(recipe, runs, name, made, undone):
+def test_a_truncated_last_line_is_made_again_and_the_result_is_the_same(recipe, runs, name, made, undone):
     run = runs / "tiny"
     whole = json.loads((run / made).read_text())
     (run / f"stages/{undone}.json").unlink()

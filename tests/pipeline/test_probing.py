@@ -31,8 +31,8 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(inputs: Path, asked: dict[str, Any], **train: Any) -> list[str]:
-    entry = json.dumps({**asked, "path": str(inputs / "problems.jsonl")})
+def settings(inputs: Path, requested: dict[str, Any], **train: Any) -> list[str]:
+    entry = json.dumps({**requested, "path": str(inputs / "problems.jsonl")})
     probes = f"train.probes={{steps: 2, evals: [{entry}]}}"
     return ["hybrid.strategy=periodic", f"eval=[{entry}]", probes, *(f"train.{name}={value}" for name, value in train.items())]
 
@@ -97,7 +97,7 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
     assert not {"RANK", "WORLD_SIZE"} & probing.environ().keys()
     training.kill()
     assert processes.exit_code(training) == -signal.SIGKILL
-    until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan goes on", seconds=30)
+    until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan still runs", seconds=30)
     before = begun.read_bytes()
     assert before and not (probe_folder(run / "train", 2) / "result.json").exists()
 

@@ -35,7 +35,7 @@ def recipe_with(tmp_path):
 
 
 def opened(recipe, tmp_path):
-    """The folder of a run that was begun, or goes on: its profile has a first sample."""
+    """The folder of a run that was begun, or resumes: its profile has a first sample."""
     folder = RunFolder(recipe, tmp_path / "runs")
     with folder.begin():
         write_text(folder.paths.stage("profile") / "samples.jsonl", "")

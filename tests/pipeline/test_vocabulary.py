@@ -57,7 +57,7 @@ def test_a_base_with_fewer_embeddings_than_tokens_is_refused_before_anything_run
     options = [word for each in settings for word in ("--set", each)]
     code, _, err = lt_train(command, inputs / "recipe.yaml", *options, "--runs", tmp_path / "runs")
     missing = f"<extra{ROUNDED_UP - TOKENS}> (token {ROUNDED_UP})"
-    told = " ".join(err.split())
-    assert code == 2 and f"needs 386 embeddings, and the model has 384, none for {missing}. Fix: remove the tokens" in told
-    assert "model.resize_token_embeddings(386)" in told
+    reported = " ".join(err.split())
+    assert code == 2 and f"needs 386 embeddings, and the model has 384, none for {missing}. Fix: remove the tokens" in reported
+    assert "model.resize_token_embeddings(386)" in reported
     assert not list(tmp_path.glob("runs/tiny/*/**/*.json"))

@@ -68,7 +68,7 @@ def test_faulty_overrides_are_valid_or_refused_in_one_form(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("[" * 700, "nested too deeply"),
         (f"name: [{'1, ' * 11_000}1]", "more than 10,000 values"),
@@ -81,12 +81,12 @@ def test_faulty_overrides_are_valid_or_refused_in_one_form(tmp_path: Path) -> No
         (f"model: {{base: {'x' * 97}}}", "there is no folder"),
     ],
 )
-def test_what_no_recipe_can_hold_is_refused_in_the_same_form(tmp_path: Path, text: str, told: str) -> None:
+def test_what_no_recipe_can_hold_is_refused_in_the_same_form(tmp_path: Path, text: str, reported: str) -> None:
     path = written(tmp_path, text.encode())
     assert faults_in_form(path) > 0
     with pytest.raises(UserError) as error:
         load_recipe_and_remarks(path)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 def test_a_name_that_an_override_repeats_from_a_faulty_benchmark_is_reported_once(tmp_path: Path) -> None:
@@ -94,9 +94,11 @@ def test_a_name_that_an_override_repeats_from_a_faulty_benchmark_is_reported_onc
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("x" * 5000, "there is no such file in"), (f"{'x' * 5000}.yaml", "File name too long")], ids=["bare", "yaml"]
+    ("name", "reported"),
+    [("x" * 5000, "there is no such file in"), (f"{'x' * 5000}.yaml", "File name too long")],
+    ids=["bare", "yaml"],
 )
-def test_a_recipe_with_a_very_long_name_is_refused_in_one_short_line(name: str, told: str) -> None:
+def test_a_recipe_with_a_very_long_name_is_refused_in_one_short_line(name: str, reported: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe_and_remarks(Path(name))
-    assert told in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < LONGEST_LINE
+    assert reported in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < LONGEST_LINE

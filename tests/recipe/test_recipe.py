@@ -722,8 +722,8 @@ def test_loading_a_recipe_is_fast_and_imports_nothing_heavy() -> None:
 
 
 def test_faults_of_a_rope_scaling_are_named_one_by_one(recipe_file: Path) -> None:
-    told = faults(recipe_file, "model.rope_scaling={rope_type: dynamic, factor: 0.5}")
-    assert "model.rope_scaling.rope_type: 'dynamic'" in told and "model.rope_scaling.factor: 0.5: not above 1" in told
+    reported = faults(recipe_file, "model.rope_scaling={rope_type: dynamic, factor: 0.5}")
+    assert "model.rope_scaling.rope_type: 'dynamic'" in reported and "model.rope_scaling.factor: 0.5: not above 1" in reported
     assert "model.rope_scaling.factor: missing. Fix: set it to" in faults(recipe_file, "model.rope_scaling={rope_type: yarn}")
     assert load_recipe(recipe_file, ["model.rope_scaling={rope_type: yarn, factor: 4}"]).model.rope_scaling.factor == 4
 

@@ -252,7 +252,7 @@ def test_divergences_without_a_logarithm_are_left_out_and_counted(distilled):
 
 def test_probes_are_drawn_at_their_steps_with_their_intervals(run):
     for step, needle, copying in ((2, 0.25, 1.0), (4, 0.5, 0.75)):
-        scores = tuple(ProbeScore(name, right, 0.125, 8, 0.25) for name, right in (("needle", needle), ("copying", copying)))
+        scores = tuple(ProbeScore(name, correct, 0.125, 8, 0.25) for name, correct in (("needle", needle), ("copying", copying)))
         write_result(run / "train", ProbeResult(step, scores, ()))
     chart = run_charts.probe_curves(read_runs([run])[0])
     assert labels(chart) == ["needle: 8 problems", "copying: 8 problems"]

@@ -162,7 +162,7 @@ def test_without_a_measured_base_there_is_no_difference(run):
 
 
 def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(run):
-    score(run, "base", answers([1.0, 0.0, 1.0]))  # measured anew with a greater limit; the trained model is still to come
+    score(run, "base", answers([1.0, 0.0, 1.0]))  # measured again with a greater limit; the trained model is still to come
     score(run, "trained", answers([1.0, 0.0]))
     assert "50.0 [9.5, 90.5]" in row(run, "reach, trained")
     assert "not comparable" in row(run, "reach, trained")
@@ -180,7 +180,7 @@ def test_a_partial_score_reports_how_many_samples_are_missing(run):
     assert "PARTIAL: 3 samples missing" in row(run, "base")
 
 
-def test_the_interval_shown_is_that_of_scores_json_also_where_none_is_right(run):
+def test_the_interval_shown_is_that_of_scores_json_also_where_none_is_correct(run):
     score(run, "base", answers([0.0] * 30))
     assert read_results(run)[0].scores.interval == Interval(0.0, pytest.approx(0.1135, abs=1e-4))  # Wilson's: z² / (n + z²)
     assert "0.0 [0.0, 11.4]" in row(run, "base")

@@ -29,7 +29,7 @@ def test_every_variant_has_its_scores_with_their_uncertainty(run):
 
 
 def test_where_all_problems_scored_the_same_there_is_an_interval_and_no_standard_error_of_nothing(run):
-    measured(run, "trained", [record(f"p{number}", right=False) for number in range(4)], run.parent / "tiny-problems.jsonl")
+    measured(run, "trained", [record(f"p{number}", correct=False) for number in range(4)], run.parent / "tiny-problems.jsonl")
     trained = table_of(run).rows[-1]
     assert (trained.score, trained.interval) == ("0.0", "0.0 to 49.0")  # Wilson's of 0 of 4: z² / (n + z²)
 
@@ -48,14 +48,14 @@ def test_truncated_unanswered_tokens_speed_and_memory_stand_in_their_columns(run
 
 def test_votes_have_columns_where_there_is_more_than_one_answer(tmp_path):
     run = made_run(tmp_path / "runs")
-    records = [record(problem, sample=number, right=number == 0) for problem in ("p0", "p1") for number in range(2)]
+    records = [record(problem, sample=number, correct=number == 0) for problem in ("p0", "p1") for number in range(2)]
     (run / "eval/base/ledger/samples.jsonl").unlink()
     measured(run, "base", records, tmp_path / "runs/tiny-problems.jsonl")
     table = table_of(run)
     assert [name for name, _ in table.columns[3:5]] == ["majority, %", "pass@k, %"]
     assert table.rows[0].cells[:2] == ("50.0", "100.0 (k = 2)")
     assert table.rows[1].cells[1] == "25.0 (k = 1)"
-    assert table.rows[1].difference == "not comparable"  # the base was asked two problems only
+    assert table.rows[1].difference == "not comparable"  # the base answered two problems only
 
 
 @pytest.mark.parametrize(("benchmark", "digits"), [("heldout_loss", 3), ("heldout_kl", 4)])

@@ -14,7 +14,7 @@ def test_a_path_leads_through_names_and_numbers(path: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "reported"),
     [
         ("other", "no field 'other': the row has answer, deep"),
         ("deep.other", "no field 'other': 'deep' holds list"),
@@ -23,6 +23,6 @@ def test_a_path_leads_through_names_and_numbers(path: str, value: object) -> Non
         ("none.x", "no field 'x': 'none' holds nothing"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_reported_with_where_it_ends(path: str, told: str) -> None:
-    with pytest.raises(LookupError, match=told):
+def test_a_path_that_leads_nowhere_is_reported_with_where_it_ends(path: str, reported: str) -> None:
+    with pytest.raises(LookupError, match=reported):
         value_at(ROW, path)

@@ -103,7 +103,7 @@ def test_damaged_rows_are_one_fault_each_and_the_others_are_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "raw", "told"),
+    ("name", "raw", "reported"),
     [
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-20], r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
@@ -118,7 +118,7 @@ def test_damaged_rows_are_one_fault_each_and_the_others_are_read(
         ),
     ],
 )
-def test_a_file_that_cannot_be_read_is_an_error_with_its_place(tmp_path: Path, name: str, raw: bytes, told: str) -> None:
+def test_a_file_that_cannot_be_read_is_an_error_with_its_place(tmp_path: Path, name: str, raw: bytes, reported: str) -> None:
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         list(load_rows(str(tmp_path / name)))

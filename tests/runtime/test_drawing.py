@@ -67,7 +67,7 @@ def test_the_same_figure_is_the_same_svg():
     assert to_svg(drawn(), "losses") == to_svg(drawn(), "losses")
 
 
-@pytest.mark.parametrize("label", ["short", "a label that is much longer than a chart is wide, and goes on for a second line"])
+@pytest.mark.parametrize("label", ["short", "a label that is much longer than a chart is wide, and continues on a second line"])
 def test_the_legend_lies_below_and_inside_the_figure(label):
     figure = drawn(label)
     to_svg(figure, "losses")

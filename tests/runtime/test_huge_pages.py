@@ -23,7 +23,7 @@ has_huge_pages = pytest.mark.skipif(
 
 
 def is_in_huge_pages(tensor: Tensor) -> bool:
-    """Whether the system was asked for huge pages where this tensor lies."""
+    """Whether the system was requested to use huge pages where this tensor lies."""
     here = False
     for line in MAPPINGS.read_text().splitlines():
         first, _, rest = line.partition(" ")

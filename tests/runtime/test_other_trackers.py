@@ -110,7 +110,7 @@ def test_a_process_that_was_killed_loses_no_point(kind: Kind, run: Path, request
 
 @pytest.mark.parametrize("kept", [0, 20, 0.3, 0.8, -3])
 def test_what_a_killed_process_had_not_written_to_its_event_file_is_logged_again_once(run: Path, kept: float) -> None:
-    """The file is cut off after `kept` bytes, or that fraction of it."""
+    """The file is truncated after `kept` bytes, or that fraction of it."""
 
     def track(steps: range) -> None:
         tracker = open_tracker("off", "tests", run, {}, tensorboard=True)

@@ -72,11 +72,11 @@ def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "failing", "code", "told"),
+    ("kind", "failing", "code", "reported"),
     [("bug", "1", 1, "ZeroDivisionError: a bug"), ("mistake", "01", 2, "this recipe is spoilt")],
 )
 def test_what_one_or_both_processes_find_ends_both_and_is_reported_once(
-    tmp_path: Path, kind: str, failing: str, code: int, told: str
+    tmp_path: Path, kind: str, failing: str, code: int, reported: str
 ) -> None:
     """A bug in one with its traceback, a mistake in both without. Launchers end the others when the first process fails."""
     ranks = start_ranks(failing_ranks.validate, kind, failing, outputs=tmp_path)
@@ -86,5 +86,5 @@ def test_what_one_or_both_processes_find_ends_both_and_is_reported_once(
     other.terminate()
     assert exit_code(other, seconds=60) != 0
     said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
-    assert said.count(told) == 1, said
+    assert said.count(reported) == 1, said
     assert said.count("Traceback") == (kind == "bug") and "another process was lost" not in said, said

@@ -93,7 +93,7 @@ def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reported"),
     [
         ("cut.jsonl", b'{"a": 1}\n{"a": 2', r"cut\.jsonl:2: not JSON .*ends in the middle of this line"),
         ("broken.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}\n', r"broken\.jsonl:2: not JSON"),
@@ -106,9 +106,9 @@ def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
         ("empty.parquet", b"", r"empty\.parquet: not a complete Parquet file"),
     ],
 )
-def test_a_damaged_file_is_reported_with_its_place(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_a_damaged_file_is_reported_with_its_place(tmp_path: Path, name: str, content: bytes, reported: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         list(load_rows(str(tmp_path / name)))
 
 

@@ -49,7 +49,7 @@ def test_tracking_that_is_off_takes_everything_and_writes_nothing(tmp_path: Path
 def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path: Path, no_network: None) -> None:
     run_folder = tmp_path / "my-run"
     run_folder.mkdir()
-    for steps in ([1, 2, 3, 4, 5], [4, 5, 6, 7]):  # cut off after step 5, resumed from the checkpoint of step 3
+    for steps in ([1, 2, 3, 4, 5], [4, 5, 6, 7]):  # killed after step 5, resumed from the checkpoint of step 3
         tracker = open_tracker("offline", PROJECT, run_folder, {"seed": 1, "train": {"learning_rate": 0.1}})
         log_steps(tracker, steps)
         tracker.summary({"accuracy": 0.5})
@@ -64,7 +64,7 @@ def test_both_segments_of_a_resumed_run_carry_one_id_and_each_step_once(tmp_path
 
 @pytest.mark.parametrize("kept", [7, 900, 0.3, 0.5, 0.8, -20])
 def test_what_a_killed_process_had_not_written_out_is_logged_again_once(tmp_path: Path, kept: float, no_network: None) -> None:
-    """The file is cut off after `kept` bytes, or that fraction of it."""
+    """The file is truncated after `kept` bytes, or that fraction of it."""
     picture = tmp_path / "profile.png"
     Image.new("RGB", (4, 4)).save(picture)
 
@@ -140,7 +140,7 @@ def test_a_finished_tracker_has_written_out_all_and_its_folders_may_be_cleaned(t
     assert [row["step"] for row in history(segment)] == [4]
 
 
-def test_a_state_whose_last_line_was_cut_off_resumes_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
+def test_a_state_whose_last_line_was_truncated_resumes_with_the_id_and_step_before_it(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "tracking.jsonl").write_text('{"run_id": "abcd1234"}\n{"saved_step": 2}\n{"saved_st')
     tracker = open_tracker("offline", PROJECT, tmp_path, {})
     log_steps(tracker, [1, 2, 3])

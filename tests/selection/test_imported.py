@@ -155,8 +155,8 @@ def test_the_authors_code_is_parsed_and_gives_the_sizes_of_its_mask(tmp_path: Pa
     assert bare.w_sink is None and bare.w_recent is None and "names no sizes" in bare.as_recipe()
 
 
-def refused(path: Path, told: str, **arguments: Any) -> None:
-    with pytest.raises(UserError, match=told):
+def refused(path: Path, reported: str, **arguments: Any) -> None:
+    with pytest.raises(UserError, match=reported):
         import_hybrid(path, **arguments)
 
 

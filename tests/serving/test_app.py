@@ -48,11 +48,11 @@ def client(url: str) -> OpenAI:
 
 def engine_answers(checkpoint: Checkpoint, prompts: list[str], sampling: Sampling, seed: int = 0) -> list[tuple[str, str]]:
     """Text and reason of each chat prompt's answer, alone."""
-    asked = [
+    requested = [
         Request(str(number), 0, seed, tuple(checkpoint.tokenizer(f"{prompt}\n:", add_special_tokens=False)["input_ids"]))
         for number, prompt in enumerate(prompts)
     ]
-    answers = (next(Engine(checkpoint.model, checkpoint.tokenizer).answers([request], sampling)) for request in asked)
+    answers = (next(Engine(checkpoint.model, checkpoint.tokenizer).answers([request], sampling)) for request in requested)
     return [(answer.text, answer.finish_reason) for answer in answers]
 
 
@@ -103,32 +103,32 @@ def test_a_seed_draws_the_sample_that_the_engine_draws_whatever_runs_beside_it(c
 
 
 def test_choices_of_one_request_differ_and_the_first_is_the_one_that_comes_alone(client) -> None:
-    asked = {"model": NAME, "prompt": "12", "temperature": 1, "seed": 3, "max_tokens": 12}
-    several = client.completions.create(**asked, n=3).choices
-    alone = client.completions.create(**asked).choices[0]
+    requested = {"model": NAME, "prompt": "12", "temperature": 1, "seed": 3, "max_tokens": 12}
+    several = client.completions.create(**requested, n=3).choices
+    alone = client.completions.create(**requested).choices[0]
     assert [choice.index for choice in several] == [0, 1, 2]
     assert several[0].text == alone.text and len({choice.text for choice in several}) == 3
     streamed = {0: "", 1: "", 2: ""}
-    for chunk in client.completions.create(**asked, n=3, stream=True):
+    for chunk in client.completions.create(**requested, n=3, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == {choice.index: choice.text for choice in several}
 
 
 def test_several_prompts_of_one_request_are_answered_by_index(client, checkpoint) -> None:
-    asked = {"model": NAME, "temperature": 0, "max_tokens": 9}
-    each = [client.completions.create(**asked, prompt=prompt).choices[0].text for prompt in PROMPTS[1:4]]
+    requested = {"model": NAME, "temperature": 0, "max_tokens": 9}
+    each = [client.completions.create(**requested, prompt=prompt).choices[0].text for prompt in PROMPTS[1:4]]
     ids = [checkpoint.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[1:4]]
     for prompts in (PROMPTS[1:4], ids):
-        reply = client.completions.create(**asked, prompt=prompts)
+        reply = client.completions.create(**requested, prompt=prompts)
         assert [choice.text for choice in reply.choices] == each
         assert reply.usage.prompt_tokens == sum(map(len, ids))
 
 
 def test_usage_counts_tokens_streamed_and_not(client, checkpoint) -> None:
-    asked = {"model": NAME, "prompt": "0123", "temperature": 0, "max_tokens": 7}
-    usage = client.completions.create(**asked).usage
+    requested = {"model": NAME, "prompt": "0123", "temperature": 0, "max_tokens": 7}
+    usage = client.completions.create(**requested).usage
     assert (usage.prompt_tokens, usage.total_tokens) == (4, 4 + usage.completion_tokens)
-    *chunks, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    *chunks, last = client.completions.create(**requested, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage == usage
     assert all(chunk.usage is None for chunk in chunks)
 
@@ -142,32 +142,32 @@ def test_an_answer_without_a_limit_continues_until_the_context_is_full(client) -
 
 
 def test_a_stop_string_ends_an_answer_before_it_in_every_chunk(client) -> None:
-    asked = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": TOKENS}
-    whole = client.completions.create(**asked).choices[0].text
+    requested = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": TOKENS}
+    whole = client.completions.create(**requested).choices[0].text
     stop = whole[6:9]
-    cut = client.completions.create(**asked, stop=stop).choices[0]
+    cut = client.completions.create(**requested, stop=stop).choices[0]
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
-    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stop=[stop, "never"], stream=True)]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**requested, stop=[stop, "never"], stream=True)]
     assert "".join(chunk.text for chunk in chunks) == cut.text
     assert chunks[-1].finish_reason == "stop"
 
 
 def test_text_that_a_stop_string_might_have_begun_with_comes_at_the_end(client) -> None:
-    asked = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 8}
-    whole = client.completions.create(**asked).choices[0]
+    requested = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 8}
+    whole = client.completions.create(**requested).choices[0]
     assert whole.finish_reason == "length"
-    chunks = client.completions.create(**asked, stop=[f"{whole.text[-3:]}never"], stream=True)
+    chunks = client.completions.create(**requested, stop=[f"{whole.text[-3:]}never"], stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
 
 
 def test_log_probabilities_come_with_their_tokens(client) -> None:
-    asked = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 6}
-    reported = client.completions.create(**asked, logprobs=2).choices[0]
+    requested = {"model": NAME, "prompt": "12+34", "temperature": 0, "max_tokens": 6}
+    reported = client.completions.create(**requested, logprobs=2).choices[0]
     logprobs = reported.logprobs
     assert "".join(logprobs.tokens).startswith(reported.text) and len(logprobs.token_logprobs) == len(logprobs.tokens)
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values()) <= 0 and len(top) == 2
-    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, logprobs=0, stream=True)]
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**requested, logprobs=0, stream=True)]
     assert [value for part in parts if part for value in part.token_logprobs] == pytest.approx(logprobs.token_logprobs, abs=1e-4)
     assert [value for part in parts if part for value in part.text_offset] == logprobs.text_offset
     chat = client.chat.completions.create(
@@ -305,13 +305,13 @@ ENDLESS = {"prompt": "q", "temperature": 0, "max_tokens": 100, "model": NAME}
 
 def test_a_full_queue_is_429_with_the_time_to_come_back(checkpoint, gate) -> None:
     with served(checkpoint, max_slots=1, max_waiting=1) as (url, engine), ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(httpx2.post, f"{url}/v1/completions", json=ENDLESS, timeout=60) for _ in range(2)]
+        requested = [pool.submit(httpx2.post, f"{url}/v1/completions", json=ENDLESS, timeout=60) for _ in range(2)]
         until(lambda: engine.requests == 2)
         refused = httpx2.post(f"{url}/v1/completions", json=ENDLESS)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
         assert refused.json()["error"]["type"] == "rate_limit_error"
         gate.set()
-        assert [each.result().status_code for each in asked] == [200, 200]
+        assert [each.result().status_code for each in requested] == [200, 200]
         assert engine.requests == 0
         assert httpx2.post(f"{url}/v1/completions", json=ENDLESS).status_code == 200
 
@@ -333,11 +333,11 @@ def test_a_client_that_hangs_up_frees_its_slot(checkpoint, gate, stream) -> None
 @pytest.mark.parametrize("stream", [True, False])
 def test_answers_in_progress_end_with_an_error_when_the_server_stops(checkpoint, gate, stream) -> None:
     with served(checkpoint) as (url, engine), ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(httpx2.post, f"{url}/v1/completions", json=ENDLESS | {"stream": stream}, timeout=60)
+        requested = pool.submit(httpx2.post, f"{url}/v1/completions", json=ENDLESS | {"stream": stream}, timeout=60)
         until(lambda: engine.requests == 1)
         engine.stop()
         gate.set()
-        reply = asked.result()
+        reply = requested.result()
         assert "the server is stopping" in reply.text and '"type":"server_error"' in reply.text.replace('": ', '":')
         assert reply.status_code == (200 if stream else 503)
         assert httpx2.get(f"{url}/health").status_code == 503

@@ -183,11 +183,11 @@ def test_piped_questions_are_answered_a_line_each(lt_train: Callable[..., tuple[
 
 
 def test_a_line_that_ends_in_a_backslash_continues_in_the_next_one(lt_train, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(Conversation, "ask", lambda talk, question: asked.append(question))
+    requested = []
+    monkeypatch.setattr(Conversation, "ask", lambda talk, question: requested.append(question))
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo \\\n three\\\nfour\nfive\\\n"))
     assert lt_train("chat", EXPORT, "--kv-budget", "1MiB")[0] == 0
-    assert asked == ["one", "two \n three\nfour", "five"]
+    assert requested == ["one", "two \n three\nfour", "five"]
 
 
 def test_a_run_is_talked_to_as_its_trained_hybrid(lt_train: Callable[..., tuple[int, str, str]], monkeypatch) -> None:

@@ -56,8 +56,8 @@ def greedy_texts(checkpoint: Checkpoint, chat: bool) -> list[str]:
         prompts.prompt_ids(tokenizer, Prompt(), {"question": question}) if chat else tokenizer(question)["input_ids"]
         for question in questions
     ]
-    asked = [Request(str(number), 0, 0, tuple(each)) for number, each in enumerate(ids)]
-    answers = Engine(checkpoint.model, tokenizer).answers(asked, Sampling(0.0, 1.0, TOKENS))
+    requested = [Request(str(number), 0, 0, tuple(each)) for number, each in enumerate(ids)]
+    answers = Engine(checkpoint.model, tokenizer).answers(requested, Sampling(0.0, 1.0, TOKENS))
     return [answer.text for answer in sorted(answers, key=lambda answer: int(answer.request.problem))]
 
 

@@ -79,21 +79,21 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(lt_train, monke
 
 
 def test_the_draft_is_as_the_options_say(lt_train, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr("lt_train.serving.server.serve", lambda *given: asked.append(given[4]))
-    monkeypatch.setattr("lt_train.serving.chat.chat", lambda *_, draft, **__: asked.append(draft))
+    requested = []
+    monkeypatch.setattr("lt_train.serving.server.serve", lambda *given: requested.append(given[4]))
+    monkeypatch.setattr("lt_train.serving.chat.chat", lambda *_, draft, **__: requested.append(draft))
     for command in (["serve", EXPORT, "--port", "0"], ["chat", EXPORT]):
         for options in ([], ["--draft", "streaming"], ["--draft", "streaming", "--draft-layers", "1,5", "--draft-length", "4"]):
             assert lt_train(*command, *options)[0] == 0
-    assert asked == 2 * [None, DraftOptions(), DraftOptions((1, 5), 4)]
+    assert requested == 2 * [None, DraftOptions(), DraftOptions((1, 5), 4)]
 
 
 def test_it_listens_at_127_0_0_1_by_default(lt_train, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, taken, *_: asked.append(taken.getsockname()))
+    requested = []
+    monkeypatch.setattr("lt_train.serving.server.serve", lambda folder, taken, *_: requested.append(taken.getsockname()))
     for host in ([], ["--host", "0.0.0.0"]):
         assert lt_train("serve", EXPORT, "--port", free_port(), *host)[0] == 0
-    assert [host for host, _ in asked] == ["127.0.0.1", "0.0.0.0"]
+    assert [host for host, _ in requested] == ["127.0.0.1", "0.0.0.0"]
 
 
 @pytest.mark.parametrize(

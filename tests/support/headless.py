@@ -46,7 +46,7 @@ class Tab:
                 return answer["result"]
 
     def open(self, page: Path, fragment: str = "") -> None:
-        self.send("Page.navigate", url="about:blank")  # else another fragment of one page would not load it anew
+        self.send("Page.navigate", url="about:blank")  # else another fragment of one page would not load it again
         self.send("Page.navigate", url=page.resolve().as_uri() + fragment)
         self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'")
 

@@ -95,12 +95,12 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, requested: dict[str, Any]) -> None:
+        name = f"{requested['organization']}/{requested['name']}"
         if self.hub.repository is not None:
             self._answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
             return
-        self.hub.repository, self.hub.private = name, asked["visibility"] == "private"
+        self.hub.repository, self.hub.private = name, requested["visibility"] == "private"
         self.hub.files[".gitattributes"] = b"*.safetensors filter=lfs\n"
         self._answer({"url": f"{self.hub.url}/{name}", "name": name})
 
@@ -110,12 +110,12 @@ class Handler(BaseHTTPRequestHandler):
         oid = None if content is None else hashlib.sha256(content).hexdigest() if is_large else git_hash(content)
         return {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": oid}
 
-    def _upload_action(self, asked: dict[str, Any]) -> dict[str, Any]:
-        found = {"oid": asked["oid"], "size": asked["size"]}
+    def _upload_action(self, requested: dict[str, Any]) -> dict[str, Any]:
+        found = {"oid": requested["oid"], "size": requested["size"]}
         return (
             found
-            if asked["oid"] in self.hub.blobs
-            else found | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
+            if requested["oid"] in self.hub.blobs
+            else found | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{requested['oid']}"}}}
         )
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:

@@ -41,8 +41,8 @@ LOG = (
 )
 
 
-def record(problem: str, *, sample: int = 0, right: bool = True, tokens: int = 100, cut: bool = False, text: str | None = None):
-    answer = dict((key, answer) for key, _, answer in PROBLEMS).get(problem, "0") if right else "9"
+def record(problem: str, *, sample: int = 0, correct: bool = True, tokens: int = 100, cut: bool = False, text: str | None = None):
+    answer = dict((key, answer) for key, _, answer in PROBLEMS).get(problem, "0") if correct else "9"
     return SampleRecord(
         problem=problem,
         sample=sample,
@@ -54,22 +54,27 @@ def record(problem: str, *, sample: int = 0, right: bool = True, tokens: int = 1
         finish_reason="length" if cut else "stop",
         extracted=None if cut else answer,
         extracted_from=None if cut else "boxed",
-        score=float(right and not cut),
-        correct=right and not cut,
+        score=float(correct and not cut),
+        correct=correct and not cut,
         grading_error=None,
         seconds=tokens / 50,
     )
 
 
 ANSWERS: Mapping[str, Sequence[SampleRecord]] = {
-    "base": [record("p0", tokens=64), record("p1", tokens=100), record("p2", tokens=200), record("p3", tokens=90, right=False)],
+    "base": [record("p0", tokens=64), record("p1", tokens=100), record("p2", tokens=200), record("p3", tokens=90, correct=False)],
     "converted": [
         record("p0", tokens=70),
         record("p1", tokens=512, cut=True),
-        record("p2", tokens=300, right=False),
-        record("p3", tokens=80, right=False),
+        record("p2", tokens=300, correct=False),
+        record("p3", tokens=80, correct=False),
     ],
-    "trained": [record("p0", tokens=60), record("p1", tokens=110), record("p2", tokens=210, right=False), record("p3", tokens=95)],
+    "trained": [
+        record("p0", tokens=60),
+        record("p1", tokens=110),
+        record("p2", tokens=210, correct=False),
+        record("p3", tokens=95),
+    ],
 }
 
 
@@ -104,17 +109,17 @@ def made_run(
 
 def measured(folder: Path, variant: str, records: Sequence[SampleRecord], source: Path, evaluation: str = "ledger") -> None:
     """Samples and scores of one variant."""
-    asked = load_problems(BENCHMARKS["ledger"], str(source), None)
+    requested = load_problems(BENCHMARKS["ledger"], str(source), None)
     fingerprint = {
         "model": variant,
-        "problems": hash_of_json([astuple(problem) for problem in asked.all_problems]),
+        "problems": hash_of_json([astuple(problem) for problem in requested.all_problems]),
         "max_new_tokens": 512,
         "temperature": 0.0,
     }
     place = folder / "eval" / variant / evaluation
     write_json(place / "meta.json", {"fingerprint": fingerprint})
     (place / "samples.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in records))
-    write_scores(place / "scores.json", scores_of_answers(records, fingerprint, asked.available))
+    write_scores(place / "scores.json", scores_of_answers(records, fingerprint, requested.available))
 
 
 def scores_of_answers(records: Sequence[SampleRecord], fingerprint: Mapping[str, object], available: int) -> AnswerScores:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in this process that answers as it should, unless told what to do instead."""
+"""An OpenAI-compatible server in this process that answers as it should, unless a test sets what it does instead."""
 
 import contextlib
 import json
@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def first(times: int, misbehaviour: Callable[[Handler, dict], None]) -> Misbehaviour:
-    """Misbehave so many times, then no more."""
+    """Misbehave this number of times, then no more."""
     left = [times]
     lock = threading.Lock()
 

@@ -167,7 +167,7 @@ def _call(
 def _run_python(command: list[str], starter: int) -> None:
     """Do what a new interpreter does with these arguments, and with what transformers reads when it is imported.
 
-    Its parent is the server; code that ends with its parent is to look at the process that asked for it.
+    Its parent is the server; code that ends with its parent is to look at the process that requested it.
     """
     own, parent_of = os.getpid(), os.getppid
     os.getppid = lambda: parent_of() if os.getpid() != own else starter if psutil.pid_exists(starter) else 1

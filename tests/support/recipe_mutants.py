@@ -96,34 +96,34 @@ def recipes() -> list[str]:
 
 def mutants(seed: int) -> Iterator[bytes]:
     """Faulty recipes, without end; a few are valid by chance."""
-    chance, texts = random.Random(seed), recipes()
+    rng, texts = random.Random(seed), recipes()
     trees = [json.dumps(read_recipe_text(text).values) for text in texts]
     names = sorted({str(name) for tree in trees for place in _places(_tree(json.loads(tree))) if (name := place.name)})
     while True:
-        at = chance.randrange(len(texts))
-        if chance.random() < 0.1:
-            yield _with_edited_bytes(texts[at].encode(), chance)
+        at = rng.randrange(len(texts))
+        if rng.random() < 0.1:
+            yield _with_edited_bytes(texts[at].encode(), rng)
             continue
-        tree = _thinned(_tree(json.loads(trees[at])), chance)
-        for _ in range(chance.choice([1, 1, 1, 2, 3])):
-            chance.choice(SLIPS)(tree, names, chance)
+        tree = _thinned(_tree(json.loads(trees[at])), rng)
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            rng.choice(SLIPS)(tree, names, rng)
         yield "".join(f"{name}: {_written(value)}\n" for name, value in tree).encode("utf-8", "surrogatepass")
 
 
 def overrides(seed: int) -> Iterator[str]:
     """Values of `--set`, without end; some are valid."""
-    chance, tree = random.Random(seed), _tree(read_recipe_text(EVERY_PART).values)
+    rng, tree = random.Random(seed), _tree(read_recipe_text(EVERY_PART).values)
     paths = [place.path for place in _places(tree)]
     while True:
-        path = [str(name).strip('"') for name in chance.choice(paths)]
-        if chance.random() < 0.4:
-            at = chance.randrange(len(path))
+        path = [str(name).strip('"') for name in rng.choice(paths)]
+        if rng.random() < 0.4:
+            at = rng.randrange(len(path))
             odd = [*ODD_NAMES, "-1", "99", "9" * 5000, "²", "0 ", "\x00", "\ud800", "", " "]
-            path[at] = chance.choice([_misspelled(path[at], chance), chance.choice(odd)])
-        value = chance.choice(ODD_VALUES)
-        if chance.random() < 0.1:
-            value = "".join(chance.choice(string.printable + "é😀\x00\x1b\ud800") for _ in range(chance.randrange(12)))
-        yield chance.choice(["=", "=", "=", "=", "=", "=", "=", "=", "==", ":", "", " = "]).join([".".join(path), value])
+            path[at] = rng.choice([_misspelled(path[at], rng), rng.choice(odd)])
+        value = rng.choice(ODD_VALUES)
+        if rng.random() < 0.1:
+            value = "".join(rng.choice(string.printable + "é😀\x00\x1b\ud800") for _ in range(rng.randrange(12)))
+        yield rng.choice(["=", "=", "=", "=", "=", "=", "=", "=", "==", ":", "", " = "]).join([".".join(path), value])
 
 
 class Place:
@@ -159,12 +159,12 @@ def _tree(value: Any) -> Any:
     return [_tree(item) for item in value] if isinstance(value, list) else json.dumps(value)
 
 
-def _thinned(tree: Mapping, chance: random.Random) -> Mapping:
+def _thinned(tree: Mapping, rng: random.Random) -> Mapping:
     """The parts that a recipe needs, and about a third of the others: short texts are read sooner."""
-    kept = Mapping([name, value] for name, value in tree if name in ("name", "model", "hybrid", "data") or chance.random() < 0.3)
+    kept = Mapping([name, value] for name, value in tree if name in ("name", "model", "hybrid", "data") or rng.random() < 0.3)
     for part in kept:
         if part[0] == "eval":
-            part[1] = chance.sample(part[1], min(len(part[1]), chance.choice([1, 1, 2])))
+            part[1] = rng.sample(part[1], min(len(part[1]), rng.choice([1, 1, 2])))
     return kept
 
 
@@ -181,42 +181,42 @@ def _places(tree: Any, path: tuple[str, ...] = ()) -> Iterator[Place]:
         yield from _places(item[1] if isinstance(tree, Mapping) else item, inner)
 
 
-def _replace(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    _any(tree, chance).value = chance.choice(ODD_VALUES)
+def _replace(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    _any(tree, rng).value = rng.choice(ODD_VALUES)
 
 
-def _rename(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    place = _any(tree, chance)
-    place.name = chance.choice([_misspelled(place.name or "x", chance), chance.choice(names), chance.choice(ODD_NAMES)])
+def _rename(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    place = _any(tree, rng)
+    place.name = rng.choice([_misspelled(place.name or "x", rng), rng.choice(names), rng.choice(ODD_NAMES)])
 
 
-def _repeat(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    place = _any(tree, chance)
+def _repeat(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    place = _any(tree, rng)
     again = [place.name, place.value] if isinstance(place.around, Mapping) else place.value
-    place.around.insert(chance.randrange(len(place.around) + 1), again)
+    place.around.insert(rng.randrange(len(place.around) + 1), again)
 
 
-def _delete(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    place = _any(tree, chance)
+def _delete(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    place = _any(tree, rng)
     del place.around[place.at]
 
 
-def _swap(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    one, other = _any(tree, chance), _any(tree, chance)
+def _swap(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    one, other = _any(tree, rng), _any(tree, rng)
     if one.path[: len(other.path)] != other.path and other.path[: len(one.path)] != one.path:  # neither lies in the other
         one.value, other.value = other.value, one.value
 
 
-def _insert(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    around = _any(tree, chance).around
-    name = chance.choice([chance.choice(names), chance.choice(ODD_NAMES)])
-    value = chance.choice(ODD_VALUES)
-    around.insert(chance.randrange(len(around) + 1), [name, value] if isinstance(around, Mapping) else value)
+def _insert(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    around = _any(tree, rng).around
+    name = rng.choice([rng.choice(names), rng.choice(ODD_NAMES)])
+    value = rng.choice(ODD_VALUES)
+    around.insert(rng.randrange(len(around) + 1), [name, value] if isinstance(around, Mapping) else value)
 
 
-def _wrap(tree: Mapping, names: Sequence[str], chance: random.Random) -> None:
-    place = _any(tree, chance)
-    place.value = chance.choice([[place.value], [place.value, place.value], Mapping([[chance.choice(names), place.value]])])
+def _wrap(tree: Mapping, names: Sequence[str], rng: random.Random) -> None:
+    place = _any(tree, rng)
+    place.value = rng.choice([[place.value], [place.value, place.value], Mapping([[rng.choice(names), place.value]])])
 
 
 SLIPS: tuple[Callable[[Mapping, Sequence[str], random.Random], None], ...] = (
@@ -225,26 +225,26 @@ SLIPS: tuple[Callable[[Mapping, Sequence[str], random.Random], None], ...] = (
 )
 
 
-def _any(tree: Mapping, chance: random.Random) -> Place:
+def _any(tree: Mapping, rng: random.Random) -> Place:
     places = list(_places(tree))
     if not places:
         tree.append(["name", "x"])
-        return _any(tree, chance)
-    return chance.choice(places)
+        return _any(tree, rng)
+    return rng.choice(places)
 
 
-def _misspelled(name: str, chance: random.Random) -> str:
-    at, letter = chance.randrange(len(name) + 1), chance.choice(string.ascii_lowercase + "_.")
+def _misspelled(name: str, rng: random.Random) -> str:
+    at, letter = rng.randrange(len(name) + 1), rng.choice(string.ascii_lowercase + "_.")
     before, after = name[:at], name[at + 1 :]
-    return chance.choice([before + after, before + letter + name[at:], before + letter + after, name.upper()])
+    return rng.choice([before + after, before + letter + name[at:], before + letter + after, name.upper()])
 
 
-def _with_edited_bytes(text: bytes, chance: random.Random) -> bytes:
+def _with_edited_bytes(text: bytes, rng: random.Random) -> bytes:
     content = bytearray(text)
-    for _ in range(chance.choice([1, 1, 2, 4, 16])):
-        at, removed = chance.randrange(len(content) + 1), chance.choice([0, 1, 1, 1, 5, 200])
-        words = chance.choice([*ODD_VALUES, *"\t:[]{}&*!|>'\"%@`,#?-\n\x00"])
-        content[at : at + removed] = chance.choice([b"", bytes([chance.randrange(256)]), words.encode()])
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        at, removed = rng.randrange(len(content) + 1), rng.choice([0, 1, 1, 1, 5, 200])
+        words = rng.choice([*ODD_VALUES, *"\t:[]{}&*!|>'\"%@`,#?-\n\x00"])
+        content[at : at + removed] = rng.choice([b"", bytes([rng.randrange(256)]), words.encode()])
     return bytes(content)
 
 

@@ -57,9 +57,9 @@ MANY = [1, 2, 3, 7, 8, 9, 15, 16, 17, 33]
 """Shorter and longer than w_sink, the window, and one to four pages."""
 
 
-def answered(engine: Engine, asked: list[Request], sampling: Sampling) -> dict[tuple[str, int], Answer]:
-    found = {(a.request.problem, a.request.sample): a for a in engine.answers(asked, sampling)}
-    assert len(found) == len(asked)
+def answered(engine: Engine, requested: list[Request], sampling: Sampling) -> dict[tuple[str, int], Answer]:
+    found = {(a.request.problem, a.request.sample): a for a in engine.answers(requested, sampling)}
+    assert len(found) == len(requested)
     return found
 
 
@@ -67,12 +67,14 @@ def texts(found: dict[tuple[str, int], Answer]) -> dict[tuple[str, int], tuple[s
     return {key: (answer.text, answer.tokens, answer.finish_reason) for key, answer in found.items()}
 
 
-def written(engine: Engine, asked: list[Request], sampling: Sampling) -> dict[str, list[int]]:
+def written(engine: Engine, requested: list[Request], sampling: Sampling) -> dict[str, list[int]]:
     """The ids of each answer's tokens."""
-    batch = engine.batch(engine.lay_out(len(asked), max(len(request.prompt_ids) for request in asked) + sampling.max_new_tokens))
-    for request in asked:
+    batch = engine.batch(
+        engine.lay_out(len(requested), max(len(request.prompt_ids) for request in requested) + sampling.max_new_tokens)
+    )
+    for request in requested:
         batch.add(request, sampling)
-    found: dict[str, list[int]] = {request.problem: [] for request in asked}
+    found: dict[str, list[int]] = {request.problem: [] for request in requested}
     while not batch.is_empty:
         for token in batch.step():
             found[token.sequence.request.problem].append(token.token_id)
@@ -91,12 +93,12 @@ def likeliest(model: HybridForCausalLM, prompt_ids: Sequence[int], ids: Sequence
 
 def assert_greedy(
     answers: dict[tuple[str, int], tuple[str, int, str]],
-    asked: list[Request],
+    requested: list[Request],
     chosen: Callable[[Sequence[int], Sequence[int]], list[int]],
 ) -> None:
     """Answers to GREEDY of `letter_tokenizer` are those of recomputing each prompt alone, by `likeliest` or its like."""
     vocabulary = letter_tokenizer().get_vocab()
-    for request in asked:
+    for request in requested:
         text, tokens, reason = answers[request.problem, request.sample]
         ids = [vocabulary[symbol] for symbol in re.findall(r"</?\w+>|.", text)] + [EOS] * (reason == "stop")
         assert chosen(request.prompt_ids, ids) == ids, request.problem

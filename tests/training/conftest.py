@@ -14,7 +14,7 @@ from tests.support import tiny_training
 
 @pytest.fixture
 def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
-    """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it goes on."""
+    """train_tiny("a", **settings of the recipe) trains in tmp_path/a; called again with the same folder it resumes."""
 
     def train(
         folder: str, *, examples: int = 22, load: LoadModel | None = None, spec: HybridSpec = tiny_training.SPEC, **settings: Any
@@ -26,7 +26,7 @@ def train_tiny(tmp_path: Path) -> Callable[..., TrainResult]:
 
 @pytest.fixture
 def train_until(tmp_path: Path) -> Callable[..., None]:
-    """train_until(7, "a", **settings): the same, cut off while step 7 is logged, before a checkpoint of that step."""
+    """train_until(7, "a", **settings): the same, killed while step 7 is logged, before a checkpoint of that step."""
 
     def train(
         step: int, folder: str, *, load: LoadModel | None = None, spec: HybridSpec = tiny_training.SPEC, **settings: Any

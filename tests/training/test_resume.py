@@ -117,7 +117,7 @@ class Recorder(NoTracker):
         self.points += [(step, name) for name in metrics]
 
 
-def test_the_log_of_a_training_that_was_cut_off_and_its_resume_track_what_a_whole_one_does(train_until, tmp_path: Path) -> None:
+def test_the_log_of_a_training_that_was_killed_and_its_resume_track_what_a_whole_one_does(train_until, tmp_path: Path) -> None:
     whole, resumed = Recorder(), Recorder()
     settings = {"train": {"max_steps": 6, "save_steps": 2, "eval_steps": 3}, "data": {"heldout": 3}}
     train_in(tmp_path / "whole", settings, whole)

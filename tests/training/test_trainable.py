@@ -61,7 +61,7 @@ def test_an_unknown_target_is_an_error_that_names_the_modules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peft", "told"),
+    ("peft", "reported"),
     [
         ({"modules_to_save": ["lm_hed"]}, r"modules_to_save: lm_hed: no module has this name\. Fix: name some of .*lm_head"),
         ({"exclude_modules": ["k_proj"]}, r"exclude_modules: k_proj: no module with an adapter has this name\. Fix: .* q_proj"),
@@ -74,9 +74,9 @@ def test_an_unknown_target_is_an_error_that_names_the_modules() -> None:
         ({"trainable_token_indices": {"embeddings": [1]}}, r"trainable_token_indices: embeddings: no module .*embed_tokens"),
     ],
 )
-def test_a_setting_of_peft_that_names_what_the_model_does_not_have_is_an_error(peft: dict[str, Any], told: str) -> None:
+def test_a_setting_of_peft_that_names_what_the_model_does_not_have_is_an_error(peft: dict[str, Any], reported: str) -> None:
     recipe = tiny_recipe({**LORA, "lora": {"targets": ["q_proj"], "peft": peft}})
-    with pytest.raises(UserError, match=rf"^lora\.peft\.{told}"):
+    with pytest.raises(UserError, match=rf"^lora\.peft\.{reported}"):
         lora_config(recipe.lora, SPEC, load_tiny(torch.float32))
 
 

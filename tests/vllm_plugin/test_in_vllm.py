@@ -104,11 +104,11 @@ class Answers:
         self.requests, _ = ledger_requests(self.tokenizer, 3)
         self.exports = {kind: exported(kind, self.tokenizer, folder / kind / "export") for kind in KINDS}
         self.distinguishing = {kind: distinguishing_prompts(hybrid(kind), self.tokenizer, Prompt(), STOP)[1] for kind in KINDS}
-        asked = [request.prompt_ids for request in self.requests]
+        requested = [request.prompt_ids for request in self.requests]
         order = {
             "exports": {kind: str(path) for kind, path in self.exports.items()},
-            "prompts": {kind: [*asked, *(one.prompt_ids for one in self.distinguishing[kind])] for kind in KINDS},
-            "again": len(asked),
+            "prompts": {kind: [*requested, *(one.prompt_ids for one in self.distinguishing[kind])] for kind in KINDS},
+            "again": len(requested),
             "max_tokens": SHORT.max_new_tokens,
         }
         (folder / "order.json").write_text(json.dumps(order))

@@ -86,43 +86,43 @@ def test_code_similarity_by_hand() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(SENTENCES, SENTENCES)
-def test_rouge_l_is_that_of_the_package_longbench_calls(answer: str, right: str) -> None:
+def test_rouge_l_is_that_of_the_package_longbench_calls(answer: str, reference: str) -> None:
     rouge = pytest.importorskip("rouge")
     try:
-        theirs = rouge.Rouge().get_scores([answer], [right], avg=True)["rouge-l"]["f"]
+        theirs = rouge.Rouge().get_scores([answer], [reference], avg=True)["rouge-l"]["f"]
     except ValueError:  # LongBench's metrics.py: no words, no score
         theirs = 0.0
-    assert metrics.rouge(answer, right) == pytest.approx(theirs, abs=1e-12)
+    assert metrics.rouge(answer, reference) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_rouge_l_of_real_summaries_is_that_of_the_package_longbench_calls(shared_data: Path) -> None:
     rouge = pytest.importorskip("rouge")
     with open(shared_data / "longbench_multi_news.jsonl", encoding="utf-8") as file:
         summaries = [json.loads(next(file))["answers"][0] for _ in range(6)]
-    for answer, right in pairwise(summaries):
-        theirs = rouge.Rouge().get_scores([answer], [right], avg=True)["rouge-l"]["f"]
-        assert metrics.rouge(answer, right) == pytest.approx(theirs, abs=1e-12)
+    for answer, reference in pairwise(summaries):
+        theirs = rouge.Rouge().get_scores([answer], [reference], avg=True)["rouge-l"]["f"]
+        assert metrics.rouge(answer, reference) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_a_long_text_without_full_stops_has_a_score_though_the_package_gives_up() -> None:
-    chance = random.Random(0)
-    answer, right = (" ".join(chance.choice("abcdefgh") + str(chance.randrange(90)) for _ in range(700)) for _ in range(2))
-    assert 0 < metrics.rouge(answer, right) < 1
+    rng = random.Random(0)
+    answer, reference = (" ".join(rng.choice("abcdefgh") + str(rng.randrange(90)) for _ in range(700)) for _ in range(2))
+    assert 0 < metrics.rouge(answer, reference) < 1
     rouge = pytest.importorskip("rouge")
     if sys.getrecursionlimit() <= 1400:
         with pytest.raises(RecursionError):
-            rouge.Rouge().get_scores([answer], [right])
+            rouge.Rouge().get_scores([answer], [reference])
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab(){} =.+", max_size=60), st.text(alphabet="ab(){} =.+", max_size=60))
-def test_code_similarity_is_fuzzywuzzy_s_ratio(answer: str, right: str) -> None:
+def test_code_similarity_is_fuzzywuzzy_s_ratio(answer: str, reference: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that python-Levenshtein would be faster; it would be another formula too
         fuzz = pytest.importorskip("fuzzywuzzy.fuzz")
     if fuzz.SequenceMatcher is not difflib.SequenceMatcher:
         pytest.skip("python-Levenshtein is installed, which gives fuzzywuzzy another formula")
-    assert metrics.code_similarity(answer, right) == fuzz.ratio(answer, right) / 100
+    assert metrics.code_similarity(answer, reference) == fuzz.ratio(answer, reference) / 100
 
 
 @settings(max_examples=100, deadline=None)

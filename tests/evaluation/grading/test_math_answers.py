@@ -15,20 +15,20 @@ def gold_answers(shared_data: Path, name: str, file: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "file"), REAL_FILES)
-def test_every_true_answer_of_the_real_files_is_right_in_a_box(shared_data: Path, name: str, file: str) -> None:
+def test_every_true_answer_of_the_real_files_is_correct_in_a_box(shared_data: Path, name: str, file: str) -> None:
     answers = gold_answers(shared_data, name, file)
-    wrong = [answer for answer in answers if not grade(f"So the answer is $\\boxed{{{answer}}}$.", answer).correct]
-    assert wrong == []
+    incorrect = [answer for answer in answers if not grade(f"So the answer is $\\boxed{{{answer}}}$.", answer).correct]
+    assert incorrect == []
 
 
 @pytest.mark.parametrize(("name", "file"), REAL_FILES)
-def test_a_wrong_answer_to_a_real_problem_is_wrong(shared_data: Path, name: str, file: str) -> None:
+def test_an_incorrect_answer_to_a_real_problem_is_incorrect(shared_data: Path, name: str, file: str) -> None:
     answers = gold_answers(shared_data, name, file)[:60]
-    right = [answer for answer in answers if grade(r"\boxed{-98765.4321}", answer).correct]
-    assert right == []
+    correct = [answer for answer in answers if grade(r"\boxed{-98765.4321}", answer).correct]
+    assert correct == []
 
 
-def test_whole_numbers_are_right_in_other_spellings(shared_data: Path) -> None:
+def test_whole_numbers_are_correct_in_other_spellings(shared_data: Path) -> None:
     for answer in gold_answers(shared_data, "gsm8k", "gsm8k_test.jsonl")[:100]:
         number = int(answer.replace(",", ""))
         for spelling in (f"{number:,}", f"{number}.0", rf"\${number}", rf"{number} \text{{ dollars}}", f"{number}."):
@@ -112,7 +112,7 @@ def test_joined_boxes_are_correct_where_the_reference_lists_them() -> None:
         ("5", r"\{1, 2", False),
     ],
 )
-def test_equal_answers_are_right_and_others_wrong(answer: str, given: str, correct: bool) -> None:
+def test_equal_answers_are_correct_and_others_incorrect(answer: str, given: str, correct: bool) -> None:
     assert grade(rf"\boxed{{{given}}}", answer).correct is correct
 
 

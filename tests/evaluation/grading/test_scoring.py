@@ -12,7 +12,7 @@ from lt_train.evaluation.grading.scoring import AnswerScore, score_answer
 @pytest.mark.parametrize(
     ("name", "file", "every"), [("aime24", "aime24.jsonl", 1), ("math500", "math500.jsonl", 10), ("gsm8k", "gsm8k_test.jsonl", 60)]
 )
-def test_the_true_answers_of_real_problems_are_right_and_those_of_their_neighbours_wrong(
+def test_the_true_answers_of_real_problems_are_correct_and_those_of_their_neighbours_incorrect(
     shared_data: Path, name: str, file: str, every: int
 ) -> None:
     benchmark = BENCHMARKS[name]

@@ -63,7 +63,7 @@ def texts(answers):
     return {answer.request.problem: answer.text for answer in answers}
 
 
-def right(requests):
+def expected(requests):
     return {request.problem: f"answer to {list(request.prompt_ids)}" for request in requests}
 
 
@@ -77,12 +77,12 @@ def test_every_request_is_answered_once_by_its_own_answer(server):
     watched = []
     answers = list(backend(server).answers(requests, GREEDY, watched.append))
     assert sum(watched) == sum(answer.tokens for answer in answers)
-    assert len(answers) == 40 and texts(answers) == right(requests)
+    assert len(answers) == 40 and texts(answers) == expected(requests)
     assert {answer.finish_reason for answer in answers} == {"stop"} and {answer.tokens for answer in answers} == {5}
     assert no_thread_left()
 
 
-def test_no_more_requests_are_in_flight_than_asked_for(server):
+def test_no_more_requests_are_in_flight_than_requested(server):
     server.misbehave = lambda handler, body: time.sleep(0.05) or False
     list(backend(server, concurrency=3).answers(requests_for(12), GREEDY))
     assert server.most_in_flight == 3
@@ -130,7 +130,7 @@ def test_a_server_that_fails_a_few_times_costs_no_answer(server, misbehaviour):
     server.misbehave = first(2, misbehaviour)
     requests = requests_for(6)
     answers = list(backend(server, timeout=2.0, stall=0.3).answers(requests, GREEDY))
-    assert len(answers) == 6 and texts(answers) == right(requests)
+    assert len(answers) == 6 and texts(answers) == expected(requests)
 
 
 def test_a_server_that_stalls_in_the_middle_of_an_answer_is_not_waited_for_until_the_timeout(server):
@@ -138,7 +138,7 @@ def test_a_server_that_stalls_in_the_middle_of_an_answer_is_not_waited_for_until
     lines = []
     requests = requests_for(2)
     answers = list(backend(server, timeout=60.0, stall=0.3, report=lines.append).answers(requests, GREEDY))
-    assert texts(answers) == right(requests) and "(stall)" in lines[0]
+    assert texts(answers) == expected(requests) and "(stall)" in lines[0]
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server):
@@ -151,7 +151,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(server):
     server.misbehave = first(1, limit)
     requests = requests_for(3)
     answers = list(backend(server, concurrency=1).answers(requests, GREEDY))
-    assert texts(answers) == right(requests)
+    assert texts(answers) == expected(requests)
     assert time.monotonic() - times[0] >= 1.0
 
 
@@ -167,7 +167,7 @@ def test_what_a_dead_server_leaves_is_answered_by_the_others(server):
         other.misbehave = dying
         server.misbehave = lambda handler, body: time.sleep(0.03) or False
         answers = list(backend(server, other, concurrency=2, failures=3).answers(requests, GREEDY))
-        assert len(answers) == 30 and texts(answers) == right(requests)
+        assert len(answers) == 30 and texts(answers) == expected(requests)
         assert other.bodies and server.bodies
 
 
@@ -206,7 +206,7 @@ def test_a_server_that_comes_back_is_used_again(server):
     requests = requests_for(5)
     try:
         answers = list(backend(server, concurrency=1, backoff=0.1, failures=20).answers(requests, GREEDY))
-        assert texts(answers) == right(requests)
+        assert texts(answers) == expected(requests)
     finally:
         for again in back:
             again.die()
@@ -223,23 +223,23 @@ def test_one_request_that_always_breaks_the_server_does_not_stop_the_others(serv
     assert len(finished) == 7
 
 
-def test_a_server_that_breaks_on_every_request_though_it_takes_them_is_not_asked_for_ever(server):
+def test_a_server_that_breaks_on_every_request_though_it_takes_them_is_not_queried_for_ever(server):
     server.misbehave = lambda handler, body: cut_in_the_middle(handler, body) or True
     with pytest.raises(UserError, match=r"failed|no server answers"):
         list(backend(server, concurrency=2, attempts=2).answers(requests_for(200), GREEDY))
     assert len(server.bodies) < 40
 
 
-def test_many_requests_cut_off_together_count_as_one_failure_of_the_server(server):
+def test_many_requests_that_break_together_count_as_one_failure_of_the_server(server):
     arrived = threading.Barrier(8)
     server.misbehave = first(8, lambda handler, body: (arrived.wait(5), handler.cut()))
     requests = requests_for(8)
     answers = list(backend(server, concurrency=8, failures=3).answers(requests, GREEDY))
-    assert texts(answers) == right(requests)
+    assert texts(answers) == expected(requests)
 
 
 @pytest.mark.parametrize("status, reason", [(400, "context"), (401, "OPENAI_API_KEY"), (404, "no such model"), (422, "field")])
-def test_a_refused_request_is_not_asked_again(server, status, reason):
+def test_a_refused_request_is_not_sent_again(server, status, reason):
     server.misbehave = lambda handler, body: handler.send_json(status, {"error": reason}) or True
     with pytest.raises(UserError, match=reason):
         list(backend(server, concurrency=1).answers(requests_for(3), GREEDY))
@@ -265,7 +265,7 @@ def test_a_mistake_of_ours_goes_up_as_it_is(server, monkeypatch):
 def test_a_server_that_does_not_stream_is_read_whole(server):
     server.streams = False
     requests = requests_for(3)
-    assert texts(backend(server).answers(requests, GREEDY)) == right(requests)
+    assert texts(backend(server).answers(requests, GREEDY)) == expected(requests)
 
 
 def test_a_server_that_reads_another_prompt_is_refused(server):

@@ -53,7 +53,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, tokenizer):
-    """Kind -> folder, made when it is first asked for."""
+    """Kind -> folder, made when it is first requested."""
     return cache(lambda kind: exported(kind, tokenizer, tmp_path_factory.mktemp("exports") / "export"))
 
 

@@ -37,12 +37,12 @@ def answers(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[tuple[l
 
 
 def main(order: Path, result: Path) -> None:
-    asked = json.loads(order.read_text())
+    requested = json.loads(order.read_text())
     found = {}
-    for name, folder in asked["exports"].items():
+    for name, folder in requested["exports"].items():
         llm = engine(folder)
-        prompts = asked["prompts"][name]
-        found[name] = [answers(llm, each, asked["max_tokens"]) for each in (prompts, prompts[: asked["again"]])]
+        prompts = requested["prompts"][name]
+        found[name] = [answers(llm, each, requested["max_tokens"]) for each in (prompts, prompts[: requested["again"]])]
         del llm  # its cache makes room for the next one's
     result.write_text(json.dumps(found))
 
