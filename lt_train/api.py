@@ -174,8 +174,8 @@ def convert(
         `with hybrid.full_attention():` runs, it is the base.
 
     Raises:
-        UserError: no hybrid can be made of the model, a layer, a head, a ratio or a size is out of range, or settings of prompts
-            that choose are compared with those of layers or heads.
+        UserError: no hybrid can be made of the model, it does not compute what its config and weights say, a layer, a head, a
+            ratio or a size is out of range, or settings of prompts that choose are combined with those of layers or heads.
     """
     from lt_train.hybrid.base_spec import base_spec
     from lt_train.hybrid.kv_size import kv_heads
@@ -280,6 +280,7 @@ def _hybrid(
 
     from lt_train.hybrid.loading import hybrid_of, is_declared, prove_auto_family, refuse_undeclared
     from lt_train.inference.loading import load_base_config, load_for_inference
+    from lt_train.inference.same_logits import check_same_logits
     from lt_train.runtime.devices import compute_dtype
     from lt_train.runtime.upstream import quiet_upstream
 
@@ -288,7 +289,9 @@ def _hybrid(
             refuse_undeclared(model.config)
         elif not is_declared(model.config):
             prove_auto_family(model.config)
-        return hybrid_of(model, spec(model.config.get_text_config()))
+        hybrid = hybrid_of(model, spec(model.config.get_text_config()))
+        check_same_logits(model, hybrid)
+        return hybrid
     if not isinstance(model, str | Path):
         raise UserError(
             f"model: {type(model).__name__}: neither a transformers model nor a path. Fix: pass what from_pretrained returns; of a "

@@ -247,6 +247,41 @@ def test_a_hybrid_that_cannot_be_made_is_a_user_error(changed: dict, reason: str
         lt_train.convert(**{"model": REASONER, "layers": [0], **SIZES, **changed})
 
 
+def other_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+
+
+def other_scaling(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def config_edited_after_loading(model: PreTrainedModel) -> None:
+    model.config.rope_parameters["rope_theta"] = 5.0
+
+
+def hook(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [other_activation, other_scaling, config_edited_after_loading, hook])
+def test_a_model_that_does_not_compute_what_its_config_says_is_refused(change: Callable[[PreTrainedModel], None]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(REASONER).train()
+    base.lm_head.eval()
+    lt_train.convert(base, layers=[0], **SIZES)
+    assert base.training and base.model.layers[3].training and not base.lm_head.training
+    change(base)
+    with pytest.raises(
+        UserError, match=r"model: Qwen3ForCausalLM: its logits differ by \d.*% from what its config and weights compute"
+    ):
+        lt_train.convert(base, layers=[0], **SIZES)
+
+
+def test_a_model_without_its_weights_becomes_a_hybrid_without_them() -> None:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(BASES["qwen3"])
+    assert {weight.device.type for weight in lt_train.convert(base, layers=[0], **SIZES).parameters()} == {"meta"}
+
+
 def texts(count: int) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(REASONER)
     words = [token for token in sorted(tokenizer.get_vocab()) if token.isalnum()]

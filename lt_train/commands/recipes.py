@@ -11,8 +11,7 @@ from lt_train.runtime.upstream import quiet_upstream
 
 
 def recipes() -> None:
-    """List the recipes that come with lt_train, each with what it does, the hardware for it, and the time: of training by plan on
-    GPUs, measured in all on CPUs."""
+    """List the recipes that come with lt_train: what each does, its hardware, and its time (planned on GPUs, measured on CPUs)."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
