@@ -107,10 +107,10 @@ def _version(package: str) -> str | None:
 
 def _devices() -> list[str]:
     if not torch.cuda.is_available():
-        accelerator = torch.accelerator.current_accelerator()
+        device = compute_device()
         threads = torch.get_num_threads()
         cpu = f"CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
-        return [cpu if accelerator is None else f"{accelerator.type}, and a {cpu}"]
+        return [cpu if device.type == "cpu" else f"{device.type}, and a {cpu}"]
     devices = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

@@ -144,7 +144,7 @@ def bench_training_step(base: Base, recipe: Recipe, runs: int, console: Console)
         raise UserError(f"--runs: {runs}: too few. Fix: set at least 1")
     assert recipe.train is not None
     found = compare_steps(base, recipe, runs)
-    hybrid, device = recipe.hybrid, torch.accelerator.current_accelerator() or torch.device("cpu")
+    hybrid, device = recipe.hybrid, compute_device()
     trained = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank} on q, k, v and o of all layers"
     checkpointing = "with" if recipe.train.gradient_checkpointing else "without"
     print_lines(

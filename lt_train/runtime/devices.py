@@ -11,7 +11,7 @@ from lt_train.runtime.errors import UserError
 
 def compute_device() -> torch.device:
     """The accelerator of this process (of several processes each has its own), or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # a torch for CUDA names one without a GPU, too
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else accelerator

@@ -290,7 +290,7 @@ def test_alone_a_process_spreads_the_layers_over_all_accelerators_and_beside_oth
 ):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda", 0))
     monkeypatch.setattr("lt_train.inference.loading.load_weights", lambda *_, sinks, device_map: device_map)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:

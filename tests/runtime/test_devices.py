@@ -23,11 +23,19 @@ def test_without_an_accelerator_models_run_on_the_cpu_in_fp32():
 
 @pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda:0"), ("0", "cuda:0"), ("3", "cuda:3")])
 def test_each_process_of_a_machine_has_the_accelerator_of_its_own_number(monkeypatch, local_rank, device):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda", 0))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert compute_device() == torch.device(device)
+
+
+def test_torch_for_cuda_on_a_machine_without_a_gpu_computes_on_the_cpu(monkeypatch):
+    """What PyPI gives on Linux: its accelerator is cuda, whether there is one or not (torch 2.13)."""
+    monkeypatch.setattr(
+        "torch.accelerator.current_accelerator", lambda check_available=False: None if check_available else torch.device("cuda")
+    )
+    assert compute_device() == torch.device("cpu")
 
 
 @pytest.mark.gpu
