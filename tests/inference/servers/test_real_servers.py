@@ -156,7 +156,8 @@ def test_transformers_serve_computes_no_sinks(transformers_serve, exports, token
 def test_transformers_serve_does_not_load_code_beside_a_checkpoint(transformers_serve, exports, tokenizer):
     requests, _ = ledger_requests(tokenizer, 1)
     settings = ServerSettings((transformers_serve,), model=str(exports("sink tokens")), failures=2, backoff=0.1)
-    with pytest.raises(UserError, match="500"):
+    # Its reply is 500, and under Python 3.13 none at all.
+    with pytest.raises(UserError, match="no server answers any more; each failed 2 times"):
         list(OpenAIBackend(tokenizer, STOP, settings).answers(requests, GREEDY))
 
 
