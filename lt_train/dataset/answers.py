@@ -15,7 +15,14 @@ from lt_train.dataset.conversations import Conversation
 from lt_train.dataset.faults import RowFault
 from lt_train.dataset.messages import REASONING, Message
 from lt_train.dataset.prompts import render_turns, turns_of
-from lt_train.dataset.reasoning import BaseReasoning, check_reasoning, known_tags, split_reasoning, tags_of_answer
+from lt_train.dataset.reasoning import (
+    BaseReasoning,
+    answer_alone,
+    check_reasoning,
+    known_tags,
+    split_reasoning,
+    tags_of_answer,
+)
 from lt_train.dataset.special_tokens import SpecialTokens, unquoted
 from lt_train.recipe.reasoning_tags import ReasoningTags
 from lt_train.recipe.schema import Data, Prompt
@@ -73,6 +80,9 @@ class AnswerWriter:
         turns = turns_of(self.prompt, [self._message(message) for message in conversation.messages])
         prompt = render_turns(self.template, turns)
         reasoning, content = self._parts(conversation)
+        tags = self.base.tags
+        if tags is not None and self.data.reasoning_tags != "keep" and prompt.rstrip().endswith(tags.closing):
+            content = answer_alone(content, reasoning, tags)
         reasoning, content = self.special.quote(reasoning), self.special.quote(content)
         written = self._by_template(turns, prompt, reasoning, content)
         if written is None:

@@ -1,7 +1,10 @@
 """The text that a chat template writes around those of a conversation, found by rendering made-up conversations."""
 
+import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +19,13 @@ OWN_TEMPLATE = ". Change the recipe's prompt, or give a template of your own: pr
 
 _FIRST, _ANSWER, _SECOND, _REASONING = "firstquestion7301", "firstanswer7302", "secondquestion7303", "reasoning7304"
 """Placeholders of a conversation's texts while a chat template is probed."""
+
+_TODAY = date(2024, 7, 26)
+"""The day of every prompt. Templates of Llama 3.2 and SmolLM3 write that of the clock into the system turn, so that a run would be
+trained and evaluated with other prompts from one day to the next. It is the one that Llama 3.1's and 3.2's templates fall back to.
+"""
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
         self.tokenizer = tokenizer
         self.is_own = prompt.chat_template is not None
-        self.text = _template_text(tokenizer, prompt)
+        self.text = _CLOCK.sub(lambda call: json.dumps(_TODAY.strftime(call["format"])), _template_text(tokenizer, prompt))
 
     def render(self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         """A conversation without the template's default system turn.

@@ -56,6 +56,25 @@ def tags_of_answer(answer: str, base: BaseReasoning, known: tuple[ReasoningTags,
     return min(found)[2] if found else None
 
 
+def answer_alone(answer: str, reasoning: str, tags: ReasoningTags) -> str:
+    """An answer to a prompt that has closed the reasoning already, as Qwen3's does without thinking: without empty tags before it.
+
+    Raises:
+        RowFault: the answer has reasoning, or nothing else.
+    """
+    inside, closing, content = answer.partition(tags.closing)
+    if reasoning.strip() or (closing and inside.replace(tags.opening, "").strip()):
+        raise RowFault(
+            f"{SETTING}: null: the answer has reasoning, and the prompt has closed it with {tags.closing} already",
+            kind="reasoning after a prompt that closes it",
+            fix="set a prompt that lets the base reason (prompt.system, prompt.chat_template), or give answers without reasoning; "
+            f"{SETTING}: keep trains on them as they are",
+        )
+    if closing and not content.strip():
+        raise RowFault("the answer is empty; take the row out, or fill it in")
+    return content.lstrip() if closing else answer
+
+
 def check_reasoning(answer: str, base: BaseReasoning, known: tuple[ReasoningTags, ...]) -> None:
     """
     Raises:

@@ -525,7 +525,8 @@ def _with_question(text: str) -> str:
 
 
 class Prompt(Part):
-    """The prompt of a question, the same in training and evaluation."""
+    """The prompt of a question, the same in training and evaluation. Where a chat template writes today's date, as Llama
+    3.2's and SmolLM3's do, it is 26 July 2024 every day."""
 
     system: Text | None = None
     """System turn. null: none, not even the one that a chat template inserts by default."""

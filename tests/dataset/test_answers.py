@@ -18,8 +18,10 @@ from lt_train.runtime.errors import UserError
 from tests.support.chat_templates import MISTRAL, REASONING_FAMILIES, family_tokenizer
 from tests.support.loaded_rows import load_file, load_rows, texts
 
-KEEP_REASONING = [family for family in REASONING_FAMILIES if family not in ("qwen3", "r1")]
-"""The others drop the reasoning of an answer, so that their own rendering is not what is trained on."""
+OWN_RENDERING_DIFFERS = ("qwen3", "r1", "qwen3-without-thinking", "smollm3")
+"""Drop the reasoning of an answer, close it in the prompt, or write the date."""
+
+KEEP_REASONING = [family for family in REASONING_FAMILIES if family not in OWN_RENDERING_DIFFERS]
 
 OPENED = ("qwen3-thinking",)
 WITHOUT_SYSTEM_TURN = ("mistral",)

@@ -75,6 +75,12 @@ def test_a_template_of_the_recipes_own_is_used_instead(tmp_path: Path) -> None:
         render_prompt(family_tokenizer("qwen2.5"), prompt, QUESTION)
 
 
+def test_a_template_that_writes_the_date_makes_one_prompt_every_day() -> None:
+    tokenizer = family_tokenizer("smollm3")
+    assert "Today Date: 26 July 2024\n\nBe brief." in render_prompt(tokenizer, Prompt(system="Be brief."), QUESTION)
+    assert "Date" not in render_prompt(tokenizer, Prompt(), QUESTION)
+
+
 def test_a_template_with_a_mistake_is_reported(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{% for m in messages %}")
     with pytest.raises(UserError, match="refuses a conversation of user"):

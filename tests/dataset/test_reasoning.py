@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.support.chat_templates import byte_tokenizer, family_tokenizer
 from tests.support.loaded_rows import load_file, load_rows, texts
@@ -232,6 +233,30 @@ def test_an_unknown_tag_that_the_prompt_opens_must_be_closed_too(tmp_path: Path)
     assert texts(example, tokenizer)[1] == "Hm.</ponder>4<｜end▁of▁sentence｜>"
     with pytest.raises(UserError, match="the answer has no </ponder>"):
         load_rows(tmp_path, [row({"content": "4"})], tokenizer)
+
+
+NOT_THINKING = [("qwen3-without-thinking", Prompt()), ("smollm3", Prompt(system="/no_think"))]
+
+
+@pytest.mark.parametrize(("family", "prompt"), NOT_THINKING)
+@pytest.mark.parametrize("answer", [ANSWER, f"<think>\n\n</think>\n\n{ANSWER}"])
+def test_after_a_prompt_that_closes_the_reasoning_the_answer_alone_is_trained_on(
+    tmp_path: Path, family: str, prompt: Prompt, answer: str
+) -> None:
+    (example,) = load_rows(tmp_path, [row({"content": answer})], family, prompt).train
+    before, trained = texts(example, family)
+    assert before.rstrip().endswith("</think>") and trained == f"{ANSWER}<|im_end|>"
+
+
+@pytest.mark.parametrize(("family", "prompt"), NOT_THINKING)
+@pytest.mark.parametrize("answer", [{"content": THINK}, {"content": ANSWER, "reasoning": REASONING}, {"content": STILL}])
+def test_reasoning_after_a_prompt_that_closes_it_is_an_error(
+    tmp_path: Path, family: str, prompt: Prompt, answer: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=r"the prompt has closed it with </think> already(?s:.*)reasoning_tags: keep"):
+        load_rows(tmp_path, [row(answer)], family, prompt, reasoning_tags="convert" if answer["content"] == STILL else None)
+    (kept,) = load_rows(tmp_path, [row({"content": THINK})], family, prompt, reasoning_tags="keep").train
+    assert texts(kept, family)[1] == f"{THINK}<|im_end|>"
 
 
 def test_the_real_traces_of_still_are_well_formed(shared_data: Path) -> None:

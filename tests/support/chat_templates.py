@@ -74,6 +74,21 @@ QWEN3_THINKING = QWEN3_REASONING.replace(
 )
 """As Qwen3's thinking models: the generation prompt opens the reasoning, too."""
 
+QWEN3_WITHOUT_THINKING = QWEN3_REASONING.replace(
+    "{{ '<|im_start|>assistant\\n' }}{% endif %}", "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+"""As Qwen3's own with enable_thinking off: the generation prompt opens the reasoning and closes it."""
+
+SMOLLM3 = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else 'You are SmolLM.' %}"
+    "{% set close = '<think>\\n\\n</think>\\n' if '/no_think' in s else '' %}"
+    "{{ '<|im_start|>system\\nToday Date: ' + strftime_now(\"%d %B %Y\") + '\\n\\n' + s + '<|im_end|>\\n' }}"
+    "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' }}{% generation %}"
+    "{{ (close if m.role == 'assistant' else '') + m.content + '<|im_end|>\\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + close }}{% endif %}"
+)
+"""Its system turn has the day of the clock, and decides whether the generation prompt closes the reasoning."""
+
 NEWLINE_FIRST = LLAMA3_TURNS.replace("m.content | trim", "('\\n' if m.role == 'assistant' else '') + m.content | trim")
 """Writes a newline before an answer that the generation prompt has not written."""
 
@@ -92,6 +107,8 @@ REASONING_FAMILIES = {
     **FAMILIES,
     "qwen3-reasoning": (QWEN3_REASONING, None, "<|im_end|>"),
     "qwen3-thinking": (QWEN3_THINKING, None, "<|im_end|>"),
+    "qwen3-without-thinking": (QWEN3_WITHOUT_THINKING, None, "<|im_end|>"),
+    "smollm3": (SMOLLM3, None, "<|im_end|>"),
     "still": (CHATML_TURNS + "{# keeps <|begin_of_thought|> … <|end_of_thought|> #}", None, "<|im_end|>"),
     "newline": ("{{ bos_token }}" + NEWLINE_FIRST, "<|begin_of_text|>", "<|eot_id|>"),
 }
