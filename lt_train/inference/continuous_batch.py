@@ -25,7 +25,7 @@ from lt_train.inference.per_prompt_store import PerPromptStore, check_read_at_on
 from lt_train.inference.requests import Answer, FinishReason, Logprobs, Request, Sampling
 from lt_train.inference.runner import ModelRunner
 from lt_train.inference.sampler import choose_tokens, penalise_repetition
-from lt_train.inference.text import cut_at_stop_string, decode, thinking_tokens
+from lt_train.inference.text import closed_by_prompt, cut_at_stop_string, decode, thinking_tokens
 
 
 @dataclass(eq=False)
@@ -238,8 +238,14 @@ class ContinuousBatch:
         return taken
 
     def _close_reasoning(self, sequence: Running) -> None:
-        if thinking_tokens(self.tokenizer, sequence.new_ids) is None and sequence.ids[-1] not in self.stop_ids:
-            sequence.forced.extend(self.tokenizer(sequence.sampling.thinking_close, add_special_tokens=False)["input_ids"])
+        """Where it is still open: neither the prompt nor the answer has closed it."""
+        close = sequence.sampling.thinking_close
+        if (
+            thinking_tokens(self.tokenizer, sequence.new_ids, close) is None
+            and not closed_by_prompt(self.tokenizer, sequence.request.prompt_ids, close)
+            and sequence.ids[-1] not in self.stop_ids
+        ):
+            sequence.forced.extend(self.tokenizer(close, add_special_tokens=False)["input_ids"])
 
     def _finished(self, sequence: Running) -> Answer | None:
         stop = sequence.sampling.stop
@@ -255,7 +261,7 @@ class ContinuousBatch:
 
     def _answer(self, sequence: Running, text: str, reason: FinishReason) -> Answer:
         new_ids = sequence.new_ids
-        thinking = thinking_tokens(self.tokenizer, new_ids)
+        thinking = thinking_tokens(self.tokenizer, new_ids, sequence.sampling.thinking_close)
         return Answer(sequence.request, text, len(new_ids), thinking, reason, sequence.seconds)
 
 

@@ -9,6 +9,9 @@ from lt_train.inference.generation_config import listed
 from lt_train.recipe.reasoning_tags import REASONING_ENDS
 from lt_train.runtime.errors import UserError
 
+GENERATION_PROMPT_TOKENS = 64
+"""More than the end of any prompt that closes the reasoning takes."""
+
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokenizer's eos and those that the checkpoint's generation config names (chat models often have two), ascending.
@@ -44,16 +47,28 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def thinking_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> int | None:
+def reasoning_ends(thinking_close: str) -> tuple[str, ...]:
+    """What closes the reasoning of an answer: the usual tags, and the last line of the recipe's `thinking_close`."""
+    own = thinking_close.strip().rpartition("\n")[2]
+    return (*REASONING_ENDS, own) if own else REASONING_ENDS
+
+
+def thinking_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], thinking_close: str = "") -> int | None:
     """Number of tokens until the reasoning was closed; None where it never was."""
+    ends = reasoning_ends(thinking_close)
 
     def closed(token_ids: Sequence[int]) -> bool:
         text = decode(tokenizer, token_ids)
-        return any(end in text for end in REASONING_ENDS)
+        return any(end in text for end in ends)
 
     if not closed(token_ids):
         return None
     return bisect_left(range(len(token_ids)), True, key=lambda count: closed(token_ids[:count]))
+
+
+def closed_by_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], thinking_close: str) -> bool:
+    """Whether a prompt ends with what closes the reasoning, as Qwen3's does without thinking."""
+    return decode(tokenizer, prompt_ids[-GENERATION_PROMPT_TOKENS:]).rstrip().endswith(reasoning_ends(thinking_close))
 
 
 def cut_at_stop_string(text: str, stop: Sequence[str]) -> str | None:

@@ -106,7 +106,8 @@ class Eval(EvalConfig):
     thinking_budget: Count | None = None
     """Tokens of reasoning, at most. Reasoning that is longer is closed with `thinking_close`. null: no limit."""
     thinking_close: Text = f"{THINK.gap}{THINK.closing}\n\n"
-    """Text that closes the reasoning where `thinking_budget` ends it."""
+    """Text that closes the reasoning where `thinking_budget` ends it. An answer that has its last line, or a usual tag, has closed
+    it already."""
     recall: Recall | None = None
     """The problems of needle, passkey and copying. null: the defaults of its settings."""
     seed: Seed | None = None

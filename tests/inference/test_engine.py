@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -218,6 +219,22 @@ def test_reasoning_over_its_budget_is_closed_and_the_answer_continues(model, tok
             assert answer.thinking_tokens == 6
             closed += 1
     assert closed > 5
+
+
+def test_reasoning_that_is_closed_already_is_not_closed_again(model, tokenizer) -> None:
+    """By the prompt, as Qwen3's without thinking, or by the tag of the recipe's own thinking_close: here a letter."""
+    closed_prompts = [replace(each, prompt_ids=(*each.prompt_ids, 2)) for each in requests(MANY)]
+    free = answered(Engine(model, tokenizer), closed_prompts, GREEDY)
+    forced = answered(Engine(model, tokenizer), closed_prompts, replace(GREEDY, thinking_budget=5, thinking_close="</think>"))
+    assert texts(forced) == texts(free)
+    free = answered(Engine(model, tokenizer), requests(MANY), GREEDY)
+    tag = Counter(letter for answer in free.values() for letter in set(answer.text[:5])).most_common(1)[0][0]
+    own = answered(
+        Engine(model, tokenizer), requests(MANY), replace(GREEDY, thinking_budget=5, thinking_close=f"Time's up.\n{tag}")
+    )
+    closed = [key for key, answer in free.items() if tag in answer.text[:5]]
+    assert closed and all(own[key].text == free[key].text for key in closed)
+    assert all(own[key].thinking_tokens == free[key].text.index(tag) + 1 for key in closed if "<" not in free[key].text)
 
 
 def test_answers_come_as_soon_as_they_are_done(model, tokenizer) -> None:
