@@ -106,7 +106,8 @@ class Benchmark:
         archive: file of the hub data set that holds the problems, where the data set cannot be loaded as such, and their
             place inside it.
         count: number of problems that must be there; None where the user's own file, or a setting, decides.
-        id_fields: fields that may name a row, in the order of preference. A row with none is named by its number, from 0.
+        id_fields: fields that may name a row, in the order of preference. A row with none is named by its number, from 0, unless
+            `id_required`.
         rows: how a row becomes a problem.
         fields: what a row needs, in the order in which its reader takes them.
         template: the prompt with {context} and {input}, of benchmarks with a prompt of their own.
@@ -128,6 +129,7 @@ class Benchmark:
     archive: tuple[str, str] | None = None
     count: int | None = None
     id_fields: tuple[str, ...] = ("id", "unique_id")
+    id_required: bool = False
     rows: Literal["short_answer", "choice", "longbench"] = "short_answer"
     fields: tuple[str, ...] = ("problem", "answer")
     answer_after: str | None = None
@@ -151,7 +153,7 @@ class Benchmark:
         """This benchmark of the user's own rows, which hold `question`, `answer` and `id` in the columns that are given."""
         fields = tuple(columns.get(name) or own for name, own in zip(("question", "answer"), self.fields, strict=True))
         named = columns.get("id")
-        return replace(self, fields=fields, id_fields=self.id_fields if named is None else (named,))
+        return replace(self, fields=fields) if named is None else replace(self, fields=fields, id_fields=(named,), id_required=True)
 
     @property
     def truncated_is_incorrect(self) -> bool:

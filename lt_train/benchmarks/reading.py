@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import string
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -75,8 +76,10 @@ def archived_rows(source: str, archive: str, member: str) -> Iterator[sources.Ro
 
 def read_problem(benchmark: Benchmark, row: Mapping[str, Any], number: int, where: str) -> Problem:
     """One row as a problem; `where` is its file and line for errors."""
-    ids = (_value(row, field) for field in benchmark.id_fields)
-    problem_id = next((str(value) for value in ids if value is not None), str(number))
+    ids = [value for field in benchmark.id_fields if (value := _value(row, field)) not in (None, "")]
+    if benchmark.id_required and not ids:
+        raise invalid_field(benchmark, row, benchmark.id_fields[0], where)
+    problem_id = str(ids[0] if ids else number)
     reader = {"short_answer": read_short_answer, "choice": read_choice, "longbench": read_longbench}[benchmark.rows]
     return reader(benchmark, row, problem_id, where)
 
@@ -118,7 +121,7 @@ def is_texts(value: object) -> bool:
 
 def read_text(benchmark: Benchmark, row: Mapping[str, Any], field: str, where: str) -> str:
     value = _value(row, field)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (isinstance(value, float) and math.isnan(value)):
         raise invalid_field(benchmark, row, field, where)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column with one fraction in it makes 27 a 27.0

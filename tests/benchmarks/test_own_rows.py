@@ -70,6 +70,21 @@ def test_a_column_that_rows_do_not_have_is_an_error_that_names_theirs(
         problems_of(tmp_path, AIME, columns)
 
 
+@pytest.mark.parametrize("row", [{}, {"uid": None}, {"uid": ""}])
+def test_a_row_without_the_id_that_is_named_is_an_error_and_not_numbered(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: field 'uid' is (missing|None|'')"):
+        problems_of(tmp_path, {"problem": "6 x 7?", "answer": "42", **row}, {"id": "uid"})
+    (problem,) = problems_of(
+        tmp_path, {"problem": "6 x 7?", "answer": "42", "id": ""}, {}
+    )  # a CSV has no other way to leave it out
+    assert problem.id == "0"
+
+
+def test_an_answer_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: field 'answer' is nan"):
+        problems_of(tmp_path, {"problem": "6 x 7?", "answer": float("nan")}, {})
+
+
 def test_two_rows_with_one_id_are_an_error_whatever_column_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(AIME)}\n" * 2)
