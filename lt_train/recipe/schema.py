@@ -222,6 +222,9 @@ class Hybrid(Part):
             yield Fault(("max_rise", "strategy"), f"{self.strategy} predicts no rise", "set strategy to gates, or lazy_layer_ratio")
         if self.sink == "learned" and self.w_sink:
             yield Fault(("sink", "w_sink"), "learned sinks take the place of tokens", "remove w_sink, or set sink to tokens")
+        if self.w_recent == 1 and self.w_sink == 0:
+            problem = "transformers caches every token of a window of one, so an export would generate others"
+            yield Fault(("w_recent", "w_sink"), problem, "set w_recent to at least 2")
         for name in ("sink_steps", "sink_learning_rate"):
             if self.sink == "tokens" and getattr(self.calibration, name) != Calibration.model_fields[name].default:
                 problem = "no sinks are fitted"

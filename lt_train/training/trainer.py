@@ -15,6 +15,7 @@ from lt_train.dataset.examples import ExampleSet, examples_fingerprint
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.sinks_file import learned_sinks
 from lt_train.inference.trained_weights import LoadModel
+from lt_train.recipe.batch_size import batch_samples
 from lt_train.recipe.schema import EVAL_LOSS, Recipe, Train, settings_that_may_change
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import read_json
@@ -117,7 +118,7 @@ def train(
                 save_on_sigterm = SaveOnSigterm(out)
                 _add_callbacks(trainer, recipe, settings, best, probes, save_on_sigterm, TrainingLog(out, tracker))
                 with save_on_sigterm.handling():
-                    _run(trainer, checkpoint, report)
+                    _run(trainer, checkpoint, batch_samples(train, recipe.data), report)
             if probes is not None:
                 probes.wait()
         finally:
@@ -252,12 +253,17 @@ def _distillation(
     return Distillation(settings, teacher, hybrid_in(trainer.model), layers)
 
 
-def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> None:
-    """Run the remaining steps. The last one ends with an evaluation and a checkpoint."""
+def _run(trainer: HybridSFTTrainer, checkpoint: Checkpoint | None, batch: int, report: Callable[[str], None]) -> None:
+    """Run the remaining steps, each of `batch` rows. The last one ends with an evaluation and a checkpoint."""
     progress = ProgressBar()
     if trainer.is_world_process_zero():
         trainer.add_callback(progress)
         report(_first_line(trainer, checkpoint))
+        if (rows := len(trainer.train_dataset)) < batch:
+            report(
+                f"warning: train.batch_size: a step takes {batch:,} rows, and there are {rows:,}, so each takes these {rows:,}. "
+                "Fix: lower it, or give more samples"
+            )
     try:
         with without_bars_of_transformers():
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)

@@ -586,6 +586,11 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
             ["train.method=full", "lora={}"],
             "lora + train.method: method full trains no adapters. Fix: set lora to null, or train.method to lora",
         ),
+        (
+            ["hybrid.w_sink=0", "hybrid.w_recent=1"],
+            "hybrid.w_recent + hybrid.w_sink: transformers caches every token of a window of one, so an export would generate "
+            "others. Fix: set w_recent to at least 2",
+        ),
         (["eval.0.benchmark=custom"], "eval.0.path: missing; custom has no data of its own. Fix: name a file"),
         (["eval.0.recall.keys=2"], "eval.0.recall: the problems of aime24 are read, not generated. Fix: remove it"),
         (["eval.0.benchmark=passkey", "eval.0.recall.keys=2"], "eval.0.recall.keys: unknown setting of passkey. Fix: remove it"),

@@ -55,6 +55,15 @@ def test_one_by_four_equals_four_by_one(train_tiny, tmp_path: Path) -> None:
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "at once"), abs=1e-5)
 
 
+@pytest.mark.parametrize("batch", [22, 24])
+def test_a_batch_of_more_rows_than_there_are_is_reported(tmp_path: Path, batch: int) -> None:
+    reported: list[str] = []
+    recipe = tiny_recipe({"train": {"max_steps": 1, "batch_size": batch}})
+    training.train(recipe, load_tiny, tiny_tokenizer(), tiny_examples(), SPEC, tmp_path, NoTracker(), reported.append)
+    warned = [line for line in reported if line.startswith("warning: train.batch_size: a step takes 24 rows, and there are 22")]
+    assert len(warned) == (batch == 24)
+
+
 def test_gradient_checkpointing_changes_no_loss(train_tiny, tmp_path: Path) -> None:
     for name, on in (("plain", False), ("checkpointed", True)):
         train_tiny(name, train={"max_steps": 3, "gradient_checkpointing": on})
