@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.inference.streamed_text import StreamedText
+from lt_train.runtime.errors import UserError
 from lt_train.serving.checkpoint import Checkpoint
 from lt_train.serving.engine_thread import EngineStopped, EngineThread, Submission
 from lt_train.serving.protocol import AnswerRequest, ApiError, ChatRequest, CompletionRequest, refused_body
@@ -114,13 +115,11 @@ class Answering:
 
     def conversation_ids(self, body: ChatRequest) -> tuple[int, ...]:
         try:
-            text = self.tokenizer.apply_chat_template(
-                [message.turn for message in body.messages], tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, ValueError, TypeError) as error:
+            text = self.checkpoint.conversation([message.turn for message in body.messages])
+        except (TemplateError, ValueError, TypeError, UserError) as error:
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
         try:
-            return self.checkpoint.prompt_ids(str(text))
+            return self.checkpoint.prompt_ids(text)
         except ValueError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
 

@@ -120,15 +120,16 @@ class Conversation:
         self.console.print(f"the reasoning is {'hidden' if self.folded else 'shown'}", style="dim")
 
     def forget(self) -> None:
-        system = self.checkpoint.system
+        prompt = self.checkpoint.prompt
+        system = None if prompt is None else prompt.system
         self.turns = [] if system is None else [{"role": "system", "content": system}]
 
     def ask(self, question: str) -> None:
         """Print the answer as it comes, and what it took. A question without room, or that the template refuses, is dropped."""
         turns = [*self.turns, {"role": "user", "content": question}]
         try:
-            prompt = self._prompt(turns)
-        except (TemplateError, ValueError, TypeError) as error:
+            prompt = self.checkpoint.conversation(turns)
+        except (TemplateError, ValueError, TypeError, UserError) as error:
             self._complain(f"the chat template refuses this turn: {error}")
             return
         try:
@@ -141,10 +142,6 @@ class Conversation:
             return
         text = self._answer(prompt, ids)
         self.turns = [*turns, {"role": "assistant", "content": text}]
-
-    def _prompt(self, turns: list[dict[str, str]]) -> str:
-        tokenizer = self.checkpoint.tokenizer
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _answer(self, prompt: str, ids: tuple[int, ...]) -> str:
         sampling = replace(self.checkpoint.sampling, max_new_tokens=self.checkpoint.room(len(ids), self.longest))

@@ -1,13 +1,13 @@
 """The hybrid that a run's folder or an export holds, with its tokenizer, ready to answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lt_train.dataset.chat_template import own_template
+from lt_train.dataset.chat_template import ChatTemplate, own_template
 from lt_train.export.checkpoint import exported_tokenizer
 from lt_train.export.granite_swa import load_granite_swa
 from lt_train.export.manifest import damaged_files, read_manifest
@@ -22,7 +22,7 @@ from lt_train.inference.tokenizer import load_checked_tokenizer
 from lt_train.pipeline.run_folder import recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
-from lt_train.recipe.schema import PER_PROMPT, Model
+from lt_train.recipe.schema import PER_PROMPT, Model, Prompt
 from lt_train.runtime.devices import compute_dtype, computes_in_bf16
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import EXPORT_MANIFEST, RunPaths
@@ -39,14 +39,14 @@ class Checkpoint:
 
     Attributes:
         source: what it is, in words.
-        system: the system turn that it was trained with; None: none, or unknown.
+        prompt: of the recipe that made it; None: unknown, of an export.
     """
 
     folder: Path
     source: str
     model: HybridForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    system: str | None
+    prompt: Prompt | None
 
     @property
     def sampling(self) -> Sampling:
@@ -66,6 +66,16 @@ class Checkpoint:
             longest: tokens that prompt and answer may have together.
         """
         return min(longest - prompt_tokens, self.model.generation_config.max_new_tokens or longest)
+
+    def conversation(self, turns: Sequence[Mapping[str, str]]) -> str:
+        """A conversation up to the answer, by the chat template. Of a run it has no system turn that the run was trained without.
+
+        Raises:
+            TemplateError, ValueError, TypeError, UserError: the chat template refuses the turns.
+        """
+        if self.prompt is not None:
+            return ChatTemplate(self.tokenizer, self.prompt).render(turns, add_generation_prompt=True)
+        return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
 
     def prompt_ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
         """The tokens of a prompt.
@@ -167,4 +177,4 @@ def _run(paths: RunPaths) -> Checkpoint:
     tokenizer = load_checked_tokenizer(recipe.model, config, recipe.prompt)
     tokenizer = exported_tokenizer(tokenizer, own_template(recipe.prompt))
     model = Variants(recipe, paths, config).load(variant, compute_dtype(recipe.model.dtype))
-    return Checkpoint(paths.root, f"{variant} hybrid", model, tokenizer, recipe.prompt.system)
+    return Checkpoint(paths.root, f"{variant} hybrid", model, tokenizer, recipe.prompt)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.continuous_batch import ContinuousBatch
+from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from lt_train.serving.chat import Conversation
 from lt_train.serving.checkpoint import Checkpoint
@@ -112,11 +113,9 @@ def test_the_beginning_reports_what_streams(symbols: Checkpoint) -> None:
     assert replace(symbols, model=tiny_model(split)).streaming == "3 of 6 KV heads stream"
 
 
-def test_each_turn_follows_the_earlier_ones_in_the_models_template(symbols: Checkpoint) -> None:
-    talk, _ = conversation(replace(symbols, system="be brief"))
-    prompts = []
-    render = talk._prompt
-    talk._prompt = lambda turns: prompts.append(render(turns)) or prompts[-1]
+def test_each_turn_follows_the_earlier_ones_in_the_models_template(symbols: Checkpoint, monkeypatch) -> None:
+    prompts = prompts_of(monkeypatch)
+    talk, _ = conversation(replace(symbols, prompt=Prompt(system="be brief")))
     talk.ask("12")
     first = talk.turns[-1]["content"]
     talk.ask("34")
@@ -124,6 +123,26 @@ def test_each_turn_follows_the_earlier_ones_in_the_models_template(symbols: Chec
     talk.forget()
     talk.ask("5")
     assert prompts[-1] == "be brief\n5\n:"
+
+
+@pytest.mark.parametrize("prompt", [None, Prompt()])
+def test_a_run_is_talked_to_without_the_system_turn_that_it_was_trained_without(
+    symbols: Checkpoint, monkeypatch, prompt: Prompt | None
+) -> None:
+    tokenizer = symbol_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}be kind\n{% endif %}" + tokenizer.chat_template
+    prompts = prompts_of(monkeypatch)
+    talk, _ = conversation(replace(symbols, tokenizer=tokenizer, prompt=prompt))
+    talk.ask("12")
+    assert prompts == ["be kind\n12\n:" if prompt is None else "12\n:"]
+
+
+def prompts_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that conversations make from now on."""
+    prompts: list[str] = []
+    render = Checkpoint.conversation
+    monkeypatch.setattr(Checkpoint, "conversation", lambda self, turns: prompts.append(render(self, turns)) or prompts[-1])
+    return prompts
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_continues(symbols: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
