@@ -1,16 +1,20 @@
 """All samples that an evaluation consists of, and what decides their content: settled before any model generates."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from lt_train.benchmarks import BENCHMARKS, Benchmark, ProblemSet, RecallSettings, answer_tokens, load_problems
+from lt_train.dataset.answers import base_reasoning
+from lt_train.dataset.chat_template import ChatTemplate
+from lt_train.dataset.reasoning import known_tags
 from lt_train.evaluation.prompting import instruction_for, prompt_for, prompt_ids, question_text, room_for_text
 from lt_train.evaluation.records import Fingerprint
 from lt_train.inference.requests import Request, Sampling, sample_seed
 from lt_train.recipe import schema as recipe
-from lt_train.recipe.evaluations import Recall
+from lt_train.recipe.evaluations import DEFAULT_THINKING_CLOSE, Recall
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
 
@@ -69,6 +73,8 @@ def make_plan(
         benchmark, eval_config.path, eval_config.limit, columns=columns, recall=recall, tokenizer=tokenizer, seed=seed
     )
     sampling = sampling_for(eval_config, benchmark, recall)
+    if sampling.thinking_budget is not None and benchmark.prompt_style != "without_chat":
+        check_thinking_close(sampling.thinking_close, tokenizer, prompt)
     room = room_for_text(tokenizer, prompt, benchmark, context, sampling.max_new_tokens)
     longest = room if eval_config.max_prompt_tokens is None else eval_config.max_prompt_tokens
     if longest > room:
@@ -118,6 +124,19 @@ def sampling_for(eval_config: recipe.Eval, benchmark: Benchmark, recall: RecallS
         thinking_budget=eval_config.thinking_budget,
         thinking_close=eval_config.thinking_close,
     )
+
+
+def check_thinking_close(thinking_close: str, tokenizer: PreTrainedTokenizerBase, prompt: recipe.Prompt) -> None:
+    """
+    Raises:
+        UserError: it is the default, and the base closes its reasoning with another tag.
+    """
+    tags = base_reasoning(ChatTemplate(tokenizer, prompt), known_tags(None), own_pair=False).tags
+    if tags is not None and tags.closing not in thinking_close and thinking_close == DEFAULT_THINKING_CLOSE:
+        raise UserError(
+            f"thinking_close: {thinking_close!r}: the base closes its reasoning with {tags.closing}. Fix: set thinking_close to "
+            + json.dumps(f"{tags.gap}{tags.closing}\n\n", ensure_ascii=False)
+        )
 
 
 def check_fits_context(context: int, requests: list[Request], max_new_tokens: int) -> None:

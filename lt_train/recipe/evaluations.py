@@ -25,6 +25,9 @@ HELDOUT = ("heldout_loss", "heldout_kl")
 """Evaluations that generate no answers."""
 
 
+DEFAULT_THINKING_CLOSE = f"{THINK.gap}{THINK.closing}\n\n"
+
+
 class EvalConfig(Part):
     """What all evaluations have in common."""
 
@@ -105,7 +108,7 @@ class Eval(EvalConfig):
     """LongBench: tokens of a text, at most. Longer texts lose their middle. null: what the model's context leaves."""
     thinking_budget: Count | None = None
     """Tokens of reasoning, at most. Reasoning that is longer is closed with `thinking_close`. null: no limit."""
-    thinking_close: Text = f"{THINK.gap}{THINK.closing}\n\n"
+    thinking_close: Text = DEFAULT_THINKING_CLOSE
     """Text that closes the reasoning where `thinking_budget` ends it. An answer that has its last line, or a usual tag, has closed
     it already."""
     recall: Recall | None = None

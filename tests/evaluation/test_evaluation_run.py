@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.engine import Engine
 from lt_train.recipe import schema as recipe
 from lt_train.runtime.errors import UserError
+from tests.support.chat_templates import family_tokenizer
 from tests.support.full_disk import files_of_at_most
 from tests.support.graders import graders_are_kept
 
@@ -254,6 +256,17 @@ def test_what_would_stop_an_evaluation_is_found_without_a_model(
     eval_config = recipe.Eval(**{"benchmark": "ledger", "path": problems, "max_new_tokens": 12, **changed})
     with pytest.raises(UserError, match=reason):
         make_plan(eval_config, recipe.Prompt(), tokenizer, context=128, seed=0)
+
+
+def test_a_thinking_budget_does_not_close_reasoning_with_the_tag_of_another_family(problems: str) -> None:
+    plan = partial(make_plan, prompt=recipe.Prompt(), tokenizer=family_tokenizer("still"), context=4096, seed=0)
+    settings: dict[str, Any] = {"benchmark": "ledger", "path": problems, "max_new_tokens": 12}
+    with pytest.raises(
+        UserError, match=r"closes its reasoning with <\|end_of_thought\|>\. Fix: set thinking_close to \"\\n\\n<\|end"
+    ):
+        plan(recipe.Eval(**settings, thinking_budget=8))
+    for allowed in ({}, {"thinking_budget": 8, "thinking_close": "\n\n<|end_of_thought|>\n\n"}):
+        assert len(plan(recipe.Eval(**settings, **allowed)).requests) == 6
 
 
 def test_a_truncated_answer_is_incorrect_whatever_it_contains(evaluation, tmp_path: Path) -> None:
