@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lt_train.inference.requests import Sampling
 
+LEAST = 1e-15
+"""Of a temperature and of a penalty: smaller ones choose the same token, until a logit that is divided by both is infinite."""
+
 
 def choose_tokens(logits_BV: Tensor, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     """One token a row.
@@ -40,7 +43,7 @@ def filtered_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
     The filters and their order are those of transformers: temperature, top_k, top_p of what top_k kept, min_p.
     """
-    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
+    probabilities_BV = torch.softmax(logits_BV / max(sampling.temperature, LEAST), dim=-1)
     if sampling.top_k:
         probabilities_BV = keep_likeliest(probabilities_BV, sampling.top_k)
         probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
@@ -79,5 +82,5 @@ def penalise_repetition(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalt
     for logits_V, tokens in zip(logits_BV, seen, strict=True):
         index = torch.tensor(sorted(set(tokens)), device=logits_V.device)
         values = logits_V[index]
-        logits_V[index] = torch.where(values > 0, values / penalty, values * penalty)
+        logits_V[index] = torch.where(values > 0, values / max(penalty, LEAST), values * penalty)
     return logits_BV

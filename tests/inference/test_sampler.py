@@ -48,6 +48,12 @@ def test_temperature_sharpens_the_distribution() -> None:
     assert abs(drawn([0.6, 0.4], Sampling(0.5, 1.0, 1))[0] / 4000 - 0.36 / (0.36 + 0.16)) < 0.03
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1e-45])
+def test_the_smallest_temperature_and_penalty_take_the_likeliest(penalty: float) -> None:
+    logits_1V = penalise_repetition(torch.tensor([[3.0, 20.0, 19.999, -20.0]]), [[1, 3]], penalty)
+    assert choose_tokens(logits_1V, Sampling(1e-45, 1.0, 1), [7], [0]) == [1]
+
+
 def test_greedy_takes_the_likeliest_whatever_else_is_set() -> None:
     assert choose_tokens(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(0.0, 0.1, 1, top_k=1), [0], [0]) == [1]
 
