@@ -130,6 +130,8 @@ def show_results(run: Path, console: Console) -> None:
         rows = [result for result in results if result.evaluation == evaluation]
         console.print(_title(rows), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(results_table(rows))
+        for row in _measured_otherwise(rows):
+            console.print(row, markup=False, highlight=False, soft_wrap=True)
     if results:
         console.print(f"{f'KV at {KV_TOKENS // 1024}K':<14}{_kv_line(results)}", markup=False, highlight=False, soft_wrap=True)
     if line := trained_weights(run):
@@ -258,10 +260,23 @@ def _title(results: list[Result]) -> str:
     streaming = next((f"; {result.streaming}" for result in results if result.streaming_kv_heads), layers)
     if isinstance(scores, LossScores):
         what = "KL(base || model) over " if scores.is_divergence else ""
-        return f"{first.evaluation}: {what}{scores.samples} samples, {scores.tokens:,} answer tokens{streaming}"
+        return f"{first.evaluation}: {what}{_described(scores)}{streaming}"
     metrics = "" if scores.fingerprint["temperature"] == 0 else " (avg@n, maj@n)"
     truncated = f"; {scores.truncated_text}" if any(_is_truncated(result.scores) for result in results) else ""
     return f"{first.evaluation}: {problems_and_sampling(scores)}{metrics}{streaming}{truncated}"
+
+
+def _measured_otherwise(results: list[Result]) -> list[str]:
+    """The rows whose problems or sampling are not those of the title: the evaluation was changed before all variants had it."""
+    first, *described = [_described(result.scores) for result in results]
+    pairs = zip(results[1:], described, strict=True)
+    return [f"measured otherwise: {result.label}: {text}" for result, text in pairs if text != first]
+
+
+def _described(scores: Scores) -> str:
+    if isinstance(scores, LossScores):
+        return f"{scores.samples} samples, {scores.tokens:,} answer tokens"
+    return f"{problems_and_sampling(scores)}; {scores.truncated_text}"
 
 
 def _is_truncated(scores: Scores) -> bool:

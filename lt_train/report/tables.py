@@ -201,17 +201,24 @@ def interval_drawing(each: EvaluatedVariant, scale: tuple[float, float]) -> Inte
 
 def notes(rows: Sequence[EvaluatedVariant], several_runs: bool) -> list[str]:
     """Problems and sampling, once where all runs have the same; and the caveats of each row."""
-    described = {each.run: describe(each.result.scores) for each in rows}
-    texts = list(dict.fromkeys(described.values()))
+    described = [(each.run, describe(each.result.scores)) for each in rows]
+    texts = list(dict.fromkeys(text for _, text in described))
     if len(texts) == 1:
         found = [f"{texts[0]}."]
+    elif len(set(described)) > len(dict(described)):  # an evaluation that was changed before all variants had it
+        found = [f"{_name(each, several_runs)}: {text}." for each, (_, text) in zip(rows, described, strict=True)]
+        found.append("Problems or sampling differ: compare rows that are alike.")
     else:
-        found = [f"{run}: {text}." for run, text in described.items()]
+        found = [f"{run}: {text}." for run, text in dict(described).items()]
         found.append("Problems or sampling differ between the runs: compare within a run.")
     if several_runs and len(texts) == 1 and len({each.result.scores.fingerprint.get("problems") for each in rows}) > 1:
         found.append("The runs have different problems: compare within a run.")
     found += [caveat for each in rows for caveat in caveats(each, several_runs)]
     return found
+
+
+def _name(each: EvaluatedVariant, several_runs: bool) -> str:
+    return f"{each.run}, {each.result.label}" if several_runs else each.result.label
 
 
 def describe(scores: Scores) -> str:
@@ -225,7 +232,7 @@ def describe(scores: Scores) -> str:
 def caveats(each: EvaluatedVariant, several_runs: bool) -> list[str]:
     scores, found = each.result.scores, []
     if isinstance(scores, AnswerScores):
-        who = f"{each.run}, {each.result.label}" if several_runs else each.result.label
+        who = _name(each, several_runs)
         if scores.partial:
             found.append(
                 f"{who}: {scores.missing:,} samples are missing. Short answers are done first, so this score is biased towards "

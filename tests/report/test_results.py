@@ -166,6 +166,8 @@ def test_scores_over_other_problems_than_the_bases_are_shown_and_not_compared(ru
     score(run, "trained", answers([1.0, 0.0]))
     assert "50.0 [9.5, 90.5]" in row(run, "reach, trained")
     assert "not comparable" in row(run, "reach, trained")
+    assert shown(run)[0].startswith("ledger: 3 problems, ")
+    assert any(line.startswith("measured otherwise: reach, trained: 2 problems, ") for line in shown(run))
 
 
 def test_several_answers_to_a_problem_are_shown_with_their_majority(run):

@@ -56,6 +56,9 @@ def test_votes_have_columns_where_there_is_more_than_one_answer(tmp_path):
     assert table.rows[0].cells[:2] == ("50.0", "100.0 (k = 2)")
     assert table.rows[1].cells[1] == "25.0 (k = 1)"
     assert table.rows[1].difference == "not comparable"  # the base answered two problems only
+    answered = [note.partition(" problems")[0] for note in table.notes[:3]]
+    assert answered == ["base: ledger: 2 of 4", "reach, untrained: ledger: 4", "reach, trained: ledger: 4"]
+    assert "Problems or sampling differ: compare rows that are alike." in table.notes
 
 
 @pytest.mark.parametrize(("benchmark", "digits"), [("heldout_loss", 3), ("heldout_kl", 4)])
