@@ -64,10 +64,10 @@ def write_traces(out: Path, selection: Selection, questions: Mapping[str, str]) 
     """
     if not selection.kept:
         counts = ", ".join(f"{name} {count:,}" for name, count in selection.counts.items())
-        raise UserError(
-            f"sample: no answer is left to train on ({counts}). Fix: raise sample.samples, or widen sample.min_tokens and "
-            "sample.max_tokens"
-        )
+        fix = "raise sample.samples, or widen sample.min_tokens and sample.max_tokens"
+        if selection.counts["without duplicates"]:
+            fix = "raise sample.token_budget"
+        raise UserError(f"sample: no answer is left to train on ({counts}). Fix: {fix}")
     rows = [
         {
             "prompt": questions[record.problem],

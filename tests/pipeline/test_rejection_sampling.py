@@ -93,8 +93,12 @@ def test_what_is_written_is_training_data_with_the_same_prompt_and_the_whole_ans
     assert json.loads((tmp_path / "counts.json").read_text())["kept"] == 1
 
 
-def test_nothing_to_keep_is_an_error_with_the_counts(tmp_path: Path) -> None:
-    selection = select_traces([answer("a", 0, 9, correct=False)], Sample(benchmark="ledger", max_new_tokens=9))
-    with pytest.raises(UserError, match="generated 1, correct 0"):
-        write_traces(tmp_path, selection, {"a": "?"})
+@pytest.mark.parametrize(
+    ("correct", "reported"),
+    [(False, r"generated 1, correct 0.* Fix: raise sample\.samples"), (True, r"correct 1.* Fix: raise sample\.token_budget")],
+)
+def test_nothing_to_keep_is_an_error_with_the_counts(tmp_path: Path, correct: bool, reported: str) -> None:
+    sample = Sample(benchmark="ledger", max_new_tokens=9, token_budget=8)
+    with pytest.raises(UserError, match=reported):
+        write_traces(tmp_path, select_traces([answer("a", 0, 9, correct=correct)], sample), {"a": "?"})
     assert not list(tmp_path.iterdir())
