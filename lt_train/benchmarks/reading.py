@@ -30,11 +30,22 @@ def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]
     problems: dict[str, Problem] = {}
     for number, (where, row) in enumerate(load_rows(benchmark, source)):
         problem = read_problem(benchmark, row, number, where)
+        check_characters(problem, where)
         if problem.id in problems:
             raise UserError(f"{where}: a second problem with the id {problem.id!r}. Fix: give every problem an id of its own")
         problems[problem.id] = problem
     check_count(benchmark, source, len(problems))
     return tuple(problems.values())
+
+
+def check_characters(problem: Problem, where: str) -> None:
+    """JSON can hold half a character (a lone surrogate such as \\ud800), which no tokenizer and no file takes."""
+    for text in (problem.id, problem.text, *problem.answers):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start : error.end]
+            raise UserError(f"{where}: holds half of a character, {half!r}. Fix: correct it, or take the row out") from error
 
 
 def load_rows(benchmark: Benchmark, source: str) -> Iterator[sources.Row]:

@@ -85,6 +85,12 @@ def test_an_answer_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
         problems_of(tmp_path, {"problem": "6 x 7?", "answer": float("nan")}, {})
 
 
+@pytest.mark.parametrize("field", ["id", "problem", "answer"])
+def test_half_of_a_character_is_an_error_with_its_place(tmp_path: Path, field: str) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: holds half of a character, '\\ud800'"):
+        problems_of(tmp_path, {"id": "a", "problem": "6 x 7?", "answer": "42", field: "a\ud800b"}, {})
+
+
 def test_two_rows_with_one_id_are_an_error_whatever_column_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(AIME)}\n" * 2)
