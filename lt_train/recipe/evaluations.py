@@ -182,7 +182,7 @@ class Eval(EvalConfig):
         if self.max_new_tokens is None and answer_tokens(benchmark) is None:
             fix = "set the tokens of the longest answer"
             yield Fault(("max_new_tokens",), f"missing; {benchmark.name} has no limit of its own", fix)
-        budget, longest = self.thinking_budget, self.max_new_tokens
+        budget, longest = self.thinking_budget, self.max_new_tokens or answer_tokens(benchmark)
         if budget is not None and longest is not None and budget >= longest:
             problem, fix = "no tokens are left for the answer behind the reasoning", "raise max_new_tokens above thinking_budget"
             yield Fault(("thinking_budget", "max_new_tokens"), problem, fix)

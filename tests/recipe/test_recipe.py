@@ -600,6 +600,10 @@ def test_a_faulty_setting_is_reported_with_its_fix(recipe_file: Path, override: 
         ),
         (["eval.0.max_prompt_tokens=99"], "eval.0.max_prompt_tokens: problems of aime24 are never truncated. Fix: remove it"),
         (
+            ["eval.0.benchmark=needle", "eval.0.max_new_tokens=null", "eval.0.thinking_budget=4096"],
+            "eval.0.thinking_budget + eval.0.max_new_tokens: no tokens are left for the answer behind the reasoning. Fix: raise",
+        ),
+        (
             ["eval.0.thinking_budget=99999999"],
             "eval.0.thinking_budget + eval.0.max_new_tokens: no tokens are left for the answer behind the reasoning. Fix: raise",
         ),
