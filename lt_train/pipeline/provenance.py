@@ -3,6 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
+from lt_train.benchmarks import BENCHMARKS
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.export.metadata import ExportMetadata, ReportedScore
 from lt_train.pipeline.run_folder import PACKAGES
@@ -49,8 +50,18 @@ def _training(recipe: Recipe) -> dict[str, str | int | float | bool | None] | No
 def _score(result: Result) -> ReportedScore:
     scores = result.scores
     if isinstance(scores, AnswerScores):
-        metric, value, n = f"avg@{scores.samples}", scores.accuracy, scores.problems
+        metric, value, n = _answer_metric(scores), scores.accuracy, scores.problems
     else:
         metric, value, n = "KL to base" if scores.is_divergence else "loss", scores.loss, scores.samples
     span = None if scores.interval is None else (scores.interval.low, scores.interval.high)
     return ReportedScore(result.variant, result.evaluation, metric, value, scores.standard_error, span, n)
+
+
+def _answer_metric(scores: AnswerScores) -> str:
+    """avg@n, and what sets this score apart from one of all samples that counts truncated answers as usual."""
+    caveats = []
+    if scores.partial:
+        caveats.append(f"{scores.missing:,} samples missing")
+    if scores.truncated_as == "graded" and BENCHMARKS[scores.benchmark].truncated_is_incorrect:
+        caveats.append("truncated answers graded")
+    return f"avg@{scores.samples}" + (f" ({', '.join(caveats)})" if caveats else "")

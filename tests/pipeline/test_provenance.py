@@ -101,3 +101,18 @@ def test_every_score_of_the_run_goes_with_the_export_with_its_error_and_number(t
         ReportedScore("trained", "heldout_loss", "loss", 1.5, None, None, 1),
         ReportedScore("trained", "heldout_kl", "KL to base", 0.25, None, None, 1),
     )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "changed", "metric"),
+    [
+        ("ledger", {"partial": True, "missing": 3}, "avg@4 (3 samples missing)"),
+        ("ledger", {"truncated_as": "graded"}, "avg@4 (truncated answers graded)"),
+        ("needle", {"truncated_as": "graded"}, "avg@4"),  # always, by its own limit
+    ],
+)
+def test_a_partial_score_or_one_of_graded_truncated_answers_is_marked_in_the_card(tmp_path, run, benchmark, changed, metric):
+    answers = AnswerScores(benchmark, 2, 2, 4, 0.5, 0.25, 0.5, None, 0, 0.0, 0.0, 0, 8, 1.0, 2.0, {}, {"a": 0.25, "b": 0.75})
+    write_scores(run / "eval/base/ledger/scores.json", replace(answers, **changed))
+    (score,) = export_metadata(recipe_with(tmp_path), run, {}).scores
+    assert score.metric == metric
