@@ -57,6 +57,16 @@ class ChatTemplate:
         text = self._apply(turns, add_generation_prompt=add_generation_prompt)
         return text if turns[0]["role"] == "system" else self._without_default_system_turn(text)
 
+    @property
+    def default_system_turn(self) -> str:
+        """What `render` leaves out: the system turn that the template writes by itself; "" where it writes none.
+
+        Raises:
+            UserError: where it ends is unknown.
+        """
+        preamble, kept = self._preamble
+        return preamble[len(kept) :]
+
     def turn_end(self, eos_ids: Collection[int] = ()) -> TurnEnd:
         """How an assistant turn ends.
 

@@ -31,6 +31,7 @@ def model_card(metadata: ExportMetadata, config: HybridConfig, dtype: torch.dtyp
         _layers(metadata, config),
         _how_to_load(config, own_code),
         _kv_cache(config, dtype),
+        *_prompts(metadata),
         _data(metadata),
         _training(metadata),
         _scores(metadata.scores),
@@ -191,6 +192,20 @@ def _data(metadata: ExportMetadata) -> str:
     counts = "".join(f"\n- {name.replace('_', ' ')}: {count:,}" for name, count in metadata.data_counts.items())
     how = f"format `{metadata.data_format}`" if metadata.data_counts else "texts on which the layers were scored"
     return f"## Data\n\n`{source}`, {how}\n{counts}".rstrip()
+
+
+def _prompts(metadata: ExportMetadata) -> list[str]:
+    """Nothing where the chat template alone gives the prompts of the run."""
+    if metadata.system is not None:
+        text = "Its prompts had this system turn. Pass it as the first message:"
+        return [f"## Prompts\n\n{text}\n\n```text\n{metadata.system}\n```"]
+    if metadata.default_system_turn:
+        text = (
+            "Its prompts had no system turn. The chat template writes one into conversations that have none, and so do servers "
+            "by it. For the prompts of the run, remove it from `chat_template.jinja`:"
+        )
+        return [f"## Prompts\n\n{text}\n\n```text\n{metadata.default_system_turn.strip()}\n```"]
+    return []
 
 
 def _training(metadata: ExportMetadata) -> str:

@@ -36,6 +36,8 @@ class ExportMetadata:
         training: settings that shape a training, by name; None for a hybrid that was not trained.
         scores: of all variants that were evaluated.
         versions: of the packages that made it.
+        system: the system turn of its prompts, as in the recipe. default_system_turn: what the chat template writes where there is
+            none, and its prompts did not have.
     """
 
     recipe: str
@@ -48,3 +50,5 @@ class ExportMetadata:
     training: dict[str, str | int | float | bool | None] | None
     scores: tuple[ReportedScore, ...]
     versions: dict[str, str]
+    system: str | None = None
+    default_system_turn: str = ""

@@ -11,7 +11,7 @@ from lt_train.recipe.schema import Recipe
 from lt_train.report.results import Result, read_results
 
 
-def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> ExportMetadata:
+def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int], default_system_turn: str = "") -> ExportMetadata:
     hybrid = recipe.hybrid
     return ExportMetadata(
         recipe=recipe.name,
@@ -24,6 +24,8 @@ def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int]) -> E
         training=_training(recipe),
         scores=tuple(_score(result) for result in read_results(run)),
         versions={package: version(package) for package in PACKAGES},
+        system=recipe.prompt.system,
+        default_system_turn=default_system_turn,
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lt_train.dataset.chat_template import ChatTemplate
 from lt_train.dataset.prompts import prompt_ids, render_messages, render_prompt, turn_end
 from lt_train.dataset.special_tokens import encode
 from lt_train.recipe.schema import Prompt
@@ -28,6 +29,16 @@ WITHOUT_SYSTEM_TURN = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_system_turn_means_none_even_where_the_template_puts_one_in(family: str) -> None:
     assert render_prompt(family_tokenizer(family), Prompt(), QUESTION) == WITHOUT_SYSTEM_TURN[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_system_turn_is_what_such_a_prompt_lacks(family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    turns = [{"role": "user", "content": QUESTION["question"]}]
+    by_template = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    left_out = ChatTemplate(tokenizer, Prompt()).default_system_turn
+    assert bool(left_out) == (family in ("qwen2.5", "smollm2", "llama3.1"))
+    assert by_template.replace(left_out, "", 1) == WITHOUT_SYSTEM_TURN[family]
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mistral"])

@@ -127,6 +127,13 @@ def test_without_training_the_card_states_it():
     assert "base_model_relation" not in ModelCard(text).data.to_dict()
 
 
+def test_the_card_names_the_system_turn_of_the_prompts_or_the_one_that_they_lacked():
+    assert "## Prompts" not in card()
+    assert "Pass it as the first message:\n\n```text\nThink long.\n```" in card(system="Think long.")
+    lacked = card(default_system_turn="<|im_start|>system\nBe kind.<|im_end|>\n")
+    assert "remove it from `chat_template.jinja`:\n\n```text\n<|im_start|>system\nBe kind.<|im_end|>\n```" in lacked
+
+
 def test_without_sinks_the_card_needs_no_trust():
     text = card(w_sink=0)
     assert "trust_remote_code" not in text and "custom_code" not in text

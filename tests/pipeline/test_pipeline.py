@@ -27,7 +27,8 @@ from lt_train.runtime.files import read_json, write_json
 from lt_train.runtime.processes import Process
 from tests.support.repository import REPOSITORY
 from tests.support.runs import run_in_folder
-from tests.support.tiny_run import write_recipe
+from tests.support.tiny_exports import exports_are_not_checked
+from tests.support.tiny_run import REASONER, write_recipe
 
 PERIODIC = ("hybrid.strategy=periodic",)
 NEW_EACH_TIME = (".lock", "recipe.yaml", "inputs.json")
@@ -227,6 +228,18 @@ def test_a_training_free_recipe_is_evaluated_and_exported_as_converted(inputs, t
     assert "periodic, untrained" in printed
     assert not (tmp_path / "tiny/train").exists()
     assert (tmp_path / "tiny/export/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("system", "shown"), [("null", "<|im_start|>system\n1 2 3<|im_end|>"), ("4 5", "4 5")])
+def test_the_card_of_an_export_shows_where_its_prompts_are_not_those_of_the_template_alone(inputs, tmp_path, system, shown):
+    base = shutil.copytree(REASONER, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    default = r"{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\n1 2 3<|im_end|>\n' -}}{%- endif -%}"
+    template.write_text(default + template.read_text(encoding="utf-8"), encoding="utf-8")
+    with exports_are_not_checked():
+        given = (*TRAINING_FREE, f"model.base={base}", "eval=[]", f"prompt.system={system}")
+        run_in_folder(load_recipe(inputs / "recipe.yaml", given), tmp_path)
+    assert f"```text\n{shown}\n```" in (tmp_path / "tiny/export/README.md").read_text(encoding="utf-8")
 
 
 def test_the_plan_of_an_evaluation_is_made_once_for_all_models(inputs, tmp_path, monkeypatch):

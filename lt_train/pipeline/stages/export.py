@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lt_train.dataset.chat_template import own_template
+from lt_train.dataset.chat_template import ChatTemplate, own_template
 from lt_train.export.checkpoint import export_hybrid
 from lt_train.export.code_files import check_exportable
 from lt_train.export.push import check_push, push_export
@@ -16,6 +16,7 @@ from lt_train.pipeline.keys import export_key
 from lt_train.pipeline.provenance import export_metadata
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.recipe.schema import PER_PROMPT
+from lt_train.runtime.errors import UserError
 from lt_train.runtime.files import set_aside
 from lt_train.runtime.fingerprints import file_hash
 from lt_train.runtime.run_paths import EXPORT_MANIFEST
@@ -81,12 +82,23 @@ def _write(context: RunContext) -> None:
             _hybrid(context, exported),
             context.tokenizer,
             out,
-            export_metadata(recipe, context.paths.root, context.examples.counts),
+            export_metadata(recipe, context.paths.root, context.examples.counts, _default_system_turn(context)),
             dtype=_dtype(context),
             max_shard_size=recipe.export.max_shard_size,
             chat_template=own_template(recipe.prompt),
             report=lambda line: context.report(NAME, line),
         )
+
+
+def _default_system_turn(context: RunContext) -> str:
+    """That of the chat template; nothing where the run has no prompts, or has a system turn of its own."""
+    recipe = context.recipe
+    if recipe.prompt.system is not None or not (recipe.prompt.chat_template or context.tokenizer.chat_template):
+        return ""
+    try:
+        return ChatTemplate(context.tokenizer, recipe.prompt).default_system_turn
+    except UserError:  # then no prompt was made by it
+        return ""
 
 
 def _hybrid(context: RunContext, exported: str) -> ExportedHybrid:
