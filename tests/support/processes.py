@@ -158,6 +158,8 @@ def _call(
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), stream.fileno())
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # the server's expect to seek, as in what it prints to itself
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     try:
         function(*arguments)
     finally:
@@ -175,6 +177,10 @@ def _run_python(command: list[str], starter: int) -> None:
         import transformers.dynamic_module_utils as dynamic
 
         dynamic.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        from transformers.utils import logging
+
+        logging.set_verbosity(logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])
     safe_path = command[0] == "-P"
     option, *rest = command[safe_path:]
     first = "" if option in ("-m", "-c") else str(Path(option).parent)
