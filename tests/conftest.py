@@ -47,7 +47,7 @@ SLOWER = ("runtime/test_drawing.py", "runtime/test_huge_pages.py", "runtime/test
 
 LONGEST = (
     "test_whole_path.py",
-    "test_real_servers.py",
+    "test_transformers_serve.py",
     "test_in_vllm.py",
     "test_export_in_bare_process.py",
     "test_launched_trainings.py",

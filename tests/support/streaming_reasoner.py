@@ -38,6 +38,7 @@ SPECS = {
 }
 STOP = (3,)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=120)
+DRAWN = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=60, top_k=50, min_p=0.01)
 
 
 def hybrid(kind: str) -> HybridForCausalLM:

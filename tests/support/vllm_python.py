@@ -1,7 +1,7 @@
 """vLLM's own environment, by its python, which LT_TRAIN_VLLM_PYTHON names. The scripts that run there are in in_vllm/."""
 
-import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.launches import WARM_PYTHON
 from tests.support.repository import REPOSITORY
 
 SCRIPTS = REPOSITORY / "tests/support/in_vllm"
@@ -29,26 +30,20 @@ def python_of_vllm() -> str:
 class ForkedVllm:
     """Processes of vLLM's environment, forked from one that has imported vLLM: by itself, each would take ten seconds for it.
 
-    An engine in them computes in the process itself.
+    `WARM_PYTHON` with `environment` is vLLM's python. An engine that a script makes computes in the process itself.
     """
 
-    def __init__(self, forking: "subprocess.Popen[str]") -> None:
-        self._forking = forking
+    def __init__(self, address: str) -> None:
+        self.environment = {**ENVIRONMENT, "LT_TRAIN_WARM_PYTHON": address, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     def run(
         self, command: Sequence[Path | str], *, env: Mapping[str, str] = os.environ, cwd: Path | str = SCRIPTS, **pipes: Any
     ) -> "subprocess.CompletedProcess[str]":
         """As `subprocess.run` with vLLM's python, text and both outputs captured."""
         python, *rest = map(str, command)
-        assert python == python_of_vllm() and self._forking.stdin and self._forking.stdout
-        with TemporaryDirectory() as scratch:
-            outputs = {name: str(Path(scratch, name)) for name in ("stdout", "stderr")}
-            environment = {**env, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            order = {"command": rest, "environment": environment, "folder": str(cwd), **outputs}
-            print(json.dumps(order), file=self._forking.stdin, flush=True)
-            code = self._forking.stdout.readline()
-            assert code, "vLLM's python has ended; its reason is on stderr"
-            return subprocess.CompletedProcess(command, int(code), *(Path(path).read_text() for path in outputs.values()))
+        assert python == python_of_vllm()
+        environment = {**env, **self.environment}
+        return subprocess.run([WARM_PYTHON, *rest], env=environment, cwd=cwd, capture_output=True, text=True)
 
     def printed(self, *command: Path | str) -> list[float]:
         """The numbers of a script's last line."""
@@ -59,9 +54,13 @@ class ForkedVllm:
 
 @contextmanager
 def forked_vllm() -> Iterator[ForkedVllm]:
-    environment = os.environ | ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    command, pipes = [python_of_vllm(), SCRIPTS / "forked.py"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as forking:
-        yield ForkedVllm(forking)
-        assert forking.stdin
-        forking.stdin.close()
+    environment = os.environ | ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR", "WARM_PYTHON": str(WARM_PYTHON)}
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address := f"{folder}/socket")
+        listener.listen()
+        command = [python_of_vllm(), SCRIPTS / "forked.py", str(listener.fileno())]
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]) as forking:
+            listener.close()  # a client whose server has ended is refused
+            yield ForkedVllm(address)
+            assert forking.stdin
+            forking.stdin.close()

@@ -1,4 +1,4 @@
-"""What vLLM's plugin refuses. What it serves is tested with a real server, in inference/servers/test_real_servers.py."""
+"""What vLLM's plugin refuses. What it serves is tested with a real server, in test_in_vllm.py."""
 
 from dataclasses import replace
 

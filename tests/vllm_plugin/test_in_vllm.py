@@ -1,13 +1,16 @@
-"""What runs in vLLM's own environment, whose python LT_TRAIN_VLLM_PYTHON names: kernels, block bookkeeping, answers, speed.
-
-A server that is started as users start it is in inference/servers/test_real_servers.py.
+"""What runs in vLLM's own environment, whose python LT_TRAIN_VLLM_PYTHON names: kernels, block bookkeeping, answers, speed, and a
+server that is started as users start it, but for vLLM's libraries, which its processes have imported when they begin.
 """
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +18,24 @@ from transformers import AutoTokenizer
 
 from lt_train.bench import vllm_speed
 from lt_train.bench.base import StoredBase
+from lt_train.hybrid.loading import load_hybrid
 from lt_train.hybrid.spec import HybridSpec
 from lt_train.inference.engine import Engine
-from lt_train.inference.servers.check import compare_continuations, continue_greedily, distinguishing_prompts
+from lt_train.inference.requests import Answer
+from lt_train.inference.servers.backend import OpenAIBackend
+from lt_train.inference.servers.check import check_server, compare_continuations, continue_greedily, distinguishing_prompts
 from lt_train.inference.servers.completions_api import Completion
+from lt_train.inference.servers.pool import ServerSettings
 from lt_train.inference.servers.vllm_capacity import VllmCache
 from lt_train.recipe.schema import Model, Prompt
 from lt_train.runtime.errors import UserError
+from tests.support import processes
+from tests.support.launches import WARM_PYTHON
+from tests.support.real_servers import until_it_answers
+from tests.support.repository import REPOSITORY
 from tests.support.streaming_reasoner import (
     BASE,
+    DRAWN,
     GRANITE_SWA,
     GREEDY,
     SPECS,
@@ -39,7 +51,8 @@ from tests.support.vllm_python import ForkedVllm, forked_vllm, python_of_vllm
 pytestmark = pytest.mark.slow
 
 KINDS = ["no sinks", "learned sinks", GRANITE_SWA, "sink tokens", "KV heads, sink tokens"]
-"""A server computes single KV heads without sinks, in inference/servers/test_real_servers.py."""
+SERVED = "KV heads"
+"""The kind that the server computes."""
 MIB = 2**20
 SHORT = replace(GREEDY, max_new_tokens=40)  # more than a block of the cache holds
 
@@ -155,3 +168,66 @@ def test_tokens_and_probabilities_are_the_checkpoints_and_not_those_of_another(a
     other = hybrid("sink tokens" if kind == "no sinks" else "no sinks")
     with pytest.raises(UserError, match="computes something else"):
         compared([continue_greedily(other, one.prompt_ids, STOP) for one in answers.distinguishing[kind]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(SERVED, tokenizer, tmp_path_factory.mktemp("served") / "export")
+
+
+@pytest.fixture(scope="module")
+def server(vllm: ForkedVllm, served: Path) -> Iterator[str]:
+    """Started by `lt-train serve`. Answers share what their prompts have in common."""
+    log, port = served.with_name("log"), processes.free_port()
+    sizes = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--block-size", "32"]  # several blocks in a prompt
+    command = [sys.executable, "-m", "lt_train", "serve", str(served), "--vllm", str(WARM_PYTHON), "--port", str(port)]
+    options = ["--kv-budget", "1GiB", "--", *sizes, "--enable-prefix-caching"]
+    environment = os.environ | vllm.environment | {"VLLM_ENGINE_READY_TIMEOUT_S": "1500"}
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment, cwd=REPOSITORY)
+    with until_it_answers(process, url := f"http://localhost:{port}", log, seconds=1500):  # several may start on a busy machine
+        yield url
+
+
+def texts(answers: Iterable[Answer]) -> dict[str, str]:
+    return {answer.request.problem: answer.text for answer in answers}
+
+
+def test_a_server_gives_the_greedy_answers_of_the_engine(server: str, tokenizer: Any) -> None:
+    requests, _ = ledger_requests(tokenizer, 4)
+    assert min(len(request.prompt_ids) for request in requests) > SPECS[SERVED].window
+    by_engine = texts(Engine(hybrid(SERVED), tokenizer).answers(requests, GREEDY))
+    for _ in range(2):  # the second time from cached prefixes
+        answers = list(OpenAIBackend(tokenizer, STOP, ServerSettings((server,))).answers(requests, GREEDY))
+        assert texts(answers) == by_engine
+    assert sum(answer.finish_reason == "stop" and bool(answer.thinking_tokens) for answer in answers) > 2
+    assert texts(Engine(hybrid("no sinks"), tokenizer).answers(requests, GREEDY)) != by_engine
+
+
+def test_a_server_draws_by_the_samples_seed(server: str, tokenizer: Any) -> None:
+    requests, _ = ledger_requests(tokenizer, 2)
+    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((server,)))
+    assert texts(backend.answers(requests, DRAWN)) == texts(backend.answers(list(reversed(requests)), DRAWN))
+
+
+def test_a_server_is_checked_against_the_checkpoint_by_tokens_and_probabilities(server: str, served: Path, tokenizer: Any) -> None:
+    settings = ServerSettings((server,))
+    check = check_server(settings, hybrid(SERVED), served, tokenizer, Prompt(), STOP)
+    assert check.tokens == check.logprobs > 40
+    with pytest.raises(UserError, match="computes something else"):
+        check_server(settings, load_hybrid(BASE, SPECS["no sinks"]), served, tokenizer, Prompt(), STOP)
+
+
+def test_the_script_starts_vllm_with_our_command() -> None:
+    script = REPOSITORY / "launch/serve-vllm.sh"
+    for given, command in (
+        (["8123", "--dtype", "float32"], "--port 8123 --dtype float32"),
+        ([], "--port 8000"),
+    ):
+        run = subprocess.run([script, "export", *given], env={**os.environ, "VLLM_PYTHON": "echo"}, capture_output=True, text=True)
+        assert run.stdout == f"-m lt_train.vllm_plugin.command export {command}\n"

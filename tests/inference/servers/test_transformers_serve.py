@@ -1,21 +1,14 @@
-"""Real servers: `transformers serve`, and vLLM where LT_TRAIN_VLLM_PYTHON names the python of an environment that has it."""
+"""A real server: `transformers serve`. vLLM's is in vllm_plugin/test_in_vllm.py."""
 
 import json
-import os
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from functools import cache
 
-import httpx2
 import pytest
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
-from lt_train.hybrid.loading import load_hybrid
-from lt_train.inference.engine import Engine
-from lt_train.inference.requests import Request, Sampling
+from lt_train.inference.requests import Request
 from lt_train.inference.servers.backend import OpenAIBackend
 from lt_train.inference.servers.check import chat_messages, check_server
 from lt_train.inference.servers.pool import ServerSettings
@@ -24,14 +17,15 @@ from lt_train.recipe.schema import Prompt
 from lt_train.runtime.errors import UserError
 from tests.support import processes
 from tests.support.graders import graders_are_kept
-from tests.support.repository import REPOSITORY
+from tests.support.real_servers import until_it_answers
+from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.runs import run_in_folder
 from tests.support.streaming_reasoner import (
     BASE,
+    DRAWN,
     GREEDY,
     LAZY,
     PROBLEMS,
-    SPECS,
     STOP,
     by_transformers,
     exported,
@@ -39,11 +33,8 @@ from tests.support.streaming_reasoner import (
     ledger_requests,
 )
 from tests.support.tiny_exports import exports_are_not_checked
-from tests.support.vllm_python import python_of_vllm
 
 pytestmark = pytest.mark.slow
-
-DRAWN = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=60, top_k=50, min_p=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -57,63 +48,15 @@ def exports(tmp_path_factory, tokenizer):
     return cache(lambda kind: exported(kind, tokenizer, tmp_path_factory.mktemp("exports") / "export"))
 
 
-@contextmanager
-def running(start, command, log, ready_path, seconds=180):
-    """A server's address, once it answers; `{port}` in the command is replaced by a free port."""
-    port = processes.free_port()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"VLLM_ENGINE_READY_TIMEOUT_S": str(START), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # no process for the worker
-    url = f"http://localhost:{port}"
-    process = start([part.format(port=port) for part in command], log, env=environment)
-    try:
-        deadline = time.monotonic() + seconds
-        while not answers(url + ready_path):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{command[0]} did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def new_interpreter(command, log, env):
-    with open(log, "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
-
-
-def answers(address):
-    try:
-        return httpx2.get(address, timeout=5).is_success
-    except httpx2.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def transformers_serve(tmp_path_factory):
     """Loads whatever folder a request names."""
     if not is_serve_available():
         pytest.skip('`transformers serve` is not installed: pip install "transformers[serving]"')
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "localhost"]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with running(processes.popen, [*command, "--trust-remote-code", "--port", "{port}"], log, "/health") as url:
-        yield url
-
-
-START = 1500
-"""Seconds after which a server that neither answers nor ends is taken for hanging: several may start on a busy machine."""
-KIND = "KV heads"
-"""What vLLM serves here; the other kinds are in vllm_plugin/test_in_vllm.py."""
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory, exports):
-    """Started by `lt-train serve`. Answers share what their prompts have in common."""
-    sizes = ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--block-size", "32"]  # several blocks in a prompt
-    serve = [sys.executable, "-m", "lt_train", "serve", str(exports(KIND)), "--vllm", python_of_vllm(), "--port", "{port}"]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    options = ["--kv-budget", "1GiB", "--", *sizes, "--enable-prefix-caching"]
-    with running(new_interpreter, [*serve, *options], log, "/health", seconds=START) as url:
+    log, port = tmp_path_factory.mktemp("serve") / "log", processes.free_port()
+    process = processes.popen([*command, "--trust-remote-code", "--port", str(port)], log, env=ENVIRONMENT)
+    with until_it_answers(process, url := f"http://localhost:{port}", log, seconds=180):
         yield url
 
 
@@ -200,38 +143,3 @@ def work(recipe, folder, evaluations, stage="eval"):
 
 def written(samples):
     return {row["problem"]: row["text"] for row in map(json.loads, samples.read_text().splitlines())}
-
-
-def test_vllm_gives_the_greedy_answers_of_the_engine(vllm, tokenizer):
-    requests, _ = ledger_requests(tokenizer, 4)
-    assert min(len(request.prompt_ids) for request in requests) > SPECS[KIND].window
-    by_engine = texts(Engine(hybrid(KIND), tokenizer).answers(requests, GREEDY))
-    for _ in range(2):  # the second time from cached prefixes
-        answers = list(OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,))).answers(requests, GREEDY))
-        assert texts(answers) == by_engine
-    assert sum(answer.finish_reason == "stop" and bool(answer.thinking_tokens) for answer in answers) > 2
-    assert texts(Engine(hybrid("no sinks"), tokenizer).answers(requests, GREEDY)) != by_engine
-
-
-def test_vllm_draws_by_the_samples_seed(vllm, tokenizer):
-    requests, _ = ledger_requests(tokenizer, 2)
-    backend = OpenAIBackend(tokenizer, STOP, ServerSettings((vllm,)))
-    assert texts(backend.answers(requests, DRAWN)) == texts(backend.answers(list(reversed(requests)), DRAWN))
-
-
-def test_vllm_is_checked_against_the_checkpoint_by_tokens_and_probabilities(vllm, exports, tokenizer):
-    settings = ServerSettings((vllm,))
-    check = check_server(settings, hybrid(KIND), exports(KIND), tokenizer, Prompt(), STOP)
-    assert check.tokens == check.logprobs > 40
-    with pytest.raises(UserError, match="computes something else"):
-        check_server(settings, load_hybrid(BASE, SPECS["no sinks"]), exports(KIND), tokenizer, Prompt(), STOP)
-
-
-def test_the_script_starts_vllm_with_our_command(tmp_path):
-    script = REPOSITORY / "launch/serve-vllm.sh"
-    for given, command in (
-        (["8123", "--dtype", "float32"], "--port 8123 --dtype float32"),
-        ([], "--port 8000"),
-    ):
-        run = subprocess.run([script, "export", *given], env={**os.environ, "VLLM_PYTHON": "echo"}, capture_output=True, text=True)
-        assert run.stdout == f"-m lt_train.vllm_plugin.command export {command}\n"
