@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# wandb.init reads what is installed and prepares to report its own errors, in half a second.
+os.environ.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 

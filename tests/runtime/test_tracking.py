@@ -79,7 +79,7 @@ def test_what_a_killed_process_had_not_written_out_is_logged_again_once(tmp_path
         tracker.finish()
 
     track(range(1, 61))
-    (killed,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (killed,) = segments(tmp_path)
     written = killed.read_bytes()
     killed.write_bytes(written[: int(kept * len(written)) if isinstance(kept, float) else kept])
     assert not is_finished(killed)

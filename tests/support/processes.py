@@ -25,16 +25,23 @@ from typing import IO, Any
 import psutil
 import pytest
 
-from tests.support.repository import ENVIRONMENT
+from tests.support.repository import ENVIRONMENT, REPOSITORY
 
+MODELS = ("glm4", "gpt_oss", "granite_swa", "ministral", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
 IMPORTED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function: the compiler's import takes four seconds
     "transformers.models.auto.modeling_auto",
     "transformers.generation.utils",
-    "transformers.models.qwen3.modeling_qwen3",
+    *(f"transformers.models.{name}.modeling_{name}" for name in MODELS),
+    "transformers.models.qwen2.tokenization_qwen2",
     "trl.trainer.sft_trainer",
+    "trl.kernels.chunked_divergence",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "setuptools.dist",
     "peft",
     "wandb.sdk.launch.inputs.internal",  # wandb.init imports it, for some three seconds
+    "requests",  # likewise
     "torch.utils.tensorboard",
     "matplotlib.backends.backend_agg",
     "math_verify",
@@ -42,6 +49,7 @@ IMPORTED = [
     "rich.progress",
     "pydantic",
     "pytest",
+    "tests.support.first_calls",
 ]
 
 _forked = multiprocessing.get_context("forkserver")
@@ -50,9 +58,7 @@ _forked.set_forkserver_preload(IMPORTED)
 
 def start(function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> ForkServerProcess:
     """Call a function that can be imported by its name. What it prints is appended to `output`, a traceback too."""
-    process = _forked.Process(target=_call, args=(function, arguments, (output, output), ENVIRONMENT | environment, os.getcwd()))
-    process.start()
-    return process
+    return _start(function, arguments, (output, output), ENVIRONMENT | environment, os.getcwd())
 
 
 def start_python(
@@ -65,9 +71,15 @@ def start_python(
 ) -> ForkServerProcess:
     """As `subprocess.Popen` with `[sys.executable, …]`: a script, -m MODULE or -c CODE, and its arguments."""
     assert command[0] == sys.executable, command
-    given = (_run_python, ([*map(str, command[1:])], os.getpid()), (output, errors or output), dict(env), str(cwd or os.getcwd()))
-    process = _forked.Process(target=_call, args=given)
-    process.start()
+    given = [*map(str, command[1:])], os.getpid()
+    return _start(_run_python, given, (output, errors or output), dict(env), str(cwd or os.getcwd()))
+
+
+def _start(*given: Any) -> ForkServerProcess:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))  # where the server, which starts with the first process, finds tests/
+        process = _forked.Process(target=_call, args=given)
+        process.start()
     return process
 
 
