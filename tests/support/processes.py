@@ -17,6 +17,8 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,11 +78,17 @@ def start_python(
 
 
 def _start(*given: Any) -> ForkServerProcess:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))  # where the server, which starts with the first process, finds tests/
-        process = _forked.Process(target=_call, args=given)
-        process.start()
+    _start_server()
+    process = _forked.Process(target=_call, args=given)
+    process.start()
     return process
+
+
+@cache
+def _start_server() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))  # where it finds tests/
+        forkserver.ensure_running()
 
 
 def run(
