@@ -43,7 +43,7 @@ def _accept(listener: socket.socket) -> None:
 
 def _fork(connection: socket.socket) -> None:
     """One process, for one client: ended when the client is."""
-    with connection, connection.makefile("rw") as lines, suppress(BrokenPipeError):
+    with suppress(BrokenPipeError), connection, connection.makefile("rw") as lines:
         order = json.loads(lines.readline())
         outputs = [Path(f"/proc/{order['client']}/fd/{number}") for number in (1, 2)]
         with _starting:
