@@ -1,6 +1,7 @@
 """`lt-train env`: what a bug report says about a machine."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -39,4 +40,4 @@ def test_no_secret_is_printed(lt_train, monkeypatch):
 def test_what_is_not_installed_is_reported(lt_train, monkeypatch):
     monkeypatch.setattr("lt_train.bench.environment.PACKAGES", ("torch", "no-such-package"))
     found = json.loads(lt_train("env", "--json")[1])
-    assert found["packages"] == {"torch": torch.__version__, "no-such-package": None}
+    assert found["packages"] == {"torch": version("torch"), "no-such-package": None}
