@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,9 +74,14 @@ class Checkpoint:
         Raises:
             TemplateError, ValueError, TypeError, UserError: the chat template refuses the turns.
         """
-        if self.prompt is not None:
-            return ChatTemplate(self.tokenizer, self.prompt).render(turns, add_generation_prompt=True)
+        if self._template_of_run is not None:
+            return self._template_of_run.render(turns, add_generation_prompt=True)
         return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+
+    @cached_property
+    def _template_of_run(self) -> ChatTemplate | None:
+        """Kept: where its default system turn ends is found once, and not for each answer."""
+        return None if self.prompt is None else ChatTemplate(self.tokenizer, self.prompt)
 
     def prompt_ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
         """The tokens of a prompt.
