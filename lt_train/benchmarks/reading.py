@@ -12,7 +12,7 @@ from typing import Any
 from lt_train.benchmarks.declaration import GSM8K_MARKER, Benchmark, Problem
 from lt_train.runtime import sources
 from lt_train.runtime.columns import value_at
-from lt_train.runtime.errors import UserError
+from lt_train.runtime.errors import UserError, half_character
 
 
 def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]:
@@ -39,13 +39,10 @@ def read_problems(benchmark: Benchmark, path: str | None) -> tuple[Problem, ...]
 
 
 def check_characters(problem: Problem, where: str) -> None:
-    """JSON can hold half a character (a lone surrogate such as \\ud800), which no tokenizer and no file takes."""
     for text in (problem.id, problem.text, *problem.answers):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start : error.end]
-            raise UserError(f"{where}: holds half of a character, {half!r}. Fix: correct it, or take the row out") from error
+        if half := half_character(text):
+            found = text[half.start : half.end]
+            raise UserError(f"{where}: holds half of a character, {found!r}. Fix: correct it, or take the row out")
 
 
 def load_rows(benchmark: Benchmark, source: str) -> Iterator[sources.Row]:

@@ -17,7 +17,7 @@ from lt_train.dataset.messages import (
 )
 from lt_train.recipe.columns import Columns
 from lt_train.runtime.columns import value_at
-from lt_train.runtime.errors import kind_of
+from lt_train.runtime.errors import half_character, kind_of
 
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 """Columns that hold a row's own system turn."""
@@ -226,11 +226,7 @@ def _says_something(value: object) -> bool:
 
 
 def _check_encodable(conversation: Conversation) -> None:
-    """JSON can hold half a character (a lone surrogate such as \\ud800), which no tokenizer takes."""
     for text in (*texts_in(conversation.messages), conversation.answer, conversation.reasoning):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowFault(
-                f"there is half a character in {text[max(0, error.start - 20) :][:40]!r}; correct it", kind="half a character"
-            ) from error
+        if half := half_character(text):
+            around = text[max(0, half.start - 20) :][:40]
+            raise RowFault(f"there is half a character in {around!r}; correct it", kind="half a character")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import yaml
 
 from lt_train.recipe.faults import Fault
-from lt_train.runtime.errors import kind_of, shortened, shown
+from lt_train.runtime.errors import half_character, kind_of, shortened, shown
 
 Path = tuple[str | int, ...]
 """Where a setting is: ("eval", 0, "limit")."""
@@ -222,7 +222,7 @@ def _unreadable(loader: _Loader, node: yaml.ScalarNode) -> tuple[str, str] | Non
 
 def _half_character(text: str) -> str | None:
     """Why no file can hold a text; None: a file can."""
-    return f"{shown(text)}: half of a character (a lone surrogate)" if re.search("[\ud800-\udfff]", text) else None
+    return f"{shown(text)}: half of a character (a lone surrogate)" if half_character(text) else None
 
 
 def _line(node: yaml.Node) -> str:

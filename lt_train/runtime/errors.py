@@ -19,6 +19,15 @@ def more(section: str) -> str:
     return f". More: docs/troubleshooting.md#{section}"
 
 
+def half_character(text: str) -> UnicodeEncodeError | None:
+    """Where (`start`, `end`) a text has lone surrogates such as \\ud800: JSON can hold them, no file or tokenizer takes them."""
+    try:
+        text.encode()  # of long texts ten times as fast as a search
+    except UnicodeEncodeError as error:
+        return error
+    return None
+
+
 class _Yaml(reprlib.Repr):
     """Python's repr with an upper length, and YAML's words for its constants and dates."""
 
