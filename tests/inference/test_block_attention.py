@@ -3,8 +3,10 @@
 In C as on a CPU, for this processor and for those without AVX-512, and in Triton: on a GPU, elsewhere in Triton's interpreter.
 """
 
+import os
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from lt_train.hybrid.mask import streaming_visible
 from lt_train.hybrid.reference import masked_attention
 from lt_train.hybrid.spec import HybridSpec
-from lt_train.inference import compiled_attention, triton_attention
+from lt_train.inference import compiled_attention, compiled_c, triton_attention
 from lt_train.inference.block_attention import obstacle
 from lt_train.inference.key_blocks import KeyBlocks, ring_blocks
 from lt_train.inference.kv_store import RingLayer
@@ -154,6 +156,23 @@ def test_the_sums_of_other_code_are_not_changed_by_loading_it():
     """Options such as -ffast-math would switch denormal numbers off for the process."""
     assert obstacle(CPU, torch.float32) is None
     assert float(torch.tensor(1e-39) * 1) > 0
+
+
+@pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+def test_a_later_process_loads_what_was_compiled_for_this_processor_by_this_compiler(tmp_path, monkeypatch):
+    def compiled(*flags):
+        return compiled_c.compiled.__wrapped__("decode_attention.c", *flags)._name
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled()
+    (kept,) = (tmp_path / "lt_train").iterdir()
+    kept.write_bytes(b"damaged")
+    assert compiled() != str(kept) == compiled()
+    assert compiled("-DBF16") != str(kept) != compiled("-march=x86-64-v3" if RUNS_AVX2 else "-O2")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # nothing can be written there
+    assert compiled() != str(kept)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~")  # nor is there a home
+    assert compiled() != str(kept) and not Path("~").exists()
 
 
 @pytest.mark.parametrize(
