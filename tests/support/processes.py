@@ -1,12 +1,14 @@
 """Processes of a test that begin with their libraries imported: a new interpreter takes ten seconds for torch, TRL and DeepSpeed.
 
-They are forked from a server, one for each process of pytest, that has imported those and nothing of lt_train. What is killed, what
-trains with others, what must not know lt_train and what is known by its exit code starts here. Where the start itself is tested,
-or a variable of the environment that a library reads when it is imported, there is `subprocess`.
+They are forked from a server, one for each process of pytest, that has imported those and nothing of lt_train, or from a second one
+that has imported lt_train as well. What is killed, what trains with others, what must not know lt_train and what is known by its
+exit code starts here. Where the start itself is tested, or a variable of the environment that a library reads when it is imported,
+there is `subprocess`.
 """
 
 import atexit
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,11 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection, arbitrary_address
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,13 +58,49 @@ IMPORTED = [
     "tests.support.first_calls",
 ]
 
+OF_LT_TRAIN = [
+    "lt_train.cli",
+    "lt_train.commands.runs",
+    "lt_train.dataset.loading",
+    "lt_train.pipeline.run",
+    "lt_train.selection.picture",
+    "tests.support.tiny_training",
+]
+
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(IMPORTED)
 
 
+class _SecondServer(forkserver.ForkServer):
+    """Forked from the first one, it has imported what runs lt_train's commands."""
+
+    def ensure_running(self) -> None:
+        with self._lock, socket.socket(socket.AF_UNIX) as listener:
+            if self._forkserver_address is None:
+                listener.bind(address := arbitrary_address("AF_UNIX"))
+                listener.listen()
+                ends, self.alive = multiprocessing.Pipe(duplex=False)
+                _start_first_server()
+                self.process = _forked.Process(target=_serve, args=(listener, ends), daemon=True)
+                self.process.start()
+                self._forkserver_address, self._forkserver_alive_fd = address, self.alive.fileno()
+
+
+_knows_lt_train = _SecondServer()
+_starting = threading.Lock()
+
+
+def _serve(listener: socket.socket, ends: Connection) -> None:
+    """Fork until the other side of `ends` is closed, as it is at the latest when pytest's process ends."""
+    for name in OF_LT_TRAIN:
+        importlib.import_module(name)
+    gc.freeze()
+    forkserver.main(listener.fileno(), ends.fileno(), [])
+
+
 def start(function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> ForkServerProcess:
     """Call a function that can be imported by its name. What it prints is appended to `output`, a traceback too."""
-    return _start(function, arguments, (output, output), ENVIRONMENT | environment, os.getcwd())
+    return _start(True, function, arguments, (output, output), ENVIRONMENT | environment, os.getcwd())
 
 
 def start_python(
@@ -74,18 +114,23 @@ def start_python(
     """As `subprocess.Popen` with `[sys.executable, …]`: a script, -m MODULE or -c CODE, and its arguments."""
     assert command[0] == sys.executable, command
     given = [*map(str, command[1:])], os.getpid()
-    return _start(_run_python, given, (output, errors or output), dict(env), str(cwd or os.getcwd()))
+    is_ours = command[1:3] == ["-m", "lt_train"] or Path(command[1]).is_relative_to(REPOSITORY / "tests")
+    return _start(is_ours, _run_python, given, (output, errors or output), dict(env), str(cwd or os.getcwd()))
 
 
-def _start(*given: Any) -> ForkServerProcess:
-    _start_server()
+def _start(knows_lt_train: bool, *given: Any) -> ForkServerProcess:
+    _start_first_server()
     process = _forked.Process(target=_call, args=given)
-    process.start()
+    with _starting, pytest.MonkeyPatch.context() as patch:
+        if knows_lt_train:
+            _knows_lt_train.ensure_running()
+            patch.setattr(forkserver, "connect_to_new_process", _knows_lt_train.connect_to_new_process)
+        process.start()
     return process
 
 
 @cache
-def _start_server() -> None:
+def _start_first_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))  # where it finds tests/
         forkserver.ensure_running()
