@@ -178,7 +178,7 @@ def distinguishing_prompts(
         expected = continue_greedily(reference, prompt_ids, stop_ids)
         for name, spec in list(mistakes.items()):
             with computing(reference, spec):
-                mistaken = continue_greedily(reference, prompt_ids, stop_ids)
+                mistaken = continue_greedily(reference, prompt_ids, stop_ids, until_other_than=expected.token_ids)
             if first_difference(expected, mistaken.token_ids) is not None:
                 del mistakes[name]
         texts.append(text)
@@ -221,7 +221,10 @@ def long_question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generator:
 
 
 @torch.inference_mode()
-def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], stop_ids: Sequence[int]) -> Continuation:
+def continue_greedily(
+    model: HybridForCausalLM, prompt_ids: tuple[int, ...], stop_ids: Sequence[int], until_other_than: Sequence[int] | None = None
+) -> Continuation:
+    """Ends at a stop token, and at the first token that is not the one of `until_other_than`."""
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     cache = HybridCache(model.spec)
     tokens: list[int] = []
@@ -230,6 +233,8 @@ def continue_greedily(model: HybridForCausalLM, prompt_ids: tuple[int, ...], sto
         out = model(ids_1T, **{CACHE_ARGUMENT: cache})
         logits.append(out.logits[0, -1].float().cpu())
         tokens.append(int(logits[-1].argmax()))
+        if until_other_than is not None and tokens != list(until_other_than[: len(tokens)]):
+            break
         ids_1T = torch.tensor([[tokens[-1]]], device=model.device)
     return Continuation(prompt_ids, tuple(tokens), torch.stack(logits))
 
