@@ -18,7 +18,7 @@ def until_it_answers(process: Any, url: str, log: Path, seconds: float) -> Itera
         while not answers(f"{url}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
+            time.sleep(0.1)
         yield
     finally:
         process.terminate()

@@ -123,7 +123,7 @@ def test_a_stream_without_end_is_ended_by_the_timeout(server):
 
     server.misbehave = first(1, drip)
     lines = []
-    assert texts(server, report=lines.append, timeout=1.5) == correct()
+    assert texts(server, report=lines.append, timeout=0.5) == correct()
     assert "(timeout)" in lines[0]
 
 
