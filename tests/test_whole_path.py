@@ -27,7 +27,7 @@ from lt_train.inference.loading import load_for_inference
 from lt_train.inference.tokenizer import load_tokenizer
 from lt_train.recipe.loading import load_recipe
 from tests.support import processes
-from tests.support.launches import WARM_PYTHON, ranks_are_forked
+from tests.support.launches import WARM_PYTHON, new_pythons_are_forked
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 from tests.support.runs import run_in_folder
 from tests.support.tracked import tensorboard_curves, tensorboard_pictures, tensorboard_texts
@@ -240,7 +240,7 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_conti
     changed = {**SMALL, **full, "hybrid.strategy": "periodic", "train.max_steps": 2, "eval.0.limit": 5}
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29618"]
     logs = ["--enable_each_rank_log", str(tmp_path / "said"), "--no_python", str(WARM_PYTHON)]
-    with ranks_are_forked() as environment:
+    with new_pythons_are_forked() as environment:
         run([*deepspeed, *logs, *command("train", tmp_path, **changed)[1:]], **environment, TRANSFORMERS_VERBOSITY="info")
     folder = tmp_path / "quickstart"
     assert list(losses(folder)) == [1, 2]
@@ -249,7 +249,7 @@ def test_two_processes_train_by_deepspeed_and_evaluate_by_torchrun_and_one_conti
     trained = (folder / "train/final/model.safetensors").stat().st_mtime_ns
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]
-    with ranks_are_forked() as environment:
+    with new_pythons_are_forked() as environment:
         run([*torchrun, *command("eval", tmp_path, **changed)[1:]], **environment)
     for variant in ("base", "trained"):
         parts = [folder / "eval" / variant / f"ledger/samples-{rank}.jsonl" for rank in range(2)]

@@ -31,7 +31,7 @@ COMPUTED_IN = torch.float32
 NEW_TOKENS = 16
 KEPT_COLUMNS = 128
 PROBE_TEXT = "How many primes lie below 20? Écrivez la réponse: \\boxed{8}\n"
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True)

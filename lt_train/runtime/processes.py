@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from typing import NoReturn
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_FOR_THE_LAUNCHER = 10.0  # it looks at its processes every second at most
 
 

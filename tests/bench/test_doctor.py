@@ -17,7 +17,7 @@ from lt_train.inference import views
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
 from tests.support.families import BASES
-from tests.support.launches import ranks_are_forked
+from tests.support.launches import new_pythons_are_forked
 
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what works on a CPU")
 SMALL = speed.Sizes(2**20, 64, Shape((64, 2048), heads=2, groups=2, head_size=16), "config.json", 64, 2**20)
@@ -33,7 +33,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forked_ranks(monkeypatch):
-    with ranks_are_forked() as environment:
+    with new_pythons_are_forked() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         yield

@@ -24,7 +24,7 @@ from lt_train.runtime.errors import UserError
 from lt_train.runtime.run_paths import EXPORT_MANIFEST
 from tests.support import processes
 from tests.support.families import BASES, FAMILIES
-from tests.support.repository import ENVIRONMENT
+from tests.support.launches import WARM_PYTHON, new_pythons_are_forked
 from tests.support.tiny_exports import (
     END,
     TEMPLATE,
@@ -207,6 +207,7 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
     temporary.mkdir()
     program = (
         "import tempfile; tempfile.tempdir = None\n"  # known before the fork
+        f"import sys; sys.executable = {str(WARM_PYTHON)!r}\n"
         "from tests.export.test_export_in_bare_process import export\n"
         "from lt_train.export import checkpoint\n"
         "from pathlib import Path\n"
@@ -216,16 +217,17 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
         f"export(tiny_hybrid(), Path({str(tmp_path / 'export')!r}))\n"
     )
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-    exporting = processes.start_python([sys.executable, "-c", program], tmp_path / "output", env=ENVIRONMENT | places)
-    try:
-        checking = int(waited_for(tmp_path / "process"))
-    finally:
-        exporting.kill()
-        processes.exit_code(exporting)
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(checking) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not psutil.pid_exists(checking)
+    with new_pythons_are_forked() as environment:
+        exporting = processes.start_python([sys.executable, "-c", program], tmp_path / "output", env=environment | places)
+        try:
+            checking = int(waited_for(tmp_path / "process"))
+        finally:
+            exporting.kill()
+            processes.exit_code(exporting)
+        deadline = time.monotonic() + 30
+        while psutil.pid_exists(checking) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not psutil.pid_exists(checking)
     assert not list(temporary.iterdir())
 
 
@@ -234,7 +236,7 @@ def waited_for(path):
     deadline = time.monotonic() + 200
     while not (path.exists() and path.read_text().strip()):
         assert time.monotonic() < deadline, f"{path} was not written"
-        time.sleep(0.1)
+        time.sleep(0.02)
     return path.read_text()
 
 

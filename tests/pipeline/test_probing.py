@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from lt_train.runtime.errors import UserError
 from lt_train.training.checkpoints import publish_weights, read_checkpoint
 from lt_train.training.probes.results import probe_folder, read_probes
 from tests.support import processes
+from tests.support.launches import WARM_PYTHON, new_pythons_are_forked
+from tests.support.repository import ENVIRONMENT
 from tests.support.tiny_run import write_inputs
-from tests.support.wandb_files import segments
+from tests.support.wandb_files import is_finished
 
 ASKED = {"benchmark": "ledger", "path": "PROBLEMS", "limit": 6, "max_new_tokens": 24, "batch_size": 2}
 
@@ -60,7 +63,9 @@ def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
     with pytest.raises(UserError, match="holds no weights to probe"):
         probe_checkpoint(run, 2)
     publish_weights(read_checkpoint(run / "train/checkpoint-2"), probe_folder(run / "train", 2) / "weights")
-    probe_checkpoint(run, 2)
+    command = [sys.executable, "-m", "lt_train", "probe", str(run), "--step", "2", "--parent", str(os.getpid())]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (result,) = read_probes(run / "train")
     (score,) = result.scores
     evaluated = run / "eval/trained/ledger"
@@ -84,31 +89,34 @@ def test_a_training_killed_in_a_probe_takes_it_with_it_and_finishes_it_on_resume
 ) -> None:
     run = inputs / "runs/tiny"
     how = settings(inputs, {**ASKED, "limit": 3, "max_new_tokens": 120, "batch_size": 1}, max_steps=2, keep_best="ledger")
-    command = [sys.executable, "-m", "lt_train", "train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
-    command += [f"--set={each}" for each in (*how, "track.wandb=offline")]
-    # without the wandb service of a test before this one in the same process, in which the killed run would stay open
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    environment = {**own, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
+    arguments = ["train", str(inputs / "recipe.yaml"), "--runs", str(inputs / "runs")]
+    arguments += [f"--set={each}" for each in (*how, "track.wandb=offline")]
+    forking = f"import sys; sys.executable = {str(WARM_PYTHON)!r}; from lt_train import cli; cli.main()"
     begun = probe_folder(run / "train", 2) / "evals/ledger/samples.jsonl"
-    training = processes.start_python(command, inputs / "output.txt", env=environment)
-    until(lambda: not training.is_alive() or (begun.exists() and begun.read_text().count("\n") > 0), "no probe began")
-    assert training.is_alive(), (inputs / "output.txt").read_text()
-    (probing,) = [child for child in psutil.Process(training.pid).children() if "probe" in child.cmdline()]
-    assert not {"RANK", "WORLD_SIZE"} & probing.environ().keys()
-    training.kill()
-    assert processes.exit_code(training) == -signal.SIGKILL
-    until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan still runs", seconds=30)
+    with new_pythons_are_forked() as given:
+        # without the wandb service of a test before this one in the same process, in which the killed run would stay open
+        own = {name: value for name, value in given.items() if name != "WANDB_SERVICE"}
+        environment = {**own, "RANK": "0", "WORLD_SIZE": "1"}  # what a launcher sets is not for the probe
+        training = processes.start_python([sys.executable, "-c", forking, *arguments], inputs / "output.txt", env=environment)
+        until(lambda: not training.is_alive() or (begun.exists() and begun.read_text().count("\n") > 0), "no probe began")
+        assert training.is_alive(), (inputs / "output.txt").read_text()
+        (probing,) = [child for child in psutil.Process(training.pid).children() if "probe" in child.cmdline()]
+        assert not {"RANK", "WORLD_SIZE"} & probing.environ().keys()
+        training.kill()
+        assert processes.exit_code(training) == -signal.SIGKILL
+        until(lambda: not probing.is_running() or probing.status() == psutil.STATUS_ZOMBIE, "the orphan still runs", seconds=30)
     before = begun.read_bytes()
     assert before and not (probe_folder(run / "train", 2) / "result.json").exists()
 
     with processes.probes_are_forked():
-        code, printed, errors = lt_train(*command[3:])
+        code, printed, errors = lt_train(*arguments)
     assert code == 0, printed + errors
     assert begun.read_bytes().startswith(before[: before.rfind(b"\n") + 1]) and len(samples(begun.parent)) == 3
     (result,) = read_probes(run / "train")
     assert result.step == 2 and "probe of step 2: ledger " in printed
     assert (run / "train/best-2/adapter_model.safetensors").exists()
-    assert segments(run)
+    _, resumed = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert is_finished(resumed)
     tables = [json.loads(path.read_text()) for path in run.glob("wandb/offline-run-*/files/media/table/**/*.table.json")]
     (scores,) = [table["data"] for table in tables if table["columns"][1] == "probe"]
     assert scores == [[2, "ledger", result.scores[0].accuracy, result.scores[0].standard_error, 3, result.scores[0].truncated]]

@@ -1,6 +1,6 @@
-"""Launchers that tests start for real, `deepspeed` and `torchrun`, whose ranks begin with their libraries imported.
+"""Processes that another one starts, such as the ranks of a real `deepspeed` or `torchrun`, with their libraries imported.
 
-The launcher starts `WARM_PYTHON` where it would start python; that one requests the rank from this process, which forks it.
+The other one starts `WARM_PYTHON` where it would start python; that one requests a process from this one, which forks it.
 """
 
 import json
@@ -23,22 +23,29 @@ _starting = threading.Lock()
 
 
 @contextmanager
-def ranks_are_forked() -> Iterator[dict[str, str]]:
-    """The environment in which `WARM_PYTHON` finds this process, and torchrun `WARM_PYTHON`."""
+def new_pythons_are_forked() -> Iterator[dict[str, str]]:
+    """The environment in which `WARM_PYTHON` finds this process, and torchrun `WARM_PYTHON`. At its end, what runs is killed."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address := f"{folder}/socket")
         listener.listen()
-        accepting = threading.Thread(target=_accept, args=(listener,), daemon=True)
+        clients: list[socket.socket] = []
+        accepting = threading.Thread(target=_accept, args=(listener, clients), daemon=True)
         accepting.start()
-        yield ENVIRONMENT | {"LT_TRAIN_WARM_PYTHON": address, "PYTHON_EXEC": str(WARM_PYTHON)}
-        listener.shutdown(socket.SHUT_RDWR)
-        accepting.join()
+        try:
+            yield ENVIRONMENT | {"LT_TRAIN_WARM_PYTHON": address, "PYTHON_EXEC": str(WARM_PYTHON)}
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            accepting.join()
+            for client in clients:
+                with suppress(OSError):  # its process has ended
+                    client.shutdown(socket.SHUT_RDWR)
 
 
-def _accept(listener: socket.socket) -> None:
+def _accept(listener: socket.socket, clients: list[socket.socket]) -> None:
     with suppress(OSError):  # it was shut down
         while True:
-            threading.Thread(target=_fork, args=(listener.accept()[0],), daemon=True).start()
+            clients.append(listener.accept()[0])
+            threading.Thread(target=_fork, args=(clients[-1],), daemon=True).start()
 
 
 def _fork(connection: socket.socket) -> None:
@@ -53,6 +60,7 @@ def _fork(connection: socket.socket) -> None:
                 errors=outputs[1],
                 env=order["environment"],
                 cwd=Path(order["folder"]),
+                starter=order["parent"],
             )
         print(process.pid, file=lines, flush=True)
         if connection in wait([process.sentinel, connection]):

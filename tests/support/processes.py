@@ -110,10 +110,15 @@ def start_python(
     errors: Path | None = None,
     env: Mapping[str, str] = ENVIRONMENT,
     cwd: Path | None = None,
+    starter: int | None = None,
 ) -> ForkServerProcess:
-    """As `subprocess.Popen` with `[sys.executable, …]`: a script, -m MODULE or -c CODE, and its arguments."""
+    """As `subprocess.Popen` with `[sys.executable, …]`: a script, -m MODULE or -c CODE, and its arguments.
+
+    Args:
+        starter: the process that it takes for its parent; None: this one.
+    """
     assert command[0] == sys.executable, command
-    given = [*map(str, command[1:])], os.getpid()
+    given = [*map(str, command[1:])], starter or os.getpid()
     is_ours = command[1:3] == ["-m", "lt_train"] or Path(command[1]).is_relative_to(REPOSITORY / "tests")
     return _start(is_ours, _run_python, given, (output, errors or output), dict(env), str(cwd or os.getcwd()))
 
@@ -234,7 +239,7 @@ def _call(
 def _run_python(command: list[str], starter: int) -> None:
     """Do what a new interpreter does with these arguments, and with what transformers reads when it is imported.
 
-    Its parent is the server; code that ends with its parent is to look at the process that requested it.
+    Its parent is the server; code that ends with its parent is to look at `starter`.
     """
     own, parent_of = os.getpid(), os.getppid
     os.getppid = lambda: parent_of() if os.getpid() != own else starter if psutil.pid_exists(starter) else 1

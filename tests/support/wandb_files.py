@@ -10,7 +10,8 @@ def segments(run_folder: Path) -> list[Path]:
     """wandb's data files, oldest first, once its own process has written them out (offline, finish() does not wait for it)."""
     found = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not all(is_finished(segment) for segment in found):
+    while not all(is_finished(segment) for segment in found):
+        assert time.monotonic() < deadline, found
         time.sleep(0.05)
     return found
 

@@ -25,6 +25,7 @@ with socket.socket(socket.AF_UNIX) as server:
         "folder": os.getcwd(),
         "files": files,
         "client": os.getpid(),
+        "parent": os.getppid(),
     }
     socket.send_fds(server, [f"{json.dumps(order)}\n".encode()], files)
     with server.makefile() as lines:
