@@ -82,7 +82,7 @@ def test_what_one_or_both_processes_find_ends_both_and_is_reported_once(
     ranks = start_ranks(failing_ranks.validate, kind, failing, outputs=tmp_path)
     first, other = ranks[int(failing[0])], ranks[1 - int(failing[0])]
     assert exit_code(first, seconds=60) == code
-    other.join(1)  # launchers look about once a second
+    other.join(0.5)  # launchers look about once a second
     other.terminate()
     assert exit_code(other, seconds=60) != 0
     said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
