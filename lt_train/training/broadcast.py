@@ -11,7 +11,7 @@ from lt_train.runtime.errors import UserError
 
 T = TypeVar("T")
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.2
 
 
 def decided_by_main(decide: Callable[[], T]) -> T:

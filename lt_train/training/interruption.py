@@ -27,7 +27,7 @@ from lt_train.training.checkpoints import newest_checkpoint
 GRACE_SECONDS = 25.0
 """From SIGTERM until the training stops without the checkpoint; the rest of the 30 s is for ending its processes."""
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 
 
 class SaveOnSigterm(TrainerCallback):

@@ -37,7 +37,7 @@ from pathlib import Path
 from tests.support.probed_training import Training
 
 training = Training(Path(sys.argv[1]))
-training.seconds = 2.0
+training.outlasts_training = True
 print(training(max_steps=4).steps, training.started)
 """
 
