@@ -181,7 +181,10 @@ function browseSamples(form) {
   }
 
   let waiting = 0;
-  form.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(apply, 150); });
+  form.addEventListener("input", (event) => {
+    clearTimeout(waiting);
+    waiting = setTimeout(apply, event.target.name === "text" ? 150 : 0); // words are typed letter by letter
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting) && shown < matching.length) showMore();
