@@ -320,7 +320,7 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(checkpoint, gate) -> Non
 def test_a_client_that_hangs_up_frees_its_slot(checkpoint, gate, stream) -> None:
     with served(checkpoint, max_slots=1) as (url, engine):
         with httpx2.Client() as client, pytest.raises(httpx2.ReadTimeout):
-            reply = client.stream("POST", f"{url}/v1/completions", json=ENDLESS | {"stream": stream}, timeout=0.5)
+            reply = client.stream("POST", f"{url}/v1/completions", json=ENDLESS | {"stream": stream}, timeout=0.2)
             with reply as open_reply:
                 open_reply.read()
         until(lambda: engine.requests == 0)
