@@ -15,6 +15,7 @@ from lt_train.runtime.tracking import NoTracker, Tracker, open_tracker
 from tests.support.repository import ENVIRONMENT
 from tests.support.wandb_files import history, is_finished, records, run_ids, segments
 
+pytestmark = pytest.mark.usefixtures("wandb_starts_soon")
 PROJECT = "tests"
 
 

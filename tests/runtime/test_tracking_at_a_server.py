@@ -11,6 +11,8 @@ import pytest
 from lt_train.runtime.tracking import open_tracker
 from tests.support.wandb_server import WandbServer, serving
 
+pytestmark = pytest.mark.usefixtures("wandb_starts_soon")
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
