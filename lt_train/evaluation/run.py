@@ -4,7 +4,6 @@ Several processes may share the work: each draws its own shard into a file of it
 """
 
 import operator
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -19,10 +18,9 @@ from lt_train.evaluation.scores import AnswerScores, answer_scores, finished_sco
 from lt_train.inference.requests import Answer, Backend
 from lt_train.runtime.errors import UserError
 from lt_train.runtime.fingerprints import hash_of_json
+from lt_train.runtime.processes import wait_until
 from lt_train.runtime.progress import show_progress
 from lt_train.runtime.run_paths import SCORES
-
-SECONDS_BETWEEN_LOOKS = 2.0
 
 SECONDS_ALONE = 10
 """Of computing, for an answer that is judged again once no model generates."""
@@ -60,10 +58,9 @@ def evaluate(
         draw_missing_samples(plan, backend, folder, grader, rank, world_size, progress)
     if rank > 0:
         return None
+    if world_size > 1:
+        wait_until(lambda: plan.keys <= folder.read().keys())
     records = folder.read()
-    while world_size > 1 and not plan.keys <= records.keys():
-        time.sleep(SECONDS_BETWEEN_LOOKS)  # if another process fails, the launcher ends this one
-        records = folder.read()
     with closing(Grader(SECONDS_ALONE, PATIENCE_ALONE)) as grader:  # starts where it is needed
         records = judge_again(plan, records, folder, grader)
         scores = answer_scores(

@@ -4,9 +4,9 @@ A stage is a module: what it needs, whether it is done, what it does, and what i
 the next are files there, so a run resumes at the first stage that is not done.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -20,9 +20,7 @@ from lt_train.pipeline.time_left import time_left
 from lt_train.recipe.schema import Recipe
 from lt_train.report.results import show_results
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.processes import Process
-
-SECONDS_BETWEEN_LOOKS = 1.0
+from lt_train.runtime.processes import Process, wait_until
 
 
 class Stage(Protocol):
@@ -139,8 +137,7 @@ def follow_command(context: RunContext, command: str) -> None:
     wanted = FOLLOWERS[command]
     for stage in up_to(wanted):
         if stage is not wanted and stage.is_wanted(context):
-            while not stage.is_done(context):  # if it fails in the first process, the launcher ends this one
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            wait_until(partial(stage.is_done, context))
     if wanted.is_wanted(context):
         wanted.follow(context)
 

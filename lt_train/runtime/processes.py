@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -62,6 +63,16 @@ def wait_for_the_launcher(process: Process, error: BaseException) -> None:
     """
     if not process.is_main or is_lost_connection(error):
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Wait for what another process of the launch is about to do; if that one fails, the launcher ends this one.
+
+    The first pause between two looks is a tenth of a second, later ones are a fifth of the time waited, up to two seconds.
+    """
+    begun = time.monotonic()
+    while not reached():
+        time.sleep(min(max(0.1, (time.monotonic() - begun) / 5), 2.0))
 
 
 def is_taken_port(error: BaseException) -> bool:

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -358,9 +358,17 @@ def test_a_partial_score_is_marked_and_completed_later(evaluation, tmp_path: Pat
     assert (whole.partial, whole.missing) == (False, 0)
 
 
-def test_processes_share_the_samples_and_the_first_scores_them_all(evaluation, tmp_path: Path) -> None:
-    for rank in (2, 1):
-        assert evaluation(tmp_path / "out", rank=rank, world_size=3) is None
+def test_processes_share_the_samples_and_the_first_waits_for_the_others_and_scores_them_all(
+    evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluation(tmp_path / "out", rank=2, world_size=3) is None
+
+    def while_it_waits(reached: Callable[[], bool]) -> None:
+        assert not reached()
+        assert evaluation(tmp_path / "out", rank=1, world_size=3) is None
+        assert reached()
+
+    monkeypatch.setattr("lt_train.evaluation.run.wait_until", while_it_waits)
     shared = evaluation(tmp_path / "out", rank=0, world_size=3)
     assert {path.name for path in (tmp_path / "out").glob("samples*")} == {f"samples-{rank}.jsonl" for rank in range(3)}
     assert without_times(shared) == without_times(evaluation(tmp_path / "alone"))

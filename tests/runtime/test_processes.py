@@ -11,7 +11,7 @@ import torch
 
 from lt_train import __version__, cli
 from lt_train.runtime import processes
-from lt_train.runtime.processes import Process, is_lost_connection, this_process, wait_for_the_launcher
+from lt_train.runtime.processes import Process, is_lost_connection, this_process, wait_for_the_launcher, wait_until
 from tests.support import failing_ranks
 from tests.support.processes import exit_code, start_ranks
 from tests.support.repository import REPOSITORY
@@ -58,6 +58,18 @@ def test_the_first_process_reports_its_error_at_once_and_the_others_wait_for_it(
     wait_for_the_launcher(Process(1, 2, True), ValueError())
     wait_for_the_launcher(Process(0, 2, True), RuntimeError("gloo: closed"))
     assert len(waited) == 2
+
+
+@pytest.mark.parametrize(("comes_after", "seen_after"), [(0.0, 0.0), (0.25, 0.3), (3.0, 3.6), (60.0, 62.0)])
+def test_what_another_process_does_is_seen_after_a_fifth_more_of_the_time_or_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, comes_after: float, seen_after: float
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(processes.time, "sleep", pauses.append)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: 1000.0 + sum(pauses))
+    wait_until(lambda: sum(pauses) >= comes_after)
+    assert comes_after <= sum(pauses) <= seen_after + 1e-9
+    assert len(pauses) < 60
 
 
 def test_an_abort_while_the_interpreter_ends_does_not_fail_a_finished_process_of_several() -> None:
