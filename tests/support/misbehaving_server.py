@@ -33,8 +33,7 @@ class MisbehavingServer:
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("BoundHandler", (Handler,), {"server_state": self}))
-        self._http.daemon_threads = True
+        self._http = PatientHTTPServer(("127.0.0.1", port), type("BoundHandler", (Handler,), {"server_state": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
@@ -56,6 +55,11 @@ class MisbehavingServer:
 
     def __exit__(self, *error: object) -> None:
         self.die()
+
+
+class PatientHTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # a connection that finds the queue full, of five by default, is tried again after a second
 
 
 class Handler(BaseHTTPRequestHandler):
