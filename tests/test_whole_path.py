@@ -85,25 +85,32 @@ def run_here(name: str, runs: Path, **changed: object) -> None:
         run_in_folder(load_recipe(Path(QUICKSTART), [f"{key}={value}" for key, value in changed.items()]), runs, name)
 
 
+def is_of_this_code(folder: Path) -> bool:
+    """Whether the quickstart in this folder is finished and no file that it reads or runs has changed since its first stage."""
+    if not (folder / "stages/export.json").exists() or load_recipe(folder / "recipe.yaml") != load_recipe(Path(QUICKSTART)):
+        return False
+    sources = [path for name in ("lt_train", "data", QUICKSTART) for path in (REPOSITORY / name, *(REPOSITORY / name).rglob("*"))]
+    changed = max(path.stat().st_mtime for path in sources if path.is_file() and "__pycache__" not in path.parts)
+    return changed < (folder / "stages/profile.json").stat().st_mtime
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a quickstart, and what it printed.
 
-    LT_TRAIN_QUICKSTART_RUNS names the folder of runs where this very code has just done it: then it only prints its table again.
-    Elsewhere the evaluation has fewer problems.
+    Where README's first command has just done it, it only prints its table again. Elsewhere the evaluation has fewer problems.
     """
     os.chdir(REPOSITORY)  # before the fixture of a single test could do it
-    there = os.environ.get("LT_TRAIN_QUICKSTART_RUNS")
-    runs, fewer = (Path(there), {}) if there else (tmp_path_factory.mktemp("runs"), {"eval.0.limit": FEWER_PROBLEMS})
+    there = is_of_this_code(REPOSITORY / "runs/quickstart")
+    runs, fewer = (REPOSITORY / "runs", {}) if there else (tmp_path_factory.mktemp("runs"), {"eval.0.limit": FEWER_PROBLEMS})
     printed = run_forked(command("run", runs, **fewer), COLUMNS="120")  # where no name of a hybrid is wrapped
     return runs / "quickstart", printed
 
 
 def scores(folder: Path, variant: str) -> AnswerScores:
     found = read_scores(folder / "eval" / variant / "ledger/scores.json")
-    assert isinstance(found, AnswerScores) and found.problems == (
-        500 if "LT_TRAIN_QUICKSTART_RUNS" in os.environ else FEWER_PROBLEMS
-    )
+    assert isinstance(found, AnswerScores)
+    assert found.problems == (500 if folder.is_relative_to(REPOSITORY / "runs") else FEWER_PROBLEMS)
     return found
 
 
