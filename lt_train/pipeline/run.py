@@ -20,7 +20,7 @@ from lt_train.pipeline.time_left import time_left
 from lt_train.recipe.schema import Recipe
 from lt_train.report.results import show_results
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.processes import Process, wait_until
+from lt_train.runtime.processes import Process, check_environment, wait_until
 
 
 class Stage(Protocol):
@@ -59,8 +59,9 @@ def work(recipe: Recipe, command: str, runs: Path, process: Process, *, only: bo
     """Do a command's work in the run folder of a recipe, and return that folder; ranks other than the first follow.
 
     Raises:
-        UserError: see `RunFolder.begin` and `run_command`.
+        UserError: see `check_environment`, `RunFolder.begin` and `run_command`.
     """
+    check_environment(process)
     folder = RunFolder(recipe, runs)
     context = RunContext(recipe, folder, Console(), process)
     if process.is_main:

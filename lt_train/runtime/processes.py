@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from lt_train.runtime.errors import UserError
+
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_FOR_THE_LAUNCHER = 10.0  # it looks at its processes every second at most
 
@@ -39,6 +41,27 @@ def this_process() -> Process:
     """This process, by the launcher's environment variables; without a launcher the only one."""
     environment = os.environ
     return Process(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")), "LOCAL_RANK" in environment)
+
+
+def check_environment(process: Process) -> None:
+    """
+    Raises:
+        UserError: the launcher's variables do not say which process this is. Without LOCAL_RANK, accelerate would let each process
+            on a GPU train alone; one with a rank beyond their number would wait for a first process that does not exist.
+    """
+    environment = os.environ
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in environment]
+    if process.count > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE: {process.count}: the environment has no {' and no '.join(missing)}, so this process cannot tell which of "
+            f"{process.count} it is. Fix: start it with torchrun or deepspeed, which set them, or set them in each process; for "
+            "one process unset WORLD_SIZE and RANK"
+        )
+    if process.rank not in range(process.count):
+        raise UserError(
+            f"RANK: {process.rank}: not below the number of processes, WORLD_SIZE, which is {process.count}. Fix: start the "
+            "processes with torchrun or deepspeed, which set both; for one process unset RANK"
+        )
 
 
 def silence() -> None:

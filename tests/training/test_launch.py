@@ -47,6 +47,31 @@ def test_one_process_that_sees_several_gpus_is_refused_with_the_advice_to_start_
         check({}, Process(0, 1, launched=False))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "model.dtype"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compiles no training"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "train.deepspeed"),
+        ("ACCELERATE_USE_FSDP", "true", "launch/zero3.json"),
+    ],
+)
+def test_settings_of_accelerates_launcher_are_refused(name: str, value: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for harmless in ("no", "NO", "false"):
+        monkeypatch.setenv(name, harmless)
+        check({}, Process(0, 1, launched=True))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}: {value}: .*would change this training.*{setting}"):
+        check({}, Process(0, 1, launched=True))
+
+
+def test_processes_of_mpi_which_accelerate_would_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE: 2: processes that MPI starts do not train together"):
+        check({}, Process(0, 1, launched=False))
+    check({}, Process(0, 2, launched=True))
+
+
 def test_bf16_on_a_gpu_that_does_not_compute_in_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
