@@ -59,15 +59,18 @@ def work(recipe: Recipe, command: str, runs: Path, process: Process, *, only: bo
     """Do a command's work in the run folder of a recipe, and return that folder; ranks other than the first follow.
 
     Raises:
-        UserError: see `check_environment`, `RunFolder.begin` and `run_command`.
+        UserError: see `check_environment`, `RunFolder.begin`, `RunFolder.join` and `run_command`.
     """
     check_environment(process)
     folder = RunFolder(recipe, runs)
     context = RunContext(recipe, folder, Console(), process)
     if process.is_main:
         with folder.begin(), closing(context):
+            if process.count > 1:
+                folder.announce()
             run_command(context, command, only=only)
     else:
+        folder.join()
         follow_command(context, command)
     return folder.paths.root
 

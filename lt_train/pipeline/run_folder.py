@@ -4,7 +4,7 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,11 +27,19 @@ _AUTO_DTYPE = "model.dtype: auto"
 _WEIGHTS = "model.base: weights"
 """In the record of a run's inputs. Runs of earlier versions lack it."""
 
+SECONDS_TO_BEGIN = 300.0
+"""In which the first process of a launch begins the folder, after another one has read the same inputs."""
+
+SECONDS_TO_AGREE = 60.0
+"""In which what the first process has written reaches the other machines; an earlier launch may have left something else."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 class RunFolder:
-    """runs/<name>/. The process that works in it calls `begin`; the other ranks only read it."""
+    """runs/<name>/. The process that works in it calls `begin`; the other ranks `join`, and only read it."""
 
     def __init__(self, recipe: Recipe, root: Path = Path("runs")) -> None:
         self.recipe = recipe
@@ -59,6 +67,51 @@ class RunFolder:
             write_json(self.paths.inputs, inputs)
             write_text(self.paths.recipe, resolved_yaml(self.recipe))
             yield
+
+    def announce(self) -> None:
+        """Let the other processes of this launch begin; call it in the first one, inside `begin`."""
+        write_json(self.paths.launch, _packages())
+
+    def join(self) -> None:
+        """Wait until the first process of this launch has begun the folder. Call it in the other ones.
+
+        Raises:
+            UserError: it does not within SECONDS_TO_BEGIN, because the folder is not that of the first process, or recipe, base,
+                data or packages of this machine are not those of the first process.
+        """
+        inputs, packages = self._inputs_now(), _packages()
+        started = time.monotonic()
+        while not self.paths.launch.exists():
+            if time.monotonic() - started > SECONDS_TO_BEGIN:
+                raise UserError(
+                    f"{self.paths.root.absolute()}: the first process does not work in this folder. "
+                    "Fix: let --runs name a folder that all machines share"
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        found = time.monotonic()
+        while True:
+            try:
+                return self._check_agreement(inputs, packages)
+            except UserError:
+                if time.monotonic() - found > SECONDS_TO_AGREE:
+                    raise
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _check_agreement(self, inputs: Mapping[str, str], packages: Mapping[str, str]) -> None:
+        of_first = read_json(self.paths.launch, "record of a launch")
+        begun = read_json(self.paths.inputs, "record of a run's inputs")
+        compared = {
+            "packages": (of_first, packages),
+            "recipe": (self._begun_recipe().model_dump(), self.recipe.model_dump()),
+            "base or data": ({name: begun.get(name) for name in inputs}, inputs),
+        }
+        for what, (there, here) in compared.items():
+            check_same(
+                there,
+                here,
+                f"{what}: this machine has others than that of the first process",
+                "let all machines of a launch have the same, under the names in the recipe",
+            )
 
     def _opened_lock(self) -> TextIO:
         try:
@@ -118,7 +171,7 @@ class RunFolder:
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": _packages(),
         }
         write_json(self.paths.marker(stage), marker)
 
@@ -187,6 +240,10 @@ class RunFolder:
         if (texts := self.recipe.hybrid.calibration.source) is not None:
             inputs["hybrid.calibration.source"] = hash_of(*map(file_hash, text_files(texts)))
         return inputs
+
+
+def _packages() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def recipe_of(paths: RunPaths) -> Recipe:

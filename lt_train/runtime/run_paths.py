@@ -39,6 +39,7 @@ class RunPaths:
         self.recipe = root / "recipe.yaml"  # with every default written out
         self.inputs = root / "inputs.json"  # fingerprints of the base and of the data, and what `model.dtype: auto` means
         self.lock = root / ".lock"
+        self.launch = root / ".launch.json"  # of the latest launch of several processes: the packages of its first one
         self.data = root / "data"  # the tokenized examples: made again where they are missing or of other settings
         self.profile = self.stage("profile")
         self.layer_profile = self.profile / LAYER_PROFILE

@@ -1,11 +1,14 @@
 """Results of the main process of a training, broadcast to all of its processes."""
 
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lt_train.runtime.errors import UserError
 
@@ -35,3 +38,21 @@ def wait_while_main(is_busy: Callable[[], bool]) -> None:
     """
     while decided_by_main(is_busy):
         time.sleep(POLL_SECONDS)
+
+
+def check_shared(folder: Path) -> None:
+    """
+    Raises:
+        UserError: another machine has a folder of its own there, so a checkpoint of all processes would lie in pieces.
+    """
+    if PartialState().num_processes == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(prefix=".shared-", dir=folder) as file:
+        seen = (folder / decided_by_main(lambda: Path(file.name).name)).exists()
+        blind = sorted({host for host, sees in gather_object([(socket.gethostname(), seen)]) if not sees})
+    if blind:
+        raise UserError(
+            f"{folder.absolute()}: {', '.join(blind)} has another folder there than the first process, so checkpoints would lie in "
+            "pieces. Fix: let --runs name a folder that all machines share"
+        )

@@ -23,7 +23,7 @@ from lt_train.runtime.progress import without_bars_of_transformers
 from lt_train.runtime.run_paths import FINAL, TRAINING_LOG
 from lt_train.runtime.tracking import Tracker
 from lt_train.training.best import Best, is_published
-from lt_train.training.broadcast import decided_by_main
+from lt_train.training.broadcast import check_shared, decided_by_main
 from lt_train.training.callbacks import (
     DueAfterStep,
     KeepBestLoss,
@@ -96,12 +96,14 @@ def train(
             out/probes/step-<step>/; needed with train.probes.
 
     Raises:
-        UserError: TRL or PEFT refuses a setting, the folder was trained with other settings, or a loss is not finite.
+        UserError: TRL or PEFT refuses a setting, the processes do not share the folder, it was trained with other settings, or a
+            loss is not finite.
         Interrupted: after SIGTERM, with or without a checkpoint of the step in progress.
     """
     assert recipe.train is not None, "the pipeline trains only recipes with a `train` part"
     train = recipe.train
     config = sft_config(recipe, train, out)  # first: it starts the processes' communication
+    check_shared(out)
     data_sha256 = examples_fingerprint(example_set.train)
     settings = settings_of_training(recipe, train, spec, data_sha256, PartialState().num_processes)
     final = out / FINAL

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from lt_train.pipeline import run_folder
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
@@ -174,3 +175,39 @@ def test_a_damaged_record_of_a_run_is_an_error_with_a_fix(recipe_with, tmp_path,
     (folder.paths.root / "recipe.yaml").write_text(damage)
     with pytest.raises(UserError, match=r"Move|another"):
         opened(recipe_with(), tmp_path)
+
+
+def test_other_processes_of_a_launch_join_what_the_first_one_began(recipe_with, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SECONDS_TO_AGREE", 0.0)
+    monkeypatch.setattr(run_folder, "SECONDS_TO_BEGIN", 0.0)
+    with (first := RunFolder(recipe_with(), tmp_path / "runs")).begin():
+        with pytest.raises(UserError, match=r"the first process does not work in this folder.*--runs"):
+            RunFolder(recipe_with(), tmp_path / "runs of another machine").join()
+        first.announce()
+        RunFolder(recipe_with(), tmp_path / "runs").join()
+        with pytest.raises(UserError, match=r"recipe: this machine has others(?s:.*)hybrid\.w_recent: 8, 9"):
+            RunFolder(recipe_with("hybrid.w_recent=9"), tmp_path / "runs").join()
+        monkeypatch.setattr(run_folder, "version", lambda package: "0")
+        with pytest.raises(UserError, match=r"packages: this machine has others(?s:.*)torch: .*, '0'"):
+            RunFolder(recipe_with(), tmp_path / "runs").join()
+
+
+@pytest.mark.parametrize(("file", "named"), [("data.jsonl", "data.source"), ("base/model.safetensors", "model.base: weights")])
+def test_a_machine_whose_files_differ_from_those_of_the_first_process_does_not_join(
+    file, named, recipe_with, tmp_path, monkeypatch
+):
+    """As where each machine has a copy of its own, and one is stale."""
+    monkeypatch.setattr(run_folder, "SECONDS_TO_AGREE", 0.0)
+    with (first := RunFolder(recipe_with(), tmp_path / "runs")).begin():
+        first.announce()
+        (tmp_path / file).write_text('{"other": 1}\n')
+        with pytest.raises(UserError, match=rf"base or data: this machine has others(?s:.*){named}"):
+            RunFolder(recipe_with(), tmp_path / "runs").join()
+
+
+def test_what_an_earlier_launch_left_is_read_again_until_the_first_process_has_written(recipe_with, tmp_path, monkeypatch):
+    with (first := RunFolder(recipe_with(), tmp_path / "runs")).begin():
+        write_text(first.paths.launch, "{}")
+        monkeypatch.setattr(run_folder, "SECONDS_BETWEEN_LOOKS", 0.0)
+        monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: first.announce())
+        RunFolder(recipe_with(), tmp_path / "runs").join()

@@ -54,6 +54,19 @@ except Interrupted as stop:
     print(stop)
     leave(stop.exit_code)
 """
+OWN_FOLDERS = """
+import os, sys
+from pathlib import Path
+from tests.support.tiny_training import train_in
+from lt_train.runtime.errors import UserError
+from lt_train.runtime.tracking import NoTracker
+
+try:
+    train_in(Path(sys.argv[1]) / os.environ["RANK"], {}, NoTracker())
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
 IN_A_COLLECTIVE = """
 import hashlib, os, sys
 from pathlib import Path
@@ -127,6 +140,14 @@ def test_nan_in_one_process_stops_both_with_the_name_of_its_sample(tmp_path: Pat
     assert [code for code, _ in ended] == [2, 2], ended
     last_lines = [output.strip().splitlines()[-1] for _, output in ended]
     assert last_lines[0] == last_lines[1] and f": the loss is nan, on {BAD.where}. " in last_lines[0]
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_folder_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    ended = in_two_processes(OWN_FOLDERS, tmp_path / "run", output=tmp_path / "printed")
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert all("has another folder there than the first process" in output for _, output in ended), ended
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow
