@@ -232,14 +232,32 @@ class RunFolder:
         return begun | now
 
     def _inputs_now(self) -> dict[str, str]:
-        inputs = {"model.base": model_fingerprint(self.recipe.model.base, self.recipe.model.revision)}
-        if (weights := weights_fingerprint(self.recipe.model.base)) is not None:
-            inputs[_WEIGHTS] = weights
+        inputs = _base_now(self.recipe)
         if self.recipe.data.source is not None:
             inputs["data.source"] = data_fingerprint(self.recipe.data.source)
         if (texts := self.recipe.hybrid.calibration.source) is not None:
             inputs["hybrid.calibration.source"] = hash_of(*map(file_hash, text_files(texts)))
         return inputs
+
+
+def _base_now(recipe: Recipe) -> dict[str, str]:
+    base = {"model.base": model_fingerprint(recipe.model.base, recipe.model.revision)}
+    weights = weights_fingerprint(recipe.model.base)
+    return base if weights is None else {**base, _WEIGHTS: weights}
+
+
+def check_same_base(paths: RunPaths, recipe: Recipe) -> None:
+    """Of a run that is read without `begin`.
+
+    Raises:
+        UserError: another model is now where the base of the run was.
+    """
+    begun = read_json(paths.inputs, "record of a run's inputs") if paths.inputs.exists() else {}
+    if any(begun.get(name, value) != value for name, value in _base_now(recipe).items()):
+        raise UserError(
+            f"{paths.root}: model.base: {recipe.model.base}: another model than the one that this run was begun with. "
+            "Fix: put that back, or name the run's export, which needs no base"
+        )
 
 
 def _packages() -> dict[str, str]:

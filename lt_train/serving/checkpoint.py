@@ -20,7 +20,7 @@ from lt_train.inference.engine import Engine, default_budget
 from lt_train.inference.loading import bar_if_it_takes_long, device_map, load_base_config
 from lt_train.inference.requests import Sampling
 from lt_train.inference.tokenizer import load_checked_tokenizer
-from lt_train.pipeline.run_folder import recipe_of
+from lt_train.pipeline.run_folder import check_same_base, recipe_of
 from lt_train.pipeline.variants import Variants
 from lt_train.recipe.evaluations import CONVERTED, TRAINED
 from lt_train.recipe.schema import PER_PROMPT, Model, Prompt
@@ -129,7 +129,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         folder: of an export, or of a run: its trained hybrid, or the converted one where its recipe does not train.
 
     Raises:
-        UserError: neither, a run that has not come so far, or an export of which files are missing.
+        UserError: neither, a run that has not come so far or whose base is another model now, or an export of which files are
+            missing.
     """
     if (folder / EXPORT_MANIFEST).is_file():
         return _export(folder)
@@ -179,6 +180,7 @@ def _run(paths: RunPaths) -> Checkpoint:
     if not left.is_file():
         stage = "convert" if variant == CONVERTED else "train"
         raise UserError(f"{paths.root}: there is no {variant} hybrid in this run yet. Fix: lt-train {stage} RECIPE")
+    check_same_base(paths, recipe)
     config = load_base_config(recipe.model)
     tokenizer = load_checked_tokenizer(recipe.model, config, recipe.prompt)
     tokenizer = exported_tokenizer(tokenizer, own_template(recipe.prompt))

@@ -51,6 +51,16 @@ def test_the_code_of_its_card_loads_what_was_trained(lt_train: LtTrain, run: Pat
         assert (logits(adapted) - trained).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("command", [("export", "--adapter", "adapter"), ("chat",)])
+def test_a_run_whose_base_is_another_model_now_is_not_read(command: tuple[str, ...], lt_train: LtTrain, run: Path) -> None:
+    weights = Path("base/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, err = lt_train(command[0], run, *command[1:])
+    assert code == 2 and "model.base: base: another model than the one that this run was begun with" in err
+
+
 def test_its_card_names_base_and_spec(lt_train: LtTrain, run: Path) -> None:
     lt_train("export", run, "--adapter", "adapter")
     card = Path("adapter/README.md").read_text()
