@@ -16,7 +16,7 @@ from lt_train.pipeline.old_markers import MARKER_FORMAT, bring_up_to_date
 from lt_train.recipe.loading import recorded_recipe, resolved_yaml
 from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError, more, shortened
-from lt_train.runtime.files import read_json, write_json, write_text
+from lt_train.runtime.files import read_json, remove_abandoned, write_json, write_text
 from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_hash, hash_of, model_fingerprint, weights_fingerprint
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.text_files import text_files
@@ -60,6 +60,7 @@ class RunFolder:
                 raise UserError(
                     f"{self.paths.root}: another lt-train is working in this folder. Fix: wait for it, or stop it"
                 ) from error
+            remove_abandoned(self.paths.root)
             inputs = self._inputs_now()
             if self._is_begun():
                 self._check_recipe()

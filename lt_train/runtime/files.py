@@ -7,6 +7,7 @@ Whole files are written beside their target and renamed; JSON Lines files grow b
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lt_train.runtime.errors import UserError, kind_of
+
+_TEMPORARY = re.compile(rf"\..+\.(?P<host>{re.escape(platform.node())}|[^.]+)\.(?P<process>\d+)\.tmp")
+"""Names of the files that `replacing` makes; of another machine the last part of its name is enough."""
 
 
 @contextmanager
@@ -29,6 +33,17 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove from a folder and those in it what processes left that were killed inside `replacing`.
+
+    Call it where no process of another machine writes there: whether one of those is alive cannot be seen.
+    """
+    for path in folder.rglob(".*.tmp"):
+        made = _TEMPORARY.fullmatch(path.name)
+        if made and not (made["host"] == platform.node() and Path("/proc", made["process"]).exists()):
+            path.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, name: Path | None = None) -> Path:

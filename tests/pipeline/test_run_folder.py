@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 
 import pytest
 
@@ -7,7 +9,7 @@ from lt_train.pipeline.run_folder import RunFolder
 from lt_train.recipe.loading import load_recipe
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.files import write_text
+from lt_train.runtime.files import replacing, write_text
 
 RECIPE = """
 name: tiny
@@ -211,3 +213,17 @@ def test_what_an_earlier_launch_left_is_read_again_until_the_first_process_has_w
         monkeypatch.setattr(run_folder, "SECONDS_BETWEEN_LOOKS", 0.0)
         monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: first.announce())
         RunFolder(recipe_with(), tmp_path / "runs").join()
+
+
+def test_what_a_process_left_that_was_killed_while_it_wrote_is_removed_by_the_next_one(recipe_with, tmp_path):
+    written = opened(recipe_with(), tmp_path).paths.stage("eval") / "base/ledger/scores.json"
+    with pytest.raises(UserError, match="spoilt"), replacing(written) as mine:
+        mine.write_text("")
+        dead = 2**22 + 1  # beyond the largest number of a process
+        names = f".a.{platform.node()}.{dead}.tmp", f".b.node-7.cluster.{os.getpid()}.tmp", ".c.tmp", "d.tmp"
+        places = {name: mine.with_name(name) for name in names}
+        for path in places.values():
+            path.write_text("")
+        opened(recipe_with(), tmp_path)
+        assert mine.exists() and [name for name, path in places.items() if path.exists()] == [".c.tmp", "d.tmp"]
+        raise UserError("spoilt")
