@@ -18,11 +18,11 @@ from .auto_family import PREFIX, auto_family
 from .base_spec import base_spec
 from .configuration import HybridConfig, is_hybrid
 from .conversion import config_in
-from .families import BASES, FAMILIES, MINISTRAL, PHI3
+from .families import BASES, FAMILIES, MINISTRAL
 from .family_proof import prove_family
 from .modeling import Family, HybridForCausalLM
 from .spec import HybridError, HybridSpec
-from .unsupported_bases import faults_of_windows, refuse_unsupported
+from .unsupported_bases import faults_of_rotary_embeddings, faults_of_windows, refuse_unsupported
 
 _MADE: dict[str, Family] = {}
 """Families that `prove_auto_family` or a checkpoint added in this process, by the `model_type` of a base or of a hybrid."""
@@ -282,12 +282,8 @@ def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
                 f"{' and '.join(biases)}: Llama and Mistral models become `ministral`, which has no such biases. "
                 "Fix: choose a base without them"
             )
-    if family is PHI3 and values["rope_parameters"]["rope_type"] == "longrope":
-        raise HybridError(
-            "rope_parameters: rope_type longrope: its frequencies change once a sequence is longer than "
-            "original_max_position_embeddings, and cached keys would keep the old ones. "
-            "Fix: choose a base without it, such as Phi-4"
-        )
+    for fault in faults_of_rotary_embeddings(config):
+        raise HybridError(fault)
     if quantized := values.get("quantization_config"):
         method = quantized.get("quant_method")
         fix = "start from its bf16 or fp32 weights"

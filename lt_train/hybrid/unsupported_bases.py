@@ -79,6 +79,17 @@ def faults_of_windows(config: PreTrainedConfig) -> Iterator[str]:
         yield f"layer_types: {config.model_type} has {problem}. {OTHER}"
 
 
+def faults_of_rotary_embeddings(config: PreTrainedConfig) -> Iterator[str]:
+    """transformers computes one set of frequencies for all rows of a batch: those for its longest position."""
+    rope = config.to_dict().get("rope_parameters") or {}
+    for kind in {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)} & {"dynamic", "longrope"}:
+        problem = "its frequencies change with the length of a sequence, and cached keys would keep the old ones"
+        fix = OTHER
+        if kind == "dynamic":
+            fix += "; if no sequence is longer than max_position_embeddings, take the scaling out in a copy of its config.json"
+        yield f"rope_parameters: rope_type {kind}: {problem}. {fix}"
+
+
 def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
     values = config.to_dict()
     if config.is_encoder_decoder or values.get("add_cross_attention"):
@@ -96,10 +107,7 @@ def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
     if values.get("kv_lora_rank"):
         problem = "latent attention caches no keys and values of heads, and a streaming layer keeps these"
         yield f"self_attn of every layer: kv_lora_rank {values['kv_lora_rank']}: {problem}. {OTHER}"
-    rope = values.get("rope_parameters") or {}
-    for kind in {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)} & {"dynamic", "longrope"}:
-        problem = "its frequencies change with the length of a sequence, and cached keys would keep the old ones"
-        yield f"rope_parameters: rope_type {kind}: {problem}. {OTHER}"
+    yield from faults_of_rotary_embeddings(config)
     if values.get("use_bidirectional_attention"):
         yield f"use_bidirectional_attention: True: tokens see later ones, and a hybrid's attention is causal. {OTHER}"
     if values.get("alibi"):

@@ -87,6 +87,8 @@ def test_rope_scaling_of_a_llama_is_kept():
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
 
 @pytest.mark.parametrize(
     ("base", "reason"),
@@ -105,6 +107,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
         (Phi3Config(sliding_window=2047), "sliding_window: 2047: every layer of the base"),
         (SmolLM3Config(use_sliding_window=True, sliding_window=64), "sliding_layers: "),
         (Phi3Config(rope_parameters=LONGROPE), "longrope"),
+        (Qwen2Config(rope_parameters={**LONGROPE, "original_max_position_embeddings": 64}), "rope_type longrope"),
+        (LlamaConfig(rope_parameters=DYNAMIC), "rope_type dynamic: its frequencies change .* take the scaling out in a copy"),
         (Qwen2Config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantized \(gptq\)\. Fix: start from its bf16"),
         (GptOssConfig(quantization_config={"quant_method": "mxfp4"}), r"quantized \(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
     ],
