@@ -25,9 +25,10 @@ def test_scaled_rotary_embeddings_reach_beyond_max_position_embeddings(rope, tok
         assert context_length({"max_position_embeddings": 40_960, name: rope}) == tokens
 
 
-def test_a_config_that_names_the_scaled_context_keeps_it():
-    """Llama 3.1."""
-    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_config_that_names_the_scaled_context_keeps_it(factor):
+    """Llama 3.1, and Llama 3.2 with a factor by which 8,192 tokens would be 262,144."""
+    rope = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
     assert context_length({"max_position_embeddings": 131_072, "rope_parameters": rope}) == 131_072
 
 
