@@ -248,6 +248,17 @@ def _load(
         if ending is not None:
             info[kind] = {name for name in info[kind] if not name.endswith(ending)}
     _check_weights(str(source), config, info, fix="restore the config.json or the weights of this folder")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise HybridError(
+            f"{source}: beside the model there is an adapter (adapter_config.json), which transformers adds to its weights. "
+            "Fix: download it, and remove the adapter's files"
+        )
+    if config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise HybridError(
+            f"{source}: tie_word_embeddings: its config.json sets it, and the weights hold an lm_head that differs from the "
+            "embeddings: transformers leaves them apart, vLLM would tie them. "
+            "Fix: set tie_word_embeddings to false in a copy of its config.json"
+        )
     return model.eval()
 
 

@@ -23,10 +23,16 @@ def resolve_model(name: str) -> str:
     """The path of an existing local model folder, or `name` itself where it can be a hub id.
 
     Raises:
-        UserError: neither; the message has the path that was tried.
+        UserError: neither, or a folder with an adapter; the message has the path that was tried.
     """
     path = _local(name)
     if os.path.isdir(path):
+        if (path / "adapter_config.json").is_file():
+            beside = " beside a model, to which transformers would add it" if (path / "config.json").is_file() else ", no model"
+            raise UserError(
+                f"{name}: this folder holds an adapter (adapter_config.json){beside}. "
+                "Fix: name a folder that holds a model alone: of PEFT, what merge_and_unload().save_pretrained writes"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"{name}: this folder holds no model: there is no {(path / 'config.json').absolute()}")
         return str(path)

@@ -1,7 +1,9 @@
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -138,6 +140,27 @@ def test_a_base_with_missing_weights_is_refused(qwen3_config, tmp_path):
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HybridError, match=r"missing keys: model\.layers\.2\.mlp\.up_proj\.weight"):
+        load_hybrid(tmp_path, SPEC)
+
+
+def test_a_base_whose_config_ties_weights_that_differ_is_refused(qwen3_config, tmp_path):
+    """transformers leaves them apart and warns; an export would be another model in vLLM, which ties them."""
+    config = copy.deepcopy(qwen3_config)
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_hybrid(tmp_path, SPEC)
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    with pytest.raises(HybridError, match=r"tie_word_embeddings: .* an lm_head that differs .* set tie_word_embeddings to false"):
+        load_hybrid(tmp_path, SPEC)
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused(qwen3_config, tmp_path):
+    """transformers would add the adapter to the model in memory, and an export from the files would lack it."""
+    base = AutoModelForCausalLM.from_config(qwen3_config)
+    base.save_pretrained(tmp_path)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(tmp_path)
+    with pytest.raises(HybridError, match=r"an adapter \(adapter_config\.json\), which transformers adds"):
         load_hybrid(tmp_path, SPEC)
 
 

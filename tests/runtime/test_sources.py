@@ -41,6 +41,15 @@ def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_reported_with_where_it
     assert str(Path(name).expanduser().absolute()) in str(error.value)
 
 
+def test_a_folder_with_an_adapter_is_refused_with_the_advice_to_merge_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config\.json\), no model.*merge_and_unload"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"an adapter .* beside a model, to which transformers would add it.*merge_and_unload"):
+        resolve_model(str(tmp_path))
+
+
 def test_a_model_named_by_its_file_is_refused_with_the_advice_to_name_the_folder(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.touch()
