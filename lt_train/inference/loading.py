@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lt_train.hybrid.attention_kernels import AUTO, Choice, Use, choose
 from lt_train.hybrid.base_spec import base_spec
+from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.kv_size import head_size, kv_heads
 from lt_train.hybrid.loading import (
     build_hybrid,
@@ -59,6 +60,11 @@ def load_base_config(model: Model) -> PreTrainedConfig:
         if model.family is None:
             refuse_undeclared(config)  # first, because a config of another kind need not count its layers
         _check_sizes(config.to_dict())
+        if is_hybrid(config) and config.learned_sinks:
+            raise ValueError(
+                f"a hybrid ({config.model_type}) with learned sinks, without which its full layers would be another model. "
+                "Fix: name the base that it was made from"
+            )
         config = with_rope_scaling(config, model.rope_scaling)
         if model.family == "auto" and not is_declared(config):
             prove_auto_family(config)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lt_train.dataset.examples import Example, ExampleSet, calibration_examples
 from lt_train.dataset.texts import text_examples
+from lt_train.hybrid.configuration import is_hybrid
 from lt_train.hybrid.context_length import context_length
 from lt_train.hybrid.loading import is_declared
 from lt_train.inference.loading import attention_choice, describe_proof, eos_ids, load_base_config
@@ -68,6 +69,8 @@ class RunContext:
         config = load_base_config(self.recipe.model)
         if not is_declared(config):
             self.report("family", describe_proof(config))
+        if is_hybrid(config):
+            self.report("base", f"warning: model.base: a hybrid ({config.model_type}); as a base all of its layers are full again")
         return config
 
     @cached_property
