@@ -23,7 +23,7 @@ from lt_train.runtime.run_paths import SAMPLES_META, SCORES
 Fingerprint = Mapping[str, str | int | float | None]
 """What decides the content of a sample, by name: the model, the prompt, the sampling, …"""
 
-GRADER_VERSION = 2
+GRADER_VERSION = 3
 """Of extraction and verdicts. Raise it where the same text may get another verdict; samples of an evaluation that is not scored yet
 are then judged again."""
 

@@ -13,6 +13,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Expr, Float
 
 from lt_train.evaluation.grading.extraction import ExtractedFrom, Kind, choice_letter, extract
+from lt_train.evaluation.grading.inequalities import as_union
 from lt_train.evaluation.grading.quantities import same_number
 from lt_train.evaluation.grading.spelling import one_spelling
 
@@ -30,6 +31,7 @@ LEAST_DIGITS = 3
 WITH_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]+)\s*_\s*(?:\{(?P<braced>[^{}]*(?:\{[^{}]*\})?)\}|(?P<digit>\d))")
 OPTION = re.compile(r"\(?(?P<letter>[A-J])(?:\)|[.:](?=\s))\s*(?P<text>\S.*)", re.DOTALL)
 TIME_OF_DAY = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?\s*(?P<half>[ap])\.?m\b\.?", re.IGNORECASE)
+UNION = r"\cup"
 IN_BRACES = re.compile(r"\\(?:left\\)?\{.*\\(?:right\\)?\}", re.DOTALL)
 IN_PARENTHESES = re.compile(r"(?:\\left)?\(.*(?:\\right)?\)", re.DOTALL)
 
@@ -84,6 +86,8 @@ def matches(reference: str, answer: str) -> bool:
     if reference.strip() == answer.strip():
         return True
     reference, answer = one_spelling(reference), one_spelling(answer)
+    if any(as_union(each) or UNION in each for each in (reference, answer)):
+        reference, answer = (as_union(each, commas=True) or each for each in (reference, answer))
     if reference == answer or same_number(reference, answer):
         return True
     if option := OPTION.fullmatch(answer):  # of a reference answer that is a letter, or the option's own text

@@ -265,3 +265,46 @@ def without_boxes(text: str) -> str:
         start, content, end = boxes[-1]
         text = text[:start] + text[content:end] + text[end + 1 :]
     return text
+
+
+UNION = r"(-\infty, 1] \cup [3, \infty)"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"x \le 1 \text{ or } x \ge 3",
+        r"x\ge3\quad\text{or}\quad x\leqslant1",
+        "x ≤ 1 or x ≥ 3",
+        r"1 \geq x \lor x \geq 3",
+        r"x \le 1, x \ge 3",
+        r"\{x \in \mathbb{R} \mid x \le 1 \text{ or } x \ge 3\}",
+        r"(-\infty, 1] \text{ or } [3, \infty)",
+    ],
+)
+def test_inequalities_joined_by_or_are_the_union_of_their_intervals(answer: str) -> None:
+    for reference in (UNION, r"\left(-\infty, 1\right] \cup \left[3, \infty\right)", r"x \le 1 \text{ or } x \ge 3"):
+        assert is_correct(reference, answer)
+    assert is_correct(r"(1, \frac{5}{2}] \cup \{4\}", r"1 < x \le \frac{5}{2} \text{ or } x = 4")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"x \le 1 \text{ or } x \ge 4",
+        r"x < 1 \text{ or } x \ge 3",
+        r"x \ge 1 \text{ or } x \le 3",
+        r"x \le 1 \text{ and } x \ge 3",
+        r"x \le 1 \text{ or } y \ge 3",
+        r"x \le 1",
+        r"1 \le x \le 3",
+    ],
+)
+def test_other_inequalities_are_not(answer: str) -> None:
+    for reference in (UNION, r"x \le 1 \text{ or } x \ge 3"):
+        assert not is_correct(reference, answer)
+
+
+def test_solutions_joined_by_or_stay_a_list() -> None:
+    assert is_correct("2, 3", r"x = 2 \text{ or } x = 3") and is_correct(r"x = 2 \text{ or } x = 3", "3, 2")
+    assert not is_correct("x > 0, x < 3", "x > 1, x < 3"), "a comma may stand for and"
