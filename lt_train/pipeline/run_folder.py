@@ -33,7 +33,7 @@ SECONDS_TO_BEGIN = 300.0
 SECONDS_TO_AGREE = 60.0
 """In which what the first process has written reaches the other machines; an earlier launch may have left something else."""
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 0.2
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
