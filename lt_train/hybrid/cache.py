@@ -285,7 +285,7 @@ class HybridCache(Cache):
         super().__init__(layers=[self._layer(layer) for layer in range(spec.num_layers)])
 
     def _layer(self, layer: int) -> CacheLayerMixin:
-        if layer in self.spec.sliding_layers:
+        if self.spec.slides(layer):
             return SinkRingLayer(0, self.spec.sliding_window, self.rows)
         ring = SinkRingLayer(self.spec.w_sink, self.spec.w_recent, self.rows)
         if self.spec.is_lazy(layer):

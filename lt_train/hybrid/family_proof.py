@@ -258,7 +258,7 @@ def _under_masks(base: PreTrainedModel, spec: HybridSpec) -> Iterator[None]:
 
     hooks = []
     for index, streaming in enumerate(spec.streaming_heads(heads)):
-        layer, other_TT = base.model.layers[index], sliding_TT if index in spec.sliding_layers else full_TT
+        layer, other_TT = base.model.layers[index], sliding_TT if spec.slides(index) else full_TT
         mask_GTT = torch.stack([streaming_TT if head in streaming else other_TT for head in range(heads)])
         mask_1HTT = mask_GTT.repeat_interleave(base.config.num_attention_heads // heads, dim=0)[None]
         hooks.append(layer.register_forward_pre_hook(partial(masked, mask_1HTT), with_kwargs=True))

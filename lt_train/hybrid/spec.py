@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 HYBRID_VERSION = "1"
 LEARNED_SINKS_VERSION = "2"
@@ -58,6 +59,10 @@ class HybridSpec:
     sliding_layers: tuple[int, ...] = field(default=(), repr=False)
     sliding_window: int = field(default=0, repr=False)
 
+    # Of each spec, but no fields, which fingerprints and files would hold.
+    _lazy_L: ClassVar[tuple[bool, ...]]
+    _slides_L: ClassVar[tuple[bool, ...]]
+
     def __post_init__(self) -> None:
         if self.w_sink < 0:
             raise HybridError(f"w_sink: {self.w_sink}: below 0. Fix: set 0 or more tokens")
@@ -84,6 +89,9 @@ class HybridSpec:
         object.__setattr__(self, "sliding_layers", tuple(sorted(self.sliding_layers)))
         split = tuple(sorted((layer, tuple(sorted(heads))) for layer, heads in self.split_layers))
         object.__setattr__(self, "split_layers", split)
+        # Where torch.compile takes the numbers of layers for variables (dynamic=True), it finds none of them by `in`.
+        object.__setattr__(self, "_lazy_L", tuple(layer in self.lazy_layers for layer in range(self.num_layers)))
+        object.__setattr__(self, "_slides_L", tuple(layer in self.sliding_layers for layer in range(self.num_layers)))
 
     def _check_sliding_layers(self, streaming: set[int]) -> None:
         sliding = set(self.sliding_layers)
@@ -196,7 +204,11 @@ class HybridSpec:
 
     def is_lazy(self, layer: int) -> bool:
         """Whether the layer streams with all its heads."""
-        return layer in self.lazy_layers
+        return self._lazy_L[layer]
+
+    def slides(self, layer: int) -> bool:
+        """Whether the layer has a window in the base."""
+        return self._slides_L[layer]
 
     def cached_tokens(self, tokens: int, kv_heads: int) -> int:
         """Cached tokens of one sequence of `tokens` tokens, summed over all KV heads of all layers."""

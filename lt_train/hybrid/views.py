@@ -183,7 +183,7 @@ class Views:
     sliding: AttentionView | None = None
 
     def of_layer(self, layer: int, spec: HybridSpec) -> AttentionView:
-        if layer in spec.sliding_layers:
+        if spec.slides(layer):
             assert self.sliding is not None, "the views are made for a model with sliding layers"
             return self.sliding
         if spec.is_lazy(layer):

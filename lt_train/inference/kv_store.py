@@ -88,7 +88,7 @@ class KVStore:
         drafting = streaming if draft is None else draft.spec.streaming_heads(heads)
         for index, layer in enumerate(model.model.layers):
             device = next(layer.parameters()).device
-            slides = index in self.spec.sliding_layers
+            slides = self.spec.slides(index)
             groups: dict[tuple[bool, bool], list[int]] = {}
             for head in range(heads):
                 kinds = (True, True) if slides else (head in streaming[index], head in drafting[index])
