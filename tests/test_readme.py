@@ -45,7 +45,7 @@ def test_what_decides_on_a_change_are_the_two_commands_shown() -> None:
         "install --quiet -e .\n",
         "lt-train run recipes/quickstart.yaml\n",
         "install --quiet -e '.[test]'\n",
-        " pytest -q ",
+        "\npytest -q ",
     ):
         assert step in check
     assert "pip install -e . && lt-train run recipes/quickstart.yaml" in README

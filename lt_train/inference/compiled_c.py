@@ -7,13 +7,13 @@ import tempfile
 from contextlib import AbstractContextManager, nullcontext, suppress
 from ctypes import CDLL
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch.profiler import record_function
 
 from lt_train.runtime.files import replacing
+from lt_train.runtime.fingerprints import sha256_of
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-fPIC")
 _SECONDS = 60
@@ -31,8 +31,8 @@ def compiled(source: str, *flags: str) -> CDLL:
         raise RuntimeError("there is no C compiler (cc, or what CC names)")
     code, command = Path(__file__).with_name(source), [compiler, *_FLAGS, *flags]
     # What the compiler would run names its version and, for "native", all that this processor has: homes are shared by machines.
-    made_of = code.read_bytes() + _run([*command, "-###", "-S", str(code), "-o", os.devnull]).encode()
-    kept = _cache_folder() / f"{code.stem}-{sha256(made_of).hexdigest()}.so"
+    made_of = code.read_bytes(), _run([*command, "-###", "-S", str(code), "-o", os.devnull]).encode()
+    kept = _cache_folder() / f"{code.stem}-{sha256_of(made_of)}.so"
     with suppress(OSError):  # there is none yet
         return CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:

@@ -10,16 +10,11 @@ import pytest
 import torch
 
 from lt_train import __version__, cli
-from lt_train.pipeline import run
-from lt_train.recipe.loading import load_recipe
 from lt_train.runtime import processes
-from lt_train.runtime.errors import UserError
 from lt_train.runtime.processes import Process, is_lost_connection, this_process, wait_for_the_launcher, wait_until
 from tests.support import failing_ranks
 from tests.support.processes import exit_code, start_ranks
 from tests.support.repository import REPOSITORY
-
-QUICKSTART = REPOSITORY / "recipes/quickstart.yaml"
 
 
 def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,27 +24,6 @@ def test_a_process_knows_its_place_from_the_launchers_environment(monkeypatch: p
     for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert this_process() == Process(9, 16, launched=True)
-
-
-@pytest.mark.parametrize(
-    ("variables", "problem"),
-    [
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE: 2: the environment has no LOCAL_RANK,"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2: the environment has no RANK and no LOCAL_RANK,"),
-        ({"RANK": "1"}, "RANK: 1: not below the number of processes, WORLD_SIZE, which is 1"),
-        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK: 1: not below the number of processes"),
-    ],
-)
-def test_an_environment_from_which_a_process_cannot_tell_its_place_is_refused_before_anything_begins(
-    variables: dict[str, str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=problem):
-        run.work(load_recipe(QUICKSTART), "train", tmp_path, this_process())
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
