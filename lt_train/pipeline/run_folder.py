@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from lt_train.recipe.schema import Recipe, settings_that_may_change
 from lt_train.runtime.errors import UserError, more, shortened
 from lt_train.runtime.files import read_json, remove_abandoned, write_json, write_text
 from lt_train.runtime.fingerprints import check_same, data_fingerprint, file_hash, hash_of, model_fingerprint, weights_fingerprint
+from lt_train.runtime.processes import wait_until
 from lt_train.runtime.run_paths import RunPaths
 from lt_train.runtime.text_files import text_files
 
@@ -32,8 +33,6 @@ SECONDS_TO_BEGIN = 300.0
 
 SECONDS_TO_AGREE = 60.0
 """In which what the first process has written reaches the other machines; an earlier launch may have left something else."""
-
-SECONDS_BETWEEN_LOOKS = 0.2
 
 PACKAGES = ("lt-train", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
@@ -81,22 +80,20 @@ class RunFolder:
                 data or packages of this machine are not those of the first process.
         """
         inputs, packages = self._inputs_now(), _packages()
-        started = time.monotonic()
-        while not self.paths.launch.exists():
-            if time.monotonic() - started > SECONDS_TO_BEGIN:
-                raise UserError(
-                    f"{self.paths.root.absolute()}: the first process does not work in this folder. "
-                    "Fix: let --runs name a folder that all machines share"
-                )
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        found = time.monotonic()
-        while True:
-            try:
-                return self._check_agreement(inputs, packages)
-            except UserError:
-                if time.monotonic() - found > SECONDS_TO_AGREE:
-                    raise
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if not wait_until(self.paths.launch.exists, SECONDS_TO_BEGIN):
+            raise UserError(
+                f"{self.paths.root.absolute()}: the first process does not work in this folder. "
+                "Fix: let --runs name a folder that all machines share"
+            )
+
+        def agrees() -> bool:
+            with suppress(UserError):
+                self._check_agreement(inputs, packages)
+                return True
+            return False
+
+        if not wait_until(agrees, SECONDS_TO_AGREE):
+            self._check_agreement(inputs, packages)
 
     def _check_agreement(self, inputs: Mapping[str, str], packages: Mapping[str, str]) -> None:
         of_first = read_json(self.paths.launch, "record of a launch")

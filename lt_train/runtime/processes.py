@@ -5,6 +5,7 @@ them has failed; what is left to do here is to report the error once, and to exi
 """
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -88,14 +89,19 @@ def wait_for_the_launcher(process: Process, error: BaseException) -> None:
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
 
 
-def wait_until(reached: Callable[[], bool]) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = math.inf) -> bool:
     """Wait for what another process of the launch is about to do; if that one fails, the launcher ends this one.
 
     The first pause between two looks is a tenth of a second, later ones are a fifth of the time waited, up to two seconds.
+    Returns False where it has not come after `seconds`.
     """
     begun = time.monotonic()
     while not reached():
-        time.sleep(min(max(0.1, (time.monotonic() - begun) / 5), 2.0))
+        waited = time.monotonic() - begun
+        if waited > seconds:
+            return False
+        time.sleep(min(max(0.1, waited / 5), 2.0))
+    return True
 
 
 def is_taken_port(error: BaseException) -> bool:

@@ -210,7 +210,6 @@ def test_a_machine_whose_files_differ_from_those_of_the_first_process_does_not_j
 def test_what_an_earlier_launch_left_is_read_again_until_the_first_process_has_written(recipe_with, tmp_path, monkeypatch):
     with (first := RunFolder(recipe_with(), tmp_path / "runs")).begin():
         write_text(first.paths.launch, "{}")
-        monkeypatch.setattr(run_folder, "SECONDS_BETWEEN_LOOKS", 0.0)
         monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: first.announce())
         RunFolder(recipe_with(), tmp_path / "runs").join()
 
