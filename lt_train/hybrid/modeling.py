@@ -81,8 +81,9 @@ def attention_at(index: int | None, attention: nn.Module) -> str:
     return f"model.layers.{index}.self_attn ({type(attention).__name__})"
 
 
-class OwnAttention(PreTrainedModel):
-    """Base of both mixins: the attention implementation is the hybrid's, and setting another is an error."""
+class HybridPreTrainedModel(PreTrainedModel):
+    """Base of both mixins: the attention implementation is the hybrid's, and setting another is an error; experts are computed as
+    in the stock class."""
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
@@ -94,13 +95,20 @@ class OwnAttention(PreTrainedModel):
             )
         return ATTENTION_NAME
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """The stock class's answer. transformers reads the code of the module in which a class is declared and keeps the answer for
+        its subclasses too: a hybrid's would be True after a stock model was made in the process, and False before."""
+        stock_class = next(base for base in cls.__mro__ if not issubclass(base, HybridPreTrainedModel))
+        return stock_class._can_set_experts_implementation()
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LearnedSinks):
             init.zeros_(module.weight)
 
 
-class HybridBody(OwnAttention):
+class HybridBody(HybridPreTrainedModel):
     """The decoder stack: finds the documents, builds the cache, and passes each layer the view of its kind."""
 
     # Modules of the family's stock class
@@ -334,7 +342,7 @@ class HybridBody(OwnAttention):
         return self.new_cache() if use_cache else None
 
 
-class HybridForCausalLM(OwnAttention):
+class HybridForCausalLM(HybridPreTrainedModel):
     """The decoder stack with its language-model head: generation with the hybrid cache, by greedy search or sampling."""
 
     body_class: type[HybridBody]

@@ -106,8 +106,8 @@ def _attention(shape: ModelShape, layer: Layer, element: ElementBytes, gathered:
 
 def _mlp(shape: ModelShape, layer: Layer, element: ElementBytes) -> int:
     """gate, silu(gate) and up, and their product where down_proj needs it; of experts also what goes in and comes out of each, and
-    the router's probabilities."""
+    the router's probabilities. Autocast leaves the products of experts in the dtype of their weights."""
     down = layer.linears["down_proj"]
     kept = ((4 if down.keeps_input else 3) + 3 * shape.clamps_gates) * shape.mlp + down.rank
-    kept += (3 if down.keeps_input else 2) * shape.experts_of_token * shape.hidden
-    return element.product * kept + FP32 * (shape.experts + shape.experts_of_token)
+    kept += (2 if down.keeps_input else 1) * shape.experts_of_token * shape.hidden
+    return (element.weight if shape.experts else element.product) * kept + FP32 * (shape.experts + shape.experts_of_token)

@@ -35,6 +35,14 @@ def test_with_all_layers_full_it_is_the_base_to_the_last_bit(base_config):
     same_logits(hybrid, stock, ids)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_computed_as_in_the_base_whether_or_not_a_base_was_made_before(family, monkeypatch):
+    config = deepcopy(BASES[family])
+    stock_class = type(AutoModelForCausalLM.from_config(config))
+    monkeypatch.delattr(stock_class, "_can_set_experts_implementation_cached_value")  # what transformers found out of it
+    assert build_hybrid(config, on_base(config, SPEC)).config._experts_implementation == "grouped_mm"
+
+
 def same_logits(hybrid, stock, ids):
     """To the last bit; of a base with sliding layers, in rows within their window: beyond it kernels round differently. With
     learned sinks of its own, for which transformers has eager attention alone, the reference kernel is the base in all rows."""
