@@ -99,8 +99,8 @@ class HybridPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """The stock class's answer. transformers reads the code of the module in which a class is declared and keeps the answer for
         its subclasses too: a hybrid's would be True after a stock model was made in the process, and False before."""
-        stock_class = next(base for base in cls.__mro__ if not issubclass(base, HybridPreTrainedModel))
-        return stock_class._can_set_experts_implementation()
+        stock_class: Any = next(base for base in cls.__mro__ if not issubclass(base, HybridPreTrainedModel))
+        return bool(stock_class._can_set_experts_implementation())
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
