@@ -17,14 +17,14 @@ def divergence(runs: Path, name: str, distill: str) -> float:
         "model.base": REPOSITORY / "data/tiny-reasoner",
         "hybrid": "{layers: [2, 3, 4, 5, 6, 7], w_sink: 4, w_recent: 12}",
         "data.source": REPOSITORY / "data/ledger/train.jsonl",
-        "data.limit": 120,
-        "data.heldout": 12,
+        "data.limit": 60,
+        "data.heldout": 6,
         "train.max_steps": 15,
         "train.learning_rate": 3e-3,
-        "train.batch_size": 6,
-        "train.micro_batch_size": 6,
+        "train.batch_size": 3,
+        "train.micro_batch_size": 3,
         "train.distill": distill,
-        "eval": "[{benchmark: heldout_kl, batch_size: 12}]",
+        "eval": "[{benchmark: heldout_kl, batch_size: 6}]",
     }
     recipe = load_recipe(REPOSITORY / "recipes/quickstart.yaml", [f"{key}={value}" for key, value in settings.items()])
     run_in_folder(recipe, runs, "eval")
