@@ -21,6 +21,8 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 
+gc.set_threshold(20_000, 20, 100)  # a fiftieth of the time went into looking for garbage
+
 TESTS = Path(__file__).parent
 SHARED_DATA = Path(os.environ.get("LT_TRAIN_SHARED_DATA", TESTS / "../../shared/data")).resolve()
 
