@@ -136,14 +136,6 @@ def lt_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """Where all tests run, the servers of processes start while tests are collected."""
-    from tests.support.processes import share_servers
-
-    share_servers(start=config.args_source != config.ArgsSource.ARGS and not config.option.markexpr and not config.option.keyword)
-
-
 def is_fast(path: Path) -> bool:
     name = path.relative_to(TESTS).as_posix()
     return name.startswith(FAST) and name not in SLOWER

@@ -1,9 +1,9 @@
 """Processes of a test that begin with their libraries imported: a new interpreter takes ten seconds for torch, TRL and DeepSpeed.
 
-They are forked from a server that has imported those and nothing of lt_train, or from a second one that has imported lt_train as
-well; the processes of pytest-xdist share both. What is killed, what trains with others, what must not know lt_train and what is
-known by its exit code starts here. Where the start itself is tested, or a variable of the environment that a library reads when it
-is imported, there is `subprocess`.
+They are forked from a server, one for each process of pytest, that has imported those and nothing of lt_train, or from a second one
+that has imported lt_train as well. What is killed, what trains with others, what must not know lt_train and what is known by its
+exit code starts here. Where the start itself is tested, or a variable of the environment that a library reads when it is imported,
+there is `subprocess`.
 """
 
 import atexit
@@ -90,55 +90,6 @@ _knows_lt_train = _SecondServer()
 _starting = threading.Lock()
 
 
-class _SharedServer(forkserver.ForkServer):
-    """One of the two servers of the process that started this one."""
-
-    def __init__(self, knows_lt_train: bool) -> None:
-        super().__init__()
-        self.knows_lt_train = knows_lt_train
-
-    def ensure_running(self) -> None:
-        with self._lock, socket.socket(socket.AF_UNIX) as client:
-            if self._forkserver_address is None:
-                client.connect(os.environ[SHARED])
-                client.sendall(bytes([self.knows_lt_train]))
-                self._forkserver_address = client.recv(200).decode()
-                self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # what it lives by is not here
-
-
-SHARED = "LT_TRAIN_TEST_SERVERS"
-"""The socket at which `share_servers` tells where the servers are."""
-
-_shared = {knows_lt_train: _SharedServer(knows_lt_train) for knows_lt_train in (False, True)}
-
-
-def share_servers(*, start: bool) -> None:
-    """Let processes that are started from now on use this one's servers, which start now or when one of them needs them."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address := arbitrary_address("AF_UNIX"))
-    listener.listen()
-    os.environ[SHARED] = address
-    threading.Thread(target=_tell_addresses, args=(listener, start), daemon=True).start()
-
-
-def _tell_addresses(listener: socket.socket, start: bool) -> None:
-    if start:
-        _own_server(knows_lt_train=True)
-    while True:
-        connection, _ = listener.accept()
-        with connection:
-            server = _own_server(bool(connection.recv(1)[0]))
-            connection.sendall(server._forkserver_address.encode())
-
-
-def _own_server(knows_lt_train: bool) -> forkserver.ForkServer:
-    _start_first_server()
-    if knows_lt_train:
-        _knows_lt_train.ensure_running()
-        return _knows_lt_train
-    return forkserver._forkserver
-
-
 def _serve(listener: socket.socket, ends: Connection) -> None:
     """Fork until the other side of `ends` is closed, as it is at the latest when pytest's process ends."""
     for name in OF_LT_TRAIN:
@@ -173,10 +124,12 @@ def start_python(
 
 
 def _start(knows_lt_train: bool, *given: Any) -> ForkServerProcess:
+    _start_first_server()
     process = _forked.Process(target=_call, args=given)
     with _starting, pytest.MonkeyPatch.context() as patch:
-        server = _shared[knows_lt_train] if SHARED in os.environ else _own_server(knows_lt_train)
-        patch.setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
+        if knows_lt_train:
+            _knows_lt_train.ensure_running()
+            patch.setattr(forkserver, "connect_to_new_process", _knows_lt_train.connect_to_new_process)
         process.start()
     return process
 
