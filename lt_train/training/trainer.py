@@ -1,13 +1,15 @@
 """Fine-tuning of a hybrid: `train` turns examples into a folder of trained weights, and resumes a training that was interrupted."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
@@ -71,6 +73,17 @@ class TrainResult:
     seconds: float | None  # spent in these steps, over all resumes
 
 
+@contextmanager
+def deepspeed_shards_no_later_model() -> Iterator[None]:
+    """accelerate's state keeps DeepSpeed's configuration, by which transformers shards every model of the process that it loads
+    under ZeRO-3, or refuses to load it."""
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+@deepspeed_shards_no_later_model()
 def train(
     recipe: Recipe,
     load_model: LoadModel,

@@ -22,7 +22,7 @@ from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.stages.export import hybrid_on_disk
 from lt_train.recipe.evaluations import TRAINED
 from lt_train.runtime.errors import UserError
-from lt_train.runtime.processes import Process
+from lt_train.runtime.processes import Process, leave
 from lt_train.training.checkpoints import last_valid_checkpoint
 from tests.support import tiny_training
 from tests.support.launched_training import deepspeed_file, train_in_ranks
@@ -131,6 +131,19 @@ def exported_weights(mode: str, training: Path, base: Path, root: Path) -> dict[
     shutil.copytree(training / "final", context.paths.trained)
     hybrid = hybrid_on_disk(context, TRAINED)
     return {name: hybrid.weight(name, torch.float32) for name in hybrid.parameters}
+
+
+def test_a_model_that_is_loaded_after_a_training_with_zero3_is_not_sharded(base: Path, tmp_path: Path) -> None:
+    settings = settings_of("zero3", tmp_path, launched=True)
+    settings["train"] |= {"max_steps": 1, "batch_size": 1}
+    (process,) = start_ranks(train_then_load, tmp_path / "zero3", settings, base, outputs=tmp_path, world_size=1)
+    assert exit_code(process) == 0, (tmp_path / "0.txt").read_text()
+
+
+def train_then_load(folder: Path, settings: dict[str, Any], base: Path) -> None:
+    train_alone(folder, settings, base)
+    load_hybrid(base, tiny_training.SPEC, device_map={"": "cpu"})  # as an evaluation does
+    leave(0)
 
 
 def test_a_process_killed_while_zero3_gathers_weights_leaves_the_checkpoint_before(base: Path, tmp_path: Path) -> None:
