@@ -193,6 +193,12 @@ class RunFolder:
         if not self.paths.recipe.exists():
             return
         begun = self._begun_recipe()
+        if begun.name != self.recipe.name:  # "give it another name" is what somebody has just done
+            raise UserError(
+                f"{self.paths.root}: it is the run {begun.name!r}, whose folder was renamed or copied. Fix: resume it as "
+                f"{begun.name!r}, in the folder {self.paths.root.with_name(begun.name)}; begin a new run under a name that has no "
+                "folder yet"
+            )
         check_same(
             begun.model_dump(),
             self.recipe.model_dump(),

@@ -59,6 +59,13 @@ def test_a_run_begun_with_another_recipe_is_not_touched(recipe_with, tmp_path):
     assert (folder.paths.root / "recipe.yaml").read_text() == before
 
 
+def test_a_folder_that_was_renamed_is_reported_with_the_name_under_which_it_resumes(recipe_with, tmp_path):
+    folder = opened(recipe_with(), tmp_path)
+    folder.paths.root.rename(tmp_path / "runs" / "mine")
+    with pytest.raises(UserError, match=r"runs/mine: it is the run 'tiny', whose folder was renamed or copied.*/runs/tiny;"):
+        opened(recipe_with("name=mine"), tmp_path)
+
+
 def test_a_run_that_was_refused_before_it_made_anything_starts_again_with_another_recipe_and_data(recipe_with, tmp_path):
     folder = RunFolder(recipe_with(), tmp_path / "runs")
     with pytest.raises(UserError, match="too wide"), folder.begin():
