@@ -18,6 +18,7 @@ from lt_train.hybrid.configuration import (
     HybridQwen3Config,
     HybridSmolLM3Config,
 )
+from lt_train.hybrid.loading import is_declared
 from lt_train.hybrid.modeling import HybridForCausalLM
 from lt_train.inference.generation_config import consistent, listed
 from lt_train.runtime.errors import UserError
@@ -93,10 +94,12 @@ def exported_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToke
 def _with_own_code(model: HybridForCausalLM) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # Both through the same file: transformers keeps one copy of the code per file named here, and two would mean two HybridErrors.
+    # All through the same file: transformers keeps one copy of the code per file named here, and two would mean two HybridErrors.
     module = entry_module(config)
     config.auto_map = {
         "AutoConfig": f"{module}.{type(config).__name__}",
         "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
     }
+    if is_declared(config):  # vLLM without our plugin makes it, too, and then reports the attention that it cannot replace
+        config.auto_map["AutoModel"] = f"{module}.{type(model.model).__name__}"
     return config

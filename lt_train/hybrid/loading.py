@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .auto_family import PREFIX, auto_family
@@ -36,6 +36,7 @@ def _register(family: Family) -> None:
 
 for _family in set(FAMILIES.values()):
     _register(_family)
+    AutoModel.register(_family.config_class, _family.model_class.body_class)
 
 
 def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConfig:

@@ -415,6 +415,8 @@ class HybridForCausalLM(HybridPreTrainedModel):
                 "select: per_prompt: a checkpoint names the layers that stream, and here each prompt chooses them. Fix: save the "
                 "base, or a hybrid whose layers are chosen (convert with layers)"
             )
+        if self._auto_class is None:  # not of the code beside a checkpoint, so transformers writes none beside this one
+            self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

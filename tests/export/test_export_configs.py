@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GenerationConfig, MinistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GenerationConfig, MinistralConfig, Qwen2Config
 
 from lt_train.export.configs import STOCK, exported_config, exported_generation_config, stock_config
 from lt_train.hybrid.loading import build_hybrid
@@ -61,9 +61,18 @@ def test_with_sinks_the_config_names_its_code_and_the_model_in_memory_stays_as_i
     assert config.auto_map == {
         "AutoConfig": "families.HybridMinistralConfig",
         "AutoModelForCausalLM": "families.HybridMinistralForCausalLM",
+        "AutoModel": "families.HybridMinistralModel",
     }
     assert config.model_type == "lt_hybrid_ministral" and config.w_sink == 3 and config.dtype == torch.bfloat16
     assert "auto_map" not in hybrid.config.to_dict()
+
+
+def test_an_export_loaded_by_the_installed_classes_and_saved_names_no_code_that_is_not_beside_it(tmp_path):
+    hybrid = tiny_hybrid("llama")
+    hybrid.config = exported_config(hybrid, torch.float32)
+    hybrid.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and "auto_map" not in (tmp_path / "config.json").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(hybrid)
 
 
 def test_every_token_that_ends_an_answer_is_exported():

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lt_train.export.card import loading_code
 from lt_train.export.checkpoint import CARD, export_hybrid
@@ -300,6 +300,24 @@ save_file(dict(logits=logits(load("once_more", trust_remote_code=True))), "logit
     )
     assert run.returncode == 0, run.stderr
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], logits(model), atol=1e-5, rtol=0)
+
+
+def test_an_export_gives_its_decoder_stack_alone(exported, tmp_path):
+    model, folder = exported
+    run = run_bare(
+        f"""
+from transformers import AutoModel
+stack = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    save_file(dict(hidden=stack(ids, use_cache=False).last_hidden_state), "hidden.safetensors")
+""",
+        tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    hidden = load_file(tmp_path / "hidden.safetensors")["hidden"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm_head(hidden), logits(model), atol=1e-5, rtol=0)
+        torch.testing.assert_close(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, hidden, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is chosen on a CPU")
