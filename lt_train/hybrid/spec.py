@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 HYBRID_VERSION = "1"
 LEARNED_SINKS_VERSION = "2"
@@ -92,6 +92,12 @@ class HybridSpec:
         # Where torch.compile takes the numbers of layers for variables (dynamic=True), it finds none of them by `in`.
         object.__setattr__(self, "_lazy_L", tuple(layer in self.lazy_layers for layer in range(self.num_layers)))
         object.__setattr__(self, "_slides_L", tuple(layer in self.sliding_layers for layer in range(self.num_layers)))
+
+    def __eq__(self, other: object) -> bool:
+        """Number by number: where torch.compile takes them for variables (dynamic=True), it compares no tuples of them."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return _same(_values(self), _values(other))
 
     def _check_sliding_layers(self, streaming: set[int]) -> None:
         sliding = set(self.sliding_layers)
@@ -215,3 +221,13 @@ class HybridSpec:
         streaming, sliding = self.number_of_streaming_heads(kv_heads), len(self.sliding_layers) * kv_heads
         full = self.num_layers * kv_heads - streaming - sliding
         return full * tokens + streaming * min(tokens, self.window) + sliding * min(tokens, self.sliding_window)
+
+
+def _values(spec: HybridSpec) -> tuple[Any, ...]:
+    sizes = spec.num_layers, spec.w_sink, spec.w_recent, spec.sliding_window
+    return *sizes, spec.learned_sinks, spec.lazy_layers, spec.split_layers, spec.sliding_layers
+
+
+def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(_same(x, y) if isinstance(x, tuple) else bool(x == y) for x, y in pairs)

@@ -1,4 +1,7 @@
-"""torch.compile takes the numbers in a spec for variables where shapes are dynamic, and finds none of these by `in`."""
+"""torch.compile takes the numbers in a spec for variables where shapes are dynamic: it finds none of these by `in`, and compares
+no tuples of them."""
+
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -16,3 +19,17 @@ def kinds_of_layers(x: Tensor, spec: HybridSpec) -> Tensor:
 def test_each_layer_is_of_its_kind_in_a_graph_of_dynamic_shapes() -> None:
     compiled = torch.compile(kinds_of_layers, dynamic=True, backend="eager")
     assert compiled(torch.zeros(1), SPEC).flatten().tolist() == [1, 10, 1, 200, 0]
+
+
+def changed_by(x: Tensor, first: HybridSpec, second: HybridSpec) -> Tensor:
+    return x + int(first != second)
+
+
+def test_a_spec_equals_one_of_the_same_numbers_alone_in_a_graph_of_dynamic_shapes() -> None:
+    changes = dict(num_layers=6, lazy_layers=(0,), w_sink=3, w_recent=7, sliding_layers=(4,), sliding_window=9)
+    others = [replace(SPEC, **{name: value}) for name, value in changes.items()]
+    others += [replace(SPEC, split_layers=((3, (1,)),)), replace(SPEC, w_sink=0, split_layers=(), learned_sinks=True)]
+    assert {*changes, "split_layers", "learned_sinks"} == {each.name for each in fields(HybridSpec)}
+    compiled = torch.compile(changed_by, dynamic=True, backend="eager")
+    assert [compiled(torch.zeros(1), SPEC, other).item() for other in others] == [1] * len(others)
+    assert compiled(torch.zeros(1), SPEC, replace(SPEC)).item() == 0 and hash(SPEC) == hash(replace(SPEC))
