@@ -77,7 +77,10 @@ def main() -> None:
 
     Of several processes one reports it, and all end.
     """
-    process = this_process()
+    try:
+        process = this_process()
+    except UserError as error:
+        sys.exit(_report(error, Process(0, 1, launched=False)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks ± and ─
     try:

@@ -50,6 +50,12 @@ def test_mistakes_on_the_command_line_leave_with_2_and_a_reason(lt_train, argume
     assert "Traceback" not in out + err
 
 
+def test_a_variable_of_a_launcher_that_is_no_number_leaves_with_2_and_a_reason(lt_train, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    code, out, err = lt_train("--version")
+    assert code == 2 and "error RANK: '': no whole number" in err and "Traceback" not in out + err
+
+
 def test_the_help_lists_every_command_below_a_heading(lt_train):
     code, out, _ = lt_train("--help")
     assert code == 0 and "─ Commands ─" not in out and "probe" not in out

@@ -39,9 +39,30 @@ class Process:
 
 
 def this_process() -> Process:
-    """This process, by the launcher's environment variables; without a launcher the only one."""
-    environment = os.environ
-    return Process(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")), "LOCAL_RANK" in environment)
+    """This process, by the launcher's environment variables; without a launcher the only one.
+
+    Raises:
+        UserError: one of them is no number.
+    """
+    launched = number_in_environment("LOCAL_RANK", -1) >= 0
+    return Process(number_in_environment("RANK", 0), number_in_environment("WORLD_SIZE", 1), launched)
+
+
+def number_in_environment(name: str, missing: int) -> int:
+    """
+    Args:
+        missing: what it is where the environment has no such variable.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    value = os.environ.get(name)
+    try:
+        return missing if value is None else int(value)
+    except ValueError as error:
+        raise UserError(
+            f"{name}: {value!r}: no whole number. Fix: unset it, or let torchrun or deepspeed start the processes, which set it"
+        ) from error
 
 
 def check_environment(process: Process) -> None:

@@ -9,7 +9,7 @@ from lt_train.recipe.batch_size import accumulation_steps
 from lt_train.recipe.schema import Recipe, Train
 from lt_train.runtime.devices import compute_dtype
 from lt_train.runtime.errors import UserError, more
-from lt_train.runtime.processes import Process
+from lt_train.runtime.processes import Process, number_in_environment
 
 OF_ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": "model.dtype",
@@ -68,9 +68,9 @@ def _check_other_launchers(process: Process) -> None:
                 f"Fix: start it with torchrun or deepspeed, or leave this out of accelerate's config; in a recipe it is {setting}"
             )
     for name in SIZES_OF_MPI:
-        if int(os.environ.get(name, "1")) > 1 and process.count == 1:
+        if (count := number_in_environment(name, 1)) > 1 and process.count == 1:
             raise UserError(
-                f"{name}: {os.environ[name]}: processes that MPI starts do not train together. Fix: start them with torchrun or "
+                f"{name}: {count}: processes that MPI starts do not train together. Fix: start them with torchrun or "
                 f"deepspeed (launch/README.md), or unset {name} to train in this process alone"
             )
 

@@ -70,6 +70,9 @@ def test_processes_of_mpi_which_accelerate_would_count_are_refused(monkeypatch: 
     with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE: 2: processes that MPI starts do not train together"):
         check({}, Process(0, 1, launched=False))
     check({}, Process(0, 2, launched=True))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE: 'two': no whole number"):
+        check({}, Process(0, 1, launched=False))
 
 
 def test_bf16_on_a_gpu_that_does_not_compute_in_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
