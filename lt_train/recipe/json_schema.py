@@ -5,14 +5,22 @@ lt-train schema > recipes/recipe.schema.json
 
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic_core.core_schema import ModelSchema
 
+from lt_train.recipe.docstrings import setting_docstrings
 from lt_train.recipe.part import MARKERS
 from lt_train.recipe.schema import Recipe
 
 
 class RecipeJsonSchema(GenerateJsonSchema):
-    """Leaves out what an editor does not use: titles made from names, and our markers on settings."""
+    """Explains each setting by its docstring, and leaves out what an editor does not use: titles made from names, our markers."""
+
+    def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
+        made = super().model_schema(schema)
+        for name, text in setting_docstrings(schema["cls"]).items():
+            made["properties"][name]["description"] = text
+        return made
 
     def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> dict[str, Any]:
         made = super().generate(schema, mode)

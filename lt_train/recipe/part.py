@@ -82,9 +82,7 @@ COLLECTING = object()
 class Part(BaseModel):
     """One mapping of settings. Unknown names, invalid types and conflicts between its settings are errors."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
     def conflicts(self) -> Iterator[Fault]:
         """Settings of this part that contradict each other; their paths count from this part."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from lt_train.recipe.docstrings import setting_docstrings
 from lt_train.recipe.part import MAY_CHANGE, Part, former_name, is_marked, parts_in
 from lt_train.recipe.schema import Recipe
 
@@ -38,9 +39,10 @@ def _sections(part: type[Part], path: str, shown: set[type[Part]]) -> Iterator[s
     if part.__doc__ and part is not Recipe:
         yield f"{_one_line(part.__doc__)}\n"
     yield "| setting | type | default | |\n|---|---|---|---|"
+    docstrings = setting_docstrings(part)
     for name, field in part.model_fields.items():
         former = former_name(field)
-        note = _one_line(field.description or "") + (f" (formerly `{former}`)" if former else "")
+        note = _one_line(docstrings.get(name, "")) + (f" (formerly `{former}`)" if former else "")
         mark = "†" if is_marked(field, MAY_CHANGE) else ""
         yield f"| `{name}`{mark} | {_type(field.annotation)} | {_default(field)} | {_cell(note)} |"
     yield ""
