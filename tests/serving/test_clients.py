@@ -66,14 +66,15 @@ import json
 import sys
 
 sys.modules["lt_train"] = None
-from lm_eval import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
+evaluator.add_env_info = lambda results: None  # runs pip to list what is installed, for a second and more each time
 folder, models, common = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 tasks = TaskManager(include_path=folder, include_defaults=False)
 answers = {}
 for model, settings in models.items():
-    found = simple_evaluate(model, tasks=["ledger"], task_manager=tasks, log_samples=True, **common, **settings)
+    found = evaluator.simple_evaluate(model, tasks=["ledger"], task_manager=tasks, log_samples=True, **common, **settings)
     answers[model] = [row["resps"][0][0] for row in sorted(found["samples"]["ledger"], key=lambda row: row["doc_id"])]
 json.dump(answers, open("answers.json", "w"))
 """
