@@ -76,6 +76,14 @@ LONGEST = (
 """Files that take minutes or share two processes' work, in the order in which they are begun."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that pytest-xdist starts share what forks the tests' processes."""
+    if not hasattr(config, "workerinput"):
+        from tests.support import processes
+
+        processes.offer_servers()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real benchmark files and traces that are not part of the project."""

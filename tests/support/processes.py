@@ -1,9 +1,9 @@
 """Processes of a test that begin with their libraries imported: a new interpreter takes ten seconds for torch, TRL and DeepSpeed.
 
-They are forked from a server, one for each process of pytest, that has imported those and nothing of lt_train, or from a second one
-that has imported lt_train as well. What is killed, what trains with others, what must not know lt_train and what is known by its
-exit code starts here. Where the start itself is tested, or a variable of the environment that a library reads when it is imported,
-there is `subprocess`.
+They are forked from a server that has imported those and nothing of lt_train, or from a second one that has imported lt_train as
+well. All processes of pytest share the two. What is killed, what trains with others, what must not know lt_train and what is known
+by its exit code starts here. Where the start itself is tested, or a variable of the environment that a library reads when it is
+imported, there is `subprocess`.
 """
 
 import atexit
@@ -20,9 +20,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, arbitrary_address
+from multiprocessing.connection import arbitrary_address, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,35 +66,64 @@ OF_LT_TRAIN = [
     "tests.support.tiny_training",
 ]
 
+_ADDRESSES = ("LT_TRAIN_TESTS_FORK_SERVER", "LT_TRAIN_TESTS_SECOND_FORK_SERVER")
+"""Variables of the environment."""
+
+_SERVERS = "from tests.support.processes import serve_forks; serve_forks(*map(int, __import__('sys').argv[1:]))"
+
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(IMPORTED)
-
-
-class _SecondServer(forkserver.ForkServer):
-    """Forked from the first one, it has imported what runs lt_train's commands."""
-
-    def ensure_running(self) -> None:
-        with self._lock, socket.socket(socket.AF_UNIX) as listener:
-            if self._forkserver_address is None:
-                listener.bind(address := arbitrary_address("AF_UNIX"))
-                listener.listen()
-                ends, self.alive = multiprocessing.Pipe(duplex=False)
-                _start_first_server()
-                self.process = _forked.Process(target=_serve, args=(listener, ends), daemon=True)
-                self.process.start()
-                self._forkserver_address, self._forkserver_alive_fd = address, self.alive.fileno()
-
-
-_knows_lt_train = _SecondServer()
 _starting = threading.Lock()
 
 
-def _serve(listener: socket.socket, ends: Connection) -> None:
-    """Fork until the other side of `ends` is closed, as it is at the latest when pytest's process ends."""
-    for name in OF_LT_TRAIN:
+class _Server(forkserver.ForkServer):
+    """One that another process has."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._address = address
+
+    def ensure_running(self) -> None:
+        if self._forkserver_address is None:
+            self._forkserver_address = os.environ[self._address]
+            self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # it ends with the process that has it
+
+
+_imports_libraries, _knows_lt_train = map(_Server, _ADDRESSES)
+
+
+def offer_servers() -> None:
+    """Make the servers' addresses; what connects first to either starts both. They end when this process does."""
+    listeners = []
+    for variable in _ADDRESSES:
+        listeners.append(listener := socket.socket(socket.AF_UNIX))
+        listener.bind(address := arbitrary_address("AF_UNIX"))
+        listener.listen()
+        os.environ[variable] = ENVIRONMENT[variable] = address
+    threading.Thread(target=_start_servers, args=listeners, daemon=True).start()
+
+
+def _start_servers(*listeners: socket.socket) -> None:
+    wait(listeners)
+    theirs, _ours = os.pipe()  # ours stays open
+    given = [*(listener.fileno() for listener in listeners), theirs]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}  # where they find tests/
+    command = [sys.executable, "-c", _SERVERS, *map(str, given)]
+    subprocess.Popen(command, pass_fds=given, env=environment, stdout=subprocess.DEVNULL)  # DeepSpeed prints there
+    for listener in listeners:
+        listener.close()
+    os.close(theirs)
+
+
+def serve_forks(first: int, second: int, ends: int) -> None:
+    """Listen at `first`, and a fork at `second`, until the other side of `ends` is closed."""
+    for name in IMPORTED:
         importlib.import_module(name)
+    if knows_lt_train := os.fork() == 0:
+        for name in OF_LT_TRAIN:
+            importlib.import_module(name)
     gc.freeze()
-    forkserver.main(listener.fileno(), ends.fileno(), [])
+    os.close(first if knows_lt_train else second)
+    forkserver.main(second if knows_lt_train else first, ends, [])
 
 
 def start(function: Callable[..., Any], *arguments: Any, output: Path, **environment: str) -> ForkServerProcess:
@@ -124,21 +152,12 @@ def start_python(
 
 
 def _start(knows_lt_train: bool, *given: Any) -> ForkServerProcess:
-    _start_first_server()
     process = _forked.Process(target=_call, args=given)
+    server = _knows_lt_train if knows_lt_train else _imports_libraries
     with _starting, pytest.MonkeyPatch.context() as patch:
-        if knows_lt_train:
-            _knows_lt_train.ensure_running()
-            patch.setattr(forkserver, "connect_to_new_process", _knows_lt_train.connect_to_new_process)
+        patch.setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
         process.start()
     return process
-
-
-@cache
-def _start_first_server() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))  # where it finds tests/
-        forkserver.ensure_running()
 
 
 def run(
