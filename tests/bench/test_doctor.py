@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lt_train.inference import views
 from lt_train.planning.compute import causal_pairs, streaming_pairs
 from tests.support.dense_flash import DenseFlash, OffByOne, Unbuilt, WrongGradient
 from tests.support.families import BASES
-from tests.support.launches import new_pythons_are_forked
+from tests.support.launches import WARM_PYTHON, new_pythons_are_forked
 
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what works on a CPU")
 SMALL = speed.Sizes(2**20, 64, Shape((64, 2048), heads=2, groups=2, head_size=16), "config.json", 64, 2**20)
@@ -32,7 +33,9 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def forked_ranks(monkeypatch):
+def forked_launch(monkeypatch):
+    """Torch's launcher and the processes that it starts."""
+    monkeypatch.setattr(processes, "sys", SimpleNamespace(executable=str(WARM_PYTHON)))
     with new_pythons_are_forked() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -53,7 +56,7 @@ def outcomes(lt_train, *given):
 
 @pytest.mark.slow
 @on_a_cpu
-def test_on_a_cpu_all_that_can_run_passes_and_the_rest_reports_why_not(lt_train, forked_ranks):
+def test_on_a_cpu_all_that_can_run_passes_and_the_rest_reports_why_not(lt_train, forked_launch):
     code, found, whole = outcomes(lt_train)
     assert code == 0 and whole["passed"]
     kernels = [f"kernel.blocked.{case}" for case in ("one_document", "packed", "learned_sinks", "bf16")]
@@ -183,7 +186,7 @@ def test_a_check_fails_alone_or_reports_why_it_cannot_run():
     ]
 
 
-def test_processes_that_fail_or_are_not_installed_are_reported(monkeypatch, forked_ranks):
+def test_processes_that_fail_or_are_not_installed_are_reported(monkeypatch, forked_launch):
     _, deepspeed = process_checks()
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     assert run_check(deepspeed).outcome == "not run"
