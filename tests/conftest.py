@@ -120,7 +120,8 @@ def qwen3_tokenizer(pytestconfig: pytest.Config) -> "PreTrainedTokenizerBase":
 def seeded() -> None:
     """Every test that uses torch starts from one seed; the others do not wait for its import."""
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        # torch.manual_seed remembers the stack for each accelerator that is not there yet, in a millisecond
+        (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
