@@ -12,7 +12,7 @@ COLLECT = f"""
 import sys
 import pytest
 
-code = pytest.main(["-m", "fast", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider"])
+code = pytest.main(["-m", "fast", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain"])
 print([name for name in {HEAVY} if name in sys.modules], int(code))
 """
 
