@@ -124,9 +124,10 @@ def listed_heads(spec: HybridSpec) -> str:
     return "; ".join(f"{layer}: {', '.join(map(str, heads))}" for layer, heads in spec.split_layers)
 
 
-def loading_code(*, own_code: bool) -> str:
-    """Python that loads the export and answers a question. The export's check runs just this."""
-    return _LOADING_CODE.replace("TRUST", ", trust_remote_code=True" if own_code else "")
+def loading_code(*, own_code: bool, new_tokens: int = 64) -> str:
+    """Python that loads the export and answers a question. The export's check runs just this, with fewer `new_tokens`."""
+    code = _LOADING_CODE.replace("TRUST", ", trust_remote_code=True" if own_code else "")
+    return code.replace("NEW_TOKENS", str(new_tokens))
 
 
 _LOADING_CODE = """\
@@ -138,7 +139,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"TRUST)
 
 turns = [{"role": "user", "content": "What is 7 * 8?"}]
 inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = model.generate(**inputs, max_new_tokens=64)
+answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]))
 """
 _OWN_CODE = (

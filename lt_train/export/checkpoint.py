@@ -32,6 +32,9 @@ CARD = "README.md"
 MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of a file of weights, as in transformers."""
 
+ANSWER_IN_CHECK = 2
+"""Tokens that the card's code generates in the check: the second one from the cache. What is compared is generated after it."""
+
 
 def export_hybrid(
     hybrid: ExportedHybrid,
@@ -77,7 +80,8 @@ def export_hybrid(
             report("checking the export in a process without lt_train")
             with _kept_if_refused(partial, out):
                 model = hybrid.load().to(dtype).eval()
-                check = check_export(partial, loading_code(own_code=own_code), model, tokenizer, generation, dtype, scratch)
+                code = loading_code(own_code=own_code, new_tokens=ANSWER_IN_CHECK)
+                check = check_export(partial, code, model, tokenizer, generation, dtype, scratch)
         else:
             report(f"warning: the export is not compared with the model in memory: {check}")
         card = model_card(metadata, skeleton.config, dtype, check, own_code=own_code)

@@ -187,7 +187,7 @@ def test_the_code_of_the_model_card_runs_as_pasted_and_asks_nothing(exported, tm
 
 def test_a_card_whose_code_asks_a_question_is_refused(tmp_path, monkeypatch):
     asks = loading_code(own_code=True).replace("AutoTokenizer.from_pretrained(folder, trust_remote_code=True)", "input('Run it?')")
-    monkeypatch.setattr("lt_train.export.checkpoint.loading_code", lambda own_code: asks)
+    monkeypatch.setattr("lt_train.export.checkpoint.loading_code", lambda **_: asks)
     with pytest.raises(UserError, match=r"calls input\(\): Run it\?"):
         export(tiny_hybrid(), tmp_path / "export")
 
@@ -213,7 +213,7 @@ def test_an_export_that_is_checked_ends_with_the_process_that_checks_it_and_leav
         "from pathlib import Path\n"
         "from tests.support.tiny_exports import tiny_hybrid\n"
         'slow = \'import os, time; print(os.getpid(), file=open("../process", "w"), flush=True); time.sleep(600)\'\n'
-        "checkpoint.loading_code = lambda own_code: slow\n"
+        "checkpoint.loading_code = lambda **_: slow\n"
         f"export(tiny_hybrid(), Path({str(tmp_path / 'export')!r}))\n"
     )
     places = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
