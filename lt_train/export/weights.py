@@ -120,8 +120,9 @@ class WeightFiles:
         weights: dict[str, Tensor] = dict(skeleton.named_parameters()) | saved_buffers(skeleton)
         tied = skeleton.state_dict().keys() - weights.keys()
         wanted: dict[str, list[int]] = {}
+        together = revert_weight_conversion(skeleton, weights)  # one at a time it looks through all modules for each
         for name, weight in weights.items():
-            parts = revert_weight_conversion(skeleton, {name: weight})
+            parts = {name: together[name]} if name in together else revert_weight_conversion(skeleton, {name: weight})
             wanted |= {part: list(shaped.shape) for part, shaped in parts.items()}
             if parts.keys() != {name}:
                 self._joined[name] = partial(self._join, name, list(parts), skeleton)

@@ -18,6 +18,7 @@ from lt_train.inference.tokenizer import load_checked_tokenizer
 from lt_train.pipeline.evaluations import Evaluations
 from lt_train.pipeline.run_folder import RunFolder
 from lt_train.pipeline.variants import Variants
+from lt_train.planning.shape import ModelShape, model_shape
 from lt_train.recipe.schema import Recipe
 from lt_train.runtime.devices import compute_dtype, dtype_name
 from lt_train.runtime.errors import UserError
@@ -40,6 +41,7 @@ class RunContext:
     console: Console
     process: Process
     _attention_is_reported: bool = field(default=False, init=False)
+    _fits_base: bool = field(default=False, init=False)
 
     @property
     def paths(self) -> RunPaths:
@@ -72,6 +74,10 @@ class RunContext:
         if is_hybrid(config):
             self.report("base", f"warning: model.base: a hybrid ({config.model_type}); as a base all of its layers are full again")
         return config
+
+    @cached_property
+    def model_shape(self) -> ModelShape:
+        return model_shape(self.recipe, self.base_config)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,6 +151,12 @@ class RunContext:
             tensorboard=track.tensorboard,
             trackio=track.trackio,
         )
+
+    def check_fits(self) -> None:
+        """Check once that the recipe fits its base (see `Variants.check_fits`)."""
+        if not self._fits_base:
+            self.variants.check_fits()
+            self._fits_base = True
 
     def check_attention(self) -> None:
         """Report once what computes attention here, and why.

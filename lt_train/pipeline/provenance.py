@@ -1,12 +1,11 @@
 """Where an export comes from: gathered from the recipe and the results of its run."""
 
-from importlib.metadata import version
 from pathlib import Path
 
 from lt_train.benchmarks import BENCHMARKS
 from lt_train.evaluation.scores import AnswerScores
 from lt_train.export.metadata import ExportMetadata, ReportedScore
-from lt_train.pipeline.run_folder import PACKAGES
+from lt_train.pipeline.run_folder import package_versions
 from lt_train.recipe.schema import Recipe
 from lt_train.report.results import Result, read_results
 
@@ -23,7 +22,7 @@ def export_metadata(recipe: Recipe, run: Path, data_counts: dict[str, int], defa
         data_counts=data_counts,
         training=_training(recipe),
         scores=tuple(_score(result) for result in read_results(run)),
-        versions={package: version(package) for package in PACKAGES},
+        versions=dict(package_versions()),
         system=recipe.prompt.system,
         default_system_turn=default_system_turn,
     )

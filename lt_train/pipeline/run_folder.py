@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,7 +71,7 @@ class RunFolder:
 
     def announce(self) -> None:
         """Let the other processes of this launch begin; call it in the first one, inside `begin`."""
-        write_json(self.paths.launch, _packages())
+        write_json(self.paths.launch, package_versions())
 
     def join(self) -> None:
         """Wait until the first process of this launch has begun the folder. Call it in the other ones.
@@ -79,7 +80,7 @@ class RunFolder:
             UserError: it does not within SECONDS_TO_BEGIN, because the folder is not that of the first process, or recipe, base,
                 data or packages of this machine are not those of the first process.
         """
-        inputs, packages = self._inputs_now(), _packages()
+        inputs, packages = self._inputs_now(), package_versions()
         if not wait_until(self.paths.launch.exists, SECONDS_TO_BEGIN):
             raise UserError(
                 f"{self.paths.root.absolute()}: the first process does not work in this folder. "
@@ -169,7 +170,7 @@ class RunFolder:
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": _packages(),
+            "versions": package_versions(),
         }
         write_json(self.paths.marker(stage), marker)
 
@@ -264,7 +265,9 @@ def check_same_base(paths: RunPaths, recipe: Recipe) -> None:
         )
 
 
-def _packages() -> dict[str, str]:
+@cache
+def package_versions() -> Mapping[str, str]:
+    """Versions of PACKAGES. What a process has imported stays as it is."""
     return {package: version(package) for package in PACKAGES}
 
 

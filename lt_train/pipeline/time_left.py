@@ -6,7 +6,7 @@ from statistics import fmean
 from lt_train.pipeline.context import RunContext
 from lt_train.planning.compute import training_compute
 from lt_train.planning.profiling import profile_operations
-from lt_train.planning.shape import ModelShape, model_shape
+from lt_train.planning.shape import ModelShape
 from lt_train.planning.workload import Samples, training_work
 from lt_train.runtime.units import format_duration
 from lt_train.selection.quadrature import POINTS
@@ -24,7 +24,7 @@ def time_left(context: RunContext, done: Sequence[str], pending: Sequence[str]) 
     measured, ahead = ([name for name in COUNTED if name in stages] for stages in (done, pending))
     if not measured or not ahead:
         return ""
-    shape = model_shape(context.recipe, context.base_config)
+    shape = context.model_shape
     seconds = sum(context.folder.marker(name)["seconds"] for name in measured)
     rate = sum(_operations(name, context, shape) for name in measured) / max(seconds, 1e-3)
     left = sum(_operations(name, context, shape) for name in ahead) / rate

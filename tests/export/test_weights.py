@@ -104,13 +104,14 @@ def test_the_correction_of_a_router_is_exported_with_the_weights(tmp_path: Path)
 def test_an_adapter_merged_by_module_gives_the_weights_of_the_merged_model(family: str, settings: Any, tmp_path: Path) -> None:
     base = base_in(tmp_path / "base", family)
     adapter = adapter_in(tmp_path / "adapter", base, **settings)
-    merged = MergedWeights(weights_of(base), empty(base), adapter, None)
+    of_base = weights_of(base)
+    merged = MergedWeights(of_base, empty(base), adapter, None)
     wanted = PeftModel.from_pretrained(load_hybrid(base, SPEC), adapter).merge_and_unload()
     moved = 0
     for name, parameter in wanted.named_parameters():
         assert torch.equal(merged.read(name).float(), parameter), name
         assert torch.equal(merged.read(name).float(), parameter), f"{name}, read again"
-        moved += not torch.equal(parameter, weights_of(base).read(name).float())
+        moved += not torch.equal(parameter, of_base.read(name).float())
     assert moved >= 4
 
 

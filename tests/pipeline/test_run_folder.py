@@ -196,7 +196,7 @@ def test_other_processes_of_a_launch_join_what_the_first_one_began(recipe_with, 
         RunFolder(recipe_with(), tmp_path / "runs").join()
         with pytest.raises(UserError, match=r"recipe: this machine has others(?s:.*)hybrid\.w_recent: 8, 9"):
             RunFolder(recipe_with("hybrid.w_recent=9"), tmp_path / "runs").join()
-        monkeypatch.setattr(run_folder, "version", lambda package: "0")
+        monkeypatch.setattr(run_folder, "package_versions", lambda: dict.fromkeys(run_folder.PACKAGES, "0"))
         with pytest.raises(UserError, match=r"packages: this machine has others(?s:.*)torch: .*, '0'"):
             RunFolder(recipe_with(), tmp_path / "runs").join()
 

@@ -49,7 +49,7 @@ def check(context: RunContext) -> None:
     Raises:
         UserError: the recipe does not fit this model, or its granularity is not that of the training that the folder holds.
     """
-    context.variants.check_fits()
+    context.check_fits()
     if _is_of_another_granularity(context) and context.paths.train.exists():
         raise UserError(
             f"hybrid.granularity: {context.recipe.hybrid.granularity}: {context.paths.train} was trained while others streamed. "

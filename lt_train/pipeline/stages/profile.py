@@ -32,7 +32,7 @@ def describe(context: RunContext) -> str:
 
 
 def check(context: RunContext) -> None:
-    context.variants.check_fits()
+    context.check_fits()
     context.check_attention()
 
 
