@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.installed_packages import remember_packages
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -128,6 +130,7 @@ def seeded() -> None:
 def frozen_libraries() -> None:
     """What is there when a file begins is no garbage: a training collects twice, and would look through all that libraries hold."""
     gc.freeze()
+    remember_packages()
 
 
 @pytest.fixture

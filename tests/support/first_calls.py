@@ -2,4 +2,7 @@
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from tests.support.installed_packages import remember_packages
+
 get_checkpoint_conversion_mapping("qwen3")
+remember_packages()
