@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 COMPUTED_IN = torch.float32
 """The dtype of the products that are compared. In bf16 rounding would hide a window that is off by one."""
 
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 KEPT_COLUMNS = 128
 PROBE_TEXT = "How many primes lie below 20? Écrivez la réponse: \\boxed{8}\n"
 SECONDS_BETWEEN_LOOKS = 0.2
