@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +63,7 @@ def test_a_probe_of_full_weights_finds_what_an_evaluation_of_them_finds(
         probe_checkpoint(run, 2)
     publish_weights(read_checkpoint(run / "train/checkpoint-2"), probe_folder(run / "train", 2) / "weights")
     command = [sys.executable, "-m", "lt_train", "probe", str(run), "--step", "2", "--parent", str(os.getpid())]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = processes.run(command, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     (result,) = read_probes(run / "train")
     (score,) = result.scores

@@ -19,7 +19,7 @@ hybrid:
   strategy: gates
   compare: [reach, nll, kl, lazy_ratio]
   w_recent: 12
-  calibration: {{source: TEXTS, samples: 4, max_length: 64}}
+  calibration: {{source: TEXTS, samples: 2, max_length: 64}}
 data: {{max_length: 256}}
 """
 
@@ -41,7 +41,7 @@ def test_every_strategy_scores_layers_on_texts_and_a_run_needs_no_traces(inputs,
     run_in_folder(load_recipe(inputs / "recipe.yaml", ()), tmp_path)
     profile = LayerProfile.load(tmp_path / "texts/profile/profile.json")
     assert profile.strategies == ("gates", "reach", "nll", "kl", "lazy_ratio")
-    assert len(profile.samples) == 4
+    assert len(profile.samples) == 2
     assert {sample.tokens for sample in profile.samples} == {64}
     assert {sample.id.partition(":")[0] for sample in profile.samples} <= {"0.txt", "1.txt"}
     card = (tmp_path / "texts/export/README.md").read_text()
@@ -63,7 +63,7 @@ def test_texts_that_changed_are_not_mixed_with_scores_of_before(inputs, tmp_path
 
 def test_texts_within_the_window_are_refused_with_the_sizes_that_would_do(inputs, tmp_path) -> None:
     recipe = load_recipe(inputs / "recipe.yaml", ("hybrid.w_recent=60",))
-    with pytest.raises(UserError, match=r"(?s)w_recent: 60: 4 of 4 calibration samples fit .*hybrid\.calibration\.max_length"):
+    with pytest.raises(UserError, match=r"(?s)w_recent: 60: 2 of 2 calibration samples fit .*hybrid\.calibration\.max_length"):
         run_in_folder(recipe, tmp_path, "profile")
 
 
