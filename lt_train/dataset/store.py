@@ -5,6 +5,7 @@ examples.json      what became of the rows, and which examples are held out
 """
 
 import random
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def write_examples(inputs: Inputs, folder: Path, workers: int | None, progress: 
     rows, tokenize, warnings = _opened(inputs)
     questions: list[str] = []
     ids: Counter[str] = Counter()
-    writing = ArrowWriter(path=str(folder / TABLE), features=FEATURES, writer_batch_size=ROWS_BEFORE_WRITING)
+    named = uuid.uuid4().hex  # datasets hashes a table without a fingerprint whenever it is opened
+    writing = ArrowWriter(path=str(folder / TABLE), features=FEATURES, writer_batch_size=ROWS_BEFORE_WRITING, fingerprint=named)
     with writing as writer, show_progress("tokenizing", shown=progress) as bar:
         for row in tokenized_rows(rows, tokenize, workers):
             for answer in tally.kept(row):
