@@ -32,7 +32,10 @@ import pytest
 
 from tests.support.repository import ENVIRONMENT, REPOSITORY
 
-MODELS = ("glm4", "gpt_oss", "granite_swa", "ministral", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
+MODELS = (
+    *("glm4", "gpt_oss", "granite", "granite_swa", "ministral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe"),
+    *("seed_oss", "smollm3"),
+)
 IMPORTED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function: the compiler's import takes four seconds
     "transformers.models.auto.modeling_auto",
