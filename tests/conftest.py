@@ -79,11 +79,12 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes that pytest-xdist starts share what forks the tests' processes."""
+    """Processes that pytest-xdist starts share what forks the tests' processes; for the whole of the tests it starts at once."""
     if not hasattr(config, "workerinput"):
-        from tests.support import processes
+        from tests.support.processes import offer_servers
 
-        processes.offer_servers()
+        chosen = config.args_source == config.ArgsSource.ARGS or config.option.markexpr or config.option.keyword
+        offer_servers(at_once=not chosen and not config.option.collectonly)
 
 
 @pytest.fixture(scope="session")

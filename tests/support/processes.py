@@ -94,19 +94,20 @@ class _Server(forkserver.ForkServer):
 _imports_libraries, _knows_lt_train = map(_Server, _ADDRESSES)
 
 
-def offer_servers() -> None:
-    """Make the servers' addresses; what connects first to either starts both. They end when this process does."""
+def offer_servers(*, at_once: bool) -> None:
+    """Make the servers' addresses. They start now or when something first connects to either, and end when this process does."""
     listeners = []
     for variable in _ADDRESSES:
         listeners.append(listener := socket.socket(socket.AF_UNIX))
         listener.bind(address := arbitrary_address("AF_UNIX"))
         listener.listen()
         os.environ[variable] = ENVIRONMENT[variable] = address
-    threading.Thread(target=_start_servers, args=listeners, daemon=True).start()
+    threading.Thread(target=_start_servers, args=(listeners, at_once), daemon=True).start()
 
 
-def _start_servers(*listeners: socket.socket) -> None:
-    wait(listeners)
+def _start_servers(listeners: list[socket.socket], at_once: bool) -> None:
+    if not at_once:
+        wait(listeners)
     theirs, _ours = os.pipe()  # ours stays open
     given = [*(listener.fileno() for listener in listeners), theirs]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}  # where they find tests/
