@@ -4,10 +4,11 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from lt_train import __version__
@@ -50,15 +51,8 @@ class RunPart:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text that can be written as UTF-8."""
-    environment = Environment(
-        loader=PackageLoader("lt_train.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = asset("browser.js")
-    page = environment.get_template("report.html").render(
+    page = _template().render(
         title=", ".join(run.name for run in runs),
         evaluations=evaluation_parts(runs),
         runs=[run_part(run) for run in runs],
@@ -70,6 +64,18 @@ def render(runs: Sequence[Run]) -> str:
         version=__version__,
     )
     return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a trace may hold half a character
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("lt_train.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
 
 
 def asset(name: str) -> Markup:
