@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer with seven changes: a distillation loss, an exact evaluation loss, a stop at NaN, an error for a full disk,
-shards of sequences, a learning rate for learned sinks, and no model card.
+"""TRL's SFTTrainer with eight changes: a distillation loss, an exact evaluation loss, no loss of repeated rows, a stop at NaN, an
+error for a full disk, shards of sequences, a learning rate for learned sinks, and no model card.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerControl
 from trl import SFTTrainer
 
-from lt_train.dataset.examples import Example
+from lt_train.dataset.examples import IGNORED, Example
 from lt_train.inference.sinks_file import learned_sinks
 from lt_train.runtime.errors import UserError, more
 from lt_train.training.checkpoints import newest_checkpoint, reporting_write_errors
@@ -89,6 +89,26 @@ class HybridSFTTrainer(SFTTrainer):
             self.data_collator = unsharded
         self.sharded_sequences.assign_rows(loader)
         return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        if batch_samples and self.accelerator.gradient_state.end_of_dataloader:
+            self._ignore_repeated_rows(batch_samples[-1])
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _ignore_repeated_rows(self, last_batch: dict[str, torch.Tensor]) -> None:
+        """accelerate completes the last micro-batches of an epoch with rows from its beginning, so that all processes have equally
+        many. These rows have no loss, so that the number of processes does not change it. Of packed rows in one micro-batch, whose
+        ends it does not have, it ignores all or none."""
+        degree = 1 if self.sharded_sequences is None else self.sharded_sequences.degree
+        group, groups = self.accelerator.process_index // degree, self.accelerator.num_processes // degree
+        size = self.args.per_device_train_batch_size
+        left = len(self.train_dataset) % (size * groups)
+        if groups == 1 or left == 0 or left >= (group + 1) * size:
+            return
+        kept = max(left - group * size, 0)
+        for name in last_batch.keys() & {"labels", "shift_labels"}:
+            if kept == 0 or len(last_batch[name]) == size:
+                last_batch[name][kept:] = IGNORED
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         batch = {name: inputs[name] for name in SAMPLE_TENSORS if name in inputs}
