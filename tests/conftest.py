@@ -134,6 +134,10 @@ def frozen_libraries() -> None:
     remember_packages()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's bindings report at the end what is still there
+
+
 @pytest.fixture
 def lt_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command as the shell would; returns exit code, stdout, stderr."""
