@@ -1,7 +1,6 @@
 """The config of a hybrid, made from its base's."""
 
-from collections.abc import Mapping
-from typing import Any
+from transformers import PreTrainedConfig
 
 from .configuration import HybridConfig
 from .families import MINISTRAL
@@ -29,17 +28,13 @@ _NOT_CARRIED_OVER = {
 }
 
 
-def config_in(family: Family, base: Mapping[str, Any], spec: HybridSpec) -> HybridConfig:
-    """All settings of the base's config, in the family's class, with the layers and sizes of `spec`.
-
-    Args:
-        base: its config as a dict.
-    """
-    carried = {name: value for name, value in base.items() if name not in _NOT_CARRIED_OVER}
+def config_in(family: Family, base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConfig:
+    """All settings of the base's config, in the family's class, with the layers and sizes of `spec`."""
+    carried = {name: value for name, value in base_config.to_dict().items() if name not in _NOT_CARRIED_OVER}
     if family is MINISTRAL:
         known = set(MINISTRAL.config_class().to_dict())
         carried = {name: value for name, value in carried.items() if name in known}
-    count = kv_heads(base)
+    count = kv_heads(base_config.to_dict())
     heads_named = spec.split_layers or spec.sliding_layers
     return family.config_class(
         **carried,

@@ -84,7 +84,7 @@ def _refused(model_type: str, found: str, fix: str) -> HybridError:
 
 def _compare(small: PreTrainedConfig, spec: HybridSpec) -> None:
     family = auto_family(small.model_type)
-    config = config_in(family, small.to_dict(), spec)
+    config = config_in(family, small, spec)
     small._experts_implementation = config._experts_implementation = "eager"  # others have no products in fp64
     small._attn_implementation = "sdpa"
     base = stock_classes(small.model_type)[1](small).eval()

@@ -46,20 +46,20 @@ def hybrid_config(base_config: PreTrainedConfig, spec: HybridSpec) -> HybridConf
         HybridError: an architecture without a hybrid class; a base with a sliding window in every layer, with biases that
             `ministral` lacks, or with quantized weights; a spec for another number of layers, or for other sliding layers.
     """
-    family, settings = family_of(base_config), base_config.to_dict()
-    _refuse_unsupported_base(base_config, settings)
+    family = family_of(base_config)
+    _refuse_unsupported_base(base_config)
     if not is_declared(base_config) and not is_hybrid(base_config):
         _check_undeclared(base_config, spec)  # the family was proved with the settings of another base
-    _check_sliding_layers(settings, spec)
+    _check_sliding_layers(base_config, spec)
     if spec.num_layers != base_config.num_hidden_layers:
         raise HybridError(
             f"num_layers: {spec.num_layers}: the base has {base_config.num_hidden_layers} layers. Fix: make a spec for this base"
         )
-    return config_in(family, settings, spec)
+    return config_in(family, base_config, spec)
 
 
-def _check_sliding_layers(settings: Mapping[str, Any], spec: HybridSpec) -> None:
-    base = base_spec(settings)
+def _check_sliding_layers(base_config: PreTrainedConfig, spec: HybridSpec) -> None:
+    base = base_spec(base_config.to_dict())
     if (spec.sliding_layers, spec.sliding_window) != (base.sliding_layers, base.sliding_window):
         raise HybridError(
             f"sliding_layers: {list(spec.sliding_layers)} with a window of {spec.sliding_window}: in the base layers "
@@ -111,7 +111,7 @@ def prove_auto_family(config: PreTrainedConfig) -> None:
 
 def _check_undeclared(config: PreTrainedConfig, spec: HybridSpec | None) -> None:
     refuse_unsupported(config)
-    _refuse_unsupported_base(config, config.to_dict())  # quantized weights
+    _refuse_unsupported_base(config)  # quantized weights
     prove_family(config)
     if spec is not None and spec.split_layers:
         prove_family(config, split_layers=True)
@@ -282,20 +282,21 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _refuse_unsupported_base(config: PreTrainedConfig, settings: Mapping[str, Any]) -> None:
+def _refuse_unsupported_base(config: PreTrainedConfig) -> None:
+    values, family = config.to_dict(), FAMILIES.get(config.model_type)
     if not is_hybrid(config):
-        for fault in faults_of_windows(config, settings):
+        for fault in faults_of_windows(config):
             raise HybridError(fault)
-    if FAMILIES.get(config.model_type) is MINISTRAL:
-        biases = [name for name in ("attention_bias", "mlp_bias") if settings.get(name)]
+    if family is MINISTRAL:
+        biases = [name for name in ("attention_bias", "mlp_bias") if values.get(name)]
         if biases:
             raise HybridError(
                 f"{' and '.join(biases)}: Llama and Mistral models become `ministral`, which has no such biases. "
                 "Fix: choose a base without them"
             )
-    for fault in faults_of_rotary_embeddings(settings):
+    for fault in faults_of_rotary_embeddings(config):
         raise HybridError(fault)
-    if quantized := settings.get("quantization_config"):
+    if quantized := values.get("quantization_config"):
         method = quantized.get("quant_method")
         fix = "start from its bf16 or fp32 weights"
         if method == "mxfp4":  # as gpt-oss is published

@@ -1,7 +1,6 @@
 """Why a base cannot become a hybrid: the module and what it computes that streaming layers, caches or kernels do not."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -61,31 +60,28 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         ) from error
     for fault in _faults_of_modules(model):
         raise HybridError(fault)
-    for fault in faults_of_windows(config, config.to_dict()):
+    for fault in faults_of_windows(config):
         raise HybridError(fault)
 
 
-def faults_of_windows(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Why no layer of a base can stream, or in what it could not stay as it is, where its layers have windows.
-
-    Args:
-        settings: the config as a dict.
-    """
-    sliding = sliding_layers(settings)
+def faults_of_windows(config: PreTrainedConfig) -> Iterator[str]:
+    """Why no layer of a base can stream, or in what it could not stay as it is, where its layers have windows."""
+    values = config.to_dict()
+    sliding = sliding_layers(values)
     if len(sliding) == config.num_hidden_layers:
         yield (
             f"sliding_window: {config.sliding_window}: every layer of the base ({config.model_type}) sees this many tokens from "
             "the start, and only full layers can stream. Fix: choose a base with full layers; if no sequence is longer than the "
             "window, set sliding_window to null (of Qwen, use_sliding_window to false) in a copy of its config.json"
         )
-    if FULL in (settings.get("rope_parameters") or {}) and not sliding:
+    if FULL in (values.get("rope_parameters") or {}) and not sliding:
         problem = "rotary embeddings for each type of layer, and all layers of one type"
         yield f"layer_types: {config.model_type} has {problem}. {OTHER}"
 
 
-def faults_of_rotary_embeddings(settings: Mapping[str, Any]) -> Iterator[str]:
+def faults_of_rotary_embeddings(config: PreTrainedConfig) -> Iterator[str]:
     """transformers computes one set of frequencies for all rows of a batch: those for its longest position."""
-    rope = settings.get("rope_parameters") or {}
+    rope = config.to_dict().get("rope_parameters") or {}
     for kind in {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)} & {"dynamic", "longrope"}:
         problem = "its frequencies change with the length of a sequence, and cached keys would keep the old ones"
         fix = OTHER
@@ -111,7 +107,7 @@ def _faults_of_settings(config: PreTrainedConfig) -> Iterator[str]:
     if values.get("kv_lora_rank"):
         problem = "latent attention caches no keys and values of heads, and a streaming layer keeps these"
         yield f"self_attn of every layer: kv_lora_rank {values['kv_lora_rank']}: {problem}. {OTHER}"
-    yield from faults_of_rotary_embeddings(values)
+    yield from faults_of_rotary_embeddings(config)
     if values.get("use_bidirectional_attention"):
         yield f"use_bidirectional_attention: True: tokens see later ones, and a hybrid's attention is causal. {OTHER}"
     if values.get("alibi"):

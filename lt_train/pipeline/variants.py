@@ -1,7 +1,7 @@
 """The models that a run compares: the base, the hybrid before training by each way to choose its layers, the trained hybrid."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Variants:
         if train is None:
             return
         with torch.device("meta"):
-            model = build_hybrid(self.base_config, base_spec(self._base_settings))
+            model = build_hybrid(self.base_config, base_spec(self.base_config.to_dict()))
         if train.restore_query_key:
             check_restorable(model)
         if self.recipe.lora is not None:
@@ -107,19 +107,15 @@ class Variants:
         spec = choose_spec(hybrid, base, self.kv_heads, self.recipe.seed, profile)
         return nearest_number_of_layers(spec, self.kv_heads)
 
-    @cached_property
-    def _base_settings(self) -> dict[str, Any]:
-        return self.base_config.to_dict()
-
     @property
     def kv_heads(self) -> int:
         """KV heads of each layer."""
-        return kv_heads(self._base_settings)
+        return kv_heads(self.base_config.to_dict())
 
     def spec(self, variant: str) -> HybridSpec:
         """The spec of `variant`: nothing streams in the base, what was chosen streams in the trained model."""
         hybrid = self.recipe.hybrid
-        base = base_spec(self._base_settings, hybrid.scored_w_sink, hybrid.w_recent)
+        base = base_spec(self.base_config.to_dict(), hybrid.scored_w_sink, hybrid.w_recent)
         if variant == BASE:
             return base
         chosen = read_chosen(self.paths.layers)[CONVERTED if variant == TRAINED else variant]
@@ -145,7 +141,7 @@ class Variants:
         return Draft.of(self.spec(variant), streaming, eval_config.draft_length)
 
     def _check_drafts(self) -> None:
-        base = base_spec(self._base_settings, w_recent=self.recipe.hybrid.w_recent)
+        base = base_spec(self.base_config.to_dict(), w_recent=self.recipe.hybrid.w_recent)
         for _, part in all_parts(self.recipe):
             if isinstance(part, Eval) and part.draft is not None:
                 Draft.of(base, part.draft_layers, part.draft_length)
