@@ -150,13 +150,10 @@ def token_rows(examples: Sequence[Example]) -> "datasets.Dataset":
 
 def examples_fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 over every token and label in order: equal if and only if training sees the same data."""
-    if not isinstance(examples, StoredExamples):
-        rows = ((example.input_ids, example.labels) for example in examples)
-    elif examples.fingerprint is None:
-        rows = ((row["input_ids"], row["labels"]) for row in token_rows(examples))
-    else:
+    if isinstance(examples, StoredExamples) and examples.fingerprint is not None:
         return examples.fingerprint
-    return sha256_of(f"({json.dumps(input_ids)}, {json.dumps(labels)})".encode() for input_ids, labels in rows)
+    rows = token_rows(examples)
+    return sha256_of(f"({json.dumps(row['input_ids'])}, {json.dumps(row['labels'])})".encode() for row in rows)
 
 
 def samples_fingerprint(examples: Sequence[Example]) -> str:
