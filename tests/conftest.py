@@ -78,8 +78,10 @@ LONGEST = (
 """Files that take minutes or share two processes' work, in the order in which they are begun."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts its processes
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Processes that pytest-xdist starts share what forks the tests' processes; for the whole of the tests it starts at once."""
+    config = session.config
     if not hasattr(config, "workerinput"):
         from tests.support.processes import offer_servers
 

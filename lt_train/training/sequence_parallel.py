@@ -36,6 +36,16 @@ class ShardedSequences:
     rank: int
     world_size: int
 
+    @property
+    def group(self) -> int:
+        """Of this process, among `groups`."""
+        return self.rank // self.degree
+
+    @property
+    def groups(self) -> int:
+        """How many read rows of their own."""
+        return self.world_size // self.degree
+
     def assign_rows(self, loader: DataLoader) -> None:
         """Make the processes that shard a sequence read the same rows. accelerate gives each process rows of its own.
 
@@ -49,8 +59,7 @@ class ShardedSequences:
                 "the processes of one sequence would read different rows. "
                 "Fix: remove accelerator_config and train_sampling_strategy from train.trl"
             )
-        shard.num_processes = self.world_size // self.degree
-        shard.process_index = self.rank // self.degree
+        shard.num_processes, shard.process_index = self.groups, self.group
 
     def sharded(self, collate: Collator) -> Collator:
         """`collate`, then this process's shard of the columns."""

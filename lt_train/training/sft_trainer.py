@@ -99,8 +99,8 @@ class HybridSFTTrainer(SFTTrainer):
         """accelerate completes the last micro-batches of an epoch with rows from its beginning, so that all processes have equally
         many. These rows have no loss, so that the number of processes does not change it. Of packed rows in one micro-batch, whose
         ends it does not have, it ignores all or none."""
-        degree = 1 if self.sharded_sequences is None else self.sharded_sequences.degree
-        group, groups = self.accelerator.process_index // degree, self.accelerator.num_processes // degree
+        sharded, alone = self.sharded_sequences, self.accelerator
+        group, groups = (sharded.group, sharded.groups) if sharded else (alone.process_index, alone.num_processes)
         size = self.args.per_device_train_batch_size
         left = len(self.train_dataset) % (size * groups)
         if groups == 1 or left == 0 or left >= (group + 1) * size:
